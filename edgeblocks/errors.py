@@ -1,0 +1,49 @@
+"""The errors a user can meet. Each message says what failed with the numbers, why, and what to do."""
+
+from typing import ClassVar
+
+
+class EdgeblocksError(Exception):
+    """Base of all errors that edgeblocks raises on purpose; the command line prints the message without a traceback."""
+
+    exit_code: ClassVar[int] = 1
+
+
+class ConfigError(EdgeblocksError):
+    """Wrong settings or arguments. `problems` lists every one found, so that they are mended in one go."""
+
+    exit_code = 2
+
+    def __init__(self, *problems: str) -> None:
+        self.problems = problems
+        super().__init__("\n".join(problems))
+
+
+class DataError(EdgeblocksError):
+    """The user's data cannot be trained on."""
+
+    exit_code = 2
+
+
+class RunError(EdgeblocksError):
+    """A run directory or an exported directory cannot be used: missing, damaged, of another version or another run."""
+
+
+class StorageError(EdgeblocksError):
+    """The disk refused a read or a write: full, read-only, or gone."""
+
+
+class DoesNotFitError(EdgeblocksError):
+    """No plan fits the budget. `smallest_bytes` is the smallest budget that would work."""
+
+    exit_code = 3
+
+    def __init__(self, message: str, smallest_bytes: int) -> None:
+        self.smallest_bytes = smallest_bytes
+        super().__init__(message)
+
+
+class InterruptedRunError(EdgeblocksError):
+    """The user stopped the run; everything up to the last optimizer step is saved."""
+
+    exit_code = 130

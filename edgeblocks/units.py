@@ -1,0 +1,91 @@
+"""Sizes and durations as text, at the edges only. Inside, sizes are ints of bytes."""
+
+import re
+
+_UNITS = {
+    "": 1,
+    "B": 1,
+    "KB": 10**3,
+    "MB": 10**6,
+    "GB": 10**9,
+    "TB": 10**12,
+    "KIB": 2**10,
+    "MIB": 2**20,
+    "GIB": 2**30,
+    "TIB": 2**40,
+    "K": 10**3,
+    "M": 10**6,
+    "G": 10**9,
+}
+_SIZE = re.compile(r"\s*(?P<number>\d+(?:\.\d*)?|\.\d+)\s*(?P<unit>[A-Za-z]*|%)\s*", re.ASCII)
+
+
+def parse_size(text: str, *, whole_bytes: int | None = None) -> int:
+    """Bytes of a size such as `6GB`, `512MiB`, `1.5 GB` or `50%` (of `whole_bytes`).
+
+    Raises:
+        ValueError: not a size, not positive, or a percentage where no whole is known.
+
+    >>> parse_size("6GB"), parse_size("1 KiB"), parse_size("50%", whole_bytes=1000)
+    (6000000000, 1024, 500)
+    """
+    match = _SIZE.fullmatch(text)
+    if match is None:
+        raise ValueError(f"'{text}' is not a size; write for example 6GB, 512MiB or 50%")
+    number, unit = float(match["number"]), match["unit"].upper()
+    if unit == "%":
+        if whole_bytes is None:
+            raise ValueError(f"'{text}': a percentage has no meaning here; write for example 6GB")
+        if number > 100:
+            raise ValueError(f"'{text}' is more than all of the memory; write at most 100%")
+        size_bytes = int(whole_bytes * number / 100)
+    elif unit in _UNITS:
+        size_bytes = int(number * _UNITS[unit])
+    else:
+        raise ValueError(f"'{match['unit']}' in '{text}' is not a unit; use KB, MB, GB, KiB, MiB, GiB or %")
+    if size_bytes <= 0:
+        raise ValueError(f"'{text}' is {size_bytes} bytes; a size must be larger than zero")
+    return size_bytes
+
+
+def format_bytes(size_bytes: float) -> str:
+    """A size for people, three significant digits, decimal units.
+
+    >>> format_bytes(687_194_767), format_bytes(2048), format_bytes(0)
+    ('687 MB', '2.05 KB', '0 B')
+    """
+    size = float(size_bytes)
+    for unit in ("B", "KB", "MB", "GB"):
+        if abs(size) < 999.5:
+            return f"{size:.3g} {unit}"
+        size /= 1000
+    return f"{size:.3g} TB"
+
+
+def format_duration(duration_s: float) -> str:
+    """A duration for people.
+
+    >>> format_duration(0.0123), format_duration(75), format_duration(3700)
+    ('12.3 ms', '1 min 15 s', '1 h 02 min')
+    """
+    if duration_s < 1:
+        return f"{duration_s * 1000:.3g} ms"
+    if duration_s < 60:
+        return f"{duration_s:.3g} s"
+    minutes, seconds = divmod(round(duration_s), 60)
+    if minutes < 60:
+        return f"{minutes} min {seconds:02d} s"
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min"
+
+
+def format_count(count: float) -> str:
+    """A count of parameters for people.
+
+    >>> format_count(3_531_000), format_count(1_500_000_000)
+    ('3.53M', '1.5B')
+    """
+    for factor, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if count >= factor:
+            return f"{count / factor:.3g}{unit}"
+    return f"{count:.3g}"
