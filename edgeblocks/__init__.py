@@ -1,1 +1,24 @@
-"""edgeblocks: train a deep network block by block on a machine whose memory does not hold it."""
+"""edgeblocks: train a deep network block by block on a machine whose memory does not hold it.
+
+    import edgeblocks
+    print(edgeblocks.plan(data="digits", mem_budget="700MB").plan.chosen)
+    run = edgeblocks.train(data="digits", mem_budget="700MB", steps=200, out="runs/digits")
+    images = run.sample(n=16)
+
+Torch is imported when one of these is first used, not by `import edgeblocks`.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from edgeblocks.api import Run, load, plan, resume, train
+
+__all__ = ["Run", "load", "plan", "resume", "train"]
+
+
+def __getattr__(name: str) -> Any:  # noqa: ANN401
+    if name in __all__:
+        from edgeblocks import api
+
+        return getattr(api, name)
+    raise AttributeError(f"module 'edgeblocks' has no attribute '{name}'")

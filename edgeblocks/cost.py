@@ -1,0 +1,198 @@
+"""What a block costs in bytes and arithmetic, found without allocating it.
+
+Steps of blocks of one to three layers are traced on torch's meta device: operators run on shapes alone, while a dispatch
+mode follows which storages are alive. A peak grows linearly with layers, so these few traces give every block size. Meta operators import some 80 MB of symbolic libraries that a training process would never
+give back, hence the trace runs in a process of its own (`trace_in_subprocess`).
+"""
+
+import json
+import subprocess
+import sys
+import weakref
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any, get_args
+
+from edgeblocks.errors import EdgeblocksError
+from edgeblocks.layer_costs import Growth, LayerCosts, StepCost
+
+
+def trace_in_subprocess(
+    family_name: str, settings: dict[str, Any], data: dict[str, Any], sample_counts: Sequence[int]
+) -> LayerCosts:
+    """`LayerCosts` of a family, traced by a child process that leaves nothing behind in this one.
+
+    Args:
+        settings, data: fields of the family's settings and data description, as JSON values.
+        sample_counts: micro-batches to trace.
+    """
+    request = {"family": family_name, "settings": settings, "data": data, "sample_counts": list(sample_counts)}
+    command = [sys.executable, "-m", "edgeblocks.cost"]
+    done = subprocess.run(command, input=json.dumps(request), capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise EdgeblocksError(f"the cost trace of '{family_name}' failed (exit {done.returncode}):\n{done.stderr}")
+    fields = json.loads(done.stdout)
+    for kind in ("plain", "checkpointed", "forward"):
+        fields[kind] = tuple(_step_cost(step) for step in fields[kind])
+    return LayerCosts(**fields)
+
+
+def _step_cost(fields: dict[str, Any]) -> StepCost:
+    growths = {name: Growth(**fields[name]) for name in ("peak_bytes", "touched_bytes", "operators")}
+    return StepCost(samples=fields["samples"], **growths)
+
+
+def trace(family: Any, sample_counts: Sequence[int]) -> LayerCosts:  # noqa: ANN401 - families.base.Family
+    """`LayerCosts` of a family, traced in this process on the meta device."""
+    import torch
+
+    from edgeblocks.optim import workspace_bytes
+    from edgeblocks.store import Optimizer, state_bytes
+
+    (one, one_quantizable), (two, two_quantizable) = (_count_parameters(family, count) for count in (1, 2))
+    moments = {
+        optimizer: [state_bytes(*counts, optimizer)["optimizer"] for counts in ((one, one_quantizable), (two, two_quantizable))]
+        for optimizer in get_args(Optimizer)
+    }
+    flops = [_flops(family, num_layers) for num_layers in (1, 2)]
+    kinds = {
+        kind: tuple(_trace_growth(family, samples, kind) for samples in sorted(set(sample_counts)))
+        for kind in ("plain", "checkpointed", "forward")
+    }
+    return LayerCosts(
+        num_layers=family.num_layers,
+        ends_parameters=2 * one - two,
+        layer_parameters=two - one,
+        ends_moments={optimizer: 2 * first - second for optimizer, (first, second) in moments.items()},
+        layer_moments={optimizer: second - first for optimizer, (first, second) in moments.items()},
+        workspace_bytes={"adamw8bit": workspace_bytes(num_threads=torch.get_num_threads()), "adamw": 0},
+        batch_bytes_per_sample=sum(_num_bytes(shape, dtype) for shape, dtype in family.batch_spec(1).values()),
+        ends_flops_per_sample=2 * flops[0] - flops[1],
+        layer_flops_per_sample=flops[1] - flops[0],
+        **kinds,
+    )
+
+
+def _count_parameters(family: Any, num_layers: int) -> tuple[int, int]:  # noqa: ANN401
+    """Parameters of a block, and those of them whose optimizer state may be 8-bit."""
+    import torch
+
+    from edgeblocks.store import is_quantizable
+
+    with torch.device("meta"):
+        parameters = list(family.block(num_layers=num_layers, checkpointing=False).parameters())
+    return sum(p.numel() for p in parameters), sum(p.numel() for p in parameters if is_quantizable(p.shape))
+
+
+def _trace_growth(family: Any, samples: int, kind: str) -> StepCost:  # noqa: ANN401
+    traces = [_trace_step(family, num_layers, samples, kind) for num_layers in (1, 2, 3)]
+    one, two, three = traces
+    growths = {
+        name: Growth(one=getattr(one, name), two=getattr(two, name), three=getattr(three, name))
+        for name in ("peak_bytes", "touched_bytes", "operators")
+    }
+    return StepCost(samples=samples, **growths)
+
+
+def _num_bytes(shape: Sequence[int], dtype: Any) -> int:  # noqa: ANN401 - torch.dtype
+    count = 1
+    for size in shape:
+        count *= size
+    return count * int(dtype.itemsize)
+
+
+class _LiveStorages:
+    """Follows the storages that tensors of traced operators own."""
+
+    def __init__(self) -> None:
+        self.live_bytes = self.peak_bytes = self.touched_bytes = self.operators = 0
+        self._known: set[int] = set()
+
+    def see(self, tensor: Any) -> None:  # noqa: ANN401 - torch.Tensor
+        storage = tensor.untyped_storage()
+        key, size = storage._cdata, storage.nbytes()
+        if key in self._known or size == 0:
+            return
+        self._known.add(key)
+        self.live_bytes += size
+        self.touched_bytes += size
+        self.peak_bytes = max(self.peak_bytes, self.live_bytes)
+        weakref.finalize(storage, self._forget, key, size)
+
+    def ignore(self, tensor: Any) -> None:  # noqa: ANN401 - torch.Tensor
+        self._known.add(tensor.untyped_storage()._cdata)
+
+    def _forget(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self.live_bytes -= size
+
+
+def _trace_step(family: Any, num_layers: int, samples: int, kind: str) -> _LiveStorages:  # noqa: ANN401
+    """Run one step on the meta device and follow its storages; weights, gradients and the batch are not counted."""
+    import torch
+    from torch.overrides import TorchFunctionMode
+    from torch.utils._python_dispatch import TorchDispatchMode
+    from torch.utils._pytree import tree_leaves
+
+    storages = _LiveStorages()
+
+    class Follow(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: ANN401
+            result = func(*args, **(kwargs or {}))
+            storages.operators += 1
+            for leaf in tree_leaves(result):
+                if isinstance(leaf, torch.Tensor):
+                    storages.see(leaf)
+            return result
+
+    class CpuAttention(TorchFunctionMode):
+        """On meta tensors attention would take the form that keeps the attention matrix; a CPU takes the fused one."""
+
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: ANN401
+            if func is torch.nn.functional.scaled_dot_product_attention:
+                return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*args, **(kwargs or {}))[0]
+            return func(*args, **(kwargs or {}))
+
+    with torch.device("meta"):
+        block = family.block(num_layers=num_layers, checkpointing=kind == "checkpointed")
+        for parameter in block.parameters():
+            parameter.grad = torch.empty_like(parameter)
+            storages.ignore(parameter)
+            storages.ignore(parameter.grad)
+        batch = {
+            name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in family.batch_spec(samples).items()
+        }
+    for tensor in (*batch.values(), *block.buffers()):
+        storages.ignore(tensor)
+    with CpuAttention(), Follow():
+        if kind == "forward":
+            with torch.no_grad():
+                family.loss(block, batch)
+        else:
+            family.loss(block, batch).sum().backward()
+    return storages
+
+
+def _flops(family: Any, num_layers: int) -> int:  # noqa: ANN401 - families.base.Family
+    """Floating-point operations of a forward pass of one sample, counted by torch."""
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
+        block = family.block(num_layers=num_layers, checkpointing=False)
+        batch = {name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in family.batch_spec(1).items()}
+        family.loss(block, batch)
+    return int(counter.get_total_flops())
+
+
+def main() -> None:
+    """Answer one request on standard input (see `trace_in_subprocess`) with `LayerCosts` as JSON."""
+    from edgeblocks.registry import build_family
+
+    request = json.load(sys.stdin)
+    family = build_family(request["family"], request["settings"], request["data"])
+    print(json.dumps(asdict(trace(family, request["sample_counts"]))))
+
+
+if __name__ == "__main__":
+    main()

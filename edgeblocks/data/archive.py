@@ -1,0 +1,318 @@
+"""An .npz file of images, read as a stream: `images` [`labels`], or Keras' x_train [y_train] [x_test [y_test]].
+
+An .npz is a zip of .npy files. Each member is unpacked a piece at a time, so that the arrays may be larger than the
+memory, and its header is compared with its size before anything is allocated. Pickled objects are never loaded.
+"""
+
+import hashlib
+import lzma
+import math
+import os
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from edgeblocks.data.cache import FORMAT_VERSION, CacheWriter, Content
+from edgeblocks.data.pictures import fit_square
+from edgeblocks.errors import DataError
+
+_CHUNK_VALUES = 2**20
+_MAX_CLASSES = 100_000
+_HEADER_READERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+_ACCEPTED_KEYS = "`images` and optionally `labels`, or x_train, y_train, x_test, y_test"
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Member:
+    """An array inside the file, not yet read."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Part:
+    """Images [n, H, W] or [n, H, W, C] and their labels, checked against each other."""
+
+    images: _Member
+    labels: NDArray[np.int64] | None
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        height, width, *channels = self.images.shape[1:]
+        return height, width, channels[0] if channels else 1
+
+
+class ImageArchive:
+    """Reads the images of an .npz file into a cache.
+
+    key: names the cache; changes with the file's path, size or time of change, and with `image_size`.
+    """
+
+    def __init__(self, path: Path, image_size: int | None) -> None:
+        self._path, self._image_size = path, image_size
+        status = path.stat()
+        described = f"npz {FORMAT_VERSION} {image_size} {status.st_size} {status.st_mtime_ns}\0"
+        self.key = hashlib.sha256(described.encode() + os.fsencode(path)).hexdigest()
+
+    def fill(self, cache: CacheWriter, progress: Callable[[int, int, str], None]) -> Content:
+        """Unpacks every image into `cache`.
+
+        Raises:
+            DataError: the file is damaged, or its arrays are not images with labels.
+            StorageError: the cache cannot be written.
+        """
+        with self._reading(), zipfile.ZipFile(self._path) as archive:
+            parts = self._parts(archive)
+            num_images = sum(part.images.shape[0] for part in parts)
+            if num_images < 2:
+                raise DataError(f"{self._path} holds {num_images} image; at least 2 are needed; add images")
+            class_names = self._class_names(parts)
+            shape = self._common_shape(parts)
+            cache.begin(shape, num_images, has_labels=parts[0].labels is not None)
+            done = 0
+            for part in parts:
+                start = 0
+                for pixels in self._pixels(archive, part):
+                    stop = start + len(pixels)
+                    cache.append(pixels, None if part.labels is None else part.labels[start:stop])
+                    done, start = done + len(pixels), stop
+                    progress(done, num_images, "decoding")
+        num_test = parts[1].images.shape[0] if len(parts) > 1 else 0
+        return Content(class_names=class_names, num_test=num_test)
+
+    def _parts(self, archive: zipfile.ZipFile) -> list[_Part]:
+        found = {name.removesuffix(".npy") for name in archive.namelist() if name.endswith(".npy")}
+        if ("images" in found) == ("x_train" in found):
+            raise DataError(
+                f"{self._path} holds the arrays {', '.join(sorted(found)) or '(none)'}; wanted {_ACCEPTED_KEYS}; "
+                "save it with numpy.savez(path, images=..., labels=...)"
+            )
+        if "images" in found:
+            return [self._part(archive, "images", "labels" if "labels" in found else None)]
+        has_test, labelled = "x_test" in found, "y_train" in found
+        if ("y_test" in found) != (has_test and labelled):
+            raise DataError(
+                f"{self._path} holds the arrays {', '.join(sorted(found))}: labels for one part only; "
+                "save both y_train and y_test, or neither"
+            )
+        parts = [self._part(archive, "x_train", "y_train" if labelled else None)]
+        if has_test:
+            parts.append(self._part(archive, "x_test", "y_test" if labelled else None))
+        return parts
+
+    def _part(self, archive: zipfile.ZipFile, images_name: str, labels_name: str | None) -> _Part:
+        images = self._member(archive, images_name)
+        self._check_images(images)
+        labels = None if labels_name is None else self._labels(archive, labels_name, images)
+        return _Part(images=images, labels=labels)
+
+    def _member(self, archive: zipfile.ZipFile, name: str) -> _Member:
+        """An array's header, which must agree with the bytes that follow it."""
+        info = archive.getinfo(f"{name}.npy")
+        with archive.open(info) as stream:
+            shape, fortran_order, dtype = self._header(stream, name)
+            header_bytes = stream.tell()
+        if dtype.hasobject:
+            raise DataError(
+                f"{self._path}: `{name}` holds Python objects (dtype {dtype}), which only pickle could load, and a "
+                "pickle can run any code; make one array of it, for example with numpy.stack, and save it again"
+            )
+        if fortran_order:
+            raise DataError(
+                f"{self._path}: `{name}` is stored column by column (Fortran order) and cannot be read image by image; "
+                f"save numpy.ascontiguousarray({name})"
+            )
+        wanted_bytes = header_bytes + math.prod(shape) * dtype.itemsize
+        if info.file_size != wanted_bytes:
+            raise DataError(
+                f"{self._path}: `{name}` of shape {shape} and dtype {dtype} needs {wanted_bytes} bytes and has "
+                f"{info.file_size}; the file is damaged: copy or save it again"
+            )
+        return _Member(name=name, shape=shape, dtype=dtype)
+
+    def _header(self, stream: Any, name: str) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:  # noqa: ANN401  # numpy's file-like
+        try:
+            version = np.lib.format.read_magic(stream)
+            return _HEADER_READERS[version](stream)
+        except (ValueError, KeyError) as error:
+            raise DataError(
+                f"{self._path}: `{name}` is not an array that numpy saved ({error}); save the file again"
+            ) from error
+
+    def _check_images(self, images: _Member) -> None:
+        where = f"{self._path}: `{images.name}` has shape {images.shape}"
+        wanted = "wanted N x height x width, or N x height x width x channels with 1 or 3 channels"
+        if len(images.shape) not in (3, 4):
+            raise DataError(f"{where}, {len(images.shape)} dimensions; {wanted}; reshape it")
+        if 0 in images.shape:
+            raise DataError(f"{where}: it is empty; {wanted}; check how it was saved")
+        if len(images.shape) == 4 and images.shape[3] not in (1, 3):
+            cure = "drop the transparency with images[..., :3]" if images.shape[3] == 4 else "reshape it"
+            if images.shape[1] in (1, 3):
+                cure = "move the channels last with images.transpose(0, 2, 3, 1)"
+            raise DataError(f"{where}, {images.shape[3]} channels; {wanted}; {cure}")
+        if images.dtype.kind not in "buif":
+            raise DataError(f"{self._path}: `{images.name}` has dtype {images.dtype}; wanted uint8; convert it")
+
+    def _labels(self, archive: zipfile.ZipFile, name: str, images: _Member) -> NDArray[np.int64]:
+        member = self._member(archive, name)
+        num_images = images.shape[0]
+        if len(member.shape) != 1 and not (len(member.shape) == 2 and member.shape[1] == 1):
+            raise DataError(
+                f"{self._path}: `{name}` has shape {member.shape}; wanted one class number per image ({num_images},); "
+                "turn one-hot rows into numbers with argmax(1)"
+            )
+        if member.shape[0] != num_images:
+            raise DataError(
+                f"{self._path}: {num_images} images in `{images.name}` and {member.shape[0]} labels in `{name}`; "
+                "save one label per image, in the same order"
+            )
+        if member.dtype.kind not in "iu":
+            raise DataError(f"{self._path}: `{name}` has dtype {member.dtype}; wanted whole numbers; save it as int64")
+        values = np.concatenate([chunk.reshape(-1) for chunk in self._rows(archive, member)])
+        smallest, largest = int(values.min()), int(values.max())
+        if smallest < 0:
+            num_negative = int((values < 0).sum())
+            raise DataError(
+                f"{self._path}: `{name}` holds {num_negative} negative class numbers, the smallest {smallest}; "
+                "number the classes from 0"
+            )
+        if largest >= _MAX_CLASSES:
+            raise DataError(
+                f"{self._path}: `{name}` goes up to {largest}, which means {largest + 1} classes, and at most "
+                f"{_MAX_CLASSES} are accepted; number the classes from 0 without gaps"
+            )
+        return values.astype(np.int64)
+
+    def _class_names(self, parts: list[_Part]) -> tuple[str, ...]:
+        largest = [int(part.labels.max()) for part in parts if part.labels is not None]
+        return tuple(str(number) for number in range(max(largest) + 1)) if largest else ()
+
+    def _common_shape(self, parts: list[_Part]) -> tuple[int, int, int]:
+        """The (H, W, C) that all images have in the cache."""
+        shapes = [self._cached_shape(part) for part in parts]
+        if len(set(shapes)) > 1:
+            raise DataError(
+                f"{self._path}: the images of `x_train` are {_sides(shapes[0])} and those of `x_test` "
+                f"{_sides(shapes[1])}; make them alike, or pass --set image_size=N if only height and width differ"
+            )
+        return shapes[0]
+
+    def _cached_shape(self, part: _Part) -> tuple[int, int, int]:
+        height, width, num_channels = part.image_shape
+        size = self._image_size
+        return (height, width, num_channels) if size is None else (size, size, num_channels)
+
+    def _pixels(self, archive: zipfile.ZipFile, part: _Part) -> Iterator[NDArray[np.uint8]]:
+        """Images uint8 [n, H, W, C] as they go into the cache, a piece at a time."""
+        values = _ValueRange(part.images)
+        for chunk in self._rows(archive, part.images):
+            pixels = values.to_uint8(chunk).reshape(len(chunk), *part.image_shape)
+            yield pixels if self._image_size is None else _resized(pixels, self._image_size)
+        values.check(self._path)
+
+    def _rows(self, archive: zipfile.ZipFile, member: _Member) -> Iterator[NDArray[Any]]:
+        """The array, some rows at a time. Nothing is allocated that has not been read."""
+        values_per_row = math.prod(member.shape[1:])
+        num_rows = max(1, _CHUNK_VALUES // values_per_row)
+        with archive.open(f"{member.name}.npy") as stream:
+            self._header(stream, member.name)
+            for start in range(0, member.shape[0], num_rows):
+                count = min(num_rows, member.shape[0] - start)
+                wanted_bytes = count * values_per_row * member.dtype.itemsize
+                data = stream.read(wanted_bytes)
+                if len(data) != wanted_bytes:
+                    raise EOFError(f"`{member.name}` ends {wanted_bytes - len(data)} bytes early")
+                yield np.frombuffer(data, dtype=member.dtype).reshape(count, *member.shape[1:])
+            stream.read(1)  # at the end, zipfile compares the checksum
+
+    @contextmanager
+    def _reading(self) -> Iterator[None]:
+        """Turns the ways in which a zip can be broken (encrypted included: RuntimeError) into one."""
+        try:
+            yield
+        except (
+            zipfile.BadZipFile,
+            zlib.error,
+            lzma.LZMAError,
+            EOFError,
+            OSError,
+            RuntimeError,
+        ) as error:
+            raise DataError(
+                f"{self._path} cannot be read as an .npz file (a zip of arrays): {error}; it is damaged, cut short or "
+                "of another kind: copy or save it again with numpy.savez"
+            ) from error
+
+
+class _ValueRange:
+    """Converts pixel values to bytes; keeps account of those out of range, to report them all together at the end."""
+
+    def __init__(self, member: _Member) -> None:
+        self._member = member
+        self._is_float = member.dtype.kind == "f"
+        self._limit = 1 if self._is_float else 255
+        self._smallest, self._largest = math.inf, -math.inf
+        self._num_nonfinite, self._num_rows = 0, 0
+        self._first_nonfinite: tuple[int, ...] = ()
+
+    def to_uint8(self, chunk: NDArray[Any]) -> NDArray[np.uint8]:
+        if chunk.dtype == np.uint8:
+            return chunk
+        if chunk.dtype.kind == "b":
+            return chunk.astype(np.uint8) * np.uint8(255)
+        if self._is_float:
+            chunk = self._finite(chunk.astype(np.float64))
+        self._smallest = min(self._smallest, chunk.min().item())
+        self._largest = max(self._largest, chunk.max().item())
+        self._num_rows += len(chunk)
+        clipped = chunk.clip(0, self._limit)
+        return np.rint(clipped * 255).astype(np.uint8) if self._is_float else clipped.astype(np.uint8)
+
+    def _finite(self, chunk: NDArray[np.float64]) -> NDArray[np.float64]:
+        bad = ~np.isfinite(chunk)
+        num_bad = int(bad.sum())
+        if num_bad and not self._num_nonfinite:
+            row, *inside = (int(index) for index in np.unravel_index(bad.argmax(), bad.shape))
+            self._first_nonfinite = (self._num_rows + row, *inside)
+        self._num_nonfinite += num_bad
+        return np.where(bad, 0.0, chunk) if num_bad else chunk
+
+    def check(self, path: Path) -> None:
+        where = f"{path}: `{self._member.name}` ({self._member.dtype})"
+        if self._num_nonfinite:
+            first = ", ".join(str(index) for index in self._first_nonfinite)
+            raise DataError(
+                f"{where} holds {self._num_nonfinite} values that are NaN or infinite, the first at [{first}]; "
+                "find where they come from and save it again"
+            )
+        if self._smallest < 0 or self._largest > self._limit:
+            wanted = "0 to 1 for floating-point numbers" if self._is_float else "0 to 255 for whole numbers"
+            raise DataError(
+                f"{where} has values from {self._smallest:g} to {self._largest:g}; wanted {wanted}; "
+                "rescale it, or save it as uint8 from 0 to 255"
+            )
+
+
+def _resized(pixels: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
+    """Images uint8 [n, H, W, C] -> [n, size, size, C]."""
+    num_images, _, _, num_channels = pixels.shape
+    squares = np.empty((num_images, size, size, num_channels), dtype=np.uint8)
+    for square, image in zip(squares, pixels, strict=True):
+        picture = Image.fromarray(image[..., 0] if num_channels == 1 else image)
+        square[...] = np.asarray(fit_square(picture, size)).reshape(square.shape)
+    return squares
+
+
+def _sides(shape: tuple[int, int, int]) -> str:
+    return " x ".join(str(side) for side in shape)

@@ -1,0 +1,229 @@
+"""Images to train on: the built-in digits, a folder, or an .npz file, behind one small type.
+
+A folder or an .npz may be larger than the memory budget. It is therefore decoded once, image by image, into a cache on
+the disk, and a batch is read from there; only the labels and the indices of the two parts stay in memory.
+"""
+
+import hashlib
+import importlib.resources
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from edgeblocks.data.archive import ImageArchive
+from edgeblocks.data.cache import Content, ImageFile, content_fingerprint, image_moments, open_or_build
+from edgeblocks.data.folder import ImageFolder
+from edgeblocks.data.pictures import fit_square
+from edgeblocks.errors import ConfigError, DataError
+
+Progress = Callable[[int, int, str], None]
+
+_SPLIT_STREAM = 0x5B117  # keeps the split's random numbers apart from everything else drawn from the user's seed
+_MAX_HOLD_OUT = 0.5
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ImageSet:
+    """Images with their training and hold-out parts.
+
+    images: uint8 [N, H, W, C]; memory-mapped for a folder or an .npz, where every page that is looked at counts as
+        resident memory: use `gather` to read.
+    labels: int64 [N], None when unconditional.
+    class_names: one name a class, () when unconditional.
+    train, held_out: int64 indices, ascending, without a common element.
+    mean, std: of the pixel values, scaled to [0, 1], of the training part, over all components together.
+    unreadable: the image files that were skipped, relative to the folder.
+    fingerprint: sha256 of pixels, labels and class names, in hexadecimal: the same wherever the data lies.
+    resident_bytes: what the set keeps in memory.
+    image_file: where `gather` reads from; None when the images are in memory.
+    """
+
+    images: NDArray[np.uint8]
+    labels: NDArray[np.int64] | None
+    class_names: tuple[str, ...]
+    train: NDArray[np.int64]
+    held_out: NDArray[np.int64]
+    mean: float
+    std: float
+    unreadable: tuple[str, ...]
+    fingerprint: str
+    source: str
+    resident_bytes: int
+    image_file: ImageFile | None = field(default=None, repr=False)
+
+    def gather(self, indices: NDArray[np.int64]) -> tuple[NDArray[np.uint8], NDArray[np.int64] | None]:
+        """Copies of the images uint8 [b, H, W, C] and labels int64 [b] at `indices`; leaves nothing else resident.
+
+        Raises:
+            StorageError: the cache cannot be read any more.
+        """
+        indices = np.asarray(indices, dtype=np.int64)
+        images = self.images[indices] if self.image_file is None else self.image_file.read(indices)
+        return images, None if self.labels is None else self.labels[indices]
+
+    def batch_resident_bytes(self, batch: int) -> int:
+        """What a call of `gather` with `batch` indices adds to the resident memory, in bytes."""
+        label_bytes = 0 if self.labels is None else self.labels.itemsize
+        return batch * (math.prod(self.images.shape[1:]) + label_bytes)
+
+
+def open_images(
+    source: str,
+    *,
+    image_size: int | None,
+    hold_out: float,
+    seed: int,
+    cache_dir: Path,
+    progress: Progress | None = None,
+) -> ImageSet:
+    """The images of `source`: "digits", a folder (one sub-folder per class, or flat) or an .npz file.
+
+    image_size: side of the square every image is cut and resized to; None keeps the size, if it is the same for all.
+    hold_out: share of the images in the hold-out part, 0 to 0.5; ignored when the .npz brings its own test part.
+    cache_dir: where a folder or an .npz is decoded to, once; the next call with the same files finds it there.
+    progress: called with (done, total, what), for example (12, 500, "decoding").
+
+    Raises:
+        ConfigError: image_size or hold_out is out of range.
+        DataError: the data cannot be trained on.
+        StorageError: the cache cannot be written or read.
+    """
+    _check_settings(image_size, hold_out)
+    if source == "digits":
+        return _open_digits(image_size, hold_out, seed)
+    reader = _reader(source, image_size)
+    stored = open_or_build(cache_dir, reader.key, lambda cache: reader.fill(cache, progress or _silent))
+    return _image_set(
+        stored.content,
+        images=stored.image_file.view,
+        labels=stored.labels,
+        moments=stored.moments,
+        fingerprint=stored.fingerprint,
+        image_file=stored.image_file,
+        source=source,
+        hold_out=hold_out,
+        seed=seed,
+    )
+
+
+def split(num_images: int, hold_out: float, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """(train, held_out) indices, ascending. At least one image is in each part, none is held out when `hold_out` is 0.
+
+    >>> train, held_out = split(5, 0.4, seed=0)
+    >>> len(train), len(held_out)
+    (3, 2)
+    """
+    num_held_out = min(num_images - 1, max(1, round(hold_out * num_images))) if hold_out > 0 else 0
+    order = np.random.default_rng([seed, _SPLIT_STREAM]).permutation(num_images).astype(np.int64)
+    return np.sort(order[num_held_out:]), np.sort(order[:num_held_out])
+
+
+def _check_settings(image_size: int | None, hold_out: float) -> None:
+    problems = []
+    if image_size is not None and image_size < 1:
+        problems.append(f"image_size is {image_size}; it must be at least 1 pixel (--set image_size=64)")
+    if not 0 <= hold_out <= _MAX_HOLD_OUT:
+        problems.append(f"hold_out is {hold_out}; it is the share of images kept for validation, 0 to {_MAX_HOLD_OUT}")
+    if problems:
+        raise ConfigError(*problems)
+
+
+def _reader(source: str, image_size: int | None) -> ImageFolder | ImageArchive:
+    path = Path(source).expanduser()
+    accepted = 'give "digits" (built in), a folder of images, or an .npz file'
+    try:
+        if path.is_dir():
+            return ImageFolder(path.resolve(), image_size)
+        if not path.exists():
+            raise DataError(f"data '{source}' does not exist; {accepted}")
+        if not path.is_file() or path.suffix.lower() != ".npz":
+            raise DataError(f"data '{source}' is neither a folder nor an .npz file; {accepted}")
+        return ImageArchive(path.resolve(), image_size)
+    except OSError as error:
+        raise DataError(f"data '{source}' cannot be looked at: {error.strerror}; {accepted}") from error
+
+
+def _open_digits(image_size: int | None, hold_out: float, seed: int) -> ImageSet:
+    with importlib.resources.files("edgeblocks.data").joinpath("digits.npz").open("rb") as file:
+        arrays = np.load(file, allow_pickle=False)
+        images: NDArray[np.uint8] = arrays["images"]
+        labels: NDArray[np.int64] = arrays["labels"].astype(np.int64)
+    if image_size is not None:
+        images = np.stack([np.asarray(fit_square(Image.fromarray(image), image_size)) for image in images])
+    images = images[..., None]
+    content = Content(class_names=tuple("0123456789"))
+    return _image_set(
+        content,
+        images=images,
+        labels=labels,
+        moments=image_moments(images),
+        fingerprint=content_fingerprint(
+            images.shape, hashlib.sha256(images.data).hexdigest(), hashlib.sha256(labels.data).hexdigest(), content
+        ),
+        image_file=None,
+        source="digits",
+        hold_out=hold_out,
+        seed=seed,
+    )
+
+
+def _image_set(
+    content: Content,
+    *,
+    images: NDArray[np.uint8],
+    labels: NDArray[np.int64] | None,
+    moments: NDArray[np.int64],
+    fingerprint: str,
+    image_file: ImageFile | None,
+    source: str,
+    hold_out: float,
+    seed: int,
+) -> ImageSet:
+    num_images = len(images)
+    if num_images < 2:
+        raise DataError(f"data '{source}' has {num_images} usable image; at least 2 are needed")
+    if content.num_test:
+        train, held_out = np.split(np.arange(num_images, dtype=np.int64), [num_images - content.num_test])
+    else:
+        train, held_out = split(num_images, hold_out, seed)
+    mean, std = _mean_std(moments[train], math.prod(images.shape[1:]), source)
+    in_memory: list[NDArray[Any]] = [train, held_out]
+    in_memory += [images] if image_file is None else []
+    in_memory += [] if labels is None else [labels]
+    return ImageSet(
+        images=images,
+        labels=labels,
+        class_names=content.class_names,
+        train=train,
+        held_out=held_out,
+        mean=mean,
+        std=std,
+        unreadable=content.unreadable,
+        fingerprint=fingerprint,
+        source=source,
+        resident_bytes=sum(array.nbytes for array in in_memory),
+        image_file=image_file,
+    )
+
+
+def _mean_std(moments: NDArray[np.int64], pixels_per_image: int, source: str) -> tuple[float, float]:
+    """Mean and standard deviation in [0, 1] from per-image sums [n, 2], exact up to the last division."""
+    count = len(moments) * pixels_per_image
+    total, total_squares = (int(column) for column in moments.sum(axis=0))
+    variance_numerator = count * total_squares - total * total
+    if variance_numerator == 0:
+        raise DataError(
+            f"data '{source}': all {count} pixel values of the {len(moments)} training images are {total // count}; "
+            "there is nothing to learn from a constant; check how the images were made"
+        )
+    return total / (255 * count), math.sqrt(variance_numerator / count**2) / 255
+
+
+def _silent(_done: int, _total: int, _what: str) -> None:
+    """Progress for those who did not ask for it."""

@@ -1,0 +1,140 @@
+"""One image file to one array of pixels, with Pillow.
+
+Only the formats below are tried, whatever the file's name says: Pillow would hand others (EPS) to outside programs.
+"""
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+EXTENSIONS = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"})
+
+_FORMATS = ("PNG", "JPEG", "BMP", "GIF", "WEBP", "TIFF", "PPM")
+_GREY_MODES = frozenset({"1", "L", "LA", "La", "I", "I;16", "I;16L", "I;16B", "I;16N"})
+_ORIENTATION_TAG = 0x0112
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_SWAPS_SIDES = 5  # orientations from here on exchange width and height
+_REDUCING_GAP = 2.0  # how much larger than wanted an image may be reduced cheaply before the exact filter runs
+
+
+class UnreadableImageError(Exception):
+    """The file is not a whole, sane image; the message says why. Caught by the folder reader, which skips the file."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PictureHeader:
+    """What a file says about its image before it is decoded, EXIF orientation applied."""
+
+    width: int
+    height: int
+    grey: bool
+
+
+def read_header(path: Path) -> PictureHeader:
+    """Size and kind of an image file, from its first bytes.
+
+    Raises:
+        UnreadableImageError: see there.
+    """
+    with _opened(path) as picture:
+        width, height = picture.size
+        if _orientation(picture) >= _SWAPS_SIDES:
+            width, height = height, width
+        return PictureHeader(width=width, height=height, grey=picture.mode in _GREY_MODES)
+
+
+def decode(path: Path, *, image_size: int | None, grey: bool) -> NDArray[np.uint8]:
+    """Pixels uint8 [H, W, 1] when `grey`, else [H, W, 3]; H = W = image_size unless that is None.
+
+    The EXIF orientation is applied, transparent parts become white, 16-bit grey is reduced to 8 bits.
+
+    Raises:
+        UnreadableImageError: see there.
+    """
+    with _opened(path) as picture:
+        orientation = _orientation(picture)
+        if image_size is not None:
+            _skip_detail(picture, image_size)
+        image = _eight_bit(picture, grey=grey)
+        if image_size is not None:
+            image = fit_square(image, image_size)
+        if orientation in _TURNS:
+            image = image.transpose(_TURNS[orientation])
+        pixels = np.array(image, dtype=np.uint8)
+    return pixels.reshape(*pixels.shape[:2], 1 if grey else 3)
+
+
+def fit_square(image: Image.Image, size: int) -> Image.Image:
+    """The central square of an L or RGB image, resized to `size` × `size` with Lanczos' filter."""
+    width, height = image.size
+    side = min(width, height)
+    if width == height == size:
+        return image
+    left, top = (width - side) // 2, (height - side) // 2
+    box = (left, top, left + side, top + side)
+    return image.resize((size, size), Image.Resampling.LANCZOS, box=box, reducing_gap=_REDUCING_GAP)
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Image.Image]:
+    """Pillow's many ways to refuse a file as one error; its warnings about odd but readable files are dropped."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with Image.open(path, formats=_FORMATS) as picture:
+                if picture.mode == "F":
+                    raise UnreadableImageError("its pixels are floating-point numbers of unknown range")
+                yield picture
+    except (UnreadableImageError, MemoryError):
+        raise
+    except Exception as error:
+        raise UnreadableImageError(f"{type(error).__name__}: {error}") from error
+
+
+def _orientation(picture: Image.Image) -> int:
+    """The EXIF orientation 1-8 that is still to be applied, 1 when there is none.
+
+    Pillow turns a TIFF by itself, and would decode a whole PNG to look for EXIF at its end.
+    """
+    if picture.format == "TIFF" or (picture.format == "PNG" and "exif" not in picture.info):
+        return 1
+    try:
+        return int(picture.getexif().get(_ORIENTATION_TAG, 1))
+    except Exception:  # damaged EXIF, in any of Pillow's ways, around an image that may be sound
+        return 1
+
+
+def _skip_detail(picture: Image.Image, image_size: int) -> None:
+    """Lets the JPEG decoder drop resolution that resizing would drop anyway; other formats ignore it."""
+    gap = _REDUCING_GAP * image_size / min(picture.size)
+    if gap < 1:
+        width, height = picture.size
+        picture.draft(None, (round(width * gap), round(height * gap)))
+
+
+def _eight_bit(picture: Image.Image, *, grey: bool) -> Image.Image:
+    """The image in mode L or RGB."""
+    wanted = "L" if grey else "RGB"
+    image: Image.Image = picture
+    if picture.mode.startswith("I"):  # convert() would clip these at 255
+        values = np.asarray(picture).astype(np.int64)
+        image = Image.fromarray((values.clip(0, 65535) >> 8).astype(np.uint8))
+    elif picture.has_transparency_data:
+        colours = picture.convert("RGBA")
+        image = Image.new("RGBA", colours.size, "white")
+        image.alpha_composite(colours)
+    return image if image.mode == wanted else image.convert(wanted)

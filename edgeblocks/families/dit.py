@@ -1,0 +1,240 @@
+"""dit: image generation with a diffusion transformer (Peebles and Xie 2023, arXiv 2212.09748) as an EDM denoiser.
+
+A block is a whole small DiT: its own stem (patch, noise-level and class embedding), its layers and its own readout. It
+sees a noised image z, the noise level and the class, and predicts the clean image.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from edgeblocks.errors import ConfigError
+from edgeblocks.families.base import Batch, BatchSpec, ImageInfo
+from edgeblocks.layers import (
+    AdaLnZeroLayer,
+    LabelEmbedding,
+    init_linear_,
+    init_zero_,
+    modulated_norm,
+    noise_features,
+    patchify,
+    run_layers,
+    sincos_positions,
+    unpatchify,
+)
+from edgeblocks.noise import NoiseDistribution, NoiseRange, loss_weight
+
+NOISE_FEATURES = 256
+SIGMA_DATA = 0.5
+
+
+@dataclass(frozen=True, kw_only=True)
+class DitSettings:
+    """The shape of the network and its objective's settings."""
+
+    width: int = 128
+    depth: int = 12
+    heads: int = 4
+    patch: int = 2
+    label_dropout: float = 0.1
+    flip: bool = False
+    sigma_min: float = 0.002
+    sigma_max: float = 80.0
+    p_mean: float = -1.2
+    p_std: float = 1.2
+
+    def problems(self) -> list[str]:
+        """What is wrong with these values, one sentence each."""
+        found = [
+            f"{name}={getattr(self, name)} must be at least 1" for name in ("width", "depth", "heads", "patch")
+            if getattr(self, name) < 1
+        ]
+        if not found and self.width % self.heads:
+            found.append(f"width={self.width} is not divisible by heads={self.heads}; use --set heads=...")
+        if not found and self.width % 4:
+            found.append(f"width={self.width} is not divisible by 4, which 2-D positions need")
+        if not 0 <= self.label_dropout < 1:
+            found.append(f"label_dropout={self.label_dropout} must lie in [0, 1)")
+        if not 0 < self.sigma_min < self.sigma_max:
+            found.append(f"sigma_min={self.sigma_min} and sigma_max={self.sigma_max}: 0 < sigma_min < sigma_max is needed")
+        if self.p_std <= 0:
+            found.append(f"p_std={self.p_std} must be larger than 0")
+        return found
+
+
+class DitBlock(nn.Module):
+    """One block: stem, `num_layers` layers, readout.
+
+    `positions` is a fixed table, not a parameter: it is made again by `reset_tables_` and never stored.
+    """
+
+    positions: Tensor
+
+    def __init__(self, *, settings: DitSettings, data: ImageInfo, num_layers: int, checkpointing: bool) -> None:
+        super().__init__()
+        self.patch, self.height, self.width = settings.patch, data.height, data.width
+        self.checkpointing = checkpointing
+        features = data.channels * settings.patch**2
+        hidden = settings.width
+        self.patch_embedding = nn.Linear(features, hidden)
+        self.noise_up = nn.Linear(NOISE_FEATURES, hidden)
+        self.noise_down = nn.Linear(hidden, hidden)
+        self.label_embedding = LabelEmbedding(num_classes=data.num_classes, width=hidden) if data.num_classes else None
+        self.layers = nn.ModuleList(AdaLnZeroLayer(width=hidden, heads=settings.heads) for _ in range(num_layers))
+        self.readout_modulation = nn.Linear(hidden, 2 * hidden)
+        self.readout = nn.Linear(hidden, features)
+        self.reset_tables_()
+
+    def reset_tables_(self) -> None:
+        """Make the fixed tables on torch's default device."""
+        rows, columns = self.height // self.patch, self.width // self.patch
+        table = sincos_positions(rows, columns, self.patch_embedding.out_features)
+        self.register_buffer("positions", table, persistent=False)
+
+    @torch.no_grad()
+    def init_(self, generator: torch.Generator) -> None:
+        """Initialise all parameters in place as DiT does."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                init_linear_(module, generator)
+        for linear in (self.noise_up, self.noise_down):
+            nn.init.normal_(linear.weight, std=0.02, generator=generator)
+        if self.label_embedding is not None:
+            nn.init.normal_(self.label_embedding.table.weight, std=0.02, generator=generator)
+        for layer in self.layers:
+            assert isinstance(layer, AdaLnZeroLayer)
+            init_zero_(layer.modulation)
+        init_zero_(self.readout_modulation)
+        init_zero_(self.readout)
+
+    def forward(
+        self,
+        z: Float[Tensor, "batch channels height width"],
+        sigma: Float[Tensor, " batch"],
+        labels: Int[Tensor, " batch"] | None = None,
+    ) -> Float[Tensor, "batch channels height width"]:
+        """The denoised image D(z, sigma) = c_skip z + c_out F(c_in z, c_noise) (EDM, equation 7)."""
+        total = (sigma**2 + SIGMA_DATA**2).view(-1, 1, 1, 1)
+        c_skip = SIGMA_DATA**2 / total
+        c_out = sigma.view(-1, 1, 1, 1) * SIGMA_DATA * total.rsqrt()
+        c_in = total.rsqrt()
+        raw = self._network(c_in * z, sigma.log() / 4, labels)
+        return torch.addcmul(c_skip * z, c_out, raw)
+
+    def _network(self, x: Tensor, c_noise: Tensor, labels: Tensor | None) -> Tensor:
+        condition = self.noise_down(nn.functional.silu(self.noise_up(noise_features(c_noise, NOISE_FEATURES))))
+        if self.label_embedding is not None:
+            assert labels is not None
+            condition = condition + self.label_embedding(labels)
+        condition = nn.functional.silu(condition)
+        tokens = self.patch_embedding(patchify(x, self.patch)) + self.positions
+        tokens = run_layers(self.layers, tokens, condition, checkpointing=self.checkpointing)
+        shift, scale = self.readout_modulation(condition).chunk(2, dim=-1)
+        tokens = self.readout(modulated_norm(tokens, shift, scale))
+        return unpatchify(tokens, patch=self.patch, height=self.height, width=self.width)
+
+
+class Dit:
+    """The family: builds blocks, draws what a training step needs, and computes the per-sample loss."""
+
+    name = "dit"
+    preferred_blocks = 3
+    settings_type = DitSettings
+
+    def __init__(self, settings: DitSettings, data: ImageInfo) -> None:
+        problems = settings.problems()
+        if not problems:
+            problems = [
+                f"patch={settings.patch} does not divide the image {side} {size}; use --set patch=... or "
+                f"--set image_size=..."
+                for side, size in (("height", data.height), ("width", data.width))
+                if size % settings.patch
+            ]
+        if problems:
+            raise ConfigError(*problems)
+        self.settings, self.data = settings, data
+
+    @property
+    def num_layers(self) -> int:
+        return self.settings.depth
+
+    @property
+    def noise(self) -> NoiseDistribution:
+        s = self.settings
+        return NoiseDistribution(sigma_min=s.sigma_min, sigma_max=s.sigma_max, p_mean=s.p_mean, p_std=s.p_std)
+
+    @property
+    def conditional(self) -> bool:
+        return self.data.num_classes > 0
+
+    def block(self, *, num_layers: int, checkpointing: bool) -> DitBlock:
+        """A block of `num_layers` layers on torch's default device, parameters not initialised."""
+        return DitBlock(settings=self.settings, data=self.data, num_layers=num_layers, checkpointing=checkpointing)
+
+    def batch_spec(self, batch: int) -> BatchSpec:
+        """Shape and dtype of each tensor that `draw` gives."""
+        image = (batch, self.data.channels, self.data.height, self.data.width)
+        spec: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
+            "clean": (image, torch.float32),
+            "eps": (image, torch.float32),
+            "sigma": ((batch,), torch.float32),
+        }
+        if self.conditional:
+            spec["labels"] = ((batch,), torch.int64)
+        return spec
+
+    def to_model(self, pixels: np.ndarray) -> Float[Tensor, "batch channels height width"]:
+        """uint8 [N, H, W, C] to model space: zero mean, standard deviation sigma_data."""
+        images = torch.from_numpy(pixels).permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
+        return images.mul_(self.data.scale / 255).sub_(self.data.mean * self.data.scale)
+
+    def draw(
+        self, pixels: np.ndarray, labels: np.ndarray | None, noise_range: NoiseRange, generator: torch.Generator
+    ) -> Batch:
+        """One training step's batch: sigma uniform in q between the widened ends, labels dropped for guidance."""
+        clean = self.to_model(pixels)
+        count = len(clean)
+        if self.settings.flip:
+            flipped = torch.rand(count, generator=generator) < 0.5
+            clean[flipped] = clean[flipped].flip(-1)
+        low, high = (self.noise.quantile(sigma) for sigma in (noise_range.train_low, noise_range.train_high))
+        q = low + (high - low) * torch.rand(count, dtype=torch.float64, generator=generator)
+        sigma = torch.exp(self.noise.p_mean + self.noise.p_std * torch.special.ndtri(q))
+        batch = {
+            "clean": clean,
+            "eps": torch.randn(clean.shape, generator=generator),
+            "sigma": sigma.clamp(noise_range.train_low, noise_range.train_high).float(),
+        }
+        if self.conditional:
+            assert labels is not None
+            dropped = torch.rand(count, generator=generator) < self.settings.label_dropout
+            batch["labels"] = torch.from_numpy(labels).masked_fill(dropped, self.data.num_classes)
+        return batch
+
+    def at_level(
+        self, pixels: np.ndarray, labels: np.ndarray | None, sigma: float, generator: torch.Generator
+    ) -> Batch:
+        """A batch at one noise level, for evaluation: no flip, no dropped labels."""
+        clean = self.to_model(pixels)
+        batch = {
+            "clean": clean,
+            "eps": torch.randn(clean.shape, generator=generator),
+            "sigma": torch.full((len(clean),), sigma),
+        }
+        if self.conditional:
+            assert labels is not None
+            batch["labels"] = torch.from_numpy(labels)
+        return batch
+
+    def loss(self, block: nn.Module, batch: Batch) -> Float[Tensor, " batch"]:
+        """w(sigma) ||D(clean + sigma eps, sigma) - clean||^2 averaged over an image's components, per sample."""
+        clean, sigma = batch["clean"], batch["sigma"]
+        z = torch.addcmul(clean, sigma.view(-1, 1, 1, 1), batch["eps"])
+        denoised = block(z, sigma, batch.get("labels"))
+        error = (denoised - clean).square().flatten(1).mean(1)
+        weight: Any = loss_weight(sigma, SIGMA_DATA)
+        return error * weight

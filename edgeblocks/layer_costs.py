@@ -1,0 +1,84 @@
+"""What a block costs in bytes and arithmetic, as numbers: the planner's input, made by `cost.trace`."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class Growth:
+    """A quantity of a step for blocks of 1, 2 and 3 layers; from 2 layers on it grows linearly."""
+
+    one: int
+    two: int
+    three: int
+
+    def at(self, num_layers: int) -> int:
+        """The quantity for a block of `num_layers` layers.
+
+        >>> [Growth(one=5, two=7, three=10).at(n) for n in (1, 2, 3, 4)]
+        [5, 7, 10, 13]
+        """
+        return self.one if num_layers == 1 else self.two + (num_layers - 2) * (self.three - self.two)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepCost:
+    """A step on `samples` samples.
+
+    `peak_bytes` is the largest sum of live tensors beyond weights, gradients and the batch itself; `touched_bytes` the
+    sum of all tensors written, which stands for memory traffic; `operators` counts kernels.
+    """
+
+    samples: int
+    peak_bytes: Growth
+    touched_bytes: Growth
+    operators: Growth
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerCosts:
+    """A family with its settings, as the planner sees it.
+
+    `ends` are a block's stem and readout together. `*_moments` are bytes of optimizer state by optimizer, and
+    `workspace_bytes` what an optimizer step needs beside it. Steps are traced at several sample counts, ascending:
+    training with all activations kept, with activation checkpointing, and a forward pass alone.
+    """
+
+    num_layers: int
+    ends_parameters: int
+    layer_parameters: int
+    ends_moments: dict[str, int]
+    layer_moments: dict[str, int]
+    workspace_bytes: dict[str, int]
+    batch_bytes_per_sample: int
+    ends_flops_per_sample: int
+    layer_flops_per_sample: int
+    plain: tuple[StepCost, ...]
+    checkpointed: tuple[StepCost, ...]
+    forward: tuple[StepCost, ...]
+
+    def parameters(self, num_layers: int) -> int:
+        return self.ends_parameters + num_layers * self.layer_parameters
+
+    def moment_bytes(self, num_layers: int, optimizer: str) -> int:
+        return self.ends_moments[optimizer] + num_layers * self.layer_moments[optimizer]
+
+    def forward_flops_per_sample(self, num_layers: int) -> int:
+        return self.ends_flops_per_sample + num_layers * self.layer_flops_per_sample
+
+
+def at_samples(costs: Sequence[StepCost], samples: int, value: Callable[[StepCost], int]) -> int:
+    """A step's quantity at a sample count between traced ones (`costs` ascending in samples), on a straight line.
+
+    A peak is the largest of several sums that grow with the samples, so it is convex in them: the line between two
+    traced counts never lies below it.
+    """
+    exact = next((cost for cost in costs if cost.samples == samples), None)
+    if exact is not None:
+        return value(exact)
+    upper = next((cost for cost in costs if cost.samples > samples), costs[-1])
+    lower = next((cost for cost in reversed(costs) if cost.samples < upper.samples), None)
+    if lower is None:
+        return round(value(upper) * samples / upper.samples)
+    slope = (value(upper) - value(lower)) / (upper.samples - lower.samples)
+    return round(value(lower) + slope * (samples - lower.samples))

@@ -1,0 +1,177 @@
+"""Parts that families are built of: attention, MLP, AdaLN-zero layers, embeddings, and activation checkpointing.
+
+Parameters are created on torch's default device and initialised by `init_`, with an explicit generator: a block is
+built on the meta device (no memory), bound to the block store's buffer, and only then initialised there.
+"""
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch.nn.functional as F  # noqa: N812 - torch's own convention
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+
+class SelfAttention(nn.Module):
+    """Multi-head self-attention over all tokens."""
+
+    def __init__(self, *, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.out = nn.Linear(width, width)
+
+    def forward(self, x: Float[Tensor, "batch tokens width"]) -> Float[Tensor, "batch tokens width"]:
+        queries, keys, values = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        attended = F.scaled_dot_product_attention(queries, keys, values)
+        out: Tensor = self.out(attended.transpose(1, 2).flatten(2))
+        return out
+
+
+class Mlp(nn.Module):
+    """Two linear maps with a tanh-approximated GELU between them, four times as wide inside."""
+
+    def __init__(self, *, width: int, ratio: int = 4) -> None:
+        super().__init__()
+        self.up = nn.Linear(width, ratio * width)
+        self.down = nn.Linear(ratio * width, width)
+
+    def forward(self, x: Float[Tensor, "batch tokens width"]) -> Float[Tensor, "batch tokens width"]:
+        out: Tensor = self.down(F.gelu(self.up(x), approximate="tanh"))
+        return out
+
+
+def modulated_norm(
+    x: Float[Tensor, "batch tokens width"], shift: Float[Tensor, "batch width"], scale: Float[Tensor, "batch width"]
+) -> Float[Tensor, "batch tokens width"]:
+    """LayerNorm without affine parameters, then x * (1 + scale) + shift (AdaLN)."""
+    normed = F.layer_norm(x, x.shape[-1:], eps=1e-6)
+    return torch.addcmul(shift.unsqueeze(1), normed, 1 + scale.unsqueeze(1))
+
+
+class AdaLnZeroLayer(nn.Module):
+    """A transformer layer whose norms and gates come from the condition, starting as the identity.
+
+    Source: Peebles and Xie 2023, arXiv 2212.09748, section 3.2 (adaLN-Zero). `condition` has passed SiLU already, once
+    for all layers.
+    """
+
+    def __init__(self, *, width: int, heads: int) -> None:
+        super().__init__()
+        self.attention = SelfAttention(width=width, heads=heads)
+        self.mlp = Mlp(width=width)
+        self.modulation = nn.Linear(width, 6 * width)
+
+    def forward(
+        self, x: Float[Tensor, "batch tokens width"], condition: Float[Tensor, "batch width"]
+    ) -> Float[Tensor, "batch tokens width"]:
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.modulation(condition).chunk(6, dim=-1)
+        x = torch.addcmul(x, gate_a.unsqueeze(1), self.attention(modulated_norm(x, shift_a, scale_a)))
+        return torch.addcmul(x, gate_m.unsqueeze(1), self.mlp(modulated_norm(x, shift_m, scale_m)))
+
+
+def noise_features(c_noise: Float[Tensor, " batch"], num_features: int) -> Float[Tensor, "batch features"]:
+    """Sines and cosines of c_noise = ln(sigma)/4, which spans about [-1.6, 1.1].
+
+    The frequencies run from 1 to 100: a block sees a span of 0.2 to 1.6, over which the usual sinusoids with a longest
+    period of 10^4 would hardly change.
+    """
+    half = num_features // 2
+    frequencies = torch.exp(torch.arange(half, device=c_noise.device) * (math.log(100.0) / max(half - 1, 1)))
+    angles = c_noise.unsqueeze(1) * frequencies
+    return torch.cat([angles.cos(), angles.sin()], dim=1)
+
+
+def sincos_positions(rows: int, columns: int, width: int) -> Float[Tensor, "tokens width"]:
+    """Fixed 2-D sine-cosine positions, row-major: half of the width for the row, half for the column (DiT, ViT/MAE).
+
+    `width` must be divisible by 4.
+    """
+    frequencies = 10_000.0 ** (-torch.arange(width // 4) / (width // 4))
+    row_angles = torch.arange(rows).unsqueeze(1) * frequencies
+    column_angles = torch.arange(columns).unsqueeze(1) * frequencies
+    by_row = torch.cat([row_angles.sin(), row_angles.cos()], dim=1)
+    by_column = torch.cat([column_angles.sin(), column_angles.cos()], dim=1)
+    grid = [by_row.unsqueeze(1).expand(-1, columns, -1), by_column.unsqueeze(0).expand(rows, -1, -1)]
+    return torch.cat(grid, dim=2).flatten(0, 1)
+
+
+def patchify(
+    images: Float[Tensor, "batch channels height width"], patch: int
+) -> Float[Tensor, "batch tokens features"]:
+    """Square patches in row-major order, each flattened as (channel, row, column)."""
+    batch, channels, height, width = images.shape
+    x = images.reshape(batch, channels, height // patch, patch, width // patch, patch)
+    return x.permute(0, 2, 4, 1, 3, 5).reshape(batch, (height // patch) * (width // patch), channels * patch * patch)
+
+
+def unpatchify(
+    tokens: Float[Tensor, "batch tokens features"], *, patch: int, height: int, width: int
+) -> Float[Tensor, "batch channels height width"]:
+    """The inverse of `patchify`."""
+    batch, _, features = tokens.shape
+    channels = features // (patch * patch)
+    x = tokens.reshape(batch, height // patch, width // patch, channels, patch, patch)
+    return x.permute(0, 3, 1, 4, 2, 5).reshape(batch, channels, height, width)
+
+
+class LabelEmbedding(nn.Module):
+    """A learned vector for each class, and a last one for "no class" (used by guidance)."""
+
+    def __init__(self, *, num_classes: int, width: int) -> None:
+        super().__init__()
+        self.table = nn.Embedding(num_classes + 1, width)
+
+    def forward(self, labels: Int[Tensor, " batch"]) -> Float[Tensor, "batch width"]:
+        out: Tensor = self.table(labels)
+        return out
+
+
+def init_linear_(linear: nn.Linear, generator: torch.Generator) -> None:
+    """Xavier-uniform weights and zero bias (DiT)."""
+    nn.init.xavier_uniform_(linear.weight, generator=generator)
+    nn.init.zeros_(linear.bias)
+
+
+def init_zero_(linear: nn.Linear) -> None:
+    """Weights and bias zero, so that a gated or final map starts as nothing (adaLN-Zero)."""
+    nn.init.zeros_(linear.weight)
+    nn.init.zeros_(linear.bias)
+
+
+class _Checkpointed(torch.autograd.Function):
+    """Runs a layer without keeping its activations and runs it again in the backward pass.
+
+    Our own 20 lines because importing torch.utils.checkpoint costs 70 MB of resident memory. The layer must not be
+    random, and its parameters' gradients are accumulated in place.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, layer: nn.Module, *inputs: Tensor) -> Tensor:  # noqa: ANN401
+        ctx.layer = layer
+        ctx.save_for_backward(*inputs)
+        with torch.no_grad():
+            out: Tensor = layer(*inputs)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> Any:  # noqa: ANN401
+        inputs = [tensor.detach().requires_grad_(tensor.requires_grad) for tensor in ctx.saved_tensors]
+        with torch.enable_grad():
+            out = ctx.layer(*inputs)
+        torch.autograd.backward(out, grad_outputs[0])
+        return (None, *(tensor.grad for tensor in inputs))
+
+
+def run_layers(
+    layers: Iterable[nn.Module], x: Float[Tensor, "batch tokens width"], condition: Tensor, *, checkpointing: bool
+) -> Float[Tensor, "batch tokens width"]:
+    """x through all layers; with checkpointing only the layers' inputs are kept for the backward pass.
+
+    Same numbers either way, bit for bit on a CPU.
+    """
+    for layer in layers:
+        x = _Checkpointed.apply(layer, x, condition) if checkpointing and x.requires_grad else layer(x, condition)
+    return x

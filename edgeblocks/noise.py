@@ -1,0 +1,167 @@
+"""Noise levels: their distribution, their partition into blocks, and the levels of a sampler.
+
+Plain arithmetic without torch, because training, evaluation, sampling, export and the deployed chain all route a noise
+level to its block through `NoisePartition.block_of` and through nothing else. The block is an integer that is decided
+once; it is never inferred again from a rounded grid.
+
+Layer order runs from high noise to low noise: block 0 owns the highest range.
+Source: Karras et al. 2022, arXiv 2206.00364 (EDM); Shing et al., arXiv 2506.14202, section 3 (partition).
+"""
+
+import math
+from dataclasses import dataclass
+from statistics import NormalDist
+from typing import Any, Literal
+
+from edgeblocks.errors import ConfigError
+
+PartitionKind = Literal["equal-probability", "uniform"]
+_STANDARD_NORMAL = NormalDist()
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoiseDistribution:
+    """log sigma ~ N(p_mean, p_std^2), truncated to [sigma_min, sigma_max] (EDM, table 1)."""
+
+    sigma_min: float = 0.002
+    sigma_max: float = 80.0
+    p_mean: float = -1.2
+    p_std: float = 1.2
+
+    def quantile(self, sigma: float) -> float:
+        """q(sigma) = Phi((ln sigma - p_mean) / p_std)."""
+        return _STANDARD_NORMAL.cdf((math.log(sigma) - self.p_mean) / self.p_std)
+
+    def sigma_at(self, quantile: float) -> float:
+        """The inverse of `quantile`."""
+        return math.exp(self.p_mean + self.p_std * _STANDARD_NORMAL.inv_cdf(quantile))
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoiseRange:
+    """One block's noise levels: it owns [low, high) and is trained on the slightly wider [train_low, train_high]."""
+
+    low: float
+    high: float
+    train_low: float
+    train_high: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoisePartition:
+    """The noise ranges of all blocks; `boundaries` has one more entry than blocks and descends from sigma_max."""
+
+    distribution: NoiseDistribution
+    boundaries: tuple[float, ...]
+    ranges: tuple[NoiseRange, ...]
+
+    @property
+    def num_blocks(self) -> int:
+        return len(self.ranges)
+
+    def block_of(self, sigma: float) -> int:
+        """The block that owns a noise level: block b owns [boundaries[b+1], boundaries[b]), block 0 also sigma_max.
+
+        Raises:
+            ValueError: sigma lies outside [sigma_min, sigma_max].
+
+        >>> partition = partition_noise(NoiseDistribution(), num_blocks=3, kind="equal-probability", overlap=0.05)
+        >>> [partition.block_of(sigma) for sigma in (80.0, 1.0, 0.3, 0.002)]
+        [0, 0, 1, 2]
+        """
+        if not self.boundaries[-1] <= sigma <= self.boundaries[0]:
+            raise ValueError(f"sigma {sigma} lies outside [{self.boundaries[-1]}, {self.boundaries[0]}]")
+        return sum(sigma < boundary for boundary in self.boundaries[1:-1])
+
+
+def partition_noise(
+    distribution: NoiseDistribution, *, num_blocks: int, kind: PartitionKind, overlap: float
+) -> NoisePartition:
+    """Noise ranges for `num_blocks` blocks.
+
+    `equal-probability` gives every block the same mass of the training distribution,
+    sigma_b = exp(p_mean + p_std * Phi^-1(q_max + (b/B) (q_min - q_max))); `uniform` gives equal widths in log sigma
+    (the ablation of arXiv 2506.14202). `overlap` (gamma) widens what a block is trained on: [low/a, high*a] with
+    a = (high/low)^gamma, clipped to the whole range.
+    """
+    top, bottom = distribution.sigma_max, distribution.sigma_min
+    if kind == "equal-probability":
+        q_top, q_bottom = distribution.quantile(top), distribution.quantile(bottom)
+        inner = [distribution.sigma_at(q_top + b / num_blocks * (q_bottom - q_top)) for b in range(1, num_blocks)]
+    else:
+        inner = [top * (bottom / top) ** (b / num_blocks) for b in range(1, num_blocks)]
+    boundaries = (top, *inner, bottom)
+    ranges = []
+    for high, low in zip(boundaries[:-1], boundaries[1:], strict=True):
+        widening = (high / low) ** overlap
+        ranges.append(
+            NoiseRange(low=low, high=high, train_low=max(low / widening, bottom), train_high=min(high * widening, top))
+        )
+    return NoisePartition(distribution=distribution, boundaries=boundaries, ranges=tuple(ranges))
+
+
+def sampler_levels(partition: NoisePartition, *, num_steps: int, rho: float = 7.0) -> tuple[float, ...]:
+    """Noise levels of a sampler, descending from sigma_max; after the last one the sampler goes to 0.
+
+    These are EDM's levels, evenly spaced in sigma^(1/rho) (EDM, equation 5), with two guarantees that plain EDM levels
+    do not give: no level lies on a boundary between blocks, and every block has at least one. A block that the plain
+    grid skips takes a level from the block with the most; the levels of the blocks concerned are then spaced evenly,
+    in the same warped scale, inside their own ranges.
+
+    Raises:
+        ConfigError: fewer steps than blocks.
+    """
+    num_blocks = partition.num_blocks
+    if num_steps < num_blocks:
+        raise ConfigError(
+            f"{num_steps} sampling steps cannot visit {num_blocks} blocks: each block must run at least once; "
+            f"use --steps {num_blocks} or more"
+        )
+    top, bottom = (sigma ** (1 / rho) for sigma in (partition.boundaries[0], partition.boundaries[-1]))
+    levels = [partition.boundaries[0]]
+    levels += [(top + i / (num_steps - 1) * (bottom - top)) ** rho for i in range(1, num_steps - 1)]
+    levels += [partition.boundaries[-1]] if num_steps > 1 else []
+    levels = [min(max(level, partition.boundaries[-1]), partition.boundaries[0]) for level in levels]
+    by_block: list[list[float]] = [[] for _ in range(num_blocks)]
+    for level in levels:
+        by_block[partition.block_of(level)].append(level)
+    counts = [len(block_levels) for block_levels in by_block]
+    respaced = {b for b, count in enumerate(counts) if _on_boundary(by_block[b], partition)}
+    while 0 in counts:
+        taker, giver = counts.index(0), counts.index(max(counts))
+        counts[taker] += 1
+        counts[giver] -= 1
+        respaced |= {taker, giver}
+    for block in respaced:
+        by_block[block] = _levels_inside(partition, block, counts[block], rho)
+    return tuple(level for block_levels in by_block for level in block_levels)
+
+
+def _on_boundary(levels: list[float], partition: NoisePartition) -> bool:
+    return any(
+        math.isclose(level, boundary, rel_tol=1e-5) for level in levels for boundary in partition.boundaries[1:-1]
+    )
+
+
+def _levels_inside(partition: NoisePartition, block: int, count: int, rho: float) -> list[float]:
+    """`count` levels inside one block, evenly spaced in sigma^(1/rho); the outer ends of the chain are kept."""
+    high, low = (boundary ** (1 / rho) for boundary in partition.boundaries[block : block + 2])
+    first, last = block == 0, block == partition.num_blocks - 1
+    # Half a gap is left towards each neighbouring block, none at sigma_max and sigma_min.
+    parts = (count - 1) + (0.0 if first else 0.5) + (0.0 if last else 0.5)
+    gap = (high - low) / parts if parts else 0.0
+    start = high if first else high - gap / 2
+    levels = [(start - i * gap) ** rho for i in range(count)]
+    if first:
+        levels[0] = partition.boundaries[0]
+    elif last:
+        levels[-1] = partition.boundaries[-1]
+    return levels
+
+
+def loss_weight(sigma: Any, sigma_data: float) -> Any:  # noqa: ANN401 - float, array and tensor alike
+    """w(sigma) = (sigma^2 + sigma_data^2) / (sigma sigma_data)^2, of sigma's type and shape (EDM, table 1).
+
+    It belongs to the L2 loss of a denoiser and to nothing else; its shape must be that of the per-sample loss.
+    """
+    return (sigma**2 + sigma_data**2) / (sigma * sigma_data) ** 2

@@ -1,0 +1,35 @@
+"""All randomness, decided by a position such as (seed, block, step), so that a resumed run draws what it would have."""
+
+import hashlib
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import torch
+
+
+def seed_at(*position: int | str) -> int:
+    """A 63-bit seed for a position; different positions give unrelated seeds."""
+    digest = hashlib.sha256("/".join(map(str, position)).encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1
+
+
+def generator_at(*position: int | str) -> "torch.Generator":
+    """A CPU generator for a position."""
+    import torch
+
+    return torch.Generator().manual_seed(seed_at(*position))
+
+
+def start_noise(shape: Sequence[int], *, num_samples: int, seed: int) -> np.ndarray:
+    """Standard normal noise, float32 [num_samples, *shape], one stream a sample.
+
+    Sample i is the same whatever the number of samples, and the same in torch and in the deployed chain: numpy's PCG64
+    draws it in both.
+    """
+    noise = np.empty((num_samples, *shape), dtype=np.float32)
+    for index in range(num_samples):
+        noise[index] = np.random.default_rng(seed_at(seed, "start", index)).standard_normal(shape, dtype=np.float32)
+    return noise

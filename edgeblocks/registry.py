@@ -1,0 +1,58 @@
+"""Families and targets by name. The one place that knows which exist; each is imported when it is asked for."""
+
+import dataclasses
+import importlib
+from typing import Any
+
+from edgeblocks.errors import ConfigError
+
+_FAMILIES = {"dit": "edgeblocks.families.dit:Dit"}
+_TARGETS = {"cpu": "edgeblocks.targets.cpu:CpuTarget"}
+_EXPORTERS = {"onnx": "edgeblocks.export.graph:export_run"}
+
+
+def family_names() -> tuple[str, ...]:
+    return tuple(_FAMILIES)
+
+
+def target_names() -> tuple[str, ...]:
+    return tuple(_TARGETS)
+
+
+def family_type(name: str) -> Any:  # noqa: ANN401 - a class satisfying families.base.Family
+    """The class of a family.
+
+    Raises:
+        ConfigError: there is no such family.
+    """
+    return _load(_FAMILIES, name, "family")
+
+
+def build_family(name: str, settings: dict[str, Any], data: dict[str, Any]) -> Any:  # noqa: ANN401
+    """A family from plain values: the fields of its settings, and those of `ImageInfo`."""
+    from edgeblocks.families.base import ImageInfo
+
+    cls = family_type(name)
+    return cls(cls.settings_type(**settings), ImageInfo(**data))
+
+
+def family_fields(name: str) -> dict[str, Any]:
+    """Names and defaults of a family's settings."""
+    return {field.name: field.default for field in dataclasses.fields(family_type(name).settings_type)}
+
+
+def build_target(name: str) -> Any:  # noqa: ANN401 - a class satisfying targets.base.Target
+    """A target by name; `auto` takes the best one that exists here."""
+    return _load(_TARGETS, "cpu" if name == "auto" else name, "target")()
+
+
+def build_exporter() -> Any:  # noqa: ANN401 - export.graph.export_run
+    """The function that turns a run directory into an exported directory."""
+    return _load(_EXPORTERS, "onnx", "exporter")
+
+
+def _load(table: dict[str, str], name: str, kind: str) -> Any:  # noqa: ANN401
+    if name not in table:
+        raise ConfigError(f"there is no {kind} '{name}'; there are: {', '.join(table)}")
+    module, _, attribute = table[name].partition(":")
+    return getattr(importlib.import_module(module), attribute)

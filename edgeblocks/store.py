@@ -1,0 +1,380 @@
+"""A block's bytes: their layout in one buffer, and the file that holds them.
+
+A block lives in one safetensors file: weights, EMA and optimizer state, with plain names. The data section of the file
+is exactly the memory of a `BlockBuffer`, so a block is read with one `readinto` and written with one `write`, without
+a second copy (safetensors' own reader maps the file and doubles the resident bytes; its writer is several times slower
+with fsync). Any safetensors reader opens the file.
+
+Every part carries a SHA-256 of its bytes, and the header one of itself: a flipped byte is found before use. A write
+goes to a temporary name, is synced, and then renamed: at any instant the file under the final name is whole.
+"""
+
+import contextlib
+import hashlib
+import json
+import math
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from edgeblocks.errors import RunError, StorageError
+from edgeblocks.units import format_bytes
+
+FORMAT_VERSION = 1
+GROUP_SIZE = 256
+SMALLEST_QUANTIZED = 4096
+Optimizer = Literal["adamw8bit", "adamw"]
+Part = Literal["weights", "ema", "optimizer"]
+PARTS: tuple[Part, ...] = ("weights", "ema", "optimizer")
+_DTYPES = {torch.float32: "F32", torch.uint8: "U8"}
+_HEADER_LIMIT_BYTES = 16 * 2**20
+
+
+def is_quantizable(shape: Sequence[int]) -> bool:
+    """Whether a parameter's optimizer state may be kept in 8 bit: matrices that whole groups cover."""
+    numel = math.prod(shape)
+    return len(shape) >= 2 and numel % GROUP_SIZE == 0 and numel >= SMALLEST_QUANTIZED
+
+
+def state_bytes(num_parameters: int, num_quantizable: int, optimizer: Optimizer) -> dict[Part, int]:
+    """Bytes of each part of a block. AdamW keeps two moments: 8 bytes a parameter in fp32, 2.03 in 8 bit."""
+    quantized = num_quantizable if optimizer == "adamw8bit" else 0
+    moments = 8 * (num_parameters - quantized) + 2 * quantized + 8 * (quantized // GROUP_SIZE)
+    return {"weights": 4 * num_parameters, "ema": 4 * num_parameters, "optimizer": moments}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """One tensor of a block file. `start` counts bytes from the beginning of the data section."""
+
+    name: str
+    part: Part
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int
+
+    @property
+    def num_bytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockLayout:
+    """Where each tensor of a block lies.
+
+    Parameters are ordered so that one optimizer call covers a stretch: first the `num_quantized` whose moments are kept
+    in 8 bit, then up to `num_decayed` other matrices, then vectors, which get no weight decay.
+    """
+
+    entries: tuple[Entry, ...]
+    num_parameters: int
+    num_quantized: int
+    num_decayed: int
+
+    @property
+    def num_bytes(self) -> int:
+        return self.entries[-1].start + self.entries[-1].num_bytes
+
+    def part_span(self, part: Part) -> tuple[int, int]:
+        """First byte and number of bytes of a part in the data section."""
+        inside = [entry for entry in self.entries if entry.part == part]
+        return inside[0].start, sum(entry.num_bytes for entry in inside)
+
+    @classmethod
+    def of(cls, block: nn.Module, optimizer: Optimizer) -> "BlockLayout":
+        """The layout of a block's parameters (which may be on the meta device)."""
+        named = [(name, tuple(parameter.shape)) for name, parameter in block.named_parameters()]
+
+        def region(shape: tuple[int, ...]) -> int:
+            if optimizer == "adamw8bit" and is_quantizable(shape):
+                return 0
+            return 1 if len(shape) >= 2 else 2
+
+        ordered = sorted(named, key=lambda item: region(item[1]))
+        sizes = [sum(math.prod(shape) for _, shape in named if region(shape) == number) for number in range(3)]
+        plain = sizes[1] + sizes[2]
+        wanted: list[tuple[str, Part, torch.dtype, tuple[int, ...]]] = []
+        wanted += [(f"weights.{name}", "weights", torch.float32, shape) for name, shape in ordered]
+        wanted += [(f"ema.{name}", "ema", torch.float32, shape) for name, shape in ordered]
+        for moment in ("exp_avg", "exp_avg_sq"):
+            wanted.append((f"optimizer.{moment}", "optimizer", torch.float32, (plain,)))
+        for moment in ("exp_avg", "exp_avg_sq"):
+            wanted.append((f"optimizer.{moment}_scales", "optimizer", torch.float32, (sizes[0] // GROUP_SIZE,)))
+        for moment in ("exp_avg", "exp_avg_sq"):
+            wanted.append((f"optimizer.{moment}_codes", "optimizer", torch.uint8, (sizes[0],)))
+        entries, start = [], 0
+        for name, part, dtype, shape in wanted:
+            entries.append(Entry(name=name, part=part, dtype=dtype, shape=shape, start=start))
+            start += entries[-1].num_bytes
+        return cls(
+            entries=tuple(entries), num_parameters=sum(sizes), num_quantized=sizes[0], num_decayed=sizes[0] + sizes[1]
+        )
+
+
+class BlockBuffer:
+    """Memory for the parts of a block, with typed views into it. One allocation for the life of a run."""
+
+    def __init__(self, layout: BlockLayout, parts: Sequence[Part] = PARTS) -> None:
+        self.parts = tuple(parts)
+        self._memory = torch.empty(sum(layout.part_span(part)[1] for part in self.parts), dtype=torch.uint8)
+        self.adopt_(layout)
+
+    @property
+    def num_bytes(self) -> int:
+        return self._memory.numel()
+
+    def adopt_(self, layout: BlockLayout) -> None:
+        """Use the memory for another block, whose layout must not be larger."""
+        self.layout = layout
+        self._part_starts: dict[Part, int] = {}
+        start = 0
+        for part in self.parts:
+            self._part_starts[part] = start
+            start += layout.part_span(part)[1]
+        assert start <= self.num_bytes, "a buffer is made for the largest block"
+
+    def part_bytes(self, part: Part) -> Tensor:
+        """uint8 view of one part, in file order."""
+        start = self._part_starts[part]
+        return self._memory[start : start + self.layout.part_span(part)[1]]
+
+    def tensors(self, part: Part) -> Iterator[tuple[str, Tensor]]:
+        """(name without the part's prefix, view) of one part's tensors."""
+        part_start = self.layout.part_span(part)[0]
+        memory = self.part_bytes(part)
+        for entry in self.layout.entries:
+            if entry.part == part:
+                start = entry.start - part_start
+                view = memory[start : start + entry.num_bytes].view(entry.dtype).view(entry.shape)
+                yield entry.name.removeprefix(f"{part}."), view
+
+    def flat(self, part: Literal["weights", "ema"]) -> Tensor:
+        """All parameters of a part as one fp32 vector [num_parameters]."""
+        return self.part_bytes(part).view(torch.float32)
+
+
+def bind_parameters_(block: nn.Module, values: Iterable[tuple[str, Tensor]], gradients: Tensor | None = None) -> None:
+    """Make the block's parameters views of a buffer, and their gradients views of one flat vector in the same order."""
+    start = 0
+    for name, value in values:
+        owner_name, _, leaf = name.rpartition(".")
+        owner = block.get_submodule(owner_name)
+        parameter = nn.Parameter(value, requires_grad=gradients is not None)
+        if gradients is not None:
+            parameter.grad = gradients[start : start + value.numel()].view_as(value)
+            start += value.numel()
+        setattr(owner, leaf, parameter)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockHeader:
+    """What a block file says of itself."""
+
+    run_id: str
+    block: int
+    step: int
+    digests: dict[Part, str]
+
+
+class BlockStore:
+    """The files of a run's blocks, in one folder."""
+
+    def __init__(self, folder: Path, layouts: Sequence[BlockLayout], run_id: str) -> None:
+        self.folder = folder
+        self.layouts = tuple(layouts)
+        self.run_id = run_id
+        self.bytes_written = 0
+        self.bytes_read = 0
+
+    def path(self, block: int) -> Path:
+        return self.folder / f"block_{block:03d}.safetensors"
+
+    def write(self, block: int, buffer: BlockBuffer, step: int) -> None:
+        """Replace a block's file by the buffer's content, atomically.
+
+        Raises:
+            StorageError: the disk refused; the former file is untouched.
+        """
+        layout = self.layouts[block]
+        digests = {part: _digest(buffer.part_bytes(part)) for part in PARTS}
+        header = _encode_header(layout, BlockHeader(run_id=self.run_id, block=block, step=step, digests=digests))
+        payload = [header, *(memoryview(buffer.part_bytes(part).numpy()) for part in PARTS)]
+        total = sum(len(piece) for piece in payload)
+        path = self.path(block)
+        try:
+            write_atomically(path, payload)
+        except OSError as error:
+            raise storage_error(f"cannot write block {block} ({format_bytes(total)})", path, error) from error
+        self.bytes_written += total
+
+    def header(self, block: int) -> BlockHeader:
+        """A block file's header, checked against this run and layout.
+
+        Raises:
+            RunError: missing, damaged, of another run, of another format version.
+        """
+        path = self.path(block)
+        try:
+            with path.open("rb") as file:
+                return self._read_header(block, file)[0]
+        except FileNotFoundError as error:
+            raise RunError(f"block {block} is missing: there is no file {path}; {_KEPT}") from error
+        except OSError as error:
+            raise storage_error(f"cannot read block {block}", path, error) from error
+
+    def read(self, block: int, buffer: BlockBuffer) -> int:
+        """Fill the buffer with the parts it holds and return the block's step.
+
+        Raises:
+            RunError: as `header`, or the bytes do not match their checksum.
+        """
+        layout, path = self.layouts[block], self.path(block)
+        buffer.adopt_(layout)
+        try:
+            with path.open("rb", buffering=0) as file:
+                header, data_start = self._read_header(block, file)
+                for part in buffer.parts:
+                    start, num_bytes = layout.part_span(part)
+                    file.seek(data_start + start)
+                    _read_exactly(file, memoryview(buffer.part_bytes(part).numpy()))
+                    self.bytes_read += num_bytes
+        except FileNotFoundError as error:
+            raise RunError(f"block {block} is missing: there is no file {path}; {_KEPT}") from error
+        except OSError as error:
+            raise storage_error(f"cannot read block {block}", path, error) from error
+        for part in buffer.parts:
+            if _digest(buffer.part_bytes(part)) != header.digests[part]:
+                raise RunError(f"block {block} is damaged: the {part} in {path} do not match their checksum; {_KEPT}")
+        return header.step
+
+    def _read_header(self, block: int, file: Any) -> tuple[BlockHeader, int]:  # noqa: ANN401 - a binary file
+        path = self.path(block)
+        damaged = f"block {block} is damaged: {path}"
+        size = os.fstat(file.fileno()).st_size
+        length = int.from_bytes(file.read(8), "little") if size >= 8 else 0
+        if not 2 <= length <= min(_HEADER_LIMIT_BYTES, size - 8):
+            raise RunError(f"{damaged} is not a safetensors file or is cut short ({size} bytes); {_KEPT}")
+        try:
+            table = json.loads(file.read(length))
+            metadata = table.pop("__metadata__")
+            version = int(metadata["format_version"])
+            if version != FORMAT_VERSION:
+                raise RunError(
+                    f"{path} has block format version {version}; this edgeblocks reads version {FORMAT_VERSION}. "
+                    f"Use the edgeblocks that wrote it"
+                )
+            claimed = metadata.pop("header_sha256")
+            if claimed != _header_digest(table, metadata):
+                raise RunError(f"{damaged} has a header that does not match its checksum; {_KEPT}")
+            header = BlockHeader(
+                run_id=metadata["run_id"],
+                block=int(metadata["block"]),
+                step=int(metadata["step"]),
+                digests={part: metadata[f"{part}_sha256"] for part in PARTS},
+            )
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise RunError(f"{damaged} has an unreadable header; {_KEPT}") from error
+        if header.run_id != self.run_id or header.block != block:
+            raise RunError(
+                f"{path} is block {header.block} of run {header.run_id[:8]}, but block {block} of run "
+                f"{self.run_id[:8]} belongs here; put this run's own file back"
+            )
+        layout = self.layouts[block]
+        expected = 8 + length + layout.num_bytes
+        if table != _table(layout):
+            raise RunError(f"{path} holds tensors of another network than config.yaml describes; {_KEPT}")
+        if size != expected:
+            raise RunError(f"{damaged} has {size} bytes where {expected} belong: it was cut short; {_KEPT}")
+        return header, 8 + length
+
+
+_KEPT = "the other blocks are not touched. Put the file back from a copy, or train again with a new --out"
+
+
+def _table(layout: BlockLayout) -> dict[str, Any]:
+    return {
+        entry.name: {
+            "dtype": _DTYPES[entry.dtype],
+            "shape": list(entry.shape),
+            "data_offsets": [entry.start, entry.start + entry.num_bytes],
+        }
+        for entry in layout.entries
+    }
+
+
+def _header_digest(table: dict[str, Any], metadata: dict[str, str]) -> str:
+    return hashlib.sha256(json.dumps([table, metadata], sort_keys=True).encode()).hexdigest()
+
+
+def _encode_header(layout: BlockLayout, header: BlockHeader) -> bytes:
+    table = _table(layout)
+    metadata = {
+        "format": "pt",
+        "format_version": str(FORMAT_VERSION),
+        "run_id": header.run_id,
+        "block": str(header.block),
+        "step": str(header.step),
+        **{f"{part}_sha256": digest for part, digest in header.digests.items()},
+    }
+    metadata["header_sha256"] = _header_digest(table, metadata)
+    text = json.dumps({"__metadata__": metadata, **table}, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _digest(data: Tensor) -> str:
+    return hashlib.sha256(data.numpy()).hexdigest()
+
+
+def _read_exactly(file: Any, view: memoryview) -> None:  # noqa: ANN401 - a raw file
+    done = 0
+    while done < len(view):
+        count = file.readinto(view[done:])
+        if not count:
+            raise OSError(f"the file ended {len(view) - done} bytes early")
+        done += count
+
+
+def write_atomically(path: Path, pieces: Sequence[bytes | memoryview]) -> None:
+    """Write a file so that the name shows either the former or the new content, even after a power cut.
+
+    Raises:
+        OSError: the disk refused; the temporary file is removed and the former content is untouched.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb", buffering=0) as file:
+            for piece in pieces:
+                view = memoryview(piece)
+                done = 0
+                while done < len(view):
+                    done += file.write(view[done:]) or 0
+            os.fsync(file.fileno())
+        temporary.replace(path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
+
+
+def storage_error(what: str, path: Path, error: OSError) -> StorageError:
+    """An OSError in the user's words, with the free space of the disk concerned."""
+    try:
+        free = f"; {format_bytes(shutil.disk_usage(path.parent).free)} are free there"
+    except OSError:
+        free = ""
+    return StorageError(
+        f"{what}: {path}: {error.strerror or error}{free}. The last saved state is intact; "
+        f"make room or repair the folder, then go on with --resume"
+    )

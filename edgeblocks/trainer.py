@@ -1,0 +1,329 @@
+"""Training: visits of blocks, and in a visit the train step.
+
+Every draw of a step comes from a generator at (seed, block, step), and a block's whole state is in its file, so a
+resumed run, a run in another order of visits, and a run with everything in memory make the same numbers.
+"""
+
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from edgeblocks.checkpoint import RunDirectory
+from edgeblocks.data.images import ImageSet
+from edgeblocks.data.order import BatchOrder
+from edgeblocks.errors import EdgeblocksError
+from edgeblocks.optim import Workspace, adamw_8bit_step_, adamw_step_
+from edgeblocks.randomness import generator_at
+from edgeblocks.scheduler import ResidentBlock, Scheduler
+from edgeblocks.store import BlockBuffer, BlockStore, bind_parameters_
+
+BETA1, BETA2, EPS = 0.9, 0.99, 1e-8
+METRICS_RECORDS = 1000
+"""About so many records of each block go into metrics.jsonl."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Visit:
+    """One stay of a block in memory: its steps from `first` up to, not including, `last`."""
+
+    block: int
+    first: int
+    last: int
+
+
+@dataclass
+class Progress:
+    """Where a run is. `seconds` splits the wall time of this process."""
+
+    losses: dict[int, float] = field(default_factory=dict)
+    """Smoothed training loss of each block."""
+    steps_done: int = 0
+    steps_total: int = 0
+    block: int = 0
+    step: int = 0
+    images_per_s: float = 0.0
+    compute_s: float = 0.0
+    data_s: float = 0.0
+    started: float = field(default_factory=time.perf_counter)
+
+
+def plan_visits(saved_steps: Sequence[int], *, steps: int, visit_steps: int) -> list[Visit]:
+    """Rounds over all blocks until each has made `steps` steps, going on from where each one is.
+
+    >>> [(v.block, v.first, v.last) for v in plan_visits([4, 2], steps=5, visit_steps=4)]
+    [(1, 2, 4), (0, 4, 5), (1, 4, 5)]
+    """
+    visits = []
+    for start in range(0, steps, visit_steps):
+        end = min(start + visit_steps, steps)
+        for block, saved in enumerate(saved_steps):
+            if saved < end:
+                visits.append(Visit(block=block, first=max(start, saved), last=end))
+    return visits
+
+
+def create_blocks(
+    family: Any,  # noqa: ANN401 - families.base.Family
+    store: BlockStore,
+    layers: Sequence[int],
+    seed: int,
+    on_block: Callable[[int], None] | None = None,
+) -> None:
+    """Initialise the blocks one at a time, each from its own seed, and write each to its file."""
+    buffer = BlockBuffer(max(store.layouts, key=lambda layout: layout.num_bytes))
+    for block, num_layers in enumerate(layers):
+        buffer.adopt_(store.layouts[block])
+        for part in buffer.parts:
+            buffer.part_bytes(part).zero_()
+        with torch.device("meta"):
+            network = family.block(num_layers=num_layers, checkpointing=False)
+        bind_parameters_(network, buffer.tensors("weights"))
+        network.init_(generator_at(seed, "init", block))
+        buffer.flat("ema").copy_(buffer.flat("weights"))
+        store.write(block, buffer, step=0)
+        if on_block is not None:
+            on_block(block)
+
+
+def learning_rate_at(step: int, *, steps: int, warmup: int, peak: float) -> float:
+    """Linear warm-up, then a cosine to zero. `step` counts from 0; the last step still learns.
+
+    >>> [round(learning_rate_at(s, steps=10, warmup=2, peak=1.0), 3) for s in (0, 1, 2, 6, 9)]
+    [0.5, 1.0, 1.0, 0.5, 0.038]
+    """
+    warmup = min(warmup, steps // 2)
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(steps - warmup, 1)))
+
+
+def ema_exponent(length: float) -> float:
+    """gamma of a power-function EMA whose profile has the relative width `length`.
+
+    The averaged time grows with training, so one number serves short and long runs. It solves
+    length^2 = (gamma+1) / ((gamma+2)^2 (gamma+3)). Source: Karras et al. 2024, arXiv 2312.02696, section 3.1.
+
+    >>> round(ema_exponent(0.1), 2)
+    6.94
+    """
+    low, high = 0.0, 1e6
+    for _ in range(200):
+        middle = (low + high) / 2
+        wide = (middle + 1) / ((middle + 2) ** 2 * (middle + 3)) > length**2
+        low, high = (middle, high) if wide else (low, middle)
+    return low
+
+
+class Interruption:
+    """Turns Ctrl-C, SIGTERM and a closed terminal into a wish to stop after the step."""
+
+    def __init__(self) -> None:
+        self.signal_name: str | None = None
+
+    @contextmanager
+    def listening(self) -> Iterator["Interruption"]:
+        if threading.current_thread() is not threading.main_thread():
+            yield self
+            return
+        watched = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+        former = {number: signal.signal(number, self._note) for number in watched}
+        try:
+            yield self
+        finally:
+            for number, handler in former.items():
+                signal.signal(number, handler)
+
+    def _note(self, number: int, _frame: FrameType | None) -> None:
+        if self.signal_name is not None and number == signal.SIGINT:
+            raise KeyboardInterrupt  # a second Ctrl-C does not wait for the step
+        self.signal_name = signal.Signals(number).name
+
+
+class Trainer:
+    """Trains the blocks of one run. One process, one block at a time."""
+
+    def __init__(self, run: RunDirectory, images: ImageSet, scheduler: Scheduler) -> None:
+        self.run, self.images, self.scheduler = run, images, scheduler
+        self.settings, self.plan = run.settings.run, run.plan
+        self.family, self.partition = run.family(), run.partition
+        layouts = scheduler.store.layouts
+        self._gradients = torch.zeros(max(layout.num_parameters for layout in layouts))
+        quantized = any(layout.num_quantized for layout in layouts)
+        self._workspace = Workspace(num_threads=torch.get_num_threads()) if quantized else None
+        self._ema_exponent = ema_exponent(self.settings.ema_length)
+        self._metrics_every = max(1, self.settings.steps // METRICS_RECORDS)
+        self.progress = Progress()
+
+    def train(
+        self,
+        interruption: Interruption,
+        *,
+        on_step: Callable[[Progress], None],
+        between_visits: Callable[[Sequence[int]], None],
+    ) -> list[int]:
+        """Train every block to its last step, or until interrupted; returns each block's step.
+
+        Args:
+            on_step: called after every step.
+            between_visits: called with the steps of all blocks when no block is resident.
+
+        Raises:
+            EdgeblocksError: the loss is no longer finite; the run is as it was before the visit.
+        """
+        store, settings = self.scheduler.store, self.settings
+        steps = [store.header(block).step for block in range(len(store.layouts))]
+        visits = plan_visits(steps, steps=settings.steps, visit_steps=self.plan["visit_steps"])
+        self.progress.steps_total = settings.steps * len(steps)
+        self.progress.steps_done = sum(steps)
+        for visit, following in zip(visits, [*visits[1:], None], strict=True):
+            with self.scheduler.visit(visit.block, then=following.block if following else None) as resident:
+                self._visit(visit, resident, interruption, on_step)
+            steps[visit.block] = resident.step
+            if interruption.signal_name is not None:
+                break
+            between_visits(steps)
+        self.scheduler.flush()
+        return steps
+
+    def _visit(
+        self,
+        visit: Visit,
+        resident: ResidentBlock,
+        interruption: Interruption,
+        on_step: Callable[[Progress], None],
+    ) -> None:
+        assert resident.step == visit.first, f"block {visit.block} is at step {resident.step}, not {visit.first}"
+        layout = resident.buffer.layout
+        gradients = self._gradients[: layout.num_parameters].zero_()
+        network = self._network(visit.block, resident.buffer, gradients)
+        order = BatchOrder(self.images.train, batch=self.settings.batch, seed=self.settings.seed, block=visit.block)
+        for step in range(visit.first, visit.last):
+            self._train_step(network, resident, order, gradients, step)
+            on_step(self.progress)
+            if interruption.signal_name is not None:
+                break
+
+    def _network(self, block: int, buffer: BlockBuffer, gradients: Tensor) -> nn.Module:
+        with torch.device("meta"):
+            network: nn.Module = self.family.block(
+                num_layers=self.run.layers[block], checkpointing=self.plan["checkpointing"]
+            )
+        network.reset_tables_()  # type: ignore[operator]
+        bind_parameters_(network, buffer.tensors("weights"), gradients)
+        return network.train()
+
+    def _train_step(
+        self, network: nn.Module, resident: ResidentBlock, order: BatchOrder, gradients: Tensor, step: int
+    ) -> None:
+        settings, block = self.settings, resident.block
+        started = time.perf_counter()
+        generator = generator_at(settings.seed, "train", block, step)
+        pixels, labels = self.images.gather(order.indices(step))
+        batch = self.family.draw(pixels, labels, self.partition.ranges[block], generator)
+        drawn = time.perf_counter()
+
+        loss_sum = 0.0
+        for start in range(0, settings.batch, self.plan["micro_batch"]):
+            part = {name: tensor[start : start + self.plan["micro_batch"]] for name, tensor in batch.items()}
+            loss = self.family.loss(network, part).sum() / settings.batch
+            loss.backward()
+            loss_sum += loss.item()
+        if not math.isfinite(loss_sum):
+            raise EdgeblocksError(
+                f"the loss of block {block} is {loss_sum} at step {step}; a smaller --set learning_rate="
+                f"{settings.learning_rate / 3:.2g} or --set optimizer=adamw usually mends it. "
+                f"The block's last saved state is intact"
+            )
+        gradient_norm = clip_(gradients, settings.clip)
+        learning_rate = learning_rate_at(
+            step, steps=settings.steps, warmup=settings.warmup, peak=settings.learning_rate
+        )
+        self._optimize_(resident.buffer, gradients, step, learning_rate)
+        gradients.zero_()
+        decay = (1 - 1 / (step + 1)) ** (self._ema_exponent + 1)
+        resident.buffer.flat("ema").lerp_(resident.buffer.flat("weights"), 1 - decay)
+        resident.step = step + 1
+        self._note(block, step, loss_sum, gradient_norm, learning_rate, drawn - started, started)
+
+    def _optimize_(self, buffer: BlockBuffer, gradients: Tensor, step: int, learning_rate: float) -> None:
+        """AdamW over the flat block: 8-bit moments first, then fp32 ones, of which vectors get no weight decay."""
+        layout, weights = buffer.layout, buffer.flat("weights")
+        state = dict(buffer.tensors("optimizer"))
+        common = {"step": step + 1, "learning_rate": learning_rate, "beta1": BETA1, "beta2": BETA2, "eps": EPS}
+        if layout.num_quantized:
+            assert self._workspace is not None
+            eight_bit = slice(0, layout.num_quantized)
+            adamw_8bit_step_(
+                weights[eight_bit],
+                gradients[eight_bit],
+                state["exp_avg_codes"],
+                state["exp_avg_scales"],
+                state["exp_avg_sq_codes"],
+                state["exp_avg_sq_scales"],
+                weight_decay=self.settings.weight_decay,
+                workspace=self._workspace,
+                **common,
+            )
+        for first, last, weight_decay in (
+            (layout.num_quantized, layout.num_decayed, self.settings.weight_decay),
+            (layout.num_decayed, layout.num_parameters, 0.0),
+        ):
+            if last > first:
+                moments = slice(first - layout.num_quantized, last - layout.num_quantized)
+                adamw_step_(
+                    weights[first:last],
+                    gradients[first:last],
+                    state["exp_avg"][moments],
+                    state["exp_avg_sq"][moments],
+                    weight_decay=weight_decay,
+                    **common,
+                )
+
+    def _note(
+        self,
+        block: int,
+        step: int,
+        loss: float,
+        gradient_norm: float,
+        learning_rate: float,
+        data_s: float,
+        started: float,
+    ) -> None:
+        progress, step_s = self.progress, time.perf_counter() - started
+        progress.block, progress.step = block, step + 1
+        progress.steps_done += 1
+        progress.data_s += data_s
+        progress.compute_s += step_s - data_s
+        former = progress.losses.get(block, loss)
+        progress.losses[block] = former + 0.05 * (loss - former)
+        speed = self.settings.batch / step_s
+        progress.images_per_s += (0.1 if progress.images_per_s else 1.0) * (speed - progress.images_per_s)
+        if progress.step % self._metrics_every and progress.step != self.settings.steps:
+            return
+        self.run.append_metrics(
+            {
+                "block": block,
+                "step": step + 1,
+                "loss": loss,
+                "gradient_norm": gradient_norm,
+                "learning_rate": learning_rate,
+                "images_per_s": round(speed, 2),
+            }
+        )
+
+
+def clip_(gradients: Tensor, largest_norm: float) -> float:
+    """Scale the flat gradient to at most `largest_norm` (2-norm over the block) and return the norm it had."""
+    norm = float(torch.linalg.vector_norm(gradients))
+    if norm > largest_norm:
+        gradients.mul_(largest_norm / norm)
+    return norm

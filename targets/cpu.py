@@ -1,0 +1,135 @@
+"""The CPU target: the compute device's memory is the process's resident set."""
+
+import contextlib
+import ctypes
+import os
+import sys
+import time
+from pathlib import Path
+
+import psutil
+
+from edgeblocks.errors import StorageError
+from edgeblocks.planner import Machine
+
+# Allocations from here on get pages of their own and give them back when freed. glibc would raise its threshold by
+# itself and keep freed memory, 8 to 60 % above what is in use; this way the resident set follows the live tensors.
+MMAP_THRESHOLD_BYTES = 256 * 1024
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+_DISK_PROBE_BYTES = 32 * 2**20
+
+
+class CpuTarget:
+    """What this machine's processor, memory and disk can do."""
+
+    name = "cpu"
+
+    def prepare(self) -> None:
+        """Settings of the process that must come before the first large allocation."""
+        if sys.platform == "linux":
+            with contextlib.suppress(OSError, AttributeError):
+                libc = ctypes.CDLL(None)
+                libc.mallopt(_M_MMAP_THRESHOLD, MMAP_THRESHOLD_BYTES)
+                libc.mallopt(_M_TRIM_THRESHOLD, MMAP_THRESHOLD_BYTES)
+
+    def total_bytes(self) -> int:
+        """The machine's memory."""
+        return int(psutil.virtual_memory().total)
+
+    def available_bytes(self) -> int:
+        """Memory that can be taken now without swapping."""
+        return int(psutil.virtual_memory().available)
+
+    def used_bytes(self) -> int:
+        """The process's resident set now."""
+        return int(psutil.Process().memory_info().rss)
+
+    def peak_bytes(self) -> int:
+        """The process's largest resident set so far: what `/usr/bin/time -v` reports."""
+        with contextlib.suppress(OSError):
+            for line in Path("/proc/self/status").read_text().splitlines():
+                if line.startswith("VmHWM:"):
+                    return int(line.split()[1]) * 1024
+        import resource
+
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024
+
+    def measure(self, folder: Path) -> Machine:
+        """Speeds of this machine, and what the process occupies before any block is loaded.
+
+        The arithmetic probe also runs every kind of kernel that training uses once, so that their code and the threads'
+        scratch memory are part of `runtime_bytes`. Takes about half a second.
+        """
+        flops_per_s, memory_bytes_per_s, operator_s = _measure_arithmetic()
+        read_bytes_per_s, write_bytes_per_s = _measure_disk(folder)
+        return Machine(
+            name=self.name,
+            runtime_bytes=self.used_bytes(),
+            flops_per_s=flops_per_s,
+            memory_bytes_per_s=memory_bytes_per_s,
+            operator_s=operator_s,
+            disk_read_bytes_per_s=read_bytes_per_s,
+            disk_write_bytes_per_s=write_bytes_per_s,
+        )
+
+
+def _measure_arithmetic() -> tuple[float, float, float]:
+    """(multiply-adds x 2 per second in fp32, bytes written per second by an element-wise kernel, seconds a small kernel)."""
+    import torch
+    import torch.nn.functional as F  # noqa: N812
+
+    x = torch.randn(1024, 384, requires_grad=True)
+    weight = torch.randn(1536, 384, requires_grad=True)
+    for _ in range(2):
+        heads = x.view(4, 256, 6, 64).transpose(1, 2)
+        attended = F.scaled_dot_product_attention(heads, heads, heads).transpose(1, 2).reshape(1024, 384)
+        hidden = F.gelu(F.linear(F.layer_norm(attended + x, (384,)), weight), approximate="tanh")
+        torch.addcmul(hidden, hidden, F.silu(hidden)).square().mean().backward()
+    torch.special.ndtri(torch.rand(64, dtype=torch.float64))
+
+    with torch.no_grad():
+        flops_per_s = 2 * 1024 * 384 * 1536 / _best_time(lambda: F.linear(x, weight), 10)
+        large = torch.zeros(2**21)
+        memory_bytes_per_s = large.nbytes / _best_time(lambda: large * 2.0, 10)
+        small = torch.zeros(16)
+        operator_s = _best_time(lambda: small * 2.0, 200)
+    return flops_per_s, memory_bytes_per_s, operator_s
+
+
+def _best_time(call: "object", repeats: int) -> float:
+    """The median time of a call; a shared machine makes the mean useless and the minimum too hopeful."""
+    times = []
+    for _ in range(repeats):
+        started = time.perf_counter()
+        call()  # type: ignore[operator]
+        times.append(time.perf_counter() - started)
+    return sorted(times)[len(times) // 2]
+
+
+def _measure_disk(folder: Path) -> tuple[float, float]:
+    """Bytes read and written per second in a folder, with sync. The read comes out of the page cache where it can."""
+    probe = folder / f".edgeblocks-probe.{os.getpid()}"
+    data = os.urandom(2**20) * (_DISK_PROBE_BYTES // 2**20)
+    try:
+        started = time.perf_counter()
+        with probe.open("wb", buffering=0) as file:
+            file.write(data)
+            os.fsync(file.fileno())
+        write_s = time.perf_counter() - started
+        buffer = bytearray(2**20)
+        with probe.open("rb", buffering=0) as file:
+            with contextlib.suppress(AttributeError, OSError):
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            started = time.perf_counter()
+            while file.readinto(buffer):
+                pass
+            read_s = time.perf_counter() - started
+    except OSError as error:
+        raise StorageError(
+            f"cannot write to {folder}: {error.strerror or error}; choose a folder with room with --out"
+        ) from error
+    finally:
+        with contextlib.suppress(OSError):
+            probe.unlink(missing_ok=True)
+    return len(data) / read_s, len(data) / write_s

@@ -1,0 +1,218 @@
+"""Files of arrays (.npz), whole and broken."""
+
+import io
+import zipfile
+
+import numpy as np
+import pytest
+
+from edgeblocks.data.images import open_images
+from edgeblocks.errors import DataError
+
+RNG = np.random.default_rng(0)
+IMAGES = RNG.integers(0, 256, (10, 4, 5, 3), dtype=np.uint8)
+LABELS = np.arange(10) % 3
+
+
+@pytest.fixture
+def load(tmp_path):
+    """Saves the arrays and opens them."""
+
+    def save_and_open(*, image_size=None, hold_out=0.2, **arrays):
+        np.savez_compressed(tmp_path / "set.npz", **arrays)
+        return opened(tmp_path, image_size=image_size, hold_out=hold_out)
+
+    return save_and_open
+
+
+def opened(tmp_path, image_size=None, hold_out=0.2):
+    source = str(tmp_path / "set.npz")
+    return open_images(source, image_size=image_size, hold_out=hold_out, seed=0, cache_dir=tmp_path / "cache")
+
+
+def test_images_and_labels_come_back(load):
+    """Every value, in order."""
+    images = load(images=IMAGES, labels=LABELS.astype(np.uint8))
+    np.testing.assert_array_equal(images.images, IMAGES)
+    np.testing.assert_array_equal(images.labels, LABELS)
+    assert images.class_names == ("0", "1", "2")
+    assert len(images.train) == 8 and len(images.held_out) == 2
+    np.testing.assert_array_equal(images.gather(np.array([9, 0]))[0], IMAGES[[9, 0]])
+
+
+def test_arrays_of_many_pieces_come_back(load):
+    """Values and labels keep their places when the array is unpacked in several pieces."""
+    many = RNG.integers(0, 256, (3000, 32, 32), dtype=np.uint8)
+    images = load(images=many, labels=np.arange(3000))
+    np.testing.assert_array_equal(images.images[..., 0], many)
+    np.testing.assert_array_equal(images.labels, np.arange(3000))
+
+
+def test_images_without_labels_are_unconditional(load):
+    """And without channels they are grey."""
+    images = load(images=IMAGES[..., 0])
+    assert images.labels is None and images.class_names == ()
+    assert images.images.shape == (10, 4, 5, 1)
+
+
+def test_keras_names_bring_their_own_test_part(load):
+    """The test part is held out, whatever hold_out says; labels of shape (N, 1) are accepted."""
+    images = load(
+        x_train=IMAGES[:7], y_train=LABELS[:7, None], x_test=IMAGES[7:], y_test=LABELS[7:, None], hold_out=0.5
+    )
+    assert images.train.tolist() == list(range(7)) and images.held_out.tolist() == [7, 8, 9]
+    np.testing.assert_array_equal(images.images, IMAGES)
+    np.testing.assert_array_equal(images.labels, LABELS)
+
+
+def test_keras_training_part_alone_is_split(load):
+    """Without a test part, hold_out counts."""
+    images = load(x_train=IMAGES, y_train=LABELS)
+    assert len(images.held_out) == 2
+
+
+@pytest.mark.parametrize("dtype", [np.int64, np.uint16, ">i2"])
+def test_other_whole_numbers_within_a_byte_are_accepted(load, dtype):
+    """The kind of number does not matter, its value does."""
+    np.testing.assert_array_equal(load(images=IMAGES.astype(dtype)).images, IMAGES)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+def test_numbers_from_zero_to_one_are_scaled(load, dtype):
+    """Rounded to the nearest of 256 shades."""
+    np.testing.assert_array_equal(load(images=(IMAGES / 255).astype(dtype)).images, IMAGES)
+
+
+def test_truth_values_are_black_and_white(load):
+    """False is 0, True is 255."""
+    np.testing.assert_array_equal(load(images=IMAGES > 127).images, np.where(IMAGES > 127, 255, 0))
+
+
+def test_image_size_is_honoured(load):
+    """Cut to the central square and resized, grey or colour."""
+    assert load(images=IMAGES, image_size=8).images.shape == (10, 8, 8, 3)
+    square = load(images=IMAGES[..., 0], image_size=4).images
+    assert square.shape == (10, 4, 4, 1)
+    np.testing.assert_array_equal(square[..., 0], IMAGES[..., :4, 0])
+
+
+def test_the_same_content_elsewhere_has_the_same_fingerprint(load, tmp_path):
+    """A run may be resumed after the file was moved or packed again; other data is noticed."""
+    first = load(images=IMAGES, labels=LABELS).fingerprint
+    (tmp_path / "moved").mkdir()
+    np.savez(tmp_path / "moved" / "set.npz", images=IMAGES, labels=LABELS)
+    assert opened(tmp_path / "moved").fingerprint == first
+    assert load(images=IMAGES, labels=LABELS[::-1]).fingerprint != first
+    assert load(images=IMAGES[::-1], labels=LABELS).fingerprint != first
+
+
+NAN = (IMAGES / 255).astype(np.float32)
+NAN[3, 0, 2, 1] = np.nan
+NAN[4, 1, 1, 0] = np.inf
+
+
+@pytest.mark.parametrize(
+    ("arrays", "message"),
+    [
+        ({"pictures": IMAGES}, r"holds the arrays pictures; wanted `images` and optionally `labels`, or x_train"),
+        ({"images": IMAGES, "x_train": IMAGES}, "holds the arrays images, x_train; wanted"),
+        ({"images": IMAGES, "labels": LABELS[:9]}, "10 images in `images` and 9 labels in `labels`"),
+        ({"images": IMAGES[0, :, 0]}, r"`images` has shape \(4, 3\), 2 dimensions; wanted N x height x width"),
+        ({"images": IMAGES[None]}, "5 dimensions; wanted"),
+        (
+            {"images": np.zeros((2, 4, 4, 4), np.uint8)},
+            r"4 channels; .*drop the transparency with images\[\.\.\., :3\]",
+        ),
+        ({"images": IMAGES.transpose(0, 3, 1, 2)}, r"5 channels; .*images\.transpose\(0, 2, 3, 1\)"),
+        ({"images": IMAGES[:0]}, r"shape \(0, 4, 5, 3\): it is empty"),
+        ({"images": IMAGES[:1]}, "holds 1 image; at least 2 are needed"),
+        ({"images": NAN}, r"2 values that are NaN or infinite, the first at \[3, 0, 2, 1\]"),
+        ({"images": IMAGES.astype(np.float32)}, r"\(float32\) has values from 0 to 25\d; wanted 0 to 1 for floating"),
+        ({"images": IMAGES.astype(np.int16) - 1}, r"\(int16\) has values from -1 to 25\d; wanted 0 to 255"),
+        ({"images": IMAGES.astype(complex)}, "dtype complex128; wanted uint8"),
+        ({"images": np.array([[["a"]]] * 2)}, "dtype <U1; wanted uint8"),
+        ({"images": np.array([[[None]]] * 2)}, r"Python objects \(dtype object\), which only pickle could load"),
+        (
+            {"images": np.asfortranarray(IMAGES)},
+            r"column by column \(Fortran order\).*numpy\.ascontiguousarray\(images\)",
+        ),
+        ({"images": IMAGES, "labels": LABELS - 1}, "4 negative class numbers, the smallest -1"),
+        (
+            {"images": IMAGES, "labels": LABELS + 100_000},
+            "goes up to 100002, which means 100003 classes, and at most 100000",
+        ),
+        ({"images": IMAGES, "labels": np.full(10, 2**64 - 1, np.uint64)}, "goes up to 18446744073709551615"),
+        ({"images": IMAGES, "labels": LABELS / 1}, "`labels` has dtype float64; wanted whole numbers"),
+        ({"images": IMAGES, "labels": np.eye(10)}, r"shape \(10, 10\); wanted one class number .* argmax\(1\)"),
+        ({"x_train": IMAGES, "y_train": LABELS, "x_test": IMAGES}, "labels for one part only"),
+        ({"x_train": IMAGES, "x_test": IMAGES, "y_test": LABELS}, "labels for one part only"),
+        ({"x_train": IMAGES, "x_test": IMAGES[:, 1:]}, "`x_train` are 4 x 5 x 3 and those of `x_test` 3 x 5 x 3"),
+        ({"images": np.full((5, 2, 2), 3, np.uint8)}, "all 16 pixel values of the 4 training images are 3"),
+    ],
+)
+def test_arrays_that_are_not_images_are_explained(load, arrays, message):
+    """Each mistake is answered with the numbers and what to do."""
+    with pytest.raises(DataError, match=message):
+        load(**arrays)
+
+
+@pytest.mark.parametrize("kept_bytes", [0, 10, 500, 1000, -1, -30])
+def test_a_cut_file_is_explained(tmp_path, kept_bytes):
+    """Wherever the download broke off, and nothing is left in the cache."""
+    np.savez(tmp_path / "set.npz", images=IMAGES, labels=LABELS)
+    whole = (tmp_path / "set.npz").read_bytes()
+    (tmp_path / "set.npz").write_bytes(whole[:kept_bytes])
+    with pytest.raises(DataError, match=r"cannot be read as an \.npz file"):
+        opened(tmp_path)
+    assert not list((tmp_path / "cache").iterdir())
+
+
+def test_a_flipped_bit_is_noticed(tmp_path):
+    """The zip's checksum is compared, also for the last piece."""
+    np.savez(tmp_path / "set.npz", images=IMAGES)
+    data = bytearray((tmp_path / "set.npz").read_bytes())
+    data[data.find(IMAGES[9].tobytes()) + 5] ^= 1
+    (tmp_path / "set.npz").write_bytes(data)
+    with pytest.raises(DataError, match="Bad CRC-32"):
+        opened(tmp_path)
+
+
+def test_damage_anywhere_is_an_error_of_ours_or_harmless(tmp_path):
+    """Random bytes overwritten at random places never raise anything but DataError."""
+    rng = np.random.default_rng(1)
+    np.savez_compressed(tmp_path / "set.npz", images=IMAGES[:3], labels=LABELS[:3])
+    whole = (tmp_path / "set.npz").read_bytes()
+    num_refused = 0
+    for _ in range(150):
+        data = bytearray(whole)
+        for place in rng.integers(0, len(data), 3):
+            data[place] = rng.integers(256)
+        (tmp_path / "set.npz").write_bytes(data)
+        try:
+            opened(tmp_path)
+        except DataError:
+            num_refused += 1
+    assert num_refused > 100
+
+
+def write_member(path, header_shape, data, descr="|u1"):
+    """A zip with an images.npy whose header and data need not agree."""
+    member = io.BytesIO()
+    np.lib.format.write_array_header_1_0(member, {"descr": descr, "fortran_order": False, "shape": header_shape})
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("images.npy", member.getvalue() + data)
+
+
+def test_a_header_that_promises_too_much_allocates_nothing(tmp_path):
+    """A petabyte in the header is compared with the bytes in the file."""
+    write_member(tmp_path / "set.npz", (10**6, 10**5, 10**4), b"\0" * 100)
+    with pytest.raises(DataError, match=r"needs 1000000000000\d{3} bytes and has \d{3}; the file is damaged"):
+        opened(tmp_path)
+
+
+def test_a_member_that_is_no_array_is_explained(tmp_path):
+    """Some zip with a file of that name."""
+    with zipfile.ZipFile(tmp_path / "set.npz", "w") as archive:
+        archive.writestr("images.npy", b"hello, this is text")
+    with pytest.raises(DataError, match="`images` is not an array that numpy saved"):
+        opened(tmp_path)

@@ -1,0 +1,297 @@
+"""Folders of image files, whole and broken."""
+
+import os
+import shutil
+
+import numpy as np
+import pytest
+from PIL import Image, ImageOps
+
+from edgeblocks.data.images import open_images
+from edgeblocks.errors import DataError
+
+
+def opened(source, cache_dir, **settings):
+    return open_images(
+        str(source), **{"image_size": None, "hold_out": 0.2, "seed": 0, "cache_dir": cache_dir} | settings
+    )
+
+
+def noise(*shape, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+
+
+def save(path, pixels, **options):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels).save(path, **options)
+
+
+@pytest.fixture
+def cache(tmp_path):
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def pets(tmp_path):
+    """Two classes, one nested, RGB, 6 x 5 pixels."""
+    root = tmp_path / "pets"
+    save(root / "dog" / "1.png", noise(5, 6, 3, seed=1))
+    save(root / "dog" / "old" / "2.PNG", noise(5, 6, 3, seed=2))
+    save(root / "cat" / "3.bmp", noise(5, 6, 3, seed=3))
+    return root
+
+
+def test_sub_folders_are_classes_in_the_order_of_their_names(pets, cache):
+    """Pixels come back unchanged, nested files belong to the class above them."""
+    images = opened(pets, cache)
+    assert images.class_names == ("cat", "dog")
+    assert images.labels.tolist() == [0, 1, 1]
+    batch, labels = images.gather(np.array([2, 0]))
+    np.testing.assert_array_equal(batch, [noise(5, 6, 3, seed=2), noise(5, 6, 3, seed=3)])
+    assert labels.tolist() == [1, 0]
+    assert images.unreadable == ()
+    assert images.resident_bytes == 3 * 16
+
+
+def test_a_flat_folder_is_unconditional(tmp_path, cache):
+    """No sub-folders, no labels; hidden files and other kinds of file are ignored."""
+    for number in range(3):
+        save(tmp_path / "flat" / f"{number}.png", noise(4, 4, seed=number))
+    (tmp_path / "flat" / "notes.txt").write_text("not an image")
+    (tmp_path / "flat" / "._0.png").write_bytes(b"finder's")
+    (tmp_path / "flat" / ".thumbnails").mkdir()
+    images = opened(tmp_path / "flat", cache)
+    assert images.labels is None and images.class_names == ()
+    assert images.images.shape == (3, 4, 4, 1)
+    assert images.gather(np.array([1]))[1] is None
+    assert images.unreadable == ()
+
+
+def test_one_colour_image_makes_the_set_colour(tmp_path, cache):
+    """Grey images are repeated over the three channels."""
+    save(tmp_path / "mix" / "a.png", noise(4, 4))
+    save(tmp_path / "mix" / "b.png", noise(4, 4, 3))
+    images = opened(tmp_path / "mix", cache)
+    assert images.images.shape == (2, 4, 4, 3)
+    np.testing.assert_array_equal(images.images[0], np.repeat(noise(4, 4)[..., None], 3, axis=2))
+
+
+def test_every_extension_is_read(tmp_path, cache):
+    """All the formats of the documentation, lossless ones exactly; of a moving GIF the first frame."""
+    root = tmp_path / "kinds"
+    root.mkdir()
+    halves = np.full((16, 16, 3), 200, dtype=np.uint8)
+    halves[:, 8:] = 60
+    for name in ("a.png", "b.jpg", "c.jpeg", "d.bmp", "e.webp", "f.tif", "g.tiff", "h.ppm"):
+        Image.fromarray(halves).save(root / name)
+    Image.fromarray(halves[..., 0]).save(root / "i.pgm")
+    frames = [Image.fromarray(halves), Image.fromarray(halves // 4)]
+    frames[0].save(root / "j.gif", save_all=True, append_images=frames[1:])
+    images = opened(root, cache)
+    assert len(images.images) == 10 and images.unreadable == ()
+    assert np.abs(images.images.astype(int) - halves).max() <= 2
+
+
+def test_the_exif_orientation_is_applied(tmp_path, cache):
+    """A picture stored lying and marked as rotated is set upright, and counts with its upright size."""
+    upright = noise(3, 5, 3)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be shown turned clockwise by 90 degrees
+    save(tmp_path / "exif" / "a.png", np.ascontiguousarray(np.rot90(upright)), exif=exif)
+    save(tmp_path / "exif" / "b.png", upright)
+    images = opened(tmp_path / "exif", cache)
+    np.testing.assert_array_equal(images.images[0], upright)
+
+
+@pytest.mark.parametrize("extension", ["png", "tif"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_all_orientations_agree_with_pillow(tmp_path, cache, orientation, extension):
+    """Pillow's own exif_transpose is the oracle."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    for name in (f"a.{extension}", f"b.{extension}"):
+        save(tmp_path / "exif" / name, noise(6, 4, 3), exif=exif)
+    with Image.open(tmp_path / "exif" / f"a.{extension}") as picture:
+        expected = np.asarray(ImageOps.exif_transpose(picture))
+    np.testing.assert_array_equal(opened(tmp_path / "exif", cache).images[1], expected)
+
+
+def test_transparent_parts_become_white(tmp_path, cache):
+    """The colour hidden below a transparent pixel is never seen."""
+    pixels = noise(4, 4, 4)
+    pixels[..., 3] = 255
+    pixels[0, 0] = (10, 20, 30, 0)
+    save(tmp_path / "clear" / "a.png", pixels)
+    save(tmp_path / "clear" / "b.png", pixels)
+    images = opened(tmp_path / "clear", cache)
+    assert images.images[0, 0, 0].tolist() == [255, 255, 255]
+    np.testing.assert_array_equal(images.images[0, 1:], pixels[1:, :, :3])
+
+
+def test_sixteen_bit_grey_keeps_its_shades(tmp_path, cache):
+    """The upper eight bits stay; nothing is clipped at 255."""
+    values = np.array([[0, 256], [32768, 65535]], dtype=np.uint16)
+    save(tmp_path / "deep" / "a.png", values)
+    save(tmp_path / "deep" / "b.png", values)
+    images = opened(tmp_path / "deep", cache)
+    assert images.images[0, ..., 0].tolist() == [[0, 1], [128, 255]]
+
+
+def test_image_size_cuts_the_centre_and_resizes(tmp_path, cache):
+    """The sides of a broad picture are cut away; a small one is enlarged."""
+    broad = np.zeros((20, 60, 3), dtype=np.uint8)
+    broad[:, 20:40] = noise(20, 20, 3) // 4 + 150
+    save(tmp_path / "sizes" / "a.png", broad)
+    save(tmp_path / "sizes" / "b.jpg", noise(6, 9, 3))
+    images = opened(tmp_path / "sizes", cache, image_size=10)
+    assert images.images.shape == (2, 10, 10, 3)
+    assert images.images[0].min() >= 140
+
+
+def test_reduced_decoding_of_a_large_jpeg_stays_true(tmp_path, cache):
+    """Letting the decoder drop resolution changes the result by little against Pillow's plain way."""
+    ramp = np.add.outer(np.linspace(0, 120, 400), np.linspace(0, 120, 600)).astype(np.uint8)
+    save(tmp_path / "large" / "a.jpg", ramp, quality=95)
+    save(tmp_path / "large" / "b.jpg", ramp, quality=95)
+    plain = Image.fromarray(ramp[:, 100:500]).resize((16, 16), Image.Resampling.LANCZOS)
+    images = opened(tmp_path / "large", cache, image_size=16)
+    assert np.abs(images.images[0, ..., 0].astype(int) - np.asarray(plain)).max() <= 2
+
+
+def test_different_sizes_ask_for_image_size(pets, cache):
+    """The smallest and the largest size are named with their counts, and the flag that mends it."""
+    save(pets / "cat" / "4.png", noise(50, 60, 3))
+    with pytest.raises(DataError, match=r"4 images.*6 x 5 \(3 images\) to 60 x 50 \(1 images\).*--set image_size=N"):
+        opened(pets, cache)
+
+
+def test_a_damaged_image_is_skipped_and_named(pets, cache):
+    """Cut, empty, falsely named and dead files are named, again when the cache is reused; the others are kept."""
+    whole = (pets / "dog" / "1.png").read_bytes()
+    (pets / "dog" / "cut.png").write_bytes(whole[: len(whole) // 2])
+    (pets / "dog" / "empty.jpg").touch()
+    (pets / "cat" / "text.png").write_text("no image")
+    (pets / "cat" / "vector.png").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 6 5\n")
+    (pets / "cat" / "dead.png").symlink_to(pets / "gone.png")
+    named = ("cat/dead.png", "cat/text.png", "cat/vector.png", "dog/cut.png", "dog/empty.jpg")
+    assert opened(pets, cache).unreadable == named
+    again = opened(pets, cache)
+    assert again.unreadable == named
+    assert again.labels.tolist() == [0, 1, 1]
+
+
+def test_a_bomb_is_skipped_and_named(pets, cache, monkeypatch):
+    """An image that claims more pixels than Pillow allows is not decoded."""
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    save(pets / "dog" / "bomb.png", noise(30, 30, 3))
+    assert opened(pets, cache).unreadable == ("dog/bomb.png",)
+
+
+def test_a_damaged_colour_image_does_not_decide_the_kind(tmp_path, cache):
+    """When the only colour image turns out cut, the set is grey."""
+    root = tmp_path / "grey"
+    save(root / "a.png", noise(30, 30))
+    save(root / "b.png", noise(30, 30, seed=1))
+    save(root / "c.png", noise(30, 30, 3))
+    (root / "c.png").write_bytes((root / "c.png").read_bytes()[:1500])
+    images = opened(root, cache)
+    assert images.unreadable == ("c.png",)
+    assert images.images.shape == (2, 30, 30, 1)
+
+
+def test_only_damaged_images_is_an_error_with_the_reasons(tmp_path, cache):
+    """The error says how many of how many, and why for each."""
+    root = tmp_path / "bad"
+    root.mkdir()
+    for name in ("a.png", "b.png"):
+        (root / name).write_text("no image")
+    with pytest.raises(DataError, match=r"0 of its 2 image files can be read.*(?s:.)*a\.png: UnidentifiedImageError"):
+        opened(root, cache)
+    assert not list(cache.iterdir())
+
+
+def test_a_single_image_is_too_few(tmp_path, cache):
+    """Two are needed: one to train on, one to hold out."""
+    save(tmp_path / "one" / "a.png", noise(4, 4))
+    with pytest.raises(DataError, match="1 of its 1 image files can be read, and at least 2 are needed"):
+        opened(tmp_path / "one", cache)
+
+
+def test_a_class_with_only_damaged_images_is_an_error(pets, cache):
+    """A class nobody can learn is named."""
+    (pets / "fox").mkdir()
+    (pets / "fox" / "a.png").write_text("no image")
+    with pytest.raises(DataError, match="1 classes have no image that can be read: fox"):
+        opened(pets, cache)
+
+
+def test_an_empty_class_folder_is_named(pets, cache):
+    """It would shift the class numbers or stand for nothing: the user decides."""
+    (pets / "fox").mkdir()
+    (pets / "fox" / "notes.txt").touch()
+    with pytest.raises(DataError, match=r"1 of its 3 class folders hold no images: fox; .*remove the empty ones"):
+        opened(pets, cache)
+
+
+@pytest.mark.parametrize("sub_folders", [(), ("a", "b")])
+def test_a_folder_without_images_says_what_was_looked_for(tmp_path, cache, sub_folders):
+    """Empty, or with empty classes only."""
+    root = tmp_path / "empty"
+    root.mkdir()
+    for name in sub_folders:
+        (root / name).mkdir()
+    with pytest.raises(DataError, match=r"holds no images: looked for \.bmp, .*\.webp in it and in its sub-folders"):
+        opened(root, cache)
+
+
+def test_images_beside_class_folders_are_an_error(pets, cache):
+    """Which class would they be?"""
+    save(pets / "loose.png", noise(5, 6, 3))
+    with pytest.raises(DataError, match=r"has 1 images beside 2 sub-folders \(cat, dog\)"):
+        opened(pets, cache)
+
+
+def test_train_and_test_folders_are_not_taken_for_classes(pets, cache, tmp_path):
+    """A whole data set given by mistake would otherwise train a model that tells `test` from `train`."""
+    shutil.copytree(pets, tmp_path / "all" / "train")
+    shutil.copytree(pets, tmp_path / "all" / "test")
+    with pytest.raises(DataError, match=r"holds test, train, parts of a data set, not classes; give one of them"):
+        opened(tmp_path / "all", cache)
+
+
+def test_loops_of_links_come_to_an_end(pets, cache):
+    """Links to the folder itself, to a parent and to each other neither hang nor double the images."""
+    (pets / "dog" / "self").symlink_to(pets / "dog")
+    (pets / "dog" / "up").symlink_to(pets)
+    (pets / "dog" / "ring.png").symlink_to(pets / "dog" / "ring.png")
+    images = opened(pets, cache)
+    assert images.labels.tolist() == [0, 1, 1]
+    assert images.unreadable == ("dog/ring.png",)
+
+
+def test_a_pipe_with_an_image_name_does_not_block(pets, cache):
+    """Opening it would wait for ever."""
+    os.mkfifo(pets / "dog" / "pipe.png")
+    assert len(opened(pets, cache).images) == 3
+
+
+def test_names_that_are_not_unicode_can_be_printed(pets, cache):
+    """File names are bytes; what is reported is text."""
+    with open(os.fsencode(pets / "dog") + b"/\xff.png", "wb"):  # noqa: PTH123
+        pass
+    assert opened(pets, cache).unreadable == ("dog/\ufffd.png",)
+
+
+def test_constant_images_are_an_error(tmp_path, cache):
+    """A standard deviation of zero cannot be divided by."""
+    for name in ("a.png", "b.png", "c.png"):
+        save(tmp_path / "black" / name, np.full((4, 4), 9, dtype=np.uint8))
+    with pytest.raises(DataError, match=r"all 32 pixel values of the 2 training images are 9; .* constant"):
+        opened(tmp_path / "black", cache)
+
+
+def test_progress_is_told_for_every_image(pets, cache):
+    """First the headers, then the pixels."""
+    calls = []
+    opened(pets, cache, progress=lambda *call: calls.append(call))
+    assert calls == [(n, 3, what) for what in ("inspecting", "decoding") for n in (1, 2, 3)]
