@@ -6,7 +6,7 @@ correction at the next level belongs to the next level's block). Source: Karras 
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ Solver = Literal["euler", "heun"]
 Denoise = Callable[[Tensor, float], Tensor]
 
 
+@runtime_checkable
 class EmaSource(Protocol):
     """Whatever can put one block's EMA weights into memory: a scheduler while training, a loader otherwise."""
 

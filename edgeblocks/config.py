@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from edgeblocks.errors import ConfigError
+from edgeblocks.units import parse_size
 
 DEFAULT_PRESETS = {"dit": "dit-tiny"}
 
@@ -49,6 +50,26 @@ class RunSettings(BaseModel):
     tier: Literal["auto", "ram", "disk"] = "auto"
     sample_grids: int = Field(default=4, ge=0)
     sample_steps: int = Field(default=18, ge=1)
+
+    @field_validator("mem_budget")
+    @classmethod
+    def _is_size(cls, text: str) -> str:
+        parse_size(text, whole_bytes=1_000_000)
+        return text
+
+    @field_validator("blocks", "micro_batch", "visit_steps", mode="before")
+    @classmethod
+    def _is_count_or_auto(cls, value: Any) -> Any:  # noqa: ANN401
+        if value != "auto" and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+            raise ValueError("a whole number of at least 1, or auto, is needed")
+        return value
+
+    @field_validator("data", "family", "preset")
+    @classmethod
+    def _is_not_empty(cls, text: str) -> str:
+        if not text:
+            raise ValueError("it must not be empty")
+        return text
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,7 +109,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def parse_assignments(assignments: list[str]) -> dict[str, Any]:
-    """`key=value` texts as settings; a value is read as YAML, so numbers and booleans need no quotes.
+    """`key=value` texts as settings (dashes in keys become underscores); a value is read as YAML, so numbers and booleans need no quotes.
 
     >>> parse_assignments(["patch=1", "flip=true", "learning_rate=3e-4", "data=my.npz"])
     {'patch': 1, 'flip': True, 'learning_rate': 0.0003, 'data': 'my.npz'}
@@ -146,10 +167,9 @@ def resolve_settings(
     except ValidationError as error:
         problems += _validation_problems(error)
     family_values = {key: value for key, value in merged.items() if key in family_keys}
-    problems += _type_problems(family_type, family_values)
-    if not problems:
-        checked = family_type(**family_values)
-        problems += checked.problems()
+    type_problems = _type_problems(family_type, family_values)
+    checked = family_type(**({} if type_problems else family_values))
+    problems += type_problems or checked.problems()
     if problems:
         raise ConfigError(*problems)
     assert run is not None
@@ -186,7 +206,8 @@ def _validation_problems(error: ValidationError) -> list[str]:
     found: dict[str, str] = {}
     for item in error.errors():
         key = str(item["loc"][0])
-        found.setdefault(key, f"{key}={item['input']!r}: {item['msg'][0].lower()}{item['msg'][1:]}")
+        message = item["msg"].removeprefix("Value error, ")
+        found.setdefault(key, f"{key}={item['input']!r}: {message[0].lower()}{message[1:]}")
     return list(found.values())
 
 

@@ -155,6 +155,7 @@ def _trace_step(family: Any, num_layers: int, samples: int, kind: str) -> _LiveS
 
     with torch.device("meta"):
         block = family.block(num_layers=num_layers, checkpointing=kind == "checkpointed")
+        block.reset_tables_()
         for parameter in block.parameters():
             parameter.grad = torch.empty_like(parameter)
             storages.ignore(parameter)
@@ -180,6 +181,7 @@ def _flops(family: Any, num_layers: int) -> int:  # noqa: ANN401 - families.base
 
     with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
         block = family.block(num_layers=num_layers, checkpointing=False)
+        block.reset_tables_()
         batch = {name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in family.batch_spec(1).items()}
         family.loss(block, batch)
     return int(counter.get_total_flops())

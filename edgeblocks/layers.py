@@ -1,7 +1,8 @@
 """Parts that families are built of: attention, MLP, AdaLN-zero layers, embeddings, and activation checkpointing.
 
-Parameters are created on torch's default device and initialised by `init_`, with an explicit generator: a block is
-built on the meta device (no memory), bound to the block store's buffer, and only then initialised there.
+Modules are built without values, on the meta device (no memory), bound to the block store's buffer, and only then
+initialised there with an explicit generator. `Linear` and `Embedding` therefore do not initialise themselves; any
+operator on a meta tensor would also import 80 MB of symbolic libraries.
 """
 
 import math
@@ -14,14 +15,28 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 
+class Linear(nn.Linear):
+    """torch's linear map, without values until its block is initialised."""
+
+    def reset_parameters(self) -> None:
+        """Nothing: see the module's docstring."""
+
+
+class Embedding(nn.Embedding):
+    """torch's embedding, without values until its block is initialised."""
+
+    def reset_parameters(self) -> None:
+        """Nothing: see the module's docstring."""
+
+
 class SelfAttention(nn.Module):
     """Multi-head self-attention over all tokens."""
 
     def __init__(self, *, width: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
-        self.qkv = nn.Linear(width, 3 * width)
-        self.out = nn.Linear(width, width)
+        self.qkv = Linear(width, 3 * width)
+        self.out = Linear(width, width)
 
     def forward(self, x: Float[Tensor, "batch tokens width"]) -> Float[Tensor, "batch tokens width"]:
         queries, keys, values = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
@@ -35,8 +50,8 @@ class Mlp(nn.Module):
 
     def __init__(self, *, width: int, ratio: int = 4) -> None:
         super().__init__()
-        self.up = nn.Linear(width, ratio * width)
-        self.down = nn.Linear(ratio * width, width)
+        self.up = Linear(width, ratio * width)
+        self.down = Linear(ratio * width, width)
 
     def forward(self, x: Float[Tensor, "batch tokens width"]) -> Float[Tensor, "batch tokens width"]:
         out: Tensor = self.down(F.gelu(self.up(x), approximate="tanh"))
@@ -62,7 +77,7 @@ class AdaLnZeroLayer(nn.Module):
         super().__init__()
         self.attention = SelfAttention(width=width, heads=heads)
         self.mlp = Mlp(width=width)
-        self.modulation = nn.Linear(width, 6 * width)
+        self.modulation = Linear(width, 6 * width)
 
     def forward(
         self, x: Float[Tensor, "batch tokens width"], condition: Float[Tensor, "batch width"]
@@ -122,7 +137,7 @@ class LabelEmbedding(nn.Module):
 
     def __init__(self, *, num_classes: int, width: int) -> None:
         super().__init__()
-        self.table = nn.Embedding(num_classes + 1, width)
+        self.table = Embedding(num_classes + 1, width)
 
     def forward(self, labels: Int[Tensor, " batch"]) -> Float[Tensor, "batch width"]:
         out: Tensor = self.table(labels)

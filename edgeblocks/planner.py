@@ -17,10 +17,11 @@ from edgeblocks.units import format_bytes
 FEWEST_GOOD_LAYERS = 4
 STREAMING_SHARE = 0.02
 """Loading and storing may take this share of a visit."""
-USUAL_VISIT_S = 20.0
+USUAL_VISIT_S = 300.0
+"""A visit is the most that a power cut can undo; shorter ones write more to the disk."""
 FEWEST_ROUNDS = 4
-SLACK_SHARE, SLACK_BYTES = 0.02, 4_000_000
-"""Page rounding and small allocations: a share of what is counted, and a constant."""
+SLACK_SHARE, SLACK_BYTES = 0.05, 16_000_000
+"""Heap fragmentation as a share of the activations; code pages and library scratch touched later, a constant."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -225,8 +226,7 @@ def _candidate(
         "activations": at_samples(traces, micro_batch, lambda cost: cost.peak_bytes.at(num_layers)),
         "data": wishes.data_bytes + 3 * wishes.batch * costs.batch_bytes_per_sample,
     }
-    counted = sum(breakdown.values()) - machine.runtime_bytes
-    breakdown["slack"] = int(SLACK_SHARE * counted) + SLACK_BYTES
+    breakdown["slack"] = int(SLACK_SHARE * breakdown["activations"]) + SLACK_BYTES
     step_s = predicted_step_s(costs, machine, num_layers, wishes.batch, micro_batch, checkpointing)
     load_s = block_bytes / machine.disk_read_bytes_per_s if slots < blocks else 0.0
     store_s = block_bytes / machine.disk_write_bytes_per_s
@@ -267,7 +267,7 @@ def predicted_step_s(
 
 
 def _visit_steps(steps: int, step_s: float, streaming_s: float) -> int:
-    """Long enough that streaming stays below its share; else some seconds, but several rounds over all blocks."""
+    """Long enough that streaming stays below its share; else some minutes, but several rounds over all blocks."""
     needed = math.ceil(streaming_s / (STREAMING_SHARE * step_s))
     pleasant = min(math.ceil(USUAL_VISIT_S / step_s), math.ceil(steps / FEWEST_ROUNDS))
     return max(1, min(max(needed, pleasant), steps))

@@ -6,10 +6,10 @@ are dense near 1 and sparse near 0 but span seven decades, because moments do.
 
 Finding the nearest of 256 is what makes 8-bit optimizers slow on a CPU (one thread of an AMD Zen 5, scales included:
 bitsandbytes 7.2 ns a value). Here the value is rounded to float16, and its 16 bits index a table of all 65,536 answers:
-0.8 ns. Why float16 and not bfloat16,
-which spends three of these bits on exponents that no value in [-1, 1] above the smallest code needs: on normal values
-float16 gives the exact nearest code 99.6 % of the time and otherwise its neighbour, bfloat16 96.8 % (squares of normal
-values, unsigned: 99.5 and 95.8 %; bitsandbytes' own CPU kernel 99.8 and 96.9 %).
+0.8 ns. Why float16 and not bfloat16, which spends three of these bits on exponents that no value in [-1, 1] above the
+smallest code needs: on normal values float16 gives the exact nearest code 99.6 % of the time and otherwise its
+neighbour, bfloat16 96.8 % (squares of normal values, unsigned: 99.5 and 95.8 %; bitsandbytes' own CPU kernel 99.8 and
+96.9 %).
 
 Source: Dettmers et al. 2022, "8-bit Optimizers via Block-wise Quantization", arXiv 2110.02861, sections 2.1 and 2.2
 (their block is our group).
@@ -83,7 +83,7 @@ def dynamic_map(*, signed: bool) -> Float32[Tensor, "codes=256"]:
     Decade d = 0..6, (10^(d-7), 10^(d-6)], is cut into 2^d equal parts for each sign (signed) or 2^(d+1) (unsigned),
     and the middle of each part is a code value.
 
-    Source: arXiv 2110.02861, section 2.2 and appendix F; equal to bitsandbytes.functional.create_dynamic_map.
+    Source: arXiv 2110.02861, sections 1.3 and 2.2; equal to bitsandbytes.functional.create_dynamic_map.
     """
     values = [0.0, 1.0]
     for decade in range(_NUM_DECADES):

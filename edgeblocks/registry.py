@@ -2,12 +2,14 @@
 
 import dataclasses
 import importlib
+from pathlib import Path
 from typing import Any
 
 from edgeblocks.errors import ConfigError
 
 _FAMILIES = {"dit": "edgeblocks.families.dit:Dit"}
 _TARGETS = {"cpu": "edgeblocks.targets.cpu:CpuTarget"}
+_SAMPLERS = {"onnxruntime": "edgeblocks.export.sampler:Sampler"}
 _EXPORTERS = {"onnx": "edgeblocks.export.graph:export_run"}
 
 
@@ -49,6 +51,11 @@ def build_target(name: str) -> Any:  # noqa: ANN401 - a class satisfying targets
 def build_exporter() -> Any:  # noqa: ANN401 - export.graph.export_run
     """The function that turns a run directory into an exported directory."""
     return _load(_EXPORTERS, "onnx", "exporter")
+
+
+def open_sampler(directory: Path) -> Any:  # noqa: ANN401 - export.sampler.Sampler
+    """An exported directory, ready to sample. Imports no torch."""
+    return _load(_SAMPLERS, "onnxruntime", "sampler")(directory)
 
 
 def _load(table: dict[str, str], name: str, kind: str) -> Any:  # noqa: ANN401

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from edgeblocks.data.cache import FORMAT_VERSION, CacheWriter, Content
-from edgeblocks.data.pictures import fit_square
+from edgeblocks.data.decoding import fit_square
 from edgeblocks.errors import DataError
 
 _CHUNK_VALUES = 2**20

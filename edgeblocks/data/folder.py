@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgeblocks.data.cache import FORMAT_VERSION, CacheWriter, Content
-from edgeblocks.data.pictures import EXTENSIONS, UnreadableImageError, decode, read_header
+from edgeblocks.data.decoding import EXTENSIONS, UnreadableImageError, decode, read_header
 from edgeblocks.errors import DataError
 
 _SPLIT_NAMES = frozenset({"train", "test", "val", "valid", "validation"})

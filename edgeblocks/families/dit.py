@@ -17,6 +17,7 @@ from edgeblocks.families.base import Batch, BatchSpec, ImageInfo
 from edgeblocks.layers import (
     AdaLnZeroLayer,
     LabelEmbedding,
+    Linear,
     init_linear_,
     init_zero_,
     modulated_norm,
@@ -69,7 +70,7 @@ class DitSettings:
 class DitBlock(nn.Module):
     """One block: stem, `num_layers` layers, readout.
 
-    `positions` is a fixed table, not a parameter: it is made again by `reset_tables_` and never stored.
+    `positions` is a fixed table, not a parameter: `reset_tables_` makes it before use, and it is never stored.
     """
 
     positions: Tensor
@@ -80,14 +81,13 @@ class DitBlock(nn.Module):
         self.checkpointing = checkpointing
         features = data.channels * settings.patch**2
         hidden = settings.width
-        self.patch_embedding = nn.Linear(features, hidden)
-        self.noise_up = nn.Linear(NOISE_FEATURES, hidden)
-        self.noise_down = nn.Linear(hidden, hidden)
+        self.patch_embedding = Linear(features, hidden)
+        self.noise_up = Linear(NOISE_FEATURES, hidden)
+        self.noise_down = Linear(hidden, hidden)
         self.label_embedding = LabelEmbedding(num_classes=data.num_classes, width=hidden) if data.num_classes else None
         self.layers = nn.ModuleList(AdaLnZeroLayer(width=hidden, heads=settings.heads) for _ in range(num_layers))
-        self.readout_modulation = nn.Linear(hidden, 2 * hidden)
-        self.readout = nn.Linear(hidden, features)
-        self.reset_tables_()
+        self.readout_modulation = Linear(hidden, 2 * hidden)
+        self.readout = Linear(hidden, features)
 
     def reset_tables_(self) -> None:
         """Make the fixed tables on torch's default device."""

@@ -1,0 +1,368 @@
+"""The command line: arguments, printing, exit codes. Torch is imported by the verbs that need it, when they run.
+
+Exit codes: 0 done; 1 the run failed; 2 wrong use; 3 does not fit the budget; 130 interrupted and saved.
+"""
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from edgeblocks.errors import ConfigError, EdgeblocksError
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Train a deep network block by block on a machine whose memory does not hold it, and deploy it with onnxruntime.",
+)
+
+Family = Annotated[str | None, typer.Argument(help="Kind of model: dit.", show_default="dit")]
+Preset = Annotated[str | None, typer.Option(help="A named size: dit-tiny, dit-s, dit-b, dit-l, dit-xl.")]
+Data = Annotated[str | None, typer.Option(help="digits (built in), a folder of images, or an .npz file.")]
+MemBudget = Annotated[
+    str | None, typer.Option(help="Largest resident memory of the process, such as 700MB, 6GB or 50% (the default).")
+]
+Steps = Annotated[int | None, typer.Option(help="Optimizer steps of each block.")]
+BatchSize = Annotated[int | None, typer.Option("--batch", help="Images a step.")]
+Blocks = Annotated[str | None, typer.Option(help="Number of blocks; auto lets the budget decide.")]
+Partition = Annotated[str | None, typer.Option(help="Noise ranges: equal-probability or uniform (in log sigma).")]
+Target = Annotated[str | None, typer.Option(help="Kind of machine: auto or cpu.")]
+ConfigFile = Annotated[Path | None, typer.Option("--config", help="YAML file of settings; flags go over it.")]
+SetValues = Annotated[
+    list[str] | None, typer.Option("--set", help="Any setting as key=value, for example --set patch=1. Repeatable.")
+]
+Seed = Annotated[int | None, typer.Option(help="Decides all randomness.")]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output, nothing else.")]
+Verbose = Annotated[bool, typer.Option("--verbose", help="Show the traceback of an error.")]
+Out = Annotated[Path, typer.Option("--out", "-o", help="Where to write.")]
+RunArgument = Annotated[Path, typer.Argument(help="A run directory.", show_default=False)]
+Number = Annotated[int, typer.Option("--n", help="Number of images.")]
+SampleSteps = Annotated[int, typer.Option("--steps", help="Noise levels of the chain; at least one a block.")]
+Solver = Annotated[str, typer.Option(help="heun (two evaluations a level) or euler (one).")]
+Guidance = Annotated[float, typer.Option(help="Classifier-free guidance; 1 is off, which runs the network once.")]
+ClassChoice = Annotated[str | None, typer.Option("--class", help="A class by name or number; all in turn by default.")]
+SampleSeed = Annotated[int, typer.Option("--seed", help="Decides the noise; sample and run agree on it.")]
+
+
+@app.command()
+def plan(
+    family: Family = None,
+    preset: Preset = None,
+    data: Data = None,
+    mem_budget: MemBudget = None,
+    steps: Steps = None,
+    batch: BatchSize = None,
+    blocks: Blocks = None,
+    partition: Partition = None,
+    target: Target = None,
+    config: ConfigFile = None,
+    set_values: SetValues = None,
+    seed: Seed = None,
+    out: Annotated[Path, typer.Option("--out", help="Where the run would be written; its disk is measured.")] = Path(),
+    as_json: Json = False,
+    verbose: Verbose = False,
+) -> None:
+    """Show how a training run would fit the budget, and what it would cost. Trains nothing.
+
+    Exits with 3 and the smallest budget that would work when nothing fits.
+    """
+
+    def work() -> None:
+        given = _given(family, preset, data, mem_budget, steps, batch, blocks, partition, target, seed, set_values)
+        _print_plan(given, config, out, as_json=as_json)
+
+    _guarded(work, verbose=verbose)
+
+
+@app.command()
+def train(
+    family: Family = None,
+    preset: Preset = None,
+    data: Data = None,
+    mem_budget: MemBudget = None,
+    steps: Steps = None,
+    batch: BatchSize = None,
+    blocks: Blocks = None,
+    partition: Partition = None,
+    target: Target = None,
+    config: ConfigFile = None,
+    set_values: SetValues = None,
+    seed: Seed = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Run directory.", show_default="runs/...")] = None,
+    resume: Annotated[Path | None, typer.Option(help="Go on with this run directory; takes no other settings.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and stop.")] = False,
+    as_json: Json = False,
+    verbose: Verbose = False,
+) -> None:
+    """Train a network block by block inside the memory budget.
+
+    With no arguments: a small dit on the built-in digits. Ctrl-C saves and stops; --resume goes on.
+    """
+
+    def work() -> None:
+        given = _given(family, preset, data, mem_budget, steps, batch, blocks, partition, target, seed, set_values)
+        if resume is not None and (given or config or out):
+            raise ConfigError(
+                f"--resume {resume} goes on with the settings of that run and takes no others; "
+                f"leave out {', '.join(sorted(given)) or '--out/--config'}, or start a new run with --out"
+            )
+        if dry_run:
+            if resume is not None:
+                raise ConfigError("--dry-run shows a new run's plan; the plan of a run is in its plan.json")
+            _print_plan(given, config, out or Path(), as_json=as_json)
+            return
+        from edgeblocks import api
+        from edgeblocks.console import ConsoleListener, training_report
+
+        listener = ConsoleListener(sys.stderr if as_json else sys.stdout)
+        try:
+            if resume is not None:
+                run = api.resume(resume, listener=listener)
+            else:
+                run = api.train(out=out or _free_run_path(given), config=config, listener=listener, **given)
+        finally:
+            listener.close()
+        summary = run.summary
+        assert summary is not None
+        print(json.dumps(summary) if as_json else training_report(summary, run.path))
+
+    _guarded(work, verbose=verbose)
+
+
+@app.command("eval")
+def evaluate(
+    run: RunArgument,
+    samples: Annotated[int, typer.Option(help="Samples for the Frechet distance; 0 leaves it out.")] = 256,
+    steps: SampleSteps = 18,
+    seed: SampleSeed = 0,
+    mem_budget: MemBudget = None,
+    as_json: Json = False,
+    verbose: Verbose = False,
+) -> None:
+    """Validation denoising loss per noise level, and a Frechet distance of fresh samples beside its floor."""
+
+    def work() -> None:
+        from edgeblocks import api
+        from edgeblocks.console import ConsoleListener, evaluation_report
+
+        listener = ConsoleListener(sys.stderr)
+        result = api.load(run).evaluate(
+            samples=samples, steps=steps, seed=seed, mem_budget=mem_budget, listener=listener
+        )
+        print(json.dumps(result) if as_json else evaluation_report(result))
+
+    _guarded(work, verbose=verbose)
+
+
+@app.command()
+def sample(
+    run: RunArgument,
+    out: Out = Path("grid.png"),
+    n: Number = 64,
+    steps: SampleSteps = 18,
+    solver: Solver = "heun",
+    guidance: Guidance = 1.0,
+    label: ClassChoice = None,
+    seed: SampleSeed = 0,
+    mem_budget: MemBudget = None,
+    as_json: Json = False,
+    verbose: Verbose = False,
+) -> None:
+    """Generate images with a trained run and save them as a grid."""
+
+    def work() -> None:
+        _check_picture(out, solver)
+        from edgeblocks import api, pictures
+        from edgeblocks.console import ConsoleListener
+
+        listener = ConsoleListener(sys.stderr)
+        images = api.load(run).sample(
+            n=n,
+            steps=steps,
+            solver=solver,  # type: ignore[arg-type]
+            guidance=guidance,
+            label=label,
+            seed=seed,
+            mem_budget=mem_budget,
+            on_level=lambda done: listener.advance(done, steps, "sampling"),
+        )
+        pictures.save_png(out, pictures.image_grid(images))
+        _say_saved(out, n, as_json=as_json)
+
+    _guarded(work, verbose=verbose)
+
+
+@app.command()
+def export(
+    run: RunArgument,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Directory of the exported network.", show_default=False)],
+    as_json: Json = False,
+    verbose: Verbose = False,
+) -> None:
+    """Write a trained run as ONNX graphs, one a block, and verify them against torch."""
+
+    def work() -> None:
+        from edgeblocks import api
+        from edgeblocks.console import ConsoleListener
+
+        manifest = api.load(run).export(out, listener=ConsoleListener(sys.stderr))
+        if as_json:
+            print(json.dumps(manifest))
+        else:
+            verified = manifest["verified"]
+            print(
+                f"exported {len(manifest['files'])} blocks to {out}; verified against torch: blocks differ by at most "
+                f"{verified['block_max_abs_error']:.1e}, final images by {verified['image_max_abs_error']:.1e}\n"
+                f"next: edgeblocks run {out} -o grid.png"
+            )
+
+    _guarded(work, verbose=verbose)
+
+
+@app.command()
+def run(
+    directory: Annotated[Path, typer.Argument(help="An exported directory.", show_default=False)],
+    out: Out = Path("grid.png"),
+    n: Number = 64,
+    steps: SampleSteps = 18,
+    solver: Solver = "heun",
+    guidance: Guidance = 1.0,
+    label: ClassChoice = None,
+    seed: SampleSeed = 0,
+    as_json: Json = False,
+    verbose: Verbose = False,
+) -> None:
+    """Generate images with an exported network: onnxruntime only, one block in memory at a time, no torch."""
+
+    def work() -> None:
+        _check_picture(out, solver)
+        from edgeblocks import pictures
+        from edgeblocks.registry import open_sampler
+
+        images = open_sampler(directory).sample(
+            n, steps=steps, solver=solver, guidance=guidance, label=label, seed=seed
+        )
+        pictures.save_png(out, pictures.image_grid(images))
+        _say_saved(out, n, as_json=as_json)
+
+    _guarded(work, verbose=verbose)
+
+
+@app.command()
+def info(
+    path: Annotated[Path, typer.Argument(help="A run directory or an exported directory.", show_default=False)],
+    as_json: Json = False,
+    verbose: Verbose = False,
+) -> None:
+    """What a run directory or an exported directory holds."""
+
+    def work() -> None:
+        from edgeblocks.console import facts
+        from edgeblocks.info import describe
+
+        description = describe(path)
+        print(json.dumps(description) if as_json else facts([(key, str(value)) for key, value in description.items()]))
+
+    _guarded(work, verbose=verbose)
+
+
+def _given(
+    family: str | None,
+    preset: str | None,
+    data: str | None,
+    mem_budget: str | None,
+    steps: int | None,
+    batch: int | None,
+    blocks: str | None,
+    partition: str | None,
+    target: str | None,
+    seed: int | None,
+    set_values: list[str] | None,
+) -> dict[str, Any]:
+    """The settings that the user typed, flags over `--set`."""
+    from edgeblocks.config import parse_assignments
+
+    flags = {
+        "family": family,
+        "preset": preset,
+        "data": data,
+        "mem_budget": mem_budget,
+        "steps": steps,
+        "batch": batch,
+        "blocks": int(blocks) if blocks is not None and blocks.isdigit() else blocks,
+        "partition": partition,
+        "target": target,
+        "seed": seed,
+    }
+    typed = {key: value for key, value in flags.items() if value is not None}
+    return {**parse_assignments(set_values or []), **typed}
+
+
+def _print_plan(given: dict[str, Any], config: Path | None, out: Path, *, as_json: bool) -> None:
+    from edgeblocks import api
+    from edgeblocks.console import ConsoleListener, banner, plan_table
+
+    prepared = api.plan(config=config, out=out, listener=ConsoleListener(sys.stderr), **given)
+    if as_json:
+        print(json.dumps(prepared.plan.to_json(prepared.partition)))
+        return
+    print(banner(prepared))
+    print(plan_table(prepared))
+
+
+def _free_run_path(given: dict[str, Any]) -> Path:
+    """runs/FAMILY-DATA, numbered when it is taken."""
+    name = f"{given.get('family', 'dit')}-{Path(str(given.get('data', 'digits'))).stem or 'images'}"
+    path, number = Path("runs") / name, 2
+    while path.exists():
+        path, number = Path("runs") / f"{name}-{number}", number + 1
+    return path
+
+
+def _check_picture(out: Path, solver: str) -> None:
+    problems = []
+    if out.suffix.lower() != ".png":
+        problems.append(f"-o {out}: the grid is a PNG picture; give a name that ends in .png")
+    if solver not in ("heun", "euler"):
+        problems.append(f"--solver {solver}: there are heun and euler")
+    if problems:
+        raise ConfigError(*problems)
+
+
+def _say_saved(out: Path, n: int, *, as_json: bool) -> None:
+    print(json.dumps({"path": str(out), "n": n}) if as_json else f"saved {n} images to {out}")
+
+
+def _guarded(work: Callable[[], None], *, verbose: bool) -> None:
+    """Run a verb; turn errors into their message and exit code."""
+    try:
+        work()
+    except EdgeblocksError as error:
+        if verbose:
+            raise
+        for line in str(error).splitlines():
+            print(f"error: {line}" if error.exit_code != 130 else line, file=sys.stderr)
+        raise typer.Exit(error.exit_code) from error
+    except KeyboardInterrupt as error:
+        print("interrupted", file=sys.stderr)
+        raise typer.Exit(130) from error
+    except BrokenPipeError as error:
+        raise typer.Exit(1) from error
+    except (MemoryError, OSError, RuntimeError) as error:
+        if verbose:
+            raise
+        print(f"error: {type(error).__name__}: {error}. --verbose shows where", file=sys.stderr)
+        raise typer.Exit(1) from error
+
+
+def main() -> None:
+    """The `edgeblocks` command."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,67 @@
+"""What a directory of this project holds, in a few lines. Reads headers and JSON only."""
+
+from pathlib import Path
+from typing import Any
+
+from edgeblocks.errors import RunError
+from edgeblocks.units import format_bytes, format_count
+
+
+def describe(path: Path) -> dict[str, Any]:
+    """Facts of a run directory or of an exported directory.
+
+    Raises:
+        RunError: neither of them, or damaged.
+    """
+    if (path / "config.yaml").exists():
+        return _describe_run(path)
+    if (path / "manifest.json").exists():
+        return _describe_export(path)
+    raise RunError(f"{path} is neither a run directory nor an exported directory (it has no manifest.json)")
+
+
+def _describe_run(path: Path) -> dict[str, Any]:
+    from edgeblocks.checkpoint import open_run, read_json
+
+    run = open_run(path)
+    store = run.store()
+    steps = [store.header(block).step for block in range(len(run.layers))]
+    described = {
+        "kind": "run",
+        "family": run.settings.run.family,
+        "preset": run.settings.run.preset,
+        "parameters": format_count(run.plan["parameters"]),
+        "blocks": len(run.layers),
+        "layers_per_block": list(run.layers),
+        "steps": steps,
+        "steps_wanted": run.settings.run.steps,
+        "finished": min(steps) >= run.settings.run.steps,
+        "data": run.data_source,
+        "image": f"{run.data.height}x{run.data.width}x{run.data.channels}",
+        "classes": run.data.num_classes,
+        "budget": format_bytes(run.plan["budget_bytes"]),
+        "predicted_peak": format_bytes(run.plan["predicted_peak_bytes"]),
+        "disk": format_bytes(sum(store.path(block).stat().st_size for block in range(len(steps)))),
+    }
+    if (path / "summary.json").exists():
+        summary = read_json(path / "summary.json")
+        described["measured_peak"] = format_bytes(summary["peak_bytes"])
+        described["validation_loss"] = round(summary["metrics"]["validation_loss"], 5)
+    return described
+
+
+def _describe_export(path: Path) -> dict[str, Any]:
+    from edgeblocks.registry import open_sampler
+
+    manifest = open_sampler(path).manifest
+    channels, height, width = manifest.image_shape
+    return {
+        "kind": "export",
+        "family": manifest.family,
+        "blocks": len(manifest.files),
+        "opset": manifest.opset,
+        "image": f"{height}x{width}x{channels}",
+        "classes": manifest.num_classes,
+        "disk": format_bytes(sum(file.bytes for file in manifest.files)),
+        "verified": manifest.verified,
+    }

@@ -1,0 +1,428 @@
+"""manifest.json of an exported directory: everything that running it needs besides the graphs.
+
+Read on machines that have neither torch nor the run, so it is plain Python, and it checks all it reads: a manifest may
+come from anywhere. File names are names inside the directory and nothing else; a file's checksum is compared each time
+before the file is used.
+"""
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from importlib import metadata
+from pathlib import Path
+from typing import Any, NoReturn
+
+from edgeblocks.errors import RunError
+from edgeblocks.noise import NoiseDistribution, NoisePartition, NoiseRange, sampler_levels
+from edgeblocks.solver import Solver
+
+EXPORT_FORMAT_VERSION = 1
+KIND = "edgeblocks export"
+FILE_NAME = "manifest.json"
+DEFAULT_STEPS = 18
+_SHA256_DIGITS = 64
+_CHUNK_BYTES = 2**20
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockFile:
+    """One block's graph. `data_file` holds its weights when they are not in the graph's file; `bytes` counts both."""
+
+    block: int
+    file: str
+    data_file: str | None
+    sha256: str
+    data_sha256: str | None
+    bytes: int
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return (self.file,) if self.data_file is None else (self.file, self.data_file)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplerSettings:
+    """How samples are made unless the caller says otherwise."""
+
+    steps: int = DEFAULT_STEPS
+    solver: Solver = "heun"
+    guidance: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verified:
+    """How far onnxruntime was from torch when the directory was written. Differences are in model space.
+
+    real_inputs: whether the blocks also saw images of the run's data, not only random ones.
+    image_uint8_equal_share: the share of pixel values that were the same after rounding.
+    """
+
+    block_max_abs_error: float
+    block_limit: float
+    image_max_abs_error: float
+    image_limit: float
+    image_uint8_equal_share: float
+    images: int
+    real_inputs: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """An exported chain of blocks.
+
+    image_shape: (channels, height, width).
+    mean, scale: model space is x = (pixel/255 - mean) * scale, with standard deviation sigma_data.
+    class_names: () for an unconditional network; a graph takes class numbers, and `num_classes` for "no class".
+    boundaries: block b owns the noise levels [boundaries[b+1], boundaries[b]).
+    verified: None only while the directory is being written.
+    """
+
+    edgeblocks: str
+    family: str
+    opset: int
+    image_shape: tuple[int, int, int]
+    mean: float
+    scale: float
+    sigma_data: float
+    class_names: tuple[str, ...]
+    noise: NoiseDistribution
+    boundaries: tuple[float, ...]
+    sampler: SamplerSettings
+    files: tuple[BlockFile, ...]
+    verified: Verified | None = None
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.class_names)
+
+    @property
+    def partition(self) -> NoisePartition:
+        """Which block owns which noise level. Its training ranges are not widened: nothing is trained here."""
+        ends = zip(self.boundaries[:-1], self.boundaries[1:], strict=True)
+        ranges = tuple(NoiseRange(low=low, high=high, train_low=low, train_high=high) for high, low in ends)
+        return NoisePartition(distribution=self.noise, boundaries=self.boundaries, ranges=ranges)
+
+    def levels(self) -> list[dict[str, Any]]:
+        """The default sampler's noise levels, descending, each with the block that owns it."""
+        partition = self.partition
+        levels = sampler_levels(partition, num_steps=self.sampler.steps)
+        return [{"sigma": sigma, "block": partition.block_of(sigma)} for sigma in levels]
+
+    def to_json(self) -> dict[str, Any]:
+        channels, height, width = self.image_shape
+        return {
+            "kind": KIND,
+            "format_version": EXPORT_FORMAT_VERSION,
+            "edgeblocks": self.edgeblocks,
+            "family": self.family,
+            "opset": self.opset,
+            "image": {"channels": channels, "height": height, "width": width},
+            "mean": self.mean,
+            "scale": self.scale,
+            "sigma_data": self.sigma_data,
+            "num_classes": self.num_classes,
+            "class_names": list(self.class_names),
+            "noise": asdict(self.noise),
+            "boundaries": list(self.boundaries),
+            "sampler": asdict(self.sampler),
+            "levels": self.levels(),
+            "files": [asdict(file) for file in self.files],
+            "verified": None if self.verified is None else asdict(self.verified),
+        }
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Write manifest.json and wait until it is on the disk.
+
+    Raises:
+        OSError: the disk refused.
+    """
+    assert manifest.verified is not None, "only a verified export is finished"
+    with (folder / FILE_NAME).open("w", encoding="utf-8") as file:
+        file.write(json.dumps(manifest.to_json(), indent=1, ensure_ascii=False) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest of an exported directory, checked; the block files are only looked at when they are used.
+
+    Raises:
+        RunError: not an exported directory, of another version, or damaged.
+    """
+    path = folder / FILE_NAME
+    if not folder.is_dir():
+        raise RunError(f"there is no exported directory {folder}; write one with: edgeblocks export RUN -o {folder}")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise RunError(
+            f"{folder} is not an exported directory: it has no {FILE_NAME}; write one with: edgeblocks export RUN -o DIR"
+        ) from error
+    except OSError as error:
+        raise RunError(f"cannot read {path}: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise RunError(f"{path} is damaged: it is not JSON ({error}); {_AGAIN}") from error
+    if not isinstance(content, dict) or content.get("kind") != KIND:
+        raise RunError(
+            f"{folder} is not an exported directory: its {FILE_NAME} is of another kind; a run is exported with: "
+            f"edgeblocks export RUN -o DIR"
+        )
+    version = content.get("format_version")
+    if type(version) is not int or version != EXPORT_FORMAT_VERSION:
+        raise RunError(
+            f"{folder} has export format version {version}; this edgeblocks ({metadata.version('edgeblocks')}) reads "
+            f"version {EXPORT_FORMAT_VERSION}. Use the edgeblocks that wrote it, or export the run again"
+        )
+    try:
+        manifest = _manifest(_Fields(content, ""))
+    except _MalformedError as error:
+        raise RunError(f"{path} is damaged: {error}; {_AGAIN}") from error
+    return manifest
+
+
+def checked_path(folder: Path, file: BlockFile) -> Path:
+    """A block's graph file, after comparing its bytes, and those of its data file, with the manifest's checksums.
+
+    Raises:
+        RunError: missing or damaged.
+    """
+    digests = (file.sha256, file.data_sha256)
+    for name, expected in zip(file.names, digests, strict=False):
+        try:
+            digest = sha256_of(folder / name)
+        except FileNotFoundError as error:
+            raise RunError(f"block {file.block} is missing: there is no file {folder / name}; {_AGAIN}") from error
+        except OSError as error:
+            raise RunError(f"cannot read block {file.block}: {folder / name}: {error.strerror}") from error
+        if digest != expected:
+            raise RunError(f"block {file.block} is damaged: {folder / name} does not match its checksum; {_AGAIN}")
+    return folder / file.file
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file in hexadecimal, a megabyte at a time."""
+    digest, chunk = hashlib.sha256(), memoryview(bytearray(_CHUNK_BYTES))
+    with path.open("rb", buffering=0) as file:
+        while count := file.readinto(chunk):
+            digest.update(chunk[:count])
+    return digest.hexdigest()
+
+
+_AGAIN = "copy the directory again from where it was written, or export the run again"
+
+
+class _MalformedError(ValueError):
+    """What is wrong with a manifest's content."""
+
+
+class _Fields:
+    """A JSON object whose fields are taken with their types checked; `where` names the object in messages."""
+
+    def __init__(self, content: Any, where: str) -> None:  # noqa: ANN401 - anything may stand in a file
+        self.where = where
+        if not isinstance(content, dict):
+            raise _MalformedError(f"{where or 'the manifest'} must be an object, found {_shown(content)}")
+        self._content = content
+
+    def fail(self, name: str, expected: str) -> NoReturn:
+        raise _MalformedError(f"{self._path(name)} must be {expected}, found {_shown(self._content.get(name))}")
+
+    def _path(self, name: str) -> str:
+        return f"{self.where}.{name}" if self.where else name
+
+    def _get(self, name: str) -> Any:  # noqa: ANN401
+        if name not in self._content:
+            raise _MalformedError(f"{self._path(name)} is missing")
+        return self._content[name]
+
+    def integer(self, name: str, *, least: int) -> int:
+        value = self._get(name)
+        if type(value) is not int or value < least:
+            self.fail(name, f"a whole number of at least {least}")
+        return value
+
+    def number(self, name: str) -> float:
+        value = self._get(name)
+        if not _is_number(value):
+            self.fail(name, "a finite number")
+        return float(value)
+
+    def positive(self, name: str) -> float:
+        value = self.number(name)
+        if value <= 0:
+            self.fail(name, "larger than 0")
+        return value
+
+    def not_negative(self, name: str) -> float:
+        value = self.number(name)
+        if value < 0:
+            self.fail(name, "at least 0")
+        return value
+
+    def truth(self, name: str) -> bool:
+        value = self._get(name)
+        if not isinstance(value, bool):
+            self.fail(name, "true or false")
+        return value
+
+    def text(self, name: str) -> str:
+        value = self._get(name)
+        if not isinstance(value, str) or not value:
+            self.fail(name, "a text")
+        return value
+
+    def texts(self, name: str) -> tuple[str, ...]:
+        values = self._get(name)
+        if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
+            self.fail(name, "a list of texts")
+        return tuple(values)
+
+    def numbers(self, name: str) -> tuple[float, ...]:
+        values = self._get(name)
+        if not isinstance(values, list) or not all(_is_number(value) for value in values):
+            self.fail(name, "a list of finite numbers")
+        return tuple(map(float, values))
+
+    def inner(self, name: str) -> "_Fields":
+        return _Fields(self._get(name), self._path(name))
+
+    def inners(self, name: str) -> "Iterator[_Fields]":
+        values = self._get(name)
+        if not isinstance(values, list):
+            self.fail(name, "a list")
+        for index, value in enumerate(values):
+            yield _Fields(value, f"{self._path(name)}[{index}]")
+
+    def file_name(self, name: str) -> str:
+        """A name inside the directory: it can lead nowhere else, on any system."""
+        value = self.text(name)
+        if value.startswith(".") or any(bad in value for bad in "/\\:\0"):
+            self.fail(name, "the plain name of a file in the directory")
+        return value
+
+    def sha256(self, name: str) -> str:
+        value = self.text(name)
+        if len(value) != _SHA256_DIGITS or not set(value) <= set("0123456789abcdef"):
+            self.fail(name, f"a SHA-256 of {_SHA256_DIGITS} lower-case hexadecimal digits")
+        return value
+
+    def absent(self, name: str) -> bool:
+        return self._get(name) is None
+
+
+def _is_number(value: Any) -> bool:  # noqa: ANN401
+    if type(value) not in (int, float):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:
+        return False
+
+
+def _shown(value: Any) -> str:  # noqa: ANN401
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _manifest(fields: _Fields) -> Manifest:
+    image = fields.inner("image")
+    manifest = Manifest(
+        edgeblocks=fields.text("edgeblocks"),
+        family=fields.text("family"),
+        opset=fields.integer("opset", least=1),
+        image_shape=(
+            image.integer("channels", least=1),
+            image.integer("height", least=1),
+            image.integer("width", least=1),
+        ),
+        mean=fields.number("mean"),
+        scale=fields.positive("scale"),
+        sigma_data=fields.positive("sigma_data"),
+        class_names=fields.texts("class_names"),
+        noise=_noise(fields.inner("noise")),
+        boundaries=fields.numbers("boundaries"),
+        sampler=_sampler(fields.inner("sampler")),
+        files=tuple(_block_file(inner, block) for block, inner in enumerate(fields.inners("files"))),
+        verified=_verified(fields.inner("verified")),
+    )
+    if fields.integer("num_classes", least=0) != manifest.num_classes:
+        fields.fail("num_classes", f"{manifest.num_classes}, the number of class_names")
+    _check_routing(fields, manifest)
+    names = [name for file in manifest.files for name in file.names]
+    if len(set(names)) != len(names):
+        raise _MalformedError("two of its files have the same name")
+    return manifest
+
+
+def _check_routing(fields: _Fields, manifest: Manifest) -> None:
+    """That the boundaries, the blocks and the levels tell the same story."""
+    boundaries = manifest.boundaries
+    descending = all(high > low for high, low in zip(boundaries[:-1], boundaries[1:], strict=True))
+    if len(boundaries) < 2 or not descending or boundaries[-1] <= 0:
+        fields.fail("boundaries", "at least two positive noise levels, strictly descending")
+    if (boundaries[0], boundaries[-1]) != (manifest.noise.sigma_max, manifest.noise.sigma_min):
+        fields.fail("boundaries", "noise levels from noise.sigma_max to noise.sigma_min")
+    if len(manifest.files) != len(boundaries) - 1:
+        raise _MalformedError(f"files lists {len(manifest.files)} blocks, boundaries tells of {len(boundaries) - 1}")
+    if manifest.sampler.steps < len(manifest.files):
+        fields.inner("sampler").fail("steps", f"at least {len(manifest.files)}, the number of blocks")
+    listed = [(level.positive("sigma"), level.integer("block", least=0)) for level in fields.inners("levels")]
+    expected = [(level["sigma"], level["block"]) for level in manifest.levels()]
+    same = len(listed) == len(expected) and all(
+        block == own_block and math.isclose(sigma, own_sigma, rel_tol=1e-9)
+        for (sigma, block), (own_sigma, own_block) in zip(listed, expected, strict=True)
+    )
+    if not same:
+        raise _MalformedError("levels are not those of sampler.steps and boundaries")
+
+
+def _noise(fields: _Fields) -> NoiseDistribution:
+    return NoiseDistribution(
+        sigma_min=fields.positive("sigma_min"),
+        sigma_max=fields.positive("sigma_max"),
+        p_mean=fields.number("p_mean"),
+        p_std=fields.positive("p_std"),
+    )
+
+
+def _sampler(fields: _Fields) -> SamplerSettings:
+    settings = SamplerSettings(steps=fields.integer("steps", least=1), guidance=fields.not_negative("guidance"))
+    match fields.text("solver"):
+        case "euler":
+            return replace(settings, solver="euler")
+        case "heun":
+            return replace(settings, solver="heun")
+        case _:
+            fields.fail("solver", "'euler' or 'heun'")
+
+
+def _block_file(fields: _Fields, block: int) -> BlockFile:
+    if fields.integer("block", least=0) != block:
+        fields.fail("block", f"{block}: blocks are listed in order")
+    inline = fields.absent("data_file")
+    if fields.absent("data_sha256") != inline:
+        fields.fail("data_sha256", "given exactly when data_file is")
+    return BlockFile(
+        block=block,
+        file=fields.file_name("file"),
+        data_file=None if inline else fields.file_name("data_file"),
+        sha256=fields.sha256("sha256"),
+        data_sha256=None if inline else fields.sha256("data_sha256"),
+        bytes=fields.integer("bytes", least=1),
+    )
+
+
+def _verified(fields: _Fields) -> Verified:
+    return Verified(
+        block_max_abs_error=fields.not_negative("block_max_abs_error"),
+        block_limit=fields.positive("block_limit"),
+        image_max_abs_error=fields.not_negative("image_max_abs_error"),
+        image_limit=fields.positive("image_limit"),
+        image_uint8_equal_share=fields.not_negative("image_uint8_equal_share"),
+        images=fields.integer("images", least=1),
+        real_inputs=fields.truth("real_inputs"),
+    )

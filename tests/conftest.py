@@ -1,0 +1,37 @@
+"""Shapes and types in annotations are checked at run time, in tests only; helpers to run the command as a user does."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from jaxtyping import install_import_hook
+
+_CHECKED = ("layers", "chain", "families.dit", "trainer", "frechet")
+_hook = install_import_hook([f"edgeblocks.{name}" for name in _CHECKED], "beartype.beartype")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _cache_folder(tmp_path_factory):
+    """Decoded images go to a folder of this test session."""
+    os.environ["EDGEBLOCKS_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(scope="session")
+def edgeblocks_command():
+    """Runs `edgeblocks ...` in a process of its own and gives the finished process."""
+
+    def run(*arguments, cwd=None, timeout=300, env=None):
+        command = [str(Path(sys.executable).with_name("edgeblocks")), *map(str, arguments)]
+        return subprocess.run(
+            command,
+            cwd=cwd,
+            timeout=timeout,
+            env={**os.environ, **(env or {})},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+
+    return run

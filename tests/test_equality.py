@@ -1,0 +1,161 @@
+"""The keystones: streaming, resuming and checkpointing never change a number."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from safetensors.numpy import load_file
+
+import edgeblocks
+from edgeblocks.errors import InterruptedRunError
+
+SMALL = {"data": "digits", "depth": 6, "width": 64, "heads": 2, "batch": 16, "blocks": 3, "sample_grids": 0}
+
+
+def block_tensors(run):
+    """Every tensor of every block file: weights, EMA, optimizer codes and scales."""
+    paths = sorted((Path(run) / "blocks").glob("*.safetensors"))
+    assert len(paths) == 3
+    return {(path.name, name): tensor for path in paths for name, tensor in load_file(path).items()}
+
+
+def assert_same_bits(first, second):
+    one, two = block_tensors(first), block_tensors(second)
+    assert one.keys() == two.keys()
+    different = [name for name in one if one[name].tobytes() != two[name].tobytes()]
+    assert not different, f"{len(different)} tensors differ, the first is {different[0]}"
+
+
+@pytest.fixture(scope="module")
+def resident(tmp_path_factory):
+    """A run of 60 steps with all blocks in memory, and visits as long as the run."""
+    out = tmp_path_factory.mktemp("resident") / "run"
+    run = edgeblocks.train(out=out, steps=60, mem_budget="4GB", tier="ram", visit_steps=60, **SMALL)
+    assert run.directory.plan["slots"] == 3
+    return out
+
+
+@pytest.mark.parametrize("slots", [1, 2])
+def test_streamed_training_equals_resident_training_bit_for_bit(resident, tmp_path, slots):
+    """Blocks on disk with one or two in memory, in visits of 7 steps, give the resident run's weights after 60 steps."""
+    plan = json.loads((resident / "plan.json").read_text())
+    part = plan["breakdown"]
+    one_slot = (part["weights"] + part["ema"] + part["optimizer"]) // 3
+    budget = plan["predicted_peak_bytes"] - (3 - slots) * one_slot + 30_000_000
+    run = edgeblocks.train(
+        out=tmp_path / "run",
+        steps=60,
+        mem_budget=f"{budget}",
+        tier="disk",
+        visit_steps=7,
+        micro_batch=plan["micro_batch"],
+        checkpointing=plan["checkpointing"],
+        **SMALL,
+    )
+    assert run.directory.plan["slots"] <= 2
+    assert_same_bits(resident, run.path)
+
+
+@pytest.mark.slow
+def test_a_small_budget_alone_streams_and_gives_the_same_weights(tmp_path, edgeblocks_command):
+    """The same B under a budget that holds one block, and under a large one: equal weights bit for bit after 60 steps."""
+    common = ["train", "--steps", "60", "--batch", "8", "--blocks", "4", "--seed", "3", "--json"]
+    for setting in ("depth=4", "width=512", "heads=8", "sample_grids=0", "patch=4"):
+        common += ["--set", setting]
+    large = edgeblocks_command(*common, "--mem-budget", "4GB", "--out", tmp_path / "large")
+    assert large.returncode == 0, large.stderr
+    plan = json.loads((tmp_path / "large/plan.json").read_text())
+    assert plan["slots"] == 4
+    one_slot = (plan["breakdown"]["weights"] + plan["breakdown"]["ema"] + plan["breakdown"]["optimizer"]) // 4
+    budget = plan["predicted_peak_bytes"] - int(1.5 * one_slot)
+    small = edgeblocks_command(*common, "--mem-budget", f"{budget}", "--out", tmp_path / "small")
+    assert small.returncode == 0, small.stderr
+    summary = json.loads(small.stdout)
+    streamed = json.loads((tmp_path / "small/plan.json").read_text())
+    assert streamed["slots"] == 2
+    assert streamed["micro_batch"] == plan["micro_batch"]
+    assert summary["peak_bytes"] <= summary["budget_bytes"]
+    names = sorted(path.name for path in (tmp_path / "large/blocks").iterdir())
+    assert len(names) == 4
+    for name in names:
+        one, two = load_file(tmp_path / "large/blocks" / name), load_file(tmp_path / "small/blocks" / name)
+        assert all(one[key].tobytes() == two[key].tobytes() for key in one)
+
+
+def test_checkpointing_changes_no_bit(tmp_path):
+    """Training with activation checkpointing gives the weights of training without."""
+    for name, checkpointing in (("on", True), ("off", False)):
+        edgeblocks.train(
+            out=tmp_path / name, steps=6, mem_budget="4GB", checkpointing=checkpointing, micro_batch=16, **SMALL
+        )
+    assert_same_bits(tmp_path / "on", tmp_path / "off")
+
+
+def test_accumulation_gives_the_same_weights_up_to_rounding(tmp_path):
+    """Four micro-batches of 4 train like one of 16: only the order of sums differs."""
+    for micro_batch in (16, 4):
+        edgeblocks.train(
+            out=tmp_path / str(micro_batch),
+            steps=6,
+            mem_budget="4GB",
+            micro_batch=micro_batch,
+            optimizer="adamw",
+            **SMALL,
+        )
+    one, two = block_tensors(tmp_path / "16"), block_tensors(tmp_path / "4")
+    for name in one:
+        if name[1].startswith("weights."):
+            assert abs(one[name] - two[name]).max() < 2e-4, name
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(resident, tmp_path, edgeblocks_command, number):
+    """Stopped by Ctrl-C, SIGTERM or kill -9 in the middle and resumed, the run ends with the same bits."""
+    out = tmp_path / "run"
+    settings = {**SMALL, "visit_steps": 5, "tier": "disk"}
+    arguments = ["train", "--steps", "60", "--mem-budget", "4GB", "--out", out]
+    for key, value in settings.items():
+        arguments += ["--set", f"{key}={value}"]
+    command = [str(Path(sys.executable).with_name("edgeblocks")), *map(str, arguments)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ)
+    metrics = out / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not (metrics.exists() and len(metrics.read_text().splitlines()) > 40):
+        assert process.poll() is None, process.stdout.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    process.send_signal(number)
+    output = process.communicate(timeout=60)[0]
+    if number == signal.SIGKILL:
+        assert process.returncode == -signal.SIGKILL
+    else:
+        assert process.returncode == 130, output
+        assert f"edgeblocks train --resume {out}" in output
+    assert not (out / "summary.json").exists()
+    resumed = edgeblocks_command("train", "--resume", out, "--json")
+    assert resumed.returncode == 0, resumed.stderr
+    assert sum(json.loads(resumed.stdout)["resumed_from"]) < 180
+    assert_same_bits(resident, out)
+    seen = [(record["block"], record["step"]) for record in map(json.loads, metrics.read_text().splitlines())]
+    assert sorted(seen) == [(block, step) for block in range(3) for step in range(1, 61)]
+
+
+def test_a_stopped_run_says_how_to_go_on(tmp_path):
+    """The API raises InterruptedRunError with the command when a signal arrives during training."""
+
+    class StopAtOnce:
+        def stage(self, text): ...
+        def advance(self, done, total, text): ...
+        def planned(self, prepared, run): ...
+        def note(self, text): ...
+        def step(self, progress, stall_s, used_bytes):
+            if progress.steps_done == 3:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(InterruptedRunError, match=r"stopped by SIGTERM; saved at steps 3, 0, 0 of 10.*--resume"):
+        edgeblocks.train(out=tmp_path / "run", steps=10, mem_budget="4GB", listener=StopAtOnce(), **SMALL)
