@@ -83,7 +83,9 @@ class Prepared:
         return partition_noise(noise, num_blocks=self.plan.chosen.blocks, kind=run.partition, overlap=run.overlap)
 
 
-def plan(*, config: Path | str | None = None, out: Path | str = ".", listener: Listener | None = None, **settings: Any) -> Prepared:  # noqa: ANN401
+def plan(
+    *, config: Path | str | None = None, out: Path | str = ".", listener: Listener | None = None, **settings: Any
+) -> Prepared:
     """What `train` would do with these settings, without doing it.
 
     Args:
@@ -139,12 +141,18 @@ def prepare(settings: Settings, out: Path, listener: Listener) -> Prepared:
 
 
 def _measure(
-    settings: Settings, data: ImageInfo, folder: Path, target: Any, listener: Listener  # noqa: ANN401
+    settings: Settings,
+    data: ImageInfo,
+    folder: Path,
+    target: Any,
+    listener: Listener,
 ) -> tuple[LayerCosts, Machine]:
     """Trace the costs in a child process, then measure the machine when it is quiet again."""
     sizes = micro_batches(settings.run.batch)
-    counts = sorted({sizes[0], sizes[len(sizes) // 2], 1} | ({settings.run.micro_batch} - {"auto"}))
-    costs = cost.trace_in_subprocess(settings.run.family, asdict(settings.family), asdict(data), counts)
+    counts = {sizes[0], sizes[len(sizes) // 2], 1}
+    if settings.run.micro_batch != "auto":
+        counts.add(min(settings.run.micro_batch, settings.run.batch))
+    costs = cost.trace_in_subprocess(settings.run.family, asdict(settings.family), asdict(data), sorted(counts))
     Image.init()  # what saving pictures will need belongs to the runtime's share
     return costs, target.measure(folder)
 

@@ -123,9 +123,7 @@ def sample_chain(
     return z
 
 
-def class_labels(
-    num_samples: int, *, num_classes: int, chosen: int | None
-) -> Int[Tensor, " samples"] | None:
+def class_labels(num_samples: int, *, num_classes: int, chosen: int | None) -> Int[Tensor, " samples"] | None:
     """The class of each sample: the chosen one, or all classes in turn; None for an unconditional network."""
     if num_classes == 0:
         return None

@@ -167,7 +167,9 @@ def open_run(path: Path) -> RunDirectory:
     if not path.is_dir():
         raise RunError(f"there is no run directory {path}")
     if not (path / "manifest.json").exists():
-        raise RunError(f"{path} is not a run directory: it has no manifest.json; start one with: edgeblocks train --out {path}")
+        raise RunError(
+            f"{path} is not a run directory: it has no manifest.json; start one with: edgeblocks train --out {path}"
+        )
     manifest = read_json(path / "manifest.json")
     version = manifest.get("format_version")
     if version != RUN_FORMAT_VERSION:

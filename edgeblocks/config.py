@@ -137,7 +137,10 @@ def _parse_value(text: str) -> Any:  # noqa: ANN401
 
 
 def resolve_settings(
-    given: Mapping[str, Any], *, family_settings: Any, config: Mapping[str, Any] | None = None  # noqa: ANN401
+    given: Mapping[str, Any],
+    *,
+    family_settings: Any,
+    config: Mapping[str, Any] | None = None,
 ) -> Settings:
     """Settings from what the user gave over a config file over a preset over the defaults.
 
@@ -187,7 +190,9 @@ def load_preset(name: str) -> dict[str, Any]:
         ConfigError: there is no such preset.
     """
     if name not in preset_names():
-        raise ConfigError(f"there is no preset '{name}'; there are: {', '.join(preset_names())}{_did_you_mean(name, preset_names())}")
+        raise ConfigError(
+            f"there is no preset '{name}'; there are: {', '.join(preset_names())}{_did_you_mean(name, preset_names())}"
+        )
     text = (resources.files("edgeblocks.recipes") / f"{name}.yaml").read_text(encoding="utf-8")
     preset: dict[str, Any] = yaml.safe_load(text)
     return preset

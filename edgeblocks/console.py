@@ -108,8 +108,12 @@ def banner(prepared: "Prepared") -> str:
     data = prepared.data
     classes = f"{data.num_classes} classes" if data.num_classes else "no classes"
     breakdown = ", ".join(f"{name} {format_bytes(size)}" for name, size in chosen.breakdown.items())
-    where = "all blocks stay in memory" if chosen.tier == "ram" else (
-        f"blocks on disk, {chosen.slots} in memory" + (" (one trained, one on its way)" if chosen.slots > 1 else "")
+    where = (
+        "all blocks stay in memory"
+        if chosen.tier == "ram"
+        else (
+            f"blocks on disk, {chosen.slots} in memory" + (" (one trained, one on its way)" if chosen.slots > 1 else "")
+        )
     )
     lines = [
         f"edgeblocks: {run.family} {run.preset}, {format_count(plan.parameters)} parameters in {chosen.blocks} blocks of "
@@ -131,7 +135,9 @@ def plan_table(prepared: "Prepared") -> str:
     """The candidates, one line each; the chosen one is marked. Memory is in MB."""
     parts = {"runtime": "runtime", "weights": "weights", "gradients": "grads", "optimizer": "optim", "ema": "ema"}
     parts |= {"activations": "activ", "data": "data", "slack": "slack"}
-    rows = [["", "blocks", "layers", "micro-batch", "ckpt", "in memory", "visit", "fits", "peak MB", "=", *parts.values()]]
+    rows = [
+        ["", "blocks", "layers", "micro-batch", "ckpt", "in memory", "visit", "fits", "peak MB", "=", *parts.values()]
+    ]
     rows[0] += ["step", "written"]
     for row in prepared.plan.candidates:
         rows.append(
@@ -194,7 +200,11 @@ def evaluation_report(result: dict[str, Any]) -> str:
     lines += [f"{level['sigma']:>10.4g} {level['block']:>6} {level['loss']:>9.4f}" for level in validation["levels"]]
     frechet = result.get("frechet")
     if frechet is not None:
-        floor = "no hold-out part to compare" if frechet["floor"] is None else f"hold-out images score {frechet['floor']:.4g}"
+        floor = (
+            "no hold-out part to compare"
+            if frechet["floor"] is None
+            else f"hold-out images score {frechet['floor']:.4g}"
+        )
         lines += [
             f"Frechet distance of {frechet['samples']} samples to {frechet['train_images']} training images: "
             f"{frechet['to_train']:.4g} ({floor})",

@@ -51,7 +51,9 @@ def trace(family: Any, sample_counts: Sequence[int]) -> LayerCosts:  # noqa: ANN
 
     (one, one_quantizable), (two, two_quantizable) = (_count_parameters(family, count) for count in (1, 2))
     moments = {
-        optimizer: [state_bytes(*counts, optimizer)["optimizer"] for counts in ((one, one_quantizable), (two, two_quantizable))]
+        optimizer: [
+            state_bytes(*counts, optimizer)["optimizer"] for counts in ((one, one_quantizable), (two, two_quantizable))
+        ]
         for optimizer in get_args(Optimizer)
     }
     flops = [_flops(family, num_layers) for num_layers in (1, 2)]
@@ -136,7 +138,7 @@ def _trace_step(family: Any, num_layers: int, samples: int, kind: str) -> _LiveS
 
     storages = _LiveStorages()
 
-    class Follow(TorchDispatchMode):
+    class Follow(TorchDispatchMode):  # type: ignore[no-untyped-call]
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: ANN401
             result = func(*args, **(kwargs or {}))
             storages.operators += 1
@@ -160,12 +162,10 @@ def _trace_step(family: Any, num_layers: int, samples: int, kind: str) -> _LiveS
             parameter.grad = torch.empty_like(parameter)
             storages.ignore(parameter)
             storages.ignore(parameter.grad)
-        batch = {
-            name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in family.batch_spec(samples).items()
-        }
+        batch = {name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in family.batch_spec(samples).items()}
     for tensor in (*batch.values(), *block.buffers()):
         storages.ignore(tensor)
-    with CpuAttention(), Follow():
+    with CpuAttention(), Follow():  # type: ignore[no-untyped-call]
         if kind == "forward":
             with torch.no_grad():
                 family.loss(block, batch)

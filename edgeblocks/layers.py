@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-import torch.nn.functional as F  # noqa: N812 - torch's own convention
+import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
@@ -188,5 +188,8 @@ def run_layers(
     Same numbers either way, bit for bit on a CPU.
     """
     for layer in layers:
-        x = _Checkpointed.apply(layer, x, condition) if checkpointing and x.requires_grad else layer(x, condition)
+        if checkpointing and x.requires_grad:
+            x = _Checkpointed.apply(layer, x, condition)  # type: ignore[no-untyped-call]
+        else:
+            x = layer(x, condition)
     return x

@@ -9,8 +9,8 @@ import torch
 
 from edgeblocks.chain import BlockRunner
 from edgeblocks.data.images import ImageSet
+from edgeblocks.generators import generator_at
 from edgeblocks.noise import NoiseDistribution, NoisePartition
-from edgeblocks.randomness import generator_at
 
 NUM_LEVELS = 24
 MOST_IMAGES = 512

@@ -1,26 +1,15 @@
-"""All randomness, decided by a position such as (seed, block, step), so that a resumed run draws what it would have."""
+"""Seeds from positions such as (seed, block, step), so that a resumed run draws what it would have drawn. No torch."""
 
 import hashlib
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
-
-if TYPE_CHECKING:
-    import torch
 
 
 def seed_at(*position: int | str) -> int:
     """A 63-bit seed for a position; different positions give unrelated seeds."""
     digest = hashlib.sha256("/".join(map(str, position)).encode()).digest()
     return int.from_bytes(digest[:8], "little") >> 1
-
-
-def generator_at(*position: int | str) -> "torch.Generator":
-    """A CPU generator for a position."""
-    import torch
-
-    return torch.Generator().manual_seed(seed_at(*position))
 
 
 def start_noise(shape: Sequence[int], *, num_samples: int, seed: int) -> np.ndarray:

@@ -1,7 +1,7 @@
 """What torch's chain and the deployed chain share: the solver's arithmetic, and the reading of a request for samples.
 
-Plain operators on whatever arrays are given, and no torch: numpy and torch then round every operation alike, because a
-Python float joins a float32 array as a float32 in both. The same denoiser therefore gives the same samples, bit for bit.
+Plain operators on whatever arrays are given, and no torch: numpy and torch then round every operation alike, because
+a Python float joins a float32 array as a float32 in both. The same denoiser gives the same samples, bit for bit.
 """
 
 import math

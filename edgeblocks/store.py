@@ -204,7 +204,7 @@ class BlockStore:
         layout = self.layouts[block]
         digests = {part: _digest(buffer.part_bytes(part)) for part in PARTS}
         header = _encode_header(layout, BlockHeader(run_id=self.run_id, block=block, step=step, digests=digests))
-        payload = [header, *(memoryview(buffer.part_bytes(part).numpy()) for part in PARTS)]
+        payload: list[bytes | memoryview] = [header, *(_memory(buffer.part_bytes(part)) for part in PARTS)]
         total = sum(len(piece) for piece in payload)
         path = self.path(block)
         try:
@@ -242,7 +242,7 @@ class BlockStore:
                 for part in buffer.parts:
                     start, num_bytes = layout.part_span(part)
                     file.seek(data_start + start)
-                    _read_exactly(file, memoryview(buffer.part_bytes(part).numpy()))
+                    _read_exactly(file, _memory(buffer.part_bytes(part)))
                     self.bytes_read += num_bytes
         except FileNotFoundError as error:
             raise RunError(f"block {block} is missing: there is no file {path}; {_KEPT}") from error
@@ -328,8 +328,13 @@ def _encode_header(layout: BlockLayout, header: BlockHeader) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
+def _memory(data: Tensor) -> memoryview:
+    """A uint8 tensor's bytes, without a copy."""
+    return memoryview(data.numpy())  # type: ignore[arg-type]  # numpy's stubs promise no buffer before Python 3.12
+
+
 def _digest(data: Tensor) -> str:
-    return hashlib.sha256(data.numpy()).hexdigest()
+    return hashlib.sha256(_memory(data)).hexdigest()
 
 
 def _read_exactly(file: Any, view: memoryview) -> None:  # noqa: ANN401 - a raw file

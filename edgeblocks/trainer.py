@@ -21,8 +21,8 @@ from edgeblocks.checkpoint import RunDirectory
 from edgeblocks.data.images import ImageSet
 from edgeblocks.data.order import BatchOrder
 from edgeblocks.errors import EdgeblocksError
+from edgeblocks.generators import generator_at
 from edgeblocks.optim import Workspace, adamw_8bit_step_, adamw_step_
-from edgeblocks.randomness import generator_at
 from edgeblocks.scheduler import ResidentBlock, Scheduler
 from edgeblocks.store import BlockBuffer, BlockStore, bind_parameters_
 
@@ -258,7 +258,7 @@ class Trainer:
         """AdamW over the flat block: 8-bit moments first, then fp32 ones, of which vectors get no weight decay."""
         layout, weights = buffer.layout, buffer.flat("weights")
         state = dict(buffer.tensors("optimizer"))
-        common = {"step": step + 1, "learning_rate": learning_rate, "beta1": BETA1, "beta2": BETA2, "eps": EPS}
+        common = {"learning_rate": learning_rate, "beta1": BETA1, "beta2": BETA2, "eps": EPS}
         if layout.num_quantized:
             assert self._workspace is not None
             eight_bit = slice(0, layout.num_quantized)
@@ -269,6 +269,7 @@ class Trainer:
                 state["exp_avg_scales"],
                 state["exp_avg_sq_codes"],
                 state["exp_avg_sq_scales"],
+                step=step + 1,
                 weight_decay=self.settings.weight_decay,
                 workspace=self._workspace,
                 **common,
@@ -284,6 +285,7 @@ class Trainer:
                     gradients[first:last],
                     state["exp_avg"][moments],
                     state["exp_avg_sq"][moments],
+                    step=step + 1,
                     weight_decay=weight_decay,
                     **common,
                 )

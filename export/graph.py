@@ -1,11 +1,11 @@
 """From trained blocks to ONNX: one graph a block, and a manifest.
 
-torch's exporter takes seconds and several times a block's memory, and it folds weights into constants under names of its
-own (a linear map on tokens becomes MatMul with a transposed copy). Blocks with the same number of layers have the same
-graph. So a graph is traced once per number of layers, with random weights in the place of the trained ones. No two random
-weights are alike, hence the graph's constants tell which parameter each came from, transposed or not; they get that
-parameter's name. A block is then written by filling in its EMA weights by name. Where a parameter cannot be found like
-that, each block is traced with its own weights instead. Every block is verified against torch in either case.
+torch's exporter takes seconds and several times a block's memory, and it folds weights into constants under names of
+its own (a linear map on tokens becomes MatMul with a transposed copy). Blocks with the same number of layers have the
+same graph. So a graph is traced once per number of layers, with random weights in the place of the trained ones. No two
+random weights are alike, hence the graph's constants tell which parameter each came from, transposed or not; they get
+that parameter's name. A block is then written by filling in its EMA weights by name. Where a parameter cannot be found
+like that, each block is traced with its own weights instead. Every block is verified against torch in either case.
 
 An export is written to a hidden folder beside the destination and renamed into place when it has been verified: under
 the final name there is only ever a whole export.
@@ -18,6 +18,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -25,11 +26,6 @@ from typing import Any
 import numpy as np
 import onnx
 import torch
-from torch import nn
-
-from edgeblocks.chain import BlockRunner
-from edgeblocks.checkpoint import RunDirectory
-from edgeblocks.errors import ConfigError, RunError, StorageError
 from edgeblocks.export.manifest import (
     DEFAULT_STEPS,
     FILE_NAME,
@@ -42,8 +38,13 @@ from edgeblocks.export.manifest import (
 )
 from edgeblocks.export.sampler import Sampler
 from edgeblocks.export.verify import NUM_IMAGES, Listener, verify_export
+from torch import nn
+
+from edgeblocks.chain import BlockRunner
+from edgeblocks.checkpoint import RunDirectory
+from edgeblocks.errors import ConfigError, RunError, StorageError
 from edgeblocks.families.dit import SIGMA_DATA
-from edgeblocks.randomness import generator_at
+from edgeblocks.generators import generator_at
 from edgeblocks.scheduler import EmaLoader
 from edgeblocks.units import format_bytes
 
@@ -77,9 +78,7 @@ def export_run(
             f"{run.settings.run.steps}"
         )
     micro_batch = min(NUM_IMAGES, run.plan["micro_batch"])
-    runner = BlockRunner(
-        run.family(), run.layers, run.partition, EmaLoader(run.store()), micro_batch=micro_batch
-    )
+    runner = BlockRunner(run.family(), run.layers, run.partition, EmaLoader(run.store()), micro_batch=micro_batch)
     with _staged(out) as folder:
         files = _write_blocks(run, runner, folder, listener, external_above_bytes)
         manifest = _describe(run, files)
@@ -120,7 +119,7 @@ def _write_blocks(
                 listener.note(f"the exporter changed a parameter of block {block}: tracing it with its own weights")
         network = runner.network(block)
         if template is None:
-            graph, tensors = _with_own_weights(network, family)
+            graph, tensors = trace_own(network, family)
         else:
             graph, tensors = template.graph, template.tensors_of(network)
         files.append(_write_block(folder, block, graph, tensors, external_above_bytes))
@@ -189,19 +188,245 @@ def make_template(family: Any, num_layers: int) -> Template | None:  # noqa: ANN
         for parameter in probe.parameters():
             parameter.normal_(generator=generator)
     program = _trace(probe.eval(), family)
-    initializers = program.model.graph.initializers
-    found = {
-        key: match
-        for key, value in initializers.items()
-        if (match := _match(value.const_value.numpy(), probe)) is not None
-    }
-    if {name for name, _ in found.values()} != {name for name, _ in probe.named_parameters()}:
-        return None
-    for key, (name, _) in found.items():
-        initializers[key].const_value = program.model.graph.initializers[key].const_value
-    graph = _without_data(program, set(found))
+    matches = {key: _match(values.numpy(), probe) for key, values in _constants(program).items()}
+    found = {key: match for key, match in matches.items() if match is not None}
     renamed = {key: f"{name}.transposed" if transposed else name for key, (name, transposed) in found.items()}
-    _rename(graph, renamed)
+    complete = {name for name, _ in found.values()} == {name for name, _ in probe.named_parameters()}
+    if not complete or len(set(renamed.values())) < len(renamed):
+        return None
+    graph = _graph_without(program, set(found))
+    _rename_initializers_(graph, renamed)
     return Template(
         num_layers=num_layers, graph=graph, parameters={renamed[key]: match for key, match in found.items()}
     )
+
+
+def write_graph(path: Path, graph: onnx.ModelProto, tensors: Tensors, *, external: bool) -> Path | None:
+    """Write a graph with the values of the initializers named in `tensors`; `graph` itself stays without them.
+
+    Returns:
+        The file that holds the values when `external`, else None.
+
+    Raises:
+        OSError: the disk refused.
+    """
+    data_path = path.with_name(f"{path.name}.data") if external else None
+    filled = [initializer for initializer in graph.graph.initializer if initializer.name in tensors]
+    try:
+        if data_path is None:
+            for initializer in filled:
+                initializer.raw_data = _bytes_of(initializer, tensors).tobytes()
+        else:
+            with _synced(data_path) as file:
+                for initializer in filled:
+                    values = _bytes_of(initializer, tensors)
+                    file.write(bytes(-file.tell() % _ALIGNMENT_BYTES))
+                    place = {"location": data_path.name, "offset": file.tell(), "length": values.nbytes}
+                    file.write(values.data)
+                    initializer.data_location = onnx.TensorProto.EXTERNAL
+                    for key, value in place.items():
+                        initializer.external_data.add(key=key, value=str(value))
+        with _synced(path) as file:
+            file.write(graph.SerializeToString())
+    finally:
+        for initializer in filled:
+            for field in ("raw_data", "data_location", "external_data"):
+                initializer.ClearField(field)
+    return data_path
+
+
+def _bytes_of(initializer: onnx.TensorProto, tensors: Tensors) -> np.ndarray:
+    values = np.ascontiguousarray(tensors[initializer.name].array(), dtype=np.dtype("<f4"))
+    assert values.shape == tuple(initializer.dims), f"{initializer.name}: {values.shape} is not {initializer.dims}"
+    return values
+
+
+def _trace(network: nn.Module, family: Any) -> Any:  # noqa: ANN401 - torch.onnx.ONNXProgram
+    """The network as an ONNX program with inputs z, sigma, labels and any batch size."""
+    data = family.data
+    inputs = [torch.zeros(2, data.channels, data.height, data.width), torch.ones(2)]
+    names = ["z", "sigma"]
+    if family.conditional:
+        inputs.append(torch.zeros(2, dtype=torch.int64))
+        names.append("labels")
+    batch = torch.export.Dim("batch", min=1)
+    with _quiet():
+        return torch.onnx.export(
+            network,
+            tuple(inputs),
+            dynamo=True,
+            opset_version=OPSET,
+            verbose=False,
+            input_names=names,
+            output_names=["denoised"],
+            dynamic_shapes=tuple({0: batch} for _ in inputs),
+        )
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """The exporter's advice on packages that are not installed and on its own names is not for our users."""
+    former = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(former)
+
+
+def _constants(program: Any) -> dict[str, Any]:  # noqa: ANN401 - torch.onnx.ONNXProgram, onnx_ir tensors
+    return {key: value.const_value for key, value in program.model.graph.initializers.items()}
+
+
+def _match(values: np.ndarray, probe: nn.Module) -> tuple[str, bool] | None:
+    """The parameter whose values these are, and whether they are transposed."""
+    for name, parameter in probe.named_parameters():
+        own = parameter.detach().numpy()
+        if values.dtype == own.dtype and np.array_equal(values, own):
+            return name, False
+        if values.dtype == own.dtype and own.ndim == 2 and np.array_equal(values, own.T):
+            return name, True
+    return None
+
+
+def _graph_without(program: Any, keys: set[str]) -> onnx.ModelProto:  # noqa: ANN401 - torch.onnx.ONNXProgram
+    """The program as a graph in which the initializers `keys` have their shapes but no values.
+
+    What the exporter noted on each node goes, too: source lines and paths of this machine.
+    """
+    import onnx_ir
+
+    shapes = {}
+    for key in keys:
+        initializer = program.model.graph.initializers[key]
+        shapes[key] = tuple(initializer.const_value.shape)
+        initializer.const_value = onnx_ir.tensor(np.empty(0, dtype=np.float32), name=key)
+    graph: onnx.ModelProto = program.model_proto
+    for tensor in graph.graph.initializer:
+        if tensor.name in shapes:
+            tensor.dims[:] = shapes[tensor.name]
+            tensor.ClearField("raw_data")
+    parts: list[Any] = [graph, graph.graph, *graph.graph.node, *graph.graph.initializer]
+    parts += [*graph.graph.input, *graph.graph.output, *graph.graph.value_info]
+    for part in parts:
+        part.ClearField("metadata_props")
+        part.ClearField("doc_string")
+    return graph
+
+
+def _rename_initializers_(graph: onnx.ModelProto, names: Mapping[str, str]) -> None:
+    for tensor in graph.graph.initializer:
+        tensor.name = names.get(tensor.name, tensor.name)
+    for value in graph.graph.value_info:
+        value.name = names.get(value.name, value.name)
+    for node in graph.graph.node:
+        node.input[:] = [names.get(name, name) for name in node.input]
+
+
+def trace_own(network: nn.Module, family: Any) -> tuple[onnx.ModelProto, Tensors]:  # noqa: ANN401
+    """The graph of one block traced as it is, and its constants, which may be any function of its weights."""
+    program = _trace(network, family)
+    constants = {
+        key: values.numpy()
+        for key, values in _constants(program).items()
+        if values.nbytes >= _SMALL_BYTES and values.numpy().dtype == np.float32
+    }
+    tensors = {
+        key: LazyTensor(num_bytes=values.nbytes, array=partial(constants.__getitem__, key))
+        for key, values in constants.items()
+    }
+    return _graph_without(program, set(constants)), tensors
+
+
+@contextmanager
+def _synced(path: Path) -> Iterator[Any]:
+    """A new file that is on the disk when the block ends."""
+    with path.open("wb") as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _check_destination(out: Path) -> None:
+    """Nothing but a former export may stand where an export is written, and nothing else beside its files.
+
+    Raises:
+        ConfigError: something else does.
+    """
+    if not out.exists():
+        return
+    if not out.is_dir():
+        raise ConfigError(f"-o {out} is a file; give the name of a directory to write the export to")
+    present = {path.name for path in out.iterdir()}
+    if not present:
+        return
+    try:
+        own = {FILE_NAME, *(name for file in read_manifest(out).files for name in file.names)}
+    except RunError as error:
+        raise ConfigError(
+            f"-o {out} holds something that is not an export that could be replaced ({error}); choose another "
+            f"directory, or empty this one"
+        ) from error
+    others = sorted(present - own)
+    if others:
+        shown = ", ".join(others[:5]) + (", .." if len(others) > 5 else "")
+        raise ConfigError(
+            f"-o {out} holds other files beside a former export, and they would be lost: {shown}; move them away, or "
+            f"choose another directory"
+        )
+
+
+@contextmanager
+def _staged(out: Path) -> Iterator[Path]:
+    """A folder beside `out` that takes its place when the block ends well, and vanishes when it does not.
+
+    A kill leaves `out` as it was and the hidden folder behind, which the next export to the same place removes. Between
+    the two renames of a replacement the former export has the hidden name; the next export puts it back.
+
+    Raises:
+        StorageError: the disk refused.
+    """
+    folder, former = out.with_name(f".{out.name}.edgeblocks-new"), out.with_name(f".{out.name}.edgeblocks-former")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        if former.exists() and not out.exists():
+            former.rename(out)
+        for leftover in (folder, former):
+            if leftover.exists():
+                shutil.rmtree(leftover)
+        folder.mkdir()
+        try:
+            yield folder
+            _sync_folder(folder)
+            if out.exists():
+                out.rename(former)
+            folder.rename(out)
+            _sync_folder(out.parent)
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)
+            if former.exists() and not out.exists():
+                former.rename(out)
+            raise
+        shutil.rmtree(former, ignore_errors=True)
+    except OSError as error:
+        raise StorageError(
+            f"cannot write the export {out}: {error.strerror or error}{_free_space(out)}; the run and a former export "
+            "are untouched; make room, or choose another place with -o"
+        ) from error
+
+
+def _free_space(out: Path) -> str:
+    try:
+        return f"; {format_bytes(shutil.disk_usage(out.parent).free)} are free there"
+    except OSError:
+        return ""
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

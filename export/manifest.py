@@ -10,8 +10,9 @@ import json
 import math
 import os
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from importlib import metadata
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -24,6 +25,7 @@ KIND = "edgeblocks export"
 FILE_NAME = "manifest.json"
 DEFAULT_STEPS = 18
 _SHA256_DIGITS = 64
+_SOLVERS: dict[str, Solver] = {"euler": "euler", "heun": "heun"}
 _CHUNK_BYTES = 2**20
 
 
@@ -101,7 +103,7 @@ class Manifest:
     @property
     def partition(self) -> NoisePartition:
         """Which block owns which noise level. Its training ranges are not widened: nothing is trained here."""
-        ends = zip(self.boundaries[:-1], self.boundaries[1:], strict=True)
+        ends = pairwise(self.boundaries)
         ranges = tuple(NoiseRange(low=low, high=high, train_low=low, train_high=high) for high, low in ends)
         return NoisePartition(distribution=self.noise, boundaries=self.boundaries, ranges=ranges)
 
@@ -160,7 +162,8 @@ def read_manifest(folder: Path) -> Manifest:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise RunError(
-            f"{folder} is not an exported directory: it has no {FILE_NAME}; write one with: edgeblocks export RUN -o DIR"
+            f"{folder} is not an exported directory: it has no {FILE_NAME}; write one with: "
+            f"edgeblocks export RUN -o DIR"
         ) from error
     except OSError as error:
         raise RunError(f"cannot read {path}: {error.strerror}") from error
@@ -361,7 +364,7 @@ def _manifest(fields: _Fields) -> Manifest:
 def _check_routing(fields: _Fields, manifest: Manifest) -> None:
     """That the boundaries, the blocks and the levels tell the same story."""
     boundaries = manifest.boundaries
-    descending = all(high > low for high, low in zip(boundaries[:-1], boundaries[1:], strict=True))
+    descending = all(high > low for high, low in pairwise(boundaries))
     if len(boundaries) < 2 or not descending or boundaries[-1] <= 0:
         fields.fail("boundaries", "at least two positive noise levels, strictly descending")
     if (boundaries[0], boundaries[-1]) != (manifest.noise.sigma_max, manifest.noise.sigma_min):
@@ -390,14 +393,12 @@ def _noise(fields: _Fields) -> NoiseDistribution:
 
 
 def _sampler(fields: _Fields) -> SamplerSettings:
-    settings = SamplerSettings(steps=fields.integer("steps", least=1), guidance=fields.not_negative("guidance"))
-    match fields.text("solver"):
-        case "euler":
-            return replace(settings, solver="euler")
-        case "heun":
-            return replace(settings, solver="heun")
-        case _:
-            fields.fail("solver", "'euler' or 'heun'")
+    solver = _SOLVERS.get(fields.text("solver"))
+    if solver is None:
+        fields.fail("solver", "'euler' or 'heun'")
+    return SamplerSettings(
+        steps=fields.integer("steps", least=1), solver=solver, guidance=fields.not_negative("guidance")
+    )
 
 
 def _block_file(fields: _Fields, block: int) -> BlockFile:

@@ -5,20 +5,21 @@ An export is not finished before this has passed. Both sides keep one block in m
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
+from edgeblocks.export.manifest import Verified
+from edgeblocks.export.sampler import Images, Labels, Sampler
 
 from edgeblocks.chain import BlockRunner, class_labels, guided, sample_chain
 from edgeblocks.checkpoint import RunDirectory
 from edgeblocks.data.images import ImageSet, open_images
 from edgeblocks.errors import ConfigError, DataError, EdgeblocksError, RunError, StorageError
-from edgeblocks.export.manifest import Verified
-from edgeblocks.export.sampler import Images, Labels, Sampler
 from edgeblocks.noise import NoiseRange, sampler_levels
 from edgeblocks.pictures import to_uint8
-from edgeblocks.randomness import generator_at, start_noise
+from edgeblocks.randomness import start_noise
+from edgeblocks.generators import generator_at
 
 BLOCK_LIMIT = 1e-4
 IMAGE_LIMIT = 1e-3
@@ -81,8 +82,8 @@ def verify_export(
     _enforce(f"the chain of {len(run.layers)} blocks", image_error, image_limit, f"{NUM_IMAGES} final images")
     listener.advance(total, total, "verifying")
     listener.note(
-        f"onnxruntime against torch: blocks differ by at most {block_error:.1e} (limit {block_limit:.0e}), final images "
-        f"by {image_error:.1e} (limit {image_limit:.0e}); {equal_share:.2%} of the pixels are the same"
+        f"onnxruntime against torch: blocks differ by at most {block_error:.1e} (limit {block_limit:.0e}), final "
+        f"images by {image_error:.1e} (limit {image_limit:.0e}); {equal_share:.2%} of the pixels are the same"
     )
     return Verified(
         block_max_abs_error=block_error,
@@ -126,7 +127,8 @@ def block_cases(run: RunDirectory, images: ImageSet | None, block: int) -> Itera
 
     def noised(sigma: Images) -> Images:
         eps, clean = random.standard_normal((2, len(sigma), *shape), dtype=np.float32)
-        return 0.5 * clean + sigma.reshape(-1, 1, 1, 1) * eps
+        z: Images = 0.5 * clean + sigma.reshape(-1, 1, 1, 1) * eps
+        return z
 
     for index, sigma in enumerate(levels):
         one = levels[index : index + 1]
@@ -223,8 +225,9 @@ def _largest_difference(found: Images, expected: Images) -> float:
 def _check_finite(expected: Images, what: str) -> None:
     if not np.isfinite(expected).all():
         raise RunError(
-            f"{what} of the run gives values that are not finite numbers in torch itself, so there is nothing to export: "
-            "its training diverged; look at the loss in metrics.jsonl and train again with a lower --set learning_rate"
+            f"{what} of the run gives values that are not finite numbers in torch itself, so there is nothing to "
+            f"export: its training diverged; look at the loss in metrics.jsonl and train again with a lower "
+            f"--set learning_rate"
         )
 
 
@@ -232,6 +235,6 @@ def _enforce(what: str, difference: float, limit: float, where: str) -> None:
     if difference > limit:
         raise EdgeblocksError(
             f"the export is wrong: {what} gives other numbers in onnxruntime than in torch: they differ by "
-            f"{difference:.2e} ({where}), {limit:.0e} is allowed. Nothing was written. Try another version of onnxruntime "
-            "or torch, and report this with both versions"
+            f"{difference:.2e} ({where}), {limit:.0e} is allowed. Nothing was written. Try another version of "
+            "onnxruntime or torch, and report this with both versions"
         )

@@ -87,7 +87,7 @@ class CpuTarget:
 def _measure_arithmetic() -> tuple[float, float, float]:
     """(multiply-adds x 2 per second in fp32, bytes written per second by an element-wise kernel, seconds a small kernel)."""
     import torch
-    import torch.nn.functional as F  # noqa: N812
+    import torch.nn.functional as F
 
     # Small enough to stay below what any plan needs, large enough to keep the processor busy.
     tokens, width, hidden_width = 512, 256, 1024
@@ -97,7 +97,7 @@ def _measure_arithmetic() -> tuple[float, float, float]:
         heads = x.view(4, tokens // 4, 4, width // 4).transpose(1, 2)
         attended = F.scaled_dot_product_attention(heads, heads, heads).transpose(1, 2).reshape(tokens, width)
         hidden = F.gelu(F.linear(F.layer_norm(attended + x, (width,)), weight), approximate="tanh")
-        torch.addcmul(hidden, hidden, F.silu(hidden)).square().mean().backward()
+        torch.addcmul(hidden, hidden, F.silu(hidden)).square().mean().backward()  # type: ignore[no-untyped-call]
     torch.special.ndtri(torch.rand(64, dtype=torch.float64))
 
     with torch.no_grad():

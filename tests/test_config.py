@@ -21,9 +21,7 @@ from edgeblocks.registry import family_type
 
 
 def resolve(given=(), config=None):
-    return resolve_settings(
-        dict(given), family_settings=lambda name: family_type(name).settings_type, config=config
-    )
+    return resolve_settings(dict(given), family_settings=lambda name: family_type(name).settings_type, config=config)
 
 
 def problems_of(given=(), config=None):
@@ -84,7 +82,9 @@ def test_precedence_is_given_over_config_over_preset_over_default():
     default = DitSettings()
     preset = load_preset("dit-s")
     assert (preset["width"], preset["heads"]) != (default.width, default.heads)
-    settings = resolve({"width": 512, "heads": None, "seed": 7}, {"preset": "dit-s", "width": 256, "heads": 8, "seed": 3})
+    settings = resolve(
+        {"width": 512, "heads": None, "seed": 7}, {"preset": "dit-s", "width": 256, "heads": 8, "seed": 3}
+    )
     assert settings.family.width == 512  # given
     assert settings.family.heads == 8  # config file
     assert settings.family.depth == preset["depth"]
@@ -103,7 +103,7 @@ def test_a_given_preset_wins_over_the_config_files():
 def test_every_run_setting_rejects_wrong_types(key):
     """Each field of RunSettings refuses a list and a text (or, where a text is fine, a number), naming the field."""
     for wrong in ([1, 2], {"a": 1}, "certainly not" if not isinstance(RunSettings().model_dump()[key], str) else 5):
-        if wrong == 5 and "auto" == RunSettings().model_dump()[key]:
+        if wrong == 5 and RunSettings().model_dump()[key] == "auto":
             wrong = 0.5  # noqa: PLW2901 - 5 blocks are fine
         try:
             resolve({key: wrong})

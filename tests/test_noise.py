@@ -172,20 +172,21 @@ def test_a_chain_visits_every_block_and_touches_no_boundary(partition, data):
     assert [partition.block_of(level) for level in inner] == [partition.block_of(level) for level in levels[1:-1]]
 
 
-def test_the_published_failure_does_not_happen():
-    """Trap 1, as published: 4 levels equally spaced in q at B=3 fall on the boundaries; ours visit 0, .., 2 in order.
+@pytest.mark.parametrize("kind", KINDS)
+def test_four_steps_at_three_blocks_run_the_middle_block(kind):
+    """Trap 1, as published: with 4 steps at B=3 the published code never runs the middle block; ours does."""
+    partition = paper_partition(3, kind)
+    visited = [partition.block_of(level) for level in sampler_levels(partition, num_steps=4)]
+    assert visited == sorted(visited)
+    assert set(visited) == {0, 1, 2}
 
-    Plain EDM levels do skip blocks here, so the guarantee is not idle.
-    """
-    for kind in KINDS:
-        partition = paper_partition(3, kind)
-        visited = [partition.block_of(level) for level in sampler_levels(partition, num_steps=4)]
-        assert visited == sorted(visited)
-        assert set(visited) == {0, 1, 2}
+
+def test_a_block_that_the_plain_grid_skips_is_run():
+    """EDM's grid of 5 levels skips the middle of three blocks (so the guarantee is not idle); ours does not."""
     partition = paper_partition(3)
-    plain = karras_levels(80.0, 0.002, 4)
-    skipped = {partition.block_of(min(max(level, 0.002), 80.0)) for level in plain}
-    assert skipped != {0, 1, 2}
+    plain = [min(max(level, 0.002), 80.0) for level in karras_levels(80.0, 0.002, 5)]
+    assert 1 not in map(partition.block_of, plain)
+    assert [partition.block_of(level) for level in sampler_levels(partition, num_steps=5)] == [0, 0, 1, 2, 2]
 
 
 def test_levels_that_fall_on_a_boundary_move_inside():

@@ -87,7 +87,14 @@ def test_a_size_never_shows_more_than_three_digits(size_bytes, text):
 
 @pytest.mark.parametrize(
     ("duration_s", "text"),
-    [(0.5, "500 ms"), (1, "1 s"), (59.9, "59.9 s"), (60, "1 min 00 s"), (3599.7, "1 h 00 min"), (90_000, "25 h 00 min")],
+    [
+        (0.5, "500 ms"),
+        (1, "1 s"),
+        (59.9, "59.9 s"),
+        (60, "1 min 00 s"),
+        (3599.7, "1 h 00 min"),
+        (90_000, "25 h 00 min"),
+    ],
 )
 def test_durations_read_naturally(duration_s, text):
     """Milliseconds, seconds, minutes, hours, each up to where the next begins."""

@@ -18,8 +18,8 @@ from PIL import Image
 
 from edgeblocks.data.archive import ImageArchive
 from edgeblocks.data.cache import Content, ImageFile, content_fingerprint, image_moments, open_or_build
-from edgeblocks.data.folder import ImageFolder
 from edgeblocks.data.decoding import fit_square
+from edgeblocks.data.folder import ImageFolder
 from edgeblocks.errors import ConfigError, DataError
 
 Progress = Callable[[int, int, str], None]

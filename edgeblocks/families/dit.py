@@ -5,7 +5,6 @@ sees a noised image z, the noise level and the class, and predicts the clean ima
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -51,7 +50,8 @@ class DitSettings:
     def problems(self) -> list[str]:
         """What is wrong with these values, one sentence each."""
         found = [
-            f"{name}={getattr(self, name)} must be at least 1" for name in ("width", "depth", "heads", "patch")
+            f"{name}={getattr(self, name)} must be at least 1"
+            for name in ("width", "depth", "heads", "patch")
             if getattr(self, name) < 1
         ]
         if not found and self.width % self.heads:
@@ -61,7 +61,9 @@ class DitSettings:
         if not 0 <= self.label_dropout < 1:
             found.append(f"label_dropout={self.label_dropout} must lie in [0, 1)")
         if not 0 < self.sigma_min < self.sigma_max:
-            found.append(f"sigma_min={self.sigma_min} and sigma_max={self.sigma_max}: 0 < sigma_min < sigma_max is needed")
+            found.append(
+                f"sigma_min={self.sigma_min} and sigma_max={self.sigma_max}: 0 < sigma_min < sigma_max is needed"
+            )
         if self.p_std <= 0:
             found.append(f"p_std={self.p_std} must be larger than 0")
         return found
@@ -236,5 +238,5 @@ class Dit:
         z = torch.addcmul(clean, sigma.view(-1, 1, 1, 1), batch["eps"])
         denoised = block(z, sigma, batch.get("labels"))
         error = (denoised - clean).square().flatten(1).mean(1)
-        weight: Any = loss_weight(sigma, SIGMA_DATA)
+        weight: Tensor = loss_weight(sigma, SIGMA_DATA)
         return error * weight

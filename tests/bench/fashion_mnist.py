@@ -1,7 +1,7 @@
 """Fashion-MNIST as an .npz that edgeblocks reads: 60,000 training and 10,000 test images of 28x28.
 
-    apt-get install dataset-fashion-mnist
-    python tests/bench/fashion_mnist.py fashion.npz
+apt-get install dataset-fashion-mnist
+python tests/bench/fashion_mnist.py fashion.npz
 """
 
 import gzip
