@@ -1,22 +1,21 @@
-"""The chain: from noise to a sample, walking the noise levels from high to low and running at each the block that owns it.
+"""The chain in torch: at each noise level of `solver.integrate`, run the block that owns it.
 
 Because levels descend, the blocks come in order and each is loaded once for all samples, in Euler as in Heun (whose
-correction at the next level belongs to the next level's block). Source: Karras et al. 2022, arXiv 2206.00364, algorithm 1.
+correction at the next level belongs to the next level's block).
 """
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
-import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor, nn
 
 from edgeblocks.noise import NoisePartition
+from edgeblocks.solver import classes_in_turn, guide
 from edgeblocks.store import BlockBuffer, bind_parameters_
 
-Solver = Literal["euler", "heun"]
 Denoise = Callable[[Tensor, float], Tensor]
 
 
@@ -77,56 +76,18 @@ def guided(
     guidance: float,
     no_class: int,
 ) -> Denoise:
-    """A denoiser with classifier-free guidance: D_null + guidance (D_class - D_null); at 1 only D_class is run.
-
-    Source: Ho and Salimans 2022, arXiv 2207.12598.
-    """
+    """A denoiser with classifier-free guidance (`solver.guide`); at guidance 1 only D_class is run."""
 
     def run(z: Tensor, sigma: float) -> Tensor:
         conditional = denoise(z, sigma, labels)
         if labels is None or guidance == 1.0:
             return conditional
-        unconditional = denoise(z, sigma, torch.full_like(labels, no_class))
-        return unconditional.add_(conditional.sub_(unconditional), alpha=guidance)
+        return guide(conditional, denoise(z, sigma, torch.full_like(labels, no_class)), guidance)
 
     return run
 
 
-@torch.no_grad()
-def sample_chain(
-    denoise: Denoise,
-    z: Float[Tensor, "samples ..."],
-    levels: Sequence[float],
-    *,
-    solver: Solver,
-    on_level: Callable[[int], None] | None = None,
-) -> Float[Tensor, "samples ..."]:
-    """Integrate the probability-flow ODE from levels[0] down to 0.
-
-    Args:
-        z: standard normal noise; it is not changed.
-        levels: descending, each strictly inside its block's range.
-        solver: `euler` runs the network once a level, `heun` twice except at the last (EDM, algorithm 1).
-        on_level: called with the number of levels done.
-    """
-    z = z * levels[0]
-    for i, sigma in enumerate(levels):
-        sigma_next = levels[i + 1] if i + 1 < len(levels) else 0.0
-        slope = (z - denoise(z, sigma)) / sigma
-        z_next = torch.add(z, slope, alpha=sigma_next - sigma)
-        if solver == "heun" and sigma_next > 0:
-            slope_next = (z_next - denoise(z_next, sigma_next)) / sigma_next
-            z_next = torch.add(z, slope.add_(slope_next), alpha=(sigma_next - sigma) / 2)
-        z = z_next
-        if on_level is not None:
-            on_level(i + 1)
-    return z
-
-
 def class_labels(num_samples: int, *, num_classes: int, chosen: int | None) -> Int[Tensor, " samples"] | None:
-    """The class of each sample: the chosen one, or all classes in turn; None for an unconditional network."""
-    if num_classes == 0:
-        return None
-    if chosen is not None:
-        return torch.full((num_samples,), chosen, dtype=torch.int64)
-    return torch.from_numpy(np.arange(num_samples) % num_classes)
+    """`solver.classes_in_turn` as a tensor."""
+    labels = classes_in_turn(num_samples, num_classes=num_classes, chosen=chosen)
+    return None if labels is None else torch.from_numpy(labels)

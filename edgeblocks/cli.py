@@ -48,6 +48,23 @@ ClassChoice = Annotated[str | None, typer.Option("--class", help="A class by nam
 SampleSeed = Annotated[int, typer.Option("--seed", help="Decides the noise; sample and run agree on it.")]
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from importlib import metadata
+
+        print(f"edgeblocks {metadata.version('edgeblocks')}")
+        raise typer.Exit
+
+
+@app.callback()
+def edgeblocks(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Train a deep network block by block under a memory budget; deploy it with onnxruntime."""
+
+
 @app.command()
 def plan(
     family: Family = None,
@@ -180,7 +197,8 @@ def sample(
         from edgeblocks.console import ConsoleListener
 
         listener = ConsoleListener(sys.stderr)
-        images = api.load(run).sample(
+        loaded = api.load(run)
+        images = loaded.sample(
             n=n,
             steps=steps,
             solver=solver,  # type: ignore[arg-type]
@@ -190,7 +208,7 @@ def sample(
             mem_budget=mem_budget,
             on_level=lambda done: listener.advance(done, steps, "sampling"),
         )
-        pictures.save_png(out, pictures.image_grid(images))
+        pictures.save_png(out, pictures.image_grid(images, columns=_columns(loaded.directory.data.num_classes, label)))
         _say_saved(out, n, as_json=as_json)
 
     _guarded(work, verbose=verbose)
@@ -243,10 +261,9 @@ def run(
         from edgeblocks import pictures
         from edgeblocks.registry import open_sampler
 
-        images = open_sampler(directory).sample(
-            n, steps=steps, solver=solver, guidance=guidance, label=label, seed=seed
-        )
-        pictures.save_png(out, pictures.image_grid(images))
+        sampler = open_sampler(directory)
+        images = sampler.sample(n, steps=steps, solver=solver, guidance=guidance, label=label, seed=seed)
+        pictures.save_png(out, pictures.image_grid(images, columns=_columns(sampler.manifest.num_classes, label)))
         _say_saved(out, n, as_json=as_json)
 
     _guarded(work, verbose=verbose)
@@ -331,6 +348,11 @@ def _check_picture(out: Path, solver: str) -> None:
         problems.append(f"--solver {solver}: there are heun and euler")
     if problems:
         raise ConfigError(*problems)
+
+
+def _columns(num_classes: int, label: str | None) -> int | None:
+    """A column for each class where the classes take turns and are few; else the picture chooses."""
+    return num_classes if label is None and 1 < num_classes <= 16 else None
 
 
 def _say_saved(out: Path, n: int, *, as_json: bool) -> None:

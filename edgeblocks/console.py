@@ -10,8 +10,8 @@ from rich.console import Console
 from edgeblocks.units import format_bytes, format_count, format_duration
 
 if TYPE_CHECKING:
-    from edgeblocks.api import Prepared
     from edgeblocks.checkpoint import RunDirectory
+    from edgeblocks.preparation import Prepared
     from edgeblocks.trainer import Progress
 
 PLAIN_LINE_EVERY_S = 10.0

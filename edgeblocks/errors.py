@@ -34,12 +34,17 @@ class StorageError(EdgeblocksError):
 
 
 class DoesNotFitError(EdgeblocksError):
-    """No plan fits the budget. `smallest_bytes` is the smallest budget that would work."""
+    """No plan fits the budget.
+
+    `smallest_bytes` is the smallest budget that would work, `as_fixed_bytes` the smallest with everything that the user
+    fixed (blocks, micro-batch, checkpointing, tier).
+    """
 
     exit_code = 3
 
-    def __init__(self, message: str, smallest_bytes: int) -> None:
+    def __init__(self, message: str, smallest_bytes: int, as_fixed_bytes: int | None = None) -> None:
         self.smallest_bytes = smallest_bytes
+        self.as_fixed_bytes = smallest_bytes if as_fixed_bytes is None else as_fixed_bytes
         super().__init__(message)
 
 

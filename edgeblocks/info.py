@@ -1,5 +1,6 @@
 """What a directory of this project holds, in a few lines. Reads headers and JSON only."""
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -63,5 +64,5 @@ def _describe_export(path: Path) -> dict[str, Any]:
         "image": f"{height}x{width}x{channels}",
         "classes": manifest.num_classes,
         "disk": format_bytes(sum(file.bytes for file in manifest.files)),
-        "verified": manifest.verified,
+        "verified": asdict(manifest.verified),
     }

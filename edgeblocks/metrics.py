@@ -14,6 +14,7 @@ from edgeblocks.noise import NoiseDistribution, NoisePartition
 
 NUM_LEVELS = 24
 MOST_IMAGES = 512
+FEATURE_CHUNK = 64
 
 
 def evaluation_levels(distribution: NoiseDistribution, num_levels: int = NUM_LEVELS) -> tuple[float, ...]:
@@ -90,11 +91,13 @@ def sample_distance(samples: np.ndarray, images: ImageSet) -> dict[str, Any]:
     """
     from edgeblocks.frechet import FEATURE_SPACE, frechet_distance, image_features
 
+    def features_of(indices: np.ndarray) -> np.ndarray:
+        chunks = [indices[start : start + FEATURE_CHUNK] for start in range(0, len(indices), FEATURE_CHUNK)]
+        return np.concatenate([image_features(images.gather(chunk)[0]) for chunk in chunks])
+
     count = len(samples)
-    train = image_features(images.gather(images.train[: max(4 * count, 2048)])[0])
-    floor = None
-    if len(images.held_out) >= count:
-        floor = frechet_distance(image_features(images.gather(images.held_out[:count])[0]), train)
+    train = features_of(images.train[: max(4 * count, 2048)])
+    floor = frechet_distance(features_of(images.held_out[:count]), train) if len(images.held_out) >= count else None
     return {
         "to_train": frechet_distance(image_features(samples), train),
         "floor": floor,

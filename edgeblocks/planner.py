@@ -313,6 +313,7 @@ def _does_not_fit(costs: LayerCosts, machine: Machine, wishes: Wishes, rows: Seq
         f"no plan fits {format_bytes(wishes.budget_bytes)}: the smallest needs "
         f"{format_bytes(closest.predicted_peak_bytes)} ({parts}); {advice}",
         smallest_bytes,
+        closest.predicted_peak_bytes,
     )
 
 

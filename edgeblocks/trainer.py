@@ -186,7 +186,7 @@ class Trainer:
         self.progress.steps_done = sum(steps)
         for visit, following in zip(visits, [*visits[1:], None], strict=True):
             with self.scheduler.visit(visit.block, then=following.block if following else None) as resident:
-                self._visit(visit, resident, interruption, on_step)
+                self.visit(visit, resident, interruption, on_step)
             steps[visit.block] = resident.step
             if interruption.signal_name is not None:
                 break
@@ -194,13 +194,14 @@ class Trainer:
         self.scheduler.flush()
         return steps
 
-    def _visit(
+    def visit(
         self,
         visit: Visit,
         resident: ResidentBlock,
         interruption: Interruption,
         on_step: Callable[[Progress], None],
     ) -> None:
+        """Train a resident block through one visit, or until interrupted."""
         assert resident.step == visit.first, f"block {visit.block} is at step {resident.step}, not {visit.first}"
         layout = resident.buffer.layout
         gradients = self._gradients[: layout.num_parameters].zero_()

@@ -26,6 +26,11 @@ from typing import Any
 import numpy as np
 import onnx
 import torch
+from torch import nn
+
+from edgeblocks.chain import BlockRunner
+from edgeblocks.checkpoint import RunDirectory
+from edgeblocks.errors import ConfigError, RunError, StorageError
 from edgeblocks.export.manifest import (
     DEFAULT_STEPS,
     FILE_NAME,
@@ -38,12 +43,6 @@ from edgeblocks.export.manifest import (
 )
 from edgeblocks.export.sampler import Sampler
 from edgeblocks.export.verify import NUM_IMAGES, Listener, verify_export
-from torch import nn
-
-from edgeblocks.chain import BlockRunner
-from edgeblocks.checkpoint import RunDirectory
-from edgeblocks.errors import ConfigError, RunError, StorageError
-from edgeblocks.families.dit import SIGMA_DATA
 from edgeblocks.generators import generator_at
 from edgeblocks.scheduler import EmaLoader
 from edgeblocks.units import format_bytes
@@ -96,7 +95,7 @@ def _describe(run: RunDirectory, files: tuple[BlockFile, ...]) -> Manifest:
         image_shape=(run.data.channels, run.data.height, run.data.width),
         mean=run.data.mean,
         scale=run.data.scale,
-        sigma_data=SIGMA_DATA,
+        sigma_data=run.family().sigma_data,
         class_names=run.class_names,
         noise=run.family().noise,
         boundaries=run.partition.boundaries,
@@ -211,27 +210,24 @@ def write_graph(path: Path, graph: onnx.ModelProto, tensors: Tensors, *, externa
         OSError: the disk refused.
     """
     data_path = path.with_name(f"{path.name}.data") if external else None
-    filled = [initializer for initializer in graph.graph.initializer if initializer.name in tensors]
-    try:
-        if data_path is None:
-            for initializer in filled:
-                initializer.raw_data = _bytes_of(initializer, tensors).tobytes()
-        else:
-            with _synced(data_path) as file:
-                for initializer in filled:
-                    values = _bytes_of(initializer, tensors)
-                    file.write(bytes(-file.tell() % _ALIGNMENT_BYTES))
-                    place = {"location": data_path.name, "offset": file.tell(), "length": values.nbytes}
-                    file.write(values.data)
-                    initializer.data_location = onnx.TensorProto.EXTERNAL
-                    for key, value in place.items():
-                        initializer.external_data.add(key=key, value=str(value))
-        with _synced(path) as file:
-            file.write(graph.SerializeToString())
-    finally:
+    whole = onnx.ModelProto()  # a message keeps the memory of what is cleared in it, so each block gets its own
+    whole.CopyFrom(graph)
+    filled = [initializer for initializer in whole.graph.initializer if initializer.name in tensors]
+    if data_path is None:
         for initializer in filled:
-            for field in ("raw_data", "data_location", "external_data"):
-                initializer.ClearField(field)
+            initializer.raw_data = _bytes_of(initializer, tensors).tobytes()
+    else:
+        with _synced(data_path) as file:
+            for initializer in filled:
+                values = _bytes_of(initializer, tensors)
+                file.write(bytes(-file.tell() % _ALIGNMENT_BYTES))
+                place = {"location": data_path.name, "offset": file.tell(), "length": values.nbytes}
+                file.write(values.data)
+                initializer.data_location = onnx.TensorProto.EXTERNAL
+                for key, value in place.items():
+                    initializer.external_data.add(key=key, value=str(value))
+    with _synced(path) as file:
+        file.write(whole.SerializeToString())
     return data_path
 
 

@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 import onnxruntime
-from edgeblocks.export.manifest import DEFAULT_STEPS, Manifest, checked_path, read_manifest
 from numpy.typing import NDArray
 
 from edgeblocks.errors import ConfigError, RunError
+from edgeblocks.export.manifest import DEFAULT_STEPS, Manifest, checked_path, read_manifest
 from edgeblocks.noise import sampler_levels
 from edgeblocks.pictures import to_uint8
 from edgeblocks.randomness import start_noise

@@ -9,17 +9,19 @@ from typing import Protocol
 
 import numpy as np
 import torch
-from edgeblocks.export.manifest import Verified
-from edgeblocks.export.sampler import Images, Labels, Sampler
 
-from edgeblocks.chain import BlockRunner, class_labels, guided, sample_chain
+from edgeblocks.chain import BlockRunner, class_labels, guided
 from edgeblocks.checkpoint import RunDirectory
+from edgeblocks.data.cache import cache_folder
 from edgeblocks.data.images import ImageSet, open_images
 from edgeblocks.errors import ConfigError, DataError, EdgeblocksError, RunError, StorageError
+from edgeblocks.export.manifest import Verified
+from edgeblocks.export.sampler import Images, Labels, Sampler
+from edgeblocks.generators import generator_at
 from edgeblocks.noise import NoiseRange, sampler_levels
 from edgeblocks.pictures import to_uint8
 from edgeblocks.randomness import start_noise
-from edgeblocks.generators import generator_at
+from edgeblocks.solver import integrate
 
 BLOCK_LIMIT = 1e-4
 IMAGE_LIMIT = 1e-3
@@ -157,7 +159,7 @@ def image_difference(run: RunDirectory, runner: BlockRunner, sampler: Sampler) -
     settings, data = sampler.manifest.sampler, run.data
     shape = (data.channels, data.height, data.width)
     labels = class_labels(NUM_IMAGES, num_classes=data.num_classes, chosen=None)
-    expected = sample_chain(
+    expected = integrate(
         guided(runner.denoise, labels, guidance=settings.guidance, no_class=data.num_classes),
         torch.from_numpy(start_noise(shape, num_samples=NUM_IMAGES, seed=0)),
         sampler_levels(run.partition, num_steps=settings.steps),
@@ -180,7 +182,6 @@ def image_difference(run: RunDirectory, runner: BlockRunner, sampler: Sampler) -
 
 def _real_images(run: RunDirectory, listener: Listener) -> ImageSet | None:
     """The run's data; None, with a note, when they are gone or have changed."""
-    from edgeblocks.api import cache_folder
 
     settings = run.settings.run
     try:

@@ -3,11 +3,12 @@
 import numpy as np
 import torch
 
-from edgeblocks.api import Run, image_info
 from edgeblocks.checkpoint import create_run, seal_run
 from edgeblocks.config import resolve_settings
 from edgeblocks.data.images import open_images
+from edgeblocks.preparation import image_info
 from edgeblocks.registry import family_type
+from edgeblocks.run import Run
 from edgeblocks.scheduler import EmaLoader
 from edgeblocks.store import BlockBuffer
 
@@ -27,7 +28,7 @@ def make_run(path, *, layers, step=1, **settings):
         path,
         resolved,
         plan,
-        image_info(images),
+        image_info(images, family_type(wanted.family).sigma_data),
         data_source=images.source,
         data_fingerprint=images.fingerprint,
         class_names=images.class_names,

@@ -50,7 +50,11 @@ WRONG_SETTINGS = {
     "budget of zero": (["--mem-budget", "0"], 2, r"'0' is 0 bytes; a size must be larger than zero"),
     "budget that is no size": (["--mem-budget", "6 potatoes"], 2, r"'potatoes' in '6 potatoes' is not a unit; use KB"),
     "negative budget": (["--mem-budget", "-5GB"], 2, r"'-5GB' is not a size; write for example 6GB"),
-    "budget over the machine": (["--mem-budget", "900TB"], 2, r"but this machine has .*; use at most --mem-budget \d+MB"),
+    "budget over the machine": (
+        ["--mem-budget", "900TB"],
+        2,
+        r"but this machine has .*; use at most --mem-budget \d+MB",
+    ),
     "budget below the interpreter": (
         ["--mem-budget", "100MB"],
         3,
@@ -66,7 +70,11 @@ WRONG_SETTINGS = {
     "heads": (["--set", "heads=5"], 2, r"width=128 is not divisible by heads=5; use --set heads="),
     "patch": (["--set", "patch=3"], 2, r"patch=3 does not divide the image height 8; use --set patch=.*image_size"),
     "wrong type": (["--set", "width=wide"], 2, r"width='wide': a whole number is needed"),
-    "partition": (["--partition", "halves"], 2, r"partition='halves': input should be 'equal-probability' or 'uniform'"),
+    "partition": (
+        ["--partition", "halves"],
+        2,
+        r"partition='halves': input should be 'equal-probability' or 'uniform'",
+    ),
     "no such data": (["--data", "no/such/place"], 2, r"no/such/place"),
     "no such config": (["--config", "none.yaml"], 2, r"cannot read none.yaml: No such file"),
     "negative seed": (["--seed", "-1"], 2, r"seed=-1: input should be greater than or equal to 0"),

@@ -58,7 +58,9 @@ def test_a_block_is_edms_denoiser_around_its_network():
         for i, sigma in enumerate(SIGMAS.tolist()):
             variance = sigma * sigma + SIGMA_DATA * SIGMA_DATA
             c_skip, c_out = SIGMA_DATA**2 / variance, sigma * SIGMA_DATA / math.sqrt(variance)
-            raw = block._network(z[i : i + 1] / math.sqrt(variance), torch.tensor([math.log(sigma) / 4]), labels[i : i + 1])
+            raw = block._network(
+                z[i : i + 1] / math.sqrt(variance), torch.tensor([math.log(sigma) / 4]), labels[i : i + 1]
+            )
             assert raw.abs().max() > 0.01
             torch.testing.assert_close(denoised[i], c_skip * z[i] + c_out * raw[0], rtol=1e-4, atol=1e-5)
 
@@ -325,7 +327,9 @@ def test_impossible_shapes_are_refused_with_all_their_reasons(changes, words):
         assert word in str(caught.value)
 
 
-@pytest.mark.parametrize(("preset", "published"), [("dit-s", 33e6), ("dit-b", 130e6), ("dit-l", 458e6), ("dit-xl", 675e6)])
+@pytest.mark.parametrize(
+    ("preset", "published"), [("dit-s", 33e6), ("dit-b", 130e6), ("dit-l", 458e6), ("dit-xl", 675e6)]
+)
 def test_presets_have_the_published_number_of_parameters(preset, published):
     """On 4x32x32 latents with 1,000 classes, uncut, within 3 % of table 1 in arXiv 2212.09748; no memory is needed."""
     values = {key: value for key, value in load_preset(preset).items() if key != "family"}

@@ -148,7 +148,7 @@ def test_export_prints_nothing(runs, tmp_path, capfd):
 
 
 def test_large_blocks_keep_their_weights_beside_the_graph(runs, exports, tmp_path):
-    """Equality: above the threshold weights go to a data file, are checked there, and give the same images bit for bit."""
+    """Equality: above the threshold weights go to a data file, are checked there, and give the same bits."""
     out = tmp_path / "external"
     export_run(runs["conditional"].directory, out, Notes(), external_above_bytes=130_000)
     files = read_manifest(out).files
@@ -216,7 +216,7 @@ def test_another_block_in_a_blocks_place_fails_the_verification(runs, exports, t
 
 @pytest.mark.parametrize("stage", ["exporting", "verifying against torch"])
 def test_an_interrupted_export_leaves_nothing(runs, tmp_path, stage):
-    """Whenever it is stopped, neither the destination nor a temporary folder is there, nor is anything taken for done."""
+    """Whenever it is stopped, neither the destination nor a temporary folder is left behind."""
 
     def interrupt(text):
         if text == stage:

@@ -72,7 +72,7 @@ def test_the_solver_is_the_same_in_numpy_and_in_torch(solver):
 
 
 def test_heun_is_of_second_order():
-    """Oracle: for Gaussian data the exact solution is known; doubling Heun's steps quarters its error, Euler's halves."""
+    """Oracle: for Gaussian data the exact solution is known; twice the steps quarter Heun's error, halve Euler's."""
     top, bottom, std = 10.0, 0.01, 0.5
 
     def error(solver, steps):
@@ -166,7 +166,7 @@ def test_a_network_without_classes_refuses_them(unconditional):
 
 
 def test_sampling_imports_no_torch(exported):
-    """The deployed chain runs where torch is not installed: a process that samples has imported neither torch nor onnx."""
+    """The deployed chain runs where torch is not installed: a process that samples imports neither torch nor onnx."""
     code = (
         "import sys; from edgeblocks.export.sampler import Sampler; Sampler(sys.argv[1]).sample(2, steps=3); "
         "print(sorted({name.partition('.')[0] for name in sys.modules} & {'torch', 'onnx', 'pydantic', 'yaml'}))"

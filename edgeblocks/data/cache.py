@@ -218,6 +218,14 @@ class CacheWriter:
             raise _storage_error(error, self._cache_dir, self._needed_bytes) from error
 
 
+def cache_folder() -> Path:
+    """Where decoded images are kept: $EDGEBLOCKS_CACHE, or edgeblocks/ in the user's cache folder."""
+    given = os.environ.get("EDGEBLOCKS_CACHE")
+    if given:
+        return Path(given)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "edgeblocks"
+
+
 def open_or_build(cache_dir: Path, key: str, build: Callable[[CacheWriter], Content]) -> StoredImages:
     """The cache of that key, built by `build` when there is none or a damaged one.
 

@@ -44,6 +44,8 @@ class Family(Protocol):
 
     name: str
     preferred_blocks: int
+    sigma_data: float
+    """Standard deviation of the clean target, per component."""
     settings: Any
     data: Any
 

@@ -145,6 +145,7 @@ class Dit:
 
     name = "dit"
     preferred_blocks = 3
+    sigma_data = SIGMA_DATA
     settings_type = DitSettings
 
     def __init__(self, settings: DitSettings, data: ImageInfo) -> None:
@@ -239,4 +240,5 @@ class Dit:
         denoised = block(z, sigma, batch.get("labels"))
         error = (denoised - clean).square().flatten(1).mean(1)
         weight: Tensor = loss_weight(sigma, SIGMA_DATA)
-        return error * weight
+        weighted: Tensor = error * weight
+        return weighted

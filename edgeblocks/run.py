@@ -1,0 +1,162 @@
+"""A run that exists on disk, in use: sampling, evaluation, export."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from edgeblocks import metrics, pictures
+from edgeblocks.chain import BlockRunner, EmaSource, class_labels, guided
+from edgeblocks.checkpoint import RunDirectory, read_json
+from edgeblocks.errors import RunError
+from edgeblocks.listener import Listener, Silent
+from edgeblocks.noise import sampler_levels
+from edgeblocks.planner import inference_micro_batch
+from edgeblocks.preparation import budget_in_bytes, measure, open_run_images
+from edgeblocks.randomness import start_noise
+from edgeblocks.registry import build_exporter, build_target
+from edgeblocks.scheduler import EmaLoader
+from edgeblocks.solver import Solver, check_request, class_number, integrate
+from edgeblocks.store import BlockHeader
+
+
+class Run:
+    """A run that exists on disk, for sampling, evaluation and export with its EMA weights."""
+
+    def __init__(self, directory: RunDirectory) -> None:
+        self.directory = directory
+
+    @property
+    def path(self) -> Path:
+        return self.directory.path
+
+    @property
+    def summary(self) -> dict[str, Any] | None:
+        """The content of summary.json; None while the run is not finished."""
+        path = self.path / "summary.json"
+        return read_json(path) if path.exists() else None
+
+    def runner(self, source: EmaSource, *, micro_batch: int) -> BlockRunner:
+        return BlockRunner(
+            self.directory.family(), self.directory.layers, self.directory.partition, source, micro_batch=micro_batch
+        )
+
+    def fitting_runner(self, *, samples: int, mem_budget: str | None = None) -> BlockRunner:
+        """A runner whose micro-batch keeps the process inside the budget (the run's own, or another one).
+
+        Raises:
+            DoesNotFitError: one sample at a time does not fit.
+        """
+        directory = self.directory
+        target = build_target(directory.settings.run.target)
+        target.prepare()
+        budget_bytes = (
+            budget_in_bytes(mem_budget, target) if mem_budget is not None else int(directory.plan["budget_bytes"])
+        )
+        costs, machine = measure(directory.settings, directory.data, directory.path, target, Silent())
+        image_bytes = 4 * directory.data.channels * directory.data.height * directory.data.width
+        micro_batch = inference_micro_batch(
+            costs,
+            machine,
+            layers=directory.layers,
+            samples=samples,
+            budget_bytes=budget_bytes,
+            held_bytes=8 * samples * image_bytes,
+        )
+        return self.runner(EmaLoader(directory.store()), micro_batch=micro_batch)
+
+    def sample(
+        self,
+        *,
+        n: int = 64,
+        steps: int = 18,
+        solver: Solver = "heun",
+        guidance: float = 1.0,
+        label: int | str | None = None,
+        seed: int = 0,
+        mem_budget: str | None = None,
+        runner: BlockRunner | None = None,
+        on_level: Callable[[int], None] | None = None,
+    ) -> np.ndarray:
+        """Samples, uint8 [n, H, W, C]. The classes take turns unless one is chosen by number or name.
+
+        Raises:
+            ConfigError: an impossible argument.
+            DoesNotFitError: not even one sample at a time fits the budget.
+        """
+        directory = self.directory
+        family = directory.family()
+        check_request(n=n, steps=steps, guidance=guidance, conditional=family.conditional)
+        levels = sampler_levels(directory.partition, num_steps=steps)
+        labels = class_labels(
+            n, num_classes=directory.data.num_classes, chosen=class_number(label, directory.class_names)
+        )
+        runner = runner or self.fitting_runner(samples=n, mem_budget=mem_budget)
+        data = directory.data
+        noise = torch.from_numpy(start_noise((data.channels, data.height, data.width), num_samples=n, seed=seed))
+        denoise = guided(runner.denoise, labels, guidance=guidance, no_class=data.num_classes)
+        x = integrate(denoise, noise, levels, solver=solver, on_level=on_level)
+        return pictures.to_uint8(x.numpy(), mean=data.mean, scale=data.scale)
+
+    def evaluate(
+        self,
+        *,
+        samples: int = 256,
+        steps: int = 18,
+        seed: int = 0,
+        mem_budget: str | None = None,
+        listener: Listener | None = None,
+    ) -> dict[str, Any]:
+        """Validation loss per noise level and in total, and the Frechet distance of fresh samples (0 samples: none).
+
+        Raises:
+            RunError: the data are not those of the run.
+        """
+        listener = listener or Silent()
+        directory = self.directory
+        images = open_run_images(directory.settings, listener)
+        if images.fingerprint != directory.data_fingerprint:
+            raise RunError(f"{directory.data_source} is not the data that {directory.path} was trained on")
+        if len(images.held_out):
+            samples = min(samples, len(images.held_out))
+        runner = self.fitting_runner(samples=max(samples, metrics.MOST_IMAGES), mem_budget=mem_budget)
+        loss = metrics.validation_loss(
+            directory.family(),
+            runner,
+            images,
+            seed=directory.settings.run.seed,
+            on_level=lambda done: listener.advance(done, metrics.NUM_LEVELS, "validation loss"),
+        )
+        result: dict[str, Any] = {
+            "run": str(directory.path),
+            "blocks": len(directory.layers),
+            "steps": [runner_step.step for runner_step in self._headers()],
+            "validation_loss": loss["total"],
+            "validation_loss_by_block": metrics.loss_by_block(loss["levels"], directory.partition),
+            "validation": loss,
+        }
+        if samples >= 2:
+            made = self.sample(
+                n=samples,
+                steps=max(steps, len(directory.layers)),
+                seed=seed,
+                runner=runner,
+                on_level=lambda done: listener.advance(done, steps, "sampling"),
+            )
+            result["frechet"] = metrics.sample_distance(made, images)
+        return result
+
+    def _headers(self) -> list[BlockHeader]:
+        store = self.directory.store()
+        return [store.header(block) for block in range(len(self.directory.layers))]
+
+    def export(self, out: Path | str, *, listener: Listener | None = None) -> dict[str, Any]:
+        """Write the run as ONNX graphs with a manifest, verify it against torch, and return the manifest.
+
+        Raises:
+            EdgeblocksError: onnxruntime's numbers differ from torch's by more than is promised.
+        """
+        manifest: dict[str, Any] = build_exporter()(self.directory, Path(out), listener or Silent())
+        return manifest

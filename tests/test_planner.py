@@ -1,0 +1,349 @@
+import doctest
+import functools
+import json
+import math
+import subprocess
+import sys
+from dataclasses import asdict, replace
+
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from edgeblocks import layer_costs, planner
+from edgeblocks.cost import trace_in_subprocess
+from edgeblocks.errors import ConfigError, DoesNotFitError
+from edgeblocks.noise import NoiseDistribution, partition_noise
+from edgeblocks.planner import (
+    STREAMING_SHARE,
+    Machine,
+    Wishes,
+    inference_micro_batch,
+    make_plan,
+    micro_batches,
+    split_layers,
+)
+
+MB = 1_000_000
+MACHINE = Machine(
+    name="made up",
+    runtime_bytes=200 * MB,
+    flops_per_s=5e10,
+    memory_bytes_per_s=5e9,
+    operator_s=5e-6,
+    disk_read_bytes_per_s=1e9,
+    disk_write_bytes_per_s=3e8,
+)
+WISHES = Wishes(budget_bytes=2000 * MB, batch=64, steps=1000, optimizer="adamw8bit", preferred_blocks=3)
+BUDGETS = st.integers(150 * MB, 1500 * MB)
+ALL_WISHES = st.builds(
+    replace,
+    st.just(WISHES),
+    budget_bytes=BUDGETS,
+    batch=st.integers(1, 200),
+    steps=st.integers(1, 100_000),
+    optimizer=st.sampled_from(["adamw8bit", "adamw"]),
+    preferred_blocks=st.integers(1, 14),
+    blocks=st.one_of(st.none(), st.integers(1, 12)),
+    micro_batch=st.one_of(st.none(), st.integers(1, 200)),
+    checkpointing=st.one_of(st.none(), st.booleans()),
+    visit_steps=st.one_of(st.none(), st.integers(1, 5000)),
+    tier=st.sampled_from([None, "ram", "disk"]),
+    data_bytes=st.integers(0, 50 * MB),
+)
+MACHINES = st.builds(
+    replace,
+    st.just(MACHINE),
+    runtime_bytes=st.integers(50 * MB, 300 * MB),
+    flops_per_s=st.floats(1e9, 1e13),
+    memory_bytes_per_s=st.floats(1e9, 1e12),
+    operator_s=st.floats(1e-7, 1e-4),
+    disk_read_bytes_per_s=st.floats(1e7, 1e10),
+    disk_write_bytes_per_s=st.floats(1e7, 1e10),
+)
+
+
+@functools.cache
+def costs():
+    """A dit of 12 layers of width 256 on 16x16 images: 5 MB of weights a layer."""
+    network = {"width": 256, "depth": 12, "heads": 4, "patch": 2}
+    data = {"channels": 3, "height": 16, "width": 16, "num_classes": 10, "mean": 0.5, "scale": 2.0}
+    return trace_in_subprocess("dit", network, data, [1, 8, 64])
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _traced_once():
+    """The trace takes seconds and must not fall into a test with a deadline."""
+    costs()
+
+
+def plan_or_refusal(machine, wishes):
+    try:
+        return make_plan(costs(), machine, wishes)
+    except DoesNotFitError as error:
+        return error
+
+
+def test_the_examples_in_the_docstrings_hold():
+    """Every doctest of the planner and of the layer costs passes, and there are some."""
+    for module, number in ((planner, 2), (layer_costs, 1)):
+        results = doctest.testmod(module)
+        assert results.attempted >= number
+        assert results.failed == 0
+
+
+@given(MACHINES, ALL_WISHES)
+def test_a_plan_keeps_its_promises(machine, wishes):
+    """The chosen plan's predicted peak is within the budget, covers every layer, and makes up the whole batch."""
+    plan = plan_or_refusal(machine, wishes)
+    assume(not isinstance(plan, DoesNotFitError))
+    chosen = plan.chosen
+    assert chosen.predicted_peak_bytes == sum(chosen.breakdown.values()) <= wishes.budget_bytes
+    assert all(size >= 0 for size in chosen.breakdown.values())
+    assert len(plan.layers) == chosen.blocks
+    assert sum(plan.layers) == 12
+    assert max(plan.layers) == chosen.layers_per_block
+    assert max(plan.layers) - min(plan.layers) <= 1
+    assert 1 <= chosen.micro_batch <= wishes.batch
+    assert (chosen.accumulation - 1) * chosen.micro_batch < wishes.batch <= chosen.accumulation * chosen.micro_batch
+    assert 1 <= chosen.slots <= chosen.blocks
+    assert plan.parameters == sum(costs().parameters(count) for count in plan.layers)
+    assert chosen in plan.candidates
+
+
+@given(MACHINES, ALL_WISHES)
+def test_what_the_user_fixed_is_respected(machine, wishes):
+    """Blocks, micro-batch (up to the batch), checkpointing, visit length and tier are the user's where given."""
+    plan = plan_or_refusal(machine, wishes)
+    assume(not isinstance(plan, DoesNotFitError))
+    chosen = plan.chosen
+    assert wishes.blocks in (None, chosen.blocks)
+    assert wishes.blocks is not None or chosen.blocks >= min(wishes.preferred_blocks, 12)
+    assert wishes.micro_batch is None or chosen.micro_batch == min(wishes.micro_batch, wishes.batch)
+    assert wishes.checkpointing in (None, chosen.checkpointing)
+    assert wishes.visit_steps in (None, chosen.visit_steps)
+    if wishes.tier == "ram":
+        assert chosen.slots == chosen.blocks
+    if wishes.tier == "disk":
+        assert chosen.slots <= 2
+
+
+@given(MACHINES, ALL_WISHES, BUDGETS)
+def test_more_budget_never_gives_more_blocks(machine, wishes, other_bytes):
+    """Of two budgets, the larger one fits if the smaller does, with at most as many blocks and no slower steps."""
+    small, large = sorted((wishes.budget_bytes, other_bytes))
+    with_small, with_large = (
+        plan_or_refusal(machine, replace(wishes, budget_bytes=size, visit_steps=10)) for size in (small, large)
+    )
+    if isinstance(with_large, DoesNotFitError):
+        assert isinstance(with_small, DoesNotFitError)
+    elif not isinstance(with_small, DoesNotFitError):
+        assert with_large.chosen.blocks <= with_small.chosen.blocks
+        if with_large.chosen.blocks == with_small.chosen.blocks:
+            assert total_s(with_large.chosen) <= total_s(with_small.chosen) * (1 + 1e-9)
+
+
+def total_s(candidate):
+    return candidate.step_s + candidate.streaming_s
+
+
+@given(MACHINES, ALL_WISHES)
+def test_a_refusal_names_a_budget_that_works(machine, wishes):
+    """`smallest_bytes` fits when the planner is free, a megabyte less does not; the message shows it."""
+    refusal = plan_or_refusal(machine, replace(wishes, budget_bytes=100 * MB))
+    assume(isinstance(refusal, DoesNotFitError))
+    free = replace(wishes, blocks=None, micro_batch=None, checkpointing=None, tier=None)
+    make_plan(costs(), machine, replace(free, budget_bytes=refusal.smallest_bytes))
+    with pytest.raises(DoesNotFitError):
+        make_plan(costs(), machine, replace(free, budget_bytes=refusal.smallest_bytes - MB))
+    assert f"{refusal.smallest_bytes // MB}MB" in str(refusal)
+
+
+@given(MACHINES, ALL_WISHES)
+def test_a_refusal_names_a_budget_that_works_as_fixed(machine, wishes):
+    """`as_fixed_bytes` fits with all that the user fixed, and a megabyte less does not."""
+    refusal = plan_or_refusal(machine, replace(wishes, budget_bytes=100 * MB))
+    assume(isinstance(refusal, DoesNotFitError))
+    make_plan(costs(), machine, replace(wishes, budget_bytes=refusal.as_fixed_bytes))
+    with pytest.raises(DoesNotFitError):
+        make_plan(costs(), machine, replace(wishes, budget_bytes=refusal.as_fixed_bytes - MB))
+
+
+def test_the_advice_of_a_refusal_works_when_followed():
+    """The first --mem-budget that the message names works with the settings as they are; it lists what could be freed."""
+    fixed = replace(WISHES, blocks=1, micro_batch=64, checkpointing=False, tier="ram", budget_bytes=300 * MB)
+    with pytest.raises(DoesNotFitError) as caught:
+        make_plan(costs(), MACHINE, fixed)
+    advised = int(str(caught.value).partition("--mem-budget ")[2].partition("MB")[0]) * MB
+    for name in ("--blocks", "micro_batch=64", "checkpointing=False", "tier=ram"):
+        assert name in str(caught.value)
+    make_plan(costs(), MACHINE, replace(fixed, budget_bytes=advised))
+
+
+def test_the_refusal_itemises():
+    """The message shows the budget, what the smallest plan needs, and its parts."""
+    with pytest.raises(DoesNotFitError, match="no plan fits 210 MB: the smallest needs") as caught:
+        make_plan(costs(), MACHINE, replace(WISHES, budget_bytes=210 * MB))
+    for part in ("runtime 200 MB", "weights", "gradients", "optimizer", "ema", "activations", "data"):
+        assert part in str(caught.value)
+    assert caught.value.exit_code == 3
+
+
+@given(MACHINES, ALL_WISHES)
+def test_streaming_takes_at_most_its_share_of_a_visit(machine, wishes):
+    """With automatic visits, loading and storing take 2 % of a visit at most, unless a visit is the whole run.
+
+    Block bytes over the disk's speed, against the steps of the visit: computed here from the parts.
+    """
+    plan = plan_or_refusal(machine, replace(wishes, visit_steps=None))
+    assume(not isinstance(plan, DoesNotFitError))
+    chosen = plan.chosen
+    load_s = chosen.block_bytes / machine.disk_read_bytes_per_s if chosen.slots < chosen.blocks else 0.0
+    store_s = chosen.block_bytes / machine.disk_write_bytes_per_s
+    assert 1 <= chosen.visit_steps <= wishes.steps
+    if chosen.visit_steps < wishes.steps:
+        assert load_s + store_s <= STREAMING_SHARE * chosen.visit_steps * chosen.step_s * (1 + 1e-9)
+
+
+def test_visits_leave_several_rounds_where_the_disk_is_fast():
+    """When streaming costs nothing, a run has at least four rounds over all blocks, and a visit lasts minutes at most."""
+    fast = replace(MACHINE, disk_read_bytes_per_s=1e15, disk_write_bytes_per_s=1e15)
+    short = make_plan(costs(), fast, replace(WISHES, steps=100)).chosen
+    assert short.visit_steps == 25
+    long = make_plan(costs(), fast, replace(WISHES, steps=10**7)).chosen
+    assert long.visit_steps * long.step_s == pytest.approx(planner.USUAL_VISIT_S, rel=0.05)
+
+
+def test_the_budget_sets_the_number_of_blocks():
+    """From plenty to little: first the preferred blocks, then more, in the end one layer each, in the end a refusal."""
+    blocks = []
+    for megabytes in range(1500, 100, -5):
+        plan = plan_or_refusal(MACHINE, replace(WISHES, budget_bytes=megabytes * MB))
+        blocks.append(math.inf if isinstance(plan, DoesNotFitError) else plan.chosen.blocks)
+    assert blocks == sorted(blocks)
+    assert set(blocks) >= {3, 4, 6, 12, math.inf}
+    assert blocks[0] == 3
+
+
+def test_fewer_than_four_layers_a_block_are_warned_about():
+    """Below 4 layers a block the plan says what that costs; at 4 it does not, nor for a network of fewer layers."""
+    warned = make_plan(costs(), MACHINE, replace(WISHES, blocks=4))
+    assert any("3 layer(s) a block" in warning and "FID" in warning for warning in warned.warnings)
+    assert make_plan(costs(), MACHINE, replace(WISHES, blocks=3)).warnings == ()
+    shallow = replace(costs(), num_layers=2)
+    assert make_plan(shallow, MACHINE, replace(WISHES, blocks=1)).warnings == ()
+
+
+def test_more_blocks_than_preferred_are_warned_about():
+    """When the budget, not the user, forces more blocks than the family prefers, the plan says so."""
+    for megabytes in range(1500, 200, -5):
+        plan = plan_or_refusal(MACHINE, replace(WISHES, budget_bytes=megabytes * MB))
+        if isinstance(plan, DoesNotFitError):
+            break
+        said = any("instead of the preferred 3" in warning for warning in plan.warnings)
+        assert said == (plan.chosen.blocks > 3)
+
+
+@pytest.mark.parametrize("blocks", [0, 13, -1])
+def test_impossible_numbers_of_blocks_are_a_configuration_error(blocks):
+    """A block needs a layer: the error states the network's layers."""
+    with pytest.raises(ConfigError, match=f"--blocks {blocks} .*12 layers"):
+        make_plan(costs(), MACHINE, replace(WISHES, blocks=blocks))
+
+
+def test_a_preference_for_more_blocks_than_layers_is_no_error():
+    """A shallow network is cut into single layers."""
+    plan = make_plan(replace(costs(), num_layers=2), MACHINE, WISHES)
+    assert plan.layers == (1, 1)
+
+
+def test_the_parts_of_the_prediction_are_what_they_are_called():
+    """Weights and EMA are 4 bytes a parameter and slot, gradients 4, 8-bit moments about 2.03 a slot."""
+    plan = make_plan(costs(), MACHINE, replace(WISHES, blocks=4, tier="disk"))
+    chosen, parameters = plan.chosen, costs().parameters(3)
+    assert chosen.slots == 2
+    assert chosen.breakdown["weights"] == chosen.breakdown["ema"] == 2 * 4 * parameters
+    assert chosen.breakdown["gradients"] == 4 * parameters
+    moments = chosen.breakdown["optimizer"] - costs().workspace_bytes["adamw8bit"]
+    assert 2.03 < moments / parameters / 2 < 2.1
+    assert chosen.breakdown["runtime"] == MACHINE.runtime_bytes
+
+
+def test_streaming_and_checkpointing_save_what_they_promise():
+    """Fewer slots, checkpointing, and smaller micro-batches each lower the predicted peak."""
+
+    def peak(**fixed):
+        return make_plan(costs(), MACHINE, replace(WISHES, blocks=4, budget_bytes=10**11, **fixed)).chosen
+
+    base = {"micro_batch": 64, "checkpointing": False, "tier": "ram"}
+    most = peak(**base)
+    assert most.tier == "ram"
+    for change in ({"tier": "disk"}, {"checkpointing": True}, {"micro_batch": 16}):
+        assert peak(**{**base, **change}).predicted_peak_bytes < most.predicted_peak_bytes
+
+
+def test_plan_json_has_what_readers_rely_on():
+    """plan.json holds the keys of DESIGN section 8, is plain JSON, and its noise ranges are the partition's."""
+    plan = make_plan(costs(), MACHINE, replace(WISHES, budget_bytes=450 * MB))
+    partition = partition_noise(NoiseDistribution(), num_blocks=plan.chosen.blocks, kind="uniform", overlap=0.05)
+    content = json.loads(json.dumps(plan.to_json(partition)))
+    promised = """blocks layers_per_block noise_ranges micro_batch accumulation checkpointing optimizer precision tiers
+        visit_steps predicted_peak_bytes breakdown candidates"""
+    assert set(promised.split()) <= set(content)
+    assert set(content["breakdown"]) >= {"weights", "gradients", "optimizer", "ema", "activations", "data", "runtime"}
+    assert sum(content["breakdown"].values()) == content["predicted_peak_bytes"] <= 450 * MB
+    assert content["layers_per_block"] == list(plan.layers)
+    assert content["noise_ranges"] == [asdict(noise_range) for noise_range in partition.ranges]
+    assert all("predicted_peak_bytes" in candidate and "fits" in candidate for candidate in content["candidates"])
+    assert content["tiers"]["device"] + content["tiers"]["disk"] == content["blocks"]
+
+
+@given(num_layers=st.integers(1, 100), blocks=st.integers(1, 100))
+def test_layers_are_split_evenly(num_layers, blocks):
+    """Every layer is in one block, sizes differ by at most one, and larger blocks come first."""
+    assume(blocks <= num_layers)
+    sizes = split_layers(num_layers, blocks)
+    assert len(sizes) == blocks
+    assert sum(sizes) == num_layers
+    assert max(sizes) - min(sizes) <= 1
+    assert list(sizes) == sorted(sizes, reverse=True)
+
+
+@given(st.integers(1, 5000))
+def test_micro_batches_halve_down_to_one(batch):
+    """Sizes begin with the batch and end with 1; each is half of the former, rounded up at most by one."""
+    sizes = micro_batches(batch)
+    assert sizes[0] == batch
+    assert sizes[-1] == 1
+    for accumulated, size in enumerate(sizes):
+        assert size == math.ceil(batch / 2**accumulated)
+
+
+@given(budget_bytes=BUDGETS, samples=st.integers(1, 300), held_bytes=st.integers(0, 50 * MB))
+@settings(max_examples=50)
+def test_the_chain_fits_its_budget(budget_bytes, samples, held_bytes):
+    """The micro-batch of inference fits, twice as much would not or is not needed; a refusal names what would."""
+    fixed = {"layers": (3, 3, 2), "samples": samples, "held_bytes": held_bytes}
+    try:
+        size = inference_micro_batch(costs(), MACHINE, budget_bytes=budget_bytes, **fixed)
+    except DoesNotFitError as error:
+        assert error.smallest_bytes > budget_bytes
+        assert inference_micro_batch(costs(), MACHINE, budget_bytes=error.smallest_bytes, **fixed) >= 1
+        return
+
+    def needed(samples):
+        peak = layer_costs.at_samples(costs().forward, samples, lambda cost: cost.peak_bytes.at(3))
+        return MACHINE.runtime_bytes + 4 * costs().parameters(3) + held_bytes + peak
+
+    assert 1 <= size <= samples
+    assert needed(size) <= budget_bytes
+    assert size == samples or needed(2 * size) * 1.05 + planner.SLACK_BYTES > budget_bytes
+
+
+@pytest.mark.parametrize("module", ["planner", "config", "units", "errors", "layer_costs", "noise"])
+def test_planning_imports_no_torch(module):
+    """These modules stay free of torch, so that errors and plans come at once."""
+    program = f"import sys, edgeblocks.{module}; print(sorted({{'torch', 'numpy'}} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "torch" not in done.stdout
