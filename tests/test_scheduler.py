@@ -220,9 +220,7 @@ def test_no_more_than_the_slots_are_in_memory(tmp_path, scheduling, slots):
     for visit, then in ((0, 1), (1, 2), (2, 0), (0, None)):
         with scheduler.visit(visit, then=then) as resident:
             train(resident, 1)
-            buffers = [
-                thing for thing in gc.get_objects() if type(thing) is BlockBuffer and id(thing) not in before
-            ]
+            buffers = [thing for thing in gc.get_objects() if type(thing) is BlockBuffer and id(thing) not in before]
             assert len(buffers) == slots
             assert {buffer.num_bytes for buffer in buffers} == {store.layouts[2].num_bytes}
 
