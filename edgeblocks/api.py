@@ -55,7 +55,7 @@ def train(
     out: Path | str,
     config: Path | str | None = None,
     listener: Listener | None = None,
-    **settings: Any,  # noqa: ANN401
+    **settings: Any,
 ) -> "Run":
     """Train a new run in the directory `out` and return it; see `plan` for settings and errors.
 
@@ -110,16 +110,16 @@ def resume(path: Path | str, *, listener: Listener | None = None) -> "Run":
     images = open_run_images(run.settings, listener)
     if images.fingerprint != run.data_fingerprint:
         raise RunError(
-            f"the data of {run.path} have changed: {run.data_source} is not what the run was trained on; put the former "
-            f"data back, or start a new run with --out"
+            f"the data of {run.path} have changed: {run.data_source} is not what the run was trained on; put the "
+            f"former data back, or start a new run with --out"
         )
     budget_bytes = int(run.plan["budget_bytes"])
     predicted = run.plan["predicted_peak_bytes"] - run.plan["breakdown"]["runtime"] + target.used_bytes()
     if predicted > budget_bytes:
         raise DoesNotFitError(
             f"the plan of {run.path} needs {format_bytes(predicted)} on this machine, its budget is "
-            f"{format_bytes(budget_bytes)}: the interpreter and libraries take {format_bytes(target.used_bytes())} here; "
-            f"start a new run with a larger --mem-budget",
+            f"{format_bytes(budget_bytes)}: the interpreter and libraries take {format_bytes(target.used_bytes())} "
+            f"here; start a new run with a larger --mem-budget",
             predicted,
         )
     saved = [run.store().header(block).step for block in range(len(run.layers))]
@@ -228,7 +228,7 @@ def _summary(
     scheduler: Scheduler,
     grids: _SampleGrids,
     evaluation: dict[str, Any],
-    target: Any,  # noqa: ANN401 - targets
+    target: Any,
     budget_bytes: int,
     resumed_from: list[int] | None,
 ) -> dict[str, Any]:

@@ -31,7 +31,7 @@ class BlockRunner:
 
     def __init__(
         self,
-        family: Any,  # noqa: ANN401 - families.base.Family
+        family: Any,
         layers: Sequence[int],
         partition: NoisePartition,
         source: EmaSource,

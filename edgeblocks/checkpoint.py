@@ -50,7 +50,7 @@ class RunDirectory:
             self.family().noise, num_blocks=len(self.layers), kind=run.partition, overlap=run.overlap
         )
 
-    def family(self) -> Any:  # noqa: ANN401 - families.base.Family
+    def family(self) -> Any:
         return build_family(self.settings.run.family, asdict(self.settings.family), asdict(self.data))
 
     def store(self) -> BlockStore:
@@ -174,8 +174,8 @@ def open_run(path: Path) -> RunDirectory:
     version = manifest.get("format_version")
     if version != RUN_FORMAT_VERSION:
         raise RunError(
-            f"{path} has run format version {version}; this edgeblocks ({metadata.version('edgeblocks')}) reads version "
-            f"{RUN_FORMAT_VERSION}. Use the edgeblocks that wrote it"
+            f"{path} has run format version {version}; this edgeblocks ({metadata.version('edgeblocks')}) reads "
+            f"version {RUN_FORMAT_VERSION}. Use the edgeblocks that wrote it"
         )
     plan = read_json(path / "plan.json")
     try:

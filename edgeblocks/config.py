@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 from edgeblocks.errors import ConfigError
 from edgeblocks.units import parse_size
@@ -23,7 +23,7 @@ DEFAULT_PRESETS = {"dit": "dit-tiny"}
 class RunSettings(BaseModel):
     """Settings that every family has. `auto` leaves the choice to the planner."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     family: str = "dit"
     preset: str = "dit-tiny"
@@ -51,6 +51,13 @@ class RunSettings(BaseModel):
     sample_grids: int = Field(default=4, ge=0)
     sample_steps: int = Field(default=18, ge=1)
 
+    @field_validator("*", mode="before")
+    @classmethod
+    def _is_no_boolean(cls, value: Any, info: ValidationInfo) -> Any:
+        if isinstance(value, bool) and info.field_name != "checkpointing":
+            raise ValueError("true or false is no answer here")
+        return value
+
     @field_validator("mem_budget")
     @classmethod
     def _is_size(cls, text: str) -> str:
@@ -59,7 +66,7 @@ class RunSettings(BaseModel):
 
     @field_validator("blocks", "micro_batch", "visit_steps", mode="before")
     @classmethod
-    def _is_count_or_auto(cls, value: Any) -> Any:  # noqa: ANN401
+    def _is_count_or_auto(cls, value: Any) -> Any:
         if value != "auto" and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
             raise ValueError("a whole number of at least 1, or auto, is needed")
         return value
@@ -109,7 +116,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def parse_assignments(assignments: list[str]) -> dict[str, Any]:
-    """`key=value` texts as settings (dashes in keys become underscores); a value is read as YAML, so numbers and booleans need no quotes.
+    """`key=value` texts as settings; dashes in keys become underscores, and a value is read as YAML.
 
     >>> parse_assignments(["patch=1", "flip=true", "learning_rate=3e-4", "data=my.npz"])
     {'patch': 1, 'flip': True, 'learning_rate': 0.0003, 'data': 'my.npz'}
@@ -123,17 +130,12 @@ def parse_assignments(assignments: list[str]) -> dict[str, Any]:
     return settings
 
 
-def _parse_value(text: str) -> Any:  # noqa: ANN401
+def _parse_value(text: str) -> Any:
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError:
         return text
-    if isinstance(value, str):  # YAML 1.1 takes 3e-4, without a dot, for text
-        try:
-            return float(value)
-        except ValueError:
-            return value
-    return value
+    return _number(value) if isinstance(value, str) else value  # YAML 1.1 takes 3e-4, without a dot, for text
 
 
 def resolve_settings(
@@ -153,6 +155,11 @@ def resolve_settings(
         ConfigError: with all problems found.
     """
     user = {**(config or {}), **{key: value for key, value in given.items() if value is not None}}
+    names = [
+        f"{name}={user[name]!r}: a name is needed" for name in ("family", "preset") if not _is_name(user.get(name))
+    ]
+    if names:
+        raise ConfigError(*names)
     family = user.get("family") or _preset_family(user.get("preset"))
     family_type = family_settings(family)
     preset_name = user.get("preset") or DEFAULT_PRESETS.get(family, "")
@@ -169,7 +176,7 @@ def resolve_settings(
         run = RunSettings(**{key: value for key, value in merged.items() if key in run_keys})
     except ValidationError as error:
         problems += _validation_problems(error)
-    family_values = {key: value for key, value in merged.items() if key in family_keys}
+    family_values = _with_numbers(family_type, {key: value for key, value in merged.items() if key in family_keys})
     type_problems = _type_problems(family_type, family_values)
     checked = family_type(**({} if type_problems else family_values))
     problems += type_problems or checked.problems()
@@ -177,6 +184,25 @@ def resolve_settings(
         raise ConfigError(*problems)
     assert run is not None
     return Settings(run=run, family=checked)
+
+
+def _is_name(value: Any) -> bool:
+    return value is None or isinstance(value, str)
+
+
+def _with_numbers(family_type: Any, values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values with texts such as 3e-4, which YAML 1.1 takes for text, as the numbers they are."""
+    numbers = {field.name for field in fields(family_type) if isinstance(field.default, float)}
+    return {
+        key: _number(value) if key in numbers and isinstance(value, str) else value for key, value in values.items()
+    }
+
+
+def _number(text: str) -> float | str:
+    try:
+        return float(text)
+    except ValueError:
+        return text
 
 
 def _preset_family(preset: str | None) -> str:
@@ -202,8 +228,8 @@ def _unknown(key: str, family: str, known: set[str]) -> str:
     return f"unknown setting '{key}' for the family '{family}'{_did_you_mean(key, known)}"
 
 
-def _did_you_mean(word: str, known: Any) -> str:  # noqa: ANN401 - any iterable of words
-    close = difflib.get_close_matches(word, known, n=1)
+def _did_you_mean(word: str, known: Any) -> str:
+    close = difflib.get_close_matches(str(word), known, n=1)
     return f"; did you mean '{close[0]}'?" if close else f"; known: {', '.join(sorted(known))}"
 
 
@@ -216,7 +242,7 @@ def _validation_problems(error: ValidationError) -> list[str]:
     return list(found.values())
 
 
-def _type_problems(family_type: Any, values: Mapping[str, Any]) -> list[str]:  # noqa: ANN401
+def _type_problems(family_type: Any, values: Mapping[str, Any]) -> list[str]:
     defaults = {field.name: field.default for field in fields(family_type)}
     found = []
     for key, value in values.items():

@@ -116,13 +116,13 @@ def banner(prepared: "Prepared") -> str:
         )
     )
     lines = [
-        f"edgeblocks: {run.family} {run.preset}, {format_count(plan.parameters)} parameters in {chosen.blocks} blocks of "
-        f"{'/'.join(str(count) for count in sorted(set(plan.layers), reverse=True))} layers",
+        f"edgeblocks: {run.family} {run.preset}, {format_count(plan.parameters)} parameters in {chosen.blocks} blocks "
+        f"of {'/'.join(str(count) for count in sorted(set(plan.layers), reverse=True))} layers",
         f"data: {images.source}, {len(images.train)} training and {len(images.held_out)} hold-out images of "
         f"{data.height}x{data.width}x{data.channels}, {classes}",
         f"plan: batch {run.batch} = {chosen.accumulation} x {chosen.micro_batch}, "
-        f"checkpointing {'on' if chosen.checkpointing else 'off'}, {run.optimizer}, visits of {chosen.visit_steps} steps, "
-        f"{where}",
+        f"checkpointing {'on' if chosen.checkpointing else 'off'}, {run.optimizer}, visits of {chosen.visit_steps} "
+        f"steps, {where}",
         f"memory: predicted peak {format_bytes(chosen.predicted_peak_bytes)} of {format_bytes(prepared.budget_bytes)} "
         f"({breakdown})",
         f"time: about {format_duration(chosen.blocks * run.steps * (chosen.step_s + chosen.streaming_s))} for "
@@ -162,7 +162,7 @@ def plan_table(prepared: "Prepared") -> str:
     return "\n".join(lines)
 
 
-def training_report(summary: dict[str, Any], path: Any) -> str:  # noqa: ANN401 - a path
+def training_report(summary: dict[str, Any], path: Any) -> str:
     """Planned beside measured, and what to type next."""
     loss = summary["metrics"]
     by_block = ", ".join("-" if value is None else f"{value:.3f}" for value in loss["validation_loss_by_block"])

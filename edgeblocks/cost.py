@@ -1,15 +1,17 @@
 """What a block costs in bytes and arithmetic, found without allocating it.
 
-Steps of blocks of one to three layers are traced on torch's meta device: operators run on shapes alone, while a dispatch
-mode follows which storages are alive. A peak grows linearly with layers, so these few traces give every block size. Meta operators import some 80 MB of symbolic libraries that a training process would never
-give back, hence the trace runs in a process of its own (`trace_in_subprocess`).
+Steps of blocks of one to three layers are traced on torch's meta device: operators run on shapes alone, while a
+dispatch mode follows which storages are alive. A peak grows linearly with layers, so these few traces give every block
+size. Meta operators import some 80 MB of symbolic libraries that a training process would never give back, hence the
+trace runs in a process of its own (`trace_in_subprocess`).
 """
 
+import contextlib
 import json
 import subprocess
 import sys
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import Any, get_args
 
@@ -42,7 +44,7 @@ def _step_cost(fields: dict[str, Any]) -> StepCost:
     return StepCost(samples=fields["samples"], **growths)
 
 
-def trace(family: Any, sample_counts: Sequence[int]) -> LayerCosts:  # noqa: ANN401 - families.base.Family
+def trace(family: Any, sample_counts: Sequence[int]) -> LayerCosts:
     """`LayerCosts` of a family, traced in this process on the meta device."""
     import torch
 
@@ -75,7 +77,7 @@ def trace(family: Any, sample_counts: Sequence[int]) -> LayerCosts:  # noqa: ANN
     )
 
 
-def _count_parameters(family: Any, num_layers: int) -> tuple[int, int]:  # noqa: ANN401
+def _count_parameters(family: Any, num_layers: int) -> tuple[int, int]:
     """Parameters of a block, and those of them whose optimizer state may be 8-bit."""
     import torch
 
@@ -86,7 +88,7 @@ def _count_parameters(family: Any, num_layers: int) -> tuple[int, int]:  # noqa:
     return sum(p.numel() for p in parameters), sum(p.numel() for p in parameters if is_quantizable(p.shape))
 
 
-def _trace_growth(family: Any, samples: int, kind: str) -> StepCost:  # noqa: ANN401
+def _trace_growth(family: Any, samples: int, kind: str) -> StepCost:
     traces = [_trace_step(family, num_layers, samples, kind) for num_layers in (1, 2, 3)]
     one, two, three = traces
     growths = {
@@ -96,7 +98,7 @@ def _trace_growth(family: Any, samples: int, kind: str) -> StepCost:  # noqa: AN
     return StepCost(samples=samples, **growths)
 
 
-def _num_bytes(shape: Sequence[int], dtype: Any) -> int:  # noqa: ANN401 - torch.dtype
+def _num_bytes(shape: Sequence[int], dtype: Any) -> int:
     count = 1
     for size in shape:
         count *= size
@@ -110,7 +112,7 @@ class _LiveStorages:
         self.live_bytes = self.peak_bytes = self.touched_bytes = self.operators = 0
         self._known: set[int] = set()
 
-    def see(self, tensor: Any) -> None:  # noqa: ANN401 - torch.Tensor
+    def see(self, tensor: Any) -> None:
         storage = tensor.untyped_storage()
         key, size = storage._cdata, storage.nbytes()
         if key in self._known or size == 0:
@@ -121,7 +123,7 @@ class _LiveStorages:
         self.peak_bytes = max(self.peak_bytes, self.live_bytes)
         weakref.finalize(storage, self._forget, key, size)
 
-    def ignore(self, tensor: Any) -> None:  # noqa: ANN401 - torch.Tensor
+    def ignore(self, tensor: Any) -> None:
         self._known.add(tensor.untyped_storage()._cdata)
 
     def _forget(self, key: int, size: int) -> None:
@@ -129,31 +131,44 @@ class _LiveStorages:
         self.live_bytes -= size
 
 
-def _trace_step(family: Any, num_layers: int, samples: int, kind: str) -> _LiveStorages:  # noqa: ANN401
+@contextlib.contextmanager
+def _cpu_attention() -> Iterator[None]:
+    """Attention as a CPU runs it, fused; meta tensors would take the form that keeps the attention matrix.
+
+    The function itself is replaced, because a TorchFunctionMode is off while it handles `Tensor.backward`: layers that
+    are run again in the backward pass would escape it.
+    """
+    import torch
+    import torch.nn.functional as F
+
+    usual = F.scaled_dot_product_attention
+
+    def fused(*args: Any, **kwargs: Any) -> Any:
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*args, **kwargs)[0]
+
+    F.scaled_dot_product_attention = fused
+    try:
+        yield
+    finally:
+        F.scaled_dot_product_attention = usual
+
+
+def _trace_step(family: Any, num_layers: int, samples: int, kind: str) -> _LiveStorages:
     """Run one step on the meta device and follow its storages; weights, gradients and the batch are not counted."""
     import torch
-    from torch.overrides import TorchFunctionMode
     from torch.utils._python_dispatch import TorchDispatchMode
     from torch.utils._pytree import tree_leaves
 
     storages = _LiveStorages()
 
     class Follow(TorchDispatchMode):  # type: ignore[no-untyped-call]
-        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: ANN401
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             result = func(*args, **(kwargs or {}))
             storages.operators += 1
             for leaf in tree_leaves(result):
                 if isinstance(leaf, torch.Tensor):
                     storages.see(leaf)
             return result
-
-    class CpuAttention(TorchFunctionMode):
-        """On meta tensors attention would take the form that keeps the attention matrix; a CPU takes the fused one."""
-
-        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: ANN401
-            if func is torch.nn.functional.scaled_dot_product_attention:
-                return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*args, **(kwargs or {}))[0]
-            return func(*args, **(kwargs or {}))
 
     with torch.device("meta"):
         block = family.block(num_layers=num_layers, checkpointing=kind == "checkpointed")
@@ -165,7 +180,7 @@ def _trace_step(family: Any, num_layers: int, samples: int, kind: str) -> _LiveS
         batch = {name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in family.batch_spec(samples).items()}
     for tensor in (*batch.values(), *block.buffers()):
         storages.ignore(tensor)
-    with CpuAttention(), Follow():  # type: ignore[no-untyped-call]
+    with _cpu_attention(), Follow():  # type: ignore[no-untyped-call]
         if kind == "forward":
             with torch.no_grad():
                 family.loss(block, batch)
@@ -174,7 +189,7 @@ def _trace_step(family: Any, num_layers: int, samples: int, kind: str) -> _LiveS
     return storages
 
 
-def _flops(family: Any, num_layers: int) -> int:  # noqa: ANN401 - families.base.Family
+def _flops(family: Any, num_layers: int) -> int:
     """Floating-point operations of a forward pass of one sample, counted by torch."""
     import torch
     from torch.utils.flop_counter import FlopCounterMode

@@ -28,7 +28,7 @@ def evaluation_levels(distribution: NoiseDistribution, num_levels: int = NUM_LEV
 
 
 def validation_loss(
-    family: Any,  # noqa: ANN401 - families.base.Family
+    family: Any,
     runner: BlockRunner,
     images: ImageSet,
     *,

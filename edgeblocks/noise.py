@@ -8,6 +8,7 @@ Layer order runs from high noise to low noise: block 0 owns the highest range.
 Source: Karras et al. 2022, arXiv 2206.00364 (EDM); Shing et al., arXiv 2506.14202, section 3 (partition).
 """
 
+import itertools
 import math
 from dataclasses import dataclass
 from statistics import NormalDist
@@ -92,7 +93,7 @@ def partition_noise(
         inner = [top * (bottom / top) ** (b / num_blocks) for b in range(1, num_blocks)]
     boundaries = (top, *inner, bottom)
     ranges = []
-    for high, low in zip(boundaries[:-1], boundaries[1:], strict=True):
+    for high, low in itertools.pairwise(boundaries):
         widening = (high / low) ** overlap
         ranges.append(
             NoiseRange(low=low, high=high, train_low=max(low / widening, bottom), train_high=min(high * widening, top))
@@ -159,7 +160,7 @@ def _levels_inside(partition: NoisePartition, block: int, count: int, rho: float
     return levels
 
 
-def loss_weight(sigma: Any, sigma_data: float) -> Any:  # noqa: ANN401 - float, array and tensor alike
+def loss_weight(sigma: Any, sigma_data: float) -> Any:
     """w(sigma) = (sigma^2 + sigma_data^2) / (sigma sigma_data)^2, of sigma's type and shape (EDM, table 1).
 
     It belongs to the L2 loss of a denoiser and to nothing else; its shape must be that of the per-sample loss.

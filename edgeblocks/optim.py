@@ -143,7 +143,7 @@ def adamw_step_(
         )
 
 
-def adamw_8bit_step_(  # noqa: PLR0917 -- each of the two moments is two tensors
+def adamw_8bit_step_(
     parameters: Float32[Tensor, " numel"],
     gradients: Float32[Tensor, " numel"],
     exp_avg_codes: UInt8[Tensor, " numel"],

@@ -277,8 +277,8 @@ def _warnings(num_layers: int, chosen: Candidate, wishes: Wishes) -> tuple[str, 
     found = []
     if chosen.layers_per_block < min(FEWEST_GOOD_LAYERS, num_layers):
         found.append(
-            f"{chosen.layers_per_block} layer(s) a block: fewer than {FEWEST_GOOD_LAYERS} cost quality, because a block "
-            f"denoises alone with the layers it has (ImageNet FID in the paper: 3 blocks 11.1, 6 blocks 14.4). "
+            f"{chosen.layers_per_block} layer(s) a block: fewer than {FEWEST_GOOD_LAYERS} cost quality, because a "
+            f"block denoises alone with the layers it has (ImageNet FID in the paper: 3 blocks 11.1, 6 blocks 14.4). "
             f"A larger --mem-budget or a smaller width gives deeper blocks"
         )
     if wishes.blocks is None and chosen.blocks > wishes.preferred_blocks:
@@ -302,13 +302,13 @@ def _does_not_fit(costs: LayerCosts, machine: Machine, wishes: Wishes, rows: Seq
     closest = min(rows, key=lambda row: row.predicted_peak_bytes)
     largest_item = max(closest.breakdown, key=lambda item: closest.breakdown[item])
     parts = ", ".join(f"{name} {format_bytes(size)}" for name, size in closest.breakdown.items())
-    advice = f"use --mem-budget {smallest_bytes // 1_000_000}MB or more"
+    advice = f"use --mem-budget {math.ceil(closest.predicted_peak_bytes / 1e6)}MB or more"
     if largest_item == "runtime":
         advice += " (the interpreter and its libraries alone need most of it)"
     else:
         advice += ", or a smaller network (--set width=.., --set patch=.., --set image_size=..)"
     if forced:
-        advice += f"; {', '.join(forced)} was fixed by you, leaving it to the planner may fit"
+        advice += f"; without {', '.join(forced)}, which you fixed, {smallest_bytes // 1_000_000}MB would do"
     return DoesNotFitError(
         f"no plan fits {format_bytes(wishes.budget_bytes)}: the smallest needs "
         f"{format_bytes(closest.predicted_peak_bytes)} ({parts}); {advice}",

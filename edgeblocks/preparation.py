@@ -120,7 +120,7 @@ def open_run_images(settings: Settings, listener: Listener) -> ImageSet:
     return images
 
 
-def budget_in_bytes(text: str, target: Any) -> int:  # noqa: ANN401 - targets
+def budget_in_bytes(text: str, target: Any) -> int:
     total = target.total_bytes()
     try:
         budget_bytes = parse_size(text, whole_bytes=total)

@@ -21,7 +21,7 @@ def target_names() -> tuple[str, ...]:
     return tuple(_TARGETS)
 
 
-def family_type(name: str) -> Any:  # noqa: ANN401 - a class satisfying families.base.Family
+def family_type(name: str) -> Any:
     """The class of a family.
 
     Raises:
@@ -30,7 +30,7 @@ def family_type(name: str) -> Any:  # noqa: ANN401 - a class satisfying families
     return _load(_FAMILIES, name, "family")
 
 
-def build_family(name: str, settings: dict[str, Any], data: dict[str, Any]) -> Any:  # noqa: ANN401
+def build_family(name: str, settings: dict[str, Any], data: dict[str, Any]) -> Any:
     """A family from plain values: the fields of its settings, and those of `ImageInfo`."""
     from edgeblocks.families.base import ImageInfo
 
@@ -43,22 +43,22 @@ def family_fields(name: str) -> dict[str, Any]:
     return {field.name: field.default for field in dataclasses.fields(family_type(name).settings_type)}
 
 
-def build_target(name: str) -> Any:  # noqa: ANN401 - a class satisfying targets.base.Target
+def build_target(name: str) -> Any:
     """A target by name; `auto` takes the best one that exists here."""
     return _load(_TARGETS, "cpu" if name == "auto" else name, "target")()
 
 
-def build_exporter() -> Any:  # noqa: ANN401 - export.graph.export_run
+def build_exporter() -> Any:
     """The function that turns a run directory into an exported directory."""
     return _load(_EXPORTERS, "onnx", "exporter")
 
 
-def open_sampler(directory: Path) -> Any:  # noqa: ANN401 - export.sampler.Sampler
+def open_sampler(directory: Path) -> Any:
     """An exported directory, ready to sample. Imports no torch."""
     return _load(_SAMPLERS, "onnxruntime", "sampler")(directory)
 
 
-def _load(table: dict[str, str], name: str, kind: str) -> Any:  # noqa: ANN401
+def _load(table: dict[str, str], name: str, kind: str) -> Any:
     if name not in table:
         raise ConfigError(f"there is no {kind} '{name}'; there are: {', '.join(table)}")
     module, _, attribute = table[name].partition(":")

@@ -58,8 +58,8 @@ class Scheduler:
     def visit(self, block: int, *, then: int | None) -> Iterator[ResidentBlock]:
         """Make a block resident, and write it back when the visit ends.
 
-        When the visit ends in an exception the block may be in the middle of a step: it is forgotten, and its file stays
-        as it was before the visit.
+        When the visit ends in an exception the block may be in the middle of a step: it is forgotten, and its file
+        stays as it was before the visit.
 
         Args:
             then: the block of the next visit, fetched early when a slot is free for it; None when there is none.

@@ -19,13 +19,13 @@ Solver = Literal["euler", "heun"]
 class Arithmetic(Protocol):
     """An array of numpy or of torch."""
 
-    def __add__(self, other: Any, /) -> Any: ...  # noqa: ANN401
+    def __add__(self, other: Any, /) -> Any: ...
 
-    def __sub__(self, other: Any, /) -> Any: ...  # noqa: ANN401
+    def __sub__(self, other: Any, /) -> Any: ...
 
-    def __mul__(self, other: Any, /) -> Any: ...  # noqa: ANN401
+    def __mul__(self, other: Any, /) -> Any: ...
 
-    def __truediv__(self, other: Any, /) -> Any: ...  # noqa: ANN401
+    def __truediv__(self, other: Any, /) -> Any: ...
 
 
 Array = TypeVar("Array", bound=Arithmetic)

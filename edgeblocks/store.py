@@ -253,7 +253,7 @@ class BlockStore:
                 raise RunError(f"block {block} is damaged: the {part} in {path} do not match their checksum; {_KEPT}")
         return header.step
 
-    def _read_header(self, block: int, file: Any) -> tuple[BlockHeader, int]:  # noqa: ANN401 - a binary file
+    def _read_header(self, block: int, file: Any) -> tuple[BlockHeader, int]:
         path = self.path(block)
         damaged = f"block {block} is damaged: {path}"
         size = os.fstat(file.fileno()).st_size
@@ -337,7 +337,7 @@ def _digest(data: Tensor) -> str:
     return hashlib.sha256(_memory(data)).hexdigest()
 
 
-def _read_exactly(file: Any, view: memoryview) -> None:  # noqa: ANN401 - a raw file
+def _read_exactly(file: Any, view: memoryview) -> None:
     done = 0
     while done < len(view):
         count = file.readinto(view[done:])

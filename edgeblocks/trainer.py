@@ -72,7 +72,7 @@ def plan_visits(saved_steps: Sequence[int], *, steps: int, visit_steps: int) -> 
 
 
 def create_blocks(
-    family: Any,  # noqa: ANN401 - families.base.Family
+    family: Any,
     store: BlockStore,
     layers: Sequence[int],
     seed: int,

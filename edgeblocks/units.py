@@ -75,7 +75,7 @@ def format_duration(duration_s: float) -> str:
     minutes, seconds = divmod(round(duration_s), 60)
     if minutes < 60:
         return f"{minutes} min {seconds:02d} s"
-    hours, minutes = divmod(minutes, 60)
+    hours, minutes = divmod(round(duration_s / 60), 60)
     return f"{hours} h {minutes:02d} min"
 
 

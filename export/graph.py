@@ -175,7 +175,7 @@ class Template:
         return {key: lazy(name, transposed) for key, (name, transposed) in self.parameters.items()}
 
 
-def make_template(family: Any, num_layers: int) -> Template | None:  # noqa: ANN401 - families.base.Family
+def make_template(family: Any, num_layers: int) -> Template | None:
     """Trace a block with random weights and find each parameter among the graph's initializers.
 
     None when a parameter is not there as it is or transposed.
@@ -237,7 +237,7 @@ def _bytes_of(initializer: onnx.TensorProto, tensors: Tensors) -> np.ndarray:
     return values
 
 
-def _trace(network: nn.Module, family: Any) -> Any:  # noqa: ANN401 - torch.onnx.ONNXProgram
+def _trace(network: nn.Module, family: Any) -> Any:
     """The network as an ONNX program with inputs z, sigma, labels and any batch size."""
     data = family.data
     inputs = [torch.zeros(2, data.channels, data.height, data.width), torch.ones(2)]
@@ -272,7 +272,7 @@ def _quiet() -> Iterator[None]:
         logging.disable(former)
 
 
-def _constants(program: Any) -> dict[str, Any]:  # noqa: ANN401 - torch.onnx.ONNXProgram, onnx_ir tensors
+def _constants(program: Any) -> dict[str, Any]:
     return {key: value.const_value for key, value in program.model.graph.initializers.items()}
 
 
@@ -287,7 +287,7 @@ def _match(values: np.ndarray, probe: nn.Module) -> tuple[str, bool] | None:
     return None
 
 
-def _graph_without(program: Any, keys: set[str]) -> onnx.ModelProto:  # noqa: ANN401 - torch.onnx.ONNXProgram
+def _graph_without(program: Any, keys: set[str]) -> onnx.ModelProto:
     """The program as a graph in which the initializers `keys` have their shapes but no values.
 
     What the exporter noted on each node goes, too: source lines and paths of this machine.
@@ -321,7 +321,7 @@ def _rename_initializers_(graph: onnx.ModelProto, names: Mapping[str, str]) -> N
         node.input[:] = [names.get(name, name) for name in node.input]
 
 
-def trace_own(network: nn.Module, family: Any) -> tuple[onnx.ModelProto, Tensors]:  # noqa: ANN401
+def trace_own(network: nn.Module, family: Any) -> tuple[onnx.ModelProto, Tensors]:
     """The graph of one block traced as it is, and its constants, which may be any function of its weights."""
     program = _trace(network, family)
     constants = {

@@ -225,7 +225,7 @@ class _MalformedError(ValueError):
 class _Fields:
     """A JSON object whose fields are taken with their types checked; `where` names the object in messages."""
 
-    def __init__(self, content: Any, where: str) -> None:  # noqa: ANN401 - anything may stand in a file
+    def __init__(self, content: Any, where: str) -> None:
         self.where = where
         if not isinstance(content, dict):
             raise _MalformedError(f"{where or 'the manifest'} must be an object, found {_shown(content)}")
@@ -237,7 +237,7 @@ class _Fields:
     def _path(self, name: str) -> str:
         return f"{self.where}.{name}" if self.where else name
 
-    def _get(self, name: str) -> Any:  # noqa: ANN401
+    def _get(self, name: str) -> Any:
         if name not in self._content:
             raise _MalformedError(f"{self._path(name)} is missing")
         return self._content[name]
@@ -317,7 +317,7 @@ class _Fields:
         return self._get(name) is None
 
 
-def _is_number(value: Any) -> bool:  # noqa: ANN401
+def _is_number(value: Any) -> bool:
     if type(value) not in (int, float):
         return False
     try:
@@ -326,7 +326,7 @@ def _is_number(value: Any) -> bool:  # noqa: ANN401
         return False
 
 
-def _shown(value: Any) -> str:  # noqa: ANN401
+def _shown(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 80 else text[:77] + "..."
 

@@ -13,9 +13,10 @@ import psutil
 from edgeblocks.errors import StorageError
 from edgeblocks.planner import Machine
 
-# glibc's default raises its own threshold and gives memory back at the top of the heap whenever it can: the resident set
-# then depends on history, and fresh pages cost a third of a small network's step (79 ms against 143 ms when every
-# tensor over 256 KB got pages of its own). Fixed: tensors over 32 MB get pages of their own, smaller ones reuse the heap.
+# glibc's default raises its own threshold and gives memory back at the top of the heap whenever it can: the resident
+# set then depends on history. Pages of their own for all tensors over 256 KB follow the live tensors best, but fresh
+# pages made a small network's step almost twice as long (143 ms against 79 ms). Hence fixed thresholds: tensors over
+# 32 MB get pages of their own, smaller ones reuse the heap, which is kept.
 MMAP_THRESHOLD_BYTES = 32 * 2**20
 KEPT_HEAP_BYTES = 2**30
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
@@ -85,7 +86,7 @@ class CpuTarget:
 
 
 def _measure_arithmetic() -> tuple[float, float, float]:
-    """(multiply-adds x 2 per second in fp32, bytes written per second by an element-wise kernel, seconds a small kernel)."""
+    """fp32 operations per second, bytes per second that an element-wise kernel writes, seconds of a small kernel."""
     import torch
     import torch.nn.functional as F
 

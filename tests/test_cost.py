@@ -29,7 +29,7 @@ def costs():
 REAL_STEP = """
 import ctypes, json, sys
 from pathlib import Path
-# Every tensor above 64 KB gets pages of its own and gives them back when it dies: the resident set follows live tensors.
+# Every tensor above 64 KB gets pages of its own until it dies: the resident set follows live tensors.
 libc = ctypes.CDLL(None)
 assert libc.mallopt(-3, 65536) and libc.mallopt(-1, 65536) and libc.mallopt(-8, 1)
 import torch
@@ -93,7 +93,7 @@ def measured_peak_bytes(kind, num_layers, samples, settings=SETTINGS, data=DATA)
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("kind", ["plain", "checkpointed", "forward"])
 def test_the_traced_peak_is_what_a_real_step_takes(kind):
-    """A real step of 4 layers on 64 samples: the allocator's peak is the trace's to 0.1 %, the resident set's to 8 %."""
+    """A real step of 4 layers on 64 samples: the allocator's peak is the trace's to 0.1 %, the resident to 8 %."""
     traced = _trace_step(FAMILY, 4, 64, kind).peak_bytes
     assert traced > 8_000_000
     allocated, resident = measured_peak_bytes(kind, 4, 64)
@@ -160,7 +160,7 @@ def test_parameters_and_optimizer_state_are_those_of_the_block_file(costs, num_l
 
 
 def test_flops_are_those_of_the_matrices(costs):
-    """A layer's forward pass does 2 T (4 w^2 + 8 w^2) for its maps, 2 x 6 w^2 for its modulation, 4 T^2 w in attention."""
+    """A layer's forward pass: 2 T (4 w^2 + 8 w^2) for its maps, 2 x 6 w^2 for modulation, 4 T^2 w in attention."""
     tokens, width = 64, SETTINGS.width
     maps, modulation, attention = 2 * tokens * 12 * width**2, 12 * width**2, 4 * tokens**2 * width
     assert costs.layer_flops_per_sample == pytest.approx(maps + modulation + attention, rel=0.01)
@@ -192,7 +192,7 @@ print(json.dumps([sorted({{"sympy", "torch"}} & set(sys.modules)), asdict(costs)
 
 def test_a_failed_trace_says_why():
     """A family that cannot be traced is an error that names it and shows the child's own message."""
-    with pytest.raises(EdgeblocksError, match="(?s)'dit'.*patch=5"):
+    with pytest.raises(EdgeblocksError, match=r"(?s)'dit'.*patch=5"):
         trace_in_subprocess("dit", asdict(SETTINGS) | {"patch": 5}, asdict(DATA), [1])
 
 
@@ -226,7 +226,7 @@ def step_cost(samples, peak):
 
 @pytest.mark.parametrize(("samples", "peak"), [(2, 20), (3, 30), (4, 40), (10, 160), (1, 10), (16, 280), (32, 600)])
 def test_samples_between_traced_counts_lie_on_a_line(samples, peak):
-    """Between two traced counts, and beyond the last, the line through the nearest two; below the first, in proportion."""
+    """Between traced counts, and beyond the last, the line through the nearest two; below the first, in proportion."""
     costs = [step_cost(2, 20), step_cost(4, 40), step_cost(16, 280)]
     assert at_samples(costs, samples, lambda cost: cost.peak_bytes.at(1)) == peak
     assert at_samples(costs[:1], 3, lambda cost: cost.peak_bytes.at(1)) == 30

@@ -42,7 +42,7 @@ def resident(tmp_path_factory):
 
 @pytest.mark.parametrize("slots", [1, 2])
 def test_streamed_training_equals_resident_training_bit_for_bit(resident, tmp_path, slots):
-    """Blocks on disk with one or two in memory, in visits of 7 steps, give the resident run's weights after 60 steps."""
+    """Blocks on disk with one or two in memory, in visits of 7 steps, give the resident run's weights after 60."""
     plan = json.loads((resident / "plan.json").read_text())
     part = plan["breakdown"]
     one_slot = (part["weights"] + part["ema"] + part["optimizer"]) // 3
@@ -63,7 +63,7 @@ def test_streamed_training_equals_resident_training_bit_for_bit(resident, tmp_pa
 
 @pytest.mark.slow
 def test_a_small_budget_alone_streams_and_gives_the_same_weights(tmp_path, edgeblocks_command):
-    """The same B under a budget that holds one block, and under a large one: equal weights bit for bit after 60 steps."""
+    """The same B under a budget that streams, and under a large one: equal weights bit for bit after 60 steps."""
     common = ["train", "--steps", "60", "--batch", "8", "--blocks", "4", "--seed", "3", "--json"]
     for setting in ("depth=4", "width=512", "heads=8", "sample_grids=0", "patch=4"):
         common += ["--set", setting]

@@ -209,7 +209,7 @@ def test_noise_features_are_cosines_and_sines():
 
 
 def test_positions_are_row_then_column_sinusoids():
-    """Token (r, c) holds sin and cos of r in the first half and of c in the second, with frequencies 10^(-4 i / (w/4))."""
+    """Token (r, c) holds sin and cos of r in its first half and of c in the second, frequencies 10^(-4 i / (w/4))."""
     rows, columns, width = 3, 5, 16
     table = sincos_positions(rows, columns, width)
     assert table.shape == (rows * columns, width)

@@ -1,4 +1,5 @@
 import doctest
+import itertools
 import math
 
 import numpy as np
@@ -58,7 +59,7 @@ def test_a_partition_covers_the_whole_range_once(partition):
     ranges, distribution = partition.ranges, partition.distribution
     assert ranges[0].high == distribution.sigma_max
     assert ranges[-1].low == distribution.sigma_min
-    assert all(upper.low == lower.high for upper, lower in zip(ranges[:-1], ranges[1:], strict=True))
+    assert all(upper.low == lower.high for upper, lower in itertools.pairwise(ranges))
     assert all(0 < block_range.low < block_range.high for block_range in ranges)
     assert partition.num_blocks == len(ranges) == len(partition.boundaries) - 1
 
@@ -164,7 +165,7 @@ def test_a_chain_visits_every_block_and_touches_no_boundary(partition, data):
     assert len(levels) == num_steps
     assert levels[0] == partition.boundaries[0]
     assert levels[-1] == partition.boundaries[-1]
-    assert all(higher > lower for higher, lower in zip(levels[:-1], levels[1:], strict=True))
+    assert all(higher > lower for higher, lower in itertools.pairwise(levels))
     assert {partition.block_of(level) for level in levels} == set(range(partition.num_blocks))
     for boundary in partition.boundaries[1:-1]:
         assert min(abs(level / boundary - 1) for level in levels) > 1e-6
@@ -190,7 +191,7 @@ def test_a_block_that_the_plain_grid_skips_is_run():
 
 
 def test_levels_that_fall_on_a_boundary_move_inside():
-    """With rho -> infinity levels are even in log sigma and hit every boundary of a uniform partition: none stays there."""
+    """With rho -> infinity levels are even in log sigma and hit the boundaries of a uniform partition: none stays."""
     partition = paper_partition(3, "uniform")
     grid = [80.0 * (0.002 / 80.0) ** (i / 3) for i in range(4)]
     assert grid[1:3] == pytest.approx(partition.boundaries[1:3])

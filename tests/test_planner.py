@@ -170,7 +170,7 @@ def test_a_refusal_names_a_budget_that_works_as_fixed(machine, wishes):
 
 
 def test_the_advice_of_a_refusal_works_when_followed():
-    """The first --mem-budget that the message names works with the settings as they are; it lists what could be freed."""
+    """The first --mem-budget of the message works with the settings as they are; it lists what could be freed."""
     fixed = replace(WISHES, blocks=1, micro_batch=64, checkpointing=False, tier="ram", budget_bytes=300 * MB)
     with pytest.raises(DoesNotFitError) as caught:
         make_plan(costs(), MACHINE, fixed)
@@ -206,7 +206,7 @@ def test_streaming_takes_at_most_its_share_of_a_visit(machine, wishes):
 
 
 def test_visits_leave_several_rounds_where_the_disk_is_fast():
-    """When streaming costs nothing, a run has at least four rounds over all blocks, and a visit lasts minutes at most."""
+    """When streaming costs nothing, a run has four rounds over all blocks or more, and a visit lasts minutes."""
     fast = replace(MACHINE, disk_read_bytes_per_s=1e15, disk_write_bytes_per_s=1e15)
     short = make_plan(costs(), fast, replace(WISHES, steps=100)).chosen
     assert short.visit_steps == 25

@@ -1,6 +1,5 @@
 """What the README promises can be typed as it stands."""
 
-import os
 import re
 import subprocess
 import sys
@@ -41,4 +40,4 @@ def test_local_links_and_pictures_exist():
     """No link of the README points to a file that is not there."""
     for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", README):
         assert (Path(__file__).parents[1] / target).exists(), target
-    assert os.path.getsize(Path(__file__).parents[1] / "docs/digits.png") > 1000
+    assert (Path(__file__).parents[1] / "docs/digits.png").stat().st_size > 1000

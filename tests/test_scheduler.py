@@ -182,7 +182,7 @@ def test_the_next_block_is_loaded_during_the_visit(tmp_path, scheduling):
 
 
 def test_a_visit_does_not_wait_for_the_former_blocks_write(tmp_path, scheduling):
-    """With block 0's write held back, the visit of block 1 begins all the same; block 2 is read only after the write."""
+    """With block 0's write held back, the visit of block 1 begins; block 2 is read only after the write."""
     store = make_store(tmp_path)
     scheduler = scheduling(store, 2)
     with scheduler.visit(0, then=1):
@@ -369,3 +369,14 @@ def test_times_count_loading_storing_and_waiting(tmp_path, scheduling):
     assert times.load_s > 0
     assert times.store_s > 0
     assert times.stall_s >= 0.9 * (times.load_s + times.store_s), "with one slot the training thread waits for all"
+
+
+def test_a_failed_write_surfaces_before_another_block_is_looked_at(tmp_path, scheduling):
+    """Looking at any block's EMA waits for all writes: a lost block 0 is not passed over by a look at block 1."""
+    store = make_store(tmp_path)
+    scheduler = scheduling(store, 3)
+    with scheduler.visit(0, then=1) as resident:
+        train(resident, 1)
+        refuse_writes_of(store, 0)
+    with pytest.raises(StorageError, match="cannot write block 0"), scheduler.ema_weights(1):
+        pytest.fail("block 1 was given")

@@ -47,7 +47,7 @@ def test_a_point_mass_is_reached_exactly(solver, num_steps):
 
 
 def test_a_step_with_a_perfect_denoiser_keeps_the_noise():
-    """EDM's sign: from y + sigma eps, a perfect D leads to exactly y + sigma_next eps (with the paper's it would grow)."""
+    """EDM's sign: from y + sigma eps a perfect D leads to y + sigma_next eps (with the paper's, noise would grow)."""
     y, eps = normal(4, 3), normal(4, 3, seed=1)
     levels = levels_of(6)
     seen = []
@@ -79,7 +79,7 @@ def test_the_chain_starts_at_sigma_max_times_the_noise_and_leaves_it_alone():
 
 def test_the_chain_ends_in_a_denoised_image():
     """After the last level comes sigma 0: the result is D at sigma_min, nothing of the noise left."""
-    end = integrate(lambda z, sigma: torch.full_like(z, sigma), normal(2, 3), [5.0, 1.0, 0.25], solver="euler")
+    end = integrate(torch.full_like, normal(2, 3), [5.0, 1.0, 0.25], solver="euler")
     torch.testing.assert_close(end, torch.full_like(end, 0.25))
 
 
@@ -103,7 +103,7 @@ def ode_error(solver, num_steps):
 
 @pytest.mark.parametrize(("solver", "order"), [("euler", 1), ("heun", 2)])
 def test_the_order_of_the_solvers(solver, order):
-    """Halving the steps' length divides the error by 2 (Euler) and by 4 (Heun), on Gaussian data with a known solution."""
+    """Halving the steps' length divides the error by 2 (Euler) and 4 (Heun), on Gaussian data of known solution."""
     errors = [ode_error(solver, num_steps) for num_steps in (40, 80, 160)]
     for coarse, fine in itertools.pairwise(errors):
         assert math.log2(coarse / fine) == pytest.approx(order, abs=0.2)

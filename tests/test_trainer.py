@@ -60,7 +60,7 @@ def test_the_learning_rate_rises_and_then_falls(steps, warmup, peak):
     top = min(warmup, steps // 2)
     assert all(0 < rate <= peak * (1 + 1e-12) for rate in rates)
     assert max(rates) == pytest.approx(peak)
-    assert rates[: top + 1] == sorted(rates[: top + 1])
+    assert rates[:top] == sorted(rates[:top])
     assert rates[top:] == sorted(rates[top:], reverse=True)
     for step, rate in enumerate(rates):
         if step < top:
@@ -79,7 +79,7 @@ def test_the_ema_exponent_solves_edm2s_cubic(length):
 
 
 def test_the_ema_profile_has_the_width_asked_for():
-    """Run over 4,000 steps, the weights that the decay gives past steps have a relative standard deviation of `length`."""
+    """Over 4,000 steps, the weights that past steps end up with have a relative standard deviation of `length`."""
     steps, length = 4000, 0.1
     gamma = ema_exponent(length)
     profile = np.zeros(steps)
@@ -129,7 +129,7 @@ def test_seeds_blocks_and_epochs_have_orders_of_their_own():
 
 
 def test_clipping_scales_only_what_is_too_long():
-    """A longer gradient keeps its direction at the largest norm; a shorter one is unchanged; the norm it had is returned."""
+    """A longer gradient keeps its direction at the largest norm, a shorter one is unchanged; its norm is returned."""
     long, short = torch.tensor([3.0, -4.0]), torch.tensor([0.3, -0.4])
     assert clip_(long, 1.0) == pytest.approx(5.0)
     torch.testing.assert_close(long, torch.tensor([0.6, -0.8]))

@@ -140,7 +140,7 @@ class ImageArchive:
             )
         return _Member(name=name, shape=shape, dtype=dtype)
 
-    def _header(self, stream: Any, name: str) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:  # noqa: ANN401  # numpy's file-like
+    def _header(self, stream: Any, name: str) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:  # numpy's file-like
         try:
             version = np.lib.format.read_magic(stream)
             return _HEADER_READERS[version](stream)

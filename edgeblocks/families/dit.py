@@ -4,6 +4,7 @@ A block is a whole small DiT: its own stem (patch, noise-level and class embeddi
 sees a noised image z, the noise level and the class, and predicts the clean image.
 """
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -30,6 +31,8 @@ from edgeblocks.noise import NoiseDistribution, NoiseRange, loss_weight
 
 NOISE_FEATURES = 256
 SIGMA_DATA = 0.5
+LEAST_MASS = 1e-6
+"""Of the noise distribution, inside [sigma_min, sigma_max]; with less, quantiles there cannot be told apart."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,12 +63,26 @@ class DitSettings:
             found.append(f"width={self.width} is not divisible by 4, which 2-D positions need")
         if not 0 <= self.label_dropout < 1:
             found.append(f"label_dropout={self.label_dropout} must lie in [0, 1)")
+        noise = {name: getattr(self, name) for name in ("sigma_min", "sigma_max", "p_mean", "p_std")}
+        unusable = [
+            f"{name}={value} must be a finite number" for name, value in noise.items() if not math.isfinite(value)
+        ]
+        found += unusable
+        if unusable:
+            return found
         if not 0 < self.sigma_min < self.sigma_max:
             found.append(
                 f"sigma_min={self.sigma_min} and sigma_max={self.sigma_max}: 0 < sigma_min < sigma_max is needed"
             )
         if self.p_std <= 0:
             found.append(f"p_std={self.p_std} must be larger than 0")
+        elif 0 < self.sigma_min < self.sigma_max:
+            distribution = NoiseDistribution(**noise)
+            if distribution.quantile(self.sigma_max) - distribution.quantile(self.sigma_min) < LEAST_MASS:
+                found.append(
+                    f"p_mean={self.p_mean}, p_std={self.p_std}: hardly any of this noise distribution lies between "
+                    f"sigma_min={self.sigma_min} and sigma_max={self.sigma_max}, so no levels can be drawn"
+                )
         return found
 
 

@@ -15,14 +15,14 @@ FOLDER = Path("/usr/share/datasets/fashion-mnist")
 
 def read_idx(path: Path) -> np.ndarray:
     """An IDX file of unsigned bytes: two zero bytes, type 8, number of dimensions, big-endian sizes, data."""
-    content = (gzip.open(path) if path.suffix == ".gz" else path.open("rb")).read()
+    content = gzip.decompress(path.read_bytes())
     dimensions = content[3]
     shape = np.frombuffer(content, dtype=">u4", count=dimensions, offset=4)
     return np.frombuffer(content, dtype=np.uint8, offset=4 + 4 * dimensions).reshape(shape)
 
 
 def main() -> None:
-    found = {path.name.split("-ubyte")[0]: path for path in FOLDER.rglob("*ubyte*")}
+    found = {path.name.split("-ubyte")[0]: path for path in FOLDER.glob("*.gz")}
     np.savez(
         sys.argv[1],
         x_train=read_idx(found["train-images-idx3"]),

@@ -3,8 +3,8 @@
     python tests/bench/versus_plain.py memory          # every arm in its own process
     python tests/bench/versus_plain.py time            # both in one process, in turns
 
-The network is a dit of 12 layers, width 384, batch 64 of 32x32x3 (random images: speed and bytes do not depend on them).
-Memory is the peak resident set above the process's own size before training (interpreter, libraries, one small warm-up).
+The network is a dit of 12 layers, width 384, batch 64 of 32x32x3 (random images).
+Memory is the peak resident set above the process's size before training (interpreter, libraries, one small warm-up).
 `plain` is an ordinary loop with torch.optim.AdamW(fused=True), `plain+ckpt+8bit` adds activation checkpointing and the
 same 8-bit AdamW as ours. Ours runs at the smallest budget for its B and micro-batch (one block in memory, the others on
 disk) and keeps an EMA besides, which the plain loops do not.
