@@ -175,8 +175,8 @@ class _WithGradient(torch.autograd.Function):
 class _Checkpointed(torch.autograd.Function):
     """Runs a layer without keeping its activations and runs it again in the backward pass.
 
-    Our own 20 lines because the first call of torch.utils.checkpoint imports dynamo: 73 MB resident. The layer must not be
-    random, and its parameters' gradients are accumulated in place.
+    Our own 20 lines because the first call of torch.utils.checkpoint imports dynamo: 73 MB resident. The layer must
+    not be random, and its parameters' gradients are accumulated in place.
     """
 
     @staticmethod

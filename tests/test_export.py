@@ -9,7 +9,7 @@ import torch
 from random_run import make_run, torch_runner, unlabelled_images
 from torch import nn
 
-from edgeblocks.chain import class_labels, guided, sample_chain
+from edgeblocks.chain import class_labels, guided
 from edgeblocks.errors import ConfigError, EdgeblocksError, RunError
 from edgeblocks.export.graph import export_run, make_template, trace_own, write_graph
 from edgeblocks.export.manifest import read_manifest, sha256_of
@@ -18,6 +18,7 @@ from edgeblocks.export.verify import BLOCK_LIMIT, IMAGE_LIMIT, verify_export
 from edgeblocks.families.dit import Dit, DitSettings
 from edgeblocks.noise import sampler_levels
 from edgeblocks.randomness import start_noise
+from edgeblocks.solver import integrate
 
 onnxruntime = pytest.importorskip("onnxruntime")
 
@@ -66,7 +67,7 @@ def torch_images(run, n, *, steps=18, solver="heun", guidance=1.0, label=None):
     """Final images of torch's chain in model space."""
     data = run.directory.data
     labels = class_labels(n, num_classes=data.num_classes, chosen=label)
-    return sample_chain(
+    return integrate(
         guided(torch_runner(run).denoise, labels, guidance=guidance, no_class=data.num_classes),
         torch.from_numpy(start_noise((data.channels, data.height, data.width), num_samples=n, seed=0)),
         sampler_levels(run.directory.partition, num_steps=steps),

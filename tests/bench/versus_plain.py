@@ -11,6 +11,7 @@ disk) and keeps an EMA besides, which the plain loops do not.
 """
 
 import argparse
+import ctypes
 import json
 import statistics
 import subprocess
@@ -35,7 +36,7 @@ from edgeblocks.noise import partition_noise
 from edgeblocks.optim import Workspace, adamw_8bit_step_, adamw_step_
 from edgeblocks.scheduler import Scheduler
 from edgeblocks.store import BlockBuffer, BlockLayout, bind_parameters_
-from edgeblocks.targets.cpu import CpuTarget
+from edgeblocks.targets.cpu import MMAP_THRESHOLD_BYTES, CpuTarget
 from edgeblocks.trainer import Interruption, Trainer, Visit
 
 BATCH, DEPTH, WIDTH, HEADS = 64, 12, 384, 6
@@ -157,9 +158,17 @@ def memory(patch: int, micro_batch: int, blocks: int) -> None:
         )
 
 
-def measure_time(patch: int, blocks: int, rounds: int) -> None:
-    """B block steps against one plain step, in turns; fp32 optimizer state on both sides, then 8-bit on ours."""
-    CpuTarget().prepare()
+def measure_time(patch: int, blocks: int, rounds: int, *, kept_heap_bytes: int | None) -> None:
+    """B block steps against one plain step, in turns; fp32 optimizer state on both sides, then 8-bit on ours.
+
+    `kept_heap_bytes` gives both the allocator settings of ours with so much heap kept: at our 1 GiB the plain loop, which
+    needs more, would return and fetch pages every step. None is glibc's default for both.
+    """
+    CpuTarget.prepare = lambda self: None  # type: ignore[method-assign]
+    if kept_heap_bytes is not None:
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-3, MMAP_THRESHOLD_BYTES)
+        libc.mallopt(-1, kept_heap_bytes)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         data = make_data(folder)
@@ -215,11 +224,13 @@ def main() -> None:
     parser.add_argument("--micro-batch", type=int, default=BATCH)
     parser.add_argument("--blocks", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--default-malloc", action="store_true", help="glibc's default allocator settings")
     arguments = parser.parse_args()
     if arguments.what == "memory":
         memory(arguments.patch, arguments.micro_batch, arguments.blocks)
     elif arguments.what == "time":
-        measure_time(arguments.patch, arguments.blocks, arguments.rounds)
+        kept_heap_bytes = None if arguments.default_malloc else 2**31 - 1
+        measure_time(arguments.patch, arguments.blocks, arguments.rounds, kept_heap_bytes=kept_heap_bytes)
     else:
         memory_arm(arguments.arm, arguments.patch, arguments.micro_batch, arguments.blocks)
 
