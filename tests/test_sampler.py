@@ -10,7 +10,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from random_run import make_run, unlabelled_images
 
-from edgeblocks.chain import sample_chain
 from edgeblocks.errors import ConfigError, EdgeblocksError, RunError
 from edgeblocks.export.graph import export_run
 from edgeblocks.export.manifest import read_manifest
@@ -67,7 +66,7 @@ def test_the_solver_is_the_same_in_numpy_and_in_torch(solver):
     by_torch = integrate(denoise, torch.from_numpy(noise), levels, solver=solver)
     assert by_numpy.dtype == np.float32
     np.testing.assert_array_equal(by_numpy, by_torch.numpy())
-    chain = sample_chain(denoise, torch.from_numpy(noise), levels, solver=solver)
+    chain = integrate(denoise, torch.from_numpy(noise), levels, solver=solver)
     np.testing.assert_allclose(by_numpy, chain.numpy(), rtol=1e-5, atol=1e-5)
 
 

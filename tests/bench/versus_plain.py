@@ -161,8 +161,8 @@ def memory(patch: int, micro_batch: int, blocks: int) -> None:
 def measure_time(patch: int, blocks: int, rounds: int, *, kept_heap_bytes: int | None) -> None:
     """B block steps against one plain step, in turns; fp32 optimizer state on both sides, then 8-bit on ours.
 
-    `kept_heap_bytes` gives both the allocator settings of ours with so much heap kept: at our 1 GiB the plain loop, which
-    needs more, would return and fetch pages every step. None is glibc's default for both.
+    `kept_heap_bytes` gives both the allocator settings of ours with so much heap kept: at our 1 GiB the plain loop,
+    which needs more, would return and fetch pages every step. None is glibc's default for both.
     """
     CpuTarget.prepare = lambda self: None  # type: ignore[method-assign]
     if kept_heap_bytes is not None:
