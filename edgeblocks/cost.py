@@ -16,7 +16,7 @@ from dataclasses import asdict
 from typing import Any, get_args
 
 from edgeblocks.errors import EdgeblocksError
-from edgeblocks.layer_costs import Growth, LayerCosts, StepCost
+from edgeblocks.layer_costs import LARGEST_HEAP_BYTES, Growth, LayerCosts, StepCost
 
 
 def trace_in_subprocess(
@@ -40,7 +40,7 @@ def trace_in_subprocess(
 
 
 def _step_cost(fields: dict[str, Any]) -> StepCost:
-    growths = {name: Growth(**fields[name]) for name in ("peak_bytes", "touched_bytes", "operators")}
+    growths = {name: Growth(**fields[name]) for name in ("peak_bytes", "heap_bytes", "touched_bytes", "operators")}
     return StepCost(samples=fields["samples"], **growths)
 
 
@@ -93,7 +93,7 @@ def _trace_growth(family: Any, samples: int, kind: str) -> StepCost:
     one, two, three = traces
     growths = {
         name: Growth(one=getattr(one, name), two=getattr(two, name), three=getattr(three, name))
-        for name in ("peak_bytes", "touched_bytes", "operators")
+        for name in ("peak_bytes", "heap_bytes", "touched_bytes", "operators")
     }
     return StepCost(samples=samples, **growths)
 
@@ -110,6 +110,7 @@ class _LiveStorages:
 
     def __init__(self) -> None:
         self.live_bytes = self.peak_bytes = self.touched_bytes = self.operators = 0
+        self.heap_live_bytes = self.heap_bytes = 0
         self._known: set[int] = set()
 
     def see(self, tensor: Any) -> None:
@@ -121,6 +122,9 @@ class _LiveStorages:
         self.live_bytes += size
         self.touched_bytes += size
         self.peak_bytes = max(self.peak_bytes, self.live_bytes)
+        if size <= LARGEST_HEAP_BYTES:
+            self.heap_live_bytes += size
+            self.heap_bytes = max(self.heap_bytes, self.heap_live_bytes)
         weakref.finalize(storage, self._forget, key, size)
 
     def ignore(self, tensor: Any) -> None:
@@ -129,6 +133,8 @@ class _LiveStorages:
     def _forget(self, key: int, size: int) -> None:
         self._known.discard(key)
         self.live_bytes -= size
+        if size <= LARGEST_HEAP_BYTES:
+            self.heap_live_bytes -= size
 
 
 @contextlib.contextmanager

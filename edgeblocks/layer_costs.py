@@ -21,16 +21,22 @@ class Growth:
         return self.one if num_layers == 1 else self.two + (num_layers - 2) * (self.three - self.two)
 
 
+LARGEST_HEAP_BYTES = 32 * 2**20
+"""Larger tensors get pages of their own from the allocator and give them back; smaller ones share the heap."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class StepCost:
     """A step on `samples` samples.
 
-    `peak_bytes` is the largest sum of live tensors beyond weights, gradients and the batch itself; `touched_bytes` the
-    sum of all tensors written, which stands for memory traffic; `operators` counts kernels.
+    `peak_bytes` is the largest sum of live tensors beyond weights, gradients and the batch itself, `heap_bytes` the
+    largest sum of those of at most `LARGEST_HEAP_BYTES` each, among which gaps arise; `touched_bytes` is the sum of all
+    tensors written, which stands for memory traffic; `operators` counts kernels.
     """
 
     samples: int
     peak_bytes: Growth
+    heap_bytes: Growth
     touched_bytes: Growth
     operators: Growth
 
@@ -65,6 +71,14 @@ class LayerCosts:
 
     def forward_flops_per_sample(self, num_layers: int) -> int:
         return self.ends_flops_per_sample + num_layers * self.layer_flops_per_sample
+
+
+def heap_bytes_at(costs: Sequence[StepCost], samples: int, num_layers: int) -> int:
+    """The step's `heap_bytes`; between traced sample counts its whole peak, because tensors leave the heap in jumps."""
+    exact = next((cost for cost in costs if cost.samples == samples), None)
+    if exact is not None:
+        return exact.heap_bytes.at(num_layers)
+    return at_samples(costs, samples, lambda cost: cost.peak_bytes.at(num_layers))
 
 
 def at_samples(costs: Sequence[StepCost], samples: int, value: Callable[[StepCost], int]) -> int:

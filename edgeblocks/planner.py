@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 from edgeblocks.errors import ConfigError, DoesNotFitError
-from edgeblocks.layer_costs import LayerCosts, at_samples
+from edgeblocks.layer_costs import LayerCosts, at_samples, heap_bytes_at
 from edgeblocks.noise import NoisePartition
 from edgeblocks.units import format_bytes
 
@@ -22,8 +22,11 @@ USUAL_VISIT_S = 300.0
 FEWEST_ROUNDS = 4
 UPDATE_S_PER_PARAMETER = 4e-9
 """Clipping, 8-bit AdamW and EMA, measured on two cores."""
-SLACK_SHARE, SLACK_BYTES = 0.05, 22_000_000
-"""Heap fragmentation as a share of the activations; code pages and library scratch touched later, a constant."""
+GAPS_SHARE = {"plain": 0.28, "checkpointed": 0.85, "forward": 0.3}
+"""Memory that the allocator keeps beyond live tensors, measured (tests/bench/predicted_peak.py): as a share of those on
+the heap; with checkpointing, which takes and frees in another order and peaks at another time, as a share of all."""
+SLACK_BYTES = 22_000_000
+"""Code pages and library scratch touched after the runtime was measured."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -228,7 +231,11 @@ def _candidate(
         "activations": at_samples(traces, micro_batch, lambda cost: cost.peak_bytes.at(num_layers)),
         "data": wishes.data_bytes + 3 * wishes.batch * costs.batch_bytes_per_sample,
     }
-    breakdown["slack"] = int(SLACK_SHARE * breakdown["activations"]) + SLACK_BYTES
+    if checkpointing:
+        gaps = GAPS_SHARE["checkpointed"] * breakdown["activations"]
+    else:
+        gaps = GAPS_SHARE["plain"] * heap_bytes_at(traces, micro_batch, num_layers)
+    breakdown["slack"] = int(gaps) + SLACK_BYTES
     step_s = predicted_step_s(costs, machine, num_layers, wishes.batch, micro_batch, checkpointing)
     load_s = block_bytes / machine.disk_read_bytes_per_s if slots < blocks else 0.0
     store_s = block_bytes / machine.disk_write_bytes_per_s
@@ -339,7 +346,7 @@ def inference_micro_batch(
     fixed = machine.runtime_bytes + 4 * costs.parameters(largest) + held_bytes + SLACK_BYTES
     for size in micro_batches(samples):
         peak = at_samples(costs.forward, size, lambda cost: cost.peak_bytes.at(largest))
-        needed = fixed + int((1 + SLACK_SHARE) * peak)
+        needed = fixed + peak + int(GAPS_SHARE["forward"] * heap_bytes_at(costs.forward, size, largest))
         if needed <= budget_bytes:
             return size
     smallest_bytes = math.ceil(needed / 1e6) * 1_000_000

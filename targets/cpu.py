@@ -11,13 +11,13 @@ from pathlib import Path
 import psutil
 
 from edgeblocks.errors import StorageError
+from edgeblocks.layer_costs import LARGEST_HEAP_BYTES
 from edgeblocks.planner import Machine
 
 # glibc's default raises its own threshold and gives memory back at the top of the heap whenever it can: the resident
 # set then depends on history. Pages of their own for all tensors over 256 KB follow the live tensors best, but fresh
 # pages made a small network's step almost twice as long (143 ms against 79 ms). Hence fixed thresholds: tensors over
 # 32 MB get pages of their own, smaller ones reuse the heap, which is kept.
-MMAP_THRESHOLD_BYTES = 32 * 2**20
 KEPT_HEAP_BYTES = 2**30
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _DISK_PROBE_BYTES = 32 * 2**20
@@ -33,7 +33,7 @@ class CpuTarget:
         if sys.platform == "linux":
             with contextlib.suppress(OSError, AttributeError):
                 libc = ctypes.CDLL(None)
-                libc.mallopt(_M_MMAP_THRESHOLD, MMAP_THRESHOLD_BYTES)
+                libc.mallopt(_M_MMAP_THRESHOLD, LARGEST_HEAP_BYTES)
                 libc.mallopt(_M_TRIM_THRESHOLD, KEPT_HEAP_BYTES)
 
     def give_back(self) -> None:

@@ -221,7 +221,7 @@ print(sorted({{"sympy", "torch._dynamo", "torch.fx.experimental.symbolic_shapes"
 
 def step_cost(samples, peak):
     growth = Growth(one=peak, two=peak, three=peak)
-    return StepCost(samples=samples, peak_bytes=growth, touched_bytes=growth, operators=growth)
+    return StepCost(samples=samples, peak_bytes=growth, heap_bytes=growth, touched_bytes=growth, operators=growth)
 
 
 @pytest.mark.parametrize(("samples", "peak"), [(2, 20), (3, 30), (4, 40), (10, 160), (1, 10), (16, 280), (32, 600)])

@@ -32,11 +32,12 @@ from edgeblocks.errors import DoesNotFitError
 from edgeblocks.families.base import ImageInfo
 from edgeblocks.families.dit import Dit, DitSettings
 from edgeblocks.generators import generator_at
+from edgeblocks.layer_costs import LARGEST_HEAP_BYTES
 from edgeblocks.noise import partition_noise
 from edgeblocks.optim import Workspace, adamw_8bit_step_, adamw_step_
 from edgeblocks.scheduler import Scheduler
 from edgeblocks.store import BlockBuffer, BlockLayout, bind_parameters_
-from edgeblocks.targets.cpu import MMAP_THRESHOLD_BYTES, CpuTarget
+from edgeblocks.targets.cpu import CpuTarget
 from edgeblocks.trainer import Interruption, Trainer, Visit
 
 BATCH, DEPTH, WIDTH, HEADS = 64, 12, 384, 6
@@ -167,7 +168,7 @@ def measure_time(patch: int, blocks: int, rounds: int, *, kept_heap_bytes: int |
     CpuTarget.prepare = lambda self: None  # type: ignore[method-assign]
     if kept_heap_bytes is not None:
         libc = ctypes.CDLL(None)
-        libc.mallopt(-3, MMAP_THRESHOLD_BYTES)
+        libc.mallopt(-3, LARGEST_HEAP_BYTES)
         libc.mallopt(-1, kept_heap_bytes)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
