@@ -188,7 +188,7 @@ def test_other_shapes_are_refused(shape):
 
 def test_floats_are_refused():
     """Floats have no known range, so they are refused by name."""
-    with pytest.raises((DataError, TypeError), match="float64|f64"):  # jaxtyping's check, on in tests, comes first
+    with pytest.raises((DataError, TypeError), match=r"float64|f64"):  # jaxtyping's check, on in tests, comes first
         image_features(np.zeros((2, 8, 8, 1)))
 
 
