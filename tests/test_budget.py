@@ -26,7 +26,7 @@ def measured(*arguments):
 
 @pytest.mark.slow
 def test_a_network_larger_than_the_budget_is_created_trained_and_sampled(tmp_path):
-    """57 million parameters (570 MB of state) train and sample with some 150 MB beyond the interpreter's own size."""
+    """68 million parameters (683 MB of state) train and sample with some 140 MB beyond the interpreter's own size."""
     settings = ["--steps", "2", "--batch", "4", "--set", "width=512", "--set", "heads=8", "--set", "sample_grids=1"]
     settings += ["--set", "sample_steps=12", "--set", "patch=4"]
     refused = measured("plan", *settings, "--mem-budget", "50MB")
