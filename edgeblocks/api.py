@@ -4,50 +4,113 @@ Everything the command line does goes through here; `cli` only reads arguments a
 """
 
 import math
-import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 from edgeblocks import metrics, pictures
-from edgeblocks.checkpoint import RunDirectory, create_run, open_run, seal_run
-from edgeblocks.config import read_yaml, resolve_settings
+from edgeblocks.checkpoint import (
+    RunDirectory,
+    bring_blocks_home,
+    create_run,
+    locked,
+    open_run,
+    remove_leftovers,
+    seal_run,
+)
+from edgeblocks.config import Settings, read_yaml, resolve_settings
 from edgeblocks.data.images import ImageSet
-from edgeblocks.errors import ConfigError, DoesNotFitError, InterruptedRunError, RunError
+from edgeblocks.errors import ConfigError, InterruptedRunError, RunError
+from edgeblocks.guard import Guard, refusals_explained
 from edgeblocks.listener import Listener, Silent
-from edgeblocks.preparation import Prepared, existing_folder, open_run_images, prepare
-from edgeblocks.registry import build_target, family_type
+from edgeblocks.planner import StepShape
+from edgeblocks.preparation import (
+    GRID_SAMPLES,
+    Prepared,
+    check_disk,
+    no_host_error,
+    open_run_images,
+    prepare,
+    prepare_elsewhere,
+    replan,
+)
+from edgeblocks.registry import build_profile, build_target, family_type, profile_names, target_names
 from edgeblocks.run import Run
 from edgeblocks.scheduler import Scheduler
-from edgeblocks.trainer import Interruption, Progress, Trainer, create_blocks
+from edgeblocks.trainer import Interrupted, Interruption, Trainer, create_blocks
 from edgeblocks.units import format_bytes
 
 __all__ = ["Prepared", "Run", "load", "plan", "resume", "train"]
 
 
 def plan(
-    *, config: Path | str | None = None, out: Path | str = ".", listener: Listener | None = None, **settings: Any
+    *,
+    config: Path | str | None = None,
+    out: Path | str = ".",
+    ram_budget: str | None = None,
+    listener: Listener | None = None,
+    **settings: Any,
 ) -> Prepared:
-    """What `train` would do with these settings, without doing it.
+    """What `train` would do with these settings, without doing it; here, or on a machine named as `target`.
 
     Args:
         config: a YAML file of settings; keyword settings go over it.
         out: where a run would be written; its disk is measured.
-        settings: any of `config.RunSettings` or of the family's settings, such as mem_budget="6GB".
+        ram_budget: bound of the host's memory, where `target` names a machine with a GPU; None is half of it.
+        settings: any of `config.RunSettings` or of the family's settings, such as mem_budget="6GB"; `target` may also
+            be a machine's name, such as "rtx3060-12gb".
 
     Raises:
         ConfigError, DataError: the settings or the data cannot be used.
         DoesNotFitError: nothing fits the budget; carries the smallest that would.
     """
-    resolved = resolve_settings(
-        settings,
-        family_settings=lambda name: family_type(name).settings_type,
-        config=read_yaml(Path(config)) if config is not None else None,
-    )
+    resolved, profile = _resolved(config, settings)
+    if profile is not None:
+        return prepare_elsewhere(resolved, profile, ram_budget, listener or Silent())
+    if ram_budget is not None:
+        raise no_host_error(ram_budget, "this machine")
     return prepare(resolved, Path(out), listener or Silent())
+
+
+def settings_for_here(*, config: Path | str | None = None, **settings: Any) -> Settings:
+    """The settings of a run on this machine.
+
+    Raises:
+        ConfigError: they cannot be used, or `target` names a machine that is not here.
+    """
+    resolved, profile = _resolved(config, settings)
+    if profile is not None:
+        raise ConfigError(
+            f"--target {profile.name} is a machine to plan for, and training runs on this one; show its plan with "
+            f"edgeblocks plan --target {profile.name}, or train with --target auto"
+        )
+    return resolved
+
+
+def _resolved(config: Path | str | None, settings: dict[str, Any]) -> tuple[Settings, Any]:
+    """The settings, and the profile of the machine that `target` names; None where it names this one."""
+    from_file = read_yaml(Path(config)) if config is not None else {}
+    problems, profile = [], None
+    target = from_file.get("target") if settings.get("target") is None else settings["target"]
+    if isinstance(target, str) and target not in ("auto", *target_names()):
+        if target in profile_names():
+            profile = build_profile(target)
+        else:
+            problems.append(
+                f"there is no target '{target}'; there are: auto, {', '.join(target_names())}; and machines that only "
+                f"plan knows: {', '.join(profile_names())}"
+            )
+        settings = {**settings, "target": "auto"}
+    try:
+        resolved = resolve_settings(
+            settings, family_settings=lambda name: family_type(name).settings_type, config=from_file
+        )
+    except ConfigError as error:
+        raise ConfigError(*problems, *error.problems) from error
+    if problems:
+        raise ConfigError(*problems)
+    return resolved, profile
 
 
 def train(
@@ -66,136 +129,158 @@ def train(
     path = Path(out)
     if (path / "manifest.json").exists():
         raise ConfigError(f"{path} holds a run already; go on with --resume {path}, or choose another --out")
-    prepared = plan(config=config, out=path, listener=listener, **settings)
-    needed = (prepared.plan.chosen.blocks + 1) * prepared.plan.chosen.block_bytes
-    free = psutil.disk_usage(str(existing_folder(path))).free
-    if needed > free:
-        raise ConfigError(
-            f"{path} needs {format_bytes(needed)} of disk for {prepared.plan.chosen.blocks} blocks and one being "
-            f"written, {format_bytes(free)} are free there; choose another disk with --out, or a smaller network"
+    prepared = prepare(settings_for_here(config=config, **settings), path, listener)
+    check_disk(prepared, path)
+    with locked(path, listener.note):
+        run = create_run(
+            path,
+            prepared.settings,
+            prepared.plan.to_json(prepared.partition),
+            prepared.data,
+            data_source=prepared.images.source,
+            data_fingerprint=prepared.images.fingerprint,
+            class_names=prepared.images.class_names,
         )
-    run = create_run(
-        path,
-        prepared.settings,
-        prepared.plan.to_json(prepared.partition),
-        prepared.data,
-        data_source=prepared.images.source,
-        data_fingerprint=prepared.images.fingerprint,
-        class_names=prepared.images.class_names,
-    )
-    listener.planned(prepared, run)
-    listener.stage("creating blocks")
-    create_blocks(
-        run.family(),
-        run.store(),
-        run.layers,
-        prepared.settings.run.seed,
-        on_block=lambda block: listener.advance(block + 1, len(run.layers), "creating blocks"),
-    )
-    seal_run(run)
-    return _train(run, prepared.images, prepared.budget_bytes, listener, resumed_from=None)
+        listener.planned(prepared, run)
+        listener.stage("creating blocks")
+        store = run.store()
+        create_blocks(
+            run.family(),
+            store,
+            run.layers,
+            prepared.settings.run.seed,
+            on_block=lambda done: listener.advance(done, len(run.layers), "creating blocks"),
+        )
+        seal_run(run)
+        return _train(run, prepared.images, listener, resumed_from=None)
 
 
-def resume(path: Path | str, *, listener: Listener | None = None) -> "Run":
+def resume(
+    path: Path | str,
+    *,
+    mem_budget: str | None = None,
+    data: str | None = None,
+    work_dir: str | None = None,
+    max_disk_writes: str | None = None,
+    reinit_blocks: Sequence[int] = (),
+    listener: Listener | None = None,
+) -> "Run":
     """Go on with a run from each block's last saved step, and return it when it is finished.
 
+    The numbers depend on the run's settings alone, so a run may go on anywhere: with another budget (the blocks stay,
+    the rest is planned again), on another machine, with its data or its work directory in another place.
+
+    Args:
+        mem_budget: another budget from now on.
+        data: where the same data are now; they are compared by their fingerprint.
+        work_dir: where the block files are now, and will be written.
+        max_disk_writes: another limit from now on, counted from the run's beginning.
+        reinit_blocks: blocks to make and train again from their beginning, for example because a file is damaged.
+
     Raises:
-        RunError: the run is damaged or its data have changed.
-        DoesNotFitError: this machine's libraries take more than those of the machine that planned the run.
+        RunError: the run is damaged, in use by another process, or its data have changed.
+        DoesNotFitError: the run's blocks do not fit the budget on this machine.
     """
     listener = listener or Silent()
     run = open_run(Path(path))
-    target = build_target(run.settings.run.target)
-    target.prepare()
-    images = open_run_images(run.settings, listener)
-    if images.fingerprint != run.data_fingerprint:
-        raise RunError(
-            f"the data of {run.path} have changed: {run.data_source} is not what the run was trained on; put the "
-            f"former data back, or start a new run with --out"
-        )
-    budget_bytes = int(run.plan["budget_bytes"])
-    predicted = run.plan["predicted_peak_bytes"] - run.plan["breakdown"]["runtime"] + target.used_bytes()
-    if predicted > budget_bytes:
-        raise DoesNotFitError(
-            f"the plan of {run.path} needs {format_bytes(predicted)} on this machine, its budget is "
-            f"{format_bytes(budget_bytes)}: the interpreter and libraries take {format_bytes(target.used_bytes())} "
-            f"here; start a new run with a larger --mem-budget",
-            predicted,
-        )
-    saved = [run.store().header(block).step for block in range(len(run.layers))]
-    run.drop_metrics_after(saved)
-    listener.note(f"resuming {run.path}: blocks at steps {', '.join(map(str, saved))} of {run.settings.run.steps}")
-    return _train(run, images, budget_bytes, listener, resumed_from=saved)
-
-
-def _train(
-    run: RunDirectory, images: ImageSet, budget_bytes: int, listener: Listener, resumed_from: list[int] | None
-) -> "Run":
-    target = build_target(run.settings.run.target)
-    scheduler = Scheduler(run.store(), slots=run.plan["slots"])
-    watch = _PeakWatch(target.used_bytes)
-    finished = Run(run)
-    try:
-        trainer = Trainer(run, images, scheduler)
-        grids = _SampleGrids(run, scheduler, trainer.progress)
-        listener.stage("training")
-        with Interruption().listening() as interruption, watch:
-            steps = trainer.train(
-                interruption,
-                on_step=lambda progress: listener.step(progress, scheduler.times.stall_s, watch.used_bytes),
-                between_visits=grids.after_visit,
+    with locked(run.path, listener.note):
+        given = {"mem_budget": mem_budget, "data": data, "work_dir": work_dir, "max_disk_writes": max_disk_writes}
+        run = run.changed({name: value for name, value in given.items() if value is not None})
+        remove_leftovers(run)
+        target = build_target(run.settings.run.target)
+        target.prepare()
+        images = open_run_images(run.settings, listener)
+        if images.fingerprint != run.data_fingerprint:
+            raise RunError(
+                f"the data of {run.path} have changed: {images.source} is not what the run was trained on; put the "
+                f"former data back, name their new place with --data, or start a new run with --out"
             )
-            if interruption.signal_name is None:
-                listener.stage("evaluating")
-                runner = finished.runner(scheduler, micro_batch=run.plan["micro_batch"])
-                evaluation = metrics.validation_loss(
-                    run.family(),
-                    runner,
-                    images,
-                    seed=run.settings.run.seed,
-                    on_level=lambda done: listener.advance(done, metrics.NUM_LEVELS, "evaluating"),
-                )
-    finally:
-        scheduler.close()
+        run = _replanned_if_needed(run, images, mem_budget, target, listener)
+        run.save_settings()
+        _reinitialise(run, reinit_blocks, listener)
+        saved = [run.store().header(block).step for block in range(len(run.layers))]
+        run.drop_metrics_after(saved)
+        listener.note(f"resuming {run.path}: blocks at steps {', '.join(map(str, saved))} of {run.settings.run.steps}")
+        return _train(run, images, listener, resumed_from=saved)
+
+
+def _replanned_if_needed(
+    run: RunDirectory, images: ImageSet, mem_budget: str | None, target: Any, listener: Listener
+) -> RunDirectory:
+    """The run, planned again with the same blocks where its budget was changed or its plan does not fit here."""
+    runtime_bytes = int(run.plan.get("breakdown", {}).get("runtime", 0))
+    here = int(run.plan["predicted_peak_bytes"]) - runtime_bytes + max(runtime_bytes, target.used_bytes())
+    if mem_budget is None and here <= int(run.plan["budget_bytes"]):
+        return run
+    plan = replan(run.settings, run.data, images, run.plan, run.path, target, listener)
+    run = run.planned_again(plan.to_json(run.partition))
+    chosen = plan.chosen
+    listener.note(
+        f"planned again for {format_bytes(plan.budget_bytes)}: predicted peak "
+        f"{format_bytes(chosen.predicted_peak_bytes)}, batch {run.settings.run.batch} = {chosen.accumulation} x "
+        f"{chosen.micro_batch}, checkpointing {'on' if chosen.checkpointing else 'off'}, {chosen.slots} of "
+        f"{chosen.blocks} blocks in memory"
+    )
+    return run
+
+
+def _reinitialise(run: RunDirectory, blocks: Sequence[int], listener: Listener) -> None:
+    wrong = [block for block in blocks if not 0 <= block < len(run.layers)]
+    if wrong:
+        raise ConfigError(f"--reinit-block {wrong[0]}: {run.path} has the blocks 0 to {len(run.layers) - 1}")
+    if blocks:
+        create_blocks(run.family(), run.store(), run.layers, run.settings.run.seed, only=sorted(set(blocks)))
+        listener.note(f"made again from the beginning: {', '.join(f'block {block}' for block in sorted(set(blocks)))}")
+
+
+def _train(run: RunDirectory, images: ImageSet, listener: Listener, resumed_from: list[int] | None) -> "Run":
+    target = build_target(run.settings.run.target)
+    target.warm_up()
+    budget_bytes, breakdown = int(run.plan["budget_bytes"]), dict(run.plan["breakdown"])
+    guard = Guard(
+        target,
+        budget_bytes=budget_bytes,
+        shapes=[StepShape(**shape) for shape in run.plan["shapes"]],
+        breakdown=breakdown,
+        note=listener.note,
+    )
+    with refusals_explained(target, budget_bytes, breakdown):
+        store = run.store()
+        store.continue_meter(store.header(block) for block in range(len(run.layers)))
+        scheduler = Scheduler(store, slots=run.plan["slots"])
+        finished = Run(run)
+        try:
+            trainer = Trainer(run, images, scheduler, guard)
+            with target.capped(budget_bytes), Interruption().listening() as interruption:
+                looks = _Looks(run, scheduler, interruption)
+                listener.stage("training")
+                steps = trainer.train(interruption, on_step=listener.step, between_visits=looks.after_visit)
+                if interruption.signal_name is None:
+                    listener.stage("evaluating")
+                    evaluation = looks.evaluation(images, listener)
+        except Interrupted:
+            steps = [store.header(block).step for block in range(len(run.layers))]
+        finally:
+            scheduler.close()
     if interruption.signal_name is not None:
         raise InterruptedRunError(
             f"stopped by {interruption.signal_name}; saved at steps {', '.join(map(str, steps))} of "
             f"{run.settings.run.steps}. Go on with: edgeblocks train --resume {run.path}"
         )
-    summary = _summary(run, trainer.progress, scheduler, grids, evaluation, target, budget_bytes, resumed_from)
+    bring_blocks_home(run)
+    summary = _summary(run, trainer, scheduler, looks.seconds, evaluation, target, budget_bytes, resumed_from)
     run.write_json("summary.json", summary)
     return finished
 
 
-class _PeakWatch:
-    """Looks at the resident set a few times a second, so that the progress line costs nothing a step."""
+class _Looks:
+    """Looks at the network between visits and at the end: grids of samples with the same noise each time, evaluation.
 
-    def __init__(self, used_bytes: Callable[[], int]) -> None:
-        self.used_bytes = used_bytes()
-        self._read = used_bytes
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._watch, name="edgeblocks-watch", daemon=True)
+    A signal stops a look at its next noise level.
+    """
 
-    def _watch(self) -> None:
-        while not self._stop.wait(0.25):
-            self.used_bytes = self._read()
-
-    def __enter__(self) -> "_PeakWatch":
-        self._thread.start()
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._stop.set()
-        self._thread.join()
-
-
-class _SampleGrids:
-    """Saves a grid of samples now and then between visits, with the same noise each time."""
-
-    NUM_SAMPLES = 40
-
-    def __init__(self, run: RunDirectory, scheduler: Scheduler, progress: Progress) -> None:
-        self._run, self._scheduler, self._progress = run, scheduler, progress
+    def __init__(self, run: RunDirectory, scheduler: Scheduler, interruption: Interruption) -> None:
+        self._run, self._scheduler, self._interruption = run, scheduler, interruption
         self._grids = run.settings.run.sample_grids
         self._total = run.settings.run.steps
         self._next = self._due(min(run.store().header(b).step for b in range(len(run.layers))))
@@ -213,25 +298,41 @@ class _SampleGrids:
         started = time.perf_counter()
         run = Run(self._run)
         images = run.sample(
-            n=self.NUM_SAMPLES,
+            n=GRID_SAMPLES,
             steps=max(self._run.settings.run.sample_steps, len(self._run.layers)),
             runner=run.runner(self._scheduler, micro_batch=self._run.plan["micro_batch"]),
+            on_level=self._go_on,
         )
         pictures.save_png(self._run.path / "samples" / f"step_{done:07d}.png", pictures.image_grid(images, columns=10))
         self._next = self._due(done)
         self.seconds += time.perf_counter() - started
 
+    def evaluation(self, images: ImageSet, listener: Listener) -> dict[str, Any]:
+        def on_level(done: int) -> None:
+            listener.advance(done, metrics.NUM_LEVELS, "evaluating")
+            self._go_on(done)
+
+        runner = Run(self._run).runner(self._scheduler, micro_batch=self._run.plan["micro_batch"])
+        return metrics.validation_loss(
+            self._run.family(), runner, images, seed=self._run.settings.run.seed, on_level=on_level
+        )
+
+    def _go_on(self, _done: int) -> None:
+        if self._interruption.signal_name is not None:
+            raise Interrupted
+
 
 def _summary(
     run: RunDirectory,
-    progress: Progress,
+    trainer: Trainer,
     scheduler: Scheduler,
-    grids: _SampleGrids,
+    looking_s: float,
     evaluation: dict[str, Any],
     target: Any,
     budget_bytes: int,
     resumed_from: list[int] | None,
 ) -> dict[str, Any]:
+    progress = trainer.progress
     seconds = time.perf_counter() - progress.started
     done_here = progress.steps_done - (sum(resumed_from) if resumed_from else 0)
     split = {
@@ -253,14 +354,15 @@ def _summary(
         "predicted_peak_bytes": run.plan["predicted_peak_bytes"],
         "peak_bytes": target.peak_bytes(),
         "ram_peak_bytes": target.peak_bytes(),
-        "disk_bytes": sum(path.stat().st_size for path in (run.path / "blocks").glob("*.safetensors")),
-        "disk_bytes_written": scheduler.store.bytes_written,
+        "disk_bytes": sum(path.stat().st_size for path in run.blocks_folder.glob("*.safetensors")),
+        "disk_bytes_written": scheduler.store.run_bytes_written,
+        "memory_changes": trainer.guard.changes,
         "seconds": seconds,
         "images_or_tokens_per_s": done_here * run.settings.run.batch / max(progress.compute_s + progress.data_s, 1e-9),
         "step_s": (progress.compute_s + progress.data_s) / max(done_here, 1),
         "predicted_step_s": run.plan["predicted_step_s"],
         "time_split": {name: round(value, 3) for name, value in split.items()},
-        "sampling_s": round(grids.seconds, 3),
+        "sampling_s": round(looking_s, 3),
         "metrics": {
             "train_loss_by_block": [progress.losses.get(block) for block in range(len(run.layers))],
             "validation_loss": evaluation["total"],

@@ -3,15 +3,21 @@
     config.yaml  plan.json  env.json  manifest.json  metrics.jsonl  summary.json  blocks/*.safetensors  samples/*.png
 
 `manifest.json` is written last when a run is created, so a directory with a manifest is whole. Each block file knows
-its own step; there is no second place that could disagree with it, and so nothing to repair after a crash.
+its own step; there is no second place that could disagree with it, and so nothing to repair after a crash. While a run
+with a `work_dir` is being trained its block files lie there; when it is finished they are brought home.
 """
 
+import contextlib
+import errno
+import fcntl
 import json
+import os
 import platform
+import shutil
 import sys
 import uuid
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -21,7 +27,9 @@ from edgeblocks.errors import ConfigError, RunError
 from edgeblocks.families.base import ImageInfo
 from edgeblocks.noise import NoisePartition, partition_noise
 from edgeblocks.registry import build_family, family_type
+from edgeblocks.run_files import check_manifest, check_plan, is_up_to, read_json, read_records
 from edgeblocks.store import BlockLayout, BlockStore, storage_error, write_atomically
+from edgeblocks.untrusted import shown
 
 RUN_FORMAT_VERSION = 1
 
@@ -62,10 +70,42 @@ class RunDirectory:
             with torch.device("meta"):
                 block = family.block(num_layers=num_layers, checkpointing=False)
             layouts[num_layers] = BlockLayout.of(block, self.settings.run.optimizer)
-        return BlockStore(self.path / "blocks", [layouts[count] for count in self.layers], self.run_id)
+        return BlockStore(self.blocks_folder, [layouts[count] for count in self.layers], self.run_id)
+
+    @property
+    def blocks_folder(self) -> Path:
+        """Where the block files are: at home, or in a folder of this run's own in the work directory."""
+        home, work_dir = self.path / "blocks", self.settings.run.work_dir
+        if work_dir is None or home.is_dir():
+            return home
+        return Path(work_dir).expanduser() / f"edgeblocks-{self.run_id[:12]}"
 
     def write_json(self, name: str, content: dict[str, Any]) -> None:
         write_text(self.path / name, json.dumps(content, indent=1) + "\n")
+
+    def changed(self, settings: dict[str, Any]) -> "RunDirectory":
+        """The run with some of its settings changed; `save_settings` writes them down when they have proved sound.
+
+        Raises:
+            ConfigError: an impossible setting.
+        """
+        if not settings:
+            return self
+        resolved = resolve_settings(
+            settings,
+            family_settings=lambda name: family_type(name).settings_type,
+            config={**self.settings.run.model_dump(), **asdict(self.settings.family)},
+        )
+        return replace(self, settings=resolved)
+
+    def save_settings(self) -> None:
+        write_text(self.path / "config.yaml", self.settings.to_yaml())
+
+    def planned_again(self, plan: dict[str, Any]) -> "RunDirectory":
+        """The run with another plan for the same blocks, here and in its plan.json."""
+        assert plan["layers_per_block"] == list(self.layers)
+        self.write_json("plan.json", plan)
+        return replace(self, plan=plan)
 
     def append_metrics(self, record: dict[str, Any]) -> None:
         path = self.path / "metrics.jsonl"
@@ -79,16 +119,12 @@ class RunDirectory:
         """The records of metrics.jsonl; a half-written last line is passed over."""
         path = self.path / "metrics.jsonl"
         if path.exists():
-            for line in path.read_text(encoding="utf-8").splitlines():
-                try:
-                    yield json.loads(line)
-                except ValueError:
-                    continue
+            yield from read_records(path)
 
     def drop_metrics_after(self, steps: list[int]) -> None:
         """Forget records of steps that a crash undid, given each block's saved step."""
-        kept = [record for record in self.metrics() if record["step"] <= steps[record["block"]]]
-        write_text(self.path / "metrics.jsonl", "".join(json.dumps(record) + "\n" for record in kept))
+        kept = (json.dumps(record) + "\n" for record in self.metrics() if is_up_to(record, steps))
+        write_text(self.path / "metrics.jsonl", "".join(kept))
 
 
 def write_text(path: Path, text: str) -> None:
@@ -131,16 +167,85 @@ def create_run(
         data_fingerprint=data_fingerprint,
         class_names=class_names,
     )
+    if settings.run.work_dir is not None and (path / "blocks").exists():
+        raise ConfigError(f"{path} has a folder `blocks` already, which --work-dir replaces; choose another --out")
     try:
-        (path / "blocks").mkdir(parents=True, exist_ok=True)
-        (path / "samples").mkdir(exist_ok=True)
+        run.blocks_folder.mkdir(parents=True, exist_ok=True)
+        (path / "samples").mkdir(parents=True, exist_ok=True)
         (path / "metrics.jsonl").unlink(missing_ok=True)
     except OSError as error:
         raise storage_error("cannot create the run directory", path, error) from error
-    write_text(path / "config.yaml", settings.to_yaml())
+    run.save_settings()
     run.write_json("plan.json", plan)
     run.write_json("env.json", environment())
     return run
+
+
+@contextlib.contextmanager
+def locked(path: Path, note: Callable[[str], None]) -> Iterator[None]:
+    """Keeps a second training process out of a run directory.
+
+    The kernel holds the lock and drops it when the process ends in whatever way, so none survives a crash or a reboot.
+
+    Raises:
+        RunError: another process trains this run.
+        StorageError: the directory cannot be written.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    except OSError as error:
+        raise storage_error("cannot write in the run directory", path, error) from error
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            holder = os.read(descriptor, 200).decode(errors="replace").strip() or "an unknown process"
+            raise RunError(
+                f"{path} is being trained by {holder}; wait until it ends, or stop it (Ctrl-C saves), then start again"
+            ) from error
+        except OSError as error:
+            if error.errno not in (errno.ENOTSUP, errno.ENOLCK, errno.EINVAL):
+                raise storage_error("cannot lock the run directory", path, error) from error
+            note(f"{path} is on a file system without locks: take care that only one process trains this run")
+        with contextlib.suppress(OSError):  # the text is for people; a full disk must not stop a run here
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, f"process {os.getpid()} on {platform.node()}\n".encode(), 0)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def remove_leftovers(run: RunDirectory) -> None:
+    """Delete the temporary files that killed processes left behind. The run must be locked."""
+    for folder in (run.path, run.blocks_folder, run.path / "samples"):
+        for leftover in folder.glob(".*.tmp"):
+            leftover.unlink(missing_ok=True)
+
+
+def bring_blocks_home(run: RunDirectory) -> None:
+    """Move a finished run's block files from its work directory into the run directory, which is then whole.
+
+    Raises:
+        StorageError: no room; the files stay where they are and the run stays usable.
+    """
+    source, home = run.blocks_folder, run.path / "blocks"
+    if source == home:
+        return
+    arriving = run.path / "blocks.arriving"
+    try:
+        shutil.rmtree(arriving, ignore_errors=True)
+        shutil.copytree(source, arriving)
+        for file in arriving.iterdir():
+            descriptor = os.open(file, os.O_RDONLY)
+            os.fsync(descriptor)
+            os.close(descriptor)
+        arriving.rename(home)
+    except (OSError, shutil.Error) as error:
+        shutil.rmtree(arriving, ignore_errors=True)
+        cause = error if isinstance(error, OSError) else OSError(str(error))
+        raise storage_error(f"cannot move the blocks from {source}, where they stay,", home, cause) from error
+    shutil.rmtree(source, ignore_errors=True)
 
 
 def seal_run(run: RunDirectory) -> None:
@@ -170,54 +275,34 @@ def open_run(path: Path) -> RunDirectory:
         raise RunError(
             f"{path} is not a run directory: it has no manifest.json; start one with: edgeblocks train --out {path}"
         )
-    manifest = read_json(path / "manifest.json")
-    version = manifest.get("format_version")
-    if version != RUN_FORMAT_VERSION:
+    content = read_json(path / "manifest.json")
+    version = content.get("format_version")
+    if type(version) is not int or version != RUN_FORMAT_VERSION:
         raise RunError(
-            f"{path} has run format version {version}; this edgeblocks ({metadata.version('edgeblocks')}) reads "
+            f"{path} has run format version {shown(version)}; this edgeblocks ({metadata.version('edgeblocks')}) reads "
             f"version {RUN_FORMAT_VERSION}. Use the edgeblocks that wrote it"
         )
-    plan = read_json(path / "plan.json")
+    manifest = check_manifest(path / "manifest.json", content)
     try:
         settings = resolve_settings(
             {}, family_settings=lambda name: family_type(name).settings_type, config=read_yaml(path / "config.yaml")
         )
-        described = dict(manifest["data"])
-        source, fingerprint = described.pop("source"), described.pop("fingerprint")
-        run = RunDirectory(
-            path=path,
-            run_id=manifest["run_id"],
-            settings=settings,
-            plan=plan,
-            data=ImageInfo(**described),
-            data_source=source,
-            data_fingerprint=fingerprint,
-            class_names=tuple(manifest["class_names"]),
-        )
-        if sum(run.layers) != run.family().num_layers or plan["micro_batch"] < 1 or plan["slots"] < 1:
-            raise ValueError(f"its blocks have {sum(run.layers)} layers, the network {run.family().num_layers}")
+        if settings.run.family != manifest.family:
+            raise ConfigError(f"manifest.json is of the family {manifest.family!r}, config.yaml of another")
+        data = ImageInfo(**manifest.data.model_dump(exclude={"source", "fingerprint"}))
+        family = build_family(manifest.family, asdict(settings.family), asdict(data))
     except ConfigError as error:
         raise RunError(f"{path} is damaged: {error}") from error
-    except (KeyError, TypeError, ValueError) as error:
-        raise RunError(f"{path} is damaged: config.yaml, plan.json and manifest.json do not agree ({error})") from error
-    return run
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object of a run directory.
-
-    Raises:
-        RunError: unreadable or not an object.
-    """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise RunError(f"cannot read {path}: {error.strerror}") from error
-    except ValueError as error:
-        raise RunError(f"{path} is damaged: {error}") from error
-    if not isinstance(content, dict):
-        raise RunError(f"{path} is damaged: an object is expected, found {type(content).__name__}")
-    return content
+    return RunDirectory(
+        path=path,
+        run_id=manifest.run_id,
+        settings=settings,
+        plan=check_plan(path / "plan.json", read_json(path / "plan.json"), num_layers=family.num_layers),
+        data=data,
+        data_source=manifest.data.source,
+        data_fingerprint=manifest.data.fingerprint,
+        class_names=tuple(manifest.class_names),
+    )
 
 
 def environment() -> dict[str, Any]:

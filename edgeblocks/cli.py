@@ -6,13 +6,16 @@ Exit codes: 0 done; 1 the run failed; 2 wrong use; 3 does not fit the budget; 13
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from edgeblocks.errors import ConfigError, EdgeblocksError
+
+RESUME_SETTINGS = frozenset({"mem_budget", "data", "work_dir", "max_disk_writes"})
+"""Settings that a run may change when it goes on: they change no number of the result."""
 
 app = typer.Typer(
     add_completion=False,
@@ -26,11 +29,26 @@ Data = Annotated[str | None, typer.Option(help="digits (built in), a folder of i
 MemBudget = Annotated[
     str | None, typer.Option(help="Largest resident memory of the process, such as 700MB, 6GB or 50% (the default).")
 ]
+WorkDir = Annotated[str | None, typer.Option(help="Folder on a fast disk for the blocks while they are trained.")]
+MaxDiskWrites = Annotated[
+    str | None, typer.Option(help="End, saved, before the run has written more than this to disk, such as 200GB.")
+]
 Steps = Annotated[int | None, typer.Option(help="Optimizer steps of each block.")]
 BatchSize = Annotated[int | None, typer.Option("--batch", help="Images a step.")]
 Blocks = Annotated[str | None, typer.Option(help="Number of blocks; auto lets the budget decide.")]
 Partition = Annotated[str | None, typer.Option(help="Noise ranges: equal-probability or uniform (in log sigma).")]
 Target = Annotated[str | None, typer.Option(help="Kind of machine: auto or cpu.")]
+PlanTarget = Annotated[
+    str | None,
+    typer.Option(
+        help="Kind of machine, auto or cpu; or the profile of one that is not here, such as laptop-8gb or rtx3060-12gb "
+        "(any other word lists them)."
+    ),
+]
+RamBudget = Annotated[
+    str | None,
+    typer.Option(help="Largest host memory beside a GPU, such as 8GB or 50% (the default); with --target of a GPU."),
+]
 ConfigFile = Annotated[Path | None, typer.Option("--config", help="YAML file of settings; flags go over it.")]
 SetValues = Annotated[
     list[str] | None, typer.Option("--set", help="Any setting as key=value, for example --set patch=1. Repeatable.")
@@ -71,11 +89,14 @@ def plan(
     preset: Preset = None,
     data: Data = None,
     mem_budget: MemBudget = None,
+    ram_budget: RamBudget = None,
     steps: Steps = None,
     batch: BatchSize = None,
     blocks: Blocks = None,
     partition: Partition = None,
-    target: Target = None,
+    target: PlanTarget = None,
+    work_dir: WorkDir = None,
+    max_disk_writes: MaxDiskWrites = None,
     config: ConfigFile = None,
     set_values: SetValues = None,
     seed: Seed = None,
@@ -86,10 +107,27 @@ def plan(
     """Show how a training run would fit the budget, and what it would cost. Trains nothing.
 
     Exits with 3 and the smallest budget that would work when nothing fits.
+
+    --target NAME plans for another machine: for half of its memory, or for 90 % of its GPU's and half of its RAM.
     """
 
     def work() -> None:
-        given = _given(family, preset, data, mem_budget, steps, batch, blocks, partition, target, seed, set_values)
+        given = _given(
+            set_values,
+            family=family,
+            preset=preset,
+            data=data,
+            mem_budget=mem_budget,
+            ram_budget=ram_budget,
+            steps=steps,
+            batch=batch,
+            blocks=blocks,
+            partition=partition,
+            target=target,
+            work_dir=work_dir,
+            max_disk_writes=max_disk_writes,
+            seed=seed,
+        )
         _print_plan(given, config, out, as_json=as_json)
 
     _guarded(work, verbose=verbose)
@@ -106,11 +144,23 @@ def train(
     blocks: Blocks = None,
     partition: Partition = None,
     target: Target = None,
+    work_dir: WorkDir = None,
+    max_disk_writes: MaxDiskWrites = None,
     config: ConfigFile = None,
     set_values: SetValues = None,
     seed: Seed = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Run directory.", show_default="runs/...")] = None,
-    resume: Annotated[Path | None, typer.Option(help="Go on with this run directory; takes no other settings.")] = None,
+    resume: Annotated[
+        Path | None,
+        typer.Option(
+            help="Go on with this run directory. It keeps its settings; --mem-budget, --data (its new place), "
+            "--work-dir and --max-disk-writes may be others."
+        ),
+    ] = None,
+    reinit_block: Annotated[
+        list[int] | None,
+        typer.Option(help="With --resume: train this block alone again, from its beginning. Repeatable."),
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and stop.")] = False,
     as_json: Json = False,
     verbose: Verbose = False,
@@ -121,15 +171,35 @@ def train(
     """
 
     def work() -> None:
-        given = _given(family, preset, data, mem_budget, steps, batch, blocks, partition, target, seed, set_values)
-        if resume is not None and (given or config or out):
+        given = _given(
+            set_values,
+            family=family,
+            preset=preset,
+            data=data,
+            mem_budget=mem_budget,
+            steps=steps,
+            batch=batch,
+            blocks=blocks,
+            partition=partition,
+            target=target,
+            work_dir=work_dir,
+            max_disk_writes=max_disk_writes,
+            seed=seed,
+        )
+        others = sorted(set(given) - RESUME_SETTINGS)
+        if resume is not None and (others or config or out):
             raise ConfigError(
-                f"--resume {resume} goes on with the settings of that run and takes no others; "
-                f"leave out {', '.join(sorted(given)) or '--out/--config'}, or start a new run with --out"
+                f"--resume {resume} goes on with the settings of that run; only {_flags(RESUME_SETTINGS)} may be "
+                f"others; leave out {_flags(others) or '--out/--config'}, or start a new run with --out"
             )
+        if reinit_block and resume is None:
+            raise ConfigError("--reinit-block belongs to --resume RUN: it trains one block of that run again")
         if dry_run:
             if resume is not None:
                 raise ConfigError("--dry-run shows a new run's plan; the plan of a run is in its plan.json")
+            from edgeblocks import api
+
+            api.settings_for_here(config=config, **given)
             _print_plan(given, config, out or Path(), as_json=as_json)
             return
         from edgeblocks import api
@@ -138,7 +208,7 @@ def train(
         listener = ConsoleListener(sys.stderr if as_json else sys.stdout)
         try:
             if resume is not None:
-                run = api.resume(resume, listener=listener)
+                run = api.resume(resume, reinit_blocks=reinit_block or (), listener=listener, **given)
             else:
                 run = api.train(out=out or _free_run_path(given), config=config, listener=listener, **given)
         finally:
@@ -287,36 +357,37 @@ def info(
     _guarded(work, verbose=verbose)
 
 
-def _given(
-    family: str | None,
-    preset: str | None,
-    data: str | None,
-    mem_budget: str | None,
-    steps: int | None,
-    batch: int | None,
-    blocks: str | None,
-    partition: str | None,
-    target: str | None,
-    seed: int | None,
-    set_values: list[str] | None,
-) -> dict[str, Any]:
+@app.command()
+def doctor(
+    work_dir: Annotated[
+        Path, typer.Option("--work-dir", help="Folder whose disk is measured: where runs will be written.")
+    ] = Path(),
+    as_json: Json = False,
+    verbose: Verbose = False,
+) -> None:
+    """Measure this machine in half a minute: which budgets and presets are sensible, what is wrong, what mends it."""
+
+    def work() -> None:
+        from edgeblocks.console import ConsoleListener
+        from edgeblocks.doctor.examination import examine, report_text
+
+        report = examine(work_dir, ConsoleListener(sys.stderr))
+        print(json.dumps(report.to_json()) if as_json else report_text(report))
+
+    _guarded(work, verbose=verbose)
+
+
+def _given(set_values: list[str] | None, *, blocks: str | None, **flags: Any) -> dict[str, Any]:
     """The settings that the user typed, flags over `--set`."""
     from edgeblocks.config import parse_assignments
 
-    flags = {
-        "family": family,
-        "preset": preset,
-        "data": data,
-        "mem_budget": mem_budget,
-        "steps": steps,
-        "batch": batch,
-        "blocks": int(blocks) if blocks is not None and blocks.isdigit() else blocks,
-        "partition": partition,
-        "target": target,
-        "seed": seed,
-    }
+    flags["blocks"] = int(blocks) if blocks is not None and blocks.isdigit() else blocks
     typed = {key: value for key, value in flags.items() if value is not None}
     return {**parse_assignments(set_values or []), **typed}
+
+
+def _flags(names: Iterable[str]) -> str:
+    return ", ".join(f"--{name.replace('_', '-')}" for name in sorted(names))
 
 
 def _print_plan(given: dict[str, Any], config: Path | None, out: Path, *, as_json: bool) -> None:
@@ -325,7 +396,7 @@ def _print_plan(given: dict[str, Any], config: Path | None, out: Path, *, as_jso
 
     prepared = api.plan(config=config, out=out, listener=ConsoleListener(sys.stderr), **given)
     if as_json:
-        print(json.dumps(prepared.plan.to_json(prepared.partition)))
+        print(json.dumps(prepared.to_json()))
         return
     print(banner(prepared))
     print(plan_table(prepared))

@@ -14,10 +14,17 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
+from edgeblocks.bounds import MOST_LAYERS, MOST_SAMPLES, MOST_STEPS
 from edgeblocks.errors import ConfigError
 from edgeblocks.units import parse_size
+from edgeblocks.untrusted import MalformedFileError, read_text, shown
 
 DEFAULT_PRESETS = {"dit": "dit-tiny"}
+MOST_YAML_BYTES = 2**16
+MOST_KEYS = 200
+_MOST_YAML_DEPTH = 8
+_MOST_DIGITS = 40
+_MOST_COUNTS = {"blocks": MOST_LAYERS, "micro_batch": MOST_SAMPLES, "visit_steps": MOST_STEPS}
 
 
 class RunSettings(BaseModel):
@@ -31,16 +38,18 @@ class RunSettings(BaseModel):
     image_size: int | None = Field(default=None, ge=1, le=4096)
     hold_out: float = Field(default=0.1, ge=0, le=0.5)
     mem_budget: str = "50%"
-    steps: int = Field(default=1000, ge=1)
-    batch: int = Field(default=64, ge=1)
-    seed: int = Field(default=0, ge=0)
+    work_dir: str | None = None
+    max_disk_writes: str | None = None
+    steps: int = Field(default=1000, ge=1, le=MOST_STEPS)
+    batch: int = Field(default=64, ge=1, le=MOST_SAMPLES)
+    seed: int = Field(default=0, ge=0, lt=2**63)
     blocks: int | Literal["auto"] = "auto"
     partition: Literal["equal-probability", "uniform"] = "equal-probability"
     overlap: float = Field(default=0.05, ge=0, le=1)
     target: Literal["auto", "cpu"] = "auto"
     optimizer: Literal["adamw8bit", "adamw"] = "adamw8bit"
     learning_rate: float = Field(default=1e-3, gt=0)
-    warmup: int = Field(default=50, ge=0)
+    warmup: int = Field(default=50, ge=0, le=MOST_STEPS)
     weight_decay: float = Field(default=0.01, ge=0)
     clip: float = Field(default=1.0, gt=0)
     ema_length: float = Field(default=0.1, gt=0, lt=0.28)
@@ -48,8 +57,8 @@ class RunSettings(BaseModel):
     checkpointing: bool | Literal["auto"] = "auto"
     visit_steps: int | Literal["auto"] = "auto"
     tier: Literal["auto", "ram", "disk"] = "auto"
-    sample_grids: int = Field(default=4, ge=0)
-    sample_steps: int = Field(default=18, ge=1)
+    sample_grids: int = Field(default=4, ge=0, le=10_000)
+    sample_steps: int = Field(default=18, ge=1, le=10_000)
 
     @field_validator("*", mode="before")
     @classmethod
@@ -58,18 +67,53 @@ class RunSettings(BaseModel):
             raise ValueError("true or false is no answer here")
         return value
 
+    @field_validator("*", mode="before")
+    @classmethod
+    def _is_whole_text(cls, value: Any) -> Any:
+        if isinstance(value, str) and value.encode(errors="replace").decode() != value:
+            raise ValueError("it holds halves of characters")
+        return value
+
     @field_validator("mem_budget")
     @classmethod
     def _is_size(cls, text: str) -> str:
         parse_size(text, whole_bytes=1_000_000)
         return text
 
+    @field_validator("max_disk_writes")
+    @classmethod
+    def _is_plain_size(cls, text: str | None) -> str | None:
+        if text is not None:
+            parse_size(text)
+        return text
+
     @field_validator("blocks", "micro_batch", "visit_steps", mode="before")
     @classmethod
-    def _is_count_or_auto(cls, value: Any) -> Any:
+    def _is_count_or_auto(cls, value: Any, info: ValidationInfo) -> Any:
         if value != "auto" and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
             raise ValueError("a whole number of at least 1, or auto, is needed")
+        most = _MOST_COUNTS[str(info.field_name)]
+        if value != "auto" and value > most:
+            raise ValueError(f"at most {most} are possible")
         return value
+
+    @field_validator("mem_budget", "max_disk_writes", mode="before")
+    @classmethod
+    def _is_short(cls, value: Any) -> Any:
+        if isinstance(value, str) and len(value) > _MOST_DIGITS:
+            raise ValueError(f"a size of at most {_MOST_DIGITS} characters is needed, for example 6GB")
+        return value
+
+    @field_validator("work_dir")
+    @classmethod
+    def _is_path(cls, text: str | None) -> str | None:
+        if text is not None and "\0" in text:
+            raise ValueError("a path cannot hold a NUL character")
+        try:
+            Path(text or "").expanduser()
+        except RuntimeError as error:
+            raise ValueError(f"{error}; write the whole path") from error
+        return text
 
     @field_validator("data", "family", "preset")
     @classmethod
@@ -98,20 +142,78 @@ def preset_names() -> tuple[str, ...]:
     return tuple(sorted(item.name.removesuffix(".yaml") for item in folder.iterdir() if item.name.endswith(".yaml")))
 
 
+class _SettingsLoader(yaml.SafeLoader):
+    """YAML for settings, in which nothing is short to write and long to use.
+
+    Aliases (`*name`) can stand for each other until they mean more values than any memory holds; nested values and
+    whole numbers are limited; a date is a text, as a path such as 2024-05-01 is meant.
+    """
+
+    def __init__(self, stream: Any) -> None:
+        super().__init__(stream)
+        self._depth = 0
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        event = self.peek_event()  # type: ignore[no-untyped-call]
+        if isinstance(event, yaml.AliasEvent):
+            raise _refused(event, f"an alias ({shown(event.anchor)}) is not read here; write the value out")
+        if self._depth >= _MOST_YAML_DEPTH:
+            raise _refused(event, f"a value is nested more than {_MOST_YAML_DEPTH} levels deep")
+        self._depth += 1
+        node = super().compose_node(parent, index)
+        self._depth -= 1
+        return node
+
+    def construct_yaml_int(self, node: Any) -> int:
+        if len(node.value) > _MOST_DIGITS:
+            raise _refused(node, f"a whole number has more than {_MOST_DIGITS} digits")
+        return int(super().construct_yaml_int(node))
+
+
+_SettingsLoader.add_constructor("tag:yaml.org,2002:int", _SettingsLoader.construct_yaml_int)
+_SettingsLoader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+
+
+def _refused(at: Any, why: str) -> yaml.YAMLError:
+    return yaml.constructor.ConstructorError(None, None, why, at.start_mark)
+
+
+def _load_yaml(text: str) -> Any:
+    """The value of a YAML text.
+
+    Raises:
+        ValueError: not YAML, or more than settings need.
+    """
+    try:
+        return yaml.load(text, _SettingsLoader)
+    except yaml.YAMLError as error:
+        raise ValueError(" ".join(str(error).split())) from error
+    except (ValueError, TypeError, AttributeError, LookupError, ArithmeticError) as error:
+        # What PyYAML's constructors let through for tags that do not suit their values, such as `!!bool 5`.
+        raise ValueError(f"a value does not suit its tag ({type(error).__name__}: {error})") from error
+
+
 def read_yaml(path: Path) -> dict[str, Any]:
     """A settings file.
 
     Raises:
-        ConfigError: not readable, not YAML, or not a mapping.
+        ConfigError: not readable, too large, not YAML, or not a mapping.
     """
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = _load_yaml(read_text(path, most_bytes=MOST_YAML_BYTES))
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    except MalformedFileError as error:
+        raise ConfigError(f"{path} is no settings file: {error}") from error
+    except ValueError as error:
+        raise ConfigError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(content, dict):
         raise ConfigError(f"{path} must hold 'key: value' lines, found {type(content).__name__}")
+    if len(content) > MOST_KEYS:
+        raise ConfigError(f"{path} holds {len(content)} settings; there are fewer than {MOST_KEYS}")
     return content
 
 
@@ -132,8 +234,8 @@ def parse_assignments(assignments: list[str]) -> dict[str, Any]:
 
 def _parse_value(text: str) -> Any:
     try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
+        value = _load_yaml(text)
+    except ValueError:
         return text
     return _number(value) if isinstance(value, str) else value  # YAML 1.1 takes 3e-4, without a dot, for text
 
@@ -156,7 +258,7 @@ def resolve_settings(
     """
     user = {**(config or {}), **{key: value for key, value in given.items() if value is not None}}
     names = [
-        f"{name}={user[name]!r}: a name is needed" for name in ("family", "preset") if not _is_name(user.get(name))
+        f"{name}={shown(user[name])}: a name is needed" for name in ("family", "preset") if not _is_name(user.get(name))
     ]
     if names:
         raise ConfigError(*names)
@@ -191,11 +293,20 @@ def _is_name(value: Any) -> bool:
 
 
 def _with_numbers(family_type: Any, values: Mapping[str, Any]) -> dict[str, Any]:
-    """The values with texts such as 3e-4, which YAML 1.1 takes for text, as the numbers they are."""
+    """The values with texts such as 3e-4, which YAML 1.1 takes for text, and whole numbers, as the floats they are."""
     numbers = {field.name for field in fields(family_type) if isinstance(field.default, float)}
-    return {
-        key: _number(value) if key in numbers and isinstance(value, str) else value for key, value in values.items()
-    }
+    return {key: _as_float(value) if key in numbers else value for key, value in values.items()}
+
+
+def _as_float(value: Any) -> Any:
+    if isinstance(value, str):
+        return _number(value)
+    if isinstance(value, bool) or not isinstance(value, int):
+        return value
+    try:
+        return float(value)
+    except OverflowError:
+        return value
 
 
 def _number(text: str) -> float | str:
@@ -238,7 +349,7 @@ def _validation_problems(error: ValidationError) -> list[str]:
     for item in error.errors():
         key = str(item["loc"][0])
         message = item["msg"].removeprefix("Value error, ")
-        found.setdefault(key, f"{key}={item['input']!r}: {message[0].lower()}{message[1:]}")
+        found.setdefault(key, f"{key}={shown(item['input'])}: {message[0].lower()}{message[1:]}")
     return list(found.values())
 
 
@@ -248,7 +359,7 @@ def _type_problems(family_type: Any, values: Mapping[str, Any]) -> list[str]:
     for key, value in values.items():
         wanted = type(defaults[key])
         fits = isinstance(value, wanted) and (wanted is bool or not isinstance(value, bool))
-        if not fits and not (wanted is float and isinstance(value, int) and not isinstance(value, bool)):
-            names = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
-            found.append(f"{key}={value!r}: {names[wanted]} is needed")
+        if not fits:
+            names = {int: "a whole number", float: "a number that fits a float", bool: "true or false", str: "text"}
+            found.append(f"{key}={shown(value)}: {names[wanted]} is needed")
     return found

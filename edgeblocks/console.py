@@ -7,10 +7,12 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from rich.console import Console
 
+from edgeblocks.planner import DAY_S
 from edgeblocks.units import format_bytes, format_count, format_duration
 
 if TYPE_CHECKING:
     from edgeblocks.checkpoint import RunDirectory
+    from edgeblocks.planner import Candidate, Plan
     from edgeblocks.preparation import Prepared
     from edgeblocks.trainer import Progress
 
@@ -55,7 +57,7 @@ class ConsoleListener:
         self._console.print(banner(prepared), markup=False)
         self._console.print(f"run directory: {run.path}", markup=False)
 
-    def step(self, progress: "Progress", stall_s: float, used_bytes: int) -> None:
+    def step(self, progress: "Progress") -> None:
         finished = progress.steps_done == progress.steps_total
         now = time.monotonic()
         if self._started_at is None:
@@ -68,13 +70,14 @@ class ConsoleListener:
         remaining = f"  {format_duration((now - start_time) / done * to_do)} left" if done else ""
         losses = "  ".join(f"{block}:{loss:.3f}" for block, loss in sorted(progress.losses.items()))
         elapsed = max(time.perf_counter() - progress.started, 1e-6)
-        memory = format_bytes(used_bytes)
+        memory = format_bytes(progress.used_bytes)
         if self._budget_bytes:
             memory += f"/{format_bytes(self._budget_bytes)}"
         share = progress.steps_done / max(progress.steps_total, 1)
         self._line(
             f"{_bar(share)} {share:4.0%}  block {progress.block} step {progress.step}  loss {losses}  "
-            f"{progress.images_per_s:.0f} img/s  {memory}  stall {stall_s / elapsed:.1%}{remaining}",
+            f"{progress.images_per_s:.0f} img/s  {memory}  stall {progress.stall_s / elapsed:.1%}  "
+            f"{format_bytes(progress.bytes_written)} written{remaining}",
             final=finished,
         )
 
@@ -107,38 +110,99 @@ def banner(prepared: "Prepared") -> str:
     chosen = plan.chosen
     data = prepared.data
     classes = f"{data.num_classes} classes" if data.num_classes else "no classes"
-    breakdown = ", ".join(f"{name} {format_bytes(size)}" for name, size in chosen.breakdown.items())
-    where = (
-        "all blocks stay in memory"
-        if chosen.tier == "ram"
-        else (
-            f"blocks on disk, {chosen.slots} in memory" + (" (one trained, one on its way)" if chosen.slots > 1 else "")
-        )
-    )
     lines = [
         f"edgeblocks: {run.family} {run.preset}, {format_count(plan.parameters)} parameters in {chosen.blocks} blocks "
         f"of {'/'.join(str(count) for count in sorted(set(plan.layers), reverse=True))} layers",
         f"data: {images.source}, {len(images.train)} training and {len(images.held_out)} hold-out images of "
         f"{data.height}x{data.width}x{data.channels}, {classes}",
+        *([] if prepared.profile is None else [f"machine: {prepared.profile.name}, {prepared.profile.description}"]),
         f"plan: batch {run.batch} = {chosen.accumulation} x {chosen.micro_batch}, "
         f"checkpointing {'on' if chosen.checkpointing else 'off'}, {run.optimizer}, visits of {chosen.visit_steps} "
-        f"steps, {where}",
-        f"memory: predicted peak {format_bytes(chosen.predicted_peak_bytes)} of {format_bytes(prepared.budget_bytes)} "
-        f"({breakdown})",
-        f"time: about {format_duration(chosen.blocks * run.steps * (chosen.step_s + chosen.streaming_s))} for "
-        f"{run.steps} steps of each block, about {format_bytes(chosen.bytes_written)} written to disk",
+        f"steps, {_where(chosen)}",
+        *_memory_lines(plan),
+        _time_line(prepared),
+        _disk_line(plan),
     ]
     return "\n".join([*lines, *(f"note: {warning}" for warning in plan.warnings)])
+
+
+def _where(chosen: "Candidate") -> str:
+    """What lives where between its visits."""
+    moving = " (one trained, one on its way)" if chosen.slots > 1 else ""
+    tiers = chosen.tiers
+    if "device" in tiers:
+        if not tiers["ram"] and not tiers["disk"]:
+            return "all blocks stay on the device"
+        places = f"{chosen.slots} of {chosen.blocks} blocks at a time on the device{moving}"
+        names = {"ram": "in RAM", "disk": "on disk"}
+        waiting = [f"{_numbers(tiers[tier])} {name}" for tier, name in names.items() if tiers[tier]]
+        return f"{places}, between visits {' and '.join(waiting)}"
+    if not tiers["disk"]:
+        return "all blocks stay in memory"
+    if not tiers["ram"]:
+        return f"blocks on disk, {chosen.slots} in memory{moving}"
+    return f"{_numbers(tiers['ram'])} in memory, {_numbers(tiers['disk'])} on disk, two of them in memory{moving}"
+
+
+def _numbers(blocks: Sequence[int]) -> str:
+    """Consecutive blocks in words.
+
+    >>> _numbers([2]), _numbers([0, 1, 2])
+    ('block 2', 'blocks 0-2')
+    """
+    return f"block {blocks[0]}" if len(blocks) == 1 else f"blocks {blocks[0]}-{blocks[-1]}"
+
+
+def _memory_lines(plan: "Plan") -> list[str]:
+    """Predicted peak, budget and parts; the device's and the host's where these are two."""
+    chosen = plan.chosen
+    memories = [("memory", chosen.breakdown, plan.budget_bytes)]
+    if plan.ram_budget_bytes is not None:
+        memories = [
+            ("device memory", chosen.breakdown, plan.budget_bytes),
+            ("host memory", chosen.host_breakdown, plan.ram_budget_bytes),
+        ]
+    return [
+        f"{name}: predicted peak {format_bytes(sum(breakdown.values()))} of {format_bytes(budget_bytes)} "
+        f"({', '.join(f'{part} {format_bytes(size)}' for part, size in breakdown.items() if size)})"
+        for name, breakdown, budget_bytes in memories
+    ]
+
+
+def _time_line(prepared: "Prepared") -> str:
+    """An estimate from measured speeds, or a bound from those of a profile."""
+    plan, steps = prepared.plan, prepared.settings.run.steps
+    total, written = format_duration(plan.predicted_s), format_bytes(plan.chosen.bytes_written)
+    if prepared.profile is None:
+        return f"time: about {total} for {steps} steps of each block, about {written} written to disk"
+    step = format_duration(plan.chosen.step_s + plan.chosen.streaming_s)
+    return (
+        f"time: at most about {step} a step, {total} for {steps} steps of each block (a bound from the profile's "
+        f"sustained speeds, not a measurement), about {written} written to disk"
+    )
+
+
+def _disk_line(plan: "Plan") -> str:
+    """What lies on disk, and what wears it."""
+    shorter = " (in all: the run takes less)" if plan.predicted_s < DAY_S else ""
+    return (
+        f"on disk: {format_bytes(plan.chosen.disk_bytes)} (every block, and one being written); about "
+        f"{format_bytes(plan.written_a_day_bytes)} written a day{shorter}"
+    )
 
 
 def plan_table(prepared: "Prepared") -> str:
     """The candidates, one line each; the chosen one is marked. Memory is in MB."""
     parts = {"runtime": "runtime", "weights": "weights", "gradients": "grads", "optimizer": "optim", "ema": "ema"}
-    parts |= {"activations": "activ", "data": "data", "slack": "slack"}
+    parts |= {"activations": "activ", "data": "data", "evaluation": "eval", "slack": "slack", "planning": "planning"}
+    rows_with = {part for row in prepared.plan.candidates for part, size in row.breakdown.items() if size}
+    parts = {part: title for part, title in parts.items() if part in rows_with}
+    with_host = prepared.machine.host is not None
+    on_device = ["on device", "in RAM"] if with_host else ["in memory"]
     rows = [
-        ["", "blocks", "layers", "micro-batch", "ckpt", "in memory", "visit", "fits", "peak MB", "=", *parts.values()]
+        ["", "blocks", "layers", "micro-batch", "ckpt", *on_device, "visit", "fits", "peak MB", "=", *parts.values()]
     ]
-    rows[0] += ["step", "written"]
+    rows[0] += [*(["host MB"] if with_host else []), "step", "written"]
     for row in prepared.plan.candidates:
         rows.append(
             [
@@ -147,12 +211,14 @@ def plan_table(prepared: "Prepared") -> str:
                 str(row.layers_per_block),
                 f"{row.micro_batch} (x{row.accumulation})",
                 "on" if row.checkpointing else "off",
-                "all" if row.tier == "ram" else f"{row.slots} of {row.blocks}",
+                "all" if row.slots >= row.blocks else f"{row.slots} of {row.blocks}",
+                *([str(row.ram_blocks)] if with_host else []),
                 str(row.visit_steps),
                 "yes" if row.fits else "no",
                 f"{row.predicted_peak_bytes / 1e6:.0f}",
                 "",
                 *(f"{row.breakdown[part] / 1e6:.0f}" for part in parts),
+                *([f"{row.predicted_host_peak_bytes / 1e6:.0f}"] if with_host else []),
                 format_duration(row.step_s),
                 format_bytes(row.bytes_written),
             ]

@@ -18,11 +18,14 @@ from typing import Any, get_args
 from edgeblocks.errors import EdgeblocksError
 from edgeblocks.layer_costs import LARGEST_HEAP_BYTES, Growth, LayerCosts, StepCost
 
+RUN_TO_RUN_BYTES = 3_000_000
+"""The child's peak differs by this much from one run to the next."""
+
 
 def trace_in_subprocess(
     family_name: str, settings: dict[str, Any], data: dict[str, Any], sample_counts: Sequence[int]
-) -> LayerCosts:
-    """`LayerCosts` of a family, traced by a child process that leaves nothing behind in this one.
+) -> tuple[LayerCosts, int]:
+    """`LayerCosts` of a family, traced by a child process that leaves nothing behind in this one; and the child's peak.
 
     Args:
         settings, data: fields of the family's settings and data description, as JSON values.
@@ -34,9 +37,10 @@ def trace_in_subprocess(
     if done.returncode != 0:
         raise EdgeblocksError(f"the cost trace of '{family_name}' failed (exit {done.returncode}):\n{done.stderr}")
     fields = json.loads(done.stdout)
+    planning_bytes = fields.pop("planning_bytes")
     for kind in ("plain", "checkpointed", "forward"):
         fields[kind] = tuple(_step_cost(step) for step in fields[kind])
-    return LayerCosts(**fields)
+    return LayerCosts(**fields), planning_bytes
 
 
 def _step_cost(fields: dict[str, Any]) -> StepCost:
@@ -122,7 +126,7 @@ class _LiveStorages:
         self.live_bytes += size
         self.touched_bytes += size
         self.peak_bytes = max(self.peak_bytes, self.live_bytes)
-        if size <= LARGEST_HEAP_BYTES:
+        if size < LARGEST_HEAP_BYTES:
             self.heap_live_bytes += size
             self.heap_bytes = max(self.heap_bytes, self.heap_live_bytes)
         weakref.finalize(storage, self._forget, key, size)
@@ -133,7 +137,7 @@ class _LiveStorages:
     def _forget(self, key: int, size: int) -> None:
         self._known.discard(key)
         self.live_bytes -= size
-        if size <= LARGEST_HEAP_BYTES:
+        if size < LARGEST_HEAP_BYTES:
             self.heap_live_bytes -= size
 
 
@@ -210,11 +214,12 @@ def _flops(family: Any, num_layers: int) -> int:
 
 def main() -> None:
     """Answer one request on standard input (see `trace_in_subprocess`) with `LayerCosts` as JSON."""
-    from edgeblocks.registry import build_family
+    from edgeblocks.registry import build_family, build_target
 
     request = json.load(sys.stdin)
     family = build_family(request["family"], request["settings"], request["data"])
-    print(json.dumps(asdict(trace(family, request["sample_counts"]))))
+    costs = asdict(trace(family, request["sample_counts"]))
+    print(json.dumps({**costs, "planning_bytes": build_target("cpu").peak_bytes() + RUN_TO_RUN_BYTES}))
 
 
 if __name__ == "__main__":

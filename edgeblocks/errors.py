@@ -48,6 +48,14 @@ class DoesNotFitError(EdgeblocksError):
         super().__init__(message)
 
 
+class OutOfBudgetError(EdgeblocksError):
+    """A run reached its memory budget and nothing was left to shrink; it ended instead of passing it."""
+
+
+class WriteLimitError(EdgeblocksError):
+    """The run has written as much to disk as the user allows; everything is saved."""
+
+
 class InterruptedRunError(EdgeblocksError):
     """The user stopped the run; everything up to the last optimizer step is saved."""
 

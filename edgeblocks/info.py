@@ -1,5 +1,6 @@
 """What a directory of this project holds, in a few lines. Reads headers and JSON only."""
 
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,8 @@ def describe(path: Path) -> dict[str, Any]:
 
 
 def _describe_run(path: Path) -> dict[str, Any]:
-    from edgeblocks.checkpoint import open_run, read_json
+    from edgeblocks.checkpoint import open_run
+    from edgeblocks.run_files import read_summary
 
     run = open_run(path)
     store = run.store()
@@ -31,7 +33,7 @@ def _describe_run(path: Path) -> dict[str, Any]:
         "kind": "run",
         "family": run.settings.run.family,
         "preset": run.settings.run.preset,
-        "parameters": format_count(run.plan["parameters"]),
+        "parameters": _told(run.plan.get("parameters"), format_count),
         "blocks": len(run.layers),
         "layers_per_block": list(run.layers),
         "steps": steps,
@@ -41,14 +43,18 @@ def _describe_run(path: Path) -> dict[str, Any]:
         "image": f"{run.data.height}x{run.data.width}x{run.data.channels}",
         "classes": run.data.num_classes,
         "budget": format_bytes(run.plan["budget_bytes"]),
-        "predicted_peak": format_bytes(run.plan["predicted_peak_bytes"]),
+        "predicted_peak": _told(run.plan.get("predicted_peak_bytes"), format_bytes),
         "disk": format_bytes(sum(store.path(block).stat().st_size for block in range(len(steps)))),
     }
     if (path / "summary.json").exists():
-        summary = read_json(path / "summary.json")
+        summary = read_summary(path / "summary.json")
         described["measured_peak"] = format_bytes(summary["peak_bytes"])
         described["validation_loss"] = round(summary["metrics"]["validation_loss"], 5)
     return described
+
+
+def _told(value: float | None, text_of: Callable[[float], str]) -> str | None:
+    return None if value is None else text_of(value)
 
 
 def _describe_export(path: Path) -> dict[str, Any]:

@@ -30,7 +30,7 @@ class StepCost:
     """A step on `samples` samples.
 
     `peak_bytes` is the largest sum of live tensors beyond weights, gradients and the batch itself, `heap_bytes` the
-    largest sum of those of at most `LARGEST_HEAP_BYTES` each, among which gaps arise; `touched_bytes` is the sum of all
+    largest sum of those below `LARGEST_HEAP_BYTES` each, among which gaps arise; `touched_bytes` is the sum of all
     tensors written, which stands for memory traffic; `operators` counts kernels.
     """
 

@@ -23,6 +23,7 @@ state: `quant`.
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -71,8 +72,9 @@ class _ChunkBuffers:
 class Workspace:
     """Every temporary of the 8-bit step, allocated once, for `num_threads` threads of `chunk_size` parameters each.
 
-    A step allocates nothing beside it but views and single numbers. One workspace serves one step at a time. Results
-    depend neither on `chunk_size` nor on `num_threads`.
+    The threads beside the caller's are started once too: one that is started where memory is short may never answer.
+    A step allocates nothing beside the workspace but views and single numbers. One workspace serves one step at a
+    time. Results depend neither on `chunk_size` nor on `num_threads`.
 
     Raises:
         ValueError: `chunk_size` is no positive multiple of `GROUP_SIZE`, or `num_threads` is not positive.
@@ -85,6 +87,7 @@ class Workspace:
         self.exp_avg_sq_code = dynamic_code(signed=False)
         self.step = torch.empty((), dtype=torch.float32)
         self.buffers = tuple(_ChunkBuffers.empty(chunk_size) for _ in range(num_threads))
+        self.helpers = _started_threads(num_threads - 1)
 
 
 def workspace_bytes(*, num_threads: int, chunk_size: int = CHUNK_SIZE) -> int:
@@ -200,7 +203,7 @@ def adamw_8bit_step_(
         quantize_(m_codes, m_scales, exp_avg, code=m_code, scratch=scratch)
         quantize_(v_codes, v_scales, exp_avg_sq, code=v_code, scratch=scratch)
 
-    _for_each_chunk(step_chunk, deque(range(0, numel, workspace.chunk_size)), workspace.buffers)
+    _for_each_chunk(step_chunk, deque(range(0, numel, workspace.chunk_size)), workspace)
 
 
 def _assert_numel(numel: int, *tensors: Tensor) -> None:
@@ -209,9 +212,7 @@ def _assert_numel(numel: int, *tensors: Tensor) -> None:
         assert tensor.numel() == numel and tensor.is_contiguous(), f"{tuple(tensor.shape)} is not {numel} in a row"
 
 
-def _for_each_chunk(
-    step_chunk: Callable[[int, _ChunkBuffers], None], starts: deque[int], buffers: tuple[_ChunkBuffers, ...]
-) -> None:
+def _for_each_chunk(step_chunk: Callable[[int, _ChunkBuffers], None], starts: deque[int], workspace: Workspace) -> None:
     """Call `step_chunk` on every start, on as many threads as there are buffers and work for them."""
 
     def work(own: _ChunkBuffers) -> None:
@@ -223,16 +224,27 @@ def _for_each_chunk(
                     return
                 step_chunk(start, own)
 
-    busy = buffers[: max(1, len(starts))]
+    busy = workspace.buffers[: max(1, len(starts))]
     with _one_torch_thread():
-        if len(busy) == 1:
-            work(busy[0])
-            return
-        with ThreadPoolExecutor(len(busy) - 1) as pool:
-            futures = [pool.submit(work, own) for own in busy[1:]]
-            work(busy[0])
-            for future in futures:
-                future.result()
+        futures = [workspace.helpers.submit(work, own) for own in busy[1:]]
+        work(busy[0])
+        for future in futures:
+            future.result()
+
+
+def _started_threads(count: int) -> ThreadPoolExecutor:
+    """Threads that run already, each with torch set to use no others."""
+    pool = ThreadPoolExecutor(max(count, 1), thread_name_prefix="edgeblocks-step")
+    together = threading.Barrier(max(count, 1))
+
+    def start() -> None:
+        together.wait()  # so that no thread takes a second one's start
+        torch.ones(1).add_(1)
+
+    with _one_torch_thread():
+        for future in [pool.submit(start) for _ in range(count)]:
+            future.result()
+    return pool
 
 
 @contextlib.contextmanager

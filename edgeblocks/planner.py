@@ -17,21 +17,43 @@ from edgeblocks.units import format_bytes
 FEWEST_GOOD_LAYERS = 4
 STREAMING_SHARE = 0.02
 """Loading and storing may take this share of a visit."""
+DAY_S = 86_400.0
 USUAL_VISIT_S = 300.0
 """A visit is the most that a power cut can undo; shorter ones write more to the disk."""
 FEWEST_ROUNDS = 4
 UPDATE_S_PER_PARAMETER = 4e-9
 """Clipping, 8-bit AdamW and EMA, measured on two cores."""
-GAPS_SHARE = {"plain": 0.28, "checkpointed": 0.85, "forward": 0.3}
-"""Memory that the allocator keeps beyond live tensors, measured (tests/bench/predicted_peak.py): as a share of those on
+GAPS_SHARE = {"plain": 0.33, "checkpointed": 0.85, "forward": 0.3}
+"""Memory that the allocator keeps beyond live tensors, measured (tests/bench/budget_grid.py): as a share of those on
 the heap; with checkpointing, which takes and frees in another order and peaks at another time, as a share of all."""
-SLACK_BYTES = 22_000_000
+LARGEST_GAPS_BYTES = 75_000_000
+LARGEST_GAPS_SHARE = 0.02
+"""Gaps stop growing there, but for a small share: a step of more layers repeats the same pattern on the heap."""
+SEGMENTS_SHARE = 0.15
+"""What torch's caching allocator for a GPU keeps beyond live tensors, because it takes and keeps whole segments: as a
+share of all activations. Assumed, not measured: nothing here ever ran on a GPU."""
+BATCH_COPIES = 1.7
+"""A batch, its pixels as bytes, and what flipping some of them copies."""
+SAMPLE_COPIES = 4
+"""A chain's samples, its noise, two slopes and the finished pictures, in batches' bytes (image and noise)."""
+SLACK_BYTES = 24_000_000
 """Code pages and library scratch touched after the runtime was measured."""
 
 
 @dataclass(frozen=True, kw_only=True)
+class Host:
+    """The memory beside a device that has its own, and the link between the two."""
+
+    runtime_bytes: int
+    """Resident set of the process before any block."""
+    memory_bytes: int
+    link_bytes_per_s: float
+    """Copies in one direction, from page-locked memory."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Machine:
-    """What planning needs to know of a machine. Speeds are measured, see `targets`."""
+    """What planning needs to know of a machine. Speeds are measured, or come from a profile, see `targets`."""
 
     name: str
     runtime_bytes: int
@@ -40,6 +62,18 @@ class Machine:
     operator_s: float
     disk_read_bytes_per_s: float
     disk_write_bytes_per_s: float
+    planning_bytes: int = 0
+    """Peak of the child process that traced the costs: what a run occupies at least."""
+    update_s_per_parameter: float = UPDATE_S_PER_PARAMETER
+    host: Host | None = None
+    """None where the device's memory is the process's own."""
+
+    def to_json(self) -> dict[str, Any]:
+        """The machine in plan.json; without a host, what was measured of it."""
+        content = asdict(self)
+        if self.host is None:
+            del content["host"], content["update_s_per_parameter"]
+        return content
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,11 +92,30 @@ class Wishes:
     tier: Literal["ram", "disk"] | None = None
     data_bytes: int = 0
     """Resident bytes of the data set, beyond the batches."""
+    grid_samples: int = 0
+    """Images that are generated together during training."""
+    max_disk_writes: int | None = None
+    """Bytes that the run may write to disk."""
+    ram_budget_bytes: int | None = None
+    """Bound of the host's memory; None leaves all of it. Only for a machine with a host."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepShape:
+    """How a training step is cut, and the bytes it takes for a moment: batch, activations, the allocator's gaps."""
+
+    micro_batch: int
+    checkpointing: bool
+    step_bytes: int
 
 
 @dataclass(frozen=True, kw_only=True)
 class Candidate:
-    """One way to train: sizes, predicted peak with its parts, predicted times."""
+    """One way to train: sizes, predicted peak with its parts, predicted times.
+
+    `breakdown` is of the device's memory, `host_breakdown` of the host's; `ram_blocks` counts the blocks, from the
+    first one on, that wait for their visits in the host's memory. Where the device is the host they are empty and 0.
+    """
 
     blocks: int
     layers_per_block: int
@@ -77,17 +130,38 @@ class Candidate:
     block_bytes: int
     bytes_written: int
     fits: bool
+    host_breakdown: dict[str, int] = field(default_factory=dict)
+    ram_blocks: int = 0
 
     @property
     def predicted_peak_bytes(self) -> int:
         return sum(self.breakdown.values())
 
     @property
+    def predicted_host_peak_bytes(self) -> int:
+        return sum(self.host_breakdown.values())
+
+    @property
+    def disk_bytes(self) -> int:
+        """The files of all blocks and of one that is being written: every block is on disk, wherever it lives."""
+        return (self.blocks + 1) * self.block_bytes
+
+    @property
+    def tiers(self) -> dict[str, list[int]]:
+        return tiers(self.blocks, self.slots, ram_blocks=self.ram_blocks if self.host_breakdown else None)
+
+    @property
     def tier(self) -> str:
-        return "ram" if self.slots >= self.blocks else "disk"
+        """The slowest place that a block is loaded from."""
+        if self.slots >= self.blocks:
+            return "device" if self.host_breakdown else "ram"
+        return "ram" if self.ram_blocks >= self.blocks else "disk"
 
     def to_json(self) -> dict[str, Any]:
-        return {**asdict(self), "tier": self.tier, "predicted_peak_bytes": self.predicted_peak_bytes}
+        content = {**asdict(self), "tier": self.tier, "predicted_peak_bytes": self.predicted_peak_bytes}
+        if not self.host_breakdown:
+            del content["host_breakdown"], content["ram_blocks"]
+        return content
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,15 +172,35 @@ class Plan:
     candidates: tuple[Candidate, ...]
     layers: tuple[int, ...]
     """Number of layers of each block, from high noise to low noise."""
+    shapes: tuple[StepShape, ...]
+    """The chosen step first, then what a run may fall back to while it is running, each smaller than the one before."""
+    steps: int
     budget_bytes: int
     parameters: int
     optimizer: str
     machine: Machine
     warnings: tuple[str, ...] = field(default=())
+    ram_budget_bytes: int | None = None
+    """None where the device is the host."""
+
+    @property
+    def predicted_s(self) -> float:
+        """Of all steps of all blocks, with loading and storing."""
+        return self.chosen.blocks * self.steps * (self.chosen.step_s + self.chosen.streaming_s)
+
+    @property
+    def written_a_day_bytes(self) -> float:
+        """Bytes written to disk in 24 hours of training, or in all where the run ends sooner."""
+        return self.chosen.bytes_written / max(1.0, self.predicted_s / DAY_S)
 
     def to_json(self, partition: NoisePartition) -> dict[str, Any]:
-        """The content of plan.json."""
+        """The content of plan.json. Where the device has a host, its share is there too."""
         chosen = self.chosen
+        of_host = {
+            "ram_budget_bytes": self.ram_budget_bytes,
+            "predicted_host_peak_bytes": chosen.predicted_host_peak_bytes,
+            "host_breakdown": chosen.host_breakdown,
+        }
         return {
             "blocks": chosen.blocks,
             "layers_per_block": list(self.layers),
@@ -116,15 +210,17 @@ class Plan:
             "checkpointing": chosen.checkpointing,
             "optimizer": self.optimizer,
             "precision": "fp32",
-            "tiers": {"device": chosen.slots, "ram": 0, "disk": max(0, chosen.blocks - chosen.slots)},
+            "tiers": chosen.tiers,
             "slots": chosen.slots,
+            "shapes": [asdict(shape) for shape in self.shapes],
             "visit_steps": chosen.visit_steps,
             "budget_bytes": self.budget_bytes,
             "parameters": self.parameters,
             "predicted_peak_bytes": chosen.predicted_peak_bytes,
             "predicted_step_s": chosen.step_s,
             "breakdown": chosen.breakdown,
-            "machine": asdict(self.machine),
+            **({} if self.machine.host is None else of_host),
+            "machine": self.machine.to_json(),
             "warnings": list(self.warnings),
             "candidates": [candidate.to_json() for candidate in self.candidates],
         }
@@ -138,6 +234,36 @@ def split_layers(num_layers: int, blocks: int) -> tuple[int, ...]:
     """
     size, extra = divmod(num_layers, blocks)
     return tuple(size + (block < extra) for block in range(blocks))
+
+
+def kept_blocks(blocks: int, slots: int) -> int:
+    """How many blocks, from the first one on, stay in memory; the others share the last two slots.
+
+    >>> [kept_blocks(8, slots) for slots in (1, 2, 3, 5, 8)]
+    [0, 0, 1, 3, 8]
+    """
+    return blocks if slots >= blocks else max(0, slots - 2)
+
+
+def tiers(blocks: int, slots: int, *, ram_blocks: int | None = None) -> dict[str, list[int]]:
+    """Which blocks live where: kept in memory, or on disk between their visits.
+
+    Args:
+        ram_blocks: blocks that live in the memory of the device's host; None where the device is the host.
+
+    >>> tiers(4, 3), tiers(4, 2, ram_blocks=3)
+    ({'ram': [0], 'disk': [1, 2, 3]}, {'device': [], 'ram': [0, 1, 2], 'disk': [3]})
+    """
+    if ram_blocks is None:
+        kept = kept_blocks(blocks, slots)
+        return {"ram": list(range(kept)), "disk": list(range(kept, blocks))}
+    on_device = blocks if slots >= blocks else 0
+    in_memory = max(on_device, ram_blocks)
+    return {
+        "device": list(range(on_device)),
+        "ram": list(range(on_device, in_memory)),
+        "disk": list(range(in_memory, blocks)),
+    }
 
 
 def micro_batches(batch: int) -> tuple[int, ...]:
@@ -164,6 +290,7 @@ def make_plan(costs: LayerCosts, machine: Machine, wishes: Wishes) -> Plan:
             f"--blocks {wishes.blocks} is impossible: the network has {costs.num_layers} layers and a block needs at "
             f"least one; use 1 to {costs.num_layers}"
         )
+    assert machine.host is not None or wishes.ram_budget_bytes is None, "a RAM budget needs a machine with a host"
     rows = []
     for blocks in _block_counts(costs.num_layers, wishes):
         options = _options(costs, machine, wishes, blocks)
@@ -175,17 +302,20 @@ def make_plan(costs: LayerCosts, machine: Machine, wishes: Wishes) -> Plan:
             rows.append(min(options, key=lambda option: option.predicted_peak_bytes))
     chosen = next((row for row in rows if row.fits), None)
     if chosen is None:
-        raise _does_not_fit(costs, machine, wishes, rows)
+        raise _does_not_fit(costs, machine, wishes)
     layers = split_layers(costs.num_layers, chosen.blocks)
     return Plan(
         chosen=chosen,
         candidates=tuple(rows),
         layers=layers,
+        shapes=_shapes(costs, machine, wishes, chosen),
+        steps=wishes.steps,
         budget_bytes=wishes.budget_bytes,
         parameters=sum(costs.parameters(count) for count in layers),
         optimizer=wishes.optimizer,
         machine=machine,
         warnings=_warnings(costs.num_layers, chosen, wishes),
+        ram_budget_bytes=None if machine.host is None else _ram_budget_bytes(machine, wishes),
     )
 
 
@@ -203,14 +333,24 @@ def _block_counts(num_layers: int, wishes: Wishes) -> list[int]:
 def _options(costs: LayerCosts, machine: Machine, wishes: Wishes, blocks: int) -> list[Candidate]:
     sizes = micro_batches(wishes.batch) if wishes.micro_batch is None else (min(wishes.micro_batch, wishes.batch),)
     checkpointing = (False, True) if wishes.checkpointing is None else (wishes.checkpointing,)
-    all_slots = {"ram": [blocks], "disk": [2, 1], None: [blocks, 2, 1]}[wishes.tier]
-    slots = sorted({min(count, blocks) for count in all_slots}, reverse=True)
     return [
         _candidate(costs, machine, wishes, blocks, micro_batch, keep, count)
         for micro_batch in sizes
         for keep in checkpointing
-        for count in slots
+        for count in _slot_counts(machine, wishes, blocks)
     ]
+
+
+def _slot_counts(machine: Machine, wishes: Wishes, blocks: int) -> Sequence[int]:
+    """Numbers of blocks on the device at once that are worth trying, largest first.
+
+    Beside a host, blocks are kept in its memory rather than some of them on the device: all, two or one are tried.
+    """
+    if machine.host is not None:
+        few = range(min(2, blocks), 0, -1)
+        return few if wishes.tier == "disk" or blocks <= 2 else (blocks, *few)
+    most, fewest = {"ram": (blocks, blocks), "disk": (min(2, blocks), 1), None: (blocks, 1)}[wishes.tier]
+    return range(most, fewest - 1, -1)
 
 
 def _candidate(
@@ -221,25 +361,28 @@ def _candidate(
     moments = costs.moment_bytes(num_layers, wishes.optimizer)
     block_bytes = 8 * parameters + moments
     accumulation = math.ceil(wishes.batch / micro_batch)
-    traces = costs.checkpointed if checkpointing else costs.plain
+    activations, gaps = _step_memory(costs, machine, num_layers, micro_batch, checkpointing)
+    batch_bytes = int(BATCH_COPIES * wishes.batch * costs.batch_bytes_per_sample)
     breakdown = {
         "runtime": machine.runtime_bytes,
         "weights": 4 * parameters * slots,
         "gradients": 4 * parameters,
         "optimizer": moments * slots + costs.workspace_bytes[wishes.optimizer],
         "ema": 4 * parameters * slots,
-        "activations": at_samples(traces, micro_batch, lambda cost: cost.peak_bytes.at(num_layers)),
-        "data": wishes.data_bytes + 3 * wishes.batch * costs.batch_bytes_per_sample,
+        "activations": activations,
+        "data": (wishes.data_bytes if machine.host is None else 0) + batch_bytes,
+        "evaluation": max(
+            0, _look_bytes(costs, machine, wishes, num_layers, micro_batch) - activations - gaps - batch_bytes
+        ),
+        "slack": gaps + SLACK_BYTES,
     }
-    if checkpointing:
-        gaps = GAPS_SHARE["checkpointed"] * breakdown["activations"]
-    else:
-        gaps = GAPS_SHARE["plain"] * heap_bytes_at(traces, micro_batch, num_layers)
-    breakdown["slack"] = int(gaps) + SLACK_BYTES
+    breakdown["planning"] = max(0, machine.planning_bytes - sum(breakdown.values())) if machine.host is None else 0
+    host_breakdown, ram_blocks = _host_memory(machine, wishes, blocks, slots, block_bytes, batch_bytes)
     step_s = predicted_step_s(costs, machine, num_layers, wishes.batch, micro_batch, checkpointing)
-    load_s = block_bytes / machine.disk_read_bytes_per_s if slots < blocks else 0.0
-    store_s = block_bytes / machine.disk_write_bytes_per_s
-    visit_steps = wishes.visit_steps or _visit_steps(wishes.steps, step_s, load_s + store_s)
+    load_s, store_s = _moving_s(machine, blocks, slots, ram_blocks, block_bytes)
+    visit_steps = wishes.visit_steps or _visit_steps(
+        wishes.steps, step_s, load_s + store_s, most_rounds=_most_rounds(wishes, blocks * block_bytes)
+    )
     rounds = math.ceil(wishes.steps / visit_steps)
     hidden = 0.25 if slots > 1 else 1.0  # beside compute, streaming still takes a share of the processor
     return Candidate(
@@ -255,8 +398,97 @@ def _candidate(
         streaming_s=hidden * (load_s + store_s) / visit_steps,
         block_bytes=block_bytes,
         bytes_written=blocks * block_bytes * (rounds + 1),
-        fits=sum(breakdown.values()) <= wishes.budget_bytes,
+        fits=sum(breakdown.values()) <= wishes.budget_bytes
+        and sum(host_breakdown.values()) <= _ram_budget_bytes(machine, wishes),
+        host_breakdown=host_breakdown,
+        ram_blocks=ram_blocks,
     )
+
+
+def _ram_budget_bytes(machine: Machine, wishes: Wishes) -> int:
+    """The bound of the host's memory; without a host there is nothing to bound."""
+    if machine.host is None:
+        return 0
+    return machine.host.memory_bytes if wishes.ram_budget_bytes is None else wishes.ram_budget_bytes
+
+
+def _host_memory(
+    machine: Machine, wishes: Wishes, blocks: int, slots: int, block_bytes: int, batch_bytes: int
+) -> tuple[dict[str, int], int]:
+    """The host's memory by its parts, and how many blocks live in it: as many as its budget holds beside the rest.
+
+    `staging` is the page-locked memory of one block, through which blocks move between disk and device.
+    """
+    if machine.host is None:
+        return {}, 0
+    needed = {
+        "runtime": machine.host.runtime_bytes,
+        "data": wishes.data_bytes + batch_bytes,
+        "staging": block_bytes,
+        "slack": SLACK_BYTES,
+    }
+    needed["planning"] = max(0, machine.planning_bytes - sum(needed.values()))
+    room = _ram_budget_bytes(machine, wishes) - sum(needed.values())
+    if slots >= blocks or wishes.tier == "disk":
+        ram_blocks = 0
+    else:
+        ram_blocks = blocks if wishes.tier == "ram" else min(blocks, max(0, room) // block_bytes)
+    return {**needed, "blocks": ram_blocks * block_bytes}, ram_blocks
+
+
+def _moving_s(machine: Machine, blocks: int, slots: int, ram_blocks: int, block_bytes: int) -> tuple[float, float]:
+    """Seconds of loading a block for a visit, on average over the blocks, and of storing it after the visit.
+
+    Beside a host, a block passes the link, and comes from disk before unless it lives in RAM. Wherever it lives it is
+    written to disk after every visit: what is only in memory would be lost with the power.
+    """
+    store_s = block_bytes / machine.disk_write_bytes_per_s
+    if machine.host is None:
+        streamed = 1 - kept_blocks(blocks, slots) / blocks
+        return streamed * block_bytes / machine.disk_read_bytes_per_s, store_s
+    link_s = block_bytes / machine.host.link_bytes_per_s
+    if slots >= blocks:
+        return 0.0, link_s + store_s
+    return link_s + (1 - ram_blocks / blocks) * block_bytes / machine.disk_read_bytes_per_s, link_s + store_s
+
+
+def _step_memory(
+    costs: LayerCosts, machine: Machine, num_layers: int, micro_batch: int, checkpointing: bool
+) -> tuple[int, int]:
+    """Bytes of a step's live tensors, and of the gaps that the allocator leaves between them."""
+    traces = costs.checkpointed if checkpointing else costs.plain
+    activations = at_samples(traces, micro_batch, lambda cost: cost.peak_bytes.at(num_layers))
+    if machine.host is not None:
+        return activations, int(SEGMENTS_SHARE * activations)
+    if checkpointing:
+        return activations, int(GAPS_SHARE["checkpointed"] * activations)
+    heap_bytes = heap_bytes_at(traces, micro_batch, num_layers)
+    return activations, int(min(GAPS_SHARE["plain"] * heap_bytes, LARGEST_GAPS_BYTES + LARGEST_GAPS_SHARE * heap_bytes))
+
+
+def _look_bytes(costs: LayerCosts, machine: Machine, wishes: Wishes, num_layers: int, micro_batch: int) -> int:
+    """Bytes of evaluating and sampling between visits: a forward pass, and the samples at the solver's stages."""
+    forward = at_samples(costs.forward, micro_batch, lambda cost: cost.peak_bytes.at(num_layers))
+    if machine.host is not None:
+        gaps = int(SEGMENTS_SHARE * forward)
+    else:
+        gaps = int(GAPS_SHARE["forward"] * heap_bytes_at(costs.forward, micro_batch, num_layers))
+    return forward + gaps + SAMPLE_COPIES * wishes.grid_samples * costs.batch_bytes_per_sample
+
+
+def _shapes(costs: LayerCosts, machine: Machine, wishes: Wishes, chosen: Candidate) -> tuple[StepShape, ...]:
+    """The chosen step, then ever smaller ones: first the micro-batch is halved, then checkpointing comes on."""
+    found: list[StepShape] = []
+    batch_bytes = int(BATCH_COPIES * wishes.batch * costs.batch_bytes_per_sample)
+    for checkpointing in (False, True):
+        for micro_batch in micro_batches(wishes.batch):
+            if micro_batch > chosen.micro_batch or (chosen.checkpointing and not checkpointing):
+                continue
+            memory = _step_memory(costs, machine, chosen.layers_per_block, micro_batch, checkpointing)
+            step_bytes = batch_bytes + sum(memory)
+            if not found or step_bytes < found[-1].step_bytes:
+                found.append(StepShape(micro_batch=micro_batch, checkpointing=checkpointing, step_bytes=step_bytes))
+    return tuple(found)
 
 
 def predicted_step_s(
@@ -276,13 +508,20 @@ def predicted_step_s(
     operators = accumulation * at_samples(traces, micro_batch, lambda cost: cost.operators.at(num_layers))
     arithmetic_s = batch * flops / machine.flops_per_s
     traffic_s = 3 * touched / machine.memory_bytes_per_s
-    update_s = costs.parameters(num_layers) * UPDATE_S_PER_PARAMETER
+    update_s = costs.parameters(num_layers) * machine.update_s_per_parameter
     return arithmetic_s + traffic_s + operators * machine.operator_s + update_s
 
 
-def _visit_steps(steps: int, step_s: float, streaming_s: float) -> int:
+def _most_rounds(wishes: Wishes, round_bytes: int) -> int:
+    """Rounds over all blocks that the user's limit of disk writes allows, after the one that creates them."""
+    if wishes.max_disk_writes is None:
+        return wishes.steps
+    return max(1, wishes.max_disk_writes // round_bytes - 1)
+
+
+def _visit_steps(steps: int, step_s: float, streaming_s: float, *, most_rounds: int) -> int:
     """Long enough that streaming stays below its share; else some minutes, but several rounds over all blocks."""
-    needed = math.ceil(streaming_s / (STREAMING_SHARE * step_s))
+    needed = max(math.ceil(streaming_s / (STREAMING_SHARE * step_s)), math.ceil(steps / most_rounds))
     pleasant = min(math.ceil(USUAL_VISIT_S / step_s), math.ceil(steps / FEWEST_ROUNDS))
     return max(1, min(max(needed, pleasant), steps))
 
@@ -297,37 +536,102 @@ def _warnings(num_layers: int, chosen: Candidate, wishes: Wishes) -> tuple[str, 
         )
     if wishes.blocks is None and chosen.blocks > wishes.preferred_blocks:
         found.append(f"{chosen.blocks} blocks instead of the preferred {wishes.preferred_blocks}: fewer do not fit")
+    if wishes.max_disk_writes is not None and chosen.bytes_written > wishes.max_disk_writes:
+        found.append(
+            f"the run would write {format_bytes(chosen.bytes_written)} to disk and will end, saved, before it has "
+            f"written {format_bytes(wishes.max_disk_writes)}, as --max-disk-writes asks; fewer --steps, or a larger "
+            f"visit_steps, write less"
+        )
     return tuple(found)
 
 
-def _does_not_fit(costs: LayerCosts, machine: Machine, wishes: Wishes, rows: Sequence[Candidate]) -> DoesNotFitError:
+def _does_not_fit(costs: LayerCosts, machine: Machine, wishes: Wishes) -> DoesNotFitError:
+    """The refusal: which of the two budgets is too small, for what, and which one would do."""
     free = replace(wishes, micro_batch=None, checkpointing=None, tier=None, blocks=None)
-    counts = _block_counts(costs.num_layers, free)
-    smallest = min(
-        (option for blocks in counts for option in _options(costs, machine, free, blocks)),
-        key=lambda option: option.predicted_peak_bytes,
+    options, free_options = (
+        [
+            option
+            for blocks in _block_counts(costs.num_layers, asked)
+            for option in _options(costs, machine, asked, blocks)
+        ]
+        for asked in (wishes, free)
     )
-    smallest_bytes = math.ceil(smallest.predicted_peak_bytes / 1e6) * 1_000_000
     forced = [
         f"--{name}" if name == "blocks" else f"{name}={getattr(wishes, name)}"
         for name in ("blocks", "micro_batch", "checkpointing", "tier")
         if getattr(wishes, name) is not None
     ]
-    closest = min(rows, key=lambda row: row.predicted_peak_bytes)
-    largest_item = max(closest.breakdown, key=lambda item: closest.breakdown[item])
-    parts = ", ".join(f"{name} {format_bytes(size)}" for name, size in closest.breakdown.items())
-    advice = f"use --mem-budget {math.ceil(closest.predicted_peak_bytes / 1e6)}MB or more"
-    if largest_item == "runtime":
-        advice += " (the interpreter and its libraries alone need most of it)"
+    ram_budget_bytes = _ram_budget_bytes(machine, wishes)
+    on_host, free_on_host = (
+        [option for option in some if option.predicted_host_peak_bytes <= ram_budget_bytes]
+        for some in (options, free_options)
+    )
+    if on_host:
+        return _refusal(
+            [option.breakdown for option in on_host],
+            [option.breakdown for option in free_on_host],
+            flag="--mem-budget",
+            budget_bytes=wishes.budget_bytes,
+            where="" if machine.host is None else " on the device",
+            runtime="its context alone needs" if machine.host else "the interpreter and its libraries alone need",
+            forced=forced,
+        )
+    # Of the options that fit the device, if any: what follows from the answer must not be the other refusal.
+    on_device, free_on_device = (
+        [option for option in some if option.predicted_peak_bytes <= wishes.budget_bytes]
+        for some in (options, free_options)
+    )
+    device_bytes = min(option.predicted_peak_bytes for option in options)
+    device_too = (
+        f". The device's {format_bytes(wishes.budget_bytes)} are too little as well: --mem-budget "
+        f"{math.ceil(device_bytes / 1e6)}MB or more"
+    )
+    return _refusal(
+        [option.host_breakdown for option in on_device or options],
+        [option.host_breakdown for option in free_on_device or free_options],
+        flag="--ram-budget",
+        budget_bytes=ram_budget_bytes,
+        where=" on the host",
+        runtime="the interpreter and its libraries alone need",
+        forced=forced,
+        too="" if on_device else device_too,
+    )
+
+
+def _refusal(
+    breakdowns: Sequence[dict[str, int]],
+    free_breakdowns: Sequence[dict[str, int]],
+    *,
+    flag: str,
+    budget_bytes: int,
+    where: str,
+    runtime: str,
+    forced: Sequence[str],
+    too: str = "",
+) -> DoesNotFitError:
+    """The smallest of the breakdowns against its budget.
+
+    Args:
+        free_breakdowns: what would be possible if the user had fixed nothing (`forced` is what is fixed).
+        runtime: who needs the part `runtime`, in words.
+        too: what else is wrong.
+    """
+    closest = min(breakdowns, key=lambda breakdown: sum(breakdown.values()))
+    needed_bytes = sum(closest.values())
+    smallest_bytes = math.ceil(min(sum(breakdown.values()) for breakdown in free_breakdowns) / 1e6) * 1_000_000
+    parts = ", ".join(f"{name} {format_bytes(size)}" for name, size in closest.items() if size)
+    advice = f"use {flag} {math.ceil(needed_bytes / 1e6)}MB or more"
+    if max(closest, key=lambda item: closest[item]) == "runtime":
+        advice += f" ({runtime} most of it)"
     else:
         advice += ", or a smaller network (--set width=.., --set patch=.., --set image_size=..)"
     if forced:
         advice += f"; without {', '.join(forced)}, which you fixed, {smallest_bytes // 1_000_000}MB would do"
     return DoesNotFitError(
-        f"no plan fits {format_bytes(wishes.budget_bytes)}: the smallest needs "
-        f"{format_bytes(closest.predicted_peak_bytes)} ({parts}); {advice}",
+        f"no plan fits {format_bytes(budget_bytes)}{where}: the smallest needs {format_bytes(needed_bytes)} ({parts}); "
+        f"{advice}{too}",
         smallest_bytes,
-        closest.predicted_peak_bytes,
+        needed_bytes,
     )
 
 
@@ -347,6 +651,7 @@ def inference_micro_batch(
     for size in micro_batches(samples):
         peak = at_samples(costs.forward, size, lambda cost: cost.peak_bytes.at(largest))
         needed = fixed + peak + int(GAPS_SHARE["forward"] * heap_bytes_at(costs.forward, size, largest))
+        needed = max(needed, machine.planning_bytes)
         if needed <= budget_bytes:
             return size
     smallest_bytes = math.ceil(needed / 1e6) * 1_000_000

@@ -1,4 +1,4 @@
-"""Families and targets by name. The one place that knows which exist; each is imported when it is asked for."""
+"""Families, targets and machines by name. The one place that knows which exist; each is imported when asked for."""
 
 import dataclasses
 import importlib
@@ -9,6 +9,7 @@ from edgeblocks.errors import ConfigError
 
 _FAMILIES = {"dit": "edgeblocks.families.dit:Dit"}
 _TARGETS = {"cpu": "edgeblocks.targets.cpu:CpuTarget"}
+_PROFILES = "edgeblocks.targets.profile"
 _SAMPLERS = {"onnxruntime": "edgeblocks.export.sampler:Sampler"}
 _EXPORTERS = {"onnx": "edgeblocks.export.graph:export_run"}
 
@@ -46,6 +47,21 @@ def family_fields(name: str) -> dict[str, Any]:
 def build_target(name: str) -> Any:
     """A target by name; `auto` takes the best one that exists here."""
     return _load(_TARGETS, "cpu" if name == "auto" else name, "target")()
+
+
+def profile_names() -> tuple[str, ...]:
+    """Machines that a plan can be made for without being there."""
+    names: tuple[str, ...] = importlib.import_module(_PROFILES).profile_names()
+    return names
+
+
+def build_profile(name: str) -> Any:
+    """A machine by name: its memory and speeds, and where these are from.
+
+    Raises:
+        ConfigError: there is no such machine.
+    """
+    return importlib.import_module(_PROFILES).load_profile(name)
 
 
 def build_exporter() -> Any:

@@ -9,7 +9,7 @@ import torch
 
 from edgeblocks import metrics, pictures
 from edgeblocks.chain import BlockRunner, EmaSource, class_labels, guided
-from edgeblocks.checkpoint import RunDirectory, read_json
+from edgeblocks.checkpoint import RunDirectory
 from edgeblocks.errors import RunError
 from edgeblocks.listener import Listener, Silent
 from edgeblocks.noise import sampler_levels
@@ -17,6 +17,7 @@ from edgeblocks.planner import inference_micro_batch
 from edgeblocks.preparation import budget_in_bytes, measure, open_run_images
 from edgeblocks.randomness import start_noise
 from edgeblocks.registry import build_exporter, build_target
+from edgeblocks.run_files import read_summary
 from edgeblocks.scheduler import EmaLoader
 from edgeblocks.solver import Solver, check_request, class_number, integrate
 from edgeblocks.store import BlockHeader
@@ -34,9 +35,13 @@ class Run:
 
     @property
     def summary(self) -> dict[str, Any] | None:
-        """The content of summary.json; None while the run is not finished."""
+        """The content of summary.json; None while the run is not finished.
+
+        Raises:
+            RunError: it is damaged.
+        """
         path = self.path / "summary.json"
-        return read_json(path) if path.exists() else None
+        return read_summary(path) if path.exists() else None
 
     def runner(self, source: EmaSource, *, micro_batch: int) -> BlockRunner:
         return BlockRunner(

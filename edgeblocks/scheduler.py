@@ -4,7 +4,8 @@ A scheduler has `slots` buffers, each of the size of the largest block:
   1  a block is loaded, trained and written back before the next one is loaded;
   2  while one block is trained, a single I/O thread writes the former block back and then loads the next one into the
      same buffer (in this order, which the thread's queue guarantees);
-  B  every block stays in RAM and nothing is loaded again; visits are still written to disk, for crash safety.
+  3+ the first blocks have a slot each and stay (`planner.kept_blocks`); the others share the last two as above. With
+     as many slots as blocks nothing is ever loaded again; visits are still written to disk, for crash safety.
 No other copy of any block's optimizer state exists in memory.
 """
 
@@ -14,6 +15,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+from edgeblocks.planner import kept_blocks
 from edgeblocks.store import BlockBuffer, BlockStore, Part
 
 
@@ -50,8 +52,10 @@ class Scheduler:
         largest = max(store.layouts, key=lambda layout: layout.num_bytes)
         self.store = store
         self.times = StreamTimes()
-        self._slots = [_Slot(BlockBuffer(largest)) for _ in range(slots)]
+        self._slots = [_Slot(BlockBuffer(largest).touched()) for _ in range(slots)]
+        self._kept = kept_blocks(len(store.layouts), slots)
         self._io = ThreadPoolExecutor(max_workers=1, thread_name_prefix="edgeblocks-io")
+        self._io.submit(int).result()  # the thread runs before memory can be short
         self._clock = 0
 
     @contextmanager
@@ -107,7 +111,11 @@ class Scheduler:
             if slot.holds is not None and slot.holds.block == block:
                 slot.last_used = self._clock
                 return slot
-        slot = min((slot for slot in self._slots if slot is not keep), key=lambda slot: slot.last_used)
+        if block < self._kept:
+            slot = self._slots[block]
+        else:
+            shared = [slot for slot in self._slots[self._kept :] if slot is not keep]
+            slot = min(shared, key=lambda slot: slot.last_used)
         # The write of the block that leaves was queued before this load, and the single thread keeps the order; its
         # failure must not be lost with its future.
         if slot.pending is not None and slot.pending.done():

@@ -129,6 +129,11 @@ class BlockBuffer:
     def num_bytes(self) -> int:
         return self._memory.numel()
 
+    def touched(self) -> "BlockBuffer":
+        """The buffer, with every page resident from now on: what it will take is taken at the start."""
+        self._memory.zero_()
+        return self
+
     def adopt_(self, layout: BlockLayout) -> None:
         """Use the memory for another block, whose layout must not be larger."""
         self.layout = layout
@@ -180,6 +185,8 @@ class BlockHeader:
     block: int
     step: int
     digests: dict[Part, str]
+    run_bytes_written: int
+    """Bytes of blocks that the run had written when this file was complete."""
 
 
 class BlockStore:
@@ -191,9 +198,23 @@ class BlockStore:
         self.run_id = run_id
         self.bytes_written = 0
         self.bytes_read = 0
+        self._former_bytes_written = 0
 
     def path(self, block: int) -> Path:
         return self.folder / f"block_{block:03d}.safetensors"
+
+    def file_bytes(self, block: int) -> int:
+        """Bytes of a block's data on disk."""
+        return self.layouts[block].num_bytes
+
+    @property
+    def run_bytes_written(self) -> int:
+        """Bytes of blocks written in the run's whole life, earlier processes included."""
+        return self._former_bytes_written + self.bytes_written
+
+    def continue_meter(self, headers: Iterable["BlockHeader"]) -> None:
+        """Count on from what earlier processes wrote, as the newest of the block files has it."""
+        self._former_bytes_written = max((header.run_bytes_written for header in headers), default=0)
 
     def write(self, block: int, buffer: BlockBuffer, step: int) -> None:
         """Replace a block's file by the buffer's content, atomically.
@@ -203,7 +224,11 @@ class BlockStore:
         """
         layout = self.layouts[block]
         digests = {part: _digest(buffer.part_bytes(part)) for part in PARTS}
-        header = _encode_header(layout, BlockHeader(run_id=self.run_id, block=block, step=step, digests=digests))
+        meter = self.run_bytes_written + layout.num_bytes
+        header = _encode_header(
+            layout,
+            BlockHeader(run_id=self.run_id, block=block, step=step, digests=digests, run_bytes_written=meter),
+        )
         payload: list[bytes | memoryview] = [header, *(_memory(buffer.part_bytes(part)) for part in PARTS)]
         total = sum(len(piece) for piece in payload)
         path = self.path(block)
@@ -224,7 +249,7 @@ class BlockStore:
             with path.open("rb") as file:
                 return self._read_header(block, file)[0]
         except FileNotFoundError as error:
-            raise RunError(f"block {block} is missing: there is no file {path}; {_KEPT}") from error
+            raise RunError(f"block {block} is missing: there is no file {path}; {_kept(block)}") from error
         except OSError as error:
             raise storage_error(f"cannot read block {block}", path, error) from error
 
@@ -245,12 +270,14 @@ class BlockStore:
                     _read_exactly(file, _memory(buffer.part_bytes(part)))
                     self.bytes_read += num_bytes
         except FileNotFoundError as error:
-            raise RunError(f"block {block} is missing: there is no file {path}; {_KEPT}") from error
+            raise RunError(f"block {block} is missing: there is no file {path}; {_kept(block)}") from error
         except OSError as error:
             raise storage_error(f"cannot read block {block}", path, error) from error
         for part in buffer.parts:
             if _digest(buffer.part_bytes(part)) != header.digests[part]:
-                raise RunError(f"block {block} is damaged: the {part} in {path} do not match their checksum; {_KEPT}")
+                raise RunError(
+                    f"block {block} is damaged: the {part} in {path} do not match their checksum; {_kept(block)}"
+                )
         return header.step
 
     def _read_header(self, block: int, file: Any) -> tuple[BlockHeader, int]:
@@ -259,7 +286,7 @@ class BlockStore:
         size = os.fstat(file.fileno()).st_size
         length = int.from_bytes(file.read(8), "little") if size >= 8 else 0
         if not 2 <= length <= min(_HEADER_LIMIT_BYTES, size - 8):
-            raise RunError(f"{damaged} is not a safetensors file or is cut short ({size} bytes); {_KEPT}")
+            raise RunError(f"{damaged} is not a safetensors file or is cut short ({size} bytes); {_kept(block)}")
         try:
             table = json.loads(file.read(length))
             metadata = table.pop("__metadata__")
@@ -271,15 +298,16 @@ class BlockStore:
                 )
             claimed = metadata.pop("header_sha256")
             if claimed != _header_digest(table, metadata):
-                raise RunError(f"{damaged} has a header that does not match its checksum; {_KEPT}")
+                raise RunError(f"{damaged} has a header that does not match its checksum; {_kept(block)}")
             header = BlockHeader(
                 run_id=metadata["run_id"],
                 block=int(metadata["block"]),
                 step=int(metadata["step"]),
                 digests={part: metadata[f"{part}_sha256"] for part in PARTS},
+                run_bytes_written=int(metadata.get("run_bytes_written", 0)),
             )
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise RunError(f"{damaged} has an unreadable header; {_KEPT}") from error
+            raise RunError(f"{damaged} has an unreadable header; {_kept(block)}") from error
         if header.run_id != self.run_id or header.block != block:
             raise RunError(
                 f"{path} is block {header.block} of run {header.run_id[:8]}, but block {block} of run "
@@ -288,13 +316,17 @@ class BlockStore:
         layout = self.layouts[block]
         expected = 8 + length + layout.num_bytes
         if table != _table(layout):
-            raise RunError(f"{path} holds tensors of another network than config.yaml describes; {_KEPT}")
+            raise RunError(f"{path} holds tensors of another network than config.yaml describes; {_kept(block)}")
         if size != expected:
-            raise RunError(f"{damaged} has {size} bytes where {expected} belong: it was cut short; {_KEPT}")
+            raise RunError(f"{damaged} has {size} bytes where {expected} belong: it was cut short; {_kept(block)}")
         return header, 8 + length
 
 
-_KEPT = "the other blocks are not touched. Put the file back from a copy, or train again with a new --out"
+def _kept(block: int) -> str:
+    return (
+        f"the other blocks are not touched. Put the file back from a copy, or train this block alone again with "
+        f"edgeblocks train --resume RUN --reinit-block {block}"
+    )
 
 
 def _table(layout: BlockLayout) -> dict[str, Any]:
@@ -320,6 +352,7 @@ def _encode_header(layout: BlockLayout, header: BlockHeader) -> bytes:
         "run_id": header.run_id,
         "block": str(header.block),
         "step": str(header.step),
+        "run_bytes_written": str(header.run_bytes_written),
         **{f"{part}_sha256": digest for part, digest in header.digests.items()},
     }
     metadata["header_sha256"] = _header_digest(table, metadata)

@@ -20,11 +20,13 @@ from torch import Tensor, nn
 from edgeblocks.checkpoint import RunDirectory
 from edgeblocks.data.images import ImageSet
 from edgeblocks.data.order import BatchOrder
-from edgeblocks.errors import EdgeblocksError
+from edgeblocks.errors import EdgeblocksError, OutOfBudgetError, WriteLimitError
 from edgeblocks.generators import generator_at
+from edgeblocks.guard import Guard, is_refusal
 from edgeblocks.optim import Workspace, adamw_8bit_step_, adamw_step_
 from edgeblocks.scheduler import ResidentBlock, Scheduler
 from edgeblocks.store import BlockBuffer, BlockStore, bind_parameters_
+from edgeblocks.units import format_bytes, parse_size
 
 BETA1, BETA2, EPS = 0.9, 0.99, 1e-8
 METRICS_RECORDS = 1000
@@ -51,6 +53,12 @@ class Progress:
     block: int = 0
     step: int = 0
     images_per_s: float = 0.0
+    used_bytes: int = 0
+    """Resident now."""
+    bytes_written: int = 0
+    """Bytes of blocks written to disk in the whole life of the run."""
+    stall_s: float = 0.0
+    """Waited for blocks."""
     compute_s: float = 0.0
     data_s: float = 0.0
     started: float = field(default_factory=time.perf_counter)
@@ -76,22 +84,27 @@ def create_blocks(
     store: BlockStore,
     layers: Sequence[int],
     seed: int,
+    *,
+    only: Sequence[int] | None = None,
     on_block: Callable[[int], None] | None = None,
 ) -> None:
-    """Initialise the blocks one at a time, each from its own seed, and write each to its file."""
+    """Initialise the blocks (all, or `only` these) one at a time, each from its own seed, and write each to its file.
+
+    A block that is made again and trained again gets the weights it had: its numbers depend on no other block.
+    """
     buffer = BlockBuffer(max(store.layouts, key=lambda layout: layout.num_bytes))
-    for block, num_layers in enumerate(layers):
+    for done, block in enumerate(range(len(layers)) if only is None else only):
         buffer.adopt_(store.layouts[block])
         for part in buffer.parts:
             buffer.part_bytes(part).zero_()
         with torch.device("meta"):
-            network = family.block(num_layers=num_layers, checkpointing=False)
+            network = family.block(num_layers=layers[block], checkpointing=False)
         bind_parameters_(network, buffer.tensors("weights"))
         network.init_(generator_at(seed, "init", block))
         buffer.flat("ema").copy_(buffer.flat("weights"))
         store.write(block, buffer, step=0)
         if on_block is not None:
-            on_block(block)
+            on_block(done + 1)
 
 
 def learning_rate_at(step: int, *, steps: int, warmup: int, peak: float) -> float:
@@ -123,6 +136,10 @@ def ema_exponent(length: float) -> float:
     return low
 
 
+class Interrupted(Exception):
+    """Raised where a wish to stop is met in the middle of something that leaves no state behind."""
+
+
 class Interruption:
     """Turns Ctrl-C, SIGTERM and a closed terminal into a wish to stop after the step."""
 
@@ -151,17 +168,19 @@ class Interruption:
 class Trainer:
     """Trains the blocks of one run. One process, one block at a time."""
 
-    def __init__(self, run: RunDirectory, images: ImageSet, scheduler: Scheduler) -> None:
-        self.run, self.images, self.scheduler = run, images, scheduler
+    def __init__(self, run: RunDirectory, images: ImageSet, scheduler: Scheduler, guard: Guard) -> None:
+        self.run, self.images, self.scheduler, self.guard = run, images, scheduler, guard
         self.settings, self.plan = run.settings.run, run.plan
         self.family, self.partition = run.family(), run.partition
         layouts = scheduler.store.layouts
-        self._gradients = torch.zeros(max(layout.num_parameters for layout in layouts))
+        self._gradients = torch.empty(max(layout.num_parameters for layout in layouts)).zero_()  # touched at once
         quantized = any(layout.num_quantized for layout in layouts)
         self._workspace = Workspace(num_threads=torch.get_num_threads()) if quantized else None
         self._ema_exponent = ema_exponent(self.settings.ema_length)
         self._metrics_every = max(1, self.settings.steps // METRICS_RECORDS)
-        self.progress = Progress()
+        self._updating = False
+        self._ending: OutOfBudgetError | None = None
+        self.progress = Progress(bytes_written=scheduler.store.run_bytes_written)
 
     def train(
         self,
@@ -178,6 +197,8 @@ class Trainer:
 
         Raises:
             EdgeblocksError: the loss is no longer finite; the run is as it was before the visit.
+            OutOfBudgetError: memory ran out and nothing was left to shrink; what was trained is saved.
+            WriteLimitError: the next visit would write more to disk than the user allows; everything is saved.
         """
         store, settings = self.scheduler.store, self.settings
         steps = [store.header(block).step for block in range(len(store.layouts))]
@@ -185,9 +206,13 @@ class Trainer:
         self.progress.steps_total = settings.steps * len(steps)
         self.progress.steps_done = sum(steps)
         for visit, following in zip(visits, [*visits[1:], None], strict=True):
+            self._count_write(store.file_bytes(visit.block))
             with self.scheduler.visit(visit.block, then=following.block if following else None) as resident:
                 self.visit(visit, resident, interruption, on_step)
             steps[visit.block] = resident.step
+            if self._ending is not None:
+                self.scheduler.flush()
+                raise self._ending
             if interruption.signal_name is not None:
                 break
             between_visits(steps)
@@ -205,25 +230,73 @@ class Trainer:
         assert resident.step == visit.first, f"block {visit.block} is at step {resident.step}, not {visit.first}"
         layout = resident.buffer.layout
         gradients = self._gradients[: layout.num_parameters].zero_()
-        network = self._network(visit.block, resident.buffer, gradients)
         order = BatchOrder(self.images.train, batch=self.settings.batch, seed=self.settings.seed, block=visit.block)
-        for step in range(visit.first, visit.last):
-            self._train_step(network, resident, order, gradients, step)
-            on_step(self.progress)
-            if interruption.signal_name is not None:
+        shape, network = None, None
+        while resident.step < visit.last and interruption.signal_name is None:
+            try:
+                wanted = self.guard.before_step()
+                if shape != wanted or network is None:
+                    shape = wanted
+                    network = self._network(visit.block, resident.buffer, gradients, wanted.checkpointing)
+                made = self._step_was_made(network, resident, order, gradients, wanted.micro_batch)
+            except OutOfBudgetError as error:
+                self._ending = error  # the block is whole, so it is written before the run ends
+                break
+            if made and not self._was_heard(on_step):
                 break
 
-    def _network(self, block: int, buffer: BlockBuffer, gradients: Tensor) -> nn.Module:
-        with torch.device("meta"):
-            network: nn.Module = self.family.block(
-                num_layers=self.run.layers[block], checkpointing=self.plan["checkpointing"]
+    def _was_heard(self, on_step: Callable[[Progress], None]) -> bool:
+        """Report a step; False when memory was refused to the listener, which ends the run."""
+        try:
+            on_step(self.progress)
+        except (MemoryError, RuntimeError) as error:
+            if not is_refusal(error):
+                raise
+            self._ending = self.guard.refused("what hears of each step")
+        return self._ending is None
+
+    def _step_was_made(
+        self, network: nn.Module, resident: ResidentBlock, order: BatchOrder, gradients: Tensor, micro_batch: int
+    ) -> bool:
+        """Make the block's next step; False when memory was refused to it and it has to be made again, smaller."""
+        try:
+            self._train_step(network, resident, order, gradients, resident.step, micro_batch)
+        except (MemoryError, RuntimeError) as error:
+            if self._updating or not is_refusal(error):
+                raise
+        else:
+            return True
+        gradients.zero_()
+        self.guard.after_refusal()
+        return False
+
+    def _count_write(self, num_bytes: int) -> None:
+        """Account for a visit's write before the visit is made."""
+        allowed = self.settings.max_disk_writes
+        written = self.progress.bytes_written + num_bytes
+        if allowed is not None and written > parse_size(allowed):
+            raise WriteLimitError(
+                f"the run has written {format_bytes(self.progress.bytes_written)} to disk; the next visit would pass "
+                f"--max-disk-writes {allowed}. Everything is saved; go on with a larger limit: "
+                f"edgeblocks train --resume {self.run.path} --max-disk-writes {math.ceil(2 * written / 1e9)}GB"
             )
+        self.progress.bytes_written = written
+
+    def _network(self, block: int, buffer: BlockBuffer, gradients: Tensor, checkpointing: bool) -> nn.Module:
+        with torch.device("meta"):
+            network: nn.Module = self.family.block(num_layers=self.run.layers[block], checkpointing=checkpointing)
         network.reset_tables_()  # type: ignore[operator]
         bind_parameters_(network, buffer.tensors("weights"), gradients)
         return network.train()
 
     def _train_step(
-        self, network: nn.Module, resident: ResidentBlock, order: BatchOrder, gradients: Tensor, step: int
+        self,
+        network: nn.Module,
+        resident: ResidentBlock,
+        order: BatchOrder,
+        gradients: Tensor,
+        step: int,
+        micro_batch: int,
     ) -> None:
         settings, block = self.settings, resident.block
         started = time.perf_counter()
@@ -233,8 +306,8 @@ class Trainer:
         drawn = time.perf_counter()
 
         loss_sum = 0.0
-        for start in range(0, settings.batch, self.plan["micro_batch"]):
-            part = {name: tensor[start : start + self.plan["micro_batch"]] for name, tensor in batch.items()}
+        for start in range(0, settings.batch, micro_batch):
+            part = {name: tensor[start : start + micro_batch] for name, tensor in batch.items()}
             loss = self.family.loss(network, part).sum() / settings.batch
             loss.backward()
             loss_sum += loss.item()
@@ -248,11 +321,13 @@ class Trainer:
         learning_rate = learning_rate_at(
             step, steps=settings.steps, warmup=settings.warmup, peak=settings.learning_rate
         )
+        self._updating = True  # from here on the step cannot be made again
         self._optimize_(resident.buffer, gradients, step, learning_rate)
         gradients.zero_()
         decay = (1 - 1 / (step + 1)) ** (self._ema_exponent + 1)
         resident.buffer.flat("ema").lerp_(resident.buffer.flat("weights"), 1 - decay)
         resident.step = step + 1
+        self._updating = False
         self._note(block, step, loss_sum, gradient_norm, learning_rate, drawn - started, started)
 
     def _optimize_(self, buffer: BlockBuffer, gradients: Tensor, step: int, learning_rate: float) -> None:
@@ -303,6 +378,7 @@ class Trainer:
     ) -> None:
         progress, step_s = self.progress, time.perf_counter() - started
         progress.block, progress.step = block, step + 1
+        progress.used_bytes, progress.stall_s = self.guard.used_bytes, self.scheduler.times.stall_s
         progress.steps_done += 1
         progress.data_s += data_s
         progress.compute_s += step_s - data_s

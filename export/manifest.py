@@ -9,6 +9,7 @@ import hashlib
 import json
 import math
 import os
+import stat
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from importlib import metadata
@@ -16,14 +17,22 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, NoReturn
 
-from edgeblocks.errors import RunError
+from edgeblocks.data.limits import LONGEST_SIDE, MOST_CHANNELS, MOST_CLASSES, MOST_PIXELS
+from edgeblocks.errors import ConfigError, RunError
 from edgeblocks.noise import NoiseDistribution, NoisePartition, NoiseRange, sampler_levels
 from edgeblocks.solver import Solver
+from edgeblocks.untrusted import MalformedFileError, open_regular, read_object, shown
 
 EXPORT_FORMAT_VERSION = 1
 KIND = "edgeblocks export"
 FILE_NAME = "manifest.json"
 DEFAULT_STEPS = 18
+MOST_STEPS = 10_000
+MOST_BLOCKS = 2**12
+MOST_OPSET = 1000
+MOST_NOISE = 1e30
+"""Noise levels stay where no power of them leaves the range of a float."""
+_MOST_NAME_CHARACTERS = 255
 _SHA256_DIGITS = 64
 _SOLVERS: dict[str, Solver] = {"euler": "euler", "heun": "heun"}
 _CHUNK_BYTES = 2**20
@@ -159,7 +168,7 @@ def read_manifest(folder: Path) -> Manifest:
     if not folder.is_dir():
         raise RunError(f"there is no exported directory {folder}; write one with: edgeblocks export RUN -o {folder}")
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_object(path, finite=False)  # each number is looked at below, and then has a name
     except FileNotFoundError as error:
         raise RunError(
             f"{folder} is not an exported directory: it has no {FILE_NAME}; write one with: "
@@ -167,9 +176,9 @@ def read_manifest(folder: Path) -> Manifest:
         ) from error
     except OSError as error:
         raise RunError(f"cannot read {path}: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise RunError(f"{path} is damaged: it is not JSON ({error}); {_AGAIN}") from error
-    if not isinstance(content, dict) or content.get("kind") != KIND:
+    except MalformedFileError as error:
+        raise RunError(f"{path} is damaged: {error}; {_AGAIN}") from error
+    if content.get("kind") != KIND:
         raise RunError(
             f"{folder} is not an exported directory: its {FILE_NAME} is of another kind; a run is exported with: "
             f"edgeblocks export RUN -o DIR"
@@ -177,8 +186,8 @@ def read_manifest(folder: Path) -> Manifest:
     version = content.get("format_version")
     if type(version) is not int or version != EXPORT_FORMAT_VERSION:
         raise RunError(
-            f"{folder} has export format version {version}; this edgeblocks ({metadata.version('edgeblocks')}) reads "
-            f"version {EXPORT_FORMAT_VERSION}. Use the edgeblocks that wrote it, or export the run again"
+            f"{folder} has export format version {shown(version)}; this edgeblocks "
+            f"({metadata.version('edgeblocks')}) reads version {EXPORT_FORMAT_VERSION}. Use the edgeblocks that wrote it, or export the run again"
         )
     try:
         manifest = _manifest(_Fields(content, ""))
@@ -194,11 +203,15 @@ def checked_path(folder: Path, file: BlockFile) -> Path:
         RunError: missing or damaged.
     """
     digests = (file.sha256, file.data_sha256)
+    present_bytes = sum(_bytes_inside(folder, name, file.block) for name in file.names)
+    if present_bytes != file.bytes:
+        raise RunError(
+            f"block {file.block} is damaged: {' and '.join(file.names)} in {folder} have {present_bytes} bytes where "
+            f"{file.bytes} belong; {_AGAIN}"
+        )
     for name, expected in zip(file.names, digests, strict=False):
         try:
             digest = sha256_of(folder / name)
-        except FileNotFoundError as error:
-            raise RunError(f"block {file.block} is missing: there is no file {folder / name}; {_AGAIN}") from error
         except OSError as error:
             raise RunError(f"cannot read block {file.block}: {folder / name}: {error.strerror}") from error
         if digest != expected:
@@ -206,11 +219,32 @@ def checked_path(folder: Path, file: BlockFile) -> Path:
     return folder / file.file
 
 
+def _bytes_inside(folder: Path, name: str, block: int) -> int:
+    """Size of a regular file that lies in the folder itself, which a link need not."""
+    try:
+        found = (folder / name).resolve(strict=True)
+        status = found.stat()
+    except FileNotFoundError as error:
+        raise RunError(f"block {block} is missing: there is no file {folder / name}; {_AGAIN}") from error
+    except RuntimeError as error:  # links in a circle
+        raise RunError(f"cannot read block {block}: {folder / name} is a link to itself; {_AGAIN}") from error
+    except OSError as error:
+        raise RunError(f"cannot read block {block}: {folder / name}: {error.strerror}") from error
+    if not found.is_relative_to(folder.resolve()):
+        raise RunError(
+            f"block {block} is refused: {folder / name} is a link that leaves the directory, to {found}; copy the file "
+            "itself to its place"
+        )
+    if not stat.S_ISREG(status.st_mode):
+        raise RunError(f"block {block} is refused: {folder / name} is no regular file; {_AGAIN}")
+    return status.st_size
+
+
 def sha256_of(path: Path) -> str:
     """SHA-256 of a file in hexadecimal, a megabyte at a time."""
     digest, chunk = hashlib.sha256(), memoryview(bytearray(_CHUNK_BYTES))
-    with path.open("rb", buffering=0) as file:
-        while count := file.readinto(chunk):
+    with open_regular(path) as file:
+        while count := file.readinto(chunk):  # type: ignore[attr-defined]  # typeshed's BinaryIO lacks it
             digest.update(chunk[:count])
     return digest.hexdigest()
 
@@ -228,11 +262,11 @@ class _Fields:
     def __init__(self, content: Any, where: str) -> None:
         self.where = where
         if not isinstance(content, dict):
-            raise _MalformedError(f"{where or 'the manifest'} must be an object, found {_shown(content)}")
+            raise _MalformedError(f"{where or 'the manifest'} must be an object, found {shown(content)}")
         self._content = content
 
     def fail(self, name: str, expected: str) -> NoReturn:
-        raise _MalformedError(f"{self._path(name)} must be {expected}, found {_shown(self._content.get(name))}")
+        raise _MalformedError(f"{self._path(name)} must be {expected}, found {shown(self._content.get(name))}")
 
     def _path(self, name: str) -> str:
         return f"{self.where}.{name}" if self.where else name
@@ -242,10 +276,12 @@ class _Fields:
             raise _MalformedError(f"{self._path(name)} is missing")
         return self._content[name]
 
-    def integer(self, name: str, *, least: int) -> int:
+    def integer(self, name: str, *, least: int, most: int) -> int:
         value = self._get(name)
         if type(value) is not int or value < least:
             self.fail(name, f"a whole number of at least {least}")
+        if value > most:
+            self.fail(name, f"a whole number of at most {most}")
         return value
 
     def number(self, name: str) -> float:
@@ -274,13 +310,13 @@ class _Fields:
 
     def text(self, name: str) -> str:
         value = self._get(name)
-        if not isinstance(value, str) or not value:
+        if not _is_text(value) or not value:
             self.fail(name, "a text")
-        return value
+        return str(value)
 
     def texts(self, name: str) -> tuple[str, ...]:
         values = self._get(name)
-        if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
+        if not isinstance(values, list) or not all(map(_is_text, values)):
             self.fail(name, "a list of texts")
         return tuple(values)
 
@@ -303,7 +339,7 @@ class _Fields:
     def file_name(self, name: str) -> str:
         """A name inside the directory: it can lead nowhere else, on any system."""
         value = self.text(name)
-        if value.startswith(".") or any(bad in value for bad in "/\\:\0"):
+        if value.startswith(".") or any(bad in value for bad in "/\\:\0") or len(value) > _MOST_NAME_CHARACTERS:
             self.fail(name, "the plain name of a file in the directory")
         return value
 
@@ -326,9 +362,9 @@ def _is_number(value: Any) -> bool:
         return False
 
 
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
+def _is_text(value: Any) -> bool:
+    """Whether a value is text that can be printed and written: JSON can name halves of characters, too."""
+    return isinstance(value, str) and value.encode(errors="replace").decode() == value
 
 
 def _manifest(fields: _Fields) -> Manifest:
@@ -336,11 +372,11 @@ def _manifest(fields: _Fields) -> Manifest:
     manifest = Manifest(
         edgeblocks=fields.text("edgeblocks"),
         family=fields.text("family"),
-        opset=fields.integer("opset", least=1),
+        opset=fields.integer("opset", least=1, most=MOST_OPSET),
         image_shape=(
-            image.integer("channels", least=1),
-            image.integer("height", least=1),
-            image.integer("width", least=1),
+            image.integer("channels", least=1, most=MOST_CHANNELS),
+            image.integer("height", least=1, most=LONGEST_SIDE),
+            image.integer("width", least=1, most=LONGEST_SIDE),
         ),
         mean=fields.number("mean"),
         scale=fields.positive("scale"),
@@ -352,7 +388,9 @@ def _manifest(fields: _Fields) -> Manifest:
         files=tuple(_block_file(inner, block) for block, inner in enumerate(fields.inners("files"))),
         verified=_verified(fields.inner("verified")),
     )
-    if fields.integer("num_classes", least=0) != manifest.num_classes:
+    if math.prod(manifest.image_shape[1:]) > MOST_PIXELS:
+        fields.fail("image", f"of at most {MOST_PIXELS} pixels")
+    if fields.integer("num_classes", least=0, most=MOST_CLASSES) != manifest.num_classes:
         fields.fail("num_classes", f"{manifest.num_classes}, the number of class_names")
     _check_routing(fields, manifest)
     names = [name for file in manifest.files for name in file.names]
@@ -367,14 +405,22 @@ def _check_routing(fields: _Fields, manifest: Manifest) -> None:
     descending = all(high > low for high, low in pairwise(boundaries))
     if len(boundaries) < 2 or not descending or boundaries[-1] <= 0:
         fields.fail("boundaries", "at least two positive noise levels, strictly descending")
+    if len(boundaries) > MOST_BLOCKS + 1 or boundaries[0] > MOST_NOISE or boundaries[-1] < 1 / MOST_NOISE:
+        fields.fail("boundaries", f"at most {MOST_BLOCKS + 1} noise levels from {1 / MOST_NOISE:g} to {MOST_NOISE:g}")
     if (boundaries[0], boundaries[-1]) != (manifest.noise.sigma_max, manifest.noise.sigma_min):
         fields.fail("boundaries", "noise levels from noise.sigma_max to noise.sigma_min")
     if len(manifest.files) != len(boundaries) - 1:
         raise _MalformedError(f"files lists {len(manifest.files)} blocks, boundaries tells of {len(boundaries) - 1}")
     if manifest.sampler.steps < len(manifest.files):
         fields.inner("sampler").fail("steps", f"at least {len(manifest.files)}, the number of blocks")
-    listed = [(level.positive("sigma"), level.integer("block", least=0)) for level in fields.inners("levels")]
-    expected = [(level["sigma"], level["block"]) for level in manifest.levels()]
+    listed = [
+        (level.positive("sigma"), level.integer("block", least=0, most=MOST_BLOCKS))
+        for level in fields.inners("levels")
+    ]
+    try:
+        expected = [(level["sigma"], level["block"]) for level in manifest.levels()]
+    except (ValueError, ArithmeticError, ConfigError) as error:
+        raise _MalformedError(f"no levels can be made from sampler.steps and boundaries ({error})") from error
     same = len(listed) == len(expected) and all(
         block == own_block and math.isclose(sigma, own_sigma, rel_tol=1e-9)
         for (sigma, block), (own_sigma, own_block) in zip(listed, expected, strict=True)
@@ -397,12 +443,12 @@ def _sampler(fields: _Fields) -> SamplerSettings:
     if solver is None:
         fields.fail("solver", "'euler' or 'heun'")
     return SamplerSettings(
-        steps=fields.integer("steps", least=1), solver=solver, guidance=fields.not_negative("guidance")
+        steps=fields.integer("steps", least=1, most=MOST_STEPS), solver=solver, guidance=fields.not_negative("guidance")
     )
 
 
 def _block_file(fields: _Fields, block: int) -> BlockFile:
-    if fields.integer("block", least=0) != block:
+    if fields.integer("block", least=0, most=MOST_BLOCKS) != block:
         fields.fail("block", f"{block}: blocks are listed in order")
     inline = fields.absent("data_file")
     if fields.absent("data_sha256") != inline:
@@ -413,7 +459,7 @@ def _block_file(fields: _Fields, block: int) -> BlockFile:
         data_file=None if inline else fields.file_name("data_file"),
         sha256=fields.sha256("sha256"),
         data_sha256=None if inline else fields.sha256("data_sha256"),
-        bytes=fields.integer("bytes", least=1),
+        bytes=fields.integer("bytes", least=1, most=2**63),
     )
 
 
@@ -424,6 +470,6 @@ def _verified(fields: _Fields) -> Verified:
         image_max_abs_error=fields.not_negative("image_max_abs_error"),
         image_limit=fields.positive("image_limit"),
         image_uint8_equal_share=fields.not_negative("image_uint8_equal_share"),
-        images=fields.integer("images", least=1),
+        images=fields.integer("images", least=1, most=2**63),
         real_inputs=fields.truth("real_inputs"),
     )

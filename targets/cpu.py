@@ -5,14 +5,16 @@ import ctypes
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import ClassVar
 
 import psutil
 
-from edgeblocks.errors import StorageError
+from edgeblocks.cgroups import memory_limit_bytes
 from edgeblocks.layer_costs import LARGEST_HEAP_BYTES
 from edgeblocks.planner import Machine
+from edgeblocks.targets.disk import DiskSpeed, measure_disk
 
 # glibc's default raises its own threshold and gives memory back at the top of the heap whenever it can: the resident
 # set then depends on history. Pages of their own for all tensors over 256 KB follow the live tensors best, but fresh
@@ -20,6 +22,8 @@ from edgeblocks.planner import Machine
 # 32 MB get pages of their own, smaller ones reuse the heap, which is kept.
 KEPT_HEAP_BYTES = 2**30
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+_FILE_PAGES_TO_COME_BYTES = 8_000_000
+"""Code of libraries that is touched for the first time after the cap is set, measured 2 to 6 MB."""
 _DISK_PROBE_BYTES = 32 * 2**20
 
 
@@ -43,8 +47,9 @@ class CpuTarget:
                 ctypes.CDLL(None).malloc_trim(0)
 
     def total_bytes(self) -> int:
-        """The machine's memory."""
-        return int(psutil.virtual_memory().total)
+        """The machine's memory, or what a control group (a container) allows of it."""
+        total = int(psutil.virtual_memory().total)
+        return min(total, memory_limit_bytes() or total)
 
     def available_bytes(self) -> int:
         """Memory that can be taken now without swapping."""
@@ -52,27 +57,64 @@ class CpuTarget:
 
     def used_bytes(self) -> int:
         """The process's resident set now."""
+        with contextlib.suppress(OSError):  # asked before every step: one read of the kernel, 20 us
+            return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
         return int(psutil.Process().memory_info().rss)
+
+    def live_bytes(self) -> int:
+        """The resident set without heap pages that are free for the next allocation."""
+        return self.used_bytes() - _free_heap_bytes()
+
+    @contextlib.contextmanager
+    def capped(self, budget_bytes: int) -> Iterator[None]:
+        """Let the system refuse memory that would carry the resident set past the budget (Linux; elsewhere no cap).
+
+        RLIMIT_DATA counts private writable memory whether touched or not, and no file pages; the budget bounds what is
+        resident. Hence: budget - resident file pages (and those to come) + what is counted and will never be touched,
+        such as the rest of thread stacks. Buffers must have been touched before, and threads started.
+        """
+        if sys.platform != "linux":
+            yield
+            return
+        import resource
+
+        former = resource.getrlimit(resource.RLIMIT_DATA)
+        status = _process_status()
+        untouched = max(0, status["VmData"] - status["RssAnon"] - _untouched_heap_bytes())
+        cap = budget_bytes - status["RssFile"] - _FILE_PAGES_TO_COME_BYTES + untouched
+        hard = former[1]
+        if hard != resource.RLIM_INFINITY:
+            cap = min(cap, hard)
+        if former[0] != resource.RLIM_INFINITY:
+            cap = min(cap, former[0])
+        resource.setrlimit(resource.RLIMIT_DATA, (max(cap, 0), hard))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_DATA, former)
 
     def peak_bytes(self) -> int:
         """The process's largest resident set so far: what `/usr/bin/time -v` reports."""
         with contextlib.suppress(OSError):
-            for line in Path("/proc/self/status").read_text().splitlines():
-                if line.startswith("VmHWM:"):
-                    return int(line.split()[1]) * 1024
+            return _process_status()["VmHWM"]
         import resource
 
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return peak if sys.platform == "darwin" else peak * 1024
 
+    def warm_up(self) -> None:
+        """Run every kind of kernel that training uses once, so that their code and scratch memory are resident."""
+        _warm_up()
+        self.give_back()
+
     def measure(self, folder: Path) -> Machine:
         """Speeds of this machine, and what the process occupies before any block is loaded.
 
-        The arithmetic probe also runs every kind of kernel that training uses once, so that their code and the threads'
-        scratch memory are part of `runtime_bytes`. Takes about half a second.
+        The kernels are warmed up first: their code and scratch memory are part of `runtime_bytes`. Takes about half a
+        second.
         """
         flops_per_s, memory_bytes_per_s, operator_s = _measure_arithmetic()
-        read_bytes_per_s, write_bytes_per_s = _measure_disk(folder)
+        disk = measure_disk(folder, probe_bytes=_DISK_PROBE_BYTES, limit_s=3)
         self.give_back()
         return Machine(
             name=self.name,
@@ -80,17 +122,75 @@ class CpuTarget:
             flops_per_s=flops_per_s,
             memory_bytes_per_s=memory_bytes_per_s,
             operator_s=operator_s,
-            disk_read_bytes_per_s=read_bytes_per_s,
-            disk_write_bytes_per_s=write_bytes_per_s,
+            disk_read_bytes_per_s=disk.read_bytes_per_s,
+            disk_write_bytes_per_s=disk.write_bytes_per_s,
         )
 
+    def examine_disk(self, folder: Path, *, probe_bytes: int, limit_s: float) -> DiskSpeed:
+        """A closer look at a folder's disk than the planner's: a larger file, and how long a sync takes.
 
-def _measure_arithmetic() -> tuple[float, float, float]:
-    """fp32 operations per second, bytes per second that an element-wise kernel writes, seconds of a small kernel."""
+        Raises:
+            StorageError: the folder cannot be written to or is full.
+        """
+        return measure_disk(folder, probe_bytes=probe_bytes, limit_s=limit_s, num_syncs=10)
+
+
+def _process_status() -> dict[str, int]:
+    """The sizes in /proc/self/status (Linux), in bytes."""
+    fields = (line.split() for line in Path("/proc/self/status").read_text().splitlines())
+    return {field[0].rstrip(":"): int(field[1]) * 1024 for field in fields if len(field) == 3 and field[2] == "kB"}
+
+
+def _untouched_heap_bytes() -> int:
+    """Pages of the heap that are not resident: they were given back, and the next allocations will touch them again."""
+    sizes: dict[str, int] = {}
+    inside = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        name, _, rest = line.partition(":")
+        if inside and name in ("Size", "Rss"):
+            sizes[name] = int(rest.split()[0]) * 1024
+            if len(sizes) == 2:
+                return sizes["Size"] - sizes["Rss"]
+        inside = inside or line.endswith("[heap]")
+    return 0
+
+
+class _HeapFigures(ctypes.Structure):
+    """glibc's `struct mallinfo2` (mallinfo(3))."""
+
+    _fields_: ClassVar[list[tuple[str, type]]] = [
+        (name, ctypes.c_size_t)
+        for name in (
+            "arena",
+            "ordblks",
+            "smblks",
+            "hblks",
+            "hblkhd",
+            "usmblks",
+            "fsmblks",
+            "uordblks",
+            "fordblks",
+            "keepcost",
+        )
+    ]
+
+
+def _free_heap_bytes() -> int:
+    """Bytes of the heap that hold nothing and wait for the next allocation; 0 where glibc does not say."""
+    if sys.platform != "linux":
+        return 0
+    try:
+        mallinfo2 = ctypes.CDLL(None).mallinfo2
+    except (OSError, AttributeError):
+        return 0
+    mallinfo2.restype = _HeapFigures
+    return int(mallinfo2().fordblks)
+
+
+def _warm_up() -> None:
     import torch
     import torch.nn.functional as F
 
-    # Small enough to stay below what any plan needs, large enough to keep the processor busy.
     tokens, width, hidden_width = 512, 256, 1024
     x = torch.randn(tokens, width, requires_grad=True)
     weight = torch.randn(hidden_width, width, requires_grad=True)
@@ -101,7 +201,17 @@ def _measure_arithmetic() -> tuple[float, float, float]:
         torch.addcmul(hidden, hidden, F.silu(hidden)).square().mean().backward()  # type: ignore[no-untyped-call]
     torch.special.ndtri(torch.rand(64, dtype=torch.float64))
 
+
+def _measure_arithmetic() -> tuple[float, float, float]:
+    """fp32 operations per second, bytes per second that an element-wise kernel writes, seconds of a small kernel."""
+    import torch
+    import torch.nn.functional as F
+
+    _warm_up()
+    # Small enough to stay below what any plan needs, large enough to keep the processor busy.
+    tokens, width, hidden_width = 512, 256, 1024
     with torch.no_grad():
+        x, weight = torch.randn(tokens, width), torch.randn(hidden_width, width)
         flops_per_s = 2 * tokens * width * hidden_width / _best_time(lambda: F.linear(x, weight), 20)
         large = torch.zeros(2**20)
         memory_bytes_per_s = large.nbytes / _best_time(lambda: large * 2.0, 20)
@@ -118,33 +228,3 @@ def _best_time(call: Callable[[], object], repeats: int) -> float:
         call()
         times.append(time.perf_counter() - started)
     return min(times)
-
-
-def _measure_disk(folder: Path) -> tuple[float, float]:
-    """Bytes read and written per second in a folder, with sync. The read comes out of the page cache where it can."""
-    probe = folder / f".edgeblocks-probe.{os.getpid()}"
-    data = os.urandom(2**20)
-    pieces = _DISK_PROBE_BYTES // len(data)
-    try:
-        started = time.perf_counter()
-        with probe.open("wb", buffering=0) as file:
-            for _ in range(pieces):
-                file.write(data)
-            os.fsync(file.fileno())
-        write_s = time.perf_counter() - started
-        buffer = bytearray(2**20)
-        with probe.open("rb", buffering=0) as file:
-            with contextlib.suppress(AttributeError, OSError):
-                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-            started = time.perf_counter()
-            while file.readinto(buffer):
-                pass
-            read_s = time.perf_counter() - started
-    except OSError as error:
-        raise StorageError(
-            f"cannot write to {folder}: {error.strerror or error}; choose a folder with room with --out"
-        ) from error
-    finally:
-        with contextlib.suppress(OSError):
-            probe.unlink(missing_ok=True)
-    return _DISK_PROBE_BYTES / read_s, _DISK_PROBE_BYTES / write_s

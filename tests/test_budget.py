@@ -1,27 +1,10 @@
 """The budget bounds the whole process, measured from outside, and the prediction is close."""
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 
+import numpy as np
 import pytest
-
-LAUNCHER = """
-import json, resource, subprocess, sys
-done = subprocess.run(sys.argv[1:], capture_output=True, text=True)
-peak_bytes = 1024 * resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
-print(json.dumps({"code": done.returncode, "out": done.stdout, "err": done.stderr, "peak_bytes": peak_bytes}))
-"""
-
-
-def measured(*arguments):
-    """Run `edgeblocks ...` below a small parent process: exit code, output, and its peak resident set.
-
-    (The resident set of a child that is started from a large process would begin with its parent's.)
-    """
-    command = [sys.executable, "-c", LAUNCHER, str(Path(sys.executable).with_name("edgeblocks")), *map(str, arguments)]
-    return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+from outside import EDGEBLOCKS, measured, measured_script
 
 
 @pytest.mark.slow
@@ -29,18 +12,18 @@ def test_a_network_larger_than_the_budget_is_created_trained_and_sampled(tmp_pat
     """68 million parameters (683 MB of state) train and sample with some 140 MB beyond the interpreter's own size."""
     settings = ["--steps", "2", "--batch", "4", "--set", "width=512", "--set", "heads=8", "--set", "sample_grids=1"]
     settings += ["--set", "sample_steps=12", "--set", "patch=4"]
-    refused = measured("plan", *settings, "--mem-budget", "50MB")
+    refused = measured(*EDGEBLOCKS, "plan", *settings, "--mem-budget", "50MB")
     assert refused["code"] == 3
     smallest = int(refused["err"].split("use --mem-budget ")[1].split("MB")[0])
     budget_bytes = (smallest + 20) * 1_000_000
-    train = measured("train", *settings, "--mem-budget", budget_bytes, "--out", tmp_path / "run", "--json")
+    train = measured(*EDGEBLOCKS, "train", *settings, "--mem-budget", budget_bytes, "--out", tmp_path / "run", "--json")
     assert train["code"] == 0, train["err"]
     summary = json.loads(train["out"])
     assert summary["blocks"] == 12
     assert summary["disk_bytes"] > 1.3 * budget_bytes
     assert train["peak_bytes"] <= budget_bytes
     assert abs(train["peak_bytes"] / summary["predicted_peak_bytes"] - 1) < 0.1
-    sample = measured("sample", tmp_path / "run", "--n", "8", "--steps", "12", "-o", tmp_path / "grid.png")
+    sample = measured(*EDGEBLOCKS, "sample", tmp_path / "run", "--n", "8", "--steps", "12", "-o", tmp_path / "grid.png")
     assert sample["code"] == 0, sample["err"]
     assert sample["peak_bytes"] <= budget_bytes
 
@@ -68,13 +51,59 @@ def test_a_network_larger_than_the_budget_is_created_trained_and_sampled(tmp_pat
 )
 def test_prediction_is_within_ten_percent_of_the_measured_peak(tmp_path, settings):
     """For different shapes the peak measured from outside is at most the budget and within 10 % of the prediction."""
-    plan = measured("plan", *settings, "--steps", "3", "--mem-budget", "4GB", "--json")
+    plan = measured(*EDGEBLOCKS, "plan", *settings, "--steps", "3", "--mem-budget", "4GB", "--json")
     predicted = json.loads(plan["out"])["predicted_peak_bytes"]
     budget_bytes = int(1.04 * predicted)
     out = tmp_path / "run"
-    train = measured("train", *settings, "--steps", "3", "--mem-budget", budget_bytes, "--out", out, "--json")
+    train = measured(
+        *EDGEBLOCKS, "train", *settings, "--steps", "3", "--mem-budget", budget_bytes, "--out", out, "--json"
+    )
     assert train["code"] == 0, train["err"]
     summary = json.loads(train["out"])
     assert train["peak_bytes"] <= budget_bytes
     assert abs(train["peak_bytes"] / summary["predicted_peak_bytes"] - 1) < 0.1
     assert abs(train["peak_bytes"] / summary["peak_bytes"] - 1) < 0.02
+
+
+@pytest.mark.slow
+def test_larger_images_make_the_step_smaller_and_stay_inside(tmp_path):
+    """Under one tight budget, 16 times the pixels train with a smaller micro-batch, and the peak stays inside."""
+    shapes = {}
+    for size in (16, 64):
+        images = np.random.default_rng(size).integers(0, 256, size=(40, size, size, 3), dtype=np.uint8)
+        np.savez(tmp_path / f"{size}.npz", images=images)
+        settings = ["--data", tmp_path / f"{size}.npz", "--batch", "16", "--steps", "2", "--set", "width=64"]
+        out = tmp_path / f"run{size}"
+        train = measured(*EDGEBLOCKS, "train", *settings, "--mem-budget", "350MB", "--out", out, "--json")
+        assert train["code"] == 0, train["err"]
+        assert train["peak_bytes"] <= 350_000_000
+        shapes[size] = json.loads((out / "plan.json").read_text())["micro_batch"]
+    assert shapes[64] < shapes[16]
+
+
+DRIFT = """
+import json, sys, edgeblocks
+from edgeblocks.listener import Silent
+
+class Watch(Silent):
+    sizes = []
+    def step(self, progress):
+        self.sizes.append(progress.used_bytes)
+
+edgeblocks.train(
+    out="run", steps=70, visit_steps=1, blocks=3, tier="disk", mem_budget="1GB", batch=16, width=64, depth=6,
+    sample_grids=1, listener=Watch(),
+)
+print(json.dumps(Watch.sizes))
+"""
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_over_200_visits(tmp_path):
+    """Over 210 visits of blocks that come from the disk, the resident set drifts by less than 2 %."""
+    done = measured_script(DRIFT, cwd=tmp_path)
+    assert done["code"] == 0, done["err"]
+    sizes = json.loads(done["out"])
+    assert len(sizes) == 210
+    early, late = np.mean(sizes[20:40]), np.mean(sizes[-20:])
+    assert abs(late / early - 1) < 0.02, (early, late)

@@ -178,7 +178,7 @@ import sys
 from edgeblocks.cost import trace_in_subprocess
 from dataclasses import asdict
 import json
-costs = trace_in_subprocess("dit", {asdict(SETTINGS)!r}, {asdict(DATA)!r}, {SAMPLE_COUNTS!r})
+costs, planning_bytes = trace_in_subprocess("dit", {asdict(SETTINGS)!r}, {asdict(DATA)!r}, {SAMPLE_COUNTS!r})
 print(json.dumps([sorted({{"sympy", "torch"}} & set(sys.modules)), asdict(costs)]))
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)

@@ -22,6 +22,7 @@ def test_the_built_wheel_holds_everything_and_works_elsewhere(tmp_path):
         "edgeblocks/export/sampler.py",
         "edgeblocks/families/dit.py",
         "edgeblocks/recipes/dit-xl.yaml",
+        "edgeblocks/targets/profiles/rtx3060-12gb.yaml",
         "edgeblocks/data/digits.npz",
         "edgeblocks/py.typed",
     ):

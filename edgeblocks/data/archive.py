@@ -5,9 +5,10 @@ memory, and its header is compared with its size before anything is allocated. P
 """
 
 import hashlib
-import lzma
+import io
 import math
 import os
+import struct
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
@@ -22,11 +23,15 @@ from PIL import Image
 
 from edgeblocks.data.cache import FORMAT_VERSION, CacheWriter, Content
 from edgeblocks.data.decoding import fit_square
+from edgeblocks.data.limits import LONGEST_SIDE, MOST_CLASSES, MOST_DECODED_PIXELS, MOST_IMAGES, MOST_PIXELS
+from edgeblocks.data.npy import NpyHeader, read_npy_header
 from edgeblocks.errors import DataError
+from edgeblocks.untrusted import MalformedFileError, open_regular
 
 _CHUNK_VALUES = 2**20
-_MAX_CLASSES = 100_000
-_HEADER_READERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+_PIECE_BYTES = 2**20
+_MOST_DEFLATED = 1032
+"""Deflate, the only packing that numpy uses, makes nothing smaller than this many times."""
 _ACCEPTED_KEYS = "`images` and optionally `labels`, or x_train, y_train, x_test, y_test"
 
 
@@ -38,6 +43,11 @@ class _Member:
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
 
+    @property
+    def piece_values(self) -> int:
+        """Values that are unpacked together."""
+        return _PIECE_BYTES // self.dtype.itemsize
+
 
 @dataclass(frozen=True, kw_only=True)
 class _Part:
@@ -45,6 +55,11 @@ class _Part:
 
     images: _Member
     labels: NDArray[np.int64] | None
+
+    def values_per_image(self, image_size: int | None) -> int:
+        """The larger of what an image has in the file and in the cache."""
+        height, width, num_channels = self.image_shape
+        return max(height * width, (image_size or 0) ** 2) * num_channels
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -71,11 +86,12 @@ class ImageArchive:
             DataError: the file is damaged, or its arrays are not images with labels.
             StorageError: the cache cannot be written.
         """
-        with self._reading(), zipfile.ZipFile(self._path) as archive:
+        with self._reading(), _BoundedReader(self._path) as file, zipfile.ZipFile(file) as archive:
             parts = self._parts(archive)
             num_images = sum(part.images.shape[0] for part in parts)
             if num_images < 2:
                 raise DataError(f"{self._path} holds {num_images} image; at least 2 are needed; add images")
+            self._check_number(num_images)
             class_names = self._class_names(parts)
             shape = self._common_shape(parts)
             cache.begin(shape, num_images, has_labels=parts[0].labels is not None)
@@ -119,32 +135,46 @@ class ImageArchive:
     def _member(self, archive: zipfile.ZipFile, name: str) -> _Member:
         """An array's header, which must agree with the bytes that follow it."""
         info = archive.getinfo(f"{name}.npy")
+        self._check_packing(info, name)
         with archive.open(info) as stream:
-            shape, fortran_order, dtype = self._header(stream, name)
-            header_bytes = stream.tell()
+            header = self._header(stream, name)
+        shape, dtype = header.shape, header.dtype
         if dtype.hasobject:
             raise DataError(
                 f"{self._path}: `{name}` holds Python objects (dtype {dtype}), which only pickle could load, and a "
                 "pickle can run any code; make one array of it, for example with numpy.stack, and save it again"
             )
-        if fortran_order:
+        if header.fortran_order:
             raise DataError(
                 f"{self._path}: `{name}` is stored column by column (Fortran order) and cannot be read image by image; "
                 f"save numpy.ascontiguousarray({name})"
             )
-        wanted_bytes = header_bytes + math.prod(shape) * dtype.itemsize
-        if info.file_size != wanted_bytes:
+        if info.file_size != header.file_bytes:
             raise DataError(
-                f"{self._path}: `{name}` of shape {shape} and dtype {dtype} needs {wanted_bytes} bytes and has "
+                f"{self._path}: `{name}` of shape {shape} and dtype {dtype} needs {header.file_bytes} bytes and has "
                 f"{info.file_size}; the file is damaged: copy or save it again"
             )
         return _Member(name=name, shape=shape, dtype=dtype)
 
-    def _header(self, stream: Any, name: str) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:  # numpy's file-like
+    def _check_packing(self, info: zipfile.ZipInfo, name: str) -> None:
+        """That a member can have as many bytes as it claims. Other packings unpack whole blocks of any size at once."""
+        present_bytes = self._path.stat().st_size
+        if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+            raise DataError(
+                f"{self._path}: `{name}` is packed by the zip method {info.compress_type}; numpy packs by method 8 or "
+                "not at all: save it again with numpy.savez or numpy.savez_compressed"
+            )
+        possible = info.compress_size * (1 if info.compress_type == zipfile.ZIP_STORED else _MOST_DEFLATED)
+        if info.file_size > possible or info.compress_size > present_bytes:
+            raise DataError(
+                f"{self._path}: `{name}` claims {info.file_size} bytes, packed in {info.compress_size} bytes of a file "
+                f"of {present_bytes}; the file is damaged: copy or save it again"
+            )
+
+    def _header(self, stream: Any, name: str) -> NpyHeader:
         try:
-            version = np.lib.format.read_magic(stream)
-            return _HEADER_READERS[version](stream)
-        except (ValueError, KeyError) as error:
+            return read_npy_header(stream)
+        except MalformedFileError as error:
             raise DataError(
                 f"{self._path}: `{name}` is not an array that numpy saved ({error}); save the file again"
             ) from error
@@ -163,6 +193,20 @@ class ImageArchive:
             raise DataError(f"{where}, {images.shape[3]} channels; {wanted}; {cure}")
         if images.dtype.kind not in "buif":
             raise DataError(f"{self._path}: `{images.name}` has dtype {images.dtype}; wanted uint8; convert it")
+        self._check_number(images.shape[0])
+        height, width = images.shape[1:3]
+        most_pixels = MOST_PIXELS if self._image_size is None else MOST_DECODED_PIXELS
+        if max(height, width) > LONGEST_SIDE or height * width > most_pixels:
+            raise DataError(
+                f"{where}: images of {height} x {width} pixels; at most {most_pixels} pixels and {LONGEST_SIDE} a side "
+                "are read; make them smaller"
+            )
+
+    def _check_number(self, num_images: int) -> None:
+        if num_images > MOST_IMAGES:
+            raise DataError(
+                f"{self._path} holds {num_images} images, and at most {MOST_IMAGES} are trained on; give a part of them"
+            )
 
     def _labels(self, archive: zipfile.ZipFile, name: str, images: _Member) -> NDArray[np.int64]:
         member = self._member(archive, name)
@@ -179,20 +223,25 @@ class ImageArchive:
             )
         if member.dtype.kind not in "iu":
             raise DataError(f"{self._path}: `{name}` has dtype {member.dtype}; wanted whole numbers; save it as int64")
-        values = np.concatenate([chunk.reshape(-1) for chunk in self._rows(archive, member)])
-        smallest, largest = int(values.min()), int(values.max())
+        values = np.empty(num_images, dtype=np.int64)
+        smallest = largest = num_negative = 0
+        with self._unpacking(archive, member) as take:
+            for start in range(0, num_images, member.piece_values):
+                piece = take(min(member.piece_values, num_images - start))
+                smallest, largest = min(smallest, int(piece.min())), max(largest, int(piece.max()))
+                num_negative += int((piece < 0).sum())
+                values[start : start + len(piece)] = piece.astype(np.int64)
         if smallest < 0:
-            num_negative = int((values < 0).sum())
             raise DataError(
                 f"{self._path}: `{name}` holds {num_negative} negative class numbers, the smallest {smallest}; "
                 "number the classes from 0"
             )
-        if largest >= _MAX_CLASSES:
+        if largest >= MOST_CLASSES:
             raise DataError(
                 f"{self._path}: `{name}` goes up to {largest}, which means {largest + 1} classes, and at most "
-                f"{_MAX_CLASSES} are accepted; number the classes from 0 without gaps"
+                f"{MOST_CLASSES} are accepted; number the classes from 0 without gaps"
             )
-        return values.astype(np.int64)
+        return values
 
     def _class_names(self, parts: list[_Part]) -> tuple[str, ...]:
         largest = [int(part.labels.max()) for part in parts if part.labels is not None]
@@ -215,25 +264,32 @@ class ImageArchive:
 
     def _pixels(self, archive: zipfile.ZipFile, part: _Part) -> Iterator[NDArray[np.uint8]]:
         """Images uint8 [n, H, W, C] as they go into the cache, a piece at a time."""
-        values = _ValueRange(part.images)
-        for chunk in self._rows(archive, part.images):
-            pixels = values.to_uint8(chunk).reshape(len(chunk), *part.image_shape)
-            yield pixels if self._image_size is None else _resized(pixels, self._image_size)
+        values, num_images = _ValueRange(part.images), part.images.shape[0]
+        num_together = max(1, _CHUNK_VALUES // part.values_per_image(self._image_size))
+        with self._unpacking(archive, part.images) as take:
+            for start in range(0, num_images, num_together):
+                pixels = np.empty((min(num_together, num_images - start), *part.image_shape), dtype=np.uint8)
+                flat = pixels.reshape(-1)
+                for place in range(0, flat.size, part.images.piece_values):
+                    count = min(part.images.piece_values, flat.size - place)
+                    flat[place : place + count] = values.to_uint8(take(count))
+                yield pixels if self._image_size is None else _resized(pixels, self._image_size)
         values.check(self._path)
 
-    def _rows(self, archive: zipfile.ZipFile, member: _Member) -> Iterator[NDArray[Any]]:
-        """The array, some rows at a time. Nothing is allocated that has not been read."""
-        values_per_row = math.prod(member.shape[1:])
-        num_rows = max(1, _CHUNK_VALUES // values_per_row)
+    @contextmanager
+    def _unpacking(self, archive: zipfile.ZipFile, member: _Member) -> Iterator[Callable[[int], NDArray[Any]]]:
+        """A function that gives the array's next values, flat; nothing is allocated that has not been read."""
         with archive.open(f"{member.name}.npy") as stream:
             self._header(stream, member.name)
-            for start in range(0, member.shape[0], num_rows):
-                count = min(num_rows, member.shape[0] - start)
-                wanted_bytes = count * values_per_row * member.dtype.itemsize
+
+            def take(count: int) -> NDArray[Any]:
+                wanted_bytes = count * member.dtype.itemsize
                 data = stream.read(wanted_bytes)
                 if len(data) != wanted_bytes:
                     raise EOFError(f"`{member.name}` ends {wanted_bytes - len(data)} bytes early")
-                yield np.frombuffer(data, dtype=member.dtype).reshape(count, *member.shape[1:])
+                return np.frombuffer(data, dtype=member.dtype)
+
+            yield take
             stream.read(1)  # at the end, zipfile compares the checksum
 
     @contextmanager
@@ -244,7 +300,8 @@ class ImageArchive:
         except (
             zipfile.BadZipFile,
             zlib.error,
-            lzma.LZMAError,
+            struct.error,
+            UnicodeDecodeError,
             EOFError,
             OSError,
             RuntimeError,
@@ -255,6 +312,22 @@ class ImageArchive:
             ) from error
 
 
+class _BoundedReader(io.BufferedReader):
+    """A file of which no more than a piece is read at once; zipfile would take a table of contents of any size."""
+
+    def __init__(self, path: Path) -> None:
+        file = open_regular(path)
+        self._num_bytes = os.fstat(file.fileno()).st_size
+        super().__init__(file.detach())  # type: ignore[attr-defined]
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        left = self._num_bytes - self.tell()
+        wanted = left if size is None or size < 0 else min(size, left)
+        if wanted > _PIECE_BYTES:
+            raise zipfile.BadZipFile(f"its table of contents has {wanted} bytes, and at most {_PIECE_BYTES} are read")
+        return super().read(size)
+
+
 class _ValueRange:
     """Converts pixel values to bytes; keeps account of those out of range, to report them all together at the end."""
 
@@ -263,7 +336,7 @@ class _ValueRange:
         self._is_float = member.dtype.kind == "f"
         self._limit = 1 if self._is_float else 255
         self._smallest, self._largest = math.inf, -math.inf
-        self._num_nonfinite, self._num_rows = 0, 0
+        self._num_nonfinite, self._num_values = 0, 0
         self._first_nonfinite: tuple[int, ...] = ()
 
     def to_uint8(self, chunk: NDArray[Any]) -> NDArray[np.uint8]:
@@ -272,10 +345,11 @@ class _ValueRange:
         if chunk.dtype.kind == "b":
             return chunk.astype(np.uint8) * np.uint8(255)
         if self._is_float:
-            chunk = self._finite(chunk.astype(np.float64))
+            with np.errstate(all="ignore"):  # longer floats may not fit, and are then infinite
+                chunk = self._finite(chunk.astype(np.float64))
         self._smallest = min(self._smallest, chunk.min().item())
         self._largest = max(self._largest, chunk.max().item())
-        self._num_rows += len(chunk)
+        self._num_values += len(chunk)
         clipped = chunk.clip(0, self._limit)
         return np.rint(clipped * 255).astype(np.uint8) if self._is_float else clipped.astype(np.uint8)
 
@@ -283,8 +357,8 @@ class _ValueRange:
         bad = ~np.isfinite(chunk)
         num_bad = int(bad.sum())
         if num_bad and not self._num_nonfinite:
-            row, *inside = (int(index) for index in np.unravel_index(bad.argmax(), bad.shape))
-            self._first_nonfinite = (self._num_rows + row, *inside)
+            place = self._num_values + int(bad.argmax())
+            self._first_nonfinite = tuple(int(index) for index in np.unravel_index(place, self._member.shape))
         self._num_nonfinite += num_bad
         return np.where(bad, 0.0, chunk) if num_bad else chunk
 

@@ -21,16 +21,20 @@ import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, BinaryIO, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
+from edgeblocks.data.limits import MOST_CLASSES, MOST_IMAGES, MOST_PIXELS, MOST_UNREADABLE
+from edgeblocks.data.npy import read_npy_header
 from edgeblocks.errors import StorageError
 from edgeblocks.units import format_bytes
+from edgeblocks.untrusted import open_regular, read_object
 
 FORMAT_VERSION = 1
 _SQUARES_CHUNK = 2**20
+_MOST_META_BYTES = 2**26
 _ABANDONED_S = 60
 
 
@@ -48,10 +52,10 @@ class ImageFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        view = np.lib.format.open_memmap(path, mode="r")
-        self.view: NDArray[np.uint8] = view
-        self._offset: int = view.offset
-        self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        with open_regular(path) as file:
+            shape, self._offset = _array_in(file, np.uint8)
+            self.view: NDArray[np.uint8] = np.memmap(file, np.uint8, mode="r", offset=self._offset, shape=shape)
+            self._descriptor = os.dup(file.fileno())
         weakref.finalize(self, os.close, self._descriptor)
 
     def read(self, indices: NDArray[np.int64]) -> NDArray[np.uint8]:
@@ -266,11 +270,13 @@ def image_moments(images: NDArray[np.uint8]) -> NDArray[np.int64]:
     """
     flat = images.reshape(len(images), -1)
     moments = np.zeros((len(images), 2), dtype=np.int64)
-    rows = max(1, _SQUARES_CHUNK // max(1, flat.shape[1]))
+    columns = min(_SQUARES_CHUNK, max(1, flat.shape[1]))
+    rows = _SQUARES_CHUNK // columns
     for start in range(0, len(flat), rows):  # in pieces: the squares take twice the room of the pixels
-        part = flat[start : start + rows]
-        moments[start : start + rows, 0] = part.sum(axis=1, dtype=np.int64)
-        moments[start : start + rows, 1] = np.square(part, dtype=np.uint16).sum(axis=1, dtype=np.int64)
+        for left in range(0, flat.shape[1], columns):
+            part = flat[start : start + rows, left : left + columns]
+            moments[start : start + rows, 0] += part.sum(axis=1, dtype=np.int64)
+            moments[start : start + rows, 1] += np.square(part, dtype=np.uint16).sum(axis=1, dtype=np.int64)
     return moments
 
 
@@ -283,27 +289,79 @@ def content_fingerprint(shape: tuple[int, ...], pixel_hash: str, label_hash: str
 def _open_cache(folder: Path) -> StoredImages | None:
     """The cache in `folder`; None when it is missing or damaged, which both mean that it has to be built."""
     try:
-        meta = json.loads((folder / "meta.json").read_text(encoding="ascii"))
+        meta = read_object(folder / "meta.json", most_bytes=_MOST_META_BYTES)
         sizes_agree = all((folder / name).stat().st_size == size for name, size in meta["file_bytes"].items())
         if meta["version"] != FORMAT_VERSION or not sizes_agree:
             return None
         image_file = ImageFile(folder / "images.npy")
-        labels = np.load(folder / "labels.npy", allow_pickle=False) if "labels.npy" in meta["file_bytes"] else None
-        moments = np.load(folder / "moments.npy", allow_pickle=False)
-        content = Content(
-            class_names=tuple(meta["content"]["class_names"]),
-            unreadable=tuple(meta["content"]["unreadable"]),
-            num_test=int(meta["content"]["num_test"]),
-        )
-        fingerprint = str(meta["fingerprint"])
+        num_images, height, width, num_channels = image_file.view.shape
+        if list(image_file.view.shape) != meta["shape"] or not 0 < num_channels * height * width <= 3 * MOST_PIXELS:
+            return None
+        labels = _read_rows(folder / "labels.npy", (num_images,)) if "labels.npy" in meta["file_bytes"] else None
+        moments = _read_rows(folder / "moments.npy", (num_images, 2))
+        if not _are_moments(moments, num_channels * height * width):
+            return None
+        content = _content(meta["content"], num_images, labels)
+        fingerprint = meta["fingerprint"]
+        if not isinstance(fingerprint, str):
+            return None
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return None
-    num_images = meta["shape"][0]
-    if list(image_file.view.shape) != meta["shape"] or moments.shape != (num_images, 2):
-        return None
-    if labels is not None and labels.shape != (num_images,):
-        return None
     return StoredImages(image_file=image_file, labels=labels, moments=moments, content=content, fingerprint=fingerprint)
+
+
+def _content(told: dict[str, Any], num_images: int, labels: NDArray[np.int64] | None) -> Content:
+    """What meta.json tells of the images, compared with the arrays.
+
+    Raises:
+        ValueError, LookupError, TypeError: it is not what `CacheWriter` wrote.
+    """
+    class_names, unreadable, num_test = told["class_names"], told["unreadable"], told["num_test"]
+    for names, most in ((class_names, MOST_CLASSES), (unreadable, MOST_UNREADABLE)):
+        if not isinstance(names, list) or len(names) > most or not all(isinstance(name, str) for name in names):
+            raise ValueError("names are a list of texts")
+    if type(num_test) is not int or not 0 <= num_test < num_images:
+        raise ValueError("the test part is a part")
+    if (labels is None) != (not class_names):
+        raise ValueError("labels are numbers of classes")
+    if labels is not None and not (labels.min() >= 0 and labels.max() < len(class_names)):
+        raise ValueError("labels are numbers of classes")
+    return Content(class_names=tuple(class_names), unreadable=tuple(unreadable), num_test=num_test)
+
+
+def _are_moments(moments: NDArray[np.int64], values_per_image: int) -> bool:
+    """Whether each row can be the sum and the sum of squares of so many values from 0 to 255."""
+    sums, squares = moments.T
+    possible = (sums >= 0) & (sums <= 255 * values_per_image) & (squares >= sums) & (squares <= 255 * sums)
+    spread = squares.astype(np.float64) * values_per_image >= sums.astype(np.float64) ** 2 * (1 - 1e-9)
+    return bool((possible & spread).all())
+
+
+def _array_in(file: BinaryIO, dtype: type[np.generic]) -> tuple[tuple[int, ...], int]:
+    """Shape of the array in an .npy file, and the byte at which its values begin.
+
+    Raises:
+        ValueError: not an array of that type, or the file is longer or shorter than its header says.
+    """
+    header = read_npy_header(file)
+    whole = header.file_bytes == os.fstat(file.fileno()).st_size
+    if not whole or header.fortran_order or header.dtype != dtype or not 0 < header.shape[0] <= MOST_IMAGES:
+        raise ValueError("the file is not what a cache holds")
+    return header.shape, header.num_bytes
+
+
+def _read_rows(path: Path, shape: tuple[int, ...]) -> NDArray[np.int64]:
+    """A whole array of this shape.
+
+    Raises:
+        OSError, ValueError: unreadable, or another array.
+    """
+    with open_regular(path) as file:
+        found, start = _array_in(file, np.int64)
+        if found != shape:
+            raise ValueError("the arrays have different lengths")
+        file.seek(start)
+        return np.fromfile(file, dtype=np.int64, count=math.prod(shape)).reshape(shape)
 
 
 def _publish(partial: Path, final: Path) -> None:

@@ -1,17 +1,29 @@
 """One image file to one array of pixels, with Pillow.
 
-Only the formats below are tried, whatever the file's name says: Pillow would hand others (EPS) to outside programs.
+Only the formats below are tried, whatever the file's name says: Pillow would hand others (EPS) to outside programs. A
+few bytes can declare a picture of any size, so the declared size is compared with a limit before anything is decoded.
 """
 
+import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
+
+from edgeblocks.data.limits import (
+    LONGEST_SIDE,
+    MOST_DECODED_PIXELS,
+    MOST_PICTURE_BYTES,
+    MOST_PIXELS,
+    MOST_PROGRESSIVE_PIXELS,
+)
+from edgeblocks.untrusted import open_regular
 
 EXTENSIONS = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"})
 
@@ -29,6 +41,8 @@ _TURNS = {
 }
 _SWAPS_SIDES = 5  # orientations from here on exchange width and height
 _REDUCING_GAP = 2.0  # how much larger than wanted an image may be reduced cheaply before the exact filter runs
+_BAND_PIXELS = 2**20
+_MOST_REASON_CHARACTERS = 300
 
 
 class UnreadableImageError(Exception):
@@ -44,14 +58,15 @@ class PictureHeader:
     grey: bool
 
 
-def read_header(path: Path) -> PictureHeader:
+def read_header(path: Path, *, image_size: int | None) -> PictureHeader:
     """Size and kind of an image file, from its first bytes.
 
     Raises:
-        UnreadableImageError: see there.
+        UnreadableImageError: see there, or too large to be decoded to `image_size`.
     """
     with _opened(path) as picture:
         width, height = picture.size
+        _limit_size(picture, image_size)
         if _orientation(picture) >= _SWAPS_SIDES:
             width, height = height, width
         return PictureHeader(width=width, height=height, grey=picture.mode in _GREY_MODES)
@@ -67,8 +82,7 @@ def decode(path: Path, *, image_size: int | None, grey: bool) -> NDArray[np.uint
     """
     with _opened(path) as picture:
         orientation = _orientation(picture)
-        if image_size is not None:
-            _skip_detail(picture, image_size)
+        _limit_size(picture, image_size)
         image = _eight_bit(picture, grey=grey)
         if image_size is not None:
             image = fit_square(image, image_size)
@@ -95,14 +109,22 @@ def _opened(path: Path) -> Iterator[Image.Image]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            with Image.open(path, formats=_FORMATS) as picture:
+            with open_regular(path) as file, Image.open(_of_usual_size(file), formats=_FORMATS) as picture:
                 if picture.mode == "F":
                     raise UnreadableImageError("its pixels are floating-point numbers of unknown range")
                 yield picture
-    except (UnreadableImageError, MemoryError):
+    except UnreadableImageError:
         raise
-    except Exception as error:
-        raise UnreadableImageError(f"{type(error).__name__}: {error}") from error
+    except Exception as error:  # MemoryError too: damaged headers ask for any amount
+        reason = f"{type(error).__name__}: {error}"
+        raise UnreadableImageError(reason[:_MOST_REASON_CHARACTERS]) from error
+
+
+def _of_usual_size(file: BinaryIO) -> BinaryIO:
+    num_bytes = os.fstat(file.fileno()).st_size
+    if num_bytes > MOST_PICTURE_BYTES:
+        raise UnreadableImageError(f"its file has {num_bytes} bytes, and at most {MOST_PICTURE_BYTES} are read")
+    return file
 
 
 def _orientation(picture: Image.Image) -> int:
@@ -118,6 +140,26 @@ def _orientation(picture: Image.Image) -> int:
         return 1
 
 
+def _limit_size(picture: Image.Image, image_size: int | None) -> None:
+    """Refuses what would take too much memory to decode, after resolution that nobody asked for is dropped."""
+    if "progressive" in picture.info:
+        _check_size(picture.size, MOST_PROGRESSIVE_PIXELS, "save it as a plain JPEG, or make it smaller")
+    if image_size is None:
+        _check_size(picture.size, MOST_PIXELS, "make it smaller, or pass --set image_size=N")
+    else:
+        _skip_detail(picture, image_size)
+        _check_size(picture.size, MOST_DECODED_PIXELS, "make it smaller")
+
+
+def _check_size(size: tuple[int, int], most: int, cure: str) -> None:
+    width, height = size
+    if width * height > most or max(size) > LONGEST_SIDE:
+        raise UnreadableImageError(
+            f"it has {width} x {height} pixels, {width * height:,} in all, and at most {most:,} and {LONGEST_SIDE:,} a "
+            f"side are decoded; {cure}"
+        )
+
+
 def _skip_detail(picture: Image.Image, image_size: int) -> None:
     """Lets the JPEG decoder drop resolution that resizing would drop anyway; other formats ignore it."""
     gap = _REDUCING_GAP * image_size / min(picture.size)
@@ -129,12 +171,33 @@ def _skip_detail(picture: Image.Image, image_size: int) -> None:
 def _eight_bit(picture: Image.Image, *, grey: bool) -> Image.Image:
     """The image in mode L or RGB."""
     wanted = "L" if grey else "RGB"
-    image: Image.Image = picture
-    if picture.mode.startswith("I"):  # convert() would clip these at 255
-        values = np.asarray(picture).astype(np.int64)
-        image = Image.fromarray((values.clip(0, 65535) >> 8).astype(np.uint8))
-    elif picture.has_transparency_data:
-        colours = picture.convert("RGBA")
-        image = Image.new("RGBA", colours.size, "white")
-        image.alpha_composite(colours)
-    return image if image.mode == wanted else image.convert(wanted)
+    if picture.mode.startswith("I"):
+        return _in_bands(picture, wanted, _upper_bits)
+    if picture.has_transparency_data:
+        return _in_bands(picture, wanted, _on_white)
+    return picture if picture.mode == wanted else picture.convert(wanted)
+
+
+def _in_bands(picture: Image.Image, wanted: str, convert: Callable[[Image.Image], Image.Image]) -> Image.Image:
+    """The image converted some rows at a time: on the way a pixel takes up to 24 bytes."""
+    width, height = picture.size
+    rows = max(1, _BAND_PIXELS // width)
+    image = Image.new(wanted, picture.size)
+    for top in range(0, height, rows):
+        band = convert(picture.crop((0, top, width, min(top + rows, height))))
+        image.paste(band.convert(wanted), (0, top))
+    return image
+
+
+def _upper_bits(band: Image.Image) -> Image.Image:
+    """16-bit grey as 8-bit grey; Pillow's own conversion clips at 255."""
+    values = np.asarray(band).astype(np.int64)
+    return Image.fromarray((values.clip(0, 65535) >> 8).astype(np.uint8))
+
+
+def _on_white(band: Image.Image) -> Image.Image:
+    """A picture with transparent parts, laid on white."""
+    colours = band.convert("RGBA")
+    white = Image.new("RGBA", colours.size, "white")
+    white.alpha_composite(colours)
+    return white

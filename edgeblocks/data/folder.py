@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from edgeblocks.data.cache import FORMAT_VERSION, CacheWriter, Content
 from edgeblocks.data.decoding import EXTENSIONS, UnreadableImageError, decode, read_header
+from edgeblocks.data.limits import MOST_CLASSES, MOST_IMAGES, MOST_UNREADABLE
 from edgeblocks.errors import DataError
 
 _SPLIT_NAMES = frozenset({"train", "test", "val", "valid", "validation"})
@@ -85,6 +86,11 @@ class ImageFolder:
                 f"data folder {self._root} holds no images: looked for {_LOOKED_FOR} in it and in its sub-folders; "
                 "give a folder with one sub-folder of images per class, or one with the images themselves"
             )
+        if counts.sum() > MOST_IMAGES:
+            raise DataError(
+                f"data folder {self._root} holds {counts.sum()} images, and at most {MOST_IMAGES} are trained on; "
+                "give a part of it"
+            )
         empty = [folder for folder, count in zip(self._class_folders, counts, strict=False) if count == 0]
         if empty:
             num_classes = len(self._class_folders)
@@ -100,9 +106,9 @@ class ImageFolder:
         for done, file in enumerate(self._files(), start=1):
             if file.name not in skipped_:
                 try:
-                    header = read_header(self._root / file.name)
+                    header = read_header(self._root / file.name, image_size=self._image_size)
                 except UnreadableImageError as error:
-                    skipped_[file.name] = str(error)
+                    self._skip(file.name, error, skipped_)
                 else:
                     all_grey = all_grey and header.grey
                     sizes.add(header.width, header.height)
@@ -135,12 +141,20 @@ class ImageFolder:
                 try:
                     pixels = self._decode(file.name, shape)
                 except UnreadableImageError as error:
-                    skipped_[file.name] = str(error)
+                    self._skip(file.name, error, skipped_)
                 else:
                     cache.append(pixels[None], np.array([file.label]) if has_labels else None)
                     counts[file.label] += 1
             progress(done, max(done, self._num_files), "decoding")
         return counts
+
+    def _skip(self, name: str, why: UnreadableImageError, skipped_: dict[str, str]) -> None:
+        skipped_[name] = str(why)
+        if len(skipped_) > MOST_UNREADABLE:
+            raise DataError(
+                f"data folder {self._root}: more than {MOST_UNREADABLE} of its {self._num_files} image files cannot be "
+                f"read, the last being {_printable(name)}: {why}; replace or remove them"
+            )
 
     def _decode(self, name: str, shape: tuple[int, int, int]) -> NDArray[np.uint8]:
         pixels = decode(self._root / name, image_size=self._image_size, grey=shape[2] == 1)
@@ -194,6 +208,11 @@ def _class_folders(root: Path) -> tuple[str, ...]:
     _, entries = _entries(root)
     folders = tuple(entry.name for entry in entries if _is_folder(entry))
     num_loose = sum(_is_image(entry) for entry in entries)
+    if len(folders) > MOST_CLASSES:
+        raise DataError(
+            f"data folder {root} has {len(folders)} sub-folders, each a class, and at most {MOST_CLASSES} classes are "
+            "accepted; put the images into fewer"
+        )
     if folders and num_loose:
         raise DataError(
             f"data folder {root} has {num_loose} images beside {len(folders)} sub-folders ({_listed(folders)}); "

@@ -135,9 +135,9 @@ def _check_settings(image_size: int | None, hold_out: float) -> None:
 
 
 def _reader(source: str, image_size: int | None) -> ImageFolder | ImageArchive:
-    path = Path(source).expanduser()
     accepted = 'give "digits" (built in), a folder of images, or an .npz file'
     try:
+        path = Path(source).expanduser()
         if path.is_dir():
             return ImageFolder(path.resolve(), image_size)
         if not path.exists():
@@ -147,6 +147,8 @@ def _reader(source: str, image_size: int | None) -> ImageFolder | ImageArchive:
         return ImageArchive(path.resolve(), image_size)
     except OSError as error:
         raise DataError(f"data '{source}' cannot be looked at: {error.strerror}; {accepted}") from error
+    except (RuntimeError, ValueError) as error:  # nobody's home folder; a name that no file can have
+        raise DataError(f"data '{source}' cannot be looked at: {error}; {accepted}") from error
 
 
 def _open_digits(image_size: int | None, hold_out: float, seed: int) -> ImageSet:
@@ -217,7 +219,7 @@ def _mean_std(moments: NDArray[np.int64], pixels_per_image: int, source: str) ->
     count = len(moments) * pixels_per_image
     total, total_squares = (int(column) for column in moments.sum(axis=0))
     variance_numerator = count * total_squares - total * total
-    if variance_numerator == 0:
+    if variance_numerator <= 0:
         raise DataError(
             f"data '{source}': all {count} pixel values of the {len(moments)} training images are {total // count}; "
             "there is nothing to learn from a constant; check how the images were made"

@@ -4,7 +4,6 @@ A block is a whole small DiT: its own stem (patch, noise-level and class embeddi
 sees a noised image z, the noise level and the class, and predicts the clean image.
 """
 
-import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,6 +11,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from edgeblocks.bounds import MOST_LAYERS
 from edgeblocks.errors import ConfigError
 from edgeblocks.families.base import Batch, BatchSpec, ImageInfo
 from edgeblocks.layers import (
@@ -31,6 +31,9 @@ from edgeblocks.noise import NoiseDistribution, NoiseRange, loss_weight
 
 NOISE_FEATURES = 256
 SIGMA_DATA = 0.5
+MOST = {"width": 2**20, "depth": MOST_LAYERS, "heads": 2**12, "patch": 2**12}
+MOST_NOISE = 1e30
+"""Noise levels and the numbers of their distribution stay where no power of them leaves the range of a float."""
 LEAST_MASS = 1e-6
 """Of the noise distribution, inside [sigma_min, sigma_max]; with less, quantiles there cannot be told apart."""
 
@@ -57,6 +60,11 @@ class DitSettings:
             for name in ("width", "depth", "heads", "patch")
             if getattr(self, name) < 1
         ]
+        found += [
+            f"{name}={getattr(self, name)} is more than the {most} that are possible"
+            for name, most in MOST.items()
+            if getattr(self, name) > most
+        ]
         if not found and self.width % self.heads:
             found.append(f"width={self.width} is not divisible by heads={self.heads}; use --set heads=...")
         if not found and self.width % 4:
@@ -65,18 +73,21 @@ class DitSettings:
             found.append(f"label_dropout={self.label_dropout} must lie in [0, 1)")
         noise = {name: getattr(self, name) for name in ("sigma_min", "sigma_max", "p_mean", "p_std")}
         unusable = [
-            f"{name}={value} must be a finite number" for name, value in noise.items() if not math.isfinite(value)
+            f"{name}={value} must be a finite number between -{MOST_NOISE:g} and {MOST_NOISE:g}"
+            for name, value in noise.items()
+            if not -MOST_NOISE <= value <= MOST_NOISE
         ]
         found += unusable
         if unusable:
             return found
-        if not 0 < self.sigma_min < self.sigma_max:
+        if not 1 / MOST_NOISE <= self.sigma_min < self.sigma_max:
             found.append(
-                f"sigma_min={self.sigma_min} and sigma_max={self.sigma_max}: 0 < sigma_min < sigma_max is needed"
+                f"sigma_min={self.sigma_min} and sigma_max={self.sigma_max}: "
+                f"{1 / MOST_NOISE:g} <= sigma_min < sigma_max is needed"
             )
         if self.p_std <= 0:
             found.append(f"p_std={self.p_std} must be larger than 0")
-        elif 0 < self.sigma_min < self.sigma_max:
+        elif 1 / MOST_NOISE <= self.sigma_min < self.sigma_max:
             distribution = NoiseDistribution(**noise)
             if distribution.quantile(self.sigma_max) - distribution.quantile(self.sigma_min) < LEAST_MASS:
                 found.append(

@@ -32,9 +32,11 @@ from edgeblocks.errors import DoesNotFitError
 from edgeblocks.families.base import ImageInfo
 from edgeblocks.families.dit import Dit, DitSettings
 from edgeblocks.generators import generator_at
+from edgeblocks.guard import Guard
 from edgeblocks.layer_costs import LARGEST_HEAP_BYTES
 from edgeblocks.noise import partition_noise
 from edgeblocks.optim import Workspace, adamw_8bit_step_, adamw_step_
+from edgeblocks.planner import StepShape
 from edgeblocks.scheduler import Scheduler
 from edgeblocks.store import BlockBuffer, BlockLayout, bind_parameters_
 from edgeblocks.targets.cpu import CpuTarget
@@ -188,7 +190,9 @@ def measure_time(patch: int, blocks: int, rounds: int, *, kept_heap_bytes: int |
             )
             run = open_run(path)
             scheduler = Scheduler(run.store(), slots=blocks)
-            arms[optimizer] = (Trainer(run, plain.images, scheduler), scheduler)
+            shapes = [StepShape(**shape) for shape in run.plan["shapes"]]
+            guard = Guard(CpuTarget(), budget_bytes=2**62, shapes=shapes, breakdown=run.plan["breakdown"], note=print)
+            arms[optimizer] = (Trainer(run, plain.images, scheduler, guard), scheduler)
         plain.step()
         times: dict[str, list[float]] = {"plain": [], "adamw": [], "adamw8bit": []}
         for number in range(1, rounds + 1):

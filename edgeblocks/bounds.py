@@ -1,0 +1,5 @@
+"""How large settings may be: what lies above is a slip of the keyboard or a damaged file."""
+
+MOST_LAYERS = 2**12
+MOST_SAMPLES = 2**20
+MOST_STEPS = 2**30

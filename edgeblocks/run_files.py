@@ -1,0 +1,248 @@
+"""What may stand in the files of a run directory: checked value by value before anything is made from it.
+
+A run directory may come from anywhere. The models below say which values are needed and how large they may be; keys
+that they do not name are passed over, because a later edgeblocks may write more.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any, Self, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from edgeblocks.bounds import MOST_LAYERS, MOST_SAMPLES, MOST_STEPS
+from edgeblocks.data.limits import LONGEST_SIDE, MOST_CHANNELS, MOST_CLASSES, MOST_PIXELS
+from edgeblocks.errors import RunError
+from edgeblocks.untrusted import MalformedFileError, open_regular, parse_json, read_object, shown
+
+_MOST_RECORD_BYTES = 2**16
+_PROBLEMS_SHOWN = 5
+_AGAIN = "put the file back from a copy, or train again with a new --out"
+
+Layers = Annotated[int, Field(ge=1, le=MOST_LAYERS)]
+Samples = Annotated[int, Field(ge=1, le=MOST_SAMPLES)]
+Steps = Annotated[int, Field(ge=1, le=MOST_STEPS)]
+Count = Annotated[int, Field(ge=0, le=2**63)]
+Side = Annotated[int, Field(ge=1, le=LONGEST_SIDE)]
+Seconds = Annotated[float, Field(ge=0)]
+Text = Annotated[str, Field(max_length=2**15)]
+
+
+class _Checked(BaseModel):
+    """Values as JSON gives them, none converted: "1" and true are not 1, and NaN is no number."""
+
+    model_config = ConfigDict(strict=True, frozen=True, extra="ignore", allow_inf_nan=False)
+
+
+class ImageFields(_Checked):
+    """`data` in manifest.json: the images that the run is trained on."""
+
+    channels: Annotated[int, Field(ge=1, le=MOST_CHANNELS)]
+    height: Side
+    width: Side
+    num_classes: Annotated[int, Field(ge=0, le=MOST_CLASSES)]
+    mean: Annotated[float, Field(ge=0, le=1)]
+    scale: Annotated[float, Field(gt=0, le=1e12)]
+    source: Text
+    fingerprint: Text
+
+    @model_validator(mode="after")
+    def _can_be_trained_on(self) -> Self:
+        if self.height * self.width > MOST_PIXELS:
+            raise ValueError(f"{self.height} x {self.width} pixels are more than {MOST_PIXELS}")
+        return self
+
+
+class ManifestFields(_Checked):
+    """manifest.json."""
+
+    run_id: Annotated[str, Field(pattern=r"^[0-9a-f]{8,64}$")]
+    family: Text
+    data: ImageFields
+    class_names: Annotated[list[Text], Field(max_length=MOST_CLASSES)]
+
+    @model_validator(mode="after")
+    def _names_every_class(self) -> Self:
+        if len(self.class_names) != self.data.num_classes:
+            raise ValueError(f"{len(self.class_names)} class_names for data.num_classes={self.data.num_classes}")
+        return self
+
+
+class StepShapeFields(_Checked):
+    """One of `shapes` in plan.json: how a training step may be cut."""
+
+    micro_batch: Samples
+    checkpointing: bool
+    step_bytes: Count
+
+
+class PlanFields(_Checked):
+    """plan.json, as far as a run needs it for sampling, evaluation and export."""
+
+    layers_per_block: Annotated[list[Layers], Field(min_length=1, max_length=MOST_LAYERS)]
+    micro_batch: Samples
+    slots: Layers
+    budget_bytes: Annotated[int, Field(ge=1, le=2**63)]
+    blocks: Layers | None = None
+    visit_steps: Steps | None = None
+    checkpointing: bool | None = None
+    shapes: Annotated[list[StepShapeFields], Field(min_length=1, max_length=256)] | None = None
+    parameters: Count | None = None
+    predicted_peak_bytes: Count | None = None
+    predicted_step_s: Seconds | None = None
+    breakdown: Annotated[dict[str, Count], Field(max_length=64)] | None = None
+
+    @model_validator(mode="after")
+    def _agrees_with_itself(self) -> Self:
+        num_blocks = len(self.layers_per_block)
+        if self.blocks is not None and self.blocks != num_blocks:
+            raise ValueError(f"blocks={self.blocks}, but layers_per_block lists {num_blocks}")
+        if self.slots > num_blocks:
+            raise ValueError(f"slots={self.slots} are more than the {num_blocks} blocks")
+        return self
+
+
+class ResumablePlanFields(PlanFields):
+    """plan.json, as far as training needs it."""
+
+    blocks: Layers
+    visit_steps: Steps
+    checkpointing: bool
+    shapes: Annotated[list[StepShapeFields], Field(min_length=1, max_length=256)]
+    parameters: Count
+    predicted_peak_bytes: Count
+    predicted_step_s: Seconds
+    breakdown: Annotated[dict[str, Count], Field(max_length=64)]
+
+
+class _Diverging(_Checked):
+    """Measured values, which may be NaN where training diverged."""
+
+    model_config = ConfigDict(allow_inf_nan=True)
+
+
+class MetricFields(_Diverging):
+    """`metrics` in summary.json."""
+
+    validation_loss: float
+
+
+class SummaryFields(_Diverging):
+    """summary.json, as far as it is read again."""
+
+    peak_bytes: Count
+    metrics: MetricFields
+
+
+Fields = TypeVar("Fields", bound=_Checked)
+
+
+def read_json(path: Path, *, finite: bool = True) -> dict[str, Any]:
+    """A JSON object of a run directory.
+
+    Raises:
+        RunError: unreadable, too large, or not an object.
+    """
+    try:
+        return read_object(path, finite=finite)
+    except OSError as error:
+        raise RunError(f"cannot read {path}: {error.strerror}") from error
+    except MalformedFileError as error:
+        raise RunError(f"{path} is damaged: {error}; {_AGAIN}") from error
+
+
+def check_manifest(path: Path, content: dict[str, Any]) -> ManifestFields:
+    """The content of manifest.json with its types and ranges checked.
+
+    Raises:
+        RunError: names the file and the values.
+    """
+    return _checked(ManifestFields, path, content)
+
+
+def check_plan(path: Path, content: dict[str, Any], *, num_layers: int) -> dict[str, Any]:
+    """The content of plan.json, itself, after its types and ranges were checked.
+
+    Args:
+        num_layers: of the whole network.
+
+    Raises:
+        RunError: names the file and the values.
+    """
+    plan = _checked(PlanFields, path, content)
+    if sum(plan.layers_per_block) != num_layers:
+        raise RunError(
+            f"{path} is damaged: its blocks have {sum(plan.layers_per_block)} layers, the network {num_layers} "
+            f"(config.yaml); {_AGAIN}"
+        )
+    return content
+
+
+def check_resumable(path: Path, content: dict[str, Any]) -> None:
+    """That plan.json holds all that training needs, for example after it was written by hand.
+
+    Raises:
+        RunError: names the file and the values.
+    """
+    _checked(ResumablePlanFields, path, content)
+
+
+def read_summary(path: Path) -> dict[str, Any]:
+    """The content of summary.json; `peak_bytes` and `metrics.validation_loss` are there.
+
+    Raises:
+        RunError: unreadable or damaged.
+    """
+    content = read_json(path, finite=False)
+    _checked(SummaryFields, path, content)
+    return content
+
+
+def read_records(path: Path) -> Iterator[dict[str, Any]]:
+    """The objects of a file with one JSON object a line; any other line (the last one half-written) is passed over.
+
+    Raises:
+        RunError: the file cannot be read.
+    """
+    try:
+        with open_regular(path) as file:
+            while line := file.readline(_MOST_RECORD_BYTES):
+                if len(line) == _MOST_RECORD_BYTES and not line.endswith(b"\n"):
+                    while (rest := file.readline(_MOST_RECORD_BYTES)) and not rest.endswith(b"\n"):
+                        pass
+                    continue
+                try:
+                    record = parse_json(line.decode("utf-8", errors="replace"), finite=False)
+                except MalformedFileError:
+                    continue
+                if isinstance(record, dict):
+                    yield record
+    except OSError as error:
+        raise RunError(f"cannot read {path}: {error.strerror}") from error
+
+
+def is_up_to(record: dict[str, Any], steps: list[int]) -> bool:
+    """Whether a record of metrics.jsonl tells of a step that its block has made, given each block's saved step."""
+    block, step = record.get("block"), record.get("step")
+    return type(block) is int and type(step) is int and 0 <= block < len(steps) and step <= steps[block]
+
+
+def _checked(model: type[Fields], path: Path, content: dict[str, Any]) -> Fields:
+    try:
+        return model.model_validate(content)
+    except ValidationError as error:
+        problems = [_problem(item) for item in error.errors(include_url=False, include_context=False)]
+    hidden = len(problems) - _PROBLEMS_SHOWN
+    more = f" and {hidden} more" if hidden > 0 else ""
+    raise RunError(f"{path} is damaged: {'; '.join(problems[:_PROBLEMS_SHOWN])}{more}; {_AGAIN}")
+
+
+def _problem(item: Any) -> str:
+    """One of pydantic's problems as text."""
+    where = ".".join(shown(part).strip("'") for part in item["loc"])
+    message = item["msg"].removeprefix("Value error, ")
+    if item["type"] == "missing":
+        return f"{where} is missing"
+    if item["type"] == "value_error":
+        return f"{where}: {message}" if where else str(message)
+    return f"{where}={shown(item['input'])}: {message[0].lower()}{message[1:]}"
