@@ -37,6 +37,7 @@ from edgeblocks.preparation import (
 )
 from edgeblocks.registry import build_profile, build_target, family_type, profile_names, target_names
 from edgeblocks.run import Run
+from edgeblocks.run_files import check_resumable
 from edgeblocks.scheduler import Scheduler
 from edgeblocks.trainer import Interrupted, Interruption, Trainer, create_blocks
 from edgeblocks.units import format_bytes
@@ -183,6 +184,7 @@ def resume(
     """
     listener = listener or Silent()
     run = open_run(Path(path))
+    check_resumable(run.path / "plan.json", run.plan)
     with locked(run.path, listener.note):
         given = {"mem_budget": mem_budget, "data": data, "work_dir": work_dir, "max_disk_writes": max_disk_writes}
         run = run.changed({name: value for name, value in given.items() if value is not None})

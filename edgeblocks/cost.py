@@ -3,16 +3,24 @@
 Steps of blocks of one to three layers are traced on torch's meta device: operators run on shapes alone, while a
 dispatch mode follows which storages are alive. A peak grows linearly with layers, so these few traces give every block
 size. Meta operators import some 80 MB of symbolic libraries that a training process would never give back, hence the
-trace runs in a process of its own (`trace_in_subprocess`).
+trace runs in a process of its own (`trace_in_subprocess`). Its answer is kept in the cache folder: it is the same until
+the network, this package's code or torch change, and planning or sampling again need not wait for it.
 """
 
 import contextlib
+import functools
+import hashlib
 import json
+import os
+import platform
 import subprocess
 import sys
+import tempfile
 import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
+from importlib import metadata
+from pathlib import Path
 from typing import Any, get_args
 
 from edgeblocks.errors import EdgeblocksError
@@ -23,21 +31,58 @@ RUN_TO_RUN_BYTES = 3_000_000
 
 
 def trace_in_subprocess(
-    family_name: str, settings: dict[str, Any], data: dict[str, Any], sample_counts: Sequence[int]
+    family_name: str,
+    settings: dict[str, Any],
+    data: dict[str, Any],
+    sample_counts: Sequence[int],
+    *,
+    cache: Path | None = None,
 ) -> tuple[LayerCosts, int]:
     """`LayerCosts` of a family, traced by a child process that leaves nothing behind in this one; and the child's peak.
 
     Args:
         settings, data: fields of the family's settings and data description, as JSON values.
         sample_counts: micro-batches to trace.
+        cache: a folder of former answers, looked up and added to; None traces in any case.
     """
     request = {"family": family_name, "settings": settings, "data": data, "sample_counts": list(sample_counts)}
+    kept = None if cache is None else cache / f"costs-{_fingerprint(request)}.json"
+    if kept is not None:
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):  # damaged: as if not there
+            return _parse_answer(kept.read_text())
     command = [sys.executable, "-m", "edgeblocks.cost"]
     done = subprocess.run(command, input=json.dumps(request), capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise EdgeblocksError(f"the cost trace of '{family_name}' failed (exit {done.returncode}):\n{done.stderr}")
-    fields = json.loads(done.stdout)
-    planning_bytes = fields.pop("planning_bytes")
+    answer = _parse_answer(done.stdout)
+    if kept is not None:
+        with contextlib.suppress(OSError):  # a full or read-only cache costs time only
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.NamedTemporaryFile("w", dir=kept.parent, suffix=".partial", delete=False) as file:
+                file.write(done.stdout)
+            Path(file.name).replace(kept)
+    return answer
+
+
+def _fingerprint(request: dict[str, Any]) -> str:
+    """Changes with everything that an answer depends on: the request, the code, torch, the threads of a step."""
+    threads = [os.environ.get("OMP_NUM_THREADS"), os.cpu_count(), platform.machine()]
+    about = [request, _code_digest(), metadata.version("torch"), sys.version, threads]
+    return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:32]
+
+
+@functools.cache
+def _code_digest() -> str:
+    """Of this package's source."""
+    folder = Path(__file__).parent
+    sources = sorted(path.relative_to(folder) for path in folder.rglob("*.py"))
+    return hashlib.sha256(b"".join((folder / path).read_bytes() for path in sources)).hexdigest()
+
+
+def _parse_answer(text: str) -> tuple[LayerCosts, int]:
+    """The child's answer; anything else raises one of the errors that reading JSON as something it is not can raise."""
+    fields = json.loads(text)
+    planning_bytes = int(fields.pop("planning_bytes"))
     for kind in ("plain", "checkpointed", "forward"):
         fields[kind] = tuple(_step_cost(step) for step in fields[kind])
     return LayerCosts(**fields), planning_bytes
@@ -45,7 +90,7 @@ def trace_in_subprocess(
 
 def _step_cost(fields: dict[str, Any]) -> StepCost:
     growths = {name: Growth(**fields[name]) for name in ("peak_bytes", "heap_bytes", "touched_bytes", "operators")}
-    return StepCost(samples=fields["samples"], **growths)
+    return StepCost(samples=int(fields["samples"]), **growths)
 
 
 def trace(family: Any, sample_counts: Sequence[int]) -> LayerCosts:

@@ -235,7 +235,8 @@ def trace_costs(settings: Settings, data: ImageInfo) -> tuple[LayerCosts, int]:
     counts = {sizes[0], sizes[len(sizes) // 2], 1}
     if settings.run.micro_batch != "auto":
         counts.add(min(settings.run.micro_batch, settings.run.batch))
-    return cost.trace_in_subprocess(settings.run.family, asdict(settings.family), asdict(data), sorted(counts))
+    fields = (settings.run.family, asdict(settings.family), asdict(data), sorted(counts))
+    return cost.trace_in_subprocess(*fields, cache=cache_folder())
 
 
 def image_info(images: ImageSet, sigma_data: float) -> ImageInfo:

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from edgeblocks.errors import RunError, StorageError
 from edgeblocks.units import format_bytes
+from edgeblocks.untrusted import open_regular, parse_json, shown
 
 FORMAT_VERSION = 1
 GROUP_SIZE = 256
@@ -246,7 +247,7 @@ class BlockStore:
         """
         path = self.path(block)
         try:
-            with path.open("rb") as file:
+            with open_regular(path) as file:
                 return self._read_header(block, file)[0]
         except FileNotFoundError as error:
             raise RunError(f"block {block} is missing: there is no file {path}; {_kept(block)}") from error
@@ -262,7 +263,7 @@ class BlockStore:
         layout, path = self.layouts[block], self.path(block)
         buffer.adopt_(layout)
         try:
-            with path.open("rb", buffering=0) as file:
+            with open_regular(path) as file:
                 header, data_start = self._read_header(block, file)
                 for part in buffer.parts:
                     start, num_bytes = layout.part_span(part)
@@ -288,7 +289,7 @@ class BlockStore:
         if not 2 <= length <= min(_HEADER_LIMIT_BYTES, size - 8):
             raise RunError(f"{damaged} is not a safetensors file or is cut short ({size} bytes); {_kept(block)}")
         try:
-            table = json.loads(file.read(length))
+            table = parse_json(file.read(length).decode("utf-8"))
             metadata = table.pop("__metadata__")
             version = int(metadata["format_version"])
             if version != FORMAT_VERSION:
@@ -301,11 +302,13 @@ class BlockStore:
                 raise RunError(f"{damaged} has a header that does not match its checksum; {_kept(block)}")
             header = BlockHeader(
                 run_id=metadata["run_id"],
-                block=int(metadata["block"]),
-                step=int(metadata["step"]),
+                block=_count(metadata["block"]),
+                step=_count(metadata["step"]),
                 digests={part: metadata[f"{part}_sha256"] for part in PARTS},
-                run_bytes_written=int(metadata.get("run_bytes_written", 0)),
+                run_bytes_written=_count(metadata.get("run_bytes_written", "0")),
             )
+            if not isinstance(header.run_id, str):
+                raise TypeError(f"run_id={shown(header.run_id)}")
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise RunError(f"{damaged} has an unreadable header; {_kept(block)}") from error
         if header.run_id != self.run_id or header.block != block:
@@ -320,6 +323,13 @@ class BlockStore:
         if size != expected:
             raise RunError(f"{damaged} has {size} bytes where {expected} belong: it was cut short; {_kept(block)}")
         return header, 8 + length
+
+
+def _count(text: str) -> int:
+    """A number as the header has it: digits, no more than any count of steps or bytes needs."""
+    if not isinstance(text, str) or not (text.isascii() and text.isdigit() and len(text) <= 19):
+        raise ValueError(f"{shown(text)} is no count")
+    return int(text)
 
 
 def _kept(block: int) -> str:

@@ -187,7 +187,8 @@ def read_manifest(folder: Path) -> Manifest:
     if type(version) is not int or version != EXPORT_FORMAT_VERSION:
         raise RunError(
             f"{folder} has export format version {shown(version)}; this edgeblocks "
-            f"({metadata.version('edgeblocks')}) reads version {EXPORT_FORMAT_VERSION}. Use the edgeblocks that wrote it, or export the run again"
+            f"({metadata.version('edgeblocks')}) reads version {EXPORT_FORMAT_VERSION}. Use the edgeblocks that wrote "
+            "it, or export the run again"
         )
     try:
         manifest = _manifest(_Fields(content, ""))

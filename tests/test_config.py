@@ -1,4 +1,5 @@
 import doctest
+import os
 from dataclasses import asdict, fields, replace
 
 import pytest
@@ -102,7 +103,8 @@ def test_a_given_preset_wins_over_the_config_files():
 @pytest.mark.parametrize("key", list(RunSettings.model_fields))
 def test_every_run_setting_rejects_wrong_types(key):
     """Each field of RunSettings refuses a list and a text (or, where a text is fine, a number), naming the field."""
-    for wrong in ([1, 2], {"a": 1}, "certainly not" if not isinstance(RunSettings().model_dump()[key], str) else 5):
+    takes_text = isinstance(RunSettings().model_dump()[key], str) or key == "work_dir"
+    for wrong in ([1, 2], {"a": 1}, 5 if takes_text else "certainly not"):
         if wrong == 5 and RunSettings().model_dump()[key] == "auto":
             wrong = 0.5  # noqa: PLW2901 - 5 blocks are fine
         try:
@@ -290,3 +292,101 @@ def test_settings_cannot_be_changed():
         with pytest.raises(Exception, match=r"frozen|cannot assign"):
             setattr(target, key, 3)
     assert set(asdict(settings.family)).isdisjoint(settings.run.model_dump())
+
+
+def read(path, content):
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return read_yaml(path)
+
+
+BILLION_LAUGHS = "a0: &a0 [ha]\n" + "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]\n" for n in range(1, 30))
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (BILLION_LAUGHS, r"an alias \('a0'\) is not read here; write the value out"),
+        ("data: &x [*x]", "an alias"),
+        ("data: " + "[" * 10_000, "nested more than 8 levels deep"),
+        ("data: " + "{a: " * 100, "nested more than 8 levels deep"),
+        ("steps: 0x" + "f" * 5000, "a whole number has more than 40 digits"),
+        ("steps: " + "9" * 5000, "a whole number has more than 40 digits"),
+        ("steps: 1" + ":59" * 5000, "a whole number has more than 40 digits"),
+        ("batch: !!int ''", "a value does not suit its tag"),
+        ("batch: !!bool 5", "a value does not suit its tag"),
+        ("data: !!timestamp soon", "a value does not suit its tag"),
+        ("data: !!python/object/apply:os.system [id]", "could not determine a constructor"),
+        ("data: " + "x" * 70_000, "it has 70006 bytes, and at most 65536 are read"),
+        ("\n".join(f"k{n}: 1" for n in range(300)), "holds 300 settings; there are fewer than 200"),
+    ],
+    ids=range(13),
+)
+def test_a_settings_file_that_is_short_to_write_and_long_to_use_is_refused(tmp_path, content, words):
+    """Aliases, depth, digits, tags and sizes have limits; nothing but ConfigError is raised."""
+    with pytest.raises(ConfigError, match=words):
+        read(tmp_path / "a.yaml", content)
+
+
+def test_a_settings_file_that_is_a_pipe_is_not_waited_for(tmp_path):
+    """Opening it would block until somebody writes."""
+    os.mkfifo(tmp_path / "a.yaml")
+    with pytest.raises(ConfigError, match="not a regular file"):
+        read_yaml(tmp_path / "a.yaml")
+
+
+def test_a_date_is_a_text(tmp_path):
+    """A folder may be named after a day, and after one that does not exist."""
+    assert read(tmp_path / "a.yaml", "data: 2024-05-01") == {"data": "2024-05-01"}
+    assert parse_assignments(["data=2024-99-99"]) == {"data": "2024-99-99"}
+
+
+@pytest.mark.parametrize("assignment", ["data=*a", "data=" + "[" * 1000, "data=0x" + "f" * 9000, "data=!!bool 5"])
+def test_an_assignment_that_is_no_yaml_is_a_text(assignment):
+    """Whatever stands behind the equals sign, it is a value or a text."""
+    assert parse_assignments([assignment]) == {"data": assignment.removeprefix("data=")}
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("steps", 2**31),
+        ("batch", 2**21),
+        ("seed", 2**64),
+        ("blocks", 5000),
+        ("micro_batch", 2**21),
+        ("visit_steps", 2**31),
+        ("sample_grids", 10**6),
+        ("sample_steps", 10**6),
+        ("warmup", 10**12),
+        ("width", 2**21),
+        ("depth", 10**9),
+        ("heads", 10**6),
+        ("patch", 10**6),
+        ("sigma_max", 10**400),
+        ("p_mean", -(10**400)),
+        ("learning_rate", 10**400),
+        ("mem_budget", "9" * 400 + "GB"),
+        ("max_disk_writes", "9" * 400),
+        ("data", "\ud800"),
+        ("target", "\udcff"),
+        ("work_dir", "a\0b"),
+        ("work_dir", "~nobody-of-this-name/x"),
+    ],
+    ids=lambda value: str(value)[:20].encode("ascii", "backslashreplace").decode(),
+)
+def test_a_size_that_nothing_can_hold_is_a_problem_of_its_own(key, value):
+    """Before anything is allocated, and in words that name the setting."""
+    problems = problems_of({key: value})
+    assert len(problems) == 1 or key in ("width", "heads"), problems
+    assert key in problems[0]
+
+
+def test_a_wrong_value_is_shown_in_short():
+    """A list of a million entries, or one inside itself a thousand times, does not fill the screen."""
+    deep = []
+    for _ in range(5000):
+        deep = [deep]
+    for value in ([0] * 10**6, deep, "x" * 10**6, {"a": 10**5000}):
+        for key in ("steps", "heads"):
+            (problem,) = problems_of({key: value})
+            assert problem.startswith(f"{key}=") and len(problem) < 400

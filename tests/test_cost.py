@@ -190,6 +190,22 @@ print(json.dumps([sorted({{"sympy", "torch"}} & set(sys.modules)), asdict(costs)
     assert fields == json.loads(json.dumps(direct))
 
 
+def test_a_kept_trace_is_taken_again_and_a_damaged_one_made_again(tmp_path, monkeypatch):
+    """The second answer needs no child process and is the same; a damaged file, or other settings, are traced anew."""
+    request = ("dit", asdict(SETTINGS), asdict(DATA), [1])
+    first = trace_in_subprocess(*request, cache=tmp_path)
+    (kept,) = tmp_path.iterdir()
+    with monkeypatch.context() as patched:
+        patched.setattr(sys, "executable", "/nonexistent")
+        assert trace_in_subprocess(*request, cache=tmp_path) == first
+        with pytest.raises(FileNotFoundError):
+            trace_in_subprocess("dit", asdict(SETTINGS) | {"width": 32}, asdict(DATA), [1], cache=tmp_path)
+    for content in ("", "{}", "[1]", '{"planning_bytes": "x"}', kept.read_text()[:-20]):
+        kept.write_text(content)
+        assert trace_in_subprocess(*request, cache=tmp_path)[0] == first[0]
+    assert [path.name for path in tmp_path.iterdir()] == [kept.name]
+
+
 def test_a_failed_trace_says_why():
     """A family that cannot be traced is an error that names it and shows the child's own message."""
     with pytest.raises(EdgeblocksError, match=r"(?s)'dit'.*patch=5"):

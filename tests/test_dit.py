@@ -9,7 +9,7 @@ from torch import nn
 from edgeblocks.config import load_preset
 from edgeblocks.errors import ConfigError
 from edgeblocks.families.base import ImageInfo
-from edgeblocks.families.dit import SIGMA_DATA, Dit, DitSettings
+from edgeblocks.families.dit import MOST, SIGMA_DATA, Dit, DitSettings
 from edgeblocks.noise import loss_weight, partition_noise
 
 SETTINGS = DitSettings(width=16, depth=3, heads=2, patch=2)
@@ -349,3 +349,19 @@ def test_presets_have_the_published_number_of_parameters(preset, published):
         block = family.block(num_layers=family.num_layers, checkpointing=False)
     assert all(parameter.is_meta for parameter in block.parameters())
     assert sum(parameter.numel() for parameter in block.parameters()) == pytest.approx(published, rel=0.03)
+
+
+@pytest.mark.parametrize(("key", "most"), MOST.items())
+def test_sizes_have_an_upper_bound(key, most):
+    """What no machine holds is a problem with its numbers, before anything is made from it."""
+    other = {"width": {"heads": 1}, "heads": {"width": most}}.get(key, {})
+    assert DitSettings(**{key: most, **other}).problems() == []
+    found = DitSettings(**{key: most + 1, **other}).problems()
+    assert f"{key}={most + 1} is more than the {most} that are possible" in found
+
+
+@pytest.mark.parametrize("values", [{"sigma_max": 1e300}, {"sigma_min": 1e-320}, {"p_mean": -1e308}, {"p_std": 1e31}])
+def test_noise_levels_stay_where_their_powers_are_floats(values):
+    """A sampler raises them to the seventh power's root and back."""
+    (problem,) = DitSettings(**values).problems()
+    assert next(iter(values)) in problem

@@ -1,4 +1,6 @@
+import functools
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -12,7 +14,7 @@ from random_run import make_run, unlabelled_images
 
 from edgeblocks.errors import ConfigError, EdgeblocksError, RunError
 from edgeblocks.export.graph import export_run
-from edgeblocks.export.manifest import read_manifest
+from edgeblocks.export.manifest import checked_path, read_manifest
 from edgeblocks.export.sampler import Sampler
 from edgeblocks.noise import sampler_levels
 from edgeblocks.solver import class_number, classes_in_turn, guide, integrate
@@ -259,7 +261,7 @@ _PATH_LEADS_OUT = "plain name of a file in the directory"
     [
         (("format_version",), 2, "format version 2.*reads version 1"),
         (("format_version",), True, "format version True"),
-        (("format_version",), "1", "format version 1"),
+        (("format_version",), "1", "format version '1'"),
         (("kind",), "something", "of another kind"),
         (("files", 0, "file"), "../block_000.onnx", _PATH_LEADS_OUT),
         (("files", 0, "file"), "/etc/passwd", _PATH_LEADS_OUT),
@@ -306,6 +308,85 @@ def test_a_wrong_manifest_is_refused(copy, path, value, words):
     (copy / "manifest.json").write_text(json.dumps(content))
     with pytest.raises(RunError, match=words):
         Sampler(copy)
+
+
+def test_a_manifest_of_any_size_depth_or_kind_is_refused(copy):
+    """A hole of a terabyte, a pipe, brackets without end, a value too deep to be shown: RunError, at once."""
+    path = copy / "manifest.json"
+    content = json.loads(path.read_text())
+    content["family"] = functools.reduce(lambda inner, _: [inner], range(900), 0)
+    for text in ("[" * 10**6, '{"a":' * 10**5, json.dumps(content), '{"kind": "edgeblocks export"' + ", 1" * 10**6):
+        path.write_text(text)
+        with pytest.raises(RunError, match="damaged"):
+            read_manifest(copy)
+    with path.open("wb") as file:
+        file.truncate(10**12)
+    with pytest.raises(RunError, match="1000000000000 bytes, and at most"):
+        read_manifest(copy)
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(RunError, match=r"manifest\.json: it is a pipe"):
+        read_manifest(copy)
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "words"),
+    [
+        (("sampler", "steps"), 10**9, "sampler.steps must be a whole number of at most 10000"),
+        (("image", "height"), 10**12, "image.height must be a whole number of at most 65536"),
+        (("image", "width"), 2**16, "sampler|image must be of at most 16777216 pixels"),
+        (("image", "channels"), 2**31, "image.channels must be a whole number of at most 1024"),
+        (("num_classes",), 10**9, "num_classes must be a whole number of at most 100000"),
+        (("opset",), 2**31, "opset must be a whole number of at most 1000"),
+        (("files", 0, "bytes"), 2**64, "bytes must be a whole number of at most"),
+        (("files", 0, "file"), "\ud800.onnx", "files.0..file must be a text"),
+        (("files", 0, "file"), "x" * 300, "plain name of a file"),
+        (("class_names",), ["\udcff"] * 10, "list of texts"),
+        (("boundaries",), [1e300, 0.5, 0.1, 0.002], "noise levels from|noise.sigma_max"),
+    ],
+    ids=str,
+)
+def test_sizes_in_a_manifest_have_limits(copy, path, value, words):
+    """Nothing is made or waited for before the number is compared: a billion steps are a billion noise levels."""
+    content = json.loads((copy / "manifest.json").read_text())
+    place = content
+    for key in path[:-1]:
+        place = place[key]
+    place[path[-1]] = value
+    if path[-1] == "width":
+        content["image"]["height"] = 2**16
+    (copy / "manifest.json").write_text(json.dumps(content))
+    with pytest.raises(RunError, match=words):
+        read_manifest(copy)
+
+
+def test_a_block_file_is_a_file_of_the_directory(copy, exported):
+    """A link that leaves it, a pipe, a device, a folder, a loop, and a file of another size are refused unopened."""
+    block = read_manifest(copy).files[0]
+    path = copy / block.file
+    path.rename(copy / "moved.onnx")
+    path.symlink_to("moved.onnx")
+    assert checked_path(copy, block) == path  # a link that stays inside is as good as the file
+
+    def refused(words):
+        with pytest.raises(RunError, match=words):
+            checked_path(copy, block)
+        path.rmdir() if path.is_dir() and not path.is_symlink() else path.unlink()
+
+    path.unlink()
+    path.symlink_to(exported / block.file)
+    refused("block 0 is refused: .* is a link that leaves the directory")
+    path.symlink_to("/dev/zero")
+    refused("block 0 is refused: .* is a link that leaves the directory")
+    path.symlink_to(path)
+    refused("cannot read block 0")
+    os.mkfifo(path)
+    refused("block 0 is refused: .* is no regular file")
+    path.mkdir()
+    refused("block 0 is refused: .* is no regular file")
+    with path.open("wb") as file:
+        file.truncate(10**12)
+    refused("block 0 is damaged: .* have 1000000000000 bytes where")
 
 
 _JSON = st.recursive(

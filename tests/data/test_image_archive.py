@@ -1,6 +1,7 @@
 """Files of arrays (.npz), whole and broken."""
 
 import io
+import tracemalloc
 import zipfile
 
 import numpy as np
@@ -215,4 +216,124 @@ def test_a_member_that_is_no_array_is_explained(tmp_path):
     with zipfile.ZipFile(tmp_path / "set.npz", "w") as archive:
         archive.writestr("images.npy", b"hello, this is text")
     with pytest.raises(DataError, match="`images` is not an array that numpy saved"):
+        opened(tmp_path)
+
+
+def test_a_header_that_claims_gigabytes_is_not_read(tmp_path):
+    """Version 2 of the format lets a header have 4 GB, and a deflated one takes a thousandth of that in the file."""
+    claim = b"\x93NUMPY\x02\x00" + (2**31).to_bytes(4, "little") + b" " * 10**6
+    with zipfile.ZipFile(tmp_path / "set.npz", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("images.npy", claim)
+    with pytest.raises(DataError, match="its header claims 2147483648 bytes, and at most 10000 are read"):
+        opened(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("header", "words"),
+    [
+        (b"(" * 5000, "cannot be read"),
+        (b"-" * 9000 + b"1", "cannot be read"),
+        (b"{[]: 1}", "cannot be read"),
+        (b"9" * 9000, "cannot be read"),
+        (b"{'descr': '|u1',\n'fortran_order': False, 'shape': (2,", "cannot be read"),
+        (b"{'descr': '|u1', 'fortran_order': False, 'shape': (-2, -3, 2)}", "its shape is"),
+        (b"{'descr': '|u1', 'fortran_order': False, 'shape': [2, 3, 2]}", "its shape is"),
+        (b"{'descr': '|u1', 'fortran_order': 0, 'shape': (2, 3, 2)}", "its fortran_order is 0"),
+        (b"{'descr': [('a', '<f8')], 'fortran_order': False, 'shape': (2, 3, 2)}", "not numbers of one type"),
+        (b"{'descr': '<i9', 'fortran_order': False, 'shape': (2, 3, 2)}", "which numpy does not know"),
+        (b"{'descr': '|u1', 'shape': (2, 3, 2)}", "its header says"),
+        (b"[]", "its header says"),
+    ],
+)
+def test_a_header_that_is_none_is_explained(tmp_path, header, words):
+    """What makes Python's parser raise TokenError, RecursionError or MemoryError is a damaged file and nothing else."""
+    with zipfile.ZipFile(tmp_path / "set.npz", "w") as archive:
+        archive.writestr("images.npy", b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header + bytes(12))
+    with pytest.raises(DataError, match=f"`images` is not an array that numpy saved .*{words}"):
+        opened(tmp_path)
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_packings_that_numpy_does_not_use_are_refused(tmp_path, method):
+    """A megabyte of bzip2 can become 20 GB in one step, whatever is asked for."""
+    np.savez(tmp_path / "plain.npz", images=IMAGES)
+    with zipfile.ZipFile(tmp_path / "plain.npz") as plain, zipfile.ZipFile(tmp_path / "set.npz", "w", method) as packed:
+        packed.writestr("images.npy", plain.read("images.npy"))
+    with pytest.raises(DataError, match=rf"packed by the zip method {method}; .*numpy\.savez"):
+        opened(tmp_path)
+
+
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+def test_a_member_that_claims_more_than_can_be_packed_is_refused(tmp_path, save):
+    """A file of some kilobytes whose tables promise 4 GB: nothing is allocated, no disk is asked for room."""
+    save(tmp_path / "set.npz", images=IMAGES)
+    content = bytearray((tmp_path / "set.npz").read_bytes())
+    place = content.rfind(b"PK\x01\x02")
+    content[place + 24 : place + 28] = (2**32 - 2).to_bytes(4, "little")
+    (tmp_path / "set.npz").write_bytes(content)
+    with pytest.raises(DataError, match="`images` claims 4294967294 bytes, packed in"):
+        opened(tmp_path)
+
+
+def test_a_table_of_contents_of_any_length_is_not_read(tmp_path):
+    """20,000 empty members have more names than all that is read of them."""
+    with zipfile.ZipFile(tmp_path / "set.npz", "w") as archive:
+        for number in range(20_000):
+            archive.writestr(f"{number}.npy", b"")
+    with pytest.raises(DataError, match=r"its table of contents has \d+ bytes, and at most 1048576 are read"):
+        opened(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("shape", "words"),
+    [
+        ((2, 4097, 4096), "images of 4097 x 4096 pixels; at most 16777216 pixels"),
+        ((2, 1, 65537), "images of 1 x 65537 pixels; .*65536 a side"),
+        ((2**24 + 1, 1, 1), "holds 16777217 images, and at most 16777216"),
+    ],
+)
+def test_more_than_anyone_trains_on_is_refused(tmp_path, shape, words):
+    """One image of an honest file must not fill the memory, nor a label of each of a billion."""
+    np.savez_compressed(tmp_path / "set.npz", images=np.broadcast_to(np.uint8(0), shape))
+    with pytest.raises(DataError, match=words):
+        opened(tmp_path)
+
+
+def test_small_images_made_large_are_made_a_few_at_a_time(tmp_path):
+    """A piece of small images would be 105 MB once each has 1024 x 1024 pixels; the peak stays below a fifth of it."""
+    images = RNG.integers(0, 256, (100, 2, 2), dtype=np.uint8)
+    np.savez(tmp_path / "set.npz", images=images)
+    tracemalloc.start()
+    try:
+        assert opened(tmp_path, image_size=1024).images.shape == (100, 1024, 1024, 1)
+        assert tracemalloc.get_traced_memory()[1] < 20e6
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_large_image_of_long_numbers_is_unpacked_in_pieces(tmp_path):
+    """Two images of 24 MB each in the file (float64) and 3 MB as bytes: never a whole one in the file's type."""
+    images = RNG.integers(0, 256, (2, 1000, 1000, 3), dtype=np.uint8)
+    np.savez(tmp_path / "set.npz", images=images / 255)
+    tracemalloc.start()
+    try:
+        found = opened(tmp_path)
+        assert tracemalloc.get_traced_memory()[1] < 24e6
+    finally:
+        tracemalloc.stop()
+    np.testing.assert_array_equal(found.images, images)
+
+
+def test_names_that_are_not_unicode_are_a_damaged_file(tmp_path):
+    """The zip says that its names are UTF-8, and they are not."""
+    np.savez(tmp_path / "set.npz", images=IMAGES, labels=LABELS)
+    content = (tmp_path / "set.npz").read_bytes().replace(b"labels.npy", b"l\xffbels.npy")
+    content = bytearray(content)
+    for mark, place in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):
+        start = 0
+        while (start := content.find(mark, start)) >= 0:
+            content[start + place + 1] |= 8
+            start += 4
+    (tmp_path / "set.npz").write_bytes(content)
+    with pytest.raises(DataError, match=r"cannot be read as an \.npz file"):
         opened(tmp_path)

@@ -90,6 +90,102 @@ def test_a_description_of_another_shape_is_not_believed(source, tmp_path):
     assert len(opened(source, tmp_path / "cache").images) == 20
 
 
+def change_meta(cache_dir, keys, value):
+    path = the_cache(cache_dir) / "meta.json"
+    meta = json.loads(path.read_text())
+    place = meta
+    for key in keys[:-1]:
+        place = place[key]
+    place[keys[-1]] = value
+    path.write_text(json.dumps(meta))
+
+
+@pytest.mark.parametrize(
+    ("keys", "value"),
+    [
+        (["shape"], 5),
+        (["shape"], []),
+        (["shape"], {}),
+        (["shape"], [20, 8, 8, 3, 1]),
+        (["content", "num_test"], float("inf")),
+        (["content", "num_test"], 10**400),
+        (["content", "num_test"], -1),
+        (["content", "num_test"], 20),
+        (["content", "num_test"], True),
+        (["content", "class_names"], "abc"),
+        (["content", "class_names"], [1] * 20),
+        (["content", "class_names"], ["a", "b"]),
+        (["content", "class_names"], []),
+        (["content", "unreadable"], {"a": 1}),
+        (["content"], [[[[[]]]]]),
+        (["fingerprint"], 5),
+        (["file_bytes"], {"images.npy": float("nan")}),
+        (["file_bytes"], {"../set.npz": 1}),
+        (["version"], "1"),
+    ],
+    ids=str,
+)
+def test_a_description_that_lies_is_not_believed(source, tmp_path, keys, value):
+    """Types, lengths and ranges are compared with the arrays; the cache is then built again, and no error comes out."""
+    first = opened(source, tmp_path / "cache")
+    change_meta(tmp_path / "cache", keys, value)
+    again = opened(source, tmp_path / "cache")
+    np.testing.assert_array_equal(again.images, IMAGES)
+    assert (again.class_names, again.fingerprint) == (first.class_names, first.fingerprint)
+    np.testing.assert_array_equal(again.labels, first.labels)
+
+
+@pytest.mark.parametrize(
+    ("name", "array"),
+    [
+        ("labels.npy", np.full(20, 99)),
+        ("labels.npy", np.full(20, -1)),
+        ("labels.npy", np.zeros(20, np.float64)),
+        ("labels.npy", np.zeros((20, 1), np.int64)),
+        ("moments.npy", np.full((20, 2), -1)),
+        ("moments.npy", np.full((20, 2), 2**62)),
+        ("moments.npy", np.tile([1000, 10], (20, 1))),
+        ("moments.npy", np.tile([20_000, 20_000], (20, 1))),
+        ("images.npy", IMAGES.astype(np.int16)),
+        ("images.npy", np.asfortranarray(IMAGES)),
+        ("images.npy", IMAGES[..., 0]),
+    ],
+)
+def test_an_array_of_another_kind_is_not_believed(source, tmp_path, name, array):
+    """Whole files of the size that meta.json has, but not what was decoded: built again."""
+    opened(source, tmp_path / "cache")
+    path = the_cache(tmp_path / "cache") / name
+    np.save(path, array)
+    change_meta(tmp_path / "cache", ["file_bytes", name], path.stat().st_size)
+    again = opened(source, tmp_path / "cache")
+    np.testing.assert_array_equal(again.images, IMAGES)
+    assert again.labels.tolist() == list(range(20))
+
+
+@pytest.mark.parametrize("name", ["images.npy", "labels.npy", "moments.npy"])
+def test_a_header_that_promises_a_petabyte_allocates_nothing(source, tmp_path, name):
+    """The bytes in the file are counted before room is made for them."""
+    opened(source, tmp_path / "cache")
+    path = the_cache(tmp_path / "cache") / name
+    array = np.load(path)
+    with path.open("wb") as file:
+        header = {"descr": array.dtype.str, "fortran_order": False, "shape": (10**15, *array.shape[1:])}
+        np.lib.format.write_array_header_1_0(file, header)
+        file.write(array.tobytes())
+    change_meta(tmp_path / "cache", ["file_bytes", name], path.stat().st_size)
+    np.testing.assert_array_equal(opened(source, tmp_path / "cache").images, IMAGES)
+
+
+@pytest.mark.parametrize("name", ["images.npy", "labels.npy", "moments.npy", "meta.json"])
+def test_a_pipe_in_a_cache_is_not_waited_for(source, tmp_path, name):
+    """It is no cache, so one is built."""
+    opened(source, tmp_path / "cache")
+    path = the_cache(tmp_path / "cache") / name
+    path.unlink()
+    os.mkfifo(path)
+    np.testing.assert_array_equal(opened(source, tmp_path / "cache").images, IMAGES)
+
+
 def _open_in_a_process(source, cache_dir, barrier):
     barrier.wait()
     np.testing.assert_array_equal(opened(source, cache_dir).images, IMAGES)

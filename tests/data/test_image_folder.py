@@ -2,11 +2,15 @@
 
 import os
 import shutil
+import socket
+import struct
+import zlib
 
 import numpy as np
 import pytest
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, TiffImagePlugin
 
+from edgeblocks.data import decoding, folder
 from edgeblocks.data.images import open_images
 from edgeblocks.errors import DataError
 
@@ -295,3 +299,125 @@ def test_progress_is_told_for_every_image(pets, cache):
     calls = []
     opened(pets, cache, progress=lambda *call: calls.append(call))
     assert calls == [(n, 3, what) for what in ("inspecting", "decoding") for n in (1, 2, 3)]
+
+
+def png_of_size(width, height):
+    """A PNG that declares a size and has hardly any pixels."""
+
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    packed = zlib.compress(b"\0" * 1000)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", packed) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize(
+    ("size", "image_size", "words"),
+    [
+        ((60_000, 60_000), 8, "DecompressionBombError"),
+        ((8192, 8192), 8, "it has 8192 x 8192 pixels, 67,108,864 in all, and at most 33,554,432 .* make it smaller"),
+        ((4097, 4096), None, "it has .* at most 16,777,216 .* or pass --set image_size=N"),
+        ((70_000, 1), 8, "it has 70000 x 1 pixels, .* and 65,536 a side"),
+    ],
+)
+def test_a_picture_that_declares_too_many_pixels_is_skipped_with_the_reason(tmp_path, cache, size, image_size, words):
+    """Before anything is decoded, and with what would help."""
+    root = tmp_path / "large"
+    root.mkdir()
+    (root / "a.png").write_bytes(png_of_size(*size))
+    with pytest.raises(DataError, match=rf"0 of its 1 image files can be read(?s:.)*a\.png: {words}"):
+        opened(root, cache, image_size=image_size)
+
+
+def test_a_jpeg_counts_with_the_size_that_it_is_decoded_to(tmp_path, cache, monkeypatch):
+    """A camera's picture is larger than the limit, and its decoder makes it smaller for nothing; a PNG is skipped."""
+    monkeypatch.setattr(decoding, "MOST_DECODED_PIXELS", 100 * 100)
+    save(tmp_path / "large" / "a.jpg", noise(400, 400, 3))
+    save(tmp_path / "large" / "b.jpg", noise(400, 400, 3))
+    save(tmp_path / "large" / "c.png", noise(400, 400, 3))
+    images = opened(tmp_path / "large", cache, image_size=16)
+    assert len(images.images) == 2 and images.unreadable == ("c.png",)
+
+
+def test_a_progressive_jpeg_counts_with_all_its_pixels(tmp_path, cache, monkeypatch):
+    """Its decoder keeps the whole picture whatever is asked for."""
+    monkeypatch.setattr(decoding, "MOST_PROGRESSIVE_PIXELS", 100 * 100)
+    save(tmp_path / "large" / "a.jpg", noise(400, 400, 3), progressive=True)
+    save(tmp_path / "large" / "b.jpg", noise(90, 90, 3), progressive=True)
+    save(tmp_path / "large" / "c.jpg", noise(400, 400, 3))
+    images = opened(tmp_path / "large", cache, image_size=16)
+    assert images.unreadable == ("a.jpg",)
+
+
+@pytest.mark.parametrize("kind", ["clear", "deep", "palette"])
+def test_converting_in_bands_changes_no_pixel(tmp_path, cache, monkeypatch, kind):
+    """Bands of one row, of several, and one of the whole picture give the same colours."""
+    pixels = {"clear": noise(9, 7, 4), "deep": noise(9, 7).astype(np.uint16) * 250, "palette": noise(9, 7) % 4}[kind]
+    picture = Image.fromarray(pixels)
+    if kind == "palette":
+        picture = picture.convert("P")
+        picture.info["transparency"] = 2
+    (tmp_path / "bands").mkdir()
+    for name in ("a.png", "b.png"):
+        picture.save(tmp_path / "bands" / name)
+    whole = opened(tmp_path / "bands", cache).images[0]
+    for band in (1, 20):
+        monkeypatch.setattr(decoding, "_BAND_PIXELS", band)
+        np.testing.assert_array_equal(opened(tmp_path / "bands", tmp_path / f"cache{band}").images[0], whole)
+
+
+def test_a_picture_that_asks_for_more_memory_than_there_is_is_skipped(pets, cache, monkeypatch):
+    """Damaged headers ask for any amount: the picture is named and the others are kept."""
+
+    def refuse(*_arguments, **_options):
+        raise MemoryError
+
+    save(pets / "cat" / "z.tif", noise(5, 6, 3))
+    monkeypatch.setattr(TiffImagePlugin.TiffImageFile, "load", refuse)
+    assert opened(pets, cache).unreadable == ("cat/z.tif",)
+
+
+def test_a_file_that_is_too_long_for_a_picture_is_skipped(pets, cache):
+    """Some decoders read a file whole: one with a hole of a terabyte would be the end."""
+    with (pets / "cat" / "hole.webp").open("wb") as file:
+        file.write(b"RIFF\xff\xff\xff\x7fWEBPVP8 ")
+        file.truncate(10**12)
+    assert opened(pets, cache).unreadable == ("cat/hole.webp",)
+
+
+def test_devices_and_sockets_with_image_names_are_passed_over(pets, cache):
+    """Neither is a file that could be read to its end, and neither is waited for."""
+    (pets / "cat" / "zero.png").symlink_to("/dev/zero")
+    (pets / "cat" / "random.jpg").symlink_to("/dev/random")
+    (pets / "cat" / "terminal.gif").symlink_to("/dev/tty")
+    with socket.socket(socket.AF_UNIX) as bound:
+        bound.bind(os.path.relpath(pets / "cat" / "socket.png"))  # a socket's whole path may be too long for it
+        assert len(opened(pets, cache).images) == 3
+
+
+def test_of_thousands_of_frames_one_is_read(tmp_path, cache):
+    """An animated GIF of 3,000 frames costs no more than its first."""
+    frames = [Image.fromarray(noise(4, 4, 3, seed=number % 9)) for number in range(3000)]
+    (tmp_path / "moving").mkdir()
+    for name in ("a.gif", "b.gif"):
+        frames[0].save(tmp_path / "moving" / name, save_all=True, append_images=frames[1:])
+    images = opened(tmp_path / "moving", cache)
+    assert images.images.shape == (2, 4, 4, 3) and images.unreadable == ()
+
+
+def test_too_many_classes_images_or_damaged_files_are_an_error(pets, cache, monkeypatch):
+    """Each keeps a name in memory; beyond the limits the folder is not what was meant."""
+    monkeypatch.setattr(folder, "MOST_CLASSES", 1)
+    with pytest.raises(DataError, match="has 2 sub-folders, each a class, and at most 1 classes are accepted"):
+        opened(pets, cache)
+    monkeypatch.setattr(folder, "MOST_CLASSES", 100)
+    monkeypatch.setattr(folder, "MOST_IMAGES", 2)
+    with pytest.raises(DataError, match="holds 3 images, and at most 2 are trained on"):
+        opened(pets, cache)
+    monkeypatch.setattr(folder, "MOST_IMAGES", 100)
+    monkeypatch.setattr(folder, "MOST_UNREADABLE", 1)
+    for name in ("a.png", "b.png"):
+        (pets / "cat" / name).write_text("no image")
+    with pytest.raises(DataError, match=r"more than 1 of its 5 image files cannot be read, the last being cat/b\.png"):
+        opened(pets, cache)

@@ -123,3 +123,10 @@ def test_reading_data_imports_neither_torch_nor_scikit_learn():
         "assert not {'torch', 'sklearn'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("source", ["~nobody-of-this-name/pictures", "a\0b.npz", "\ud800", "x" * 5000])
+def test_a_source_that_no_file_can_have_is_an_error_of_ours(tmp_path, source):
+    """Nobody's home folder, a NUL, half a character, a name longer than any."""
+    with pytest.raises(DataError, match=r'give "digits" \(built in\), a folder of images, or an \.npz file'):
+        open_images(source, image_size=None, hold_out=0.1, seed=0, cache_dir=tmp_path)
