@@ -13,8 +13,10 @@ from edgeblocks import metrics, pictures
 from edgeblocks.checkpoint import (
     RunDirectory,
     bring_blocks_home,
+    check_free,
     create_run,
     locked,
+    locked_away,
     open_run,
     remove_leftovers,
     seal_run,
@@ -29,6 +31,7 @@ from edgeblocks.preparation import (
     GRID_SAMPLES,
     Prepared,
     check_disk,
+    check_work_dir,
     no_host_error,
     open_run_images,
     prepare,
@@ -128,9 +131,8 @@ def train(
     """
     listener = listener or Silent()
     path = Path(out)
-    if (path / "manifest.json").exists():
-        raise ConfigError(f"{path} holds a run already; go on with --resume {path}, or choose another --out")
-    prepared = prepare(settings_for_here(config=config, **settings), path, listener)
+    check_free(path)
+    prepared = prepare(settings_for_here(config=config, **settings).with_whole_paths(), path, listener)
     check_disk(prepared, path)
     with locked(path, listener.note):
         run = create_run(
@@ -142,18 +144,18 @@ def train(
             data_fingerprint=prepared.images.fingerprint,
             class_names=prepared.images.class_names,
         )
-        listener.planned(prepared, run)
-        listener.stage("creating blocks")
-        store = run.store()
-        create_blocks(
-            run.family(),
-            store,
-            run.layers,
-            prepared.settings.run.seed,
-            on_block=lambda done: listener.advance(done, len(run.layers), "creating blocks"),
-        )
-        seal_run(run)
-        return _train(run, prepared.images, listener, resumed_from=None)
+        with locked_away(run, listener.note):
+            listener.planned(prepared, run)
+            listener.stage("creating blocks")
+            create_blocks(
+                run.family(),
+                run.store(),
+                run.layers,
+                prepared.settings.run.seed,
+                on_block=lambda done: listener.advance(done, len(run.layers), "creating blocks"),
+            )
+            seal_run(run)
+            return _train(run, prepared.images, listener, resumed_from=None)
 
 
 def resume(
@@ -188,22 +190,30 @@ def resume(
     with locked(run.path, listener.note):
         given = {"mem_budget": mem_budget, "data": data, "work_dir": work_dir, "max_disk_writes": max_disk_writes}
         run = run.changed({name: value for name, value in given.items() if value is not None})
-        remove_leftovers(run)
-        target = build_target(run.settings.run.target)
-        target.prepare()
-        images = open_run_images(run.settings, listener)
-        if images.fingerprint != run.data_fingerprint:
-            raise RunError(
-                f"the data of {run.path} have changed: {images.source} is not what the run was trained on; put the "
-                f"former data back, name their new place with --data, or start a new run with --out"
-            )
-        run = _replanned_if_needed(run, images, mem_budget, target, listener)
-        run.save_settings()
-        _reinitialise(run, reinit_blocks, listener)
-        saved = [run.store().header(block).step for block in range(len(run.layers))]
-        run.drop_metrics_after(saved)
-        listener.note(f"resuming {run.path}: blocks at steps {', '.join(map(str, saved))} of {run.settings.run.steps}")
-        return _train(run, images, listener, resumed_from=saved)
+        if run.blocks_folder == run.away_folder:
+            check_work_dir(run.settings.run.work_dir)
+        with locked_away(run, listener.note):
+            return _resume(run, mem_budget, reinit_blocks, listener)
+
+
+def _resume(run: RunDirectory, mem_budget: str | None, reinit_blocks: Sequence[int], listener: Listener) -> "Run":
+    """Go on with a locked run; its settings are written down when everything has proved sound."""
+    remove_leftovers(run)
+    target = build_target(run.settings.run.target)
+    target.prepare()
+    images = open_run_images(run.settings, listener)
+    if images.fingerprint != run.data_fingerprint:
+        raise RunError(
+            f"the data of {run.path} have changed: {images.source} is not what the run was trained on; put the "
+            f"former data back, name their new place with --data, or start a new run with --out"
+        )
+    run = _replanned_if_needed(run, images, mem_budget, target, listener)
+    _reinitialise(run, reinit_blocks, listener)
+    saved = [run.store().header(block).step for block in range(len(run.layers))]
+    run.save_settings()
+    run.drop_metrics_after(saved)
+    listener.note(f"resuming {run.path}: blocks at steps {', '.join(map(str, saved))} of {run.settings.run.steps}")
+    return _train(run, images, listener, resumed_from=saved)
 
 
 def _replanned_if_needed(
@@ -231,6 +241,7 @@ def _reinitialise(run: RunDirectory, blocks: Sequence[int], listener: Listener) 
     if wrong:
         raise ConfigError(f"--reinit-block {wrong[0]}: {run.path} has the blocks 0 to {len(run.layers) - 1}")
     if blocks:
+        run.forget_summary()
         create_blocks(run.family(), run.store(), run.layers, run.settings.run.seed, only=sorted(set(blocks)))
         listener.note(f"made again from the beginning: {', '.join(f'block {block}' for block in sorted(set(blocks)))}")
 
@@ -256,6 +267,7 @@ def _train(run: RunDirectory, images: ImageSet, listener: Listener, resumed_from
             with target.capped(budget_bytes), Interruption().listening() as interruption:
                 looks = _Looks(run, scheduler, interruption)
                 listener.stage("training")
+                looks.after_visit([store.header(block).step for block in range(len(run.layers))])
                 steps = trainer.train(interruption, on_step=listener.step, between_visits=looks.after_visit)
                 if interruption.signal_name is None:
                     listener.stage("evaluating")
@@ -285,13 +297,18 @@ class _Looks:
         self._run, self._scheduler, self._interruption = run, scheduler, interruption
         self._grids = run.settings.run.sample_grids
         self._total = run.settings.run.steps
-        self._next = self._due(min(run.store().header(b).step for b in range(len(run.layers))))
+        self._next = self._due(self._newest())
         self.seconds = 0.0
 
-    def _due(self, done: int) -> int | None:
+    def _newest(self) -> int:
+        """The steps of the newest grid that was made: one that a crash prevented is due, one that exists is not."""
+        numbers = (path.stem.removeprefix("step_") for path in (self._run.path / "samples").glob("step_*.png"))
+        return max((int(number) for number in numbers if number.isdecimal()), default=0)
+
+    def _due(self, made: int) -> int | None:
         """The next number of steps, the same for all blocks, at which a grid is wanted."""
         marks = [math.ceil(self._total * (i + 1) / self._grids) for i in range(self._grids)]
-        return next((mark for mark in marks if mark > done), None)
+        return next((mark for mark in marks if mark > made), None)
 
     def after_visit(self, steps: Sequence[int]) -> None:
         done = min(steps)

@@ -13,6 +13,7 @@ import fcntl
 import json
 import os
 import platform
+import re
 import shutil
 import sys
 import uuid
@@ -27,7 +28,17 @@ from edgeblocks.errors import ConfigError, RunError
 from edgeblocks.families.base import ImageInfo
 from edgeblocks.noise import NoisePartition, partition_noise
 from edgeblocks.registry import build_family, family_type
-from edgeblocks.run_files import check_manifest, check_plan, is_up_to, read_json, read_records
+from edgeblocks.run_files import (
+    check_checksum,
+    check_config,
+    check_manifest,
+    check_plan,
+    config_with_checksum,
+    is_up_to,
+    read_json,
+    read_records,
+    with_checksum,
+)
 from edgeblocks.store import BlockLayout, BlockStore, storage_error, write_atomically
 from edgeblocks.untrusted import shown
 
@@ -75,13 +86,17 @@ class RunDirectory:
     @property
     def blocks_folder(self) -> Path:
         """Where the block files are: at home, or in a folder of this run's own in the work directory."""
-        home, work_dir = self.path / "blocks", self.settings.run.work_dir
-        if work_dir is None or home.is_dir():
-            return home
-        return Path(work_dir).expanduser() / f"edgeblocks-{self.run_id[:12]}"
+        home, away = self.path / "blocks", self.away_folder
+        return home if away is None or home.is_dir() else away
+
+    @property
+    def away_folder(self) -> Path | None:
+        """This run's folder in its work directory."""
+        work_dir = self.settings.run.work_dir
+        return None if work_dir is None else Path(work_dir).expanduser() / f"edgeblocks-{self.run_id[:12]}"
 
     def write_json(self, name: str, content: dict[str, Any]) -> None:
-        write_text(self.path / name, json.dumps(content, indent=1) + "\n")
+        write_text(self.path / name, json.dumps(with_checksum(content), indent=1) + "\n")
 
     def changed(self, settings: dict[str, Any]) -> "RunDirectory":
         """The run with some of its settings changed; `save_settings` writes them down when they have proved sound.
@@ -96,10 +111,22 @@ class RunDirectory:
             family_settings=lambda name: family_type(name).settings_type,
             config={**self.settings.run.model_dump(), **asdict(self.settings.family)},
         )
-        return replace(self, settings=resolved)
+        return replace(self, settings=resolved.with_whole_paths())
 
     def save_settings(self) -> None:
-        write_text(self.path / "config.yaml", self.settings.to_yaml())
+        write_text(self.path / "config.yaml", config_with_checksum(self.settings.to_yaml()))
+
+    def forget_summary(self) -> None:
+        """The run is not finished any more, and its blocks may be made again where there is no folder of them.
+
+        Raises:
+            StorageError: the disk refused.
+        """
+        try:
+            (self.path / "summary.json").unlink(missing_ok=True)
+            self.blocks_folder.mkdir(exist_ok=True)
+        except OSError as error:
+            raise storage_error("cannot make blocks again in", self.path, error) from error
 
     def planned_again(self, plan: dict[str, Any]) -> "RunDirectory":
         """The run with another plan for the same blocks, here and in its plan.json."""
@@ -151,15 +178,16 @@ def create_run(
 ) -> RunDirectory:
     """Lay out a new run directory; `seal_run` makes it valid once its blocks exist.
 
+    What a process left that was killed while it created a run here is used again or removed.
+
     Raises:
         ConfigError: there is a run already.
         StorageError: the disk refused.
     """
-    if (path / "manifest.json").exists():
-        raise ConfigError(f"{path} holds a run already; go on with --resume {path}, or choose another --out")
+    check_free(path)
     run = RunDirectory(
         path=path,
-        run_id=uuid.uuid4().hex,
+        run_id=_unfinished_id(path) or uuid.uuid4().hex,
         settings=settings,
         plan=plan,
         data=data,
@@ -170,15 +198,40 @@ def create_run(
     if settings.run.work_dir is not None and (path / "blocks").exists():
         raise ConfigError(f"{path} has a folder `blocks` already, which --work-dir replaces; choose another --out")
     try:
-        run.blocks_folder.mkdir(parents=True, exist_ok=True)
         (path / "samples").mkdir(parents=True, exist_ok=True)
-        (path / "metrics.jsonl").unlink(missing_ok=True)
+        run.write_json("env.json", {"run_id": run.run_id, **environment()})  # first: it tells whose the blocks are
+        run.blocks_folder.mkdir(parents=True, exist_ok=True)
+        for stale in run.blocks_folder.glob("block_*.safetensors"):
+            stale.unlink()
     except OSError as error:
         raise storage_error("cannot create the run directory", path, error) from error
+    remove_leftovers(run)
     run.save_settings()
     run.write_json("plan.json", plan)
-    run.write_json("env.json", environment())
     return run
+
+
+def check_free(path: Path) -> None:
+    """That a new run may be created in a directory.
+
+    Raises:
+        ConfigError: there is a run already, or what was one before it lost its manifest.
+    """
+    if (path / "manifest.json").exists():
+        raise ConfigError(f"{path} holds a run already; go on with --resume {path}, or choose another --out")
+    if (path / "metrics.jsonl").exists():  # which is written when the manifest exists
+        raise ConfigError(
+            f"{path} holds trained blocks, but no manifest.json; put that file back from a copy and go on with "
+            f"--resume {path}, or choose another --out"
+        )
+
+
+def _unfinished_id(path: Path) -> str | None:
+    """The identity of a run whose creation was interrupted: its folder in a work directory is used again."""
+    with contextlib.suppress(RunError):
+        run_id = read_json(path / "env.json").get("run_id")
+        return run_id if isinstance(run_id, str) and re.fullmatch(r"[0-9a-f]{32}", run_id) else None
+    return None
 
 
 @contextlib.contextmanager
@@ -216,11 +269,33 @@ def locked(path: Path, note: Callable[[str], None]) -> Iterator[None]:
         os.close(descriptor)
 
 
+@contextlib.contextmanager
+def locked_away(run: RunDirectory, note: Callable[[str], None]) -> Iterator[None]:
+    """Keeps copies of a run directory, which name the same work directory, from using it at the same time.
+
+    Raises:
+        RunError: another process trains there.
+    """
+    away = run.away_folder
+    if away is None or not away.is_dir():
+        yield
+        return
+    with locked(away, note):
+        yield
+
+
 def remove_leftovers(run: RunDirectory) -> None:
-    """Delete the temporary files that killed processes left behind. The run must be locked."""
+    """Delete the temporary files that killed processes left behind. The run must be locked.
+
+    Raises:
+        StorageError: the folder cannot be written.
+    """
     for folder in (run.path, run.blocks_folder, run.path / "samples"):
         for leftover in folder.glob(".*.tmp"):
-            leftover.unlink(missing_ok=True)
+            try:
+                leftover.unlink(missing_ok=True)
+            except OSError as error:
+                raise storage_error("cannot remove what a killed process left", leftover, error) from error
 
 
 def bring_blocks_home(run: RunDirectory) -> None:
@@ -229,23 +304,31 @@ def bring_blocks_home(run: RunDirectory) -> None:
     Raises:
         StorageError: no room; the files stay where they are and the run stays usable.
     """
-    source, home = run.blocks_folder, run.path / "blocks"
-    if source == home:
+    away, home = run.away_folder, run.path / "blocks"
+    if away is None:
         return
-    arriving = run.path / "blocks.arriving"
+    if not home.is_dir():
+        arriving = run.path / "blocks.arriving"
+        try:
+            shutil.rmtree(arriving, ignore_errors=True)
+            shutil.copytree(away, arriving, ignore=shutil.ignore_patterns("lock"))
+            for path in (*arriving.iterdir(), arriving):
+                _sync(path)
+            arriving.rename(home)
+            _sync(run.path)  # the name must be on the disk before the other files go
+        except (OSError, shutil.Error) as error:
+            shutil.rmtree(arriving, ignore_errors=True)
+            cause = error if isinstance(error, OSError) else OSError(str(error))
+            raise storage_error(f"cannot move the blocks from {away}, where they stay,", home, cause) from error
+    shutil.rmtree(away, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
     try:
-        shutil.rmtree(arriving, ignore_errors=True)
-        shutil.copytree(source, arriving)
-        for file in arriving.iterdir():
-            descriptor = os.open(file, os.O_RDONLY)
-            os.fsync(descriptor)
-            os.close(descriptor)
-        arriving.rename(home)
-    except (OSError, shutil.Error) as error:
-        shutil.rmtree(arriving, ignore_errors=True)
-        cause = error if isinstance(error, OSError) else OSError(str(error))
-        raise storage_error(f"cannot move the blocks from {source}, where they stay,", home, cause) from error
-    shutil.rmtree(source, ignore_errors=True)
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def seal_run(run: RunDirectory) -> None:
@@ -272,9 +355,9 @@ def open_run(path: Path) -> RunDirectory:
     if not path.is_dir():
         raise RunError(f"there is no run directory {path}")
     if not (path / "manifest.json").exists():
-        raise RunError(
-            f"{path} is not a run directory: it has no manifest.json; start one with: edgeblocks train --out {path}"
-        )
+        trained = (path / "metrics.jsonl").exists()
+        cure = "put it back from a copy" if trained else f"start a run with: edgeblocks train --out {path}"
+        raise RunError(f"{path} is not a run directory: it has no manifest.json; {cure}")
     content = read_json(path / "manifest.json")
     version = content.get("format_version")
     if type(version) is not int or version != RUN_FORMAT_VERSION:
@@ -292,8 +375,10 @@ def open_run(path: Path) -> RunDirectory:
         data = ImageInfo(**manifest.data.model_dump(exclude={"source", "fingerprint"}))
         family = build_family(manifest.family, asdict(settings.family), asdict(data))
     except ConfigError as error:
-        raise RunError(f"{path} is damaged: {error}") from error
-    return RunDirectory(
+        raise RunError(
+            f"{path} is damaged: {error}; put config.yaml back from a copy, or train again with a new --out"
+        ) from error
+    run = RunDirectory(
         path=path,
         run_id=manifest.run_id,
         settings=settings,
@@ -303,6 +388,11 @@ def open_run(path: Path) -> RunDirectory:
         data_fingerprint=manifest.data.fingerprint,
         class_names=tuple(manifest.class_names),
     )
+    # Checksums come last: what the other checks find they say better.
+    check_checksum(path / "manifest.json", content)
+    check_checksum(path / "plan.json", run.plan)
+    check_config(path / "config.yaml")
+    return run
 
 
 def environment() -> dict[str, Any]:

@@ -6,7 +6,7 @@ resolved settings are written to the run directory as config.yaml.
 
 import difflib
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
@@ -130,6 +130,15 @@ class Settings:
     run: RunSettings
     family: Any
     """The family's own frozen settings dataclass."""
+
+    def with_whole_paths(self) -> "Settings":
+        """The settings as a run keeps them: its data and its work directory are found from everywhere."""
+        whole = {
+            name: str(Path(text).expanduser().absolute())
+            for name, text in (("data", self.run.data), ("work_dir", self.run.work_dir))
+            if text not in (None, "digits")
+        }
+        return replace(self, run=self.run.model_copy(update=whole))
 
     def to_yaml(self) -> str:
         """Flat YAML that `resolve_settings` reads back to the same settings."""

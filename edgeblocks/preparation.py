@@ -1,6 +1,7 @@
 """What comes before training: the budget, the data, the machine, the network's costs, and the plan made of them."""
 
 import math
+import os
 import shutil
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -64,6 +65,7 @@ class Prepared:
 def prepare(settings: Settings, out: Path, listener: Listener) -> Prepared:
     """Open the data, measure the machine, trace the network's costs, and plan."""
     run = settings.run
+    check_work_dir(run.work_dir)
     target = build_target(run.target)
     target.prepare()
     budget_bytes = budget_in_bytes(run.mem_budget, target)
@@ -214,6 +216,24 @@ def check_disk(prepared: Prepared, out: Path) -> None:
             f"{format_duration(computing_s)} of computing; choose a faster disk with --work-dir, longer visits with "
             f"--set visit_steps={4 * chosen.visit_steps}, or a larger --mem-budget"
         )
+
+
+def check_work_dir(work_dir: str | None) -> None:
+    """That the blocks can lie in the work directory.
+
+    Raises:
+        StorageError: it is missing, no folder, or not writable.
+    """
+    if work_dir is None:
+        return
+    path = Path(work_dir).expanduser()
+    if not path.is_dir():
+        what = "is not a folder" if path.exists() else "does not exist"
+        raise StorageError(
+            f"--work-dir {path} {what}; mount its disk, make it (mkdir -p {path}), or name another place"
+        )
+    if not os.access(path, os.W_OK | os.X_OK):
+        raise StorageError(f"--work-dir {path} cannot be written; mend its permissions, or name another place")
 
 
 def measure(

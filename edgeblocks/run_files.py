@@ -4,6 +4,8 @@ A run directory may come from anywhere. The models below say which values are ne
 that they do not name are passed over, because a later edgeblocks may write more.
 """
 
+import hashlib
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Self, TypeVar
@@ -11,12 +13,14 @@ from typing import Annotated, Any, Self, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from edgeblocks.bounds import MOST_LAYERS, MOST_SAMPLES, MOST_STEPS
+from edgeblocks.config import MOST_YAML_BYTES
 from edgeblocks.data.limits import LONGEST_SIDE, MOST_CHANNELS, MOST_CLASSES, MOST_PIXELS
 from edgeblocks.errors import RunError
-from edgeblocks.untrusted import MalformedFileError, open_regular, parse_json, read_object, shown
+from edgeblocks.untrusted import MalformedFileError, open_regular, parse_json, read_object, read_text, shown
 
 _MOST_RECORD_BYTES = 2**16
 _PROBLEMS_SHOWN = 5
+_CHECKSUM = "# sha256 of the lines above: "
 _AGAIN = "put the file back from a copy, or train again with a new --out"
 
 Layers = Annotated[int, Field(ge=1, le=MOST_LAYERS)]
@@ -146,9 +150,50 @@ def read_json(path: Path, *, finite: bool = True) -> dict[str, Any]:
     try:
         return read_object(path, finite=finite)
     except OSError as error:
-        raise RunError(f"cannot read {path}: {error.strerror}") from error
+        raise RunError(f"cannot read {path}: {error.strerror}; {_AGAIN}") from error
     except MalformedFileError as error:
         raise RunError(f"{path} is damaged: {error}; {_AGAIN}") from error
+
+
+def with_checksum(content: dict[str, Any]) -> dict[str, Any]:
+    """A JSON object as a run directory keeps it: a flipped byte that no other check sees is found before use."""
+    return {**content, "sha256": _json_digest(content)}
+
+
+def check_checksum(path: Path, content: dict[str, Any]) -> None:
+    """That a JSON object is what its `sha256`, if it has one, is of.
+
+    Raises:
+        RunError: it is not.
+    """
+    if "sha256" in content and content["sha256"] != _json_digest(content):
+        raise RunError(
+            f'{path} is damaged: it does not match its checksum; {_AGAIN}. Who changed it on purpose takes "sha256" out'
+        )
+
+
+def _json_digest(content: dict[str, Any]) -> str:
+    rest = {key: value for key, value in content.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
+def config_with_checksum(text: str) -> str:
+    """YAML as a run directory keeps it, with a comment at its end."""
+    return f"{text}{_CHECKSUM}{hashlib.sha256(text.encode()).hexdigest()}\n"
+
+
+def check_config(path: Path) -> None:
+    """That config.yaml is what the comment at its end, if there is one, is the checksum of.
+
+    Raises:
+        RunError: it is not.
+    """
+    text, comment, claimed = read_text(path, most_bytes=MOST_YAML_BYTES).rpartition(_CHECKSUM)
+    if comment and claimed.strip() != hashlib.sha256(text.encode()).hexdigest():
+        raise RunError(
+            f"{path} is damaged: it does not match its checksum; {_AGAIN}. Who changed it on purpose takes its last "
+            f"line out"
+        )
 
 
 def check_manifest(path: Path, content: dict[str, Any]) -> ManifestFields:

@@ -200,13 +200,16 @@ class BlockStore:
         self.bytes_written = 0
         self.bytes_read = 0
         self._former_bytes_written = 0
+        self._first_written: tuple[int, int] | None = None
 
     def path(self, block: int) -> Path:
         return self.folder / f"block_{block:03d}.safetensors"
 
     def file_bytes(self, block: int) -> int:
-        """Bytes of a block's data on disk."""
-        return self.layouts[block].num_bytes
+        """The most bytes that a block's file has on disk."""
+        most, digests = 10**18, dict.fromkeys(PARTS, "0" * 64)
+        header = BlockHeader(run_id=self.run_id, block=block, step=most, digests=digests, run_bytes_written=most)
+        return len(_encode_header(self.layouts[block], header)) + self.layouts[block].num_bytes
 
     @property
     def run_bytes_written(self) -> int:
@@ -221,11 +224,13 @@ class BlockStore:
         """Replace a block's file by the buffer's content, atomically.
 
         Raises:
-            StorageError: the disk refused; the former file is untouched.
+            StorageError: the disk refused, or the folder is not the one that was written before; the former file is
+                untouched.
         """
+        self._check_folder()
         layout = self.layouts[block]
         digests = {part: _digest(buffer.part_bytes(part)) for part in PARTS}
-        meter = self.run_bytes_written + layout.num_bytes
+        meter = self.run_bytes_written + self.file_bytes(block)
         header = _encode_header(
             layout,
             BlockHeader(run_id=self.run_id, block=block, step=step, digests=digests, run_bytes_written=meter),
@@ -238,6 +243,18 @@ class BlockStore:
         except OSError as error:
             raise storage_error(f"cannot write block {block} ({format_bytes(total)})", path, error) from error
         self.bytes_written += total
+
+    def _check_folder(self) -> None:
+        """A folder that was deleted and made anew belongs to another run, whose lock this process does not hold."""
+        with contextlib.suppress(OSError):  # the write that follows says it better
+            found = self.folder.stat()
+            identity = (found.st_dev, found.st_ino)
+            self._first_written = self._first_written or identity
+            if identity != self._first_written:
+                raise StorageError(
+                    f"{self.folder} was deleted and made anew while this run was trained; nothing is written there. "
+                    f"Put this run back from a copy, or leave the new one alone"
+                )
 
     def header(self, block: int) -> BlockHeader:
         """A block file's header, checked against this run and layout.
@@ -422,7 +439,7 @@ def storage_error(what: str, path: Path, error: OSError) -> StorageError:
         free = f"; {format_bytes(shutil.disk_usage(path.parent).free)} are free there"
     except OSError:
         free = ""
-    return StorageError(
-        f"{what}: {path}: {error.strerror or error}{free}. The last saved state is intact; "
-        f"make room or repair the folder, then go on with --resume"
-    )
+    ending = "The last saved state is intact; make room or repair the folder, then go on with --resume"
+    if not path.parent.is_dir():
+        ending = f"{path.parent} was deleted or its disk is gone; put it back from a copy, or start a new run"
+    return StorageError(f"{what}: {path}: {error.strerror or error}{free}. {ending}")

@@ -4,6 +4,7 @@ Every draw of a step comes from a generator at (seed, block, step), and a block'
 resumed run, a run in another order of visits, and a run with everything in memory make the same numbers.
 """
 
+import itertools
 import math
 import signal
 import threading
@@ -151,7 +152,9 @@ class Interruption:
         if threading.current_thread() is not threading.main_thread():
             yield self
             return
-        watched = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+        numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+        # What the parent had ignored stays ignored: SIGHUP under nohup, Ctrl-C behind the `&` of a script.
+        watched = [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]
         former = {number: signal.signal(number, self._note) for number in watched}
         try:
             yield self
@@ -179,7 +182,7 @@ class Trainer:
         self._ema_exponent = ema_exponent(self.settings.ema_length)
         self._metrics_every = max(1, self.settings.steps // METRICS_RECORDS)
         self._updating = False
-        self._ending: OutOfBudgetError | None = None
+        self._ending: OutOfBudgetError | OSError | None = None
         self.progress = Progress(bytes_written=scheduler.store.run_bytes_written)
 
     def train(
@@ -205,16 +208,16 @@ class Trainer:
         visits = plan_visits(steps, steps=settings.steps, visit_steps=self.plan["visit_steps"])
         self.progress.steps_total = settings.steps * len(steps)
         self.progress.steps_done = sum(steps)
-        for visit, following in zip(visits, [*visits[1:], None], strict=True):
+        for visit, following in itertools.zip_longest(visits, visits[1:]):
             self._count_write(store.file_bytes(visit.block))
             with self.scheduler.visit(visit.block, then=following.block if following else None) as resident:
                 self.visit(visit, resident, interruption, on_step)
             steps[visit.block] = resident.step
+            if interruption.signal_name is not None:
+                break
             if self._ending is not None:
                 self.scheduler.flush()
                 raise self._ending
-            if interruption.signal_name is not None:
-                break
             between_visits(steps)
         self.scheduler.flush()
         return steps
@@ -246,9 +249,11 @@ class Trainer:
                 break
 
     def _was_heard(self, on_step: Callable[[Progress], None]) -> bool:
-        """Report a step; False when memory was refused to the listener, which ends the run."""
+        """Report a step; False when the listener had no memory, or nobody to tell it to, which ends the run."""
         try:
             on_step(self.progress)
+        except OSError as error:  # its pipe or its terminal was closed; the block is whole and is written first
+            self._ending = error
         except (MemoryError, RuntimeError) as error:
             if not is_refusal(error):
                 raise
@@ -275,6 +280,7 @@ class Trainer:
         allowed = self.settings.max_disk_writes
         written = self.progress.bytes_written + num_bytes
         if allowed is not None and written > parse_size(allowed):
+            self.scheduler.flush()  # "everything is saved" must be true
             raise WriteLimitError(
                 f"the run has written {format_bytes(self.progress.bytes_written)} to disk; the next visit would pass "
                 f"--max-disk-writes {allowed}. Everything is saved; go on with a larger limit: "

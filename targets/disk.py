@@ -53,8 +53,7 @@ def measure_disk(folder: Path, *, probe_bytes: int, limit_s: float, num_syncs: i
             read, read_s, way = _read(file, direct, written, limit_s)
     except OSError as error:
         raise StorageError(
-            f"cannot write to {folder}: {error.strerror or error}; choose a folder with room with --out "
-            f"(doctor: --work-dir)"
+            f"cannot write to {folder}: {error.strerror or error}; choose a folder with room with --out or --work-dir"
         ) from error
     return DiskSpeed(
         probe_bytes=written,
