@@ -265,7 +265,7 @@ def _train(run: RunDirectory, images: ImageSet, listener: Listener, resumed_from
         try:
             trainer = Trainer(run, images, scheduler, guard)
             with target.capped(budget_bytes), Interruption().listening() as interruption:
-                looks = _Looks(run, scheduler, interruption)
+                looks = _Looks(run, scheduler, guard, interruption)
                 listener.stage("training")
                 looks.after_visit([store.header(block).step for block in range(len(run.layers))])
                 steps = trainer.train(interruption, on_step=listener.step, between_visits=looks.after_visit)
@@ -293,8 +293,8 @@ class _Looks:
     A signal stops a look at its next noise level.
     """
 
-    def __init__(self, run: RunDirectory, scheduler: Scheduler, interruption: Interruption) -> None:
-        self._run, self._scheduler, self._interruption = run, scheduler, interruption
+    def __init__(self, run: RunDirectory, scheduler: Scheduler, guard: Guard, interruption: Interruption) -> None:
+        self._run, self._scheduler, self._guard, self._interruption = run, scheduler, guard, interruption
         self._grids = run.settings.run.sample_grids
         self._total = run.settings.run.steps
         self._next = self._due(self._newest())
@@ -319,7 +319,7 @@ class _Looks:
         images = run.sample(
             n=GRID_SAMPLES,
             steps=max(self._run.settings.run.sample_steps, len(self._run.layers)),
-            runner=run.runner(self._scheduler, micro_batch=self._run.plan["micro_batch"]),
+            runner=run.runner(self._scheduler, micro_batch=self._guard.shape.micro_batch),
             on_level=self._go_on,
         )
         pictures.save_png(self._run.path / "samples" / f"step_{done:07d}.png", pictures.image_grid(images, columns=10))
@@ -331,7 +331,7 @@ class _Looks:
             listener.advance(done, metrics.NUM_LEVELS, "evaluating")
             self._go_on(done)
 
-        runner = Run(self._run).runner(self._scheduler, micro_batch=self._run.plan["micro_batch"])
+        runner = Run(self._run).runner(self._scheduler, micro_batch=self._guard.shape.micro_batch)
         return metrics.validation_loss(
             self._run.family(), runner, images, seed=self._run.settings.run.seed, on_level=on_level
         )

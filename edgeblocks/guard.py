@@ -68,17 +68,16 @@ class Guard:
         """
         self.used_bytes = self._memory.used_bytes()
         comfortable = self._budget_bytes - HEADROOM_BYTES
-        if max(self.used_bytes, self._memory.live_bytes() + self.shape.step_bytes) <= comfortable:
-            return self.shape
-        self._memory.give_back()
         live = self._memory.live_bytes()
-        smaller = [shape for shape in self._shapes[1:] if live + shape.step_bytes <= comfortable]
-        smaller += [
-            shape for shape in self._shapes[-1:] if not smaller and live + shape.step_bytes <= self._budget_bytes
-        ]
         expected = live + self.shape.step_bytes
-        if expected > self._budget_bytes or (expected > comfortable and smaller[:1] not in ([], [self.shape])):
-            self._go_on_with(smaller, f"the next step would take the process to {format_bytes(expected)}")
+        if expected > comfortable:
+            smaller = [shape for shape in self._shapes[1:] if live + shape.step_bytes <= comfortable]
+            if not smaller and expected > self._budget_bytes:  # the smallest may use the headroom too
+                smaller = [shape for shape in self._shapes[-1:] if live + shape.step_bytes <= self._budget_bytes]
+            if smaller or expected > self._budget_bytes:
+                self._go_on_with(smaller, f"the next step would take the process to {format_bytes(expected)}")
+        elif self.used_bytes > comfortable:
+            self._memory.give_back()
         return self.shape
 
     def after_refusal(self) -> None:
@@ -87,7 +86,6 @@ class Guard:
         Raises:
             OutOfBudgetError: it was the smallest.
         """
-        self._memory.give_back()
         self._go_on_with(self._shapes[1:], "memory was refused at the cap")
 
     def refused(self, what: str) -> OutOfBudgetError:
@@ -100,6 +98,7 @@ class Guard:
         if not shapes:
             raise out_of_budget(self._budget_bytes, used, self._breakdown, f"{why}, and no smaller step fits")
         self._shapes = shapes
+        self._memory.give_back()
         change = {"micro_batch": self.shape.micro_batch, "checkpointing": self.shape.checkpointing, "used_bytes": used}
         self.changes.append(change)
         self._note(

@@ -82,12 +82,8 @@ class CpuTarget:
         status = _process_status()
         untouched = max(0, status["VmData"] - status["RssAnon"] - _untouched_heap_bytes())
         cap = budget_bytes - status["RssFile"] - _FILE_PAGES_TO_COME_BYTES + untouched
-        hard = former[1]
-        if hard != resource.RLIM_INFINITY:
-            cap = min(cap, hard)
-        if former[0] != resource.RLIM_INFINITY:
-            cap = min(cap, former[0])
-        resource.setrlimit(resource.RLIMIT_DATA, (max(cap, 0), hard))
+        most = min((size for size in former if size != resource.RLIM_INFINITY), default=cap)
+        resource.setrlimit(resource.RLIMIT_DATA, (max(min(cap, most), 0), former[1]))
         try:
             yield
         finally:

@@ -230,7 +230,7 @@ class Subject:
 
     def is_writing_a_block(self) -> bool:
         with contextlib.suppress(OSError):
-            return any(name.endswith(".tmp") for folder in self.block_folders() for name in os.listdir(folder))
+            return any(path.suffix == ".tmp" for folder in self.block_folders() for path in folder.iterdir())
         return False
 
     def remains(self) -> dict[Path, str]:

@@ -222,7 +222,11 @@ def test_a_run_directory_is_not_overwritten(run):
 
 def test_resume_takes_no_settings(run):
     """--resume with settings that would change the result is refused and names them."""
-    assert_refused(invoke("train", "--resume", run, "--steps", "9"), 2, r"only --data, --max-disk-writes, --mem-budget, --work-dir may be others; leave out --steps")
+    assert_refused(
+        invoke("train", "--resume", run, "--steps", "9"),
+        2,
+        r"only --data, --max-disk-writes, --mem-budget, --work-dir may be others; leave out --steps",
+    )
 
 
 def test_changed_data_are_noticed_on_resume(tmp_path):

@@ -398,7 +398,7 @@ def test_a_run_that_is_deleted_while_it_is_trained_ends_with_its_name(half, cach
 
 
 def test_blocks_that_are_deleted_while_training_can_be_made_again(half, campaign, cache):
-    """The folder of the blocks is gone: its files are named, and --reinit-block for all of them trains from the start."""
+    """The folder of the blocks is gone: its files are named, and --reinit-block for all trains from the start."""
     text = refused("StorageError", resume, half, cache, None, 70, shutil.rmtree, (half / "blocks",))
     assert re.match(rf"cannot write block \d \(36\d KB\): {half}/blocks/block_00\d.safetensors: No such file", text), (
         text
@@ -471,7 +471,7 @@ def other_run(campaign, cache):
 
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_block_is_named_before_use_and_trained_again_alone(half, other_run, campaign, cache, damage):
-    """The message names the block and the file; the others lose no step; --reinit-block 2 gives the reference's bits."""
+    """The message names block and file; the others lose no step; --reinit-block 2 gives the reference's bits."""
     inflict, message = DAMAGES[damage]
     inflict(half, other_run)
     text = refused("RunError", resume, half, cache)
@@ -595,7 +595,7 @@ def test_a_second_process_is_refused_and_a_killed_one_holds_nothing(half, campai
 
 
 def test_a_run_that_is_being_created_is_locked_too(tmp_path):
-    """Before the manifest exists a second `train --out` is refused; the lock's file alone, after a crash, is no lock."""
+    """Before the manifest exists a second `train --out` is refused; the lock's file alone is no lock."""
     receiving, sending = fork_server().Pipe(duplex=False)
     holder = fork_server().Process(target=hold_lock, args=(tmp_path / "run", sending))
     holder.start()

@@ -68,10 +68,14 @@ def no_orphan_in(campaign, seconds):
 
 
 MOMENTS = {
-    1: ((CACHING, 0), (STARTING, 0.03), (VISITING, 0.1), (WRITING, 0), (WRITING, 0.003), (SAMPLING, 0.01))
-    + ((EVALUATING, 0.01), (FINISHING, 0)),
-    2: ((CACHING, 0.002), (PLANNING, 1), (CREATING, 0), (VISITING, 0.2), (WRITING, 0.001), (SAMPLING, 0))
-    + ((EVALUATING, 0), (FINISHING, 0.002), (FINISHING, 0.004)),
+    1: (
+        *((CACHING, 0), (STARTING, 0.03), (VISITING, 0.1), (WRITING, 0), (WRITING, 0.003), (SAMPLING, 0.01)),
+        *((EVALUATING, 0.01), (FINISHING, 0)),
+    ),
+    2: (
+        *((CACHING, 0.002), (PLANNING, 1), (CREATING, 0), (VISITING, 0.2), (WRITING, 0.001), (SAMPLING, 0)),
+        *((EVALUATING, 0), (FINISHING, 0.002), (FINISHING, 0.004)),
+    ),
 }
 
 
@@ -172,7 +176,7 @@ def test_a_closed_terminal_ends_the_command_with_everything_saved(valid_run, cam
         stdout=terminal,
         stderr=terminal,
         start_new_session=True,
-        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),  # noqa: PLW1509 - there is no other way to a terminal
         env={**os.environ, "EDGEBLOCKS_CACHE": str(campaign.folder / "cache")},
     )
     os.close(terminal)
