@@ -260,6 +260,7 @@ def _train(run: RunDirectory, images: ImageSet, listener: Listener, resumed_from
     with refusals_explained(target, budget_bytes, breakdown):
         store = run.store()
         store.continue_meter(store.header(block) for block in range(len(run.layers)))
+        store.hold_folder()
         scheduler = Scheduler(store, slots=run.plan["slots"])
         finished = Run(run)
         try:

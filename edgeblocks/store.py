@@ -15,6 +15,7 @@ import json
 import math
 import os
 import shutil
+import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -200,7 +201,7 @@ class BlockStore:
         self.bytes_written = 0
         self.bytes_read = 0
         self._former_bytes_written = 0
-        self._first_written: tuple[int, int] | None = None
+        self._held_folder: int | None = None
 
     def path(self, block: int) -> Path:
         return self.folder / f"block_{block:03d}.safetensors"
@@ -244,13 +245,17 @@ class BlockStore:
             raise storage_error(f"cannot write block {block} ({format_bytes(total)})", path, error) from error
         self.bytes_written += total
 
+    def hold_folder(self) -> None:
+        """Write into this very folder only from now on; while it is open no other folder is given its inode number."""
+        self._held_folder = os.open(self.folder, os.O_RDONLY)
+        weakref.finalize(self, os.close, self._held_folder)
+
     def _check_folder(self) -> None:
         """A folder that was deleted and made anew belongs to another run, whose lock this process does not hold."""
+        if self._held_folder is None:
+            return
         with contextlib.suppress(OSError):  # the write that follows says it better
-            found = self.folder.stat()
-            identity = (found.st_dev, found.st_ino)
-            self._first_written = self._first_written or identity
-            if identity != self._first_written:
+            if not os.path.samestat(self.folder.stat(), os.fstat(self._held_folder)):
                 raise StorageError(
                     f"{self.folder} was deleted and made anew while this run was trained; nothing is written there. "
                     f"Put this run back from a copy, or leave the new one alone"

@@ -616,7 +616,7 @@ def test_a_run_that_is_being_created_is_locked_too(tmp_path):
 
 def test_a_run_that_was_made_anew_is_not_written_by_the_process_of_the_old_one(half, campaign, cache):
     """Deleted while it is trained and trained again in the same place: the lock went too, yet the blocks are safe."""
-    holder = stopped_at_step(half, cache, 70)
+    holder = stopped_at_step(half, cache, sum(HALF) + 2)  # before it has written anything
     try:
         shutil.rmtree(half)
         in_child(lay_out_elsewhere, half, campaign.sealed_copy, cache, {})

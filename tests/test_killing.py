@@ -148,7 +148,6 @@ def test_a_second_ctrl_c_does_not_wait_and_loses_no_more_than_the_visit(valid_ru
     assert saved_steps(valid_run) == [6, 0, 0, 0]
 
 
-@pytest.mark.xfail(strict=True, reason="a signal that the parent had ignored is listened to")
 def test_a_run_under_nohup_outlives_its_terminal(valid_run, campaign):
     """A signal that was ignored when the process began stays ignored: SIGHUP under nohup, Ctrl-C behind an `&`."""
     with pytest.raises(ChildError) as caught:
@@ -157,7 +156,6 @@ def test_a_run_under_nohup_outlives_its_terminal(valid_run, campaign):
     assert "stopped by SIGTERM; saved at steps 5, 0, 0, 0" in caught.value.message
 
 
-@pytest.mark.xfail(strict=True, reason="an error of the listener forgets the visit")
 def test_a_listener_whose_pipe_was_closed_costs_no_step(valid_run, campaign):
     """`edgeblocks train | head`, or a terminal that is gone: the run ends, and what was trained is saved."""
     with pytest.raises(ChildError) as caught:
@@ -197,7 +195,6 @@ def test_a_closed_terminal_ends_the_command_with_everything_saved(valid_run, cam
     assert sum(saved_steps(valid_run)) == sum(steps) + 3, caught.value
 
 
-@pytest.mark.xfail(strict=True, reason="a picture that was due is forgotten")
 def test_a_picture_that_was_due_when_the_run_was_killed_is_made_on_resume(campaign):
     """A run that was killed after its last visit and before the picture of it has all pictures when it is finished."""
     subject = campaign.new_subject(1)
