@@ -26,7 +26,7 @@ from edgeblocks.data.images import ImageSet
 from edgeblocks.errors import ConfigError, InterruptedRunError, RunError
 from edgeblocks.guard import Guard, refusals_explained
 from edgeblocks.listener import Listener, Silent
-from edgeblocks.planner import StepShape
+from edgeblocks.plans import StepShape
 from edgeblocks.preparation import (
     GRID_SAMPLES,
     Prepared,

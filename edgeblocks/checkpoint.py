@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from edgeblocks.config import Settings, read_yaml, resolve_settings
+from edgeblocks.durable import sync, write_atomically
 from edgeblocks.errors import ConfigError, RunError
 from edgeblocks.families.base import ImageInfo
 from edgeblocks.noise import NoisePartition, partition_noise
@@ -39,7 +40,7 @@ from edgeblocks.run_files import (
     read_records,
     with_checksum,
 )
-from edgeblocks.store import BlockLayout, BlockStore, storage_error, write_atomically
+from edgeblocks.store import BlockLayout, BlockStore, storage_error
 from edgeblocks.untrusted import shown
 
 RUN_FORMAT_VERSION = 1
@@ -313,22 +314,14 @@ def bring_blocks_home(run: RunDirectory) -> None:
             shutil.rmtree(arriving, ignore_errors=True)
             shutil.copytree(away, arriving, ignore=shutil.ignore_patterns("lock"))
             for path in (*arriving.iterdir(), arriving):
-                _sync(path)
+                sync(path)
             arriving.rename(home)
-            _sync(run.path)  # the name must be on the disk before the other files go
+            sync(run.path)  # the name must be on the disk before the other files go
         except (OSError, shutil.Error) as error:
             shutil.rmtree(arriving, ignore_errors=True)
             cause = error if isinstance(error, OSError) else OSError(str(error))
             raise storage_error(f"cannot move the blocks from {away}, where they stay,", home, cause) from error
     shutil.rmtree(away, ignore_errors=True)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def seal_run(run: RunDirectory) -> None:

@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from rich.console import Console
 
-from edgeblocks.planner import DAY_S
+from edgeblocks.plans import DAY_S
 from edgeblocks.units import format_bytes, format_count, format_duration
 
 if TYPE_CHECKING:
     from edgeblocks.checkpoint import RunDirectory
-    from edgeblocks.planner import Candidate, Plan
+    from edgeblocks.plans import Candidate, Plan
     from edgeblocks.preparation import Prepared
     from edgeblocks.trainer import Progress
 

@@ -1,7 +1,7 @@
 """Keeps a running process inside its budget: looks before every step, and recovers when memory is refused.
 
 Two lines of defence. Before a step, what is in use and what the step will take are added up; a step that would pass the
-budget is not taken, a smaller one is (`planner.StepShape`: fewer samples at a time, then activation checkpointing),
+budget is not taken, a smaller one is (`plans.StepShape`: fewer samples at a time, then activation checkpointing),
 which changes no mathematics. Behind it the target sets a hard cap (`capped`), so that memory nobody foresaw is refused
 by the system as an error that can be caught, instead of swapping or a killed machine; the step is then made again,
 smaller. Only when nothing is left to shrink does the run end, with what was trained before the visit or the step saved.
@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from typing import Any, Protocol
 
 from edgeblocks.errors import OutOfBudgetError
-from edgeblocks.planner import StepShape
+from edgeblocks.plans import StepShape
 from edgeblocks.units import format_bytes
 
 HEADROOM_BYTES = 12_000_000

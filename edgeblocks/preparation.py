@@ -18,7 +18,8 @@ from edgeblocks.families.base import ImageInfo
 from edgeblocks.layer_costs import LayerCosts
 from edgeblocks.listener import Listener
 from edgeblocks.noise import NoisePartition, partition_noise
-from edgeblocks.planner import Machine, Plan, Wishes, make_plan, micro_batches
+from edgeblocks.planner import make_plan
+from edgeblocks.plans import Machine, Plan, Wishes, micro_batches
 from edgeblocks.registry import build_family, build_target, family_type
 from edgeblocks.units import format_bytes, format_duration, parse_size
 
@@ -69,9 +70,7 @@ def prepare(settings: Settings, out: Path, listener: Listener) -> Prepared:
     target = build_target(run.target)
     target.prepare()
     budget_bytes = budget_in_bytes(run.mem_budget, target)
-    images = open_run_images(settings, listener)
-    data = image_info(images, family_type(run.family).sigma_data)
-    build_family(run.family, asdict(settings.family), asdict(data))  # reports impossible shapes at once
+    images, data = _open_data(settings, listener)
     listener.stage("planning")
     costs, machine = measure(settings, data, existing_folder(Path(run.work_dir or out)), target, listener)
     return Prepared(
@@ -83,6 +82,15 @@ def prepare(settings: Settings, out: Path, listener: Listener) -> Prepared:
         machine=machine,
         plan=make_plan(costs, machine, _wishes(settings, images, budget_bytes)),
     )
+
+
+def _open_data(settings: Settings, listener: Listener) -> tuple[ImageSet, ImageInfo]:
+    """The images, and what a network must know of them; reports shapes that are impossible for it at once."""
+    run = settings.run
+    images = open_run_images(settings, listener)
+    data = image_info(images, family_type(run.family).sigma_data)
+    build_family(run.family, asdict(settings.family), asdict(data))
+    return images, data
 
 
 def prepare_elsewhere(settings: Settings, profile: Any, ram_budget: str | None, listener: Listener) -> Prepared:
@@ -104,9 +112,7 @@ def prepare_elsewhere(settings: Settings, profile: Any, ram_budget: str | None, 
         host = f"the host of {profile.name}"
         text = RAM_BUDGET if ram_budget is None else ram_budget
         ram_budget_bytes = _size_within("--ram-budget", text, machine.host.memory_bytes, host)
-    images = open_run_images(settings, listener)
-    data = image_info(images, family_type(run.family).sigma_data)
-    build_family(run.family, asdict(settings.family), asdict(data))  # reports impossible shapes at once
+    images, data = _open_data(settings, listener)
     listener.stage("planning")
     costs, planning_bytes = trace_costs(settings, data)
     machine = replace(machine, planning_bytes=planning_bytes)

@@ -4,7 +4,7 @@ A scheduler has `slots` buffers, each of the size of the largest block:
   1  a block is loaded, trained and written back before the next one is loaded;
   2  while one block is trained, a single I/O thread writes the former block back and then loads the next one into the
      same buffer (in this order, which the thread's queue guarantees);
-  3+ the first blocks have a slot each and stay (`planner.kept_blocks`); the others share the last two as above. With
+  3+ the first blocks have a slot each and stay (`plans.kept_blocks`); the others share the last two as above. With
      as many slots as blocks nothing is ever loaded again; visits are still written to disk, for crash safety.
 No other copy of any block's optimizer state exists in memory.
 """
@@ -15,7 +15,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from edgeblocks.planner import kept_blocks
+from edgeblocks.plans import kept_blocks
 from edgeblocks.store import BlockBuffer, BlockStore, Part
 
 

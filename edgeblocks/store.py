@@ -24,6 +24,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from edgeblocks.durable import write_atomically
 from edgeblocks.errors import RunError, StorageError
 from edgeblocks.units import format_bytes
 from edgeblocks.untrusted import open_regular, parse_json, shown
@@ -409,33 +410,6 @@ def _read_exactly(file: Any, view: memoryview) -> None:
         if not count:
             raise OSError(f"the file ended {len(view) - done} bytes early")
         done += count
-
-
-def write_atomically(path: Path, pieces: Sequence[bytes | memoryview]) -> None:
-    """Write a file so that the name shows either the former or the new content, even after a power cut.
-
-    Raises:
-        OSError: the disk refused; the temporary file is removed and the former content is untouched.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb", buffering=0) as file:
-            for piece in pieces:
-                view = memoryview(piece)
-                done = 0
-                while done < len(view):
-                    done += file.write(view[done:]) or 0
-            os.fsync(file.fileno())
-        temporary.replace(path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        raise
 
 
 def storage_error(what: str, path: Path, error: OSError) -> StorageError:

@@ -30,6 +30,7 @@ from torch import nn
 
 from edgeblocks.chain import BlockRunner
 from edgeblocks.checkpoint import RunDirectory
+from edgeblocks.durable import sync
 from edgeblocks.errors import ConfigError, RunError, StorageError
 from edgeblocks.export.manifest import (
     DEFAULT_STEPS,
@@ -395,11 +396,11 @@ def _staged(out: Path) -> Iterator[Path]:
         folder.mkdir()
         try:
             yield folder
-            _sync_folder(folder)
+            sync(folder)
             if out.exists():
                 out.rename(former)
             folder.rename(out)
-            _sync_folder(out.parent)
+            sync(out.parent)
         except BaseException:
             shutil.rmtree(folder, ignore_errors=True)
             if former.exists() and not out.exists():
@@ -418,11 +419,3 @@ def _free_space(out: Path) -> str:
         return f"; {format_bytes(shutil.disk_usage(out.parent).free)} are free there"
     except OSError:
         return ""
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -13,7 +13,7 @@ import psutil
 
 from edgeblocks.cgroups import memory_limit_bytes
 from edgeblocks.layer_costs import LARGEST_HEAP_BYTES
-from edgeblocks.planner import Machine
+from edgeblocks.plans import Machine
 from edgeblocks.targets.disk import DiskSpeed, measure_disk
 
 # glibc's default raises its own threshold and gives memory back at the top of the heap whenever it can: the resident

@@ -18,7 +18,7 @@ from edgeblocks.doctor.findings import Budgets, Disk, Gpu, Kernel, Memory, Prese
 from edgeblocks.doctor.kernels import KERNELS
 from edgeblocks.errors import ConfigError, StorageError
 from edgeblocks.listener import Silent
-from edgeblocks.planner import Machine
+from edgeblocks.plans import Machine
 from edgeblocks.registry import build_target
 
 GB = 10**9

@@ -11,7 +11,7 @@ from safetensors.numpy import load_file
 
 from edgeblocks.errors import OutOfBudgetError
 from edgeblocks.guard import HEADROOM_BYTES, Guard, is_refusal
-from edgeblocks.planner import StepShape
+from edgeblocks.plans import StepShape
 
 MB = 1_000_000
 SHAPES = [

@@ -12,7 +12,8 @@ from edgeblocks import console
 from edgeblocks.cli import app
 from edgeblocks.cost import trace_in_subprocess
 from edgeblocks.errors import ConfigError
-from edgeblocks.planner import UPDATE_S_PER_PARAMETER, Host, Wishes, make_plan
+from edgeblocks.planner import make_plan
+from edgeblocks.plans import UPDATE_S_PER_PARAMETER, Host, Wishes
 from edgeblocks.registry import build_profile, profile_names
 from edgeblocks.units import format_bytes, parse_size
 

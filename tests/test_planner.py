@@ -10,20 +10,12 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from edgeblocks import layer_costs, planner
+from edgeblocks import layer_costs, planner, plans
 from edgeblocks.cost import trace_in_subprocess
 from edgeblocks.errors import ConfigError, DoesNotFitError
 from edgeblocks.noise import NoiseDistribution, partition_noise
-from edgeblocks.planner import (
-    STREAMING_SHARE,
-    Host,
-    Machine,
-    Wishes,
-    inference_micro_batch,
-    make_plan,
-    micro_batches,
-    split_layers,
-)
+from edgeblocks.planner import STREAMING_SHARE, inference_micro_batch, make_plan
+from edgeblocks.plans import Host, Machine, Wishes, micro_batches, split_layers
 
 MB = 1_000_000
 MACHINE = Machine(
@@ -97,7 +89,7 @@ def plan_or_refusal(machine, wishes):
 
 def test_the_examples_in_the_docstrings_hold():
     """Every doctest of the planner and of the layer costs passes, and there are some."""
-    for module, number in ((planner, 2), (layer_costs, 1)):
+    for module, number in ((plans, 4), (layer_costs, 1)):
         results = doctest.testmod(module)
         assert results.attempted >= number
         assert results.failed == 0

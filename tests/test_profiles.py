@@ -5,7 +5,7 @@ from importlib import resources
 import pytest
 
 from edgeblocks.errors import ConfigError
-from edgeblocks.planner import Machine
+from edgeblocks.plans import Machine
 from edgeblocks.targets.profile import Profile, load_profile, parse_profile, profile_names
 
 GIB = 2**30

@@ -13,6 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
 
+from edgeblocks.durable import write_atomically
 from edgeblocks.errors import RunError, StorageError
 from edgeblocks.store import (
     GROUP_SIZE,
@@ -23,7 +24,6 @@ from edgeblocks.store import (
     bind_parameters_,
     is_quantizable,
     state_bytes,
-    write_atomically,
 )
 
 RUN_ID = "0123456789abcdef"

@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 
 from edgeblocks.data.limits import MOST_CLASSES, MOST_IMAGES, MOST_PIXELS, MOST_UNREADABLE
 from edgeblocks.data.npy import read_npy_header
+from edgeblocks.durable import sync
 from edgeblocks.errors import StorageError
 from edgeblocks.units import format_bytes
 from edgeblocks.untrusted import open_regular, read_object
@@ -203,7 +204,7 @@ class CacheWriter:
                 json.dump(meta, file)
                 file.flush()
                 os.fsync(file.fileno())
-            _sync_folder(self._folder)
+            sync(self._folder)
 
     def _check_free_space(self) -> None:
         free_bytes = shutil.disk_usage(self._folder).free
@@ -375,7 +376,7 @@ def _publish(partial: Path, final: Path) -> None:
     except OSError:
         if _open_cache(final) is None:
             raise
-    _sync_folder(final.parent)
+    sync(final.parent)
 
 
 @contextlib.contextmanager
@@ -401,14 +402,6 @@ def _remove_abandoned(cache_dir: Path) -> None:
                 shutil.rmtree(partial, ignore_errors=True)
             finally:
                 os.close(descriptor)
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _storage_error(error: OSError, cache_dir: Path, needed_bytes: int) -> StorageError:

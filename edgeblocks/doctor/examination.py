@@ -26,7 +26,7 @@ from edgeblocks.doctor.surroundings import (
 )
 from edgeblocks.errors import ConfigError
 from edgeblocks.listener import Listener, Silent
-from edgeblocks.planner import Machine
+from edgeblocks.plans import Machine
 from edgeblocks.registry import target_names
 from edgeblocks.units import format_bytes, format_count, format_duration
 

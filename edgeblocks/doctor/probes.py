@@ -21,7 +21,8 @@ from edgeblocks.doctor.findings import PATIENCE_S, PresetFit
 from edgeblocks.doctor.kernels import KERNELS
 from edgeblocks.errors import DoesNotFitError
 from edgeblocks.listener import Silent
-from edgeblocks.planner import Machine, Wishes, make_plan, micro_batches
+from edgeblocks.planner import make_plan
+from edgeblocks.plans import Machine, Wishes, micro_batches
 from edgeblocks.registry import build_family, build_target, family_type
 
 _LINK_PROBE_BYTES = 256 * 2**20

@@ -36,7 +36,7 @@ from edgeblocks.guard import Guard
 from edgeblocks.layer_costs import LARGEST_HEAP_BYTES
 from edgeblocks.noise import partition_noise
 from edgeblocks.optim import Workspace, adamw_8bit_step_, adamw_step_
-from edgeblocks.planner import StepShape
+from edgeblocks.plans import StepShape
 from edgeblocks.scheduler import Scheduler
 from edgeblocks.store import BlockBuffer, BlockLayout, bind_parameters_
 from edgeblocks.targets.cpu import CpuTarget
