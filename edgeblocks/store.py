@@ -282,6 +282,7 @@ class BlockStore:
 
         Raises:
             RunError: as `header`, or the bytes do not match their checksum.
+            StorageError: the disk refused, or the whole folder is gone.
         """
         layout, path = self.layouts[block], self.path(block)
         buffer.adopt_(layout)
@@ -293,9 +294,9 @@ class BlockStore:
                     file.seek(data_start + start)
                     _read_exactly(file, _memory(buffer.part_bytes(part)))
                     self.bytes_read += num_bytes
-        except FileNotFoundError as error:
-            raise RunError(f"block {block} is missing: there is no file {path}; {_kept(block)}") from error
         except OSError as error:
+            if isinstance(error, FileNotFoundError) and self.folder.is_dir():
+                raise RunError(f"block {block} is missing: there is no file {path}; {_kept(block)}") from error
             raise storage_error(f"cannot read block {block}", path, error) from error
         for part in buffer.parts:
             if _digest(buffer.part_bytes(part)) != header.digests[part]:
