@@ -25,6 +25,7 @@ from edgeblocks.config import Settings, read_yaml, resolve_settings
 from edgeblocks.data.images import ImageSet
 from edgeblocks.errors import ConfigError, InterruptedRunError, RunError
 from edgeblocks.guard import Guard, refusals_explained
+from edgeblocks.host_tier import HostTier
 from edgeblocks.listener import Listener, Silent
 from edgeblocks.plans import StepShape
 from edgeblocks.preparation import (
@@ -32,11 +33,11 @@ from edgeblocks.preparation import (
     Prepared,
     check_disk,
     check_work_dir,
-    no_host_error,
     open_run_images,
     prepare,
     prepare_elsewhere,
     replan,
+    usual_budgets,
 )
 from edgeblocks.registry import build_profile, build_target, family_type, profile_names, target_names
 from edgeblocks.run import Run
@@ -52,7 +53,6 @@ def plan(
     *,
     config: Path | str | None = None,
     out: Path | str = ".",
-    ram_budget: str | None = None,
     listener: Listener | None = None,
     **settings: Any,
 ) -> Prepared:
@@ -61,7 +61,6 @@ def plan(
     Args:
         config: a YAML file of settings; keyword settings go over it.
         out: where a run would be written; its disk is measured.
-        ram_budget: bound of the host's memory, where `target` names a machine with a GPU; None is half of it.
         settings: any of `config.RunSettings` or of the family's settings, such as mem_budget="6GB"; `target` may also
             be a machine's name, such as "rtx3060-12gb".
 
@@ -71,9 +70,7 @@ def plan(
     """
     resolved, profile = _resolved(config, settings)
     if profile is not None:
-        return prepare_elsewhere(resolved, profile, ram_budget, listener or Silent())
-    if ram_budget is not None:
-        raise no_host_error(ram_budget, "this machine")
+        return prepare_elsewhere(resolved, profile, listener or Silent())
     return prepare(resolved, Path(out), listener or Silent())
 
 
@@ -162,6 +159,8 @@ def resume(
     path: Path | str,
     *,
     mem_budget: str | None = None,
+    ram_budget: str | None = None,
+    target: str | None = None,
     data: str | None = None,
     work_dir: str | None = None,
     max_disk_writes: str | None = None,
@@ -175,6 +174,8 @@ def resume(
 
     Args:
         mem_budget: another budget from now on.
+        ram_budget: another bound of the host's memory beside a GPU.
+        target: another kind of machine; it has its usual budgets unless these are given too.
         data: where the same data are now; they are compared by their fingerprint.
         work_dir: where the block files are now, and will be written.
         max_disk_writes: another limit from now on, counted from the run's beginning.
@@ -188,15 +189,19 @@ def resume(
     run = open_run(Path(path))
     check_resumable(run.path / "plan.json", run.plan)
     with locked(run.path, listener.note):
-        given = {"mem_budget": mem_budget, "data": data, "work_dir": work_dir, "max_disk_writes": max_disk_writes}
-        run = run.changed({name: value for name, value in given.items() if value is not None})
+        given = {"mem_budget": mem_budget, "ram_budget": ram_budget, "target": target, "data": data}
+        given |= {"work_dir": work_dir, "max_disk_writes": max_disk_writes}
+        changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+        if target is not None and target != run.settings.run.target:
+            changes = {**usual_budgets(target), **changes}
+        run = run.changed(changes)
         if run.blocks_folder == run.away_folder:
             check_work_dir(run.settings.run.work_dir)
         with locked_away(run, listener.note):
-            return _resume(run, mem_budget, reinit_blocks, listener)
+            return _resume(run, mem_budget is not None or ram_budget is not None, reinit_blocks, listener)
 
 
-def _resume(run: RunDirectory, mem_budget: str | None, reinit_blocks: Sequence[int], listener: Listener) -> "Run":
+def _resume(run: RunDirectory, other_budget: bool, reinit_blocks: Sequence[int], listener: Listener) -> "Run":
     """Go on with a locked run; its settings are written down when everything has proved sound."""
     remove_leftovers(run)
     target = build_target(run.settings.run.target)
@@ -207,7 +212,7 @@ def _resume(run: RunDirectory, mem_budget: str | None, reinit_blocks: Sequence[i
             f"the data of {run.path} have changed: {images.source} is not what the run was trained on; put the "
             f"former data back, name their new place with --data, or start a new run with --out"
         )
-    run = _replanned_if_needed(run, images, mem_budget, target, listener)
+    run = _replanned_if_needed(run, images, other_budget, target, listener)
     _reinitialise(run, reinit_blocks, listener)
     saved = [run.store().header(block).step for block in range(len(run.layers))]
     run.save_settings()
@@ -217,12 +222,13 @@ def _resume(run: RunDirectory, mem_budget: str | None, reinit_blocks: Sequence[i
 
 
 def _replanned_if_needed(
-    run: RunDirectory, images: ImageSet, mem_budget: str | None, target: Any, listener: Listener
+    run: RunDirectory, images: ImageSet, other_budget: bool, target: Any, listener: Listener
 ) -> RunDirectory:
-    """The run, planned again with the same blocks where its budget was changed or its plan does not fit here."""
+    """The run, planned again with the same blocks where its budget or target changed or its plan does not fit here."""
     runtime_bytes = int(run.plan.get("breakdown", {}).get("runtime", 0))
     here = int(run.plan["predicted_peak_bytes"]) - runtime_bytes + max(runtime_bytes, target.used_bytes())
-    if mem_budget is None and here <= int(run.plan["budget_bytes"]):
+    moved = ("ram_budget_bytes" in run.plan) != (target.host_bytes() is not None)
+    if not (other_budget or moved) and here <= int(run.plan["budget_bytes"]):
         return run
     plan = replan(run.settings, run.data, images, run.plan, run.path, target, listener)
     run = run.planned_again(plan.to_json(run.partition))
@@ -256,12 +262,16 @@ def _train(run: RunDirectory, images: ImageSet, listener: Listener, resumed_from
         shapes=[StepShape(**shape) for shape in run.plan["shapes"]],
         breakdown=breakdown,
         note=listener.note,
+        ram_budget_bytes=run.plan.get("ram_budget_bytes"),
     )
     with refusals_explained(target, budget_bytes, breakdown):
         store = run.store()
         store.continue_meter(store.header(block) for block in range(len(run.layers)))
         store.hold_folder()
-        scheduler = Scheduler(store, slots=run.plan["slots"])
+        host = None
+        if target.host_bytes() is not None:
+            host = HostTier(store, target, ram_blocks=run.plan.get("ram_blocks", 0))
+        scheduler = Scheduler(store, slots=run.plan["slots"], host=host)
         finished = Run(run)
         try:
             trainer = Trainer(run, images, scheduler, guard)
@@ -373,7 +383,7 @@ def _summary(
         "budget_bytes": budget_bytes,
         "predicted_peak_bytes": run.plan["predicted_peak_bytes"],
         "peak_bytes": target.peak_bytes(),
-        "ram_peak_bytes": target.peak_bytes(),
+        "ram_peak_bytes": target.host_peak_bytes(),
         "disk_bytes": sum(path.stat().st_size for path in run.blocks_folder.glob("*.safetensors")),
         "disk_bytes_written": scheduler.store.run_bytes_written,
         "memory_changes": trainer.guard.changes,

@@ -39,6 +39,8 @@ class BlockRunner:
         micro_batch: int,
     ) -> None:
         self.partition, self.micro_batch = partition, micro_batch
+        self.device = torch.device("cpu")
+        """Where the network is; what `denoise` is given and gives lies in the processor's memory."""
         self.loads: list[int] = []
         """The blocks made resident, in order."""
         self._family, self._layers, self._source = family, tuple(layers), source
@@ -50,9 +52,11 @@ class BlockRunner:
         if self._block != block or self._network is None:
             with torch.device("meta"):
                 network = self._family.block(num_layers=self._layers[block], checkpointing=False)
-            network.reset_tables_()
             with self._source.ema_weights(block) as buffer:
                 bind_parameters_(network, buffer.tensors("ema"))
+                self.device = buffer.device
+            with self.device:
+                network.reset_tables_()
             self._network, self._block = network.eval(), block
             self.loads.append(block)
         return self._network
@@ -64,8 +68,9 @@ class BlockRunner:
         denoised = torch.empty_like(z)
         for start in range(0, len(z), self.micro_batch):
             part = slice(start, start + self.micro_batch)
-            sigmas = torch.full((len(z[part]),), sigma)
-            denoised[part] = network(z[part], sigmas, None if labels is None else labels[part])
+            sigmas = torch.full((len(z[part]),), sigma, device=self.device)
+            classes = None if labels is None else labels[part].to(self.device)
+            denoised[part] = network(z[part].to(self.device), sigmas, classes)
         return denoised
 
 

@@ -107,10 +107,11 @@ class RunDirectory:
         """
         if not settings:
             return self
+        kept = {**self.settings.run.model_dump(), **asdict(self.settings.family)}
         resolved = resolve_settings(
             settings,
             family_settings=lambda name: family_type(name).settings_type,
-            config={**self.settings.run.model_dump(), **asdict(self.settings.family)},
+            config={name: value for name, value in kept.items() if name not in settings},
         )
         return replace(self, settings=resolved.with_whole_paths())
 

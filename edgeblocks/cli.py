@@ -14,7 +14,7 @@ import typer
 
 from edgeblocks.errors import ConfigError, EdgeblocksError
 
-RESUME_SETTINGS = frozenset({"mem_budget", "data", "work_dir", "max_disk_writes"})
+RESUME_SETTINGS = frozenset({"mem_budget", "ram_budget", "target", "data", "work_dir", "max_disk_writes"})
 """Settings that a run may change when it goes on: they change no number of the result."""
 
 app = typer.Typer(
@@ -27,7 +27,11 @@ Family = Annotated[str | None, typer.Argument(help="Kind of model: dit.", show_d
 Preset = Annotated[str | None, typer.Option(help="A named size: dit-tiny, dit-s, dit-b, dit-l, dit-xl.")]
 Data = Annotated[str | None, typer.Option(help="digits (built in), a folder of images, or an .npz file.")]
 MemBudget = Annotated[
-    str | None, typer.Option(help="Largest resident memory of the process, such as 700MB, 6GB or 50% (the default).")
+    str | None,
+    typer.Option(
+        help="Largest resident memory of the process, such as 700MB, 6GB or 50% (the default); with --target cuda, of "
+        "the GPU's memory (90% is the default)."
+    ),
 ]
 WorkDir = Annotated[str | None, typer.Option(help="Folder on a fast disk for the blocks while they are trained.")]
 MaxDiskWrites = Annotated[
@@ -37,17 +41,19 @@ Steps = Annotated[int | None, typer.Option(help="Optimizer steps of each block."
 BatchSize = Annotated[int | None, typer.Option("--batch", help="Images a step.")]
 Blocks = Annotated[str | None, typer.Option(help="Number of blocks; auto lets the budget decide.")]
 Partition = Annotated[str | None, typer.Option(help="Noise ranges: equal-probability or uniform (in log sigma).")]
-Target = Annotated[str | None, typer.Option(help="Kind of machine: auto or cpu.")]
+Target = Annotated[
+    str | None, typer.Option(help="Kind of machine: cpu, cuda (not yet run on a GPU), or auto, which is cpu for now.")
+]
 PlanTarget = Annotated[
     str | None,
     typer.Option(
-        help="Kind of machine, auto or cpu; or the profile of one that is not here, such as laptop-8gb or rtx3060-12gb "
+        help="Kind of machine: auto, cpu or cuda; or the profile of one that is not here, such as laptop-8gb or rtx3060-12gb "
         "(any other word lists them)."
     ),
 ]
 RamBudget = Annotated[
     str | None,
-    typer.Option(help="Largest host memory beside a GPU, such as 8GB or 50% (the default); with --target of a GPU."),
+    typer.Option(help="Largest resident memory of the process beside a GPU, such as 8GB or 50% (the default)."),
 ]
 ConfigFile = Annotated[Path | None, typer.Option("--config", help="YAML file of settings; flags go over it.")]
 SetValues = Annotated[
@@ -139,6 +145,7 @@ def train(
     preset: Preset = None,
     data: Data = None,
     mem_budget: MemBudget = None,
+    ram_budget: RamBudget = None,
     steps: Steps = None,
     batch: BatchSize = None,
     blocks: Blocks = None,
@@ -153,8 +160,8 @@ def train(
     resume: Annotated[
         Path | None,
         typer.Option(
-            help="Go on with this run directory. It keeps its settings; --mem-budget, --data (its new place), "
-            "--work-dir and --max-disk-writes may be others."
+            help="Go on with this run directory. It keeps its settings; --mem-budget, --ram-budget, --target, --data "
+            "(its new place), --work-dir and --max-disk-writes may be others."
         ),
     ] = None,
     reinit_block: Annotated[
@@ -177,6 +184,7 @@ def train(
             preset=preset,
             data=data,
             mem_budget=mem_budget,
+            ram_budget=ram_budget,
             steps=steps,
             batch=batch,
             blocks=blocks,

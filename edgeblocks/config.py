@@ -38,6 +38,7 @@ class RunSettings(BaseModel):
     image_size: int | None = Field(default=None, ge=1, le=4096)
     hold_out: float = Field(default=0.1, ge=0, le=0.5)
     mem_budget: str = "50%"
+    ram_budget: str | None = None
     work_dir: str | None = None
     max_disk_writes: str | None = None
     steps: int = Field(default=1000, ge=1, le=MOST_STEPS)
@@ -46,7 +47,7 @@ class RunSettings(BaseModel):
     blocks: int | Literal["auto"] = "auto"
     partition: Literal["equal-probability", "uniform"] = "equal-probability"
     overlap: float = Field(default=0.05, ge=0, le=1)
-    target: Literal["auto", "cpu"] = "auto"
+    target: Literal["auto", "cpu", "cuda"] = "auto"
     optimizer: Literal["adamw8bit", "adamw"] = "adamw8bit"
     learning_rate: float = Field(default=1e-3, gt=0)
     warmup: int = Field(default=50, ge=0, le=MOST_STEPS)
@@ -74,10 +75,11 @@ class RunSettings(BaseModel):
             raise ValueError("it holds halves of characters")
         return value
 
-    @field_validator("mem_budget")
+    @field_validator("mem_budget", "ram_budget")
     @classmethod
-    def _is_size(cls, text: str) -> str:
-        parse_size(text, whole_bytes=1_000_000)
+    def _is_size(cls, text: str | None) -> str | None:
+        if text is not None:
+            parse_size(text, whole_bytes=1_000_000)
         return text
 
     @field_validator("max_disk_writes")
@@ -97,7 +99,7 @@ class RunSettings(BaseModel):
             raise ValueError(f"at most {most} are possible")
         return value
 
-    @field_validator("mem_budget", "max_disk_writes", mode="before")
+    @field_validator("mem_budget", "ram_budget", "max_disk_writes", mode="before")
     @classmethod
     def _is_short(cls, value: Any) -> Any:
         if isinstance(value, str) and len(value) > _MOST_DIGITS:

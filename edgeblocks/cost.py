@@ -97,7 +97,7 @@ def trace(family: Any, sample_counts: Sequence[int]) -> LayerCosts:
     """`LayerCosts` of a family, traced in this process on the meta device."""
     import torch
 
-    from edgeblocks.optim import workspace_bytes
+    from edgeblocks.optim import GPU_CHUNK_SIZE, workspace_bytes
     from edgeblocks.store import Optimizer, state_bytes
 
     (one, one_quantizable), (two, two_quantizable) = (_count_parameters(family, count) for count in (1, 2))
@@ -119,6 +119,7 @@ def trace(family: Any, sample_counts: Sequence[int]) -> LayerCosts:
         ends_moments={optimizer: 2 * first - second for optimizer, (first, second) in moments.items()},
         layer_moments={optimizer: second - first for optimizer, (first, second) in moments.items()},
         workspace_bytes={"adamw8bit": workspace_bytes(num_threads=torch.get_num_threads()), "adamw": 0},
+        gpu_workspace_bytes={"adamw8bit": workspace_bytes(num_threads=1, chunk_size=GPU_CHUNK_SIZE), "adamw": 0},
         batch_bytes_per_sample=sum(_num_bytes(shape, dtype) for shape, dtype in family.batch_spec(1).values()),
         ends_flops_per_sample=2 * flops[0] - flops[1],
         layer_flops_per_sample=flops[1] - flops[0],

@@ -27,6 +27,8 @@ class MeasuredMemory(Protocol):
 
     def live_bytes(self) -> int: ...
 
+    def host_used_bytes(self) -> int: ...
+
     def give_back(self) -> None: ...
 
 
@@ -48,7 +50,10 @@ class Guard:
         shapes: Sequence[StepShape],
         breakdown: dict[str, int],
         note: Callable[[str], None],
+        ram_budget_bytes: int | None = None,
     ) -> None:
+        """A guard of a target's memory; `ram_budget_bytes` bounds the host's where the device has its own."""
+        self._ram_budget_bytes = ram_budget_bytes
         self._memory, self._budget_bytes, self._breakdown, self._note = memory, budget_bytes, breakdown, note
         self._shapes = list(shapes)
         self.used_bytes = memory.used_bytes()
@@ -66,6 +71,7 @@ class Guard:
         Raises:
             OutOfBudgetError: not even the smallest step fits beside what is in use.
         """
+        self._check_host()
         self.used_bytes = self._memory.used_bytes()
         comfortable = self._budget_bytes - HEADROOM_BYTES
         live = self._memory.live_bytes()
@@ -79,6 +85,18 @@ class Guard:
         elif self.used_bytes > comfortable:
             self._memory.give_back()
         return self.shape
+
+    def _check_host(self) -> None:
+        """Beside a device nothing that a step takes from the host can be made smaller: its bound is met or the end."""
+        if self._ram_budget_bytes is None:
+            return
+        used = self._memory.host_used_bytes()
+        if used > self._ram_budget_bytes:
+            raise OutOfBudgetError(
+                f"the host's budget of {format_bytes(self._ram_budget_bytes)} is used up: {format_bytes(used)} are in "
+                f"use. Give more with --ram-budget {int(used * 1.25 / 1e6)}MB; what was trained is saved, --resume "
+                f"goes on"
+            )
 
     def after_refusal(self) -> None:
         """Choose a smaller shape, with which a step is made again after memory was refused to it.

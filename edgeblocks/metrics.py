@@ -54,8 +54,10 @@ def validation_loss(
         losses = []
         for start in range(0, len(indices), runner.micro_batch):
             pixels, labels = images.gather(indices[start : start + runner.micro_batch])
+            batch = family.at_level(pixels, labels, sigma, generator)
             with torch.no_grad():
-                losses.append(family.loss(network, family.at_level(pixels, labels, sigma, generator)).numpy())
+                there = {name: tensor.to(runner.device) for name, tensor in batch.items()}
+                losses.append(family.loss(network, there).cpu().numpy())
         level_losses = np.concatenate(losses).astype(np.float64)
         per_image += level_losses / NUM_LEVELS
         levels.append({"sigma": sigma, "block": block, "loss": float(level_losses.mean())})

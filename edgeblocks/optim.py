@@ -16,6 +16,10 @@ a parameter of the chunk, 2.4 MB as it is. torch's own threads are switched off 
 their barriers wait actively, so where another process holds a core, each of some thousand barriers a step was seen
 to lose 4-8 ms. Python threads that fetch their next chunk when they are done meet only once.
 
+On a GPU the same operations run in chunks of 1 Mi from one thread, so that both targets make the same step up to
+rounding. Not yet run on a GPU; bitsandbytes' own kernel (one pass over memory instead of some twenty) should be compared
+with it when it is.
+
 Source: Loshchilov and Hutter 2019, "Decoupled Weight Decay Regularization", arXiv 1711.05101, algorithm 2; the 8-bit
 state: `quant`.
 """
@@ -48,6 +52,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 CHUNK_SIZE = 128 * 1024
+GPU_CHUNK_SIZE = 1024 * 1024
 _STEP_BYTES = 4
 
 
@@ -60,8 +65,12 @@ class _ChunkBuffers:
     scratch: Scratch
 
     @classmethod
-    def empty(cls, numel: int) -> _ChunkBuffers:
-        return cls(exp_avg=torch.empty(numel), exp_avg_sq=torch.empty(numel), scratch=Scratch.empty(numel))
+    def empty(cls, numel: int, device: torch.device | str) -> _ChunkBuffers:
+        return cls(
+            exp_avg=torch.empty(numel, device=device),
+            exp_avg_sq=torch.empty(numel, device=device),
+            scratch=Scratch.empty(numel, device),
+        )
 
     def first(self, numel: int) -> _ChunkBuffers:
         return _ChunkBuffers(
@@ -80,14 +89,21 @@ class Workspace:
         ValueError: `chunk_size` is no positive multiple of `GROUP_SIZE`, or `num_threads` is not positive.
     """
 
-    def __init__(self, *, num_threads: int, chunk_size: int = CHUNK_SIZE) -> None:
+    def __init__(self, *, num_threads: int, chunk_size: int = CHUNK_SIZE, device: torch.device | str = "cpu") -> None:
         self.num_bytes = workspace_bytes(num_threads=num_threads, chunk_size=chunk_size)
         self.chunk_size = chunk_size
-        self.exp_avg_code = dynamic_code(signed=True)
-        self.exp_avg_sq_code = dynamic_code(signed=False)
-        self.step = torch.empty((), dtype=torch.float32)
-        self.buffers = tuple(_ChunkBuffers.empty(chunk_size) for _ in range(num_threads))
+        self.exp_avg_code = dynamic_code(signed=True).to(device)
+        self.exp_avg_sq_code = dynamic_code(signed=False).to(device)
+        self.step = torch.empty((), dtype=torch.float32, device=device)
+        self.buffers = tuple(_ChunkBuffers.empty(chunk_size, device) for _ in range(num_threads))
         self.helpers = _started_threads(num_threads - 1)
+
+    @classmethod
+    def for_device(cls, device: torch.device | str) -> Workspace:
+        """As the processor's threads share the step's work, or as one thread gives it to a GPU."""
+        if torch.device(device).type == "cpu":
+            return cls(num_threads=torch.get_num_threads())
+        return cls(num_threads=1, chunk_size=GPU_CHUNK_SIZE, device=device)
 
 
 def workspace_bytes(*, num_threads: int, chunk_size: int = CHUNK_SIZE) -> int:
@@ -135,7 +151,7 @@ def adamw_step_(
             [exp_avg],
             [exp_avg_sq],
             [],
-            [torch.tensor(float(step), dtype=torch.float32)],
+            [torch.tensor(float(step), dtype=torch.float32, device=parameters.device)],
             lr=learning_rate,
             beta1=beta1,
             beta2=beta2,

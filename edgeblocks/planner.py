@@ -125,7 +125,7 @@ def _candidate(
         "runtime": machine.runtime_bytes,
         "weights": 4 * parameters * slots,
         "gradients": 4 * parameters,
-        "optimizer": moments * slots + costs.workspace_bytes[wishes.optimizer],
+        "optimizer": moments * slots + _workspace_bytes(costs, machine, wishes),
         "ema": 4 * parameters * slots,
         "activations": activations,
         "data": (wishes.data_bytes if machine.host is None else 0) + batch_bytes,
@@ -135,7 +135,7 @@ def _candidate(
         "slack": gaps + SLACK_BYTES,
     }
     breakdown["planning"] = max(0, machine.planning_bytes - sum(breakdown.values())) if machine.host is None else 0
-    host_breakdown, ram_blocks = _host_memory(machine, wishes, blocks, slots, block_bytes, batch_bytes)
+    host_breakdown, ram_blocks = _host_memory(costs, machine, wishes, blocks, slots, block_bytes, batch_bytes)
     step_s = predicted_step_s(costs, machine, num_layers, wishes.batch, micro_batch, checkpointing)
     load_s, store_s = _moving_s(machine, blocks, slots, ram_blocks, block_bytes)
     visit_steps = wishes.visit_steps or _visit_steps(
@@ -163,6 +163,11 @@ def _candidate(
     )
 
 
+def _workspace_bytes(costs: LayerCosts, machine: Machine, wishes: Wishes) -> int:
+    """What an optimizer step needs beside the state."""
+    return (costs.workspace_bytes if machine.host is None else costs.gpu_workspace_bytes)[wishes.optimizer]
+
+
 def _ram_budget_bytes(machine: Machine, wishes: Wishes) -> int:
     """The bound of the host's memory; without a host there is nothing to bound."""
     if machine.host is None:
@@ -171,7 +176,7 @@ def _ram_budget_bytes(machine: Machine, wishes: Wishes) -> int:
 
 
 def _host_memory(
-    machine: Machine, wishes: Wishes, blocks: int, slots: int, block_bytes: int, batch_bytes: int
+    costs: LayerCosts, machine: Machine, wishes: Wishes, blocks: int, slots: int, block_bytes: int, batch_bytes: int
 ) -> tuple[dict[str, int], int]:
     """The host's memory by its parts, and how many blocks live in it: as many as its budget holds beside the rest.
 
@@ -182,6 +187,7 @@ def _host_memory(
     needed = {
         "runtime": machine.host.runtime_bytes,
         "data": wishes.data_bytes + batch_bytes,
+        "evaluation": SAMPLE_COPIES * wishes.grid_samples * costs.batch_bytes_per_sample,
         "staging": block_bytes,
         "slack": SLACK_BYTES,
     }
@@ -227,13 +233,22 @@ def _step_memory(
 
 
 def _look_bytes(costs: LayerCosts, machine: Machine, wishes: Wishes, num_layers: int, micro_batch: int) -> int:
-    """Bytes of evaluating and sampling between visits: a forward pass, and the samples at the solver's stages."""
-    forward = at_samples(costs.forward, micro_batch, lambda cost: cost.peak_bytes.at(num_layers))
+    """Bytes of evaluating and sampling between visits: a forward pass, and the samples at the solver's stages.
+
+    Beside a host the samples are there, and a micro-batch of them on the device.
+    """
+    forward = _forward_bytes(costs, machine, num_layers, micro_batch)
     if machine.host is not None:
-        gaps = int(SEGMENTS_SHARE * forward)
-    else:
-        gaps = int(GAPS_SHARE["forward"] * heap_bytes_at(costs.forward, micro_batch, num_layers))
-    return forward + gaps + SAMPLE_COPIES * wishes.grid_samples * costs.batch_bytes_per_sample
+        return forward + micro_batch * costs.batch_bytes_per_sample
+    return forward + SAMPLE_COPIES * wishes.grid_samples * costs.batch_bytes_per_sample
+
+
+def _forward_bytes(costs: LayerCosts, machine: Machine, num_layers: int, micro_batch: int) -> int:
+    """Bytes of a forward pass without gradients, with the gaps that the allocator leaves."""
+    live = at_samples(costs.forward, micro_batch, lambda cost: cost.peak_bytes.at(num_layers))
+    if machine.host is not None:
+        return live + int(SEGMENTS_SHARE * live)
+    return live + int(GAPS_SHARE["forward"] * heap_bytes_at(costs.forward, micro_batch, num_layers))
 
 
 def _shapes(costs: LayerCosts, machine: Machine, wishes: Wishes, chosen: Candidate) -> tuple[StepShape, ...]:
@@ -398,20 +413,21 @@ def _refusal(
 def inference_micro_batch(
     costs: LayerCosts, machine: Machine, *, layers: Sequence[int], samples: int, budget_bytes: int, held_bytes: int
 ) -> int:
-    """The largest micro-batch for running the EMA weights of one block at a time inside a budget.
+    """The largest micro-batch for running the EMA weights of one block at a time inside the device's budget.
 
     Args:
-        held_bytes: what the caller keeps beside the network (images, features).
+        held_bytes: what the caller keeps beside the network (images, features); in the host's memory if there is one.
 
     Raises:
         DoesNotFitError: one sample does not fit.
     """
     largest = max(layers)
-    fixed = machine.runtime_bytes + 4 * costs.parameters(largest) + held_bytes + SLACK_BYTES
+    fixed = machine.runtime_bytes + 4 * costs.parameters(largest) + SLACK_BYTES
     for size in micro_batches(samples):
-        peak = at_samples(costs.forward, size, lambda cost: cost.peak_bytes.at(largest))
-        needed = fixed + peak + int(GAPS_SHARE["forward"] * heap_bytes_at(costs.forward, size, largest))
-        needed = max(needed, machine.planning_bytes)
+        here = held_bytes if machine.host is None else size * costs.batch_bytes_per_sample
+        needed = fixed + here + _forward_bytes(costs, machine, largest, size)
+        if machine.host is None:
+            needed = max(needed, machine.planning_bytes)
         if needed <= budget_bytes:
             return size
     smallest_bytes = math.ceil(needed / 1e6) * 1_000_000

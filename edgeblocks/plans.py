@@ -171,6 +171,7 @@ class Plan:
             "ram_budget_bytes": self.ram_budget_bytes,
             "predicted_host_peak_bytes": chosen.predicted_host_peak_bytes,
             "host_breakdown": chosen.host_breakdown,
+            "ram_blocks": chosen.ram_blocks,
         }
         return {
             "blocks": chosen.blocks,

@@ -1,6 +1,5 @@
 """What comes before training: the budget, the data, the machine, the network's costs, and the plan made of them."""
 
-import math
 import os
 import shutil
 from dataclasses import asdict, dataclass, replace
@@ -10,7 +9,7 @@ from typing import Any
 from PIL import Image
 
 from edgeblocks import cost
-from edgeblocks.config import Settings
+from edgeblocks.config import RunSettings, Settings
 from edgeblocks.data.cache import cache_folder
 from edgeblocks.data.images import ImageSet, open_images
 from edgeblocks.errors import ConfigError, DoesNotFitError, StorageError
@@ -30,7 +29,10 @@ LONGEST_MOVING_S = 600.0
 GPU_BUDGET = "90%"
 """Of a GPU's memory, where the user names no budget: little else needs it, while a processor's memory is everyone's."""
 RAM_BUDGET = "50%"
-NEVER_RUN_ON_A_GPU = "no GPU code yet: this plan was never run on a GPU, and training uses the processor"
+NEVER_RUN_ON_A_GPU = (
+    "not yet run on a GPU: what trains there was exercised on processors only, and the device's figures are predictions"
+)
+A_GPU_IS_HERE = "torch sees a GPU here and training uses the processor; --target cuda uses the GPU (not yet run on one)"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,23 +67,38 @@ class Prepared:
 
 def prepare(settings: Settings, out: Path, listener: Listener) -> Prepared:
     """Open the data, measure the machine, trace the network's costs, and plan."""
-    run = settings.run
-    check_work_dir(run.work_dir)
-    target = build_target(run.target)
+    check_work_dir(settings.run.work_dir)
+    target = build_target(settings.run.target)
     target.prepare()
-    budget_bytes = budget_in_bytes(run.mem_budget, target)
+    settings = _with_budgets(settings, beside_a_host=target.host_bytes() is not None)
+    run = settings.run
+    budgets = _budgets_here(run, target)
     images, data = _open_data(settings, listener)
     listener.stage("planning")
     costs, machine = measure(settings, data, existing_folder(Path(run.work_dir or out)), target, listener)
+    plan = make_plan(costs, machine, _wishes(settings, images, budgets))
+    if run.target == "auto" and torch_sees_a_gpu():
+        plan = replace(plan, warnings=(A_GPU_IS_HERE, *plan.warnings))
     return Prepared(
         settings=settings,
-        budget_bytes=budget_bytes,
+        budget_bytes=budgets[0],
         images=images,
         data=data,
         costs=costs,
         machine=machine,
-        plan=make_plan(costs, machine, _wishes(settings, images, budget_bytes)),
+        plan=_told_of_gpus(plan),
     )
+
+
+def torch_sees_a_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def _told_of_gpus(plan: Plan) -> Plan:
+    """The plan, with a word on what was never run where it is for a GPU."""
+    return plan if plan.machine.host is None else replace(plan, warnings=(NEVER_RUN_ON_A_GPU, *plan.warnings))
 
 
 def _open_data(settings: Settings, listener: Listener) -> tuple[ImageSet, ImageInfo]:
@@ -93,50 +110,71 @@ def _open_data(settings: Settings, listener: Listener) -> tuple[ImageSet, ImageI
     return images, data
 
 
-def prepare_elsewhere(settings: Settings, profile: Any, ram_budget: str | None, listener: Listener) -> Prepared:
+def prepare_elsewhere(settings: Settings, profile: Any, listener: Listener) -> Prepared:
     """The same for a machine that is not this one: memory and speeds are its profile's, nothing is measured.
 
     Args:
         profile: a `targets.profile.Profile`.
-        ram_budget: bound of the host's memory beside a GPU; None is half of it.
     """
-    run, machine = settings.run, profile.machine()
-    if machine.host is None:
-        if ram_budget is not None:
-            raise no_host_error(ram_budget, profile.name)
-        budget_bytes = _size_within("--mem-budget", run.mem_budget, profile.memory_bytes, profile.name)
-        ram_budget_bytes = None
-    else:
-        text = run.mem_budget if "mem_budget" in run.model_fields_set else GPU_BUDGET
-        budget_bytes = _size_within("--mem-budget", text, profile.memory_bytes, f"the GPU of {profile.name}")
-        host = f"the host of {profile.name}"
-        text = RAM_BUDGET if ram_budget is None else ram_budget
-        ram_budget_bytes = _size_within("--ram-budget", text, machine.host.memory_bytes, host)
+    machine = profile.machine()
+    settings = _with_budgets(settings, beside_a_host=machine.host is not None)
+    host_bytes = None if machine.host is None else machine.host.memory_bytes
+    budgets = _budgets(settings.run, profile.memory_bytes, host_bytes, profile.name)
     images, data = _open_data(settings, listener)
     listener.stage("planning")
     costs, planning_bytes = trace_costs(settings, data)
     machine = replace(machine, planning_bytes=planning_bytes)
-    wishes = replace(_wishes(settings, images, budget_bytes), ram_budget_bytes=ram_budget_bytes)
-    plan = make_plan(costs, machine, wishes)
-    if machine.host is not None:
-        plan = replace(plan, warnings=(NEVER_RUN_ON_A_GPU, *plan.warnings))
     return Prepared(
         settings=settings,
-        budget_bytes=budget_bytes,
+        budget_bytes=budgets[0],
         images=images,
         data=data,
         costs=costs,
         machine=machine,
-        plan=plan,
+        plan=_told_of_gpus(make_plan(costs, machine, _wishes(settings, images, budgets))),
         profile=profile,
     )
 
 
-def no_host_error(ram_budget: str, machine: str) -> ConfigError:
-    return ConfigError(
-        f"--ram-budget {ram_budget} bounds the host's memory beside a GPU; on {machine} training has one memory, and "
-        f"--mem-budget bounds it"
-    )
+def _with_budgets(settings: Settings, *, beside_a_host: bool) -> Settings:
+    """The settings, with the budgets that a GPU and its host have where the user names none."""
+    if not beside_a_host:
+        return settings
+    run = settings.run
+    usual = {"ram_budget": run.ram_budget or RAM_BUDGET}
+    if "mem_budget" not in run.model_fields_set:
+        usual["mem_budget"] = GPU_BUDGET
+    return replace(settings, run=run.model_copy(update=usual))
+
+
+def usual_budgets(target: str) -> dict[str, str | None]:
+    """The budgets of a target where the user names none, as settings."""
+    if build_target(target).host_bytes() is None:
+        return {"mem_budget": RunSettings().mem_budget, "ram_budget": None}
+    return {"mem_budget": GPU_BUDGET, "ram_budget": RAM_BUDGET}
+
+
+def _budgets_here(run: RunSettings, target: Any) -> tuple[int, int | None]:
+    """Bytes of the device's budget, and of the host's where the device has its own memory.
+
+    Raises:
+        ConfigError: not a size, or more than there is.
+    """
+    return _budgets(run, target.total_bytes(), target.host_bytes(), "this machine")
+
+
+def _budgets(run: RunSettings, memory_bytes: int, host_bytes: int | None, machine: str) -> tuple[int, int | None]:
+    if host_bytes is not None:
+        return (
+            _size_within("--mem-budget", run.mem_budget, memory_bytes, f"the GPU of {machine}"),
+            _size_within("--ram-budget", run.ram_budget or RAM_BUDGET, host_bytes, f"the host of {machine}"),
+        )
+    if run.ram_budget is not None:
+        raise ConfigError(
+            f"--ram-budget {run.ram_budget} bounds the host's memory beside a GPU; on {machine} training has one "
+            f"memory, and --mem-budget bounds it"
+        )
+    return _size_within("--mem-budget", run.mem_budget, memory_bytes, machine), None
 
 
 def replan(
@@ -156,9 +194,9 @@ def replan(
         DoesNotFitError: the blocks do not fit.
     """
     listener.stage("planning again")
-    budget_bytes = budget_in_bytes(settings.run.mem_budget, target)
+    budgets = _budgets_here(settings.run, target)
     costs, machine = measure(settings, data, existing_folder(Path(settings.run.work_dir or out)), target, listener)
-    wishes = replace(_wishes(settings, images, budget_bytes), blocks=int(former["blocks"]))
+    wishes = replace(_wishes(settings, images, budgets), blocks=int(former["blocks"]))
     try:
         return make_plan(costs, machine, replace(wishes, micro_batch=int(former["micro_batch"]), checkpointing=None))
     except DoesNotFitError:
@@ -167,15 +205,16 @@ def replan(
         return make_plan(costs, machine, replace(wishes, micro_batch=None, checkpointing=None, tier=None))
     except DoesNotFitError as error:
         raise DoesNotFitError(
-            f"the run has {former['blocks']} blocks, which were fixed when it was created, and they do not fit "
-            f"{format_bytes(budget_bytes)} here: {format_bytes(error.as_fixed_bytes)} are needed; go on with "
-            f"--mem-budget {math.ceil(error.as_fixed_bytes / 1e6)}MB or more",
+            f"the run has {former['blocks']} blocks, which were fixed when it was created, and they do not fit here: "
+            f"{error}",
+            error.smallest_bytes,
             error.as_fixed_bytes,
         ) from error
 
 
-def _wishes(settings: Settings, images: ImageSet, budget_bytes: int) -> Wishes:
+def _wishes(settings: Settings, images: ImageSet, budgets: tuple[int, int | None]) -> Wishes:
     run = settings.run
+    budget_bytes, ram_budget_bytes = budgets
     fixed = {
         name: None if getattr(run, name) == "auto" else getattr(run, name)
         for name in ("blocks", "micro_batch", "checkpointing", "visit_steps", "tier")
@@ -189,6 +228,7 @@ def _wishes(settings: Settings, images: ImageSet, budget_bytes: int) -> Wishes:
         data_bytes=images.batch_resident_bytes(run.batch),
         grid_samples=GRID_SAMPLES,
         max_disk_writes=None if run.max_disk_writes is None else parse_size(run.max_disk_writes),
+        ram_budget_bytes=ram_budget_bytes,
         **fixed,
     )
 
@@ -294,7 +334,12 @@ def open_run_images(settings: Settings, listener: Listener) -> ImageSet:
     return images
 
 
-def budget_in_bytes(text: str, target: Any) -> int:
+def device_budget_bytes(text: str, target: Any) -> int:
+    """Bytes of a budget for a target's memory.
+
+    Raises:
+        ConfigError: not a size, or more than there is.
+    """
     return _size_within("--mem-budget", text, target.total_bytes(), "this machine")
 
 

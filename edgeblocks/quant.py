@@ -41,6 +41,10 @@ class Code:
     nearest: UInt8[Tensor, "patterns=65536"]
     signed: bool
 
+    def to(self, device: torch.device | str) -> Code:
+        """The same on a device."""
+        return Code(values=self.values.to(device), nearest=self.nearest.to(device), signed=self.signed)
+
 
 CODE_BYTES = 256 * 4 + 65_536
 """Bytes of one `Code`."""
@@ -55,12 +59,12 @@ class Scratch:
     inverse: Float32[Tensor, " groups"]
 
     @classmethod
-    def empty(cls, numel: int) -> Scratch:
+    def empty(cls, numel: int, device: torch.device | str = "cpu") -> Scratch:
         """A new one, of `scratch_bytes(numel)` bytes."""
         return cls(
-            index=torch.empty(numel, dtype=torch.int64),
-            half=torch.empty(numel, dtype=torch.float16),
-            inverse=torch.empty(numel // GROUP_SIZE),
+            index=torch.empty(numel, dtype=torch.int64, device=device),
+            half=torch.empty(numel, dtype=torch.float16, device=device),
+            inverse=torch.empty(numel // GROUP_SIZE, device=device),
         )
 
     def first(self, numel: int) -> Scratch:

@@ -8,7 +8,7 @@ from typing import Any
 from edgeblocks.errors import ConfigError
 
 _FAMILIES = {"dit": "edgeblocks.families.dit:Dit"}
-_TARGETS = {"cpu": "edgeblocks.targets.cpu:CpuTarget"}
+_TARGETS = {"cpu": "edgeblocks.targets.cpu:CpuTarget", "cuda": "edgeblocks.targets.cuda:CudaTarget"}
 _PROFILES = "edgeblocks.targets.profile"
 _SAMPLERS = {"onnxruntime": "edgeblocks.export.sampler:Sampler"}
 _EXPORTERS = {"onnx": "edgeblocks.export.graph:export_run"}
@@ -45,7 +45,7 @@ def family_fields(name: str) -> dict[str, Any]:
 
 
 def build_target(name: str) -> Any:
-    """A target by name; `auto` takes the best one that exists here."""
+    """A target by name. `auto` is the processor, for the other one was not yet run."""
     return _load(_TARGETS, "cpu" if name == "auto" else name, "target")()
 
 

@@ -11,10 +11,11 @@ from edgeblocks import metrics, pictures
 from edgeblocks.chain import BlockRunner, EmaSource, class_labels, guided
 from edgeblocks.checkpoint import RunDirectory
 from edgeblocks.errors import RunError
+from edgeblocks.host_tier import HostTier
 from edgeblocks.listener import Listener, Silent
 from edgeblocks.noise import sampler_levels
 from edgeblocks.planner import inference_micro_batch
-from edgeblocks.preparation import budget_in_bytes, measure, open_run_images
+from edgeblocks.preparation import device_budget_bytes, measure, open_run_images
 from edgeblocks.randomness import start_noise
 from edgeblocks.registry import build_exporter, build_target
 from edgeblocks.run_files import read_summary
@@ -58,7 +59,7 @@ class Run:
         target = build_target(directory.settings.run.target)
         target.prepare()
         budget_bytes = (
-            budget_in_bytes(mem_budget, target) if mem_budget is not None else int(directory.plan["budget_bytes"])
+            device_budget_bytes(mem_budget, target) if mem_budget is not None else int(directory.plan["budget_bytes"])
         )
         costs, machine = measure(directory.settings, directory.data, directory.path, target, Silent())
         image_bytes = 4 * directory.data.channels * directory.data.height * directory.data.width
@@ -70,7 +71,9 @@ class Run:
             budget_bytes=budget_bytes,
             held_bytes=8 * samples * image_bytes,
         )
-        return self.runner(EmaLoader(directory.store()), micro_batch=micro_batch)
+        store = directory.store()
+        host = None if target.host_bytes() is None else HostTier(store, target, parts=EmaLoader.PARTS)
+        return self.runner(EmaLoader(store, host=host), micro_batch=micro_batch)
 
     def sample(
         self,

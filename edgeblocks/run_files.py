@@ -95,6 +95,9 @@ class PlanFields(_Checked):
     predicted_peak_bytes: Count | None = None
     predicted_step_s: Seconds | None = None
     breakdown: Annotated[dict[str, Count], Field(max_length=64)] | None = None
+    ram_blocks: Annotated[int, Field(ge=0, le=MOST_LAYERS)] = 0
+    ram_budget_bytes: Count | None = None
+    predicted_host_peak_bytes: Count | None = None
 
     @model_validator(mode="after")
     def _agrees_with_itself(self) -> Self:
@@ -103,6 +106,8 @@ class PlanFields(_Checked):
             raise ValueError(f"blocks={self.blocks}, but layers_per_block lists {num_blocks}")
         if self.slots > num_blocks:
             raise ValueError(f"slots={self.slots} are more than the {num_blocks} blocks")
+        if self.ram_blocks > num_blocks:
+            raise ValueError(f"ram_blocks={self.ram_blocks} are more than the {num_blocks} blocks")
         return self
 
 

@@ -6,7 +6,8 @@ A scheduler has `slots` buffers, each of the size of the largest block:
      same buffer (in this order, which the thread's queue guarantees);
   3+ the first blocks have a slot each and stay (`plans.kept_blocks`); the others share the last two as above. With
      as many slots as blocks nothing is ever loaded again; visits are still written to disk, for crash safety.
-No other copy of any block's optimizer state exists in memory.
+No other copy of any block's optimizer state exists in memory, but for a device with memory of its own: there the slots
+are on the device, and the host's memory is one more tier (`host_tier`).
 """
 
 import time
@@ -15,6 +16,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+import torch
+
+from edgeblocks.host_tier import HostTier
 from edgeblocks.plans import kept_blocks
 from edgeblocks.store import BlockBuffer, BlockStore, Part
 
@@ -48,15 +52,20 @@ class _Slot:
 class Scheduler:
     """Gives blocks for visits. Not thread-safe: one training thread uses it."""
 
-    def __init__(self, store: BlockStore, *, slots: int) -> None:
-        largest = max(store.layouts, key=lambda layout: layout.num_bytes)
+    def __init__(self, store: BlockStore, *, slots: int, host: HostTier | None = None) -> None:
         self.store = store
         self.times = StreamTimes()
-        self._slots = [_Slot(BlockBuffer(largest).touched()) for _ in range(slots)]
+        self._blocks = store if host is None else host
+        self._slots = [_Slot(self._blocks.buffer().touched()) for _ in range(slots)]
         self._kept = kept_blocks(len(store.layouts), slots)
         self._io = ThreadPoolExecutor(max_workers=1, thread_name_prefix="edgeblocks-io")
         self._io.submit(int).result()  # the thread runs before memory can be short
         self._clock = 0
+
+    @property
+    def device(self) -> torch.device:
+        """Where a block is trained."""
+        return self._slots[0].buffer.device
 
     @contextmanager
     def visit(self, block: int, *, then: int | None) -> Iterator[ResidentBlock]:
@@ -143,12 +152,12 @@ class Scheduler:
         if former is not None:
             former.result()
         started = time.perf_counter()
-        resident.step = self.store.read(resident.block, resident.buffer)
+        resident.step = self._blocks.read(resident.block, resident.buffer)
         self.times.load_s += time.perf_counter() - started
 
     def _write(self, resident: ResidentBlock) -> None:
         started = time.perf_counter()
-        self.store.write(resident.block, resident.buffer, resident.step)
+        self._blocks.write(resident.block, resident.buffer, resident.step)
         self.times.store_s += time.perf_counter() - started
 
 
@@ -157,16 +166,16 @@ class EmaLoader:
 
     PARTS: tuple[Part, ...] = ("ema",)
 
-    def __init__(self, store: BlockStore) -> None:
-        largest = max(store.layouts, key=lambda layout: layout.num_bytes)
-        self.store = store
-        self._buffer = BlockBuffer(largest, self.PARTS)
+    def __init__(self, store: BlockStore, *, host: HostTier | None = None) -> None:
+        """A loader for the processor's memory; or for a device's, where `host` moves these `PARTS`."""
+        self._blocks = store if host is None else host
+        self._buffer = store.buffer(self.PARTS) if host is None else host.buffer()
         self._block: int | None = None
 
     @contextmanager
     def ema_weights(self, block: int) -> Iterator[BlockBuffer]:
         if self._block != block:
             self._block = None
-            self.store.read(block, self._buffer)
+            self._blocks.read(block, self._buffer)
             self._block = block
         yield self._buffer

@@ -16,7 +16,7 @@ import math
 import os
 import shutil
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -123,14 +123,26 @@ class BlockLayout:
 class BlockBuffer:
     """Memory for the parts of a block, with typed views into it. One allocation for the life of a run."""
 
-    def __init__(self, layout: BlockLayout, parts: Sequence[Part] = PARTS) -> None:
+    def __init__(
+        self, layout: BlockLayout, parts: Sequence[Part] = PARTS, *, allocate: Callable[[int], Tensor] | None = None
+    ) -> None:
+        """Memory for the parts of blocks that are not larger than `layout`.
+
+        Args:
+            allocate: gives uint8 [bytes]; None takes the processor's memory.
+        """
         self.parts = tuple(parts)
-        self._memory = torch.empty(sum(layout.part_span(part)[1] for part in self.parts), dtype=torch.uint8)
+        self._memory = (allocate or _in_memory)(sum(layout.part_span(part)[1] for part in self.parts))
         self.adopt_(layout)
 
     @property
     def num_bytes(self) -> int:
         return self._memory.numel()
+
+    @property
+    def device(self) -> torch.device:
+        """Where the memory is."""
+        return self._memory.device
 
     def touched(self) -> "BlockBuffer":
         """The buffer, with every page resident from now on: what it will take is taken at the start."""
@@ -146,6 +158,8 @@ class BlockBuffer:
             self._part_starts[part] = start
             start += layout.part_span(part)[1]
         assert start <= self.num_bytes, "a buffer is made for the largest block"
+        self.content = self._memory[:start]
+        """uint8 view of all parts, one after the other."""
 
     def part_bytes(self, part: Part) -> Tensor:
         """uint8 view of one part, in file order."""
@@ -165,6 +179,10 @@ class BlockBuffer:
     def flat(self, part: Literal["weights", "ema"]) -> Tensor:
         """All parameters of a part as one fp32 vector [num_parameters]."""
         return self.part_bytes(part).view(torch.float32)
+
+
+def _in_memory(num_bytes: int) -> Tensor:
+    return torch.empty(num_bytes, dtype=torch.uint8)
 
 
 def bind_parameters_(block: nn.Module, values: Iterable[tuple[str, Tensor]], gradients: Tensor | None = None) -> None:
@@ -203,6 +221,10 @@ class BlockStore:
         self.bytes_read = 0
         self._former_bytes_written = 0
         self._held_folder: int | None = None
+
+    def buffer(self, parts: Sequence[Part] = PARTS) -> BlockBuffer:
+        """Memory for these parts of any of the blocks."""
+        return BlockBuffer(max(self.layouts, key=lambda layout: layout.num_bytes), parts)
 
     def path(self, block: int) -> Path:
         return self.folder / f"block_{block:03d}.safetensors"

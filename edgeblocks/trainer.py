@@ -93,7 +93,7 @@ def create_blocks(
 
     A block that is made again and trained again gets the weights it had: its numbers depend on no other block.
     """
-    buffer = BlockBuffer(max(store.layouts, key=lambda layout: layout.num_bytes))
+    buffer = store.buffer()
     for done, block in enumerate(range(len(layers)) if only is None else only):
         buffer.adopt_(store.layouts[block])
         for part in buffer.parts:
@@ -173,12 +173,14 @@ class Trainer:
 
     def __init__(self, run: RunDirectory, images: ImageSet, scheduler: Scheduler, guard: Guard) -> None:
         self.run, self.images, self.scheduler, self.guard = run, images, scheduler, guard
+        self.device = scheduler.device
         self.settings, self.plan = run.settings.run, run.plan
         self.family, self.partition = run.family(), run.partition
         layouts = scheduler.store.layouts
-        self._gradients = torch.empty(max(layout.num_parameters for layout in layouts)).zero_()  # touched at once
+        most = max(layout.num_parameters for layout in layouts)
+        self._gradients = torch.empty(most, device=self.device).zero_()  # touched at once
         quantized = any(layout.num_quantized for layout in layouts)
-        self._workspace = Workspace(num_threads=torch.get_num_threads()) if quantized else None
+        self._workspace = Workspace.for_device(self.device) if quantized else None
         self._ema_exponent = ema_exponent(self.settings.ema_length)
         self._metrics_every = max(1, self.settings.steps // METRICS_RECORDS)
         self._updating = False
@@ -291,7 +293,8 @@ class Trainer:
     def _network(self, block: int, buffer: BlockBuffer, gradients: Tensor, checkpointing: bool) -> nn.Module:
         with torch.device("meta"):
             network: nn.Module = self.family.block(num_layers=self.run.layers[block], checkpointing=checkpointing)
-        network.reset_tables_()  # type: ignore[operator]
+        with self.device:
+            network.reset_tables_()  # type: ignore[operator]
         bind_parameters_(network, buffer.tensors("weights"), gradients)
         return network.train()
 
@@ -313,7 +316,7 @@ class Trainer:
 
         loss_sum = 0.0
         for start in range(0, settings.batch, micro_batch):
-            part = {name: tensor[start : start + micro_batch] for name, tensor in batch.items()}
+            part = {name: tensor[start : start + micro_batch].to(self.device) for name, tensor in batch.items()}
             loss = self.family.loss(network, part).sum() / settings.batch
             loss.backward()
             loss_sum += loss.item()

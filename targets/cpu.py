@@ -24,13 +24,14 @@ KEPT_HEAP_BYTES = 2**30
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _FILE_PAGES_TO_COME_BYTES = 8_000_000
 """Code of libraries that is touched for the first time after the cap is set, measured 2 to 6 MB."""
-_DISK_PROBE_BYTES = 32 * 2**20
+DISK_PROBE_BYTES = 32 * 2**20
 
 
 class CpuTarget:
     """What this machine's processor, memory and disk can do."""
 
     name = "cpu"
+    torch_device = "cpu"
 
     def prepare(self) -> None:
         """Settings of the process that must come before the first large allocation."""
@@ -98,9 +99,19 @@ class CpuTarget:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return peak if sys.platform == "darwin" else peak * 1024
 
+    def host_bytes(self) -> int | None:
+        """The memory beside the device's: there is none."""
+        return None
+
+    def host_used_bytes(self) -> int:
+        return self.used_bytes()
+
+    def host_peak_bytes(self) -> int:
+        return self.peak_bytes()
+
     def warm_up(self) -> None:
         """Run every kind of kernel that training uses once, so that their code and scratch memory are resident."""
-        _warm_up()
+        run_every_kernel()
         self.give_back()
 
     def measure(self, folder: Path) -> Machine:
@@ -110,7 +121,7 @@ class CpuTarget:
         second.
         """
         flops_per_s, memory_bytes_per_s, operator_s = _measure_arithmetic()
-        disk = measure_disk(folder, probe_bytes=_DISK_PROBE_BYTES, limit_s=3)
+        disk = measure_disk(folder, probe_bytes=DISK_PROBE_BYTES, limit_s=3)
         self.give_back()
         return Machine(
             name=self.name,
@@ -183,13 +194,14 @@ def _free_heap_bytes() -> int:
     return int(mallinfo2().fordblks)
 
 
-def _warm_up() -> None:
+def run_every_kernel(device: str = "cpu") -> None:
+    """One small step with every kind of kernel that training uses, on a torch device."""
     import torch
     import torch.nn.functional as F
 
     tokens, width, hidden_width = 512, 256, 1024
-    x = torch.randn(tokens, width, requires_grad=True)
-    weight = torch.randn(hidden_width, width, requires_grad=True)
+    x = torch.randn(tokens, width, requires_grad=True, device=device)
+    weight = torch.randn(hidden_width, width, requires_grad=True, device=device)
     for _ in range(2):
         heads = x.view(4, tokens // 4, 4, width // 4).transpose(1, 2)
         attended = F.scaled_dot_product_attention(heads, heads, heads).transpose(1, 2).reshape(tokens, width)
@@ -203,7 +215,7 @@ def _measure_arithmetic() -> tuple[float, float, float]:
     import torch
     import torch.nn.functional as F
 
-    _warm_up()
+    run_every_kernel()
     # Small enough to stay below what any plan needs, large enough to keep the processor busy.
     tokens, width, hidden_width = 512, 256, 1024
     with torch.no_grad():

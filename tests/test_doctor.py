@@ -525,12 +525,13 @@ def test_the_text_says_what_could_not_be_found_out():
 
 
 def test_the_text_of_a_gpu():
-    """Name, memory and both directions of the link; and that this version does not train on it, where that is so."""
+    """Name, memory and both directions of the link; and how to train on it."""
     gpu = Gpu(
         name="RTX 3060", total_bytes=12 * GB, free_bytes=11 * GB, to_gpu_bytes_per_s=12e9, from_gpu_bytes_per_s=None
     )
     text = doctor.report_text(replace(healthy(), gpus=(gpu,)))
     assert "RTX 3060, 11 GB free of 12 GB; 12 GB/s to it and ? from it" in text
+    assert "--target cuda uses it (not yet run on a GPU)" in text
 
 
 def test_the_text_of_presets_that_do_not_fit_or_take_too_long():

@@ -421,7 +421,12 @@ def test_plan_json_speaks_of_a_host_only_where_there_is_one():
     assert of_gpu["tiers"].keys() == {"device", "ram", "disk"}
     assert sum(of_gpu["host_breakdown"].values()) == of_gpu["predicted_host_peak_bytes"] <= of_gpu["ram_budget_bytes"]
     assert of_gpu["machine"]["host"] == asdict(HOST)
-    assert of_gpu.keys() - of_cpu.keys() == {"host_breakdown", "predicted_host_peak_bytes", "ram_budget_bytes"}
+    assert of_gpu.keys() - of_cpu.keys() == {
+        "host_breakdown",
+        "predicted_host_peak_bytes",
+        "ram_blocks",
+        "ram_budget_bytes",
+    }
     assert of_gpu["candidates"][0].keys() - of_cpu["candidates"][0].keys() == {"host_breakdown", "ram_blocks"}
     assert of_cpu["tiers"].keys() == {"ram", "disk"}
     assert of_cpu["machine"].keys() == asdict(MACHINE).keys() - {"host", "update_s_per_parameter"}

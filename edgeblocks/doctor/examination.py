@@ -27,7 +27,6 @@ from edgeblocks.doctor.surroundings import (
 from edgeblocks.errors import ConfigError
 from edgeblocks.listener import Listener, Silent
 from edgeblocks.plans import Machine
-from edgeblocks.registry import target_names
 from edgeblocks.units import format_bytes, format_count, format_duration
 
 LIMIT_S = 28.0
@@ -199,8 +198,8 @@ def _machine_rows(report: Report) -> list[list[str]]:
         )
     if not report.gpus:
         rows.append(["gpu", "not found out" if report.gpus is None else f"none ({report.gpu_note})"])
-    elif "cuda" not in target_names():
-        rows.append(["", f"this version of edgeblocks trains on: {', '.join(target_names())}"])
+    else:
+        rows.append(["", "edgeblocks train --target cuda uses it (not yet run on a GPU)"])
     return rows
 
 

@@ -1,0 +1,222 @@
+"""The CUDA target: the compute device is a GPU with memory of its own, beside the host's. Not yet run on a GPU.
+
+The budget bounds what the process holds of the GPU's memory: what torch's caching allocator reserved, and the rest that
+is not free (context, kernels, libraries' workspaces). What other programs hold counts as if it were ours: it cannot be
+used either.
+"""
+
+import contextlib
+import time
+import weakref
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from edgeblocks.errors import ConfigError
+from edgeblocks.plans import Host, Machine
+from edgeblocks.targets.cpu import DISK_PROBE_BYTES, CpuTarget, run_every_kernel
+from edgeblocks.targets.disk import DiskSpeed, measure_disk
+from edgeblocks.targets.profile import WRITTEN_BYTES_PER_UPDATE
+
+_LINK_PROBE_BYTES = 64 * 2**20
+
+
+class CudaTarget:
+    """What the first visible GPU and its host can do (`CUDA_VISIBLE_DEVICES` chooses another one)."""
+
+    name = "cuda"
+    torch_device = "cuda"
+
+    def __init__(self) -> None:
+        self._host = CpuTarget()
+        self._runtime_bytes = 0
+        self._copies: Any = None
+
+    def prepare(self) -> None:
+        """Settings of the process that must come before the first large allocation.
+
+        Raises:
+            ConfigError: torch can use no GPU here.
+        """
+        import torch
+
+        if not torch.cuda.is_available():
+            built = (
+                "is built without CUDA" if torch.version.cuda is None else f"(CUDA {torch.version.cuda}) sees no GPU"
+            )
+            raise ConfigError(
+                f"--target cuda: torch {torch.__version__} {built}; train with --target cpu, or see what edgeblocks "
+                f"doctor says of the GPU"
+            )
+        self._host.prepare()
+
+    def give_back(self) -> None:
+        """Return unused segments to the driver, and the host's unused pages to the system."""
+        import torch
+
+        torch.cuda.empty_cache()
+        self._host.give_back()
+
+    def total_bytes(self) -> int:
+        """The GPU's memory."""
+        import torch
+
+        return int(torch.cuda.mem_get_info()[1])
+
+    def host_bytes(self) -> int | None:
+        """The machine's memory, or what a control group (a container) allows of it."""
+        return self._host.total_bytes()
+
+    def available_bytes(self) -> int:
+        """Memory of the GPU that nobody holds."""
+        import torch
+
+        return int(torch.cuda.mem_get_info()[0])
+
+    def used_bytes(self) -> int:
+        """What of the GPU's memory can be used by nobody else now."""
+        import torch
+
+        return self._runtime_bytes + int(torch.cuda.memory_reserved())
+
+    def live_bytes(self) -> int:
+        """The same without what torch keeps for the next allocation."""
+        import torch
+
+        return self._runtime_bytes + int(torch.cuda.memory_allocated())
+
+    def peak_bytes(self) -> int:
+        import torch
+
+        return self._runtime_bytes + int(torch.cuda.max_memory_reserved())
+
+    def host_used_bytes(self) -> int:
+        """The process's resident set now."""
+        return self._host.used_bytes()
+
+    def host_peak_bytes(self) -> int:
+        """The process's largest resident set so far: what `/usr/bin/time -v` reports."""
+        return self._host.peak_bytes()
+
+    @contextlib.contextmanager
+    def capped(self, budget_bytes: int) -> Iterator[None]:
+        """Let torch refuse memory that would carry the process past the budget."""
+        import torch
+
+        share = (budget_bytes - self._runtime_bytes) / self.total_bytes()
+        torch.cuda.set_per_process_memory_fraction(min(max(share, 0.0), 1.0))
+        try:
+            yield
+        finally:
+            torch.cuda.set_per_process_memory_fraction(1.0)
+
+    def warm_up(self) -> None:
+        """Run every kind of kernel that training uses once, so that context, code and workspaces are in memory."""
+        import torch
+
+        self._host.warm_up()
+        run_every_kernel(self.torch_device)
+        torch.cuda.synchronize()
+        self.give_back()
+        free, total = torch.cuda.mem_get_info()
+        self._runtime_bytes = int(total - free - torch.cuda.memory_reserved())
+        torch.cuda.reset_peak_memory_stats()
+
+    def measure(self, folder: Path) -> Machine:
+        """Speeds of the GPU, its link and the disk, and what both memories hold before any block is loaded."""
+        import torch
+
+        self.warm_up()
+        flops_per_s, memory_bytes_per_s, operator_s = self._measure_arithmetic()
+        link_bytes_per_s = self._measure_link()
+        disk = measure_disk(folder, probe_bytes=DISK_PROBE_BYTES, limit_s=3)
+        self.give_back()
+        torch.cuda.reset_peak_memory_stats()
+        return Machine(
+            name=self.name,
+            runtime_bytes=self._runtime_bytes,
+            flops_per_s=flops_per_s,
+            memory_bytes_per_s=memory_bytes_per_s,
+            operator_s=operator_s,
+            disk_read_bytes_per_s=disk.read_bytes_per_s,
+            disk_write_bytes_per_s=disk.write_bytes_per_s,
+            update_s_per_parameter=WRITTEN_BYTES_PER_UPDATE / memory_bytes_per_s,
+            host=Host(
+                runtime_bytes=self.host_used_bytes(),
+                memory_bytes=self._host.total_bytes(),
+                link_bytes_per_s=link_bytes_per_s,
+            ),
+        )
+
+    def examine_disk(self, folder: Path, *, probe_bytes: int, limit_s: float) -> DiskSpeed:
+        """As `CpuTarget.examine_disk`."""
+        return self._host.examine_disk(folder, probe_bytes=probe_bytes, limit_s=limit_s)
+
+    def empty(self, num_bytes: int) -> Any:
+        """uint8 [num_bytes] on the GPU."""
+        import torch
+
+        return torch.empty(num_bytes, dtype=torch.uint8, device=self.torch_device)
+
+    def host_memory(self, num_bytes: int) -> Any:
+        """uint8 [num_bytes] in page-locked memory of the host, from which copies run at the link's speed.
+
+        Registered rather than taken from torch's pool of page-locked memory, which gives the next power of two. Where
+        the system does not allow that much to be locked, it stays pageable: slower, the same numbers.
+        """
+        import torch
+
+        memory = torch.empty(num_bytes, dtype=torch.uint8)
+        runtime = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+        if num_bytes and int(runtime.cudaHostRegister(memory.data_ptr(), num_bytes, 0)) == 0:
+            weakref.finalize(memory, runtime.cudaHostUnregister, memory.data_ptr())
+        return memory
+
+    def copy_(self, destination: Any, source: Any) -> None:
+        """Copy between the memories after all work given to the GPU before; returns when it is done.
+
+        On a stream of its own, so that a block moves while the other one is trained.
+        """
+        import torch
+
+        if self._copies is None:
+            self._copies = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        # What fills the source, or still uses the destination, was given to the default stream before.
+        self._copies.wait_stream(torch.cuda.default_stream())
+        with torch.cuda.stream(self._copies):
+            destination.copy_(source, non_blocking=True)
+        self._copies.synchronize()
+
+    def _measure_arithmetic(self) -> tuple[float, float, float]:
+        """fp32 operations per second, bytes per second that an element-wise kernel writes, seconds of a small kernel."""
+        import torch
+        import torch.nn.functional as F
+
+        size = 2048
+        with torch.no_grad(), torch.device(self.torch_device):
+            x, weight = torch.randn(size, size), torch.randn(size, size)
+            large, small = torch.zeros(2**24), torch.zeros(16)
+            flops_per_s = 2 * size**3 / self._time(lambda: F.linear(x, weight), 20)
+            memory_bytes_per_s = large.nbytes / self._time(lambda: large * 2.0, 20)
+            return flops_per_s, memory_bytes_per_s, self._time(lambda: small * 2.0, 200)
+
+    def _measure_link(self) -> float:
+        """Bytes per second of the slower direction."""
+        here, there = self.host_memory(_LINK_PROBE_BYTES), self.empty(_LINK_PROBE_BYTES)
+        to_gpu_s = self._time(lambda: self.copy_(there, here), 5)
+        from_gpu_s = self._time(lambda: self.copy_(here, there), 5)
+        return _LINK_PROBE_BYTES / max(to_gpu_s, from_gpu_s)
+
+    def _time(self, call: Callable[[], object], repeats: int) -> float:
+        """Seconds of one of `repeats` calls given to the GPU in a row; the best of three such rows."""
+        import torch
+
+        times = []
+        for _ in range(3):
+            torch.cuda.synchronize()
+            started = time.perf_counter()
+            for _ in range(repeats):
+                call()
+            torch.cuda.synchronize()
+            times.append((time.perf_counter() - started) / repeats)
+        return min(times)

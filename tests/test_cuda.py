@@ -1,0 +1,99 @@
+"""The CUDA target: what a machine without a GPU says, and, marked `gpu`, what one with it does."""
+
+import pytest
+import torch
+from test_equality import SMALL, block_tensors
+
+import edgeblocks
+from edgeblocks.errors import ConfigError
+from edgeblocks.optim import Workspace, adamw_8bit_step_
+from edgeblocks.quant import GROUP_SIZE
+from edgeblocks.targets.cuda import CudaTarget
+
+on_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_the_target_is_refused_with_what_to_do(tmp_path):
+    """torch's build or its missing GPU, --target cpu and the doctor are named; nothing is created."""
+    message = r"--target cuda: torch .*(built without CUDA|sees no GPU).* --target cpu, .* edgeblocks doctor"
+    with pytest.raises(ConfigError, match=message):
+        edgeblocks.train(out=tmp_path / "run", target="cuda", **SMALL)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.gpu
+@on_a_gpu
+def test_a_machine_is_measured(tmp_path):
+    """Speeds and memories of a GPU and its host are positive and smaller than the machine."""
+    target = CudaTarget()
+    target.prepare()
+    machine = target.measure(tmp_path)
+    assert 0 < machine.runtime_bytes < target.total_bytes()
+    assert 0 < machine.host.runtime_bytes < machine.host.memory_bytes
+    assert machine.flops_per_s > 1e11 and machine.host.link_bytes_per_s > 1e9
+
+
+@pytest.mark.gpu
+@on_a_gpu
+def test_bytes_survive_both_ways():
+    """Page-locked memory to the GPU and back, beside work on the default stream that wrote the source."""
+    target = CudaTarget()
+    target.prepare()
+    here, there, back = target.host_memory(2**20), target.empty(2**20), target.host_memory(2**20)
+    here.random_(0, 256)
+    target.copy_(there, here)
+    there.add_(1)
+    target.copy_(back, there)
+    assert torch.equal(back, here + 1)
+
+
+@pytest.mark.gpu
+@on_a_gpu
+def test_the_cap_refuses_with_an_error_that_is_caught():
+    """A tensor beyond the budget raises, and the process goes on."""
+    target = CudaTarget()
+    target.prepare()
+    target.warm_up()
+    budget_bytes = target.used_bytes() + 200_000_000
+    with target.capped(budget_bytes):
+        with pytest.raises(RuntimeError, match="out of memory"):
+            target.empty(400_000_000)
+        assert target.empty(1_000_000).numel() == 1_000_000
+    assert target.peak_bytes() <= budget_bytes
+
+
+@pytest.mark.gpu
+@on_a_gpu
+def test_the_8_bit_step_is_the_processors():
+    """After one step the parameters agree to rounding, and the codes but for neighbours."""
+    numel = 64 * GROUP_SIZE
+    generator = torch.Generator().manual_seed(0)
+    drawn = [torch.randn(numel, generator=generator) for _ in range(2)]
+    results = []
+    for device in ("cpu", "cuda"):
+        parameters, gradients = (tensor.clone().to(device) for tensor in drawn)
+        codes = [torch.zeros(numel, dtype=torch.uint8, device=device) for _ in range(2)]
+        scales = [torch.zeros(numel // GROUP_SIZE, device=device) for _ in range(2)]
+        state = (codes[0], scales[0], codes[1], scales[1])
+        settings = {"learning_rate": 1e-3, "beta1": 0.9, "beta2": 0.99, "eps": 1e-8, "weight_decay": 0.01, "step": 1}
+        adamw_8bit_step_(parameters, gradients, *state, workspace=Workspace.for_device(device), **settings)
+        results.append((parameters.cpu(), codes[0].cpu()))
+    assert torch.allclose(results[0][0], results[1][0], rtol=1e-5, atol=1e-7)
+    assert (results[0][1] == results[1][1]).float().mean() > 0.99
+
+
+@pytest.mark.gpu
+@on_a_gpu
+@pytest.mark.parametrize("tier", ["ram", "disk"])
+def test_training_on_a_gpu_keeps_both_budgets_and_the_numbers(tmp_path, tier):
+    """After ten steps the weights are the processor's up to rounding; both peaks are inside their budgets."""
+    settings = {**SMALL, "steps": 10, "visit_steps": 3, "optimizer": "adamw"}
+    on_cpu = edgeblocks.train(out=tmp_path / "cpu", mem_budget="4GB", target="cpu", **settings)
+    run = edgeblocks.train(out=tmp_path / "gpu", mem_budget="2GB", target="cuda", tier=tier, **settings)
+    assert run.summary["peak_bytes"] <= run.summary["budget_bytes"]
+    assert run.summary["ram_peak_bytes"] <= run.directory.plan["ram_budget_bytes"]
+    one, two = block_tensors(on_cpu.path), block_tensors(run.path)
+    for name in one:
+        if name[1].startswith("weights."):
+            assert abs(one[name] - two[name]).max() < 2e-3, name
