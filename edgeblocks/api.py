@@ -31,6 +31,7 @@ from edgeblocks.plans import StepShape
 from edgeblocks.preparation import (
     GRID_SAMPLES,
     Prepared,
+    budget_of_this_process,
     check_disk,
     check_work_dir,
     open_run_images,
@@ -206,7 +207,8 @@ def _resume(run: RunDirectory, other_budget: bool, reinit_blocks: Sequence[int],
     remove_leftovers(run)
     target = build_target(run.settings.run.target)
     target.prepare()
-    images = open_run_images(run.settings, listener)
+    budget_bytes = budget_of_this_process(run.settings.run, target)
+    images = open_run_images(run.settings, listener, budget_bytes=budget_bytes, target=target)
     if images.fingerprint != run.data_fingerprint:
         raise RunError(
             f"the data of {run.path} have changed: {images.source} is not what the run was trained on; put the "

@@ -47,8 +47,8 @@ Target = Annotated[
 PlanTarget = Annotated[
     str | None,
     typer.Option(
-        help="Kind of machine: auto, cpu or cuda; or the profile of one that is not here, such as laptop-8gb or rtx3060-12gb "
-        "(any other word lists them)."
+        help="Kind of machine: auto, cpu or cuda; or the profile of one that is not here, such as laptop-8gb or "
+        "rtx3060-12gb (any other word lists them)."
     ),
 ]
 RamBudget = Annotated[

@@ -49,19 +49,22 @@ def trace_in_subprocess(
     kept = None if cache is None else cache / f"costs-{_fingerprint(request)}.json"
     if kept is not None:
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):  # damaged: as if not there
-            return _parse_answer(kept.read_text())
+            answer, _, digest = kept.read_text().rstrip().rpartition("\n")
+            if digest == hashlib.sha256(answer.encode()).hexdigest():
+                return _parse_answer(answer)
     command = [sys.executable, "-m", "edgeblocks.cost"]
     done = subprocess.run(command, input=json.dumps(request), capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise EdgeblocksError(f"the cost trace of '{family_name}' failed (exit {done.returncode}):\n{done.stderr}")
-    answer = _parse_answer(done.stdout)
+    text = done.stdout.strip()
+    costs = _parse_answer(text)
     if kept is not None:
         with contextlib.suppress(OSError):  # a full or read-only cache costs time only
             kept.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.NamedTemporaryFile("w", dir=kept.parent, suffix=".partial", delete=False) as file:
-                file.write(done.stdout)
+                file.write(f"{text}\n{hashlib.sha256(text.encode()).hexdigest()}\n")
             Path(file.name).replace(kept)
-    return answer
+    return costs
 
 
 def _fingerprint(request: dict[str, Any]) -> str:

@@ -48,6 +48,16 @@ class DoesNotFitError(EdgeblocksError):
         super().__init__(message)
 
 
+class NoRoomToDecodeError(EdgeblocksError):
+    """A picture takes more memory to decode than is free. `picture` says which and how large it is."""
+
+    exit_code = 3
+
+    def __init__(self, picture: str, needed_bytes: int) -> None:
+        self.picture, self.needed_bytes = picture, needed_bytes
+        super().__init__(f"{picture}: decoding it takes up to {needed_bytes} bytes")
+
+
 class OutOfBudgetError(EdgeblocksError):
     """A run reached its memory budget and nothing was left to shrink; it ended instead of passing it."""
 

@@ -33,7 +33,7 @@ class Device(Protocol):
 
 
 class HostTier:
-    """Reads and writes blocks as a `BlockStore` does, for buffers in a device's memory. One thread uses it at a time."""
+    """Reads and writes blocks as a `BlockStore` does, for buffers in a device's memory. One thread at a time."""
 
     def __init__(
         self, store: BlockStore, device: Device, *, parts: Sequence[Part] = PARTS, ram_blocks: int = 0

@@ -46,7 +46,8 @@ class LayerCosts:
     """A family with its settings, as the planner sees it.
 
     `ends` are a block's stem and readout together. `*_moments` are bytes of optimizer state by optimizer, and
-    `workspace_bytes` what an optimizer step needs beside it on a processor, `gpu_workspace_bytes` on a GPU. Steps are traced at several sample counts, ascending:
+    `workspace_bytes` what an optimizer step needs beside it on a processor, `gpu_workspace_bytes` on a GPU. Steps are
+    traced at several sample counts, ascending:
     training with all activations kept, with activation checkpointing, and a forward pass alone.
     """
 

@@ -17,8 +17,7 @@ their barriers wait actively, so where another process holds a core, each of som
 to lose 4-8 ms. Python threads that fetch their next chunk when they are done meet only once.
 
 On a GPU the same operations run in chunks of 1 Mi from one thread, so that both targets make the same step up to
-rounding. Not yet run on a GPU; bitsandbytes' own kernel (one pass over memory instead of some twenty) should be compared
-with it when it is.
+rounding. Not yet run on a GPU; when it is, compare with the kernel of bitsandbytes: one pass over memory, not twenty.
 
 Source: Loshchilov and Hutter 2019, "Decoupled Weight Decay Regularization", arXiv 1711.05101, algorithm 2; the 8-bit
 state: `quant`.

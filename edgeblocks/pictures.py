@@ -72,7 +72,7 @@ def save_png(path: Path, picture: NDArray[np.uint8]) -> None:
     except OSError as error:
         raise StorageError(
             f"cannot write the picture {path}: {error.strerror or error}; free some space or choose another place "
-            "with -o"
+            "(-o, --out)"
         ) from error
 
 

@@ -1,5 +1,6 @@
 """What comes before training: the budget, the data, the machine, the network's costs, and the plan made of them."""
 
+import math
 import os
 import shutil
 from dataclasses import asdict, dataclass, replace
@@ -12,7 +13,7 @@ from edgeblocks import cost
 from edgeblocks.config import RunSettings, Settings
 from edgeblocks.data.cache import cache_folder
 from edgeblocks.data.images import ImageSet, open_images
-from edgeblocks.errors import ConfigError, DoesNotFitError, StorageError
+from edgeblocks.errors import ConfigError, DoesNotFitError, NoRoomToDecodeError, StorageError
 from edgeblocks.families.base import ImageInfo
 from edgeblocks.layer_costs import LayerCosts
 from edgeblocks.listener import Listener
@@ -24,6 +25,8 @@ from edgeblocks.units import format_bytes, format_duration, parse_size
 
 GRID_SAMPLES = 40
 """Images in a grid of samples made during training."""
+DECODING_SLACK_BYTES = 12_000_000
+"""Beside a picture: pieces of it on their way to the cache, code of Pillow's decoders."""
 LONGEST_MOVING_S = 600.0
 """A slow disk is refused when it takes longer than this, and longer than the computing."""
 GPU_BUDGET = "90%"
@@ -73,7 +76,7 @@ def prepare(settings: Settings, out: Path, listener: Listener) -> Prepared:
     settings = _with_budgets(settings, beside_a_host=target.host_bytes() is not None)
     run = settings.run
     budgets = _budgets_here(run, target)
-    images, data = _open_data(settings, listener)
+    images, data = _open_data(settings, listener, budget_bytes=budgets[1] or budgets[0], target=target)
     listener.stage("planning")
     costs, machine = measure(settings, data, existing_folder(Path(run.work_dir or out)), target, listener)
     plan = make_plan(costs, machine, _wishes(settings, images, budgets))
@@ -101,10 +104,10 @@ def _told_of_gpus(plan: Plan) -> Plan:
     return plan if plan.machine.host is None else replace(plan, warnings=(NEVER_RUN_ON_A_GPU, *plan.warnings))
 
 
-def _open_data(settings: Settings, listener: Listener) -> tuple[ImageSet, ImageInfo]:
+def _open_data(settings: Settings, listener: Listener, *, budget_bytes: int, target: Any) -> tuple[ImageSet, ImageInfo]:
     """The images, and what a network must know of them; reports shapes that are impossible for it at once."""
     run = settings.run
-    images = open_run_images(settings, listener)
+    images = open_run_images(settings, listener, budget_bytes=budget_bytes, target=target)
     data = image_info(images, family_type(run.family).sigma_data)
     build_family(run.family, asdict(settings.family), asdict(data))
     return images, data
@@ -120,7 +123,7 @@ def prepare_elsewhere(settings: Settings, profile: Any, listener: Listener) -> P
     settings = _with_budgets(settings, beside_a_host=machine.host is not None)
     host_bytes = None if machine.host is None else machine.host.memory_bytes
     budgets = _budgets(settings.run, profile.memory_bytes, host_bytes, profile.name)
-    images, data = _open_data(settings, listener)
+    images, data = _open_data(settings, listener, budget_bytes=budgets[1] or budgets[0], target=build_target("cpu"))
     listener.stage("planning")
     costs, planning_bytes = trace_costs(settings, data)
     machine = replace(machine, planning_bytes=planning_bytes)
@@ -161,6 +164,16 @@ def _budgets_here(run: RunSettings, target: Any) -> tuple[int, int | None]:
         ConfigError: not a size, or more than there is.
     """
     return _budgets(run, target.total_bytes(), target.host_bytes(), "this machine")
+
+
+def budget_of_this_process(run: RunSettings, target: Any) -> int:
+    """Bytes of the budget that bounds the resident set: the host's where the device has memory of its own.
+
+    Raises:
+        ConfigError: not a size, or more than there is.
+    """
+    budget_bytes, ram_budget_bytes = _budgets_here(run, target)
+    return budget_bytes if ram_budget_bytes is None else ram_budget_bytes
 
 
 def _budgets(run: RunSettings, memory_bytes: int, host_bytes: int | None, machine: str) -> tuple[int, int | None]:
@@ -318,16 +331,33 @@ def image_info(images: ImageSet, sigma_data: float) -> ImageInfo:
     )
 
 
-def open_run_images(settings: Settings, listener: Listener) -> ImageSet:
+def open_run_images(settings: Settings, listener: Listener, *, budget_bytes: int, target: Any) -> ImageSet:
+    """The images of a run; where they are decoded first, inside the budget of the memory that this process is in.
+
+    Raises:
+        DoesNotFitError: decoding a picture would pass the budget.
+    """
     run = settings.run
-    images = open_images(
-        run.data,
-        image_size=run.image_size,
-        hold_out=run.hold_out,
-        seed=run.seed,
-        cache_dir=cache_folder(),
-        progress=listener.advance,
-    )
+    room_bytes = max(0, budget_bytes - target.host_used_bytes() - DECODING_SLACK_BYTES)
+    try:
+        images = open_images(
+            run.data,
+            image_size=run.image_size,
+            hold_out=run.hold_out,
+            seed=run.seed,
+            cache_dir=cache_folder(),
+            progress=listener.advance,
+            room_bytes=room_bytes,
+        )
+    except NoRoomToDecodeError as error:
+        smallest_bytes = budget_bytes - room_bytes + error.needed_bytes
+        flag = "--mem-budget" if target.host_bytes() is None else "--ram-budget"
+        raise DoesNotFitError(
+            f"{error.picture} takes up to {format_bytes(error.needed_bytes)} to decode, and the budget of "
+            f"{format_bytes(budget_bytes)} leaves {format_bytes(room_bytes)}; use {flag} "
+            f"{math.ceil(smallest_bytes / 1e6)}MB or more until the images are decoded (once), or make it smaller",
+            smallest_bytes,
+        ) from error
     if images.unreadable:
         shown = ", ".join(images.unreadable[:5]) + (", .." if len(images.unreadable) > 5 else "")
         listener.note(f"skipped {len(images.unreadable)} unreadable files: {shown}")

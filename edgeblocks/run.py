@@ -1,6 +1,7 @@
 """A run that exists on disk, in use: sampling, evaluation, export."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,9 @@ import torch
 from edgeblocks import metrics, pictures
 from edgeblocks.chain import BlockRunner, EmaSource, class_labels, guided
 from edgeblocks.checkpoint import RunDirectory
-from edgeblocks.errors import RunError
+from edgeblocks.data.images import ImageSet
+from edgeblocks.errors import OutOfBudgetError, RunError
+from edgeblocks.guard import is_refusal
 from edgeblocks.host_tier import HostTier
 from edgeblocks.listener import Listener, Silent
 from edgeblocks.noise import sampler_levels
@@ -22,6 +25,7 @@ from edgeblocks.run_files import read_summary
 from edgeblocks.scheduler import EmaLoader
 from edgeblocks.solver import Solver, check_request, class_number, integrate
 from edgeblocks.store import BlockHeader
+from edgeblocks.units import format_bytes
 
 
 class Run:
@@ -49,11 +53,13 @@ class Run:
             self.directory.family(), self.directory.layers, self.directory.partition, source, micro_batch=micro_batch
         )
 
-    def fitting_runner(self, *, samples: int, mem_budget: str | None = None) -> BlockRunner:
-        """A runner whose micro-batch keeps the process inside the budget (the run's own, or another one).
+    @contextmanager
+    def fitting_runner(self, *, samples: int, mem_budget: str | None = None) -> Iterator[BlockRunner]:
+        """A runner whose micro-batch keeps the process inside the budget (the run's own, or another one), and a cap.
 
         Raises:
             DoesNotFitError: one sample at a time does not fit.
+            OutOfBudgetError: memory was refused at the cap.
         """
         directory = self.directory
         target = build_target(directory.settings.run.target)
@@ -73,7 +79,18 @@ class Run:
         )
         store = directory.store()
         host = None if target.host_bytes() is None else HostTier(store, target, parts=EmaLoader.PARTS)
-        return self.runner(EmaLoader(store, host=host), micro_batch=micro_batch)
+        runner = self.runner(EmaLoader(store, host=host), micro_batch=micro_batch)
+        try:
+            with target.capped(budget_bytes):
+                yield runner
+        except (MemoryError, RuntimeError) as error:
+            if not is_refusal(error):
+                raise
+            raise OutOfBudgetError(
+                f"memory was refused at the budget of {format_bytes(budget_bytes)}, "
+                f"{format_bytes(target.used_bytes())} are in use; give more with "
+                f"--mem-budget {int(budget_bytes * 1.25 / 1e6)}MB, or ask for fewer samples"
+            ) from error
 
     def sample(
         self,
@@ -93,6 +110,7 @@ class Run:
         Raises:
             ConfigError: an impossible argument.
             DoesNotFitError: not even one sample at a time fits the budget.
+            OutOfBudgetError: memory was refused at the cap.
         """
         directory = self.directory
         family = directory.family()
@@ -101,12 +119,13 @@ class Run:
         labels = class_labels(
             n, num_classes=directory.data.num_classes, chosen=class_number(label, directory.class_names)
         )
-        runner = runner or self.fitting_runner(samples=n, mem_budget=mem_budget)
         data = directory.data
-        noise = torch.from_numpy(start_noise((data.channels, data.height, data.width), num_samples=n, seed=seed))
-        denoise = guided(runner.denoise, labels, guidance=guidance, no_class=data.num_classes)
-        x = integrate(denoise, noise, levels, solver=solver, on_level=on_level)
-        return pictures.to_uint8(x.numpy(), mean=data.mean, scale=data.scale)
+        given = None if runner is None else nullcontext(runner)
+        with given or self.fitting_runner(samples=n, mem_budget=mem_budget) as chosen:
+            noise = torch.from_numpy(start_noise((data.channels, data.height, data.width), num_samples=n, seed=seed))
+            denoise = guided(chosen.denoise, labels, guidance=guidance, no_class=data.num_classes)
+            x = integrate(denoise, noise, levels, solver=solver, on_level=on_level)
+            return pictures.to_uint8(x.numpy(), mean=data.mean, scale=data.scale)
 
     def evaluate(
         self,
@@ -124,12 +143,21 @@ class Run:
         """
         listener = listener or Silent()
         directory = self.directory
-        images = open_run_images(directory.settings, listener)
+        target = build_target(directory.settings.run.target)
+        planned = directory.plan.get("ram_budget_bytes") or directory.plan["budget_bytes"]
+        budget_bytes = planned if mem_budget is None else device_budget_bytes(mem_budget, target)
+        images = open_run_images(directory.settings, listener, budget_bytes=budget_bytes, target=target)
         if images.fingerprint != directory.data_fingerprint:
             raise RunError(f"{directory.data_source} is not the data that {directory.path} was trained on")
         if len(images.held_out):
             samples = min(samples, len(images.held_out))
-        runner = self.fitting_runner(samples=max(samples, metrics.MOST_IMAGES), mem_budget=mem_budget)
+        with self.fitting_runner(samples=max(samples, metrics.MOST_IMAGES), mem_budget=mem_budget) as runner:
+            return self._evaluate(runner, images, samples=samples, steps=steps, seed=seed, listener=listener)
+
+    def _evaluate(
+        self, runner: BlockRunner, images: ImageSet, *, samples: int, steps: int, seed: int, listener: Listener
+    ) -> dict[str, Any]:
+        directory = self.directory
         loss = metrics.validation_loss(
             directory.family(),
             runner,

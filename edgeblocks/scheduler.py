@@ -169,7 +169,7 @@ class EmaLoader:
     def __init__(self, store: BlockStore, *, host: HostTier | None = None) -> None:
         """A loader for the processor's memory; or for a device's, where `host` moves these `PARTS`."""
         self._blocks = store if host is None else host
-        self._buffer = store.buffer(self.PARTS) if host is None else host.buffer()
+        self._buffer = (store.buffer(self.PARTS) if host is None else host.buffer()).touched()
         self._block: int | None = None
 
     @contextmanager

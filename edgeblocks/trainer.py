@@ -4,7 +4,6 @@ Every draw of a step comes from a generator at (seed, block, step), and a block'
 resumed run, a run in another order of visits, and a run with everything in memory make the same numbers.
 """
 
-import itertools
 import math
 import signal
 import threading
@@ -65,19 +64,18 @@ class Progress:
     started: float = field(default_factory=time.perf_counter)
 
 
-def plan_visits(saved_steps: Sequence[int], *, steps: int, visit_steps: int) -> list[Visit]:
+def plan_visits(saved_steps: Sequence[int], *, steps: int, visit_steps: int) -> Iterator[Visit]:
     """Rounds over all blocks until each has made `steps` steps, going on from where each one is.
 
     >>> [(v.block, v.first, v.last) for v in plan_visits([4, 2], steps=5, visit_steps=4)]
     [(1, 2, 4), (0, 4, 5), (1, 4, 5)]
     """
-    visits = []
+    saved_steps = tuple(saved_steps)
     for start in range(0, steps, visit_steps):
         end = min(start + visit_steps, steps)
         for block, saved in enumerate(saved_steps):
             if saved < end:
-                visits.append(Visit(block=block, first=max(start, saved), last=end))
-    return visits
+                yield Visit(block=block, first=max(start, saved), last=end)
 
 
 def create_blocks(
@@ -210,7 +208,9 @@ class Trainer:
         visits = plan_visits(steps, steps=settings.steps, visit_steps=self.plan["visit_steps"])
         self.progress.steps_total = settings.steps * len(steps)
         self.progress.steps_done = sum(steps)
-        for visit, following in itertools.zip_longest(visits, visits[1:]):
+        following = next(visits, None)
+        while (visit := following) is not None:
+            following = next(visits, None)
             self._count_write(store.file_bytes(visit.block))
             with self.scheduler.visit(visit.block, then=following.block if following else None) as resident:
                 self.visit(visit, resident, interruption, on_step)

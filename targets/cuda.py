@@ -188,7 +188,7 @@ class CudaTarget:
         self._copies.synchronize()
 
     def _measure_arithmetic(self) -> tuple[float, float, float]:
-        """fp32 operations per second, bytes per second that an element-wise kernel writes, seconds of a small kernel."""
+        """fp32 operations and bytes written by an element-wise kernel per second, seconds of a small kernel."""
         import torch
         import torch.nn.functional as F
 

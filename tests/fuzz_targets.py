@@ -25,6 +25,7 @@ from mutations import (
 )
 from PIL import Image
 
+from edgeblocks.data.cache import _digest as meta_digest
 from edgeblocks.errors import EdgeblocksError
 
 
@@ -563,7 +564,7 @@ class CacheReader(ImageReader):
         if rng.random() < 0.1:
             replace_by_something(rng, self.built / name, self.path)
         elif name == "meta.json":
-            text = json_text(rng, mutated_value(rng, self.meta))
+            text = json_text(rng, self._signed(rng, mutated_value(rng, self.meta)))
             (self.built / name).write_text(text, encoding="utf-8", errors="surrogatepass")
         else:
             array = np.load(io.BytesIO(self.sound[name]))
@@ -572,7 +573,17 @@ class CacheReader(ImageReader):
             if rng.random() < 0.8:
                 meta = json.loads(json.dumps(self.meta))
                 meta["file_bytes"][name] = len(content)
-                (self.built / "meta.json").write_text(json.dumps(meta))
+                (self.built / "meta.json").write_text(json.dumps(self._signed(rng, meta)))
+
+    @staticmethod
+    def _signed(rng, meta):
+        """Mostly with a checksum that is right, so that the values are looked at."""
+        if not isinstance(meta, dict) or rng.random() < 0.1:
+            return meta
+        rest = {key: value for key, value in meta.items() if key != "sha256"}
+        with contextlib.suppress(TypeError, ValueError):
+            rest["sha256"] = meta_digest(rest)
+        return rest
 
     def read(self):
         self._open()

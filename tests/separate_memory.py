@@ -1,4 +1,4 @@
-"""A machine whose compute device has memory of its own, made of a processor: for tests of what a GPU's blocks go through.
+"""A machine whose compute device has memory of its own, made of a processor: for tests of a GPU's tiers.
 
 Everything is as on a GPU (a budget for each memory, slots on the device, copies in RAM, one staging buffer), but both
 memories are the processor's, so the numbers must be the processor's to the last bit.

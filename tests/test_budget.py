@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 from outside import EDGEBLOCKS, measured, measured_script
+from PIL import Image
 
 
 @pytest.mark.slow
@@ -26,6 +27,29 @@ def test_a_network_larger_than_the_budget_is_created_trained_and_sampled(tmp_pat
     sample = measured(*EDGEBLOCKS, "sample", tmp_path / "run", "--n", "8", "--steps", "12", "-o", tmp_path / "grid.png")
     assert sample["code"] == 0, sample["err"]
     assert sample["peak_bytes"] <= budget_bytes
+    evaluated = measured(*EDGEBLOCKS, "eval", tmp_path / "run", "--samples", "8", "--steps", "12", "--json")
+    assert evaluated["code"] == 0, evaluated["err"]
+    assert evaluated["peak_bytes"] <= budget_bytes
+
+
+def test_a_picture_too_large_for_the_budget_is_refused_and_a_larger_budget_decodes_it(tmp_path):
+    """16 megapixels with transparency under 330 MB: exit 3 with the budget that would do, and that one does."""
+    (tmp_path / "set").mkdir()
+    rng = np.random.default_rng(0)
+    for name in "ab":
+        pixels = np.repeat(np.repeat(rng.integers(0, 256, (250, 250, 4), dtype=np.uint8), 16, 0), 16, 1)
+        Image.fromarray(pixels).save(tmp_path / "set" / f"{name}.png", compress_level=1)
+    words = ["train", "--data", tmp_path / "set", "--steps", "2", "--batch", "2", "--out", tmp_path / "run", "--json"]
+    for setting in ("image_size=16", "width=64", "depth=3", "sample_grids=0"):
+        words += ["--set", setting]
+    refused = measured(*EDGEBLOCKS, *words, "--mem-budget", "360MB")
+    assert refused["code"] == 3
+    assert "a.png (4000 x 4000 pixels, PNG) takes up to 176 MB to decode, and the budget of 360 MB" in refused["err"]
+    assert refused["peak_bytes"] < 360_000_000
+    enough = int(refused["err"].split("use --mem-budget ")[1].split("MB")[0])
+    trained = measured(*EDGEBLOCKS, *words, "--mem-budget", f"{enough}MB")
+    assert trained["code"] == 0, trained["err"]
+    assert trained["peak_bytes"] <= enough * 1_000_000
 
 
 @pytest.mark.slow

@@ -200,7 +200,10 @@ def test_a_kept_trace_is_taken_again_and_a_damaged_one_made_again(tmp_path, monk
         assert trace_in_subprocess(*request, cache=tmp_path) == first
         with pytest.raises(FileNotFoundError):
             trace_in_subprocess("dit", asdict(SETTINGS) | {"width": 32}, asdict(DATA), [1], cache=tmp_path)
-    for content in ("", "{}", "[1]", '{"planning_bytes": "x"}', kept.read_text()[:-20]):
+    text = kept.read_text()
+    place = text.index('"peak_bytes"') + 22  # a digit of a size
+    flipped = text[:place] + chr(ord(text[place]) ^ 1) + text[place + 1 :]
+    for content in ("", "{}", "[1]", '{"planning_bytes": "x"}', text[:-20], flipped):
         kept.write_text(content)
         assert trace_in_subprocess(*request, cache=tmp_path)[0] == first[0]
     assert [path.name for path in tmp_path.iterdir()] == [kept.name]

@@ -36,12 +36,12 @@ def test_visits_cover_every_step_of_every_block_once(saved_steps, steps, visit_s
 @given(st.integers(1, 5), st.integers(1, 60), st.integers(1, 30), st.data())
 def test_a_resumed_run_goes_on_with_the_same_visits(num_blocks, steps, visit_steps, data):
     """After any number of whole visits, the visits planned from there are the rest of the original ones."""
-    visits = plan_visits([0] * num_blocks, steps=steps, visit_steps=visit_steps)
+    visits = list(plan_visits([0] * num_blocks, steps=steps, visit_steps=visit_steps))
     done = data.draw(st.integers(0, len(visits)))
     saved = [0] * num_blocks
     for visit in visits[:done]:
         saved[visit.block] = visit.last
-    assert plan_visits(saved, steps=steps, visit_steps=visit_steps) == visits[done:]
+    assert list(plan_visits(saved, steps=steps, visit_steps=visit_steps)) == visits[done:]
 
 
 @given(st.integers(1, 5), st.integers(1, 60), st.integers(1, 30))

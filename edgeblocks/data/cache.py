@@ -33,7 +33,7 @@ from edgeblocks.errors import StorageError
 from edgeblocks.units import format_bytes
 from edgeblocks.untrusted import open_regular, read_object
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 _SQUARES_CHUNK = 2**20
 _MOST_META_BYTES = 2**26
 _ABANDONED_S = 60
@@ -48,42 +48,68 @@ class Content:
     num_test: int = 0
 
 
+class _RowFile:
+    """Rows of an .npy file, read with pread: only what is asked for comes into memory."""
+
+    def __init__(self, path: Path, dtype: type[np.generic]) -> None:
+        self.path, self._dtype = path, dtype
+        with open_regular(path) as file:
+            self.shape, self.offset = _array_in(file, dtype)
+            self.descriptor = os.dup(file.fileno())
+        weakref.finalize(self, os.close, self.descriptor)
+
+    def read(self, indices: NDArray[np.int64]) -> NDArray[Any]:
+        """Rows [b, ...] at `indices` (any order, 0 <= index < N).
+
+        Raises:
+            StorageError: the file has been cut since it was opened, or cannot be read.
+        """
+        num_rows, *row_shape = self.shape
+        if len(indices) and not (indices.min() >= 0 and indices.max() < num_rows):
+            raise IndexError(f"indices {indices.min()}..{indices.max()} are outside 0..{num_rows - 1}")
+        rows = np.empty((len(indices), *row_shape), dtype=self._dtype)
+        row_bytes = math.prod(row_shape) * rows.itemsize
+        for row, index in zip(rows, indices, strict=True):
+            self._read_at(self.offset + int(index) * row_bytes, row)
+        return rows
+
+    def _read_at(self, position: int, row: NDArray[Any]) -> None:
+        try:
+            num_read = os.preadv(self.descriptor, [row.data.cast("B")], position)
+        except OSError as error:
+            raise StorageError(f"{self.path} cannot be read: {error}; check the disk, then start again") from error
+        if num_read != row.nbytes:
+            raise StorageError(
+                f"{self.path} ends before byte {position + row.nbytes}, inside an image: it was changed while in "
+                f"use; delete {self.path.parent} and start again"
+            )
+
+
 class ImageFile:
     """images.npy of a finished cache. `view` is the map, uint8 [N, H, W, C]; `read` copies out of the file."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        with open_regular(path) as file:
-            shape, self._offset = _array_in(file, np.uint8)
-            self.view: NDArray[np.uint8] = np.memmap(file, np.uint8, mode="r", offset=self._offset, shape=shape)
-            self._descriptor = os.dup(file.fileno())
-        weakref.finalize(self, os.close, self._descriptor)
+    def __init__(self, folder: Path) -> None:
+        self._images = _RowFile(folder / "images.npy", np.uint8)
+        self._moments = _RowFile(folder / "moments.npy", np.int64)
+        with os.fdopen(os.dup(self._images.descriptor), "rb") as file:
+            self.view: NDArray[np.uint8] = np.memmap(
+                file, np.uint8, mode="r", offset=self._images.offset, shape=self._images.shape
+            )
 
     def read(self, indices: NDArray[np.int64]) -> NDArray[np.uint8]:
-        """Images uint8 [b, H, W, C] at `indices` (any order, 0 <= index < N).
+        """Images uint8 [b, H, W, C] at `indices` (any order, 0 <= index < N), compared with their moments.
 
         Raises:
-            StorageError: the file has been damaged or cut since it was opened.
+            StorageError: the file has been damaged or cut since it was written.
         """
-        num_images, *image_shape = self.view.shape
-        if len(indices) and not (indices.min() >= 0 and indices.max() < num_images):
-            raise IndexError(f"image indices {indices.min()}..{indices.max()} are outside 0..{num_images - 1}")
-        images = np.empty((len(indices), *image_shape), dtype=np.uint8)
-        image_bytes = math.prod(image_shape)
-        for image, index in zip(images, indices, strict=True):
-            self._read_at(self._offset + int(index) * image_bytes, image)
-        return images
-
-    def _read_at(self, position: int, image: NDArray[np.uint8]) -> None:
-        try:
-            num_read = os.preadv(self._descriptor, [image.data], position)
-        except OSError as error:
-            raise StorageError(f"{self.path} cannot be read: {error}; check the disk, then start again") from error
-        if num_read != image.nbytes:
+        images = self._images.read(indices)
+        different = (image_moments(images) != self._moments.read(indices)).any(axis=1)
+        if different.any():
             raise StorageError(
-                f"{self.path} ends before byte {position + image.nbytes}, inside an image: it was changed while in "
-                f"use; delete {self.path.parent} and start again"
+                f"{self._images.path} is damaged: image {indices[different][0]} is not what was decoded; check the "
+                f"disk, delete {self._images.path.parent}, and start again: the images are then decoded anew"
             )
+        return images
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -193,13 +219,15 @@ class CacheWriter:
         with self._storing():
             for array in self._arrays.values():
                 array.finish()
-            meta = {
+            meta: dict[str, Any] = {
                 "version": FORMAT_VERSION,
                 "shape": shape,
                 "file_bytes": {name: (self._folder / name).stat().st_size for name in self._arrays},
+                "label_sha256": label_hash,
                 "fingerprint": content_fingerprint(shape, self._pixel_hash.hexdigest(), label_hash, content),
                 "content": asdict(content),
             }
+            meta["sha256"] = _digest(meta)
             with (self._folder / "meta.json").open("w", encoding="ascii") as file:
                 json.dump(meta, file)
                 file.flush()
@@ -290,25 +318,46 @@ def content_fingerprint(shape: tuple[int, ...], pixel_hash: str, label_hash: str
 def _open_cache(folder: Path) -> StoredImages | None:
     """The cache in `folder`; None when it is missing or damaged, which both mean that it has to be built."""
     try:
-        meta = read_object(folder / "meta.json", most_bytes=_MOST_META_BYTES)
-        sizes_agree = all((folder / name).stat().st_size == size for name, size in meta["file_bytes"].items())
-        if meta["version"] != FORMAT_VERSION or not sizes_agree:
-            return None
-        image_file = ImageFile(folder / "images.npy")
-        num_images, height, width, num_channels = image_file.view.shape
-        if list(image_file.view.shape) != meta["shape"] or not 0 < num_channels * height * width <= 3 * MOST_PIXELS:
-            return None
-        labels = _read_rows(folder / "labels.npy", (num_images,)) if "labels.npy" in meta["file_bytes"] else None
-        moments = _read_rows(folder / "moments.npy", (num_images, 2))
-        if not _are_moments(moments, num_channels * height * width):
-            return None
-        content = _content(meta["content"], num_images, labels)
-        fingerprint = meta["fingerprint"]
-        if not isinstance(fingerprint, str):
-            return None
+        return _read_cache(folder)
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return None
-    return StoredImages(image_file=image_file, labels=labels, moments=moments, content=content, fingerprint=fingerprint)
+
+
+def _read_cache(folder: Path) -> StoredImages:
+    """The cache in `folder`.
+
+    Raises:
+        OSError, ValueError, LookupError, TypeError, AttributeError: it is not what `CacheWriter` wrote.
+    """
+    meta = read_object(folder / "meta.json", most_bytes=_MOST_META_BYTES)
+    if meta["version"] != FORMAT_VERSION or meta.pop("sha256") != _digest(meta):
+        raise ValueError("another version, or damaged")
+    if any((folder / name).stat().st_size != size for name, size in meta["file_bytes"].items()):
+        raise ValueError("a file has another size")
+    image_file = ImageFile(folder)
+    num_images, height, width, num_channels = image_file.view.shape
+    if list(image_file.view.shape) != meta["shape"] or not 0 < num_channels * height * width <= 3 * MOST_PIXELS:
+        raise ValueError("the images have another shape")
+    labels = _read_rows(folder / "labels.npy", (num_images,)) if "labels.npy" in meta["file_bytes"] else None
+    if labels is not None and hashlib.sha256(labels.data).hexdigest() != meta["label_sha256"]:
+        raise ValueError("the labels are damaged")
+    moments = _read_rows(folder / "moments.npy", (num_images, 2))
+    if not _are_moments(moments, num_channels * height * width):
+        raise ValueError("the moments are of no images")
+    fingerprint = meta["fingerprint"]
+    if not isinstance(fingerprint, str):
+        raise ValueError("a fingerprint is a text")
+    return StoredImages(
+        image_file=image_file,
+        labels=labels,
+        moments=moments,
+        content=_content(meta["content"], num_images, labels),
+        fingerprint=fingerprint,
+    )
+
+
+def _digest(meta: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()
 
 
 def _content(told: dict[str, Any], num_images: int, labels: NDArray[np.int64] | None) -> Content:
@@ -399,7 +448,10 @@ def _remove_abandoned(cache_dir: Path) -> None:
             descriptor = os.open(partial, os.O_RDONLY)
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                shutil.rmtree(partial, ignore_errors=True)
+                if partial.is_dir():
+                    shutil.rmtree(partial, ignore_errors=True)
+                else:  # of a cost trace
+                    partial.unlink()
             finally:
                 os.close(descriptor)
 

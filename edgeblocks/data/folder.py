@@ -41,8 +41,8 @@ class ImageFolder:
         DataError: no images, empty class folders, or images beside class folders.
     """
 
-    def __init__(self, root: Path, image_size: int | None) -> None:
-        self._root, self._image_size = root, image_size
+    def __init__(self, root: Path, image_size: int | None, room_bytes: int | None = None) -> None:
+        self._root, self._image_size, self._room_bytes = root, image_size, room_bytes
         self._class_folders = _class_folders(root)
         self.key, self._num_files = self._look_through()
 
@@ -51,6 +51,7 @@ class ImageFolder:
 
         Raises:
             DataError: no readable image, a class without one, or several sizes and no `image_size`.
+            NoRoomToDecodeError: decoding an image takes more than `room_bytes`.
             StorageError: the cache cannot be written.
         """
         skipped: dict[str, str] = {}
@@ -106,7 +107,9 @@ class ImageFolder:
         for done, file in enumerate(self._files(), start=1):
             if file.name not in skipped_:
                 try:
-                    header = read_header(self._root / file.name, image_size=self._image_size)
+                    header = read_header(
+                        self._root / file.name, image_size=self._image_size, room_bytes=self._room_bytes
+                    )
                 except UnreadableImageError as error:
                     self._skip(file.name, error, skipped_)
                 else:

@@ -81,6 +81,7 @@ def open_images(
     seed: int,
     cache_dir: Path,
     progress: Progress | None = None,
+    room_bytes: int | None = None,
 ) -> ImageSet:
     """The images of `source`: "digits", a folder (one sub-folder per class, or flat) or an .npz file.
 
@@ -88,16 +89,18 @@ def open_images(
     hold_out: share of the images in the hold-out part, 0 to 0.5; ignored when the .npz brings its own test part.
     cache_dir: where a folder or an .npz is decoded to, once; the next call with the same files finds it there.
     progress: called with (done, total, what), for example (12, 500, "decoding").
+    room_bytes: memory that decoding one picture may take; None bounds its pixels alone.
 
     Raises:
         ConfigError: image_size or hold_out is out of range.
         DataError: the data cannot be trained on.
         StorageError: the cache cannot be written or read.
+        NoRoomToDecodeError: a picture takes more than `room_bytes` to decode.
     """
     _check_settings(image_size, hold_out)
     if source == "digits":
         return _open_digits(image_size, hold_out, seed)
-    reader = _reader(source, image_size)
+    reader = _reader(source, image_size, room_bytes)
     stored = open_or_build(cache_dir, reader.key, lambda cache: reader.fill(cache, progress or _silent))
     return _image_set(
         stored.content,
@@ -134,12 +137,12 @@ def _check_settings(image_size: int | None, hold_out: float) -> None:
         raise ConfigError(*problems)
 
 
-def _reader(source: str, image_size: int | None) -> ImageFolder | ImageArchive:
+def _reader(source: str, image_size: int | None, room_bytes: int | None) -> ImageFolder | ImageArchive:
     accepted = 'give "digits" (built in), a folder of images, or an .npz file'
     try:
         path = Path(source).expanduser()
         if path.is_dir():
-            return ImageFolder(path.resolve(), image_size)
+            return ImageFolder(path.resolve(), image_size, room_bytes)
         if not path.exists():
             raise DataError(f"data '{source}' does not exist; {accepted}")
         if not path.is_file() or path.suffix.lower() != ".npz":

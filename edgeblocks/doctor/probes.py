@@ -165,7 +165,8 @@ def _probe_presets() -> dict[str, dict[str, Any]]:
         settings = resolve_settings({"preset": name}, family_settings=lambda family: family_type(family).settings_type)
         run, kind = settings.run, family_type(settings.run.family)
         if name in DEFAULT_PRESETS.values():
-            images = open_run_images(settings, Silent())
+            here = build_target("cpu")
+            images = open_run_images(settings, Silent(), budget_bytes=here.total_bytes(), target=here)
             data, data_bytes = image_info(images, kind.sigma_data), images.batch_resident_bytes(run.batch)
         else:
             data = ImageInfo(channels=3, height=32, width=32, num_classes=10, mean=0.5, scale=2.0)

@@ -86,8 +86,14 @@ def test_a_description_of_another_shape_is_not_believed(source, tmp_path):
     path = the_cache(tmp_path / "cache") / "meta.json"
     meta = json.loads(path.read_text())
     meta["shape"][0] = 21
-    path.write_text(json.dumps(meta))
+    write_meta(path, meta)
     assert len(opened(source, tmp_path / "cache").images) == 20
+
+
+def write_meta(path, meta):
+    """With a checksum that is right: what the values say must be seen to be wrong."""
+    del meta["sha256"]
+    path.write_text(json.dumps({**meta, "sha256": cache_module._digest(meta)}))
 
 
 def change_meta(cache_dir, keys, value):
@@ -97,7 +103,7 @@ def change_meta(cache_dir, keys, value):
     for key in keys[:-1]:
         place = place[key]
     place[keys[-1]] = value
-    path.write_text(json.dumps(meta))
+    write_meta(path, meta)
 
 
 @pytest.mark.parametrize(
@@ -277,6 +283,33 @@ def test_a_cache_cut_while_in_use_is_an_error_and_no_crash(source, tmp_path):
     os.truncate(the_cache(tmp_path / "cache") / "images.npy", 1000)
     with pytest.raises(StorageError, match=r"images\.npy ends before byte \d+, inside an image: .*delete"):
         images.gather(np.array([19]))
+
+
+def flip(path, place):
+    content = bytearray(path.read_bytes())
+    content[place] ^= 16
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("name", ["images.npy", "moments.npy"])
+def test_a_flipped_byte_of_an_image_is_found_before_use(source, tmp_path, name):
+    """The image is named where it is read, with what to delete; the others are read as they are."""
+    images = opened(source, tmp_path / "cache")
+    flip(the_cache(tmp_path / "cache") / name, -1)  # of the last image, and of its sum of squares
+    np.testing.assert_array_equal(images.gather(np.array([0, 18]))[0], IMAGES[[0, 18]])
+    with pytest.raises(StorageError, match=r"images\.npy is damaged: image 19 is not what was decoded; .* delete"):
+        images.gather(np.array([3, 19]))
+
+
+@pytest.mark.parametrize("name", ["labels.npy", "meta.json"])
+def test_a_flipped_byte_of_what_describes_the_images_builds_them_again(source, tmp_path, name):
+    """A label that is another class's, and a letter of a class's name."""
+    opened(source, tmp_path / "cache")
+    file = the_cache(tmp_path / "cache") / name
+    before = file.read_bytes()
+    flip(file, before.index(b'"class_names": ["') + 17 if name == "meta.json" else -8)
+    opened(source, tmp_path / "cache")
+    assert file.read_bytes() == before
 
 
 def test_a_cache_deleted_while_in_use_goes_on(source, tmp_path):

@@ -12,7 +12,7 @@ from PIL import Image, ImageOps, TiffImagePlugin
 
 from edgeblocks.data import decoding, folder
 from edgeblocks.data.images import open_images
-from edgeblocks.errors import DataError
+from edgeblocks.errors import DataError, NoRoomToDecodeError
 
 
 def opened(source, cache_dir, **settings):
@@ -328,6 +328,21 @@ def test_a_picture_that_declares_too_many_pixels_is_skipped_with_the_reason(tmp_
     (root / "a.png").write_bytes(png_of_size(*size))
     with pytest.raises(DataError, match=rf"0 of its 1 image files can be read(?s:.)*a\.png: {words}"):
         opened(root, cache, image_size=image_size)
+
+
+@pytest.mark.parametrize(
+    ("name", "needed_bytes", "settings"),
+    [("a.png", 11 * 160_000, {}), ("a.webp", 21 * 160_000, {}), ("a.jpg", 6 * 160_000, {"progressive": True})],
+)
+def test_a_picture_that_the_memory_does_not_hold_is_refused_by_name(tmp_path, cache, name, needed_bytes, settings):
+    """With what it takes at most; no picture is left out for it, as the set must not depend on the memory."""
+    save(tmp_path / "large" / name, noise(400, 400, 3), **settings)
+    save(tmp_path / "large" / "b.png", noise(30, 30, 3))
+    with pytest.raises(NoRoomToDecodeError, match=rf"{name} \(400 x 400 pixels") as caught:
+        opened(tmp_path / "large", cache, image_size=16, room_bytes=needed_bytes - 1)
+    assert needed_bytes <= caught.value.needed_bytes < needed_bytes + 50_000
+    enough = opened(tmp_path / "large", cache, image_size=16, room_bytes=caught.value.needed_bytes)
+    assert len(enough.images) == 2 and not enough.unreadable
 
 
 def test_a_jpeg_counts_with_the_size_that_it_is_decoded_to(tmp_path, cache, monkeypatch):
