@@ -308,7 +308,7 @@ class _Looks:
 
     def __init__(self, run: RunDirectory, scheduler: Scheduler, guard: Guard, interruption: Interruption) -> None:
         self._run, self._scheduler, self._guard, self._interruption = run, scheduler, guard, interruption
-        self._grids = run.settings.run.sample_grids
+        self._grids = run.settings.run.sample_grids if run.family().task == "images" else 0
         self._total = run.settings.run.steps
         self._next = self._due(self._newest())
         self.seconds = 0.0
@@ -398,7 +398,7 @@ def _summary(
         "metrics": {
             "train_loss_by_block": [progress.losses.get(block) for block in range(len(run.layers))],
             "validation_loss": evaluation["total"],
-            "validation_loss_by_block": metrics.loss_by_block(evaluation["levels"], run.partition),
+            "validation_loss_by_block": metrics.mean_by_block(evaluation["levels"], run.partition),
             "validation": evaluation,
         },
         "resumed_from": resumed_from,

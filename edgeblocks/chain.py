@@ -62,15 +62,19 @@ class BlockRunner:
         return self._network
 
     @torch.no_grad()
-    def denoise(self, z: Tensor, sigma: float, labels: Tensor | None) -> Tensor:
-        """D(z, sigma) for all samples, by the block that owns sigma."""
+    def denoise(self, z: Tensor, sigma: float, condition: Tensor | None) -> Tensor:
+        """D(z, sigma) for all samples, by the block that owns sigma.
+
+        Args:
+            condition: what the network sees beside z, one a sample: a class, an image; None where it sees nothing.
+        """
         network = self.network(self.partition.block_of(sigma))
         denoised = torch.empty_like(z)
         for start in range(0, len(z), self.micro_batch):
             part = slice(start, start + self.micro_batch)
             sigmas = torch.full((len(z[part]),), sigma, device=self.device)
-            classes = None if labels is None else labels[part].to(self.device)
-            denoised[part] = network(z[part].to(self.device), sigmas, classes)
+            seen = None if condition is None else condition[part].to(self.device)
+            denoised[part] = network(z[part].to(self.device), sigmas, seen)
         return denoised
 
 

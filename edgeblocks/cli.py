@@ -23,8 +23,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-Family = Annotated[str | None, typer.Argument(help="Kind of model: dit.", show_default="dit")]
-Preset = Annotated[str | None, typer.Option(help="A named size: dit-tiny, dit-s, dit-b, dit-l, dit-xl.")]
+Family = Annotated[
+    str | None, typer.Argument(help="Kind of model: dit (makes images) or vit (classifies them).", show_default="dit")
+]
+Preset = Annotated[str | None, typer.Option(help="A named size: dit-tiny, -s, -b, -l, -xl, vit-tiny, -s, -b.")]
 Data = Annotated[str | None, typer.Option(help="digits (built in), a folder of images, or an .npz file.")]
 MemBudget = Annotated[
     str | None,
@@ -231,14 +233,25 @@ def train(
 @app.command("eval")
 def evaluate(
     run: RunArgument,
-    samples: Annotated[int, typer.Option(help="Samples for the Frechet distance; 0 leaves it out.")] = 256,
-    steps: SampleSteps = 18,
+    samples: Annotated[
+        int | None,
+        typer.Option(
+            help="Images that are made for the Frechet distance, or classified; 0 leaves the chain out.",
+            show_default="256 made, 1024 classified",
+        ),
+    ] = None,
+    steps: Annotated[
+        int | None,
+        typer.Option(
+            help="Noise levels of the chain; at least one a block.", show_default="18 for images, 4 for classes"
+        ),
+    ] = None,
     seed: SampleSeed = 0,
     mem_budget: MemBudget = None,
     as_json: Json = False,
     verbose: Verbose = False,
 ) -> None:
-    """Validation denoising loss per noise level, and a Frechet distance of fresh samples beside its floor."""
+    """Validation loss per noise level; a Frechet distance of fresh samples, or accuracy and calibration."""
 
     def work() -> None:
         from edgeblocks import api

@@ -19,7 +19,7 @@ from edgeblocks.errors import ConfigError
 from edgeblocks.units import parse_size
 from edgeblocks.untrusted import MalformedFileError, read_text, shown
 
-DEFAULT_PRESETS = {"dit": "dit-tiny"}
+DEFAULT_PRESETS = {"dit": "dit-tiny", "vit": "vit-tiny"}
 MOST_YAML_BYTES = 2**16
 MOST_KEYS = 200
 _MOST_YAML_DEPTH = 8

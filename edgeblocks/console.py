@@ -259,11 +259,18 @@ def evaluation_report(result: dict[str, Any]) -> str:
     error = validation["standard_error"]
     spread = f" ± {error:.4f}" if error is not None else ""
     lines = [
-        f"validation denoising loss {result['validation_loss']:.4f}{spread} "
+        f"validation loss {result['validation_loss']:.4f}{spread} "
         f"({validation['images']} images of the {validation['part']} part, EMA weights)",
-        f"{'sigma':>10} {'block':>6} {'loss':>9}",
+        *_level_lines(validation["levels"]),
     ]
-    lines += [f"{level['sigma']:>10.4g} {level['block']:>6} {level['loss']:>9.4f}" for level in validation["levels"]]
+    found = result.get("classification")
+    if found is not None:
+        by_block = ", ".join("-" if share is None else f"{share:.1%}" for share in result["top1_by_block"])
+        lines += [
+            f"chain on {found['images']} images: top-1 {found['top1']:.2%}, top-5 {found['top5']:.2%}, "
+            f"calibration error {found['calibration_error']:.3f}",
+            f"top-1 of one block alone, over its noise levels: {by_block}",
+        ]
     frechet = result.get("frechet")
     if frechet is not None:
         floor = (
@@ -277,6 +284,15 @@ def evaluation_report(result: dict[str, Any]) -> str:
             f"feature space: {frechet['feature_space']}",
         ]
     return "\n".join(lines)
+
+
+def _level_lines(levels: Sequence[dict[str, Any]]) -> list[str]:
+    """One line a noise level, one column a score."""
+    names = [name for name in levels[0] if name not in ("sigma", "block")]
+    rows = [f"{'sigma':>10} {'block':>6}" + "".join(f" {name:>9}" for name in names)]
+    for level in levels:
+        rows.append(f"{level['sigma']:>10.4g} {level['block']:>6}" + "".join(f" {level[name]:>9.4f}" for name in names))
+    return rows
 
 
 def facts(rows: Sequence[tuple[str, str]]) -> str:

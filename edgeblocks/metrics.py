@@ -42,7 +42,8 @@ def validation_loss(
     numbers of blocks are compared on the same noised images.
 
     Returns:
-        `total`, `standard_error` (over images), `images`, and `levels`: one {sigma, block, loss} each.
+        `total`, `standard_error` (over images), `images`, and `levels`: one {sigma, block, loss} each, with what else
+        the family's `scores` tell.
     """
     indices = images.held_out[:most_images] if len(images.held_out) else images.train[:most_images]
     levels = []
@@ -51,16 +52,19 @@ def validation_loss(
         block = runner.partition.block_of(sigma)
         network = runner.network(block)
         generator = generator_at(seed, "eval", number)
-        losses = []
+        found: list[dict[str, np.ndarray]] = []
         for start in range(0, len(indices), runner.micro_batch):
             pixels, labels = images.gather(indices[start : start + runner.micro_batch])
             batch = family.at_level(pixels, labels, sigma, generator)
             with torch.no_grad():
                 there = {name: tensor.to(runner.device) for name, tensor in batch.items()}
-                losses.append(family.loss(network, there).cpu().numpy())
-        level_losses = np.concatenate(losses).astype(np.float64)
-        per_image += level_losses / NUM_LEVELS
-        levels.append({"sigma": sigma, "block": block, "loss": float(level_losses.mean())})
+                scores = family.scores(network, there)
+            found.append({name: values.cpu().numpy() for name, values in scores.items()})
+        whole = {name: np.concatenate([part[name] for part in found]).astype(np.float64) for name in found[0]}
+        per_image += whole["loss"] / NUM_LEVELS
+        levels.append(
+            {"sigma": sigma, "block": block, **{name: float(values.mean()) for name, values in whole.items()}}
+        )
         if on_level is not None:
             on_level(number + 1)
     return {
@@ -72,11 +76,13 @@ def validation_loss(
     }
 
 
-def loss_by_block(levels: Sequence[dict[str, Any]], partition: NoisePartition) -> list[float | None]:
-    """The mean validation loss of each block over the evaluation levels that it owns; None where it owns none."""
+def mean_by_block(
+    levels: Sequence[dict[str, Any]], partition: NoisePartition, score: str = "loss"
+) -> list[float | None]:
+    """The mean of a score of each block over the evaluation levels that it owns; None where it owns none."""
     means: list[float | None] = []
     for block in range(partition.num_blocks):
-        own = [level["loss"] for level in levels if level["block"] == block]
+        own = [level[score] for level in levels if level["block"] == block]
         means.append(sum(own) / len(own) if own else None)
     return means
 

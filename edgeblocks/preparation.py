@@ -239,7 +239,7 @@ def _wishes(settings: Settings, images: ImageSet, budgets: tuple[int, int | None
         optimizer=run.optimizer,
         preferred_blocks=family_type(run.family).preferred_blocks,
         data_bytes=images.batch_resident_bytes(run.batch),
-        grid_samples=GRID_SAMPLES,
+        grid_samples=GRID_SAMPLES if family_type(run.family).task == "images" else 0,
         max_disk_writes=None if run.max_disk_writes is None else parse_size(run.max_disk_writes),
         ram_budget_bytes=ram_budget_bytes,
         **fixed,

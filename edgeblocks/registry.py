@@ -7,7 +7,7 @@ from typing import Any
 
 from edgeblocks.errors import ConfigError
 
-_FAMILIES = {"dit": "edgeblocks.families.dit:Dit"}
+_FAMILIES = {"dit": "edgeblocks.families.dit:Dit", "vit": "edgeblocks.families.vit:Vit"}
 _TARGETS = {"cpu": "edgeblocks.targets.cpu:CpuTarget", "cuda": "edgeblocks.targets.cuda:CudaTarget"}
 _PROFILES = "edgeblocks.targets.profile"
 _SAMPLERS = {"onnxruntime": "edgeblocks.export.sampler:Sampler"}

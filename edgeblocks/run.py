@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from edgeblocks import metrics, pictures
+from edgeblocks import classification, metrics, pictures
 from edgeblocks.chain import BlockRunner, EmaSource, class_labels, guided
 from edgeblocks.checkpoint import RunDirectory
 from edgeblocks.data.images import ImageSet
-from edgeblocks.errors import OutOfBudgetError, RunError
+from edgeblocks.errors import ConfigError, OutOfBudgetError, RunError
 from edgeblocks.guard import is_refusal
 from edgeblocks.host_tier import HostTier
 from edgeblocks.listener import Listener, Silent
@@ -26,6 +26,10 @@ from edgeblocks.scheduler import EmaLoader
 from edgeblocks.solver import Solver, check_request, class_number, integrate
 from edgeblocks.store import BlockHeader
 from edgeblocks.units import format_bytes
+
+DEFAULT_SAMPLES = {"images": 256, "classes": 1024}
+"""Of an evaluation of the chain, by the family's task."""
+DEFAULT_STEPS = {"images": 18, "classes": classification.DEFAULT_STEPS}
 
 
 class Run:
@@ -114,6 +118,11 @@ class Run:
         """
         directory = self.directory
         family = directory.family()
+        if family.task != "images":
+            raise ConfigError(
+                f"{directory.path} is a {family.name}, which tells images apart and makes none; see how well with: "
+                f"edgeblocks eval {directory.path}"
+            )
         check_request(n=n, steps=steps, guidance=guidance, conditional=family.conditional)
         levels = sampler_levels(directory.partition, num_steps=steps)
         labels = class_labels(
@@ -130,13 +139,19 @@ class Run:
     def evaluate(
         self,
         *,
-        samples: int = 256,
-        steps: int = 18,
+        samples: int | None = None,
+        steps: int | None = None,
         seed: int = 0,
         mem_budget: str | None = None,
         listener: Listener | None = None,
     ) -> dict[str, Any]:
-        """Validation loss per noise level and in total, and the Frechet distance of fresh samples (0 samples: none).
+        """Validation loss per noise level and in total, and how good the chain is at what it makes.
+
+        Of images: the Frechet distance of fresh samples. Of classes: accuracy and calibration on hold-out images.
+
+        Args:
+            samples: images made (None: 256), or classified (None: 1024); 0 leaves the chain out.
+            steps: noise levels of the chain, at least one a block; None: 18 for images, 4 for classes.
 
         Raises:
             RunError: the data are not those of the run.
@@ -149,8 +164,12 @@ class Run:
         images = open_run_images(directory.settings, listener, budget_bytes=budget_bytes, target=target)
         if images.fingerprint != directory.data_fingerprint:
             raise RunError(f"{directory.data_source} is not the data that {directory.path} was trained on")
+        task = directory.family().task
+        if samples is None:
+            samples = DEFAULT_SAMPLES[task]
         if len(images.held_out):
             samples = min(samples, len(images.held_out))
+        steps = max(DEFAULT_STEPS[task] if steps is None else steps, len(directory.layers))
         with self.fitting_runner(samples=max(samples, metrics.MOST_IMAGES), mem_budget=mem_budget) as runner:
             return self._evaluate(runner, images, samples=samples, steps=steps, seed=seed, listener=listener)
 
@@ -170,19 +189,66 @@ class Run:
             "blocks": len(directory.layers),
             "steps": [runner_step.step for runner_step in self._headers()],
             "validation_loss": loss["total"],
-            "validation_loss_by_block": metrics.loss_by_block(loss["levels"], directory.partition),
+            "validation_loss_by_block": metrics.mean_by_block(loss["levels"], directory.partition),
             "validation": loss,
         }
-        if samples >= 2:
+        family = directory.family()
+        if family.task == "classes" and samples >= 1:
+            result["top1_by_block"] = metrics.mean_by_block(loss["levels"], directory.partition, "top1")
+            result["classification"] = self._classification(runner, images, samples, steps, seed, listener)
+        elif family.task == "images" and samples >= 2:
             made = self.sample(
                 n=samples,
-                steps=max(steps, len(directory.layers)),
+                steps=steps,
                 seed=seed,
                 runner=runner,
                 on_level=lambda done: listener.advance(done, steps, "sampling"),
             )
             result["frechet"] = metrics.sample_distance(made, images)
         return result
+
+    def _classification(
+        self, runner: BlockRunner, images: ImageSet, samples: int, steps: int, seed: int, listener: Listener
+    ) -> dict[str, Any]:
+        """`classification.classification_scores` on the first of the hold-out images."""
+        indices = (images.held_out if len(images.held_out) else images.train)[:samples]
+        pixels, labels = images.gather(indices)
+        assert labels is not None
+        probabilities = classification.classify(
+            self.directory.family(),
+            runner,
+            pixels,
+            steps=steps,
+            seed=seed,
+            on_level=lambda done: listener.advance(done, steps, "classifying"),
+        )
+        return classification.classification_scores(probabilities, labels)
+
+    def classify(
+        self,
+        pixels: np.ndarray,
+        *,
+        steps: int | None = None,
+        noises: int = classification.DEFAULT_NOISES,
+        seed: int = 0,
+        mem_budget: str | None = None,
+    ) -> np.ndarray:
+        """Probabilities of the classes, float32 [N, classes], of images uint8 [N, H, W, C] of the run's size.
+
+        Raises:
+            ConfigError: the run makes images, or these have another size.
+            DoesNotFitError: not even one image at a time fits the budget.
+        """
+        directory, family = self.directory, self.directory.family()
+        if family.task != "classes":
+            raise ConfigError(f"{directory.path} is a {family.name}, which makes images and does not classify them")
+        data = directory.data
+        shape = (data.height, data.width, data.channels)
+        if pixels.shape[1:] != shape or pixels.dtype != np.uint8:
+            raise ConfigError(f"images are {pixels.dtype} {pixels.shape[1:]}; the run takes uint8 {shape}")
+        steps = max(DEFAULT_STEPS[family.task] if steps is None else steps, len(directory.layers))
+        with self.fitting_runner(samples=len(pixels), mem_budget=mem_budget) as runner:
+            return classification.classify(family, runner, pixels, steps=steps, noises=noises, seed=seed)
 
     def _headers(self) -> list[BlockHeader]:
         store = self.directory.store()
@@ -193,6 +259,12 @@ class Run:
 
         Raises:
             EdgeblocksError: onnxruntime's numbers differ from torch's by more than is promised.
+            ConfigError: the family cannot be exported yet.
         """
+        if self.directory.family().task != "images":
+            raise ConfigError(
+                f"{self.path} is a {self.directory.settings.run.family}, and this version exports dit alone; use it "
+                f"from Python: edgeblocks.load({str(self.path)!r}).classify(images)"
+            )
         manifest: dict[str, Any] = build_exporter()(self.directory, Path(out), listener or Silent())
         return manifest

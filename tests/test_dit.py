@@ -8,8 +8,8 @@ from torch import nn
 
 from edgeblocks.config import load_preset
 from edgeblocks.errors import ConfigError
-from edgeblocks.families.base import ImageInfo
-from edgeblocks.families.dit import MOST, SIGMA_DATA, Dit, DitSettings
+from edgeblocks.families.base import MOST, ImageInfo
+from edgeblocks.families.dit import SIGMA_DATA, Dit, DitSettings
 from edgeblocks.noise import loss_weight, partition_noise
 
 SETTINGS = DitSettings(width=16, depth=3, heads=2, patch=2)
@@ -209,7 +209,7 @@ def test_the_denoiser_sees_the_clean_image_plus_sigma_eps():
 def test_pixels_become_zero_mean_with_the_datas_scale():
     """x = (pixel/255 - mean) scale, channels first and contiguous."""
     pixels, _ = pictures(2)
-    images = Dit(SETTINGS, DATA).to_model(pixels)
+    images = DATA.to_model(pixels)
     assert images.is_contiguous()
     expected = (pixels.transpose(0, 3, 1, 2) / 255 - DATA.mean) * DATA.scale
     np.testing.assert_allclose(images.numpy(), expected, atol=1e-6)
@@ -279,7 +279,7 @@ def test_flipping_mirrors_about_half_of_the_images():
     pixels, labels = pictures(400)
     plain = Dit(SETTINGS, DATA).draw(pixels, labels, whole_range(Dit(SETTINGS, DATA)), seeded())["clean"]
     family = Dit(replace(SETTINGS, flip=True), DATA)
-    assert torch.equal(plain, family.to_model(pixels))
+    assert torch.equal(plain, family.data.to_model(pixels))
     clean = family.draw(pixels, labels, whole_range(family), seeded())["clean"]
     mirrored = torch.tensor([not torch.equal(a, b) for a, b in zip(clean, plain, strict=True)])
     assert 140 < mirrored.sum() < 260
@@ -291,7 +291,7 @@ def test_evaluation_uses_one_level_and_leaves_images_and_labels_alone():
     family = Dit(replace(SETTINGS, flip=True, label_dropout=0.9), DATA)
     pixels, labels = pictures(50)
     batch = family.at_level(pixels, labels, 0.7, seeded())
-    assert torch.equal(batch["clean"], family.to_model(pixels))
+    assert torch.equal(batch["clean"], family.data.to_model(pixels))
     np.testing.assert_array_equal(batch["labels"].numpy(), labels)
     assert torch.equal(batch["sigma"], torch.full((50,), 0.7))
 

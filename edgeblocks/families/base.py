@@ -2,17 +2,27 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from edgeblocks.bounds import MOST_LAYERS
 from edgeblocks.noise import NoiseDistribution, NoiseRange
 
 Batch = dict[str, Tensor]
 BatchSpec = Mapping[str, tuple[tuple[int, ...], torch.dtype]]
+Task = Literal["images", "classes"]
+"""What a family's chain makes: images, or the probabilities of an image's classes."""
+
+NOISE_FEATURES = 256
+MOST = {"width": 2**20, "depth": MOST_LAYERS, "heads": 2**12, "patch": 2**12}
+MOST_NOISE = 1e30
+"""Noise levels and the numbers of their distribution stay where no power of them leaves the range of a float."""
+LEAST_MASS = 1e-6
+"""Of the noise distribution, inside [sigma_min, sigma_max]; with less, quantiles there cannot be told apart."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +40,11 @@ class ImageInfo:
     mean: float
     scale: float
 
+    def to_model(self, pixels: np.ndarray) -> Float[Tensor, "batch channels height width"]:
+        """uint8 [N, H, W, C] to model space: zero mean, standard deviation sigma_data."""
+        images = torch.from_numpy(pixels).permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
+        return images.mul_(self.scale / 255).sub_(self.mean * self.scale)
+
 
 class BlockNetwork(Protocol):
     """A block as a module: callable, with parameters, initialised from a generator."""
@@ -43,6 +58,7 @@ class Family(Protocol):
     """A kind of model and its objective."""
 
     name: str
+    task: Task
     preferred_blocks: int
     sigma_data: float
     """Standard deviation of the clean target, per component."""
@@ -56,7 +72,14 @@ class Family(Protocol):
     def noise(self) -> NoiseDistribution: ...
 
     @property
-    def conditional(self) -> bool: ...
+    def conditional(self) -> bool:
+        """Whether samples are asked for by class."""
+        ...
+
+    @property
+    def state_shape(self) -> tuple[int, ...]:
+        """Shape of a sample's z."""
+        ...
 
     def block(self, *, num_layers: int, checkpointing: bool) -> nn.Module: ...
 
@@ -71,3 +94,68 @@ class Family(Protocol):
     ) -> Batch: ...
 
     def loss(self, block: nn.Module, batch: Batch) -> Float[Tensor, " batch"]: ...
+
+    def scores(self, block: nn.Module, batch: Batch) -> dict[str, Float[Tensor, " batch"]]:
+        """What evaluation reports of each sample: `loss`, and more where the family knows more."""
+        ...
+
+
+def draw_sigmas(
+    noise: NoiseDistribution, noise_range: NoiseRange, count: int, generator: torch.Generator
+) -> Float[Tensor, " count"]:
+    """Noise levels of a training batch: uniform in q between the widened ends of a block's range."""
+    low, high = (noise.quantile(sigma) for sigma in (noise_range.train_low, noise_range.train_high))
+    q = low + (high - low) * torch.rand(count, dtype=torch.float64, generator=generator)
+    sigma = torch.exp(noise.p_mean + noise.p_std * torch.special.ndtri(q))
+    return sigma.clamp(noise_range.train_low, noise_range.train_high).float()
+
+
+def shape_problems(*, width: int, depth: int, heads: int, patch: int) -> list[str]:
+    """What is wrong with the shape of a transformer on patches, one sentence each."""
+    values = {"width": width, "depth": depth, "heads": heads, "patch": patch}
+    found = [f"{name}={value} must be at least 1" for name, value in values.items() if value < 1]
+    found += [
+        f"{name}={value} is more than the {MOST[name]} that are possible"
+        for name, value in values.items()
+        if value > MOST[name]
+    ]
+    if not found and width % heads:
+        found.append(f"width={width} is not divisible by heads={heads}; use --set heads=...")
+    if not found and width % 4:
+        found.append(f"width={width} is not divisible by 4, which 2-D positions need")
+    return found
+
+
+def patch_problems(patch: int, data: ImageInfo) -> list[str]:
+    """Whether patches cover an image."""
+    return [
+        f"patch={patch} does not divide the image {side} {size}; use --set patch=... or --set image_size=..."
+        for side, size in (("height", data.height), ("width", data.width))
+        if size % patch
+    ]
+
+
+def noise_problems(*, sigma_min: float, sigma_max: float, p_mean: float, p_std: float) -> list[str]:
+    """What is wrong with a distribution of noise levels, one sentence each."""
+    noise = {"sigma_min": sigma_min, "sigma_max": sigma_max, "p_mean": p_mean, "p_std": p_std}
+    found = [
+        f"{name}={value} must be a finite number between -{MOST_NOISE:g} and {MOST_NOISE:g}"
+        for name, value in noise.items()
+        if not -MOST_NOISE <= value <= MOST_NOISE
+    ]
+    if found:
+        return found
+    if not 1 / MOST_NOISE <= sigma_min < sigma_max:
+        found.append(
+            f"sigma_min={sigma_min} and sigma_max={sigma_max}: {1 / MOST_NOISE:g} <= sigma_min < sigma_max is needed"
+        )
+    if p_std <= 0:
+        found.append(f"p_std={p_std} must be larger than 0")
+    if not found:
+        distribution = NoiseDistribution(**noise)
+        if distribution.quantile(sigma_max) - distribution.quantile(sigma_min) < LEAST_MASS:
+            found.append(
+                f"p_mean={p_mean}, p_std={p_std}: hardly any of this noise distribution lies between "
+                f"sigma_min={sigma_min} and sigma_max={sigma_max}, so no levels can be drawn"
+            )
+    return found

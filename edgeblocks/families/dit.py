@@ -11,9 +11,17 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from edgeblocks.bounds import MOST_LAYERS
 from edgeblocks.errors import ConfigError
-from edgeblocks.families.base import Batch, BatchSpec, ImageInfo
+from edgeblocks.families.base import (
+    NOISE_FEATURES,
+    Batch,
+    BatchSpec,
+    ImageInfo,
+    draw_sigmas,
+    noise_problems,
+    patch_problems,
+    shape_problems,
+)
 from edgeblocks.layers import (
     AdaLnZeroLayer,
     LabelEmbedding,
@@ -29,13 +37,7 @@ from edgeblocks.layers import (
 )
 from edgeblocks.noise import NoiseDistribution, NoiseRange, loss_weight
 
-NOISE_FEATURES = 256
 SIGMA_DATA = 0.5
-MOST = {"width": 2**20, "depth": MOST_LAYERS, "heads": 2**12, "patch": 2**12}
-MOST_NOISE = 1e30
-"""Noise levels and the numbers of their distribution stay where no power of them leaves the range of a float."""
-LEAST_MASS = 1e-6
-"""Of the noise distribution, inside [sigma_min, sigma_max]; with less, quantiles there cannot be told apart."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,46 +57,12 @@ class DitSettings:
 
     def problems(self) -> list[str]:
         """What is wrong with these values, one sentence each."""
-        found = [
-            f"{name}={getattr(self, name)} must be at least 1"
-            for name in ("width", "depth", "heads", "patch")
-            if getattr(self, name) < 1
-        ]
-        found += [
-            f"{name}={getattr(self, name)} is more than the {most} that are possible"
-            for name, most in MOST.items()
-            if getattr(self, name) > most
-        ]
-        if not found and self.width % self.heads:
-            found.append(f"width={self.width} is not divisible by heads={self.heads}; use --set heads=...")
-        if not found and self.width % 4:
-            found.append(f"width={self.width} is not divisible by 4, which 2-D positions need")
+        found = shape_problems(width=self.width, depth=self.depth, heads=self.heads, patch=self.patch)
         if not 0 <= self.label_dropout < 1:
             found.append(f"label_dropout={self.label_dropout} must lie in [0, 1)")
-        noise = {name: getattr(self, name) for name in ("sigma_min", "sigma_max", "p_mean", "p_std")}
-        unusable = [
-            f"{name}={value} must be a finite number between -{MOST_NOISE:g} and {MOST_NOISE:g}"
-            for name, value in noise.items()
-            if not -MOST_NOISE <= value <= MOST_NOISE
-        ]
-        found += unusable
-        if unusable:
-            return found
-        if not 1 / MOST_NOISE <= self.sigma_min < self.sigma_max:
-            found.append(
-                f"sigma_min={self.sigma_min} and sigma_max={self.sigma_max}: "
-                f"{1 / MOST_NOISE:g} <= sigma_min < sigma_max is needed"
-            )
-        if self.p_std <= 0:
-            found.append(f"p_std={self.p_std} must be larger than 0")
-        elif 1 / MOST_NOISE <= self.sigma_min < self.sigma_max:
-            distribution = NoiseDistribution(**noise)
-            if distribution.quantile(self.sigma_max) - distribution.quantile(self.sigma_min) < LEAST_MASS:
-                found.append(
-                    f"p_mean={self.p_mean}, p_std={self.p_std}: hardly any of this noise distribution lies between "
-                    f"sigma_min={self.sigma_min} and sigma_max={self.sigma_max}, so no levels can be drawn"
-                )
-        return found
+        return found + noise_problems(
+            sigma_min=self.sigma_min, sigma_max=self.sigma_max, p_mean=self.p_mean, p_std=self.p_std
+        )
 
 
 class DitBlock(nn.Module):
@@ -172,19 +140,13 @@ class Dit:
     """The family: builds blocks, draws what a training step needs, and computes the per-sample loss."""
 
     name = "dit"
+    task = "images"
     preferred_blocks = 3
     sigma_data = SIGMA_DATA
     settings_type = DitSettings
 
     def __init__(self, settings: DitSettings, data: ImageInfo) -> None:
-        problems = settings.problems()
-        if not problems:
-            problems = [
-                f"patch={settings.patch} does not divide the image {side} {size}; use --set patch=... or "
-                f"--set image_size=..."
-                for side, size in (("height", data.height), ("width", data.width))
-                if size % settings.patch
-            ]
+        problems = settings.problems() or patch_problems(settings.patch, data)
         if problems:
             raise ConfigError(*problems)
         self.settings, self.data = settings, data
@@ -202,6 +164,11 @@ class Dit:
     def conditional(self) -> bool:
         return self.data.num_classes > 0
 
+    @property
+    def state_shape(self) -> tuple[int, ...]:
+        """Shape of a sample's z: an image's."""
+        return self.data.channels, self.data.height, self.data.width
+
     def block(self, *, num_layers: int, checkpointing: bool) -> DitBlock:
         """A block of `num_layers` layers on torch's default device, parameters not initialised."""
         return DitBlock(settings=self.settings, data=self.data, num_layers=num_layers, checkpointing=checkpointing)
@@ -218,28 +185,17 @@ class Dit:
             spec["labels"] = ((batch,), torch.int64)
         return spec
 
-    def to_model(self, pixels: np.ndarray) -> Float[Tensor, "batch channels height width"]:
-        """uint8 [N, H, W, C] to model space: zero mean, standard deviation sigma_data."""
-        images = torch.from_numpy(pixels).permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
-        return images.mul_(self.data.scale / 255).sub_(self.data.mean * self.data.scale)
-
     def draw(
         self, pixels: np.ndarray, labels: np.ndarray | None, noise_range: NoiseRange, generator: torch.Generator
     ) -> Batch:
         """One training step's batch: sigma uniform in q between the widened ends, labels dropped for guidance."""
-        clean = self.to_model(pixels)
+        clean = self.data.to_model(pixels)
         count = len(clean)
         if self.settings.flip:
             flipped = torch.rand(count, generator=generator) < 0.5
             clean[flipped] = clean[flipped].flip(-1)
-        low, high = (self.noise.quantile(sigma) for sigma in (noise_range.train_low, noise_range.train_high))
-        q = low + (high - low) * torch.rand(count, dtype=torch.float64, generator=generator)
-        sigma = torch.exp(self.noise.p_mean + self.noise.p_std * torch.special.ndtri(q))
-        batch = {
-            "clean": clean,
-            "eps": torch.randn(clean.shape, generator=generator),
-            "sigma": sigma.clamp(noise_range.train_low, noise_range.train_high).float(),
-        }
+        sigma = draw_sigmas(self.noise, noise_range, count, generator)
+        batch = {"clean": clean, "eps": torch.randn(clean.shape, generator=generator), "sigma": sigma}
         if self.conditional:
             assert labels is not None
             dropped = torch.rand(count, generator=generator) < self.settings.label_dropout
@@ -250,7 +206,7 @@ class Dit:
         self, pixels: np.ndarray, labels: np.ndarray | None, sigma: float, generator: torch.Generator
     ) -> Batch:
         """A batch at one noise level, for evaluation: no flip, no dropped labels."""
-        clean = self.to_model(pixels)
+        clean = self.data.to_model(pixels)
         batch = {
             "clean": clean,
             "eps": torch.randn(clean.shape, generator=generator),
@@ -270,3 +226,7 @@ class Dit:
         weight: Tensor = loss_weight(sigma, SIGMA_DATA)
         weighted: Tensor = error * weight
         return weighted
+
+    def scores(self, block: nn.Module, batch: Batch) -> dict[str, Float[Tensor, " batch"]]:
+        """The loss alone."""
+        return {"loss": self.loss(block, batch)}

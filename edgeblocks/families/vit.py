@@ -1,0 +1,269 @@
+"""vit: image classification as label diffusion with a vision transformer (Dosovitskiy et al. 2020, arXiv 2010.11929).
+
+What is noised is the label. A class is a row of a frozen code-book, the identity matrix: rows of unit norm, orthogonal,
+so neither the target nor the estimate fed back to the chain has to be normalised. A block sees the image, the noised
+label z and the noise level, and gives the probabilities of the classes; their mean over the code-book, which is the
+probabilities themselves, is the denoised label.
+
+Source: arXiv 2506.14202, section 4.1. The loss is unweighted cross-entropy: the weight of the L2 loss spans four orders
+of magnitude and would make it a lottery on the draw of sigma.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from edgeblocks.data.augment import Augmentation, augmented
+from edgeblocks.errors import ConfigError
+from edgeblocks.families.base import (
+    NOISE_FEATURES,
+    Batch,
+    BatchSpec,
+    ImageInfo,
+    draw_sigmas,
+    noise_problems,
+    patch_problems,
+    shape_problems,
+)
+from edgeblocks.layers import (
+    AdaLnZeroLayer,
+    Linear,
+    init_linear_,
+    init_zero_,
+    modulated_norm,
+    noise_features,
+    patchify,
+    run_layers,
+    sincos_positions,
+)
+from edgeblocks.noise import NoiseDistribution, NoiseRange
+
+SIGMA_DATA = 0.5
+"""Of the preconditioning of z, and of the pixels."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class VitSettings:
+    """The shape of the network and its objective's settings.
+
+    `top_share` of the first block's samples are drawn at sigma_max, where inference starts. `crop` is the number of
+    pixels that an image is padded with before a part of its own size is cut out; `randaugment` the number of random
+    operations an image, of strength `randaugment_strength` (0 to 1).
+    """
+
+    width: int = 128
+    depth: int = 12
+    heads: int = 4
+    patch: int = 4
+    label_smoothing: float = 0.0
+    flip: bool = False
+    crop: int = 0
+    randaugment: int = 0
+    randaugment_strength: float = 0.3
+    top_share: float = 0.4
+    sigma_min: float = 0.1
+    sigma_max: float = 10.0
+    p_mean: float = 0.0
+    p_std: float = 1.2
+
+    def problems(self) -> list[str]:
+        """What is wrong with these values, one sentence each."""
+        found = shape_problems(width=self.width, depth=self.depth, heads=self.heads, patch=self.patch)
+        found += [
+            f"{name}={getattr(self, name)} must lie in [0, 1)"
+            for name in ("label_smoothing", "top_share")
+            if not 0 <= getattr(self, name) < 1
+        ]
+        if not 0 <= self.randaugment_strength <= 1:
+            found.append(f"randaugment_strength={self.randaugment_strength} must lie in [0, 1]")
+        found += [
+            f"{name}={getattr(self, name)} must be between 0 and {most}"
+            for name, most in (("crop", 1024), ("randaugment", 16))
+            if not 0 <= getattr(self, name) <= most
+        ]
+        return found + noise_problems(
+            sigma_min=self.sigma_min, sigma_max=self.sigma_max, p_mean=self.p_mean, p_std=self.p_std
+        )
+
+
+class VitBlock(nn.Module):
+    """One block: stem, `num_layers` layers, readout from the class token's normalised hidden state.
+
+    z enters through the class token by a projection that starts at zero: at sigma_max z is noise and disturbs.
+    """
+
+    positions: Tensor
+
+    def __init__(self, *, settings: VitSettings, data: ImageInfo, num_layers: int, checkpointing: bool) -> None:
+        super().__init__()
+        self.patch, self.height, self.width = settings.patch, data.height, data.width
+        self.checkpointing = checkpointing
+        hidden = settings.width
+        self.patch_embedding = Linear(data.channels * settings.patch**2, hidden)
+        self.label_embedding = Linear(data.num_classes, hidden)
+        self.noise_up = Linear(NOISE_FEATURES, hidden)
+        self.noise_down = Linear(hidden, hidden)
+        self.layers = nn.ModuleList(AdaLnZeroLayer(width=hidden, heads=settings.heads) for _ in range(num_layers))
+        self.readout_modulation = Linear(hidden, 2 * hidden)
+        self.readout = Linear(hidden, data.num_classes)
+
+    def reset_tables_(self) -> None:
+        """Make the fixed tables on torch's default device."""
+        rows, columns = self.height // self.patch, self.width // self.patch
+        table = sincos_positions(rows, columns, self.patch_embedding.out_features)
+        self.register_buffer("positions", table, persistent=False)
+
+    @torch.no_grad()
+    def init_(self, generator: torch.Generator) -> None:
+        """Initialise all parameters in place."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                init_linear_(module, generator)
+        for linear in (self.noise_up, self.noise_down):
+            nn.init.normal_(linear.weight, std=0.02, generator=generator)
+        nn.init.zeros_(self.label_embedding.weight)
+        nn.init.normal_(self.label_embedding.bias, std=0.02, generator=generator)  # the class token itself
+        for layer in self.layers:
+            assert isinstance(layer, AdaLnZeroLayer)
+            init_zero_(layer.modulation)
+        init_zero_(self.readout_modulation)
+        init_zero_(self.readout)
+
+    def forward(
+        self,
+        z: Float[Tensor, "batch classes"],
+        sigma: Float[Tensor, " batch"],
+        images: Float[Tensor, "batch channels height width"],
+    ) -> Float[Tensor, "batch classes"]:
+        """The denoised label: the probabilities of the classes."""
+        return self.logits(z, sigma, images).softmax(dim=-1)
+
+    def logits(
+        self,
+        z: Float[Tensor, "batch classes"],
+        sigma: Float[Tensor, " batch"],
+        images: Float[Tensor, "batch channels height width"],
+    ) -> Float[Tensor, "batch classes"]:
+        """The logarithms of the classes' probabilities, but for a constant."""
+        noise = noise_features(sigma.log() / 4, NOISE_FEATURES)
+        condition = F.silu(self.noise_down(F.silu(self.noise_up(noise))))
+        c_in = (sigma**2 + SIGMA_DATA**2).rsqrt().unsqueeze(1)
+        class_token = self.label_embedding(c_in * z).unsqueeze(1)
+        tokens = self.patch_embedding(patchify(images, self.patch)) + self.positions
+        tokens = torch.cat([class_token, tokens], dim=1)
+        tokens = run_layers(self.layers, tokens, condition, checkpointing=self.checkpointing)
+        shift, scale = self.readout_modulation(condition).chunk(2, dim=-1)
+        out: Tensor = self.readout(modulated_norm(tokens[:, :1], shift, scale)[:, 0])
+        return out
+
+
+class Vit:
+    """The family: builds blocks, draws what a training step needs, and computes the per-sample loss."""
+
+    name = "vit"
+    task = "classes"
+    preferred_blocks = 2
+    sigma_data = SIGMA_DATA
+    settings_type = VitSettings
+
+    def __init__(self, settings: VitSettings, data: ImageInfo) -> None:
+        problems = settings.problems() or patch_problems(settings.patch, data)
+        if data.num_classes < 2:
+            problems.append(
+                f"the data have {data.num_classes} classes and vit tells classes apart: it needs at least two; give a "
+                f"folder with one sub-folder of images per class, or an .npz with labels"
+            )
+        if problems:
+            raise ConfigError(*problems)
+        self.settings, self.data = settings, data
+
+    @property
+    def num_layers(self) -> int:
+        return self.settings.depth
+
+    @property
+    def noise(self) -> NoiseDistribution:
+        s = self.settings
+        return NoiseDistribution(sigma_min=s.sigma_min, sigma_max=s.sigma_max, p_mean=s.p_mean, p_std=s.p_std)
+
+    @property
+    def conditional(self) -> bool:
+        return False
+
+    @property
+    def state_shape(self) -> tuple[int, ...]:
+        """Shape of a sample's z."""
+        return (self.data.num_classes,)
+
+    def block(self, *, num_layers: int, checkpointing: bool) -> VitBlock:
+        """A block of `num_layers` layers on torch's default device, parameters not initialised."""
+        return VitBlock(settings=self.settings, data=self.data, num_layers=num_layers, checkpointing=checkpointing)
+
+    def batch_spec(self, batch: int) -> BatchSpec:
+        """Shape and dtype of each tensor that `draw` gives."""
+        return {
+            "images": ((batch, self.data.channels, self.data.height, self.data.width), torch.float32),
+            "eps": ((batch, self.data.num_classes), torch.float32),
+            "sigma": ((batch,), torch.float32),
+            "labels": ((batch,), torch.int64),
+        }
+
+    def draw(
+        self, pixels: np.ndarray, labels: np.ndarray | None, noise_range: NoiseRange, generator: torch.Generator
+    ) -> Batch:
+        """One training step's batch: images augmented, sigma as `draw_sigmas` does, in part at sigma_max."""
+        s = self.settings
+        wanted = Augmentation(flip=s.flip, crop=s.crop, operations=s.randaugment, strength=s.randaugment_strength)
+        rng = np.random.default_rng(int(torch.randint(2**62, (), generator=generator)))
+        pixels = augmented(pixels, wanted, rng)
+        sigma = draw_sigmas(self.noise, noise_range, len(pixels), generator)
+        if noise_range.train_high >= s.sigma_max:
+            at_top = torch.rand(len(pixels), generator=generator) < s.top_share
+            sigma = sigma.masked_fill(at_top, s.sigma_max)
+        return self._batch(pixels, labels, sigma, generator)
+
+    def at_level(
+        self, pixels: np.ndarray, labels: np.ndarray | None, sigma: float, generator: torch.Generator
+    ) -> Batch:
+        """A batch at one noise level, for evaluation: images as they are."""
+        return self._batch(pixels, labels, torch.full((len(pixels),), sigma), generator)
+
+    def _batch(self, pixels: np.ndarray, labels: np.ndarray | None, sigma: Tensor, generator: torch.Generator) -> Batch:
+        assert labels is not None
+        return {
+            "images": self.data.to_model(pixels),
+            "eps": torch.randn(len(pixels), self.data.num_classes, generator=generator),
+            "sigma": sigma,
+            "labels": torch.from_numpy(labels),
+        }
+
+    def condition(self, pixels: np.ndarray) -> Float[Tensor, "batch channels height width"]:
+        """What a chain is given beside z."""
+        return self.data.to_model(pixels)
+
+    def loss(self, block: nn.Module, batch: Batch) -> Float[Tensor, " batch"]:
+        """Cross-entropy of the readout, per sample; labels are smoothed while training only."""
+        smoothing = self.settings.label_smoothing if block.training else 0.0
+        logits = self._logits(block, batch)
+        return F.cross_entropy(logits, batch["labels"], reduction="none", label_smoothing=smoothing)
+
+    def scores(self, block: nn.Module, batch: Batch) -> dict[str, Float[Tensor, " batch"]]:
+        """The loss, and whether the likeliest class is the right one."""
+        logits = self._logits(block, batch)
+        right = logits.argmax(dim=-1) == batch["labels"]
+        return {"loss": F.cross_entropy(logits, batch["labels"], reduction="none"), "top1": right.float()}
+
+    def _logits(self, block: nn.Module, batch: Batch) -> Float[Tensor, "batch classes"]:
+        sigma = batch["sigma"]
+        z = torch.addcmul(self._clean(batch["labels"]), sigma.unsqueeze(1), batch["eps"])
+        assert isinstance(block, VitBlock)
+        return block.logits(z, sigma, batch["images"])
+
+    def _clean(self, labels: Int[Tensor, " batch"]) -> Float[Tensor, "batch classes"]:
+        """Rows of the code-book."""
+        table = torch.zeros(len(labels), self.data.num_classes, device=labels.device)
+        return table.scatter(1, labels.unsqueeze(1), 1.0)
