@@ -377,6 +377,7 @@ def _summary(
     split["other"] = max(0.0, seconds - split["compute"] - split["data"] - split["stall"])
     return {
         "family": run.settings.run.family,
+        "makes": run.family().task,
         "method": "diffusion",
         "blocks": len(run.layers),
         "layers_per_block": list(run.layers),
@@ -386,6 +387,7 @@ def _summary(
         "predicted_peak_bytes": run.plan["predicted_peak_bytes"],
         "peak_bytes": target.peak_bytes(),
         "ram_peak_bytes": target.host_peak_bytes(),
+        "predicted_ram_peak_bytes": run.plan.get("predicted_host_peak_bytes"),
         "disk_bytes": sum(path.stat().st_size for path in run.blocks_folder.glob("*.safetensors")),
         "disk_bytes_written": scheduler.store.run_bytes_written,
         "memory_changes": trainer.guard.changes,

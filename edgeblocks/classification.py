@@ -1,14 +1,11 @@
-"""Classes of images from a chain of label denoisers, and how good they are."""
+"""Classes of images from a chain of label denoisers, and how good they are. No torch: the deployed chain runs it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-import torch
-from jaxtyping import Float, Int
+from numpy.typing import NDArray
 
-from edgeblocks.chain import BlockRunner
-from edgeblocks.noise import sampler_levels
 from edgeblocks.randomness import seed_at, start_noise
 from edgeblocks.solver import integrate
 
@@ -18,44 +15,41 @@ CALIBRATION_BINS = 15
 
 
 def classify(
-    family: Any,
-    runner: BlockRunner,
-    pixels: np.ndarray,
+    denoise: Callable[[NDArray[np.float32], float], NDArray[np.float32]],
     *,
-    steps: int = DEFAULT_STEPS,
-    noises: int = DEFAULT_NOISES,
-    seed: int = 0,
+    num_images: int,
+    num_classes: int,
+    levels: Sequence[float],
+    noises: int,
+    seed: int,
     on_level: Callable[[int], None] | None = None,
-) -> Float[np.ndarray, "images classes"]:
-    """The probabilities of each image's classes: the mean of chains that start from `noises` different noises.
+) -> NDArray[np.float32]:
+    """The probabilities of each image's classes, [images, classes]: the mean of chains that start from several noises.
+
+    At each level all chains run before the next level's block is needed, so each block is loaded once.
 
     Args:
-        pixels: uint8 [N, H, W, C].
-        steps: noise levels of a chain, at least one a block.
-
-    Raises:
-        ConfigError: fewer steps than blocks.
+        denoise: the denoised labels [images, classes] of noised ones [images, classes] at a noise level.
+        levels: descending noise levels.
+        noises: chains an image.
     """
-    levels = sampler_levels(runner.partition, num_steps=steps)
-    condition, count = family.condition(pixels), len(pixels)
     starts = [
-        start_noise(family.state_shape, num_samples=count, seed=seed_at(seed, "chain", number))
+        start_noise((num_classes,), num_samples=num_images, seed=seed_at(seed, "chain", number))
         for number in range(noises)
     ]
 
-    def denoise(z: torch.Tensor, sigma: float) -> torch.Tensor:
-        parts = [runner.denoise(part, sigma, condition) for part in torch.split(z, count)]
-        return torch.cat(parts)
+    def denoise_all(z: NDArray[np.float32], sigma: float) -> NDArray[np.float32]:
+        return np.concatenate([denoise(part, sigma) for part in np.split(z, noises)])
 
-    ends = integrate(denoise, torch.from_numpy(np.concatenate(starts)), levels, solver="euler", on_level=on_level)
-    mean: np.ndarray = ends.view(noises, count, -1).mean(0).numpy()
+    ends = integrate(denoise_all, np.concatenate(starts), levels, solver="euler", on_level=on_level)
+    mean: NDArray[np.float32] = ends.reshape(noises, num_images, num_classes).mean(axis=0)
     return mean
 
 
-def classification_scores(
-    probabilities: Float[np.ndarray, "images classes"], labels: Int[np.ndarray, " images"]
-) -> dict[str, Any]:
-    """Shares of images whose class is the likeliest (top1) or among the five likeliest (top5), and the calibration.
+def classification_scores(probabilities: NDArray[np.float32], labels: NDArray[np.int64]) -> dict[str, Any]:
+    """How good probabilities [images, classes] are, given the classes [images].
+
+    Shares of images whose class is the likeliest (top1) or among the five likeliest (top5), and the calibration.
 
     `calibration_error` is the mean distance between how sure the answers are and how often they are right, over bins
     of equal width in the largest probability, weighted by the images in each (Guo et al. 2017, arXiv 1706.04599).

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
-from edgeblocks.errors import ConfigError, EdgeblocksError
+from edgeblocks.errors import ConfigError, EdgeblocksError, StorageError
 
 RESUME_SETTINGS = frozenset({"mem_budget", "ram_budget", "target", "data", "work_dir", "max_disk_writes"})
 """Settings that a run may change when it goes on: they change no number of the result."""
@@ -335,9 +335,16 @@ def export(
 @app.command()
 def run(
     directory: Annotated[Path, typer.Argument(help="An exported directory.", show_default=False)],
-    out: Out = Path("grid.png"),
+    images: Annotated[
+        list[Path] | None, typer.Argument(help="Image files to classify, for a network that tells classes.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Where to write.", show_default="grid.png where images are made")
+    ] = None,
     n: Number = 64,
-    steps: SampleSteps = 18,
+    steps: Annotated[
+        int | None, typer.Option(help="Noise levels of the chain; at least one a block.", show_default="as exported")
+    ] = None,
     solver: Solver = "heun",
     guidance: Guidance = 1.0,
     label: ClassChoice = None,
@@ -345,17 +352,29 @@ def run(
     as_json: Json = False,
     verbose: Verbose = False,
 ) -> None:
-    """Generate images with an exported network: onnxruntime only, one block in memory at a time, no torch."""
+    """Run an exported network: onnxruntime only, one block in memory at a time, no torch.
+
+    One that makes images writes a grid of them. One that tells classes prints the likeliest ones of each image file,
+    or writes them to a .json file.
+    """
 
     def work() -> None:
-        _check_picture(out, solver)
-        from edgeblocks import pictures
-        from edgeblocks.registry import open_sampler
+        from edgeblocks.registry import open_exported
 
-        sampler = open_sampler(directory)
-        images = sampler.sample(n, steps=steps, solver=solver, guidance=guidance, label=label, seed=seed)
-        pictures.save_png(out, pictures.image_grid(images, columns=_columns(sampler.manifest.num_classes, label)))
-        _say_saved(out, n, as_json=as_json)
+        exported = open_exported(directory)
+        if exported.manifest.task == "classes":
+            _classify(exported, images or [], out, steps, seed, as_json=as_json)
+            return
+        if images:
+            raise ConfigError(f"{directory} makes images and takes none; leave out {images[0]}")
+        _check_picture(out or Path("grid.png"), solver)
+        from edgeblocks import pictures
+
+        steps_taken = exported.manifest.sampler.steps if steps is None else steps
+        made = exported.sample(n, steps=steps_taken, solver=solver, guidance=guidance, label=label, seed=seed)
+        grid = pictures.image_grid(made, columns=_columns(exported.manifest.num_classes, label))
+        pictures.save_png(out or Path("grid.png"), grid)
+        _say_saved(out or Path("grid.png"), n, as_json=as_json)
 
     _guarded(work, verbose=verbose)
 
@@ -430,6 +449,29 @@ def _free_run_path(given: dict[str, Any]) -> Path:
     while path.exists():
         path, number = Path("runs") / f"{name}-{number}", number + 1
     return path
+
+
+def _classify(
+    classifier: Any, images: list[Path], out: Path | None, steps: int | None, seed: int, *, as_json: bool
+) -> None:
+    if not images:
+        raise ConfigError(f"{classifier.directory} tells the classes of images: name some image files after it")
+    if out is not None and out.suffix.lower() != ".json":
+        raise ConfigError(f"-o {out}: classes are written as JSON; give a name that ends in .json")
+    found = classifier.classify_files(images, steps=steps, seed=seed)
+    if out is not None:
+        try:
+            out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        except OSError as error:
+            raise StorageError(f"cannot write {out}: {error.strerror}; choose another place with -o") from error
+        print(json.dumps({"path": str(out), "n": len(found)}) if as_json else f"saved {len(found)} answers to {out}")
+        return
+    if as_json:
+        print(json.dumps(found))
+        return
+    for answer in found:
+        classes = ", ".join(f"{one['name']} {one['probability']:.1%}" for one in answer["classes"])
+        print(f"{answer['path']}: {classes}")
 
 
 def _check_picture(out: Path, solver: str) -> None:

@@ -234,8 +234,11 @@ def training_report(summary: dict[str, Any], path: Any) -> str:
     by_block = ", ".join("-" if value is None else f"{value:.3f}" for value in loss["validation_loss_by_block"])
     split = summary["time_split"]
     total = max(summary["seconds"], 1e-9)
+    planned_ram_bytes = summary["predicted_ram_peak_bytes"]
+    host = [("peak of the host", format_bytes(planned_ram_bytes), format_bytes(summary["ram_peak_bytes"]))]
     rows = [
         ("peak memory", format_bytes(summary["predicted_peak_bytes"]), format_bytes(summary["peak_bytes"])),
+        *(host if planned_ram_bytes is not None else []),
         ("budget", "", format_bytes(summary["budget_bytes"])),
         ("step of a block", format_duration(summary["predicted_step_s"]), format_duration(summary["step_s"])),
     ]
@@ -245,12 +248,19 @@ def training_report(summary: dict[str, Any], path: Any) -> str:
         f"time: {format_duration(total)}; compute {split['compute'] / total:.1%}, waiting for blocks "
         f"{split['stall'] / total:.1%}, data {split['data'] / total:.1%}; "
         f"{format_bytes(summary['disk_bytes_written'])} written to disk",
-        f"validation denoising loss {loss['validation_loss']:.4f} (by block, high noise first: {by_block})",
+        f"validation loss {loss['validation_loss']:.4f} (by block, high noise first: {by_block})",
         "",
-        f"next: edgeblocks sample {path} -o grid.png",
-        f"      edgeblocks export {path} -o {path}-onnx && edgeblocks run {path}-onnx -o grid.png",
+        *_next_commands(summary["makes"], path),
     ]
     return "\n".join(lines)
+
+
+def _next_commands(makes: str, path: Any) -> list[str]:
+    """What to type after a training run."""
+    export = f"      edgeblocks export {path} -o {path}-onnx && edgeblocks run {path}-onnx"
+    if makes == "classes":
+        return [f"next: edgeblocks eval {path}", f"{export} picture.png"]
+    return [f"next: edgeblocks sample {path} -o grid.png", f"{export} -o grid.png"]
 
 
 def evaluation_report(result: dict[str, Any]) -> str:

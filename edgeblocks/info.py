@@ -58,13 +58,14 @@ def _told(value: float | None, text_of: Callable[[float], str]) -> str | None:
 
 
 def _describe_export(path: Path) -> dict[str, Any]:
-    from edgeblocks.registry import open_sampler
+    from edgeblocks.registry import open_exported
 
-    manifest = open_sampler(path).manifest
+    manifest = open_exported(path).manifest
     channels, height, width = manifest.image_shape
     return {
         "kind": "export",
         "family": manifest.family,
+        "makes": manifest.task,
         "blocks": len(manifest.files),
         "opset": manifest.opset,
         "image": f"{height}x{width}x{channels}",

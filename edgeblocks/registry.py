@@ -10,7 +10,7 @@ from edgeblocks.errors import ConfigError
 _FAMILIES = {"dit": "edgeblocks.families.dit:Dit", "vit": "edgeblocks.families.vit:Vit"}
 _TARGETS = {"cpu": "edgeblocks.targets.cpu:CpuTarget", "cuda": "edgeblocks.targets.cuda:CudaTarget"}
 _PROFILES = "edgeblocks.targets.profile"
-_SAMPLERS = {"onnxruntime": "edgeblocks.export.sampler:Sampler"}
+_CHAINS = {"onnxruntime": "edgeblocks.export.opening:open_chain"}
 _EXPORTERS = {"onnx": "edgeblocks.export.graph:export_run"}
 
 
@@ -69,9 +69,9 @@ def build_exporter() -> Any:
     return _load(_EXPORTERS, "onnx", "exporter")
 
 
-def open_sampler(directory: Path) -> Any:
-    """An exported directory, ready to sample. Imports no torch."""
-    return _load(_SAMPLERS, "onnxruntime", "sampler")(directory)
+def open_exported(directory: Path) -> Any:
+    """An exported directory, ready to run: `Sampler` or `Classifier`. Imports no torch."""
+    return _load(_CHAINS, "onnxruntime", "chain")(directory)
 
 
 def _load(table: dict[str, str], name: str, kind: str) -> Any:

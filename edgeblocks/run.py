@@ -214,15 +214,36 @@ class Run:
         indices = (images.held_out if len(images.held_out) else images.train)[:samples]
         pixels, labels = images.gather(indices)
         assert labels is not None
-        probabilities = classification.classify(
-            self.directory.family(),
+        probabilities = self._probabilities(
             runner,
             pixels,
             steps=steps,
+            noises=classification.DEFAULT_NOISES,
             seed=seed,
             on_level=lambda done: listener.advance(done, steps, "classifying"),
         )
         return classification.classification_scores(probabilities, labels)
+
+    def _probabilities(
+        self,
+        runner: BlockRunner,
+        pixels: np.ndarray,
+        *,
+        steps: int,
+        noises: int,
+        seed: int,
+        on_level: Callable[[int], None] | None = None,
+    ) -> np.ndarray:
+        condition = self.directory.family().condition(pixels)
+        return classification.classify(
+            lambda z, sigma: runner.denoise(torch.from_numpy(z), sigma, condition).numpy(),
+            num_images=len(pixels),
+            num_classes=self.directory.data.num_classes,
+            levels=sampler_levels(self.directory.partition, num_steps=steps),
+            noises=noises,
+            seed=seed,
+            on_level=on_level,
+        )
 
     def classify(
         self,
@@ -248,7 +269,7 @@ class Run:
             raise ConfigError(f"images are {pixels.dtype} {pixels.shape[1:]}; the run takes uint8 {shape}")
         steps = max(DEFAULT_STEPS[family.task] if steps is None else steps, len(directory.layers))
         with self.fitting_runner(samples=len(pixels), mem_budget=mem_budget) as runner:
-            return classification.classify(family, runner, pixels, steps=steps, noises=noises, seed=seed)
+            return self._probabilities(runner, pixels, steps=steps, noises=noises, seed=seed)
 
     def _headers(self) -> list[BlockHeader]:
         store = self.directory.store()
@@ -259,12 +280,6 @@ class Run:
 
         Raises:
             EdgeblocksError: onnxruntime's numbers differ from torch's by more than is promised.
-            ConfigError: the family cannot be exported yet.
         """
-        if self.directory.family().task != "images":
-            raise ConfigError(
-                f"{self.path} is a {self.directory.settings.run.family}, and this version exports dit alone; use it "
-                f"from Python: edgeblocks.load({str(self.path)!r}).classify(images)"
-            )
         manifest: dict[str, Any] = build_exporter()(self.directory, Path(out), listener or Silent())
         return manifest

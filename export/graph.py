@@ -28,12 +28,12 @@ import onnx
 import torch
 from torch import nn
 
+from edgeblocks import classification
 from edgeblocks.chain import BlockRunner
 from edgeblocks.checkpoint import RunDirectory
 from edgeblocks.durable import sync
 from edgeblocks.errors import ConfigError, RunError, StorageError
 from edgeblocks.export.manifest import (
-    DEFAULT_STEPS,
     FILE_NAME,
     BlockFile,
     Manifest,
@@ -42,8 +42,8 @@ from edgeblocks.export.manifest import (
     sha256_of,
     write_manifest,
 )
-from edgeblocks.export.sampler import Sampler
-from edgeblocks.export.verify import NUM_IMAGES, Listener, verify_export
+from edgeblocks.export.opening import open_chain
+from edgeblocks.export.verify import NUM_OUTPUTS, Listener, verify_export
 from edgeblocks.generators import generator_at
 from edgeblocks.scheduler import EmaLoader
 from edgeblocks.units import format_bytes
@@ -77,30 +77,41 @@ def export_run(
             f"the run is not finished: exporting its blocks as saved, at steps {', '.join(map(str, steps))} of "
             f"{run.settings.run.steps}"
         )
-    micro_batch = min(NUM_IMAGES, run.plan["micro_batch"])
+    micro_batch = min(NUM_OUTPUTS, run.plan["micro_batch"])
     runner = BlockRunner(run.family(), run.layers, run.partition, EmaLoader(run.store()), micro_batch=micro_batch)
     with _staged(out) as folder:
         files = _write_blocks(run, runner, folder, listener, external_above_bytes)
         manifest = _describe(run, files)
-        verified = verify_export(run, runner, Sampler(folder, manifest=manifest), listener)
+        verified = verify_export(run, runner, open_chain(folder, manifest=manifest), listener)
         manifest = replace(manifest, verified=verified)
         write_manifest(folder, manifest)
     return manifest.to_json()
 
 
+SAMPLERS = {
+    "images": SamplerSettings(),
+    "classes": SamplerSettings(
+        steps=classification.DEFAULT_STEPS, solver="euler", noises=classification.DEFAULT_NOISES
+    ),
+}
+
+
 def _describe(run: RunDirectory, files: tuple[BlockFile, ...]) -> Manifest:
+    family = run.family()
+    sampler = SAMPLERS[family.task]
     return Manifest(
         edgeblocks=metadata.version("edgeblocks"),
         family=run.settings.run.family,
+        task=family.task,
         opset=OPSET,
         image_shape=(run.data.channels, run.data.height, run.data.width),
         mean=run.data.mean,
         scale=run.data.scale,
-        sigma_data=run.family().sigma_data,
+        sigma_data=family.sigma_data,
         class_names=run.class_names,
-        noise=run.family().noise,
+        noise=family.noise,
         boundaries=run.partition.boundaries,
-        sampler=SamplerSettings(steps=max(DEFAULT_STEPS, len(files))),
+        sampler=replace(sampler, steps=max(sampler.steps, len(files))),
         files=files,
     )
 
@@ -239,13 +250,13 @@ def _bytes_of(initializer: onnx.TensorProto, tensors: Tensors) -> np.ndarray:
 
 
 def _trace(network: nn.Module, family: Any) -> Any:
-    """The network as an ONNX program with inputs z, sigma, labels and any batch size."""
-    data = family.data
-    inputs = [torch.zeros(2, data.channels, data.height, data.width), torch.ones(2)]
+    """The network as an ONNX program with inputs z, sigma, what it sees beside them, and any batch size."""
+    inputs = [torch.zeros(2, *family.state_shape), torch.ones(2)]
     names = ["z", "sigma"]
-    if family.conditional:
-        inputs.append(torch.zeros(2, dtype=torch.int64))
-        names.append("labels")
+    if family.condition_spec is not None:
+        name, shape, dtype = family.condition_spec
+        inputs.append(torch.zeros(2, *shape, dtype=dtype))
+        names.append(name)
     batch = torch.export.Dim("batch", min=1)
     with _quiet():
         return torch.onnx.export(

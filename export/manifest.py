@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from importlib import metadata
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 from edgeblocks.data.limits import LONGEST_SIDE, MOST_CHANNELS, MOST_CLASSES, MOST_PIXELS
 from edgeblocks.errors import ConfigError, RunError
@@ -23,17 +23,20 @@ from edgeblocks.noise import NoiseDistribution, NoisePartition, NoiseRange, samp
 from edgeblocks.solver import Solver
 from edgeblocks.untrusted import MalformedFileError, open_regular, read_object, shown
 
-EXPORT_FORMAT_VERSION = 1
+EXPORT_FORMAT_VERSION = 2
 KIND = "edgeblocks export"
 FILE_NAME = "manifest.json"
 DEFAULT_STEPS = 18
 MOST_STEPS = 10_000
+MOST_NOISES = 1000
 MOST_BLOCKS = 2**12
 MOST_OPSET = 1000
 MOST_NOISE = 1e30
 """Noise levels stay where no power of them leaves the range of a float."""
 _MOST_NAME_CHARACTERS = 255
 _SHA256_DIGITS = 64
+Task = Literal["images", "classes"]
+_TASKS: dict[str, Task] = {"images": "images", "classes": "classes"}
 _SOLVERS: dict[str, Solver] = {"euler": "euler", "heun": "heun"}
 _CHUNK_BYTES = 2**20
 
@@ -56,27 +59,29 @@ class BlockFile:
 
 @dataclass(frozen=True, kw_only=True)
 class SamplerSettings:
-    """How samples are made unless the caller says otherwise."""
+    """How the chain is run unless the caller says otherwise. `noises` are the chains whose mean gives the classes."""
 
     steps: int = DEFAULT_STEPS
     solver: Solver = "heun"
     guidance: float = 1.0
+    noises: int = 1
 
 
 @dataclass(frozen=True, kw_only=True)
 class Verified:
-    """How far onnxruntime was from torch when the directory was written. Differences are in model space.
+    """How far onnxruntime was from torch when the directory was written.
 
+    output_max_abs_error: of `outputs` final images in model space, or of the classes' probabilities of as many images.
+    output_equal_share: the share of pixel values that were the same after rounding, or of images with the same class.
     real_inputs: whether the blocks also saw images of the run's data, not only random ones.
-    image_uint8_equal_share: the share of pixel values that were the same after rounding.
     """
 
     block_max_abs_error: float
     block_limit: float
-    image_max_abs_error: float
-    image_limit: float
-    image_uint8_equal_share: float
-    images: int
+    output_max_abs_error: float
+    output_limit: float
+    output_equal_share: float
+    outputs: int
     real_inputs: bool
 
 
@@ -84,7 +89,8 @@ class Verified:
 class Manifest:
     """An exported chain of blocks.
 
-    image_shape: (channels, height, width).
+    task: what the chain makes: `images`, or the probabilities of an image's `classes`.
+    image_shape: (channels, height, width) of what it makes, or is given.
     mean, scale: model space is x = (pixel/255 - mean) * scale, with standard deviation sigma_data.
     class_names: () for an unconditional network; a graph takes class numbers, and `num_classes` for "no class".
     boundaries: block b owns the noise levels [boundaries[b+1], boundaries[b]).
@@ -93,6 +99,7 @@ class Manifest:
 
     edgeblocks: str
     family: str
+    task: Task
     opset: int
     image_shape: tuple[int, int, int]
     mean: float
@@ -108,6 +115,13 @@ class Manifest:
     @property
     def num_classes(self) -> int:
         return len(self.class_names)
+
+    @property
+    def condition_name(self) -> str | None:
+        """The graphs' input beside z and sigma; None where there is none."""
+        if self.task == "classes":
+            return "images"
+        return "labels" if self.num_classes else None
 
     @property
     def partition(self) -> NoisePartition:
@@ -129,6 +143,7 @@ class Manifest:
             "format_version": EXPORT_FORMAT_VERSION,
             "edgeblocks": self.edgeblocks,
             "family": self.family,
+            "task": self.task,
             "opset": self.opset,
             "image": {"channels": channels, "height": height, "width": width},
             "mean": self.mean,
@@ -373,6 +388,7 @@ def _manifest(fields: _Fields) -> Manifest:
     manifest = Manifest(
         edgeblocks=fields.text("edgeblocks"),
         family=fields.text("family"),
+        task=_task(fields),
         opset=fields.integer("opset", least=1, most=MOST_OPSET),
         image_shape=(
             image.integer("channels", least=1, most=MOST_CHANNELS),
@@ -393,11 +409,30 @@ def _manifest(fields: _Fields) -> Manifest:
         fields.fail("image", f"of at most {MOST_PIXELS} pixels")
     if fields.integer("num_classes", least=0, most=MOST_CLASSES) != manifest.num_classes:
         fields.fail("num_classes", f"{manifest.num_classes}, the number of class_names")
+    _check_task(fields, manifest)
     _check_routing(fields, manifest)
     names = [name for file in manifest.files for name in file.names]
     if len(set(names)) != len(names):
         raise _MalformedError("two of its files have the same name")
     return manifest
+
+
+def _task(fields: _Fields) -> Task:
+    task = _TASKS.get(fields.text("task"))
+    if task is None:
+        fields.fail("task", "'images' or 'classes'")
+    return task
+
+
+def _check_task(fields: _Fields, manifest: Manifest) -> None:
+    """That a chain for classes has some, and is run as such chains are."""
+    if manifest.task == "images":
+        return
+    if manifest.num_classes < 2:
+        fields.fail("class_names", "at least two classes")
+    sampler = manifest.sampler
+    if sampler.solver != "euler" or sampler.guidance != 1.0:
+        fields.fail("sampler", "euler without guidance, where classes are told")
 
 
 def _check_routing(fields: _Fields, manifest: Manifest) -> None:
@@ -444,7 +479,10 @@ def _sampler(fields: _Fields) -> SamplerSettings:
     if solver is None:
         fields.fail("solver", "'euler' or 'heun'")
     return SamplerSettings(
-        steps=fields.integer("steps", least=1, most=MOST_STEPS), solver=solver, guidance=fields.not_negative("guidance")
+        steps=fields.integer("steps", least=1, most=MOST_STEPS),
+        solver=solver,
+        guidance=fields.not_negative("guidance"),
+        noises=fields.integer("noises", least=1, most=MOST_NOISES),
     )
 
 
@@ -468,9 +506,9 @@ def _verified(fields: _Fields) -> Verified:
     return Verified(
         block_max_abs_error=fields.not_negative("block_max_abs_error"),
         block_limit=fields.positive("block_limit"),
-        image_max_abs_error=fields.not_negative("image_max_abs_error"),
-        image_limit=fields.positive("image_limit"),
-        image_uint8_equal_share=fields.not_negative("image_uint8_equal_share"),
-        images=fields.integer("images", least=1, most=2**63),
+        output_max_abs_error=fields.not_negative("output_max_abs_error"),
+        output_limit=fields.positive("output_limit"),
+        output_equal_share=fields.not_negative("output_equal_share"),
+        outputs=fields.integer("outputs", least=1, most=2**63),
         real_inputs=fields.truth("real_inputs"),
     )

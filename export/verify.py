@@ -9,14 +9,18 @@ from typing import Protocol
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from edgeblocks.chain import BlockRunner, class_labels, guided
 from edgeblocks.checkpoint import RunDirectory
+from edgeblocks.classification import classify
 from edgeblocks.data.cache import cache_folder
 from edgeblocks.data.images import ImageSet, open_images
 from edgeblocks.errors import ConfigError, DataError, EdgeblocksError, RunError, StorageError
+from edgeblocks.export.chain import Condition, ExportedChain, Values
+from edgeblocks.export.classifier import Classifier
 from edgeblocks.export.manifest import Verified
-from edgeblocks.export.sampler import Images, Labels, Sampler
+from edgeblocks.export.sampler import Sampler
 from edgeblocks.generators import generator_at
 from edgeblocks.noise import NoiseRange, sampler_levels
 from edgeblocks.pictures import to_uint8
@@ -24,10 +28,14 @@ from edgeblocks.randomness import start_noise
 from edgeblocks.solver import integrate
 
 BLOCK_LIMIT = 1e-4
-IMAGE_LIMIT = 1e-3
-NUM_IMAGES = 8
+OUTPUT_LIMIT = 1e-3
+NUM_OUTPUTS = 8
+_WORDS = {"images": ("final images", "pixels"), "classes": ("probabilities", "answers")}
 _BATCH = 5
 _MOST_LABELS = 25
+
+
+Labels = NDArray[np.int64]
 
 
 class Listener(Protocol):
@@ -45,27 +53,28 @@ class Case:
     """One input of a block; `what` names it in a message."""
 
     what: str
-    z: Images
-    sigma: Images
-    labels: Labels | None
+    z: Values
+    sigma: Values
+    condition: Condition | None
 
 
 def verify_export(
     run: RunDirectory,
     runner: BlockRunner,
-    sampler: Sampler,
+    chain: ExportedChain,
     listener: Listener,
     *,
     block_limit: float = BLOCK_LIMIT,
-    image_limit: float = IMAGE_LIMIT,
+    output_limit: float = OUTPUT_LIMIT,
 ) -> Verified:
-    """Compare every block and the final images with torch's.
+    """Compare every block, and what the chain makes, with torch's.
 
     Args:
         runner: the run's blocks with their EMA weights.
-        sampler: the directory being written.
-        block_limit: largest difference of a block's `denoised`, in model space (standard deviation 0.5).
-        image_limit: the same of final images.
+        chain: the directory being written.
+        block_limit: largest difference of a block's `denoised`: images in model space (standard deviation 0.5), or
+            probabilities.
+        output_limit: the same of what the chain makes.
 
     Raises:
         EdgeblocksError: a difference is larger than its limit.
@@ -76,40 +85,41 @@ def verify_export(
     images = _real_images(run, listener)
     block_error = 0.0
     for block in range(len(run.layers)):
-        error, case = block_difference(run, runner, sampler, images, block)
+        error, case = block_difference(run, runner, chain, images, block)
         _enforce(f"block {block}", error, block_limit, f"{case.what}, batch {len(case.z)}")
         block_error = max(block_error, error)
         listener.advance(block + 1, total, "verifying")
-    image_error, equal_share = image_difference(run, runner, sampler)
-    _enforce(f"the chain of {len(run.layers)} blocks", image_error, image_limit, f"{NUM_IMAGES} final images")
+    output_error, equal_share = output_difference(run, runner, chain, images)
+    _enforce(f"the chain of {len(run.layers)} blocks", output_error, output_limit, f"{NUM_OUTPUTS} outputs")
     listener.advance(total, total, "verifying")
+    what, same = _WORDS[chain.manifest.task]
     listener.note(
-        f"onnxruntime against torch: blocks differ by at most {block_error:.1e} (limit {block_limit:.0e}), final "
-        f"images by {image_error:.1e} (limit {image_limit:.0e}); {equal_share:.2%} of the pixels are the same"
+        f"onnxruntime against torch: blocks differ by at most {block_error:.1e} (limit {block_limit:.0e}), {what} by "
+        f"{output_error:.1e} (limit {output_limit:.0e}); {equal_share:.2%} of the {same} are the same"
     )
     return Verified(
         block_max_abs_error=block_error,
         block_limit=block_limit,
-        image_max_abs_error=image_error,
-        image_limit=image_limit,
-        image_uint8_equal_share=equal_share,
-        images=NUM_IMAGES,
+        output_max_abs_error=output_error,
+        output_limit=output_limit,
+        output_equal_share=equal_share,
+        outputs=NUM_OUTPUTS,
         real_inputs=images is not None,
     )
 
 
 def block_difference(
-    run: RunDirectory, runner: BlockRunner, sampler: Sampler, images: ImageSet | None, block: int
+    run: RunDirectory, runner: BlockRunner, chain: ExportedChain, images: ImageSet | None, block: int
 ) -> tuple[float, Case]:
     """The largest difference of a block's output between torch and onnxruntime, and the input that shows it."""
     network = runner.network(block)
     worst, worst_case = -1.0, None
     for case in block_cases(run, images, block):
         with torch.no_grad():
-            labels = None if case.labels is None else torch.from_numpy(case.labels)
-            expected = network(torch.from_numpy(case.z), torch.from_numpy(case.sigma), labels).numpy()
+            condition = None if case.condition is None else torch.from_numpy(case.condition)
+            expected = network(torch.from_numpy(case.z), torch.from_numpy(case.sigma), condition).numpy()
         _check_finite(expected, f"block {block}")
-        difference = _largest_difference(sampler.run_block(block, case.z, case.sigma, case.labels), expected)
+        difference = _largest_difference(chain.run_block(block, case.z, case.sigma, case.condition), expected)
         if difference > worst:
             worst, worst_case = difference, case
     assert worst_case is not None
@@ -119,55 +129,94 @@ def block_difference(
 def block_cases(run: RunDirectory, images: ImageSet | None, block: int) -> Iterator[Case]:
     """Inputs over the whole noise range of a block with both its ends: one alone, five at once, and real images.
 
-    The classes shown are all of them, or 25 spread over them, and always "no class".
+    Where a block is given class numbers, these are all of them, or 25 spread over them, and always "no class".
     """
-    owned = run.partition.ranges[block]
+    owned, family = run.partition.ranges[block], run.family()
     levels = _levels(owned)
-    shape = (run.data.channels, run.data.height, run.data.width)
     random = np.random.default_rng([run.settings.run.seed, block])
-    labels = _shown_labels(run.data.num_classes)
+    labels = _shown_labels(run.data.num_classes) if family.task == "images" else None
 
-    def noised(sigma: Images) -> Images:
-        eps, clean = random.standard_normal((2, len(sigma), *shape), dtype=np.float32)
-        z: Images = 0.5 * clean + sigma.reshape(-1, 1, 1, 1) * eps
+    def noised(sigma: Values) -> Values:
+        eps, clean = random.standard_normal((2, len(sigma), *family.state_shape), dtype=np.float32)
+        z: Values = 0.5 * clean + sigma.reshape(-1, *(1 for _ in family.state_shape)) * eps
         return z
+
+    def condition(chosen: Labels | None, count: int) -> Condition | None:
+        if family.task == "images":
+            return chosen
+        return 0.5 * random.standard_normal((count, *family.condition_spec[1]), dtype=np.float32)
 
     for index, sigma in enumerate(levels):
         one = levels[index : index + 1]
         label = None if labels is None else labels[-1 - index % len(labels) :][:1]
-        yield Case(what=f"random input at sigma {sigma:.4g}", z=noised(one), sigma=one, labels=label)
+        yield Case(what=f"random input at sigma {sigma:.4g}", z=noised(one), sigma=one, condition=condition(label, 1))
     for start in range(0, 1 if labels is None else len(labels), _BATCH):
         some = None if labels is None else np.resize(labels[start : start + _BATCH], _BATCH)
         what = f"random inputs at sigma {owned.low:.4g} to {owned.high:.4g}"
-        yield Case(what=what, z=noised(levels), sigma=levels, labels=some)
+        yield Case(what=what, z=noised(levels), sigma=levels, condition=condition(some, _BATCH))
     if images is None:
         return
     indices = (images.held_out if len(images.held_out) else images.train)[:_BATCH]
     pixels, classes = images.gather(indices)
-    family = run.family()
     for index, sigma in enumerate(levels):
         batch = family.at_level(
             pixels, classes, float(sigma), generator_at(run.settings.run.seed, "verify", block, index)
         )
-        z = torch.addcmul(batch["clean"], batch["sigma"].view(-1, 1, 1, 1), batch["eps"]).numpy()
-        own = batch["labels"].numpy() if "labels" in batch else None
-        yield Case(what=f"real images at sigma {sigma:.4g}", z=z, sigma=batch["sigma"].numpy(), labels=own)
+        z, seen = family.inputs(batch)
+        own = None if seen is None else seen.numpy()
+        yield Case(what=f"real images at sigma {sigma:.4g}", z=z.numpy(), sigma=batch["sigma"].numpy(), condition=own)
 
 
-def image_difference(run: RunDirectory, runner: BlockRunner, sampler: Sampler) -> tuple[float, float]:
-    """The largest difference of final images in model space, and the share of their pixels that agree as uint8."""
+def output_difference(
+    run: RunDirectory, runner: BlockRunner, chain: ExportedChain, images: ImageSet | None
+) -> tuple[float, float]:
+    """The largest difference of what the two chains make, and the share of it that is the same in the end."""
+    if isinstance(chain, Classifier):
+        return _class_difference(run, runner, chain, images)
+    assert isinstance(chain, Sampler)
+    return _image_difference(run, runner, chain)
+
+
+def _class_difference(
+    run: RunDirectory, runner: BlockRunner, classifier: Classifier, images: ImageSet | None
+) -> tuple[float, float]:
+    """Of probabilities, and the share of images whose likeliest class is the same."""
+    settings, data = classifier.manifest.sampler, run.data
+    if images is None:
+        shape = (NUM_OUTPUTS, data.height, data.width, data.channels)
+        pixels = np.random.default_rng(run.settings.run.seed).integers(0, 256, shape, dtype=np.uint8)
+    else:
+        pixels = images.gather(np.resize(images.held_out if len(images.held_out) else images.train, NUM_OUTPUTS))[0]
+    condition = run.family().condition(pixels)
+    expected = classify(
+        lambda z, sigma: runner.denoise(torch.from_numpy(z), sigma, condition).numpy(),
+        num_images=len(pixels),
+        num_classes=data.num_classes,
+        levels=sampler_levels(run.partition, num_steps=settings.steps),
+        noises=settings.noises,
+        seed=0,
+    )
+    _check_finite(expected, "the chain")
+    found = classifier.classify(pixels, micro_batch=runner.micro_batch)
+    difference = _largest_difference(found, expected)
+    if not np.isfinite(difference):
+        return difference, 0.0
+    return difference, float((found.argmax(1) == expected.argmax(1)).mean())
+
+
+def _image_difference(run: RunDirectory, runner: BlockRunner, sampler: Sampler) -> tuple[float, float]:
+    """Of images in model space, and the share of their pixels that agree as uint8."""
     settings, data = sampler.manifest.sampler, run.data
-    shape = (data.channels, data.height, data.width)
-    labels = class_labels(NUM_IMAGES, num_classes=data.num_classes, chosen=None)
+    labels = class_labels(NUM_OUTPUTS, num_classes=data.num_classes, chosen=None)
     expected = integrate(
         guided(runner.denoise, labels, guidance=settings.guidance, no_class=data.num_classes),
-        torch.from_numpy(start_noise(shape, num_samples=NUM_IMAGES, seed=0)),
+        torch.from_numpy(start_noise(run.family().state_shape, num_samples=NUM_OUTPUTS, seed=0)),
         sampler_levels(run.partition, num_steps=settings.steps),
         solver=settings.solver,
     ).numpy()
     _check_finite(expected, "the chain")
     found = sampler.sample_model_space(
-        NUM_IMAGES,
+        NUM_OUTPUTS,
         steps=settings.steps,
         solver=settings.solver,
         guidance=settings.guidance,
@@ -202,9 +251,9 @@ def _real_images(run: RunDirectory, listener: Listener) -> ImageSet | None:
     return images
 
 
-def _levels(owned: NoiseRange) -> Images:
+def _levels(owned: NoiseRange) -> Values:
     """Five noise levels of a block, geometrically from its lower end to its upper end."""
-    levels: Images = np.geomspace(owned.low, owned.high, _BATCH).astype(np.float32)
+    levels: Values = np.geomspace(owned.low, owned.high, _BATCH).astype(np.float32)
     return levels
 
 
@@ -215,7 +264,7 @@ def _shown_labels(num_classes: int) -> Labels | None:
     return np.unique(np.linspace(0, num_classes, min(num_classes + 1, _MOST_LABELS)).round().astype(np.int64))
 
 
-def _largest_difference(found: Images, expected: Images) -> float:
+def _largest_difference(found: Values, expected: Values) -> float:
     """The largest absolute difference; infinite when a shape or dtype differs or a value is not a number."""
     if found.shape != expected.shape or found.dtype != expected.dtype:
         return float("inf")
@@ -223,7 +272,7 @@ def _largest_difference(found: Images, expected: Images) -> float:
     return difference if np.isfinite(difference) else float("inf")
 
 
-def _check_finite(expected: Images, what: str) -> None:
+def _check_finite(expected: Values, what: str) -> None:
     if not np.isfinite(expected).all():
         raise RunError(
             f"{what} of the run gives values that are not finite numbers in torch itself, so there is nothing to "

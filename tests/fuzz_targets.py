@@ -254,6 +254,7 @@ class ExportReader(Reader):
         manifest = module.Manifest(
             edgeblocks="0.1.0",
             family="dit",
+            task="images",
             opset=18,
             image_shape=(1, 8, 8),
             mean=0.3,
@@ -267,10 +268,10 @@ class ExportReader(Reader):
             verified=module.Verified(
                 block_max_abs_error=1e-6,
                 block_limit=1e-4,
-                image_max_abs_error=1e-5,
-                image_limit=1e-3,
-                image_uint8_equal_share=1.0,
-                images=8,
+                output_max_abs_error=1e-5,
+                output_limit=1e-3,
+                output_equal_share=1.0,
+                outputs=8,
                 real_inputs=True,
             ),
         )
@@ -295,7 +296,12 @@ class ExportReader(Reader):
         else:
             value = mutated_value(rng, self.value)
             if rng.random() < 0.03 and isinstance(value, dict):
-                value["sampler"] = {"steps": rng.choice((10**9, 20_000)), "solver": "heun", "guidance": 1.0}
+                value["sampler"] = {
+                    "steps": rng.choice((10**9, 20_000)),
+                    "solver": "heun",
+                    "guidance": 1.0,
+                    "noises": 1,
+                }
             text = json_text(rng, value)
             (self.folder / "manifest.json").write_text(text, encoding="utf-8", errors="surrogatepass")
 

@@ -290,7 +290,7 @@ def test_a_pipe_sees_plain_lines(edgeblocks_command, tmp_path):
     done = edgeblocks_command("train", *TINY, "--mem-budget", "2GB", "--out", tmp_path / "run")
     assert done.returncode == 0, done.stderr
     assert not set(done.stdout) & {"\r", "\x1b"}
-    for expected in ("predicted peak", "planned", "measured", "validation denoising loss", "next: edgeblocks sample"):
+    for expected in ("predicted peak", "planned", "measured", "validation loss", "next: edgeblocks sample"):
         assert expected in done.stdout
 
 

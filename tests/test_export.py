@@ -11,10 +11,11 @@ from torch import nn
 
 from edgeblocks.chain import class_labels, guided
 from edgeblocks.errors import ConfigError, EdgeblocksError, RunError
+from edgeblocks.export.chain import session_options
 from edgeblocks.export.graph import export_run, make_template, trace_own, write_graph
 from edgeblocks.export.manifest import read_manifest, sha256_of
-from edgeblocks.export.sampler import Sampler, session_options
-from edgeblocks.export.verify import BLOCK_LIMIT, IMAGE_LIMIT, verify_export
+from edgeblocks.export.sampler import Sampler
+from edgeblocks.export.verify import BLOCK_LIMIT, OUTPUT_LIMIT, verify_export
 from edgeblocks.families.dit import Dit, DitSettings
 from edgeblocks.noise import sampler_levels
 from edgeblocks.randomness import start_noise
@@ -83,7 +84,7 @@ def test_exported_images_equal_those_of_torch(runs, exports, kind, solver):
     expected = torch_images(runs[kind], 5, steps=7, solver=solver)
     found = sampler.sample_model_space(5, steps=7, solver=solver)
     assert found.dtype == np.float32
-    np.testing.assert_allclose(found, expected, atol=IMAGE_LIMIT, rtol=0)
+    np.testing.assert_allclose(found, expected, atol=OUTPUT_LIMIT, rtol=0)
     theirs = runs[kind].sample(n=5, steps=7, solver=solver, runner=torch_runner(runs[kind]))
     ours = sampler.sample(5, steps=7, solver=solver)
     assert ours.shape == theirs.shape
@@ -96,7 +97,7 @@ def test_exported_guidance_equals_that_of_torch(runs, exports, guidance):
     """Equality: with one class and guidance, onnxruntime's images are torch's within 1e-3."""
     found = Sampler(exports["conditional"][0]).sample_model_space(3, steps=5, guidance=guidance, label="7")
     expected = torch_images(runs["conditional"], 3, steps=5, guidance=guidance, label=7)
-    np.testing.assert_allclose(found, expected, atol=IMAGE_LIMIT, rtol=0)
+    np.testing.assert_allclose(found, expected, atol=OUTPUT_LIMIT, rtol=0)
 
 
 @pytest.mark.parametrize("kind", ["conditional", "unconditional"])
@@ -105,8 +106,8 @@ def test_an_export_reports_what_was_verified(exports, kind):
     folder, heard = exports[kind]
     verified = read_manifest(folder).verified
     assert 0 < verified.block_max_abs_error < BLOCK_LIMIT
-    assert 0 < verified.image_max_abs_error < IMAGE_LIMIT
-    assert verified.image_uint8_equal_share > 0.99
+    assert 0 < verified.output_max_abs_error < OUTPUT_LIMIT
+    assert verified.output_equal_share > 0.99
     assert verified.real_inputs
     blocks = len(read_manifest(folder).files)
     assert heard.stages == ["exporting", "verifying against torch"]
@@ -199,7 +200,7 @@ def test_block_limit_and_image_limit_are_both_enforced(runs, exports):
     with pytest.raises(EdgeblocksError, match="block 0"):
         verify_export(run.directory, torch_runner(run), sampler, Notes(), block_limit=0.0)
     with pytest.raises(EdgeblocksError, match="8 final images"):
-        verify_export(run.directory, torch_runner(run), sampler, Notes(), image_limit=0.0)
+        verify_export(run.directory, torch_runner(run), sampler, Notes(), output_limit=0.0)
 
 
 def test_another_block_in_a_blocks_place_fails_the_verification(runs, exports, tmp_path):

@@ -182,7 +182,8 @@ import sys
 import numpy as np
 import onnxruntime
 from pathlib import Path
-from edgeblocks.export.sampler import Sampler, session_options
+from edgeblocks.export.chain import session_options
+from edgeblocks.export.sampler import Sampler
 folder, one_at_a_time = Path(sys.argv[1]), sys.argv[2] == "one"
 sampler = Sampler(folder)
 if one_at_a_time:
@@ -259,7 +260,7 @@ _PATH_LEADS_OUT = "plain name of a file in the directory"
 @pytest.mark.parametrize(
     ("path", "value", "words"),
     [
-        (("format_version",), 2, "format version 2.*reads version 1"),
+        (("format_version",), 1, "format version 1.*reads version 2"),
         (("format_version",), True, "format version True"),
         (("format_version",), "1", "format version '1'"),
         (("kind",), "something", "of another kind"),

@@ -14,6 +14,8 @@ from edgeblocks.noise import NoiseDistribution, NoiseRange
 
 Batch = dict[str, Tensor]
 BatchSpec = Mapping[str, tuple[tuple[int, ...], torch.dtype]]
+ConditionSpec = tuple[str, tuple[int, ...], torch.dtype]
+"""Name, shape of one sample's, dtype."""
 Task = Literal["images", "classes"]
 """What a family's chain makes: images, or the probabilities of an image's classes."""
 
@@ -81,6 +83,11 @@ class Family(Protocol):
         """Shape of a sample's z."""
         ...
 
+    @property
+    def condition_spec(self) -> ConditionSpec | None:
+        """What a block is given beside z and sigma; None where it is given nothing."""
+        ...
+
     def block(self, *, num_layers: int, checkpointing: bool) -> nn.Module: ...
 
     def batch_spec(self, batch: int) -> BatchSpec: ...
@@ -92,6 +99,10 @@ class Family(Protocol):
     def at_level(
         self, pixels: np.ndarray, labels: np.ndarray | None, sigma: float, generator: torch.Generator
     ) -> Batch: ...
+
+    def inputs(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
+        """z and the condition with which a block is called on a batch."""
+        ...
 
     def loss(self, block: nn.Module, batch: Batch) -> Float[Tensor, " batch"]: ...
 

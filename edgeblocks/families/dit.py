@@ -16,6 +16,7 @@ from edgeblocks.families.base import (
     NOISE_FEATURES,
     Batch,
     BatchSpec,
+    ConditionSpec,
     ImageInfo,
     draw_sigmas,
     noise_problems,
@@ -169,6 +170,11 @@ class Dit:
         """Shape of a sample's z: an image's."""
         return self.data.channels, self.data.height, self.data.width
 
+    @property
+    def condition_spec(self) -> ConditionSpec | None:
+        """Class numbers, where there are classes."""
+        return ("labels", (), torch.int64) if self.conditional else None
+
     def block(self, *, num_layers: int, checkpointing: bool) -> DitBlock:
         """A block of `num_layers` layers on torch's default device, parameters not initialised."""
         return DitBlock(settings=self.settings, data=self.data, num_layers=num_layers, checkpointing=checkpointing)
@@ -217,12 +223,16 @@ class Dit:
             batch["labels"] = torch.from_numpy(labels)
         return batch
 
+    def inputs(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
+        """The noised images and their classes."""
+        return torch.addcmul(batch["clean"], batch["sigma"].view(-1, 1, 1, 1), batch["eps"]), batch.get("labels")
+
     def loss(self, block: nn.Module, batch: Batch) -> Float[Tensor, " batch"]:
         """w(sigma) ||D(clean + sigma eps, sigma) - clean||^2 averaged over an image's components, per sample."""
-        clean, sigma = batch["clean"], batch["sigma"]
-        z = torch.addcmul(clean, sigma.view(-1, 1, 1, 1), batch["eps"])
-        denoised = block(z, sigma, batch.get("labels"))
-        error = (denoised - clean).square().flatten(1).mean(1)
+        sigma = batch["sigma"]
+        z, labels = self.inputs(batch)
+        denoised = block(z, sigma, labels)
+        error = (denoised - batch["clean"]).square().flatten(1).mean(1)
         weight: Tensor = loss_weight(sigma, SIGMA_DATA)
         weighted: Tensor = error * weight
         return weighted

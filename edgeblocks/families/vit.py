@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from edgeblocks.data.augment import Augmentation, augmented
@@ -23,6 +23,7 @@ from edgeblocks.families.base import (
     NOISE_FEATURES,
     Batch,
     BatchSpec,
+    ConditionSpec,
     ImageInfo,
     draw_sigmas,
     noise_problems,
@@ -199,6 +200,11 @@ class Vit:
         """Shape of a sample's z."""
         return (self.data.num_classes,)
 
+    @property
+    def condition_spec(self) -> ConditionSpec:
+        """The image in model space."""
+        return "images", (self.data.channels, self.data.height, self.data.width), torch.float32
+
     def block(self, *, num_layers: int, checkpointing: bool) -> VitBlock:
         """A block of `num_layers` layers on torch's default device, parameters not initialised."""
         return VitBlock(settings=self.settings, data=self.data, num_layers=num_layers, checkpointing=checkpointing)
@@ -257,13 +263,14 @@ class Vit:
         right = logits.argmax(dim=-1) == batch["labels"]
         return {"loss": F.cross_entropy(logits, batch["labels"], reduction="none"), "top1": right.float()}
 
-    def _logits(self, block: nn.Module, batch: Batch) -> Float[Tensor, "batch classes"]:
-        sigma = batch["sigma"]
-        z = torch.addcmul(self._clean(batch["labels"]), sigma.unsqueeze(1), batch["eps"])
-        assert isinstance(block, VitBlock)
-        return block.logits(z, sigma, batch["images"])
+    def inputs(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """The noised rows of the code-book, and the images."""
+        labels = batch["labels"]
+        rows = torch.zeros(len(labels), self.data.num_classes, device=labels.device)
+        clean = rows.scatter(1, labels.unsqueeze(1), 1.0)
+        return torch.addcmul(clean, batch["sigma"].unsqueeze(1), batch["eps"]), batch["images"]
 
-    def _clean(self, labels: Int[Tensor, " batch"]) -> Float[Tensor, "batch classes"]:
-        """Rows of the code-book."""
-        table = torch.zeros(len(labels), self.data.num_classes, device=labels.device)
-        return table.scatter(1, labels.unsqueeze(1), 1.0)
+    def _logits(self, block: nn.Module, batch: Batch) -> Float[Tensor, "batch classes"]:
+        z, images = self.inputs(batch)
+        assert isinstance(block, VitBlock)
+        return block.logits(z, batch["sigma"], images)

@@ -1,0 +1,106 @@
+"""Classes of images with an exported directory: numpy and onnxruntime, no torch."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgeblocks.classification import classify
+from edgeblocks.data.decoding import UnreadableImageError, decode
+from edgeblocks.errors import ConfigError, DataError
+from edgeblocks.export.chain import ExportedChain, Values
+from edgeblocks.noise import sampler_levels
+
+MOST_SHOWN = 5
+_TOGETHER = 64
+"""Images that go through the chain together."""
+
+
+class Classifier(ExportedChain):
+    """An exported chain that tells the classes of images."""
+
+    def classify(
+        self,
+        pixels: NDArray[np.uint8],
+        *,
+        steps: int | None = None,
+        noises: int | None = None,
+        seed: int = 0,
+        micro_batch: int | None = None,
+    ) -> Values:
+        """Probabilities of the classes, float32 [N, classes], of images uint8 [N, H, W, C] of the network's size.
+
+        Args:
+            steps: noise levels of a chain, at least one a block; None: as the manifest says.
+            noises: chains whose mean is the answer; None: as the manifest says.
+
+        Raises:
+            ConfigError: the images have another size, or fewer steps than blocks.
+            RunError: a block's file is missing or damaged.
+        """
+        channels, height, width = self.manifest.image_shape
+        if pixels.dtype != np.uint8 or pixels.shape[1:] != (height, width, channels):
+            raise ConfigError(
+                f"images are {pixels.dtype} {pixels.shape[1:]}; the network takes uint8 {(height, width, channels)}"
+            )
+        settings = self.manifest.sampler
+        noises = settings.noises if noises is None else noises
+        if noises < 1:
+            raise ConfigError(f"--noises {noises}: at least one chain is needed")
+        images = self._to_model(pixels)
+        levels = sampler_levels(self.partition, num_steps=settings.steps if steps is None else steps)
+        try:
+            return classify(
+                lambda z, sigma: self.denoise(z, sigma, images, micro_batch=micro_batch),
+                num_images=len(pixels),
+                num_classes=self.manifest.num_classes,
+                levels=levels,
+                noises=noises,
+                seed=seed,
+            )
+        finally:
+            self.close()
+
+    def classify_files(
+        self, paths: Sequence[Path], *, steps: int | None = None, noises: int | None = None, seed: int = 0
+    ) -> list[dict[str, Any]]:
+        """For each image file its likeliest classes: {path, classes: [{name, probability}, ..]}, likeliest first.
+
+        An image is cut to its central square and resized where the network's images are square.
+
+        Raises:
+            DataError: a file is no image that can be read, or has another size than a network takes that is not square.
+            ConfigError, RunError: as `classify`.
+        """
+        found = []
+        for start in range(0, len(paths), _TOGETHER):
+            some = paths[start : start + _TOGETHER]
+            pixels = np.stack([self._read(path) for path in some])
+            for path, row in zip(some, self.classify(pixels, steps=steps, noises=noises, seed=seed), strict=True):
+                order = np.argsort(-row, kind="stable")[:MOST_SHOWN]
+                names = self.manifest.class_names
+                classes = [{"name": names[number], "probability": float(row[number])} for number in order]
+                found.append({"path": str(path), "classes": classes})
+        return found
+
+    def _read(self, path: Path) -> NDArray[np.uint8]:
+        channels, height, width = self.manifest.image_shape
+        try:
+            pixels = decode(path, image_size=height if height == width else None, grey=channels == 1)
+        except UnreadableImageError as error:
+            raise DataError(f"{path} is no image that can be read: {error}") from error
+        if pixels.shape != (height, width, channels):
+            raise DataError(
+                f"{path} has {pixels.shape[1]} x {pixels.shape[0]} pixels; the network takes {width} x {height}"
+            )
+        return pixels
+
+    def _to_model(self, pixels: NDArray[np.uint8]) -> Values:
+        """float32 [N, C, H, W] with zero mean over the data that the network was trained on."""
+        mean, scale = self.manifest.mean, self.manifest.scale
+        images = np.ascontiguousarray(pixels.transpose(0, 3, 1, 2), dtype=np.float32)
+        images *= np.float32(scale / 255)
+        images -= np.float32(mean * scale)
+        return images
