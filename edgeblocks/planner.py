@@ -30,10 +30,13 @@ SEGMENTS_SHARE = 0.15
 share of all activations. Assumed, not measured: nothing here ever ran on a GPU."""
 BATCH_COPIES = 1.7
 """A batch, its pixels as bytes, and what flipping some of them copies."""
-SAMPLE_COPIES = 4
+SAMPLE_COPIES = 5
 """A chain's samples, its noise, two slopes and the finished pictures, in batches' bytes (image and noise)."""
-SLACK_BYTES = 24_000_000
-"""Code pages and library scratch touched after the runtime was measured."""
+SLACK_BYTES = 28_000_000
+"""Code pages and library scratch touched after the runtime was measured; and the cap's own margin, without which a run
+at the smallest budget was refused memory some MB below it."""
+SLACK_SHARE = 0.01
+"""Of all that is not the runtime, for the same."""
 
 
 def make_plan(costs: LayerCosts, machine: Machine, wishes: Wishes) -> Plan:
@@ -134,6 +137,7 @@ def _candidate(
         ),
         "slack": gaps + SLACK_BYTES,
     }
+    breakdown["slack"] += int(SLACK_SHARE * (sum(breakdown.values()) - machine.runtime_bytes))
     breakdown["planning"] = max(0, machine.planning_bytes - sum(breakdown.values())) if machine.host is None else 0
     host_breakdown, ram_blocks = _host_memory(costs, machine, wishes, blocks, slots, block_bytes, batch_bytes)
     step_s = predicted_step_s(costs, machine, num_layers, wishes.batch, micro_batch, checkpointing)
@@ -426,6 +430,7 @@ def inference_micro_batch(
     for size in micro_batches(samples):
         here = held_bytes if machine.host is None else size * costs.batch_bytes_per_sample
         needed = fixed + here + _forward_bytes(costs, machine, largest, size)
+        needed += int(SLACK_SHARE * (needed - machine.runtime_bytes))
         if machine.host is None:
             needed = max(needed, machine.planning_bytes)
         if needed <= budget_bytes:
