@@ -89,10 +89,10 @@ def verify_export(
         _enforce(f"block {block}", error, block_limit, f"{case.what}, batch {len(case.z)}")
         block_error = max(block_error, error)
         listener.advance(block + 1, total, "verifying")
-    output_error, equal_share = output_difference(run, runner, chain, images)
-    _enforce(f"the chain of {len(run.layers)} blocks", output_error, output_limit, f"{NUM_OUTPUTS} outputs")
-    listener.advance(total, total, "verifying")
     what, same = _WORDS[chain.manifest.task]
+    output_error, equal_share = output_difference(run, runner, chain, images)
+    _enforce(f"the chain of {len(run.layers)} blocks", output_error, output_limit, f"{what} of {NUM_OUTPUTS}")
+    listener.advance(total, total, "verifying")
     listener.note(
         f"onnxruntime against torch: blocks differ by at most {block_error:.1e} (limit {block_limit:.0e}), {what} by "
         f"{output_error:.1e} (limit {output_limit:.0e}); {equal_share:.2%} of the {same} are the same"

@@ -199,7 +199,7 @@ def test_block_limit_and_image_limit_are_both_enforced(runs, exports):
     run, sampler = runs["conditional"], Sampler(exports["conditional"][0])
     with pytest.raises(EdgeblocksError, match="block 0"):
         verify_export(run.directory, torch_runner(run), sampler, Notes(), block_limit=0.0)
-    with pytest.raises(EdgeblocksError, match="8 final images"):
+    with pytest.raises(EdgeblocksError, match="final images of 8"):
         verify_export(run.directory, torch_runner(run), sampler, Notes(), output_limit=0.0)
 
 

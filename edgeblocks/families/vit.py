@@ -131,6 +131,9 @@ class VitBlock(nn.Module):
         for layer in self.layers:
             assert isinstance(layer, AdaLnZeroLayer)
             init_zero_(layer.modulation)
+            width = layer.modulation.in_features
+            for gate in (2, 5):  # open: a layer starts as in a plain transformer, not as the identity
+                layer.modulation.bias[gate * width : (gate + 1) * width] = 1.0
         init_zero_(self.readout_modulation)
         init_zero_(self.readout)
 
