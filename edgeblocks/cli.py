@@ -316,18 +316,13 @@ def export(
 
     def work() -> None:
         from edgeblocks import api
-        from edgeblocks.console import ConsoleListener
+        from edgeblocks.console import ConsoleListener, export_report
 
         manifest = api.load(run).export(out, listener=ConsoleListener(sys.stderr))
         if as_json:
             print(json.dumps(manifest))
         else:
-            verified = manifest["verified"]
-            print(
-                f"exported {len(manifest['files'])} blocks to {out}; verified against torch: blocks differ by at most "
-                f"{verified['block_max_abs_error']:.1e}, final images by {verified['image_max_abs_error']:.1e}\n"
-                f"next: edgeblocks run {out} -o grid.png"
-            )
+            print(export_report(manifest, out))
 
     _guarded(work, verbose=verbose)
 

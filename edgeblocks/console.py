@@ -234,11 +234,11 @@ def training_report(summary: dict[str, Any], path: Any) -> str:
     by_block = ", ".join("-" if value is None else f"{value:.3f}" for value in loss["validation_loss_by_block"])
     split = summary["time_split"]
     total = max(summary["seconds"], 1e-9)
-    planned_ram_bytes = summary["predicted_ram_peak_bytes"]
-    host = [("peak of the host", format_bytes(planned_ram_bytes), format_bytes(summary["ram_peak_bytes"]))]
+    memories = [("peak memory", summary["predicted_peak_bytes"], summary["peak_bytes"])]
+    if summary["predicted_ram_peak_bytes"] is not None:
+        memories.append(("peak of the host", summary["predicted_ram_peak_bytes"], summary["ram_peak_bytes"]))
     rows = [
-        ("peak memory", format_bytes(summary["predicted_peak_bytes"]), format_bytes(summary["peak_bytes"])),
-        *(host if planned_ram_bytes is not None else []),
+        *((name, format_bytes(planned), format_bytes(measured)) for name, planned, measured in memories),
         ("budget", "", format_bytes(summary["budget_bytes"])),
         ("step of a block", format_duration(summary["predicted_step_s"]), format_duration(summary["step_s"])),
     ]
@@ -261,6 +261,19 @@ def _next_commands(makes: str, path: Any) -> list[str]:
     if makes == "classes":
         return [f"next: edgeblocks eval {path}", f"{export} picture.png"]
     return [f"next: edgeblocks sample {path} -o grid.png", f"{export} -o grid.png"]
+
+
+def export_report(manifest: dict[str, Any], path: Any) -> str:
+    """How far an export is from torch, and what to type next."""
+    verified = manifest["verified"]
+    what, arguments = {"images": ("final images", "-o grid.png"), "classes": ("probabilities", "picture.png")}[
+        manifest["task"]
+    ]
+    return (
+        f"exported {len(manifest['files'])} blocks to {path}; verified against torch: blocks differ by at most "
+        f"{verified['block_max_abs_error']:.1e}, {what} by {verified['output_max_abs_error']:.1e}\n"
+        f"next: edgeblocks run {path} {arguments}"
+    )
 
 
 def evaluation_report(result: dict[str, Any]) -> str:
@@ -301,7 +314,8 @@ def _level_lines(levels: Sequence[dict[str, Any]]) -> list[str]:
     names = [name for name in levels[0] if name not in ("sigma", "block")]
     rows = [f"{'sigma':>10} {'block':>6}" + "".join(f" {name:>9}" for name in names)]
     for level in levels:
-        rows.append(f"{level['sigma']:>10.4g} {level['block']:>6}" + "".join(f" {level[name]:>9.4f}" for name in names))
+        scores = "".join(f" {level[name]:>9.4f}" for name in names)
+        rows.append(f"{level['sigma']:>10.4g} {level['block']:>6}{scores}")
     return rows
 
 

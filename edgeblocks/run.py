@@ -159,8 +159,10 @@ class Run:
         listener = listener or Silent()
         directory = self.directory
         target = build_target(directory.settings.run.target)
-        planned = directory.plan.get("ram_budget_bytes") or directory.plan["budget_bytes"]
-        budget_bytes = planned if mem_budget is None else device_budget_bytes(mem_budget, target)
+        target.prepare()
+        budget_bytes = directory.plan.get("ram_budget_bytes") or directory.plan["budget_bytes"]
+        if mem_budget is not None and target.host_bytes() is None:
+            budget_bytes = device_budget_bytes(mem_budget, target)
         images = open_run_images(directory.settings, listener, budget_bytes=budget_bytes, target=target)
         if images.fingerprint != directory.data_fingerprint:
             raise RunError(f"{directory.data_source} is not the data that {directory.path} was trained on")

@@ -45,8 +45,8 @@ class CudaTarget:
                 "is built without CUDA" if torch.version.cuda is None else f"(CUDA {torch.version.cuda}) sees no GPU"
             )
             raise ConfigError(
-                f"--target cuda: torch {torch.__version__} {built}; train with --target cpu, or see what edgeblocks "
-                f"doctor says of the GPU"
+                f"--target cuda: torch {torch.__version__} {built}; train with --target cpu (a run that was begun on a "
+                f"GPU goes on with --resume RUN --target cpu), or see what edgeblocks doctor says of the GPU"
             )
         self._host.prepare()
 

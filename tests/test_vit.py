@@ -15,6 +15,7 @@ from torch import nn
 
 import edgeblocks
 from edgeblocks.classification import classification_scores, classify
+from edgeblocks.console import export_report
 from edgeblocks.errors import ConfigError
 from edgeblocks.export.opening import open_chain
 from edgeblocks.families.base import ImageInfo
@@ -270,6 +271,8 @@ def test_exported_probabilities_are_those_of_torch(exported):
     assert manifest["task"] == "classes" and manifest["verified"]["real_inputs"]
     assert manifest["verified"]["output_max_abs_error"] < 1e-5
     assert manifest["verified"]["output_equal_share"] == 1.0
+    assert "probabilities by" in export_report(manifest, folder)
+    assert f"next: edgeblocks run {folder} picture.png" in export_report(manifest, folder)
 
 
 def test_run_prints_classes_of_image_files(exported, tmp_path, edgeblocks_command):
