@@ -225,7 +225,7 @@ def test_resume_takes_no_settings(run):
     assert_refused(
         invoke("train", "--resume", run, "--steps", "9"),
         2,
-        r"only --data, --max-disk-writes, --mem-budget, --ram-budget, --target, --work-dir may be others; leave out --st",
+        r"only --data, --max-disk-writes, --mem-budget, --ram-budget, --target, --work-dir may be others; ",
     )
 
 
