@@ -17,6 +17,25 @@ from edgeblocks.errors import ConfigError, EdgeblocksError, StorageError
 RESUME_SETTINGS = frozenset({"mem_budget", "ram_budget", "target", "data", "work_dir", "max_disk_writes"})
 """Settings that a run may change when it goes on: they change no number of the result."""
 
+SETTING_FLAGS = frozenset(
+    {
+        "family",
+        "preset",
+        "data",
+        "mem_budget",
+        "ram_budget",
+        "steps",
+        "batch",
+        "blocks",
+        "partition",
+        "target",
+        "work_dir",
+        "max_disk_writes",
+        "seed",
+    }
+)
+"""Flags of plan and train that are settings, by their names."""
+
 app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
@@ -119,23 +138,10 @@ def plan(
     --target NAME plans for another machine: for half of its memory, or for 90 % of its GPU's and half of its RAM.
     """
 
+    typed = {name: value for name, value in locals().items() if name in SETTING_FLAGS}
+
     def work() -> None:
-        given = _given(
-            set_values,
-            family=family,
-            preset=preset,
-            data=data,
-            mem_budget=mem_budget,
-            ram_budget=ram_budget,
-            steps=steps,
-            batch=batch,
-            blocks=blocks,
-            partition=partition,
-            target=target,
-            work_dir=work_dir,
-            max_disk_writes=max_disk_writes,
-            seed=seed,
-        )
+        given = _given(set_values, typed)
         _print_plan(given, config, out, as_json=as_json)
 
     _guarded(work, verbose=verbose)
@@ -179,23 +185,10 @@ def train(
     With no arguments: a small dit on the built-in digits. Ctrl-C saves and stops; --resume goes on.
     """
 
+    typed = {name: value for name, value in locals().items() if name in SETTING_FLAGS}
+
     def work() -> None:
-        given = _given(
-            set_values,
-            family=family,
-            preset=preset,
-            data=data,
-            mem_budget=mem_budget,
-            ram_budget=ram_budget,
-            steps=steps,
-            batch=batch,
-            blocks=blocks,
-            partition=partition,
-            target=target,
-            work_dir=work_dir,
-            max_disk_writes=max_disk_writes,
-            seed=seed,
-        )
+        given = _given(set_values, typed)
         others = sorted(set(given) - RESUME_SETTINGS)
         if resume is not None and (others or config or out):
             raise ConfigError(
@@ -412,12 +405,13 @@ def doctor(
     _guarded(work, verbose=verbose)
 
 
-def _given(set_values: list[str] | None, *, blocks: str | None, **flags: Any) -> dict[str, Any]:
+def _given(set_values: list[str] | None, flags: dict[str, Any]) -> dict[str, Any]:
     """The settings that the user typed, flags over `--set`."""
     from edgeblocks.config import parse_assignments
 
-    flags["blocks"] = int(blocks) if blocks is not None and blocks.isdigit() else blocks
-    typed = {key: value for key, value in flags.items() if value is not None}
+    typed = {name: value for name, value in flags.items() if value is not None}
+    if str(typed.get("blocks", "")).isdigit():
+        typed["blocks"] = int(typed["blocks"])
     return {**parse_assignments(set_values or []), **typed}
 
 

@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from edgeblocks.bounds import MOST_LAYERS
+from edgeblocks.errors import ConfigError
 from edgeblocks.noise import NoiseDistribution, NoiseRange
 
 Batch = dict[str, Tensor]
@@ -109,6 +110,34 @@ class Family(Protocol):
     def scores(self, block: nn.Module, batch: Batch) -> dict[str, Float[Tensor, " batch"]]:
         """What evaluation reports of each sample: `loss`, and more where the family knows more."""
         ...
+
+
+class PatchFamily:
+    """What families on image patches share: `settings` with a shape and a log-normal distribution of noise levels."""
+
+    def __init__(self, settings: Any, data: ImageInfo) -> None:
+        """A family of these settings on these images.
+
+        Raises:
+            ConfigError: with everything that is impossible.
+        """
+        problems = settings.problems() or [*patch_problems(settings.patch, data), *self.data_problems(data)]
+        if problems:
+            raise ConfigError(*problems)
+        self.settings, self.data = settings, data
+
+    def data_problems(self, data: ImageInfo) -> list[str]:
+        """What else the data lack for this family."""
+        return []
+
+    @property
+    def num_layers(self) -> int:
+        return int(self.settings.depth)
+
+    @property
+    def noise(self) -> NoiseDistribution:
+        s = self.settings
+        return NoiseDistribution(sigma_min=s.sigma_min, sigma_max=s.sigma_max, p_mean=s.p_mean, p_std=s.p_std)
 
 
 def draw_sigmas(

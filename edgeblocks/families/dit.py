@@ -11,16 +11,15 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from edgeblocks.errors import ConfigError
 from edgeblocks.families.base import (
     NOISE_FEATURES,
     Batch,
     BatchSpec,
     ConditionSpec,
     ImageInfo,
+    PatchFamily,
     draw_sigmas,
     noise_problems,
-    patch_problems,
     shape_problems,
 )
 from edgeblocks.layers import (
@@ -36,7 +35,7 @@ from edgeblocks.layers import (
     sincos_positions,
     unpatchify,
 )
-from edgeblocks.noise import NoiseDistribution, NoiseRange, loss_weight
+from edgeblocks.noise import NoiseRange, loss_weight
 
 SIGMA_DATA = 0.5
 
@@ -137,7 +136,7 @@ class DitBlock(nn.Module):
         return unpatchify(tokens, patch=self.patch, height=self.height, width=self.width)
 
 
-class Dit:
+class Dit(PatchFamily):
     """The family: builds blocks, draws what a training step needs, and computes the per-sample loss."""
 
     name = "dit"
@@ -145,21 +144,7 @@ class Dit:
     preferred_blocks = 3
     sigma_data = SIGMA_DATA
     settings_type = DitSettings
-
-    def __init__(self, settings: DitSettings, data: ImageInfo) -> None:
-        problems = settings.problems() or patch_problems(settings.patch, data)
-        if problems:
-            raise ConfigError(*problems)
-        self.settings, self.data = settings, data
-
-    @property
-    def num_layers(self) -> int:
-        return self.settings.depth
-
-    @property
-    def noise(self) -> NoiseDistribution:
-        s = self.settings
-        return NoiseDistribution(sigma_min=s.sigma_min, sigma_max=s.sigma_max, p_mean=s.p_mean, p_std=s.p_std)
+    settings: DitSettings
 
     @property
     def conditional(self) -> bool:

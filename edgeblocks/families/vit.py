@@ -18,16 +18,15 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from edgeblocks.data.augment import Augmentation, augmented
-from edgeblocks.errors import ConfigError
 from edgeblocks.families.base import (
     NOISE_FEATURES,
     Batch,
     BatchSpec,
     ConditionSpec,
     ImageInfo,
+    PatchFamily,
     draw_sigmas,
     noise_problems,
-    patch_problems,
     shape_problems,
 )
 from edgeblocks.layers import (
@@ -41,7 +40,7 @@ from edgeblocks.layers import (
     run_layers,
     sincos_positions,
 )
-from edgeblocks.noise import NoiseDistribution, NoiseRange
+from edgeblocks.noise import NoiseRange
 
 SIGMA_DATA = 0.5
 """Of the preconditioning of z, and of the pixels."""
@@ -165,7 +164,7 @@ class VitBlock(nn.Module):
         return out
 
 
-class Vit:
+class Vit(PatchFamily):
     """The family: builds blocks, draws what a training step needs, and computes the per-sample loss."""
 
     name = "vit"
@@ -173,26 +172,16 @@ class Vit:
     preferred_blocks = 2
     sigma_data = SIGMA_DATA
     settings_type = VitSettings
+    settings: VitSettings
 
-    def __init__(self, settings: VitSettings, data: ImageInfo) -> None:
-        problems = settings.problems() or patch_problems(settings.patch, data)
-        if data.num_classes < 2:
-            problems.append(
-                f"the data have {data.num_classes} classes and vit tells classes apart: it needs at least two; give a "
-                f"folder with one sub-folder of images per class, or an .npz with labels"
-            )
-        if problems:
-            raise ConfigError(*problems)
-        self.settings, self.data = settings, data
-
-    @property
-    def num_layers(self) -> int:
-        return self.settings.depth
-
-    @property
-    def noise(self) -> NoiseDistribution:
-        s = self.settings
-        return NoiseDistribution(sigma_min=s.sigma_min, sigma_max=s.sigma_max, p_mean=s.p_mean, p_std=s.p_std)
+    def data_problems(self, data: ImageInfo) -> list[str]:
+        """Whether there are classes to tell apart."""
+        if data.num_classes >= 2:
+            return []
+        return [
+            f"the data have {data.num_classes} classes and vit tells classes apart: it needs at least two; give a "
+            f"folder with one sub-folder of images per class, or an .npz with labels"
+        ]
 
     @property
     def conditional(self) -> bool:
