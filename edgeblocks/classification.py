@@ -12,6 +12,8 @@ from edgeblocks.solver import integrate
 DEFAULT_STEPS = 4
 DEFAULT_NOISES = 4
 CALIBRATION_BINS = 15
+LEAST_PROBABILITY = 1e-12
+"""A class that is given less counts as this in the cross-entropy."""
 
 
 def classify(
@@ -58,10 +60,10 @@ def classify(
 def classification_scores(probabilities: NDArray[np.float32], labels: NDArray[np.int64]) -> dict[str, Any]:
     """How good probabilities [images, classes] are, given the classes [images].
 
-    Shares of images whose class is the likeliest (top1) or among the five likeliest (top5), and the calibration.
-
-    `calibration_error` is the mean distance between how sure the answers are and how often they are right, over bins
-    of equal width in the largest probability, weighted by the images in each (Guo et al. 2017, arXiv 1706.04599).
+    Shares of images whose class is the likeliest (top1) or among the five likeliest (top5). `cross_entropy` is the mean
+    of -log p of the right class, in nats; `calibration_error` the mean distance between how sure the answers are and how
+    often they are right, over bins of equal width in the largest probability, weighted by the images in each (Guo et
+    al. 2017, arXiv 1706.04599).
 
     >>> found = classification_scores(np.array([[0.8, 0.2], [0.6, 0.4]]), np.array([0, 1]))
     >>> found["top1"], round(found["calibration_error"], 3)
@@ -83,9 +85,11 @@ def classification_scores(probabilities: NDArray[np.float32], labels: NDArray[np
                 }
             )
     distance = sum(row["images"] * abs(row["confidence"] - row["accuracy"]) for row in rows)
+    likelihood = np.maximum(probabilities[np.arange(len(labels)), labels].astype(np.float64), LEAST_PROBABILITY)
     return {
         "top1": float(right[:, 0].mean()),
         "top5": float(right[:, :5].any(axis=1).mean()),
+        "cross_entropy": float(-np.log(likelihood).mean()),
         "calibration_error": distance / len(labels),
         "calibration": rows,
         "images": len(labels),

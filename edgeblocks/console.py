@@ -291,7 +291,7 @@ def evaluation_report(result: dict[str, Any]) -> str:
         by_block = ", ".join("-" if share is None else f"{share:.1%}" for share in result["top1_by_block"])
         lines += [
             f"chain on {found['images']} images: top-1 {found['top1']:.2%}, top-5 {found['top5']:.2%}, "
-            f"calibration error {found['calibration_error']:.3f}",
+            f"cross-entropy {found['cross_entropy']:.4f}, calibration error {found['calibration_error']:.3f}",
             f"top-1 of one block alone, over its noise levels: {by_block}",
         ]
     frechet = result.get("frechet")

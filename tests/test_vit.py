@@ -210,6 +210,8 @@ def test_scores_against_a_slow_count():
             sure = np.mean([probabilities[i].max() for i in inside])
             error += len(inside) * abs(sure - np.mean([ranks[i] == 0 for i in inside]))
     assert found["calibration_error"] == pytest.approx(error / 200, abs=1e-6)
+    nats = [-math.log(row[label]) for row, label in zip(probabilities, labels, strict=True)]
+    assert found["cross_entropy"] == pytest.approx(np.mean(nats), rel=1e-5)
 
 
 # Runs
