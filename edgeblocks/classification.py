@@ -61,7 +61,7 @@ def classification_scores(probabilities: NDArray[np.float32], labels: NDArray[np
     """How good probabilities [images, classes] are, given the classes [images].
 
     Shares of images whose class is the likeliest (top1) or among the five likeliest (top5). `cross_entropy` is the mean
-    of -log p of the right class, in nats; `calibration_error` the mean distance between how sure the answers are and how
+    of -log p of the right class, in nats; `calibration_error` the mean distance between how sure answers are and how
     often they are right, over bins of equal width in the largest probability, weighted by the images in each (Guo et
     al. 2017, arXiv 1706.04599).
 
