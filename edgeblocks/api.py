@@ -40,14 +40,14 @@ from edgeblocks.preparation import (
     replan,
     usual_budgets,
 )
-from edgeblocks.registry import build_profile, build_target, family_type, profile_names, target_names
+from edgeblocks.registry import build_profile, build_target, family_type, profile_names, register_family, target_names
 from edgeblocks.run import Run
 from edgeblocks.run_files import check_resumable
 from edgeblocks.scheduler import Scheduler
 from edgeblocks.trainer import Interrupted, Interruption, Trainer, create_blocks
 from edgeblocks.units import format_bytes
 
-__all__ = ["Prepared", "Run", "load", "plan", "resume", "train"]
+__all__ = ["Prepared", "Run", "load", "plan", "register_family", "resume", "train"]
 
 
 def plan(

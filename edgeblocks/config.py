@@ -275,8 +275,8 @@ def resolve_settings(
         raise ConfigError(*names)
     family = user.get("family") or _preset_family(user.get("preset"))
     family_type = family_settings(family)
-    preset_name = user.get("preset") or DEFAULT_PRESETS.get(family, "")
-    preset = load_preset(preset_name) if preset_name else {}
+    preset_name = user.get("preset") or DEFAULT_PRESETS.get(family, family)  # a family of one's own has no presets
+    preset = load_preset(preset_name) if preset_name != family else {}
     if preset.get("family", family) != family:
         raise ConfigError(f"--preset {preset_name} belongs to the family '{preset['family']}', not to '{family}'")
     merged = {**preset, **user, "family": family, "preset": preset_name}

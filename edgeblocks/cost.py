@@ -25,6 +25,7 @@ from typing import Any, get_args
 
 from edgeblocks.errors import EdgeblocksError
 from edgeblocks.layer_costs import LARGEST_HEAP_BYTES, Growth, LayerCosts, StepCost
+from edgeblocks.registry import build_family, build_target, import_own_family, own_family
 
 RUN_TO_RUN_BYTES = 3_000_000
 """The child's peak differs by this much from one run to the next."""
@@ -45,7 +46,8 @@ def trace_in_subprocess(
         sample_counts: micro-batches to trace.
         cache: a folder of former answers, looked up and added to; None traces in any case.
     """
-    request = {"family": family_name, "settings": settings, "data": data, "sample_counts": list(sample_counts)}
+    request: dict[str, Any] = {"family": family_name, "settings": settings, "data": data}
+    request |= {"sample_counts": list(sample_counts), "own_family": own_family(family_name)}
     kept = None if cache is None else cache / f"costs-{_fingerprint(request)}.json"
     if kept is not None:
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):  # damaged: as if not there
@@ -263,9 +265,9 @@ def _flops(family: Any, num_layers: int) -> int:
 
 def main() -> None:
     """Answer one request on standard input (see `trace_in_subprocess`) with `LayerCosts` as JSON."""
-    from edgeblocks.registry import build_family, build_target
-
     request = json.load(sys.stdin)
+    if request["own_family"] is not None:
+        import_own_family(request["own_family"])
     family = build_family(request["family"], request["settings"], request["data"])
     costs = asdict(trace(family, request["sample_counts"]))
     print(json.dumps({**costs, "planning_bytes": build_target("cpu").peak_bytes() + RUN_TO_RUN_BYTES}))

@@ -225,8 +225,8 @@ class _Checkpointed(torch.autograd.Function):
 
 
 def run_layers(
-    layers: Iterable[nn.Module], x: Float[Tensor, "batch tokens width"], condition: Tensor, *, checkpointing: bool
-) -> Float[Tensor, "batch tokens width"]:
+    layers: Iterable[nn.Module], x: Float[Tensor, "batch ..."], condition: Tensor, *, checkpointing: bool
+) -> Float[Tensor, "batch ..."]:
     """x through all layers; with checkpointing only the layers' inputs are kept for the backward pass.
 
     Same numbers either way, bit for bit on a CPU.

@@ -1,7 +1,9 @@
 """Families, targets and machines by name. The one place that knows which exist; each is imported when asked for."""
 
 import dataclasses
+import hashlib
 import importlib
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,7 @@ from edgeblocks.errors import ConfigError
 
 _FAMILIES = {"dit": "edgeblocks.families.dit:Dit", "vit": "edgeblocks.families.vit:Vit"}
 _TARGETS = {"cpu": "edgeblocks.targets.cpu:CpuTarget", "cuda": "edgeblocks.targets.cuda:CudaTarget"}
+_OWN_FAMILIES: set[str] = set()
 _PROFILES = "edgeblocks.targets.profile"
 _CHAINS = {"onnxruntime": "edgeblocks.export.opening:open_chain"}
 _EXPORTERS = {"onnx": "edgeblocks.export.graph:export_run"}
@@ -16,6 +19,47 @@ _EXPORTERS = {"onnx": "edgeblocks.export.graph:export_run"}
 
 def family_names() -> tuple[str, ...]:
     return tuple(_FAMILIES)
+
+
+def register_family(family: type) -> None:
+    """Make a family of your own known by its `name` in this process; see docs/own_family.md.
+
+    It is known by its import path as well, because planning happens in a process of its own.
+
+    Raises:
+        ConfigError: the name is taken, or the class is not at the top of a module that can be imported.
+    """
+    name, module = str(getattr(family, "name", "")), family.__module__
+    path = f"{module}:{family.__qualname__}"
+    if not name or (name in _FAMILIES and _FAMILIES[name] != path):
+        raise ConfigError(f"a family needs a name that is not taken, found {name!r}; taken are: {', '.join(_FAMILIES)}")
+    if module == "__main__" or "<locals>" in family.__qualname__:
+        raise ConfigError(
+            f"the family '{name}' must be a class at the top of a module of its own (it is {path}), because planning "
+            f"imports it in another process; move it to a file such as {name}.py and import it"
+        )
+    _FAMILIES[name] = path
+    _OWN_FAMILIES.add(name)
+
+
+def own_family(name: str) -> dict[str, str] | None:
+    """How another process can import a family that was registered here; None for those that come with the package."""
+    if name not in _OWN_FAMILIES:
+        return None
+    top = _FAMILIES[name].partition(":")[0]
+    file = Path(str(importlib.import_module(top).__file__))
+    return {
+        "path": _FAMILIES[name],
+        "folder": str(file.parents[top.count(".")]),
+        "sha256": hashlib.sha256(file.read_bytes()).hexdigest(),
+    }
+
+
+def import_own_family(found: dict[str, str]) -> None:
+    """Register what `own_family` told in another process."""
+    sys.path.append(found["folder"])
+    module, _, attribute = found["path"].partition(":")
+    register_family(getattr(importlib.import_module(module), attribute))
 
 
 def target_names() -> tuple[str, ...]:
@@ -76,6 +120,7 @@ def open_exported(directory: Path) -> Any:
 
 def _load(table: dict[str, str], name: str, kind: str) -> Any:
     if name not in table:
-        raise ConfigError(f"there is no {kind} '{name}'; there are: {', '.join(table)}")
+        own = "; one of your own is made known with edgeblocks.register_family" if kind == "family" else ""
+        raise ConfigError(f"there is no {kind} '{name}'; there are: {', '.join(table)}{own}")
     module, _, attribute = table[name].partition(":")
     return getattr(importlib.import_module(module), attribute)

@@ -112,8 +112,8 @@ class Family(Protocol):
         ...
 
 
-class PatchFamily:
-    """What families on image patches share: `settings` with a shape and a log-normal distribution of noise levels."""
+class ImageFamily:
+    """What families on images share: `settings` with a depth and a log-normal distribution of noise levels."""
 
     def __init__(self, settings: Any, data: ImageInfo) -> None:
         """A family of these settings on these images.
@@ -121,13 +121,13 @@ class PatchFamily:
         Raises:
             ConfigError: with everything that is impossible.
         """
-        problems = settings.problems() or [*patch_problems(settings.patch, data), *self.data_problems(data)]
+        self.settings, self.data = settings, data
+        problems = settings.problems() or self.data_problems(data)
         if problems:
             raise ConfigError(*problems)
-        self.settings, self.data = settings, data
 
     def data_problems(self, data: ImageInfo) -> list[str]:
-        """What else the data lack for this family."""
+        """What of the data is impossible for these settings."""
         return []
 
     @property

@@ -6,21 +6,18 @@ sees a noised image z, the noise level and the class, and predicts the clean ima
 
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from edgeblocks.families.base import (
-    NOISE_FEATURES,
-    Batch,
-    BatchSpec,
-    ConditionSpec,
-    ImageInfo,
-    PatchFamily,
-    draw_sigmas,
-    noise_problems,
-    shape_problems,
+from edgeblocks.families.base import NOISE_FEATURES, ImageInfo, patch_problems, shape_problems
+from edgeblocks.families.denoiser import (
+    SIGMA_DATA,
+    DenoiserSettings,
+    ImageDenoiser,
+    init_condition_,
+    noise_and_class,
+    preconditioning,
 )
 from edgeblocks.layers import (
     AdaLnZeroLayer,
@@ -29,40 +26,26 @@ from edgeblocks.layers import (
     init_linear_,
     init_zero_,
     modulated_norm,
-    noise_features,
     patchify,
     run_layers,
     sincos_positions,
     unpatchify,
 )
-from edgeblocks.noise import NoiseRange, loss_weight
 
-SIGMA_DATA = 0.5
+__all__ = ["SIGMA_DATA", "Dit", "DitBlock", "DitSettings"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class DitSettings:
+class DitSettings(DenoiserSettings):
     """The shape of the network and its objective's settings."""
 
-    width: int = 128
-    depth: int = 12
     heads: int = 4
     patch: int = 2
-    label_dropout: float = 0.1
-    flip: bool = False
-    sigma_min: float = 0.002
-    sigma_max: float = 80.0
-    p_mean: float = -1.2
-    p_std: float = 1.2
 
     def problems(self) -> list[str]:
         """What is wrong with these values, one sentence each."""
-        found = shape_problems(width=self.width, depth=self.depth, heads=self.heads, patch=self.patch)
-        if not 0 <= self.label_dropout < 1:
-            found.append(f"label_dropout={self.label_dropout} must lie in [0, 1)")
-        return found + noise_problems(
-            sigma_min=self.sigma_min, sigma_max=self.sigma_max, p_mean=self.p_mean, p_std=self.p_std
-        )
+        shape = shape_problems(width=self.width, depth=self.depth, heads=self.heads, patch=self.patch)
+        return shape + [problem for problem in super().problems() if problem not in shape]
 
 
 class DitBlock(nn.Module):
@@ -99,10 +82,7 @@ class DitBlock(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 init_linear_(module, generator)
-        for linear in (self.noise_up, self.noise_down):
-            nn.init.normal_(linear.weight, std=0.02, generator=generator)
-        if self.label_embedding is not None:
-            nn.init.normal_(self.label_embedding.table.weight, std=0.02, generator=generator)
+        init_condition_(self.noise_up, self.noise_down, self.label_embedding, generator)
         for layer in self.layers:
             assert isinstance(layer, AdaLnZeroLayer)
             init_zero_(layer.modulation)
@@ -116,19 +96,12 @@ class DitBlock(nn.Module):
         labels: Int[Tensor, " batch"] | None = None,
     ) -> Float[Tensor, "batch channels height width"]:
         """The denoised image D(z, sigma) = c_skip z + c_out F(c_in z, c_noise) (EDM, equation 7)."""
-        total = (sigma**2 + SIGMA_DATA**2).view(-1, 1, 1, 1)
-        c_skip = SIGMA_DATA**2 / total
-        c_out = sigma.view(-1, 1, 1, 1) * SIGMA_DATA * total.rsqrt()
-        c_in = total.rsqrt()
+        c_skip, c_out, c_in = preconditioning(sigma)
         raw = self._network(c_in * z, sigma.log() / 4, labels)
         return torch.addcmul(c_skip * z, c_out, raw)
 
     def _network(self, x: Tensor, c_noise: Tensor, labels: Tensor | None) -> Tensor:
-        condition = self.noise_down(nn.functional.silu(self.noise_up(noise_features(c_noise, NOISE_FEATURES))))
-        if self.label_embedding is not None:
-            assert labels is not None
-            condition = condition + self.label_embedding(labels)
-        condition = nn.functional.silu(condition)
+        condition = noise_and_class(self.noise_up, self.noise_down, self.label_embedding, c_noise, labels)
         tokens = self.patch_embedding(patchify(x, self.patch)) + self.positions
         tokens = run_layers(self.layers, tokens, condition, checkpointing=self.checkpointing)
         shift, scale = self.readout_modulation(condition).chunk(2, dim=-1)
@@ -136,92 +109,17 @@ class DitBlock(nn.Module):
         return unpatchify(tokens, patch=self.patch, height=self.height, width=self.width)
 
 
-class Dit(PatchFamily):
+class Dit(ImageDenoiser):
     """The family: builds blocks, draws what a training step needs, and computes the per-sample loss."""
 
     name = "dit"
-    task = "images"
-    preferred_blocks = 3
-    sigma_data = SIGMA_DATA
     settings_type = DitSettings
     settings: DitSettings
 
-    @property
-    def conditional(self) -> bool:
-        return self.data.num_classes > 0
-
-    @property
-    def state_shape(self) -> tuple[int, ...]:
-        """Shape of a sample's z: an image's."""
-        return self.data.channels, self.data.height, self.data.width
-
-    @property
-    def condition_spec(self) -> ConditionSpec | None:
-        """Class numbers, where there are classes."""
-        return ("labels", (), torch.int64) if self.conditional else None
+    def data_problems(self, data: ImageInfo) -> list[str]:
+        """Whether patches cover an image."""
+        return patch_problems(self.settings.patch, data)
 
     def block(self, *, num_layers: int, checkpointing: bool) -> DitBlock:
         """A block of `num_layers` layers on torch's default device, parameters not initialised."""
         return DitBlock(settings=self.settings, data=self.data, num_layers=num_layers, checkpointing=checkpointing)
-
-    def batch_spec(self, batch: int) -> BatchSpec:
-        """Shape and dtype of each tensor that `draw` gives."""
-        image = (batch, self.data.channels, self.data.height, self.data.width)
-        spec: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
-            "clean": (image, torch.float32),
-            "eps": (image, torch.float32),
-            "sigma": ((batch,), torch.float32),
-        }
-        if self.conditional:
-            spec["labels"] = ((batch,), torch.int64)
-        return spec
-
-    def draw(
-        self, pixels: np.ndarray, labels: np.ndarray | None, noise_range: NoiseRange, generator: torch.Generator
-    ) -> Batch:
-        """One training step's batch: sigma uniform in q between the widened ends, labels dropped for guidance."""
-        clean = self.data.to_model(pixels)
-        count = len(clean)
-        if self.settings.flip:
-            flipped = torch.rand(count, generator=generator) < 0.5
-            clean[flipped] = clean[flipped].flip(-1)
-        sigma = draw_sigmas(self.noise, noise_range, count, generator)
-        batch = {"clean": clean, "eps": torch.randn(clean.shape, generator=generator), "sigma": sigma}
-        if self.conditional:
-            assert labels is not None
-            dropped = torch.rand(count, generator=generator) < self.settings.label_dropout
-            batch["labels"] = torch.from_numpy(labels).masked_fill(dropped, self.data.num_classes)
-        return batch
-
-    def at_level(
-        self, pixels: np.ndarray, labels: np.ndarray | None, sigma: float, generator: torch.Generator
-    ) -> Batch:
-        """A batch at one noise level, for evaluation: no flip, no dropped labels."""
-        clean = self.data.to_model(pixels)
-        batch = {
-            "clean": clean,
-            "eps": torch.randn(clean.shape, generator=generator),
-            "sigma": torch.full((len(clean),), sigma),
-        }
-        if self.conditional:
-            assert labels is not None
-            batch["labels"] = torch.from_numpy(labels)
-        return batch
-
-    def inputs(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
-        """The noised images and their classes."""
-        return torch.addcmul(batch["clean"], batch["sigma"].view(-1, 1, 1, 1), batch["eps"]), batch.get("labels")
-
-    def loss(self, block: nn.Module, batch: Batch) -> Float[Tensor, " batch"]:
-        """w(sigma) ||D(clean + sigma eps, sigma) - clean||^2 averaged over an image's components, per sample."""
-        sigma = batch["sigma"]
-        z, labels = self.inputs(batch)
-        denoised = block(z, sigma, labels)
-        error = (denoised - batch["clean"]).square().flatten(1).mean(1)
-        weight: Tensor = loss_weight(sigma, SIGMA_DATA)
-        weighted: Tensor = error * weight
-        return weighted
-
-    def scores(self, block: nn.Module, batch: Batch) -> dict[str, Float[Tensor, " batch"]]:
-        """The loss alone."""
-        return {"loss": self.loss(block, batch)}

@@ -23,10 +23,11 @@ from edgeblocks.families.base import (
     Batch,
     BatchSpec,
     ConditionSpec,
+    ImageFamily,
     ImageInfo,
-    PatchFamily,
     draw_sigmas,
     noise_problems,
+    patch_problems,
     shape_problems,
 )
 from edgeblocks.layers import (
@@ -164,7 +165,7 @@ class VitBlock(nn.Module):
         return out
 
 
-class Vit(PatchFamily):
+class Vit(ImageFamily):
     """The family: builds blocks, draws what a training step needs, and computes the per-sample loss."""
 
     name = "vit"
@@ -175,12 +176,14 @@ class Vit(PatchFamily):
     settings: VitSettings
 
     def data_problems(self, data: ImageInfo) -> list[str]:
-        """Whether there are classes to tell apart."""
+        """Whether patches cover an image, and there are classes to tell apart."""
+        found = patch_problems(self.settings.patch, data)
         if data.num_classes >= 2:
-            return []
+            return found
         return [
+            *found,
             f"the data have {data.num_classes} classes and vit tells classes apart: it needs at least two; give a "
-            f"folder with one sub-folder of images per class, or an .npz with labels"
+            f"folder with one sub-folder of images per class, or an .npz with labels",
         ]
 
     @property

@@ -1,0 +1,273 @@
+"""Families that make images as EDM denoisers: dit, and networks of your own (docs/own_family.md).
+
+Source: Karras et al. 2022, arXiv 2206.00364, table 1 (preconditioning, loss weight).
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from edgeblocks.families.base import (
+    NOISE_FEATURES,
+    Batch,
+    BatchSpec,
+    ConditionSpec,
+    ImageFamily,
+    draw_sigmas,
+    noise_problems,
+)
+from edgeblocks.layers import LabelEmbedding, Linear, noise_features, run_layers
+from edgeblocks.noise import NoiseRange, loss_weight
+
+SIGMA_DATA = 0.5
+
+
+@dataclass(frozen=True, kw_only=True)
+class DenoiserSettings:
+    """Settings of every image denoiser: width of the condition, number of layers, and the objective's."""
+
+    width: int = 128
+    depth: int = 12
+    label_dropout: float = 0.1
+    flip: bool = False
+    sigma_min: float = 0.002
+    sigma_max: float = 80.0
+    p_mean: float = -1.2
+    p_std: float = 1.2
+
+    def problems(self) -> list[str]:
+        """What is wrong with these values, one sentence each."""
+        found = [
+            f"{name}={getattr(self, name)} must be at least 1" for name in ("width", "depth") if getattr(self, name) < 1
+        ]
+        if not 0 <= self.label_dropout < 1:
+            found.append(f"label_dropout={self.label_dropout} must lie in [0, 1)")
+        return found + noise_problems(
+            sigma_min=self.sigma_min, sigma_max=self.sigma_max, p_mean=self.p_mean, p_std=self.p_std
+        )
+
+
+class DenoiserBlock(nn.Module):
+    """One block: stem, `num_layers` layers, readout, between EDM's preconditioning.
+
+    The stem makes hidden values of a noised image, a layer takes (hidden, condition) and gives hidden, the readout
+    takes the same and gives an image; `condition` [batch, width] is of noise level and class, and has passed SiLU.
+    """
+
+    def __init__(
+        self,
+        *,
+        stem: nn.Module,
+        layers: list[nn.Module],
+        readout: nn.Module,
+        width: int,
+        num_classes: int,
+        checkpointing: bool,
+    ) -> None:
+        super().__init__()
+        self.checkpointing = checkpointing
+        self.noise_up = Linear(NOISE_FEATURES, width)
+        self.noise_down = Linear(width, width)
+        self.label_embedding = LabelEmbedding(num_classes=num_classes, width=width) if num_classes else None
+        self.stem = stem
+        self.layers = nn.ModuleList(layers)
+        self.readout = readout
+
+    def reset_tables_(self) -> None:
+        """Make fixed tables (buffers that are not stored) on torch's default device, where a part has some."""
+        for part in (self.stem, *self.layers, self.readout):
+            if hasattr(part, "reset_tables_"):
+                part.reset_tables_()
+
+    @torch.no_grad()
+    def init_(self, generator: torch.Generator) -> None:
+        """Initialise all parameters in place.
+
+        Norms start as the identity, matrices Xavier-uniform, other vectors at zero; then each part's own `init_` is
+        called where it has one, for what should be otherwise (a gate at zero, for example).
+        """
+        for module in self.modules():
+            for name, parameter in module.named_parameters(recurse=False):
+                if parameter.ndim >= 2:
+                    nn.init.xavier_uniform_(parameter, generator=generator)
+                else:
+                    nn.init.constant_(parameter, float(name == "weight" and "Norm" in type(module).__name__))
+        init_condition_(self.noise_up, self.noise_down, self.label_embedding, generator)
+        for part in (self.stem, *self.layers, self.readout):
+            if hasattr(part, "init_"):
+                part.init_(generator)
+
+    def forward(
+        self,
+        z: Float[Tensor, "batch channels height width"],
+        sigma: Float[Tensor, " batch"],
+        labels: Int[Tensor, " batch"] | None = None,
+    ) -> Float[Tensor, "batch channels height width"]:
+        """The denoised image D(z, sigma) = c_skip z + c_out F(c_in z, c_noise) (EDM, equation 7)."""
+        c_skip, c_out, c_in = preconditioning(sigma)
+        condition = self.condition(sigma.log() / 4, labels)
+        hidden = run_layers(self.layers, self.stem(c_in * z), condition, checkpointing=self.checkpointing)
+        return torch.addcmul(c_skip * z, c_out, self.readout(hidden, condition))
+
+    def condition(
+        self, c_noise: Float[Tensor, " batch"], labels: Int[Tensor, " batch"] | None
+    ) -> Float[Tensor, "batch width"]:
+        """The condition of noise level and class."""
+        return noise_and_class(self.noise_up, self.noise_down, self.label_embedding, c_noise, labels)
+
+
+def preconditioning(sigma: Float[Tensor, " batch"]) -> tuple[Tensor, Tensor, Tensor]:
+    """c_skip, c_out, c_in, each [batch, 1, 1, 1] (EDM, table 1)."""
+    total = (sigma**2 + SIGMA_DATA**2).view(-1, 1, 1, 1)
+    return SIGMA_DATA**2 / total, sigma.view(-1, 1, 1, 1) * SIGMA_DATA * total.rsqrt(), total.rsqrt()
+
+
+def noise_and_class(
+    noise_up: nn.Module,
+    noise_down: nn.Module,
+    label_embedding: nn.Module | None,
+    c_noise: Tensor,
+    labels: Tensor | None,
+) -> Float[Tensor, "batch width"]:
+    """What every layer is told of noise level and class, after SiLU."""
+    condition = noise_down(nn.functional.silu(noise_up(noise_features(c_noise, NOISE_FEATURES))))
+    if label_embedding is not None:
+        assert labels is not None
+        condition = condition + label_embedding(labels)
+    return nn.functional.silu(condition)
+
+
+def init_condition_(
+    noise_up: nn.Linear, noise_down: nn.Linear, label_embedding: LabelEmbedding | None, generator: torch.Generator
+) -> None:
+    """Small normal weights, as DiT has them."""
+    for linear in (noise_up, noise_down):
+        nn.init.normal_(linear.weight, std=0.02, generator=generator)
+    if label_embedding is not None:
+        nn.init.normal_(label_embedding.table.weight, std=0.02, generator=generator)
+
+
+class _WithoutValues(TorchFunctionMode):
+    """torch's modules do not initialise themselves in here: on the meta device that would import 80 MB for nothing."""
+
+    _NAMES = frozenset({"uniform_", "normal_", "fill_", "zero_", "constant_", "kaiming_uniform_", "kaiming_normal_"})
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__name__", "") in self._NAMES:
+            return args[0] if args else (kwargs or {}).get("tensor")
+        return func(*args, **(kwargs or {}))
+
+
+class ImageDenoiser(ImageFamily):
+    """A family of image denoisers. One of your own gives a name, settings, and three parts of a block."""
+
+    task = "images"
+    preferred_blocks = 3
+    sigma_data = SIGMA_DATA
+    settings_type: Any = DenoiserSettings
+    settings: Any
+
+    def stem(self) -> nn.Module:
+        """A module that makes hidden values of an image [batch, channels, height, width]."""
+        raise NotImplementedError
+
+    def layer(self) -> nn.Module:
+        """A module that takes (hidden, condition [batch, width]) and gives hidden; it must not be random."""
+        raise NotImplementedError
+
+    def readout(self) -> nn.Module:
+        """A module that takes (hidden, condition) and gives an image."""
+        raise NotImplementedError
+
+    def block(self, *, num_layers: int, checkpointing: bool) -> nn.Module:
+        """A block of `num_layers` layers on torch's default device, parameters not initialised."""
+        with _WithoutValues():
+            return DenoiserBlock(
+                stem=self.stem(),
+                layers=[self.layer() for _ in range(num_layers)],
+                readout=self.readout(),
+                width=self.settings.width,
+                num_classes=self.data.num_classes,
+                checkpointing=checkpointing,
+            )
+
+    @property
+    def conditional(self) -> bool:
+        return self.data.num_classes > 0
+
+    @property
+    def state_shape(self) -> tuple[int, ...]:
+        """Shape of a sample's z: an image's."""
+        return self.data.channels, self.data.height, self.data.width
+
+    @property
+    def condition_spec(self) -> ConditionSpec | None:
+        """Class numbers, where there are classes."""
+        return ("labels", (), torch.int64) if self.conditional else None
+
+    def batch_spec(self, batch: int) -> BatchSpec:
+        """Shape and dtype of each tensor that `draw` gives."""
+        image = (batch, self.data.channels, self.data.height, self.data.width)
+        spec: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
+            "clean": (image, torch.float32),
+            "eps": (image, torch.float32),
+            "sigma": ((batch,), torch.float32),
+        }
+        if self.conditional:
+            spec["labels"] = ((batch,), torch.int64)
+        return spec
+
+    def draw(
+        self, pixels: np.ndarray, labels: np.ndarray | None, noise_range: NoiseRange, generator: torch.Generator
+    ) -> Batch:
+        """One training step's batch: sigma uniform in q between the widened ends, labels dropped for guidance."""
+        clean = self.data.to_model(pixels)
+        count = len(clean)
+        if self.settings.flip:
+            flipped = torch.rand(count, generator=generator) < 0.5
+            clean[flipped] = clean[flipped].flip(-1)
+        sigma = draw_sigmas(self.noise, noise_range, count, generator)
+        batch = {"clean": clean, "eps": torch.randn(clean.shape, generator=generator), "sigma": sigma}
+        if self.conditional:
+            assert labels is not None
+            dropped = torch.rand(count, generator=generator) < self.settings.label_dropout
+            batch["labels"] = torch.from_numpy(labels).masked_fill(dropped, self.data.num_classes)
+        return batch
+
+    def at_level(
+        self, pixels: np.ndarray, labels: np.ndarray | None, sigma: float, generator: torch.Generator
+    ) -> Batch:
+        """A batch at one noise level, for evaluation: no flip, no dropped labels."""
+        clean = self.data.to_model(pixels)
+        batch = {
+            "clean": clean,
+            "eps": torch.randn(clean.shape, generator=generator),
+            "sigma": torch.full((len(clean),), sigma),
+        }
+        if self.conditional:
+            assert labels is not None
+            batch["labels"] = torch.from_numpy(labels)
+        return batch
+
+    def inputs(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
+        """The noised images and their classes."""
+        return torch.addcmul(batch["clean"], batch["sigma"].view(-1, 1, 1, 1), batch["eps"]), batch.get("labels")
+
+    def loss(self, block: nn.Module, batch: Batch) -> Float[Tensor, " batch"]:
+        """w(sigma) ||D(clean + sigma eps, sigma) - clean||^2 averaged over an image's components, per sample."""
+        sigma = batch["sigma"]
+        z, labels = self.inputs(batch)
+        denoised = block(z, sigma, labels)
+        error = (denoised - batch["clean"]).square().flatten(1).mean(1)
+        weight: Tensor = loss_weight(sigma, SIGMA_DATA)
+        weighted: Tensor = error * weight
+        return weighted
+
+    def scores(self, block: nn.Module, batch: Batch) -> dict[str, Float[Tensor, " batch"]]:
+        """The loss alone."""
+        return {"loss": self.loss(block, batch)}
