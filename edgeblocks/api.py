@@ -24,7 +24,7 @@ from edgeblocks.checkpoint import (
 from edgeblocks.config import Settings, read_yaml, resolve_settings
 from edgeblocks.data.images import ImageSet
 from edgeblocks.errors import ConfigError, InterruptedRunError, RunError
-from edgeblocks.guard import Guard, refusals_explained
+from edgeblocks.guard import Guard, is_refusal, refusals_explained
 from edgeblocks.host_tier import HostTier
 from edgeblocks.listener import Listener, Silent
 from edgeblocks.plans import StepShape
@@ -328,6 +328,16 @@ class _Looks:
         if self._next is None or done < self._next:
             return
         started = time.perf_counter()
+        try:
+            self._make_grid(done)
+        except (MemoryError, RuntimeError) as error:
+            if not is_refusal(error):
+                raise
+            self._guard.go_on_without(f"the grid of samples at step {done}, which is left out")
+        self._next = self._due(done)
+        self.seconds += time.perf_counter() - started
+
+    def _make_grid(self, done: int) -> None:
         run = Run(self._run)
         images = run.sample(
             n=GRID_SAMPLES,
@@ -336,8 +346,6 @@ class _Looks:
             on_level=self._go_on,
         )
         pictures.save_png(self._run.path / "samples" / f"step_{done:07d}.png", pictures.image_grid(images, columns=10))
-        self._next = self._due(done)
-        self.seconds += time.perf_counter() - started
 
     def evaluation(self, images: ImageSet, listener: Listener) -> dict[str, Any]:
         def on_level(done: int) -> None:

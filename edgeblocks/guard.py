@@ -106,6 +106,14 @@ class Guard:
         """
         self._go_on_with(self._shapes[1:], "memory was refused at the cap")
 
+    def go_on_without(self, what: str) -> None:
+        """Say that something the run can do without was refused memory, and make what room there is."""
+        self._memory.give_back()
+        self._note(
+            f"memory: refused to {what}, the budget is {format_bytes(self._budget_bytes)} "
+            f"({format_bytes(self._memory.used_bytes())} in use)"
+        )
+
     def refused(self, what: str) -> OutOfBudgetError:
         """The error for memory that was refused to something that cannot be made smaller."""
         why = f"memory was refused to {what}"

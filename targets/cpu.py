@@ -121,6 +121,7 @@ class CpuTarget:
         second.
         """
         flops_per_s, memory_bytes_per_s, operator_s = _measure_arithmetic()
+        self.give_back()  # the disk's probe takes memory of its own
         disk = measure_disk(folder, probe_bytes=DISK_PROBE_BYTES, limit_s=3)
         self.give_back()
         return Machine(

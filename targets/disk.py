@@ -15,7 +15,7 @@ from edgeblocks.errors import StorageError
 
 ReadWay = Literal["direct", "cache dropped", "page cache"]
 
-_CHUNK_BYTES = 4 * 2**20
+_CHUNK_BYTES = 2**20
 _SYNC_EVERY_BYTES = 32 * 2**20
 
 

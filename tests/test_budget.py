@@ -133,3 +133,41 @@ def test_memory_does_not_grow_over_200_visits(tmp_path):
     assert len(sizes) == 210
     early, late = np.mean(sizes[20:40]), np.mean(sizes[-20:])
     assert abs(late / early - 1) < 0.02, (early, late)
+
+
+REFUSED_GRID = """
+import json, re, resource, numpy as np, edgeblocks
+from edgeblocks.listener import Silent
+
+np.savez("set.npz", images=np.random.default_rng(0).integers(0, 256, (60, 64, 64, 3), dtype=np.uint8))
+
+class Squeeze(Silent):
+    notes, usual = [], None
+    def step(self, progress):
+        if progress.steps_done < progress.steps_total:
+            return
+        status = open("/proc/self/status").read()
+        self.usual = resource.getrlimit(resource.RLIMIT_DATA)
+        data_bytes = 1024 * int(re.search(r"VmData:\\s+(\\d+)", status)[1])
+        resource.setrlimit(resource.RLIMIT_DATA, (data_bytes + 1_000_000, self.usual[1]))
+    def note(self, text):
+        if "refused" in text:
+            self.notes.append(text)
+            resource.setrlimit(resource.RLIMIT_DATA, self.usual)
+
+run = edgeblocks.train(
+    out="run", data="set.npz", steps=2, blocks=3, mem_budget="1GB", batch=8, width=64, depth=3, patch=8, heads=2,
+    hold_out=0.5, sample_grids=1, listener=Squeeze(),
+)
+print(json.dumps([Squeeze.notes, run.summary["metrics"]["validation_loss"] > 0]))
+"""
+
+
+def test_a_grid_of_samples_that_is_refused_memory_does_not_end_the_run(tmp_path):
+    """It is left out, the run says so, goes on and is evaluated."""
+    done = measured_script(REFUSED_GRID, cwd=tmp_path)
+    assert done["code"] == 0, done["err"]
+    notes, evaluated = json.loads(done["out"])
+    assert evaluated and len(notes) == 1
+    assert "refused to the grid of samples at step 2, which is left out" in notes[0]
+    assert not list((tmp_path / "run/samples").iterdir())
