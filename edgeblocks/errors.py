@@ -37,13 +37,15 @@ class DoesNotFitError(EdgeblocksError):
     """No plan fits the budget.
 
     `smallest_bytes` is the smallest budget that would work, `as_fixed_bytes` the smallest with everything that the user
-    fixed (blocks, micro-batch, checkpointing, tier).
+    fixed (blocks, micro-batch, checkpointing, tier), `flag` the budget's flag.
     """
 
     exit_code = 3
 
-    def __init__(self, message: str, smallest_bytes: int, as_fixed_bytes: int | None = None) -> None:
-        self.smallest_bytes = smallest_bytes
+    def __init__(
+        self, message: str, smallest_bytes: int, as_fixed_bytes: int | None = None, flag: str = "--mem-budget"
+    ) -> None:
+        self.smallest_bytes, self.flag = smallest_bytes, flag
         self.as_fixed_bytes = smallest_bytes if as_fixed_bytes is None else as_fixed_bytes
         super().__init__(message)
 

@@ -411,6 +411,7 @@ def _refusal(
         f"{advice}{too}",
         smallest_bytes,
         needed_bytes,
+        flag,
     )
 
 

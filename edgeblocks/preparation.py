@@ -218,10 +218,12 @@ def replan(
         return make_plan(costs, machine, replace(wishes, micro_batch=None, checkpointing=None, tier=None))
     except DoesNotFitError as error:
         raise DoesNotFitError(
-            f"the run has {former['blocks']} blocks, which were fixed when it was created, and they do not fit here: "
-            f"{error}",
-            error.smallest_bytes,
+            f"the run has {former['blocks']} blocks, which were fixed when it was created, and they do not fit "
+            f"{format_bytes(budgets[0] if error.flag == '--mem-budget' else budgets[1] or 0)} here: "
+            f"{format_bytes(error.as_fixed_bytes)} are needed; go on with {error.flag} "
+            f"{math.ceil(error.as_fixed_bytes / 1e6)}MB or more",
             error.as_fixed_bytes,
+            flag=error.flag,
         ) from error
 
 
