@@ -66,7 +66,7 @@ def test_a_picture_too_large_for_the_budget_is_refused_and_a_larger_budget_decod
             "--set",
             "image_size=32",
             "--set",
-            "depth=24",
+            "depth=16",
             "--set",
             "optimizer=adamw",
         ],
