@@ -26,41 +26,54 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from outside import EDGEBLOCKS, measured
 
 AMPLE = "14GB"
-PREFERRED_BLOCKS = 3
+PREFERRED_BLOCKS = {"dit": 3, "vit": 2}
 RUNTIME_DIFFERS_BYTES = 2_000_000
 """The interpreter's and the libraries' own size, which every process measures anew, differs by this much."""
-SHAPES = tuple(
-    dict(zip(("width", "heads", "depth", "batch", "image", "channels", "patch"), row, strict=True))
-    for row in (
-        (64, 2, 4, 1, 8, 1, 2),
-        (64, 2, 4, 256, 8, 1, 1),
-        (64, 2, 8, 256, 64, 3, 8),
-        (64, 4, 12, 64, 16, 3, 2),
-        (64, 2, 24, 256, 16, 1, 2),
-        (64, 2, 48, 16, 8, 1, 2),
-        (128, 4, 4, 16, 32, 3, 4),
-        (128, 4, 12, 64, 8, 1, 2),
-        (128, 4, 12, 256, 8, 1, 1),
-        (128, 4, 12, 50, 8, 1, 2),
-        (128, 4, 24, 4, 32, 3, 2),
-        (128, 2, 48, 1, 16, 3, 2),
-        (192, 6, 12, 32, 16, 1, 1),
-        (256, 4, 4, 64, 16, 3, 2),
-        (256, 4, 12, 16, 32, 3, 2),
-        (256, 8, 12, 1, 64, 3, 4),
-        (256, 4, 24, 64, 16, 1, 4),
-        (256, 4, 48, 4, 8, 1, 2),
-        (384, 6, 12, 64, 32, 3, 4),
-        (384, 6, 6, 16, 64, 3, 8),
-        (512, 8, 4, 1, 32, 3, 2),
-        (512, 8, 12, 16, 16, 3, 2),
-        (512, 8, 24, 4, 32, 3, 4),
-        (768, 12, 12, 8, 32, 3, 4),
-        (1024, 16, 4, 4, 16, 3, 2),
-        (1024, 16, 12, 1, 32, 3, 4),
-        (1024, 16, 24, 2, 16, 3, 4),
-        (1024, 16, 48, 1, 8, 1, 4),
-    )
+KEYS = ("width", "heads", "depth", "batch", "image", "channels", "patch")
+DIT_SHAPES = (
+    (64, 2, 4, 1, 8, 1, 2),
+    (64, 2, 4, 256, 8, 1, 1),
+    (64, 2, 8, 256, 64, 3, 8),
+    (64, 4, 12, 64, 16, 3, 2),
+    (64, 2, 24, 256, 16, 1, 2),
+    (64, 2, 48, 16, 8, 1, 2),
+    (128, 4, 4, 16, 32, 3, 4),
+    (128, 4, 12, 64, 8, 1, 2),
+    (128, 4, 12, 256, 8, 1, 1),
+    (128, 4, 12, 50, 8, 1, 2),
+    (128, 4, 24, 4, 32, 3, 2),
+    (128, 2, 48, 1, 16, 3, 2),
+    (192, 6, 12, 32, 16, 1, 1),
+    (256, 4, 4, 64, 16, 3, 2),
+    (256, 4, 12, 16, 32, 3, 2),
+    (256, 8, 12, 1, 64, 3, 4),
+    (256, 4, 24, 64, 16, 1, 4),
+    (256, 4, 48, 4, 8, 1, 2),
+    (384, 6, 12, 64, 32, 3, 4),
+    (384, 6, 6, 16, 64, 3, 8),
+    (512, 8, 4, 1, 32, 3, 2),
+    (512, 8, 12, 16, 16, 3, 2),
+    (512, 8, 24, 4, 32, 3, 4),
+    (768, 12, 12, 8, 32, 3, 4),
+    (1024, 16, 4, 4, 16, 3, 2),
+    (1024, 16, 12, 1, 32, 3, 4),
+    (1024, 16, 24, 2, 16, 3, 4),
+    (1024, 16, 48, 1, 8, 1, 4),
+)
+VIT_SHAPES = (
+    (64, 2, 4, 256, 28, 1, 4),
+    (64, 2, 48, 16, 8, 1, 4),
+    (128, 4, 12, 1, 32, 3, 4),
+    (128, 4, 12, 128, 32, 3, 4),
+    (256, 4, 24, 64, 32, 3, 8),
+    (384, 6, 12, 16, 64, 3, 8),
+    (512, 8, 12, 32, 32, 3, 4),
+    (1024, 16, 4, 8, 32, 3, 4),
+)
+SHAPES: tuple[dict[str, Any], ...] = tuple(
+    {"family": family, **dict(zip(KEYS, row, strict=True))}
+    for family, rows in (("dit", DIT_SHAPES), ("vit", VIT_SHAPES))
+    for row in rows
 )
 
 
@@ -85,13 +98,13 @@ def main() -> None:
         wanted.table.write_text(table(rows))
 
 
-def measure_shape(number: int, shape: dict[str, int], folder: Path, results: Path, done: set[tuple[int, str]]) -> None:
+def measure_shape(number: int, shape: dict[str, Any], folder: Path, results: Path, done: set[tuple[int, str]]) -> None:
     data = folder / f"{number}.npz"
     random = np.random.default_rng(number)
     count = 2 * shape["batch"] + 8
     images = random.integers(0, 256, size=(count, shape["image"], shape["image"], shape["channels"]), dtype=np.uint8)
     np.savez(data, images=images, labels=np.arange(count) % 4)
-    network = {key: shape[key] for key in ("width", "heads", "depth", "patch")}
+    network = {key: shape[key] for key in ("family", "width", "heads", "depth", "patch")}
     settings = {**network, "batch": shape["batch"], "data": data, "hold_out": 4 / count}
     settings |= {"steps": 2, "visit_steps": 1, "sample_grids": 1}
     words = [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
@@ -139,7 +152,11 @@ def read_results(path: Path) -> list[dict[str, Any]]:
 
 
 def line(row: dict[str, Any]) -> str:
-    shape = " ".join(f"{key[0]}{row[key]}" for key in ("width", "depth", "batch", "image", "patch"))
+    shape = (
+        row.get("family", "dit")
+        + " "
+        + " ".join(f"{key[0]}{row[key]}" for key in ("width", "depth", "batch", "image", "patch"))
+    )
     if row["code"]:
         return f"{row['shape']:>2} {row['kind']:<8} {shape}: exit {row['code']}: {row['error']}"
     over = row["predicted_peak_bytes"] / row["peak_bytes"] - 1
@@ -159,13 +176,17 @@ def summary(rows: list[dict[str, Any]]) -> str:
     deviations = [row["predicted_peak_bytes"] / row["peak_bytes"] - 1 for row in good]
     inside = sum(row["peak_bytes"] <= row["budget_bytes"] for row in good)
     close = sum(abs(deviation) <= 0.10 for deviation in deviations)
-    bound = [row for row in good if row["micro_batch"] < row["batch"] or row["blocks"] > PREFERRED_BLOCKS]
+    bound = [
+        row
+        for row in good
+        if row["micro_batch"] < row["batch"] or row["blocks"] > PREFERRED_BLOCKS[row.get("family", "dit")]
+    ]
     used = min((row["peak_bytes"] / row["budget_bytes"] for row in bound), default=1.0)
     return (
         f"{len(rows)} runs, {len(rows) - len(good)} failed; within the budget: {inside} of {len(good)}; prediction "
         f"within 10 % of the measured peak: {close} of {len(good)} ({close / len(good):.0%}); predicted against "
         f"measured from {min(deviations):+.1%} to {max(deviations):+.1%}; where the budget made the micro-batch "
-        f"smaller than the batch or the blocks more than {PREFERRED_BLOCKS} ({len(bound)} runs), at least {used:.0%} "
+        f"smaller than the batch or the blocks more than the family prefers ({len(bound)} runs), at least {used:.0%} "
         f"of it was used"
     )
 
@@ -202,7 +223,7 @@ def table(rows: list[dict[str, Any]]) -> str:
         if row["code"]:
             continue
         cells = [
-            "dit",
+            row.get("family", "dit"),
             *(row[key] for key in ("width", "depth", "batch")),
             f"{row['image']}x{row['image']}x{row['channels']}",
         ]
