@@ -3,3 +3,5 @@
 MOST_LAYERS = 2**12
 MOST_SAMPLES = 2**20
 MOST_STEPS = 2**30
+MOST_NOISE = 1e30
+"""Noise levels and the numbers of their distribution stay where no power of them leaves the range of a float."""

@@ -140,6 +140,25 @@ def sincos_positions(rows: int, columns: int, width: int) -> Float[Tensor, "toke
     return torch.cat(grid, dim=2).flatten(0, 1)
 
 
+class WithPositions(nn.Module):
+    """A network on patches with `positions`, a fixed table and no parameter: it is never stored.
+
+    A subclass has `patch`, `height`, `width` and `patch_embedding`.
+    """
+
+    positions: Tensor
+    patch: int
+    height: int
+    width: int
+    patch_embedding: Linear
+
+    def reset_tables_(self) -> None:
+        """Make the fixed tables on torch's default device; needed before use."""
+        rows, columns = self.height // self.patch, self.width // self.patch
+        table = sincos_positions(rows, columns, self.patch_embedding.out_features)
+        self.register_buffer("positions", table, persistent=False)
+
+
 def patchify(
     images: Float[Tensor, "batch channels height width"], patch: int
 ) -> Float[Tensor, "batch tokens features"]:

@@ -12,7 +12,7 @@ from PIL import Image
 from edgeblocks import cost
 from edgeblocks.config import RunSettings, Settings
 from edgeblocks.data.cache import cache_folder
-from edgeblocks.data.images import ImageSet, open_images
+from edgeblocks.data.images import ImageSet, Progress, open_images
 from edgeblocks.errors import ConfigError, DoesNotFitError, NoRoomToDecodeError, StorageError
 from edgeblocks.families.base import ImageInfo
 from edgeblocks.layer_costs import LayerCosts
@@ -333,24 +333,28 @@ def image_info(images: ImageSet, sigma_data: float) -> ImageInfo:
     )
 
 
+def images_of(run: RunSettings, progress: Progress, *, room_bytes: int | None = None) -> ImageSet:
+    """The images that a run's settings name; see `open_images`."""
+    return open_images(
+        run.data,
+        image_size=run.image_size,
+        hold_out=run.hold_out,
+        seed=run.seed,
+        cache_dir=cache_folder(),
+        progress=progress,
+        room_bytes=room_bytes,
+    )
+
+
 def open_run_images(settings: Settings, listener: Listener, *, budget_bytes: int, target: Any) -> ImageSet:
     """The images of a run; where they are decoded first, inside the budget of the memory that this process is in.
 
     Raises:
         DoesNotFitError: decoding a picture would pass the budget.
     """
-    run = settings.run
     room_bytes = max(0, budget_bytes - target.host_used_bytes() - DECODING_SLACK_BYTES)
     try:
-        images = open_images(
-            run.data,
-            image_size=run.image_size,
-            hold_out=run.hold_out,
-            seed=run.seed,
-            cache_dir=cache_folder(),
-            progress=listener.advance,
-            room_bytes=room_bytes,
-        )
+        images = images_of(settings.run, listener.advance, room_bytes=room_bytes)
     except NoRoomToDecodeError as error:
         smallest_bytes = budget_bytes - room_bytes + error.needed_bytes
         flag = "--mem-budget" if target.host_bytes() is None else "--ram-budget"

@@ -33,6 +33,9 @@ def register_family(family: type) -> None:
     path = f"{module}:{family.__qualname__}"
     if not name or (name in _FAMILIES and _FAMILIES[name] != path):
         raise ConfigError(f"a family needs a name that is not taken, found {name!r}; taken are: {', '.join(_FAMILIES)}")
+    lacking = sorted(getattr(family, "__abstractmethods__", ()))
+    if lacking:
+        raise ConfigError(f"the family '{name}' lacks {', '.join(lacking)}; see docs/own_family.md")
     if module == "__main__" or "<locals>" in family.__qualname__:
         raise ConfigError(
             f"the family '{name}' must be a class at the top of a module of its own (it is {path}), because planning "

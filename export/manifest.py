@@ -17,6 +17,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
+from edgeblocks.bounds import MOST_NOISE
 from edgeblocks.data.limits import LONGEST_SIDE, MOST_CHANNELS, MOST_CLASSES, MOST_PIXELS
 from edgeblocks.errors import ConfigError, RunError
 from edgeblocks.noise import NoiseDistribution, NoisePartition, NoiseRange, sampler_levels
@@ -31,8 +32,6 @@ MOST_STEPS = 10_000
 MOST_NOISES = 1000
 MOST_BLOCKS = 2**12
 MOST_OPSET = 1000
-MOST_NOISE = 1e30
-"""Noise levels stay where no power of them leaves the range of a float."""
 _MOST_NAME_CHARACTERS = 255
 _SHA256_DIGITS = 64
 Task = Literal["images", "classes"]

@@ -14,8 +14,7 @@ from numpy.typing import NDArray
 from edgeblocks.chain import BlockRunner, class_labels, guided
 from edgeblocks.checkpoint import RunDirectory
 from edgeblocks.classification import classify
-from edgeblocks.data.cache import cache_folder
-from edgeblocks.data.images import ImageSet, open_images
+from edgeblocks.data.images import ImageSet
 from edgeblocks.errors import ConfigError, DataError, EdgeblocksError, RunError, StorageError
 from edgeblocks.export.chain import Condition, ExportedChain, Values
 from edgeblocks.export.classifier import Classifier
@@ -24,6 +23,7 @@ from edgeblocks.export.sampler import Sampler
 from edgeblocks.generators import generator_at
 from edgeblocks.noise import NoiseRange, sampler_levels
 from edgeblocks.pictures import to_uint8
+from edgeblocks.preparation import images_of
 from edgeblocks.randomness import start_noise
 from edgeblocks.solver import integrate
 
@@ -231,17 +231,8 @@ def _image_difference(run: RunDirectory, runner: BlockRunner, sampler: Sampler) 
 
 def _real_images(run: RunDirectory, listener: Listener) -> ImageSet | None:
     """The run's data; None, with a note, when they are gone or have changed."""
-
-    settings = run.settings.run
     try:
-        images = open_images(
-            settings.data,
-            image_size=settings.image_size,
-            hold_out=settings.hold_out,
-            seed=settings.seed,
-            cache_dir=cache_folder(),
-            progress=listener.advance,
-        )
+        images = images_of(run.settings.run, listener.advance)
     except (ConfigError, DataError, StorageError) as error:
         listener.note(f"verifying with random inputs only, because the run's data cannot be read: {error}")
         return None

@@ -67,7 +67,7 @@ def test_a_block_is_edms_denoiser_around_its_network():
         for i, sigma in enumerate(SIGMAS.tolist()):
             variance = sigma * sigma + SIGMA_DATA * SIGMA_DATA
             c_skip, c_out = SIGMA_DATA**2 / variance, sigma * SIGMA_DATA / math.sqrt(variance)
-            raw = block._network(
+            raw = block.raw(
                 z[i : i + 1] / math.sqrt(variance), torch.tensor([math.log(sigma) / 4]), labels[i : i + 1]
             )
             assert raw.abs().max() > 0.01
@@ -87,10 +87,10 @@ def test_the_output_depends_on_noise_level_class_and_position():
     block = random_block(Dit(SETTINGS, DATA))
     x, c_noise, labels = torch.randn(1, 2, 4, 6, generator=seeded()), torch.tensor([0.1]), torch.tensor([1])
     with torch.no_grad():
-        raw = block._network(x, c_noise, labels)
-        for other in (block._network(x, c_noise + 0.05, labels), block._network(x, c_noise, labels + 1)):
+        raw = block.raw(x, c_noise, labels)
+        for other in (block.raw(x, c_noise + 0.05, labels), block.raw(x, c_noise, labels + 1)):
             assert (other - raw).abs().max() > 1e-3
-        swapped = block._network(x.roll(2, dims=3), c_noise, labels).roll(-2, dims=3)
+        swapped = block.raw(x.roll(2, dims=3), c_noise, labels).roll(-2, dims=3)
         assert (swapped - raw).abs().max() > 1e-3
 
 

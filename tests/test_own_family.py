@@ -10,7 +10,7 @@ import pytest
 import edgeblocks
 from edgeblocks import registry
 from edgeblocks.errors import ConfigError
-from edgeblocks.families.denoiser import ImageDenoiser
+from edgeblocks.families.denoiser import ImageDenoiser, OwnDenoiser
 
 PAGE = (Path(__file__).parents[1] / "docs/own_family.md").read_text()
 
@@ -55,7 +55,7 @@ class Local(ImageDenoiser):
 
 
 def test_what_cannot_be_registered_is_refused(monkeypatch):
-    """A taken name, no name, and a class that another process could not import."""
+    """A taken name, no name, a class that another process could not import, and one with parts missing."""
     monkeypatch.setattr(registry, "_FAMILIES", dict(registry._FAMILIES))
     with pytest.raises(ConfigError, match="a name that is not taken, found 'dit'"):
         edgeblocks.register_family(Local)
@@ -65,5 +65,12 @@ def test_what_cannot_be_registered_is_refused(monkeypatch):
     class Inside(ImageDenoiser):
         name = "inside"
 
+    class Half(OwnDenoiser):
+        name = "half"
+
+        def stem(self): ...
+
     with pytest.raises(ConfigError, match=r"the top of a module .* inside\.py"):
         edgeblocks.register_family(Inside)
+    with pytest.raises(ConfigError, match="the family 'half' lacks layer, readout"):
+        edgeblocks.register_family(Half)

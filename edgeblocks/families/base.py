@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from edgeblocks.bounds import MOST_LAYERS
+from edgeblocks.bounds import MOST_LAYERS, MOST_NOISE
 from edgeblocks.errors import ConfigError
 from edgeblocks.noise import NoiseDistribution, NoiseRange
 
@@ -22,8 +22,6 @@ Task = Literal["images", "classes"]
 
 NOISE_FEATURES = 256
 MOST = {"width": 2**20, "depth": MOST_LAYERS, "heads": 2**12, "patch": 2**12}
-MOST_NOISE = 1e30
-"""Noise levels and the numbers of their distribution stay where no power of them leaves the range of a float."""
 LEAST_MASS = 1e-6
 """Of the noise distribution, inside [sigma_min, sigma_max]; with less, quantiles there cannot be told apart."""
 

@@ -3,6 +3,7 @@
 Source: Karras et al. 2022, arXiv 2206.00364, table 1 (preconditioning, loss weight).
 """
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,8 +53,30 @@ class DenoiserSettings:
         )
 
 
-class DenoiserBlock(nn.Module):
-    """One block: stem, `num_layers` layers, readout, between EDM's preconditioning.
+class EdmBlock(nn.Module, ABC):
+    """A block between EDM's preconditioning; `raw` is the network itself."""
+
+    @abstractmethod
+    def raw(self, x: Tensor, c_noise: Tensor, labels: Tensor | None) -> Tensor:
+        """F(x, c_noise), of the shape of x [batch, channels, height, width]."""
+
+    def forward(
+        self,
+        z: Float[Tensor, "batch channels height width"],
+        sigma: Float[Tensor, " batch"],
+        labels: Int[Tensor, " batch"] | None = None,
+    ) -> Float[Tensor, "batch channels height width"]:
+        """The denoised image D(z, sigma) = c_skip z + c_out F(c_in z, c_noise) (EDM, equation 7)."""
+        total = (sigma**2 + SIGMA_DATA**2).view(-1, 1, 1, 1)
+        c_skip = SIGMA_DATA**2 / total
+        c_out = sigma.view(-1, 1, 1, 1) * SIGMA_DATA * total.rsqrt()
+        c_in = total.rsqrt()
+        raw = self.raw(c_in * z, sigma.log() / 4, labels)
+        return torch.addcmul(c_skip * z, c_out, raw)
+
+
+class ResidualBlock(EdmBlock):
+    """One block of a residual network: stem, `num_layers` layers, readout.
 
     The stem makes hidden values of a noised image, a layer takes (hidden, condition) and gives hidden, the readout
     takes the same and gives an image; `condition` [batch, width] is of noise level and class, and has passed SiLU.
@@ -102,29 +125,12 @@ class DenoiserBlock(nn.Module):
             if hasattr(part, "init_"):
                 part.init_(generator)
 
-    def forward(
-        self,
-        z: Float[Tensor, "batch channels height width"],
-        sigma: Float[Tensor, " batch"],
-        labels: Int[Tensor, " batch"] | None = None,
-    ) -> Float[Tensor, "batch channels height width"]:
-        """The denoised image D(z, sigma) = c_skip z + c_out F(c_in z, c_noise) (EDM, equation 7)."""
-        c_skip, c_out, c_in = preconditioning(sigma)
-        condition = self.condition(sigma.log() / 4, labels)
-        hidden = run_layers(self.layers, self.stem(c_in * z), condition, checkpointing=self.checkpointing)
-        return torch.addcmul(c_skip * z, c_out, self.readout(hidden, condition))
-
-    def condition(
-        self, c_noise: Float[Tensor, " batch"], labels: Int[Tensor, " batch"] | None
-    ) -> Float[Tensor, "batch width"]:
-        """The condition of noise level and class."""
-        return noise_and_class(self.noise_up, self.noise_down, self.label_embedding, c_noise, labels)
-
-
-def preconditioning(sigma: Float[Tensor, " batch"]) -> tuple[Tensor, Tensor, Tensor]:
-    """c_skip, c_out, c_in, each [batch, 1, 1, 1] (EDM, table 1)."""
-    total = (sigma**2 + SIGMA_DATA**2).view(-1, 1, 1, 1)
-    return SIGMA_DATA**2 / total, sigma.view(-1, 1, 1, 1) * SIGMA_DATA * total.rsqrt(), total.rsqrt()
+    def raw(self, x: Tensor, c_noise: Tensor, labels: Tensor | None) -> Tensor:
+        """Stem, layers and readout, told of noise level and class."""
+        condition = noise_and_class(self.noise_up, self.noise_down, self.label_embedding, c_noise, labels)
+        hidden = run_layers(self.layers, self.stem(x), condition, checkpointing=self.checkpointing)
+        out: Tensor = self.readout(hidden, condition)
+        return out
 
 
 def noise_and_class(
@@ -164,37 +170,13 @@ class _WithoutValues(TorchFunctionMode):
 
 
 class ImageDenoiser(ImageFamily):
-    """A family of image denoisers. One of your own gives a name, settings, and three parts of a block."""
+    """What families of image denoisers share: what they draw, and their loss."""
 
     task = "images"
     preferred_blocks = 3
     sigma_data = SIGMA_DATA
     settings_type: Any = DenoiserSettings
     settings: Any
-
-    def stem(self) -> nn.Module:
-        """A module that makes hidden values of an image [batch, channels, height, width]."""
-        raise NotImplementedError
-
-    def layer(self) -> nn.Module:
-        """A module that takes (hidden, condition [batch, width]) and gives hidden; it must not be random."""
-        raise NotImplementedError
-
-    def readout(self) -> nn.Module:
-        """A module that takes (hidden, condition) and gives an image."""
-        raise NotImplementedError
-
-    def block(self, *, num_layers: int, checkpointing: bool) -> nn.Module:
-        """A block of `num_layers` layers on torch's default device, parameters not initialised."""
-        with _WithoutValues():
-            return DenoiserBlock(
-                stem=self.stem(),
-                layers=[self.layer() for _ in range(num_layers)],
-                readout=self.readout(),
-                width=self.settings.width,
-                num_classes=self.data.num_classes,
-                checkpointing=checkpointing,
-            )
 
     @property
     def conditional(self) -> bool:
@@ -271,3 +253,31 @@ class ImageDenoiser(ImageFamily):
     def scores(self, block: nn.Module, batch: Batch) -> dict[str, Float[Tensor, " batch"]]:
         """The loss alone."""
         return {"loss": self.loss(block, batch)}
+
+
+class OwnDenoiser(ImageDenoiser, ABC):
+    """A residual network of your own: a name, settings, and three parts of a block."""
+
+    @abstractmethod
+    def stem(self) -> nn.Module:
+        """A module that makes hidden values of an image [batch, channels, height, width]."""
+
+    @abstractmethod
+    def layer(self) -> nn.Module:
+        """A module that takes (hidden, condition [batch, width]) and gives hidden; it must not be random."""
+
+    @abstractmethod
+    def readout(self) -> nn.Module:
+        """A module that takes (hidden, condition) and gives an image."""
+
+    def block(self, *, num_layers: int, checkpointing: bool) -> nn.Module:
+        """A block of `num_layers` layers on torch's default device, parameters not initialised."""
+        with _WithoutValues():
+            return ResidualBlock(
+                stem=self.stem(),
+                layers=[self.layer() for _ in range(num_layers)],
+                readout=self.readout(),
+                width=self.settings.width,
+                num_classes=self.data.num_classes,
+                checkpointing=checkpointing,
+            )

@@ -7,28 +7,27 @@ sees a noised image z, the noise level and the class, and predicts the clean ima
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from edgeblocks.families.base import NOISE_FEATURES, ImageInfo, patch_problems, shape_problems
 from edgeblocks.families.denoiser import (
     SIGMA_DATA,
     DenoiserSettings,
+    EdmBlock,
     ImageDenoiser,
     init_condition_,
     noise_and_class,
-    preconditioning,
 )
 from edgeblocks.layers import (
     AdaLnZeroLayer,
     LabelEmbedding,
     Linear,
+    WithPositions,
     init_linear_,
     init_zero_,
     modulated_norm,
     patchify,
     run_layers,
-    sincos_positions,
     unpatchify,
 )
 
@@ -48,13 +47,8 @@ class DitSettings(DenoiserSettings):
         return shape + [problem for problem in super().problems() if problem not in shape]
 
 
-class DitBlock(nn.Module):
-    """One block: stem, `num_layers` layers, readout.
-
-    `positions` is a fixed table, not a parameter: `reset_tables_` makes it before use, and it is never stored.
-    """
-
-    positions: Tensor
+class DitBlock(WithPositions, EdmBlock):
+    """One block: stem, `num_layers` layers, readout."""
 
     def __init__(self, *, settings: DitSettings, data: ImageInfo, num_layers: int, checkpointing: bool) -> None:
         super().__init__()
@@ -70,12 +64,6 @@ class DitBlock(nn.Module):
         self.readout_modulation = Linear(hidden, 2 * hidden)
         self.readout = Linear(hidden, features)
 
-    def reset_tables_(self) -> None:
-        """Make the fixed tables on torch's default device."""
-        rows, columns = self.height // self.patch, self.width // self.patch
-        table = sincos_positions(rows, columns, self.patch_embedding.out_features)
-        self.register_buffer("positions", table, persistent=False)
-
     @torch.no_grad()
     def init_(self, generator: torch.Generator) -> None:
         """Initialise all parameters in place as DiT does."""
@@ -89,18 +77,8 @@ class DitBlock(nn.Module):
         init_zero_(self.readout_modulation)
         init_zero_(self.readout)
 
-    def forward(
-        self,
-        z: Float[Tensor, "batch channels height width"],
-        sigma: Float[Tensor, " batch"],
-        labels: Int[Tensor, " batch"] | None = None,
-    ) -> Float[Tensor, "batch channels height width"]:
-        """The denoised image D(z, sigma) = c_skip z + c_out F(c_in z, c_noise) (EDM, equation 7)."""
-        c_skip, c_out, c_in = preconditioning(sigma)
-        raw = self._network(c_in * z, sigma.log() / 4, labels)
-        return torch.addcmul(c_skip * z, c_out, raw)
-
-    def _network(self, x: Tensor, c_noise: Tensor, labels: Tensor | None) -> Tensor:
+    def raw(self, x: Tensor, c_noise: Tensor, labels: Tensor | None) -> Tensor:
+        """Patches, layers and readout, told of noise level and class."""
         condition = noise_and_class(self.noise_up, self.noise_down, self.label_embedding, c_noise, labels)
         tokens = self.patch_embedding(patchify(x, self.patch)) + self.positions
         tokens = run_layers(self.layers, tokens, condition, checkpointing=self.checkpointing)

@@ -33,13 +33,13 @@ from edgeblocks.families.base import (
 from edgeblocks.layers import (
     AdaLnZeroLayer,
     Linear,
+    WithPositions,
     init_linear_,
     init_zero_,
     modulated_norm,
     noise_features,
     patchify,
     run_layers,
-    sincos_positions,
 )
 from edgeblocks.noise import NoiseRange
 
@@ -91,13 +91,11 @@ class VitSettings:
         )
 
 
-class VitBlock(nn.Module):
+class VitBlock(WithPositions):
     """One block: stem, `num_layers` layers, readout from the class token's normalised hidden state.
 
     z enters through the class token by a projection that starts at zero: at sigma_max z is noise and disturbs.
     """
-
-    positions: Tensor
 
     def __init__(self, *, settings: VitSettings, data: ImageInfo, num_layers: int, checkpointing: bool) -> None:
         super().__init__()
@@ -111,12 +109,6 @@ class VitBlock(nn.Module):
         self.layers = nn.ModuleList(AdaLnZeroLayer(width=hidden, heads=settings.heads) for _ in range(num_layers))
         self.readout_modulation = Linear(hidden, 2 * hidden)
         self.readout = Linear(hidden, data.num_classes)
-
-    def reset_tables_(self) -> None:
-        """Make the fixed tables on torch's default device."""
-        rows, columns = self.height // self.patch, self.width // self.patch
-        table = sincos_positions(rows, columns, self.patch_embedding.out_features)
-        self.register_buffer("positions", table, persistent=False)
 
     @torch.no_grad()
     def init_(self, generator: torch.Generator) -> None:
