@@ -139,7 +139,7 @@ REFUSED_GRID = """
 import json, re, resource, numpy as np, edgeblocks
 from edgeblocks.listener import Silent
 
-np.savez("set.npz", images=np.random.default_rng(0).integers(0, 256, (60, 64, 64, 3), dtype=np.uint8))
+np.savez("set.npz", images=np.random.default_rng(0).integers(0, 256, (30, 128, 128, 3), dtype=np.uint8))
 
 class Squeeze(Silent):
     notes, usual = [], None
@@ -156,7 +156,7 @@ class Squeeze(Silent):
             resource.setrlimit(resource.RLIMIT_DATA, self.usual)
 
 run = edgeblocks.train(
-    out="run", data="set.npz", steps=2, blocks=3, mem_budget="1GB", batch=8, width=64, depth=3, patch=8, heads=2,
+    out="run", data="set.npz", steps=2, blocks=3, mem_budget="1GB", batch=2, width=64, depth=3, patch=16, heads=2,
     hold_out=0.5, sample_grids=1, listener=Squeeze(),
 )
 print(json.dumps([Squeeze.notes, run.summary["metrics"]["validation_loss"] > 0]))
