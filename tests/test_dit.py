@@ -67,9 +67,7 @@ def test_a_block_is_edms_denoiser_around_its_network():
         for i, sigma in enumerate(SIGMAS.tolist()):
             variance = sigma * sigma + SIGMA_DATA * SIGMA_DATA
             c_skip, c_out = SIGMA_DATA**2 / variance, sigma * SIGMA_DATA / math.sqrt(variance)
-            raw = block.raw(
-                z[i : i + 1] / math.sqrt(variance), torch.tensor([math.log(sigma) / 4]), labels[i : i + 1]
-            )
+            raw = block.raw(z[i : i + 1] / math.sqrt(variance), torch.tensor([math.log(sigma) / 4]), labels[i : i + 1])
             assert raw.abs().max() > 0.01
             torch.testing.assert_close(denoised[i], c_skip * z[i] + c_out * raw[0], rtol=1e-4, atol=1e-5)
 
