@@ -22,7 +22,7 @@ from edgeblocks.checkpoint import (
     seal_run,
 )
 from edgeblocks.config import Settings, read_yaml, resolve_settings
-from edgeblocks.data.images import ImageSet
+from edgeblocks.data.dataset import DataSet
 from edgeblocks.errors import ConfigError, InterruptedRunError, RunError
 from edgeblocks.guard import Guard, is_refusal, refusals_explained
 from edgeblocks.host_tier import HostTier
@@ -34,7 +34,7 @@ from edgeblocks.preparation import (
     budget_of_this_process,
     check_disk,
     check_work_dir,
-    open_run_images,
+    open_run_data,
     prepare,
     prepare_elsewhere,
     replan,
@@ -138,9 +138,9 @@ def train(
             prepared.settings,
             prepared.plan.to_json(prepared.partition),
             prepared.data,
-            data_source=prepared.images.source,
-            data_fingerprint=prepared.images.fingerprint,
-            class_names=prepared.images.class_names,
+            data_source=prepared.data_set.source,
+            data_fingerprint=prepared.data_set.fingerprint,
+            class_names=prepared.data_set.class_names,
         )
         with locked_away(run, listener.note):
             listener.planned(prepared, run)
@@ -153,7 +153,7 @@ def train(
                 on_block=lambda done: listener.advance(done, len(run.layers), "creating blocks"),
             )
             seal_run(run)
-            return _train(run, prepared.images, listener, resumed_from=None)
+            return _train(run, prepared.data_set, listener, resumed_from=None)
 
 
 def resume(
@@ -208,23 +208,23 @@ def _resume(run: RunDirectory, other_budget: bool, reinit_blocks: Sequence[int],
     target = build_target(run.settings.run.target)
     target.prepare()
     budget_bytes = budget_of_this_process(run.settings.run, target)
-    images = open_run_images(run.settings, listener, budget_bytes=budget_bytes, target=target)
-    if images.fingerprint != run.data_fingerprint:
+    data_set = open_run_data(run.settings, listener, budget_bytes=budget_bytes, target=target)
+    if data_set.fingerprint != run.data_fingerprint:
         raise RunError(
-            f"the data of {run.path} have changed: {images.source} is not what the run was trained on; put the "
+            f"the data of {run.path} have changed: {data_set.source} is not what the run was trained on; put the "
             f"former data back, name their new place with --data, or start a new run with --out"
         )
-    run = _replanned_if_needed(run, images, other_budget, target, listener)
+    run = _replanned_if_needed(run, data_set, other_budget, target, listener)
     _reinitialise(run, reinit_blocks, listener)
     saved = [run.store().header(block).step for block in range(len(run.layers))]
     run.save_settings()
     run.drop_metrics_after(saved)
     listener.note(f"resuming {run.path}: blocks at steps {', '.join(map(str, saved))} of {run.settings.run.steps}")
-    return _train(run, images, listener, resumed_from=saved)
+    return _train(run, data_set, listener, resumed_from=saved)
 
 
 def _replanned_if_needed(
-    run: RunDirectory, images: ImageSet, other_budget: bool, target: Any, listener: Listener
+    run: RunDirectory, data_set: DataSet, other_budget: bool, target: Any, listener: Listener
 ) -> RunDirectory:
     """The run, planned again with the same blocks where its budget or target changed or its plan does not fit here."""
     runtime_bytes = int(run.plan.get("breakdown", {}).get("runtime", 0))
@@ -232,7 +232,7 @@ def _replanned_if_needed(
     moved = ("ram_budget_bytes" in run.plan) != (target.host_bytes() is not None)
     if not (other_budget or moved) and here <= int(run.plan["budget_bytes"]):
         return run
-    plan = replan(run.settings, run.data, images, run.plan, run.path, target, listener)
+    plan = replan(run.settings, run.data, data_set, run.plan, run.path, target, listener)
     run = run.planned_again(plan.to_json(run.partition))
     chosen = plan.chosen
     listener.note(
@@ -254,7 +254,7 @@ def _reinitialise(run: RunDirectory, blocks: Sequence[int], listener: Listener) 
         listener.note(f"made again from the beginning: {', '.join(f'block {block}' for block in sorted(set(blocks)))}")
 
 
-def _train(run: RunDirectory, images: ImageSet, listener: Listener, resumed_from: list[int] | None) -> "Run":
+def _train(run: RunDirectory, data_set: DataSet, listener: Listener, resumed_from: list[int] | None) -> "Run":
     target = build_target(run.settings.run.target)
     target.warm_up()
     budget_bytes, breakdown = int(run.plan["budget_bytes"]), dict(run.plan["breakdown"])
@@ -276,7 +276,7 @@ def _train(run: RunDirectory, images: ImageSet, listener: Listener, resumed_from
         scheduler = Scheduler(store, slots=run.plan["slots"], host=host)
         finished = Run(run)
         try:
-            trainer = Trainer(run, images, scheduler, guard)
+            trainer = Trainer(run, data_set, scheduler, guard)
             with target.capped(budget_bytes), Interruption().listening() as interruption:
                 looks = _Looks(run, scheduler, guard, interruption)
                 listener.stage("training")
@@ -284,7 +284,7 @@ def _train(run: RunDirectory, images: ImageSet, listener: Listener, resumed_from
                 steps = trainer.train(interruption, on_step=listener.step, between_visits=looks.after_visit)
                 if interruption.signal_name is None:
                     listener.stage("evaluating")
-                    evaluation = looks.evaluation(images, listener)
+                    evaluation = looks.evaluation(data_set, listener)
         except Interrupted:
             steps = [store.header(block).step for block in range(len(run.layers))]
         finally:
@@ -347,14 +347,14 @@ class _Looks:
         )
         pictures.save_png(self._run.path / "samples" / f"step_{done:07d}.png", pictures.image_grid(images, columns=10))
 
-    def evaluation(self, images: ImageSet, listener: Listener) -> dict[str, Any]:
-        def on_level(done: int) -> None:
-            listener.advance(done, metrics.NUM_LEVELS, "evaluating")
+    def evaluation(self, data_set: DataSet, listener: Listener) -> dict[str, Any]:
+        def on_level(done: int, total: int) -> None:
+            listener.advance(done, total, "evaluating")
             self._go_on(done)
 
         runner = Run(self._run).runner(self._scheduler, micro_batch=self._guard.shape.micro_batch)
         return metrics.validation_loss(
-            self._run.family(), runner, images, seed=self._run.settings.run.seed, on_level=on_level
+            self._run.family(), runner, data_set, seed=self._run.settings.run.seed, on_level=on_level
         )
 
     def _go_on(self, _done: int) -> None:

@@ -26,7 +26,6 @@ from typing import Any
 from edgeblocks.config import Settings, read_yaml, resolve_settings
 from edgeblocks.durable import sync, write_atomically
 from edgeblocks.errors import ConfigError, RunError
-from edgeblocks.families.base import ImageInfo
 from edgeblocks.noise import NoisePartition, partition_noise
 from edgeblocks.registry import build_family, family_type
 from edgeblocks.run_files import (
@@ -54,7 +53,8 @@ class RunDirectory:
     run_id: str
     settings: Settings
     plan: dict[str, Any]
-    data: ImageInfo
+    data: Any
+    """What the network knows of the data: the family's `data_type`."""
     data_source: str
     data_fingerprint: str
     class_names: tuple[str, ...]
@@ -172,7 +172,7 @@ def create_run(
     path: Path,
     settings: Settings,
     plan: dict[str, Any],
-    data: ImageInfo,
+    data: Any,
     *,
     data_source: str,
     data_fingerprint: str,
@@ -366,7 +366,7 @@ def open_run(path: Path) -> RunDirectory:
         )
         if settings.run.family != manifest.family:
             raise ConfigError(f"manifest.json is of the family {manifest.family!r}, config.yaml of another")
-        data = ImageInfo(**manifest.data.model_dump(exclude={"source", "fingerprint"}))
+        data = family_type(manifest.family).data_type(**manifest.data.model_dump(exclude={"source", "fingerprint"}))
         family = build_family(manifest.family, asdict(settings.family), asdict(data))
     except ConfigError as error:
         raise RunError(

@@ -106,15 +106,12 @@ def _bar(share: float, width: int = 16) -> str:
 
 def banner(prepared: "Prepared") -> str:
     """What will be trained, and how it fits the budget."""
-    run, images, plan = prepared.settings.run, prepared.images, prepared.plan
+    run, data, plan = prepared.settings.run, prepared.data_set, prepared.plan
     chosen = plan.chosen
-    data = prepared.data
-    classes = f"{data.num_classes} classes" if data.num_classes else "no classes"
     lines = [
         f"edgeblocks: {run.family} {run.preset}, {format_count(plan.parameters)} parameters in {chosen.blocks} blocks "
         f"of {'/'.join(str(count) for count in sorted(set(plan.layers), reverse=True))} layers",
-        f"data: {images.source}, {len(images.train)} training and {len(images.held_out)} hold-out images of "
-        f"{data.height}x{data.width}x{data.channels}, {classes}",
+        f"data: {data.source}, {data.describe()}",
         *([] if prepared.profile is None else [f"machine: {prepared.profile.name}, {prepared.profile.description}"]),
         f"plan: batch {run.batch} = {chosen.accumulation} x {chosen.micro_batch}, "
         f"checkpointing {'on' if chosen.checkpointing else 'off'}, {run.optimizer}, visits of {chosen.visit_steps} "
@@ -311,7 +308,7 @@ def evaluation_report(result: dict[str, Any]) -> str:
 
 def _level_lines(levels: Sequence[dict[str, Any]]) -> list[str]:
     """One line a noise level, one column a score."""
-    names = [name for name in levels[0] if name not in ("sigma", "block")]
+    names = [name for name in levels[0] if name not in ("sigma", "block", "share")]
     rows = [f"{'sigma':>10} {'block':>6}" + "".join(f" {name:>9}" for name in names)]
     for level in levels:
         scores = "".join(f" {level[name]:>9.4f}" for name in names)

@@ -6,84 +6,97 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from edgeblocks.chain import BlockRunner
+from edgeblocks.data.dataset import DataSet
 from edgeblocks.data.images import ImageSet
+from edgeblocks.families.base import Level
 from edgeblocks.generators import generator_at
-from edgeblocks.noise import NoiseDistribution, NoisePartition
+from edgeblocks.noise import NoisePartition
 
-NUM_LEVELS = 24
-MOST_IMAGES = 512
+MOST_EXAMPLES = 512
 FEATURE_CHUNK = 64
-
-
-def evaluation_levels(distribution: NoiseDistribution, num_levels: int = NUM_LEVELS) -> tuple[float, ...]:
-    """Noise levels at the middles of `num_levels` equal shares of the training distribution, descending.
-
-    A plain mean over them estimates the loss under the training distribution, whatever the partition.
-    """
-    low, high = distribution.quantile(distribution.sigma_min), distribution.quantile(distribution.sigma_max)
-    shares = [(index + 0.5) / num_levels for index in range(num_levels)]
-    return tuple(distribution.sigma_at(high + share * (low - high)) for share in shares)
 
 
 def validation_loss(
     family: Any,
     runner: BlockRunner,
-    images: ImageSet,
+    data: DataSet,
     *,
     seed: int,
-    most_images: int = MOST_IMAGES,
-    on_level: Callable[[int], None] | None = None,
+    most_examples: int = MOST_EXAMPLES,
+    on_level: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
-    """The family's loss on hold-out images with the EMA weights, per noise level and in total.
+    """The family's loss on hold-out examples with the EMA weights, per noise level and in total.
 
     The noise of a level depends on the seed and the level's number only, so that runs with other partitions, budgets or
-    numbers of blocks are compared on the same noised images.
+    numbers of blocks are compared on the same noised examples, where the family looks at the same levels.
+
+    Args:
+        on_level: called with the numbers of levels done and in all.
 
     Returns:
-        `total`, `standard_error` (over images), `images`, and `levels`: one {sigma, block, loss} each, with what else
-        the family's `scores` tell.
+        `total`, `standard_error` (over examples), `images` (how many examples), and `levels`: one {sigma, block, share,
+        loss} each, with what else the family's `scores` tell.
     """
-    indices = images.held_out[:most_images] if len(images.held_out) else images.train[:most_images]
-    levels = []
-    per_image = np.zeros(len(indices))
-    for number, sigma in enumerate(evaluation_levels(family.noise)):
-        block = runner.partition.block_of(sigma)
+    indices = data.evaluation_indices(most_examples)
+    rows = []
+    per_example = np.zeros(len(indices))
+    levels = family.evaluation_levels(runner.partition)
+    for number, level in enumerate(levels):
+        block = runner.partition.block_of(level.middle)
         network = runner.network(block)
         generator = generator_at(seed, "eval", number)
-        found: list[dict[str, np.ndarray]] = []
-        for start in range(0, len(indices), runner.micro_batch):
-            pixels, labels = images.gather(indices[start : start + runner.micro_batch])
-            batch = family.at_level(pixels, labels, sigma, generator)
-            with torch.no_grad():
-                there = {name: tensor.to(runner.device) for name, tensor in batch.items()}
-                scores = family.scores(network, there)
-            found.append({name: values.cpu().numpy() for name, values in scores.items()})
-        whole = {name: np.concatenate([part[name] for part in found]).astype(np.float64) for name in found[0]}
-        per_image += whole["loss"] / NUM_LEVELS
-        levels.append(
-            {"sigma": sigma, "block": block, **{name: float(values.mean()) for name, values in whole.items()}}
-        )
+        sums: dict[str, np.ndarray] = {}
+        for part in level.parts():
+            for name, values in _scores(family, runner, network, data, indices, part, generator).items():
+                sums[name] = sums.get(name, 0) + values / level.strata
+        per_example += level.share * sums["loss"]
+        means = {name: float(values.mean()) for name, values in sums.items()}
+        rows.append({"sigma": level.middle, "block": block, "share": level.share, **means})
         if on_level is not None:
-            on_level(number + 1)
+            on_level(number + 1, len(levels))
     return {
-        "total": float(per_image.mean()),
-        "standard_error": float(per_image.std(ddof=1) / math.sqrt(len(per_image))) if len(per_image) > 1 else None,
+        "total": float(per_example.mean()),
+        "standard_error": float(per_example.std(ddof=1) / math.sqrt(len(indices))) if len(indices) > 1 else None,
         "images": len(indices),
-        "part": "hold-out" if len(images.held_out) else "training (there is no hold-out part)",
-        "levels": levels,
+        "part": "hold-out" if data.has_held_out else "training (there is no hold-out part)",
+        "levels": rows,
     }
+
+
+def _scores(
+    family: Any,
+    runner: BlockRunner,
+    network: nn.Module,
+    data: DataSet,
+    indices: np.ndarray,
+    level: Level,
+    generator: torch.Generator,
+) -> dict[str, np.ndarray]:
+    """The family's scores of each example at one level, float64, micro-batch by micro-batch."""
+    found: dict[str, list[np.ndarray]] = {}
+    for start in range(0, len(indices), runner.micro_batch):
+        examples, labels = data.gather(indices[start : start + runner.micro_batch])
+        batch = family.at_level(examples, labels, level, generator)
+        with torch.no_grad():
+            there = {name: tensor.to(runner.device) for name, tensor in batch.items()}
+            for name, values in family.scores(network, there).items():
+                found.setdefault(name, []).append(values.cpu().numpy())
+    return {name: np.concatenate(parts).astype(np.float64) for name, parts in found.items()}
 
 
 def mean_by_block(
     levels: Sequence[dict[str, Any]], partition: NoisePartition, score: str = "loss"
 ) -> list[float | None]:
-    """The mean of a score of each block over the evaluation levels that it owns; None where it owns none."""
+    """The mean of a score of each block over the evaluation levels that it owns, weighted by their shares; None where
+    it owns none."""
     means: list[float | None] = []
     for block in range(partition.num_blocks):
-        own = [level[score] for level in levels if level["block"] == block]
-        means.append(sum(own) / len(own) if own else None)
+        own = [level for level in levels if level["block"] == block]
+        share = sum(level["share"] for level in own)
+        means.append(sum(level["share"] * level[score] for level in own) / share if own else None)
     return means
 
 

@@ -12,9 +12,9 @@ from PIL import Image
 from edgeblocks import cost
 from edgeblocks.config import RunSettings, Settings
 from edgeblocks.data.cache import cache_folder
-from edgeblocks.data.images import ImageSet, Progress, open_images
+from edgeblocks.data.dataset import DataSet
+from edgeblocks.data.images import Progress, open_images
 from edgeblocks.errors import ConfigError, DoesNotFitError, NoRoomToDecodeError, StorageError
-from edgeblocks.families.base import ImageInfo
 from edgeblocks.layer_costs import LayerCosts
 from edgeblocks.listener import Listener
 from edgeblocks.noise import NoisePartition, partition_noise
@@ -44,8 +44,9 @@ class Prepared:
 
     settings: Settings
     budget_bytes: int
-    images: ImageSet
-    data: ImageInfo
+    data_set: DataSet
+    data: Any
+    """What the network knows of the data set: the family's `data_type`."""
     costs: LayerCosts
     machine: Machine
     plan: Plan
@@ -76,16 +77,16 @@ def prepare(settings: Settings, out: Path, listener: Listener) -> Prepared:
     settings = _with_budgets(settings, beside_a_host=target.host_bytes() is not None)
     run = settings.run
     budgets = _budgets_here(run, target)
-    images, data = _open_data(settings, listener, budget_bytes=budgets[1] or budgets[0], target=target)
+    data_set, data = _open_data(settings, listener, budget_bytes=budgets[1] or budgets[0], target=target)
     listener.stage("planning")
     costs, machine = measure(settings, data, existing_folder(Path(run.work_dir or out)), target, listener)
-    plan = make_plan(costs, machine, _wishes(settings, images, budgets))
+    plan = make_plan(costs, machine, _wishes(settings, data_set, budgets))
     if run.target == "auto" and torch_sees_a_gpu():
         plan = replace(plan, warnings=(A_GPU_IS_HERE, *plan.warnings))
     return Prepared(
         settings=settings,
         budget_bytes=budgets[0],
-        images=images,
+        data_set=data_set,
         data=data,
         costs=costs,
         machine=machine,
@@ -104,13 +105,13 @@ def _told_of_gpus(plan: Plan) -> Plan:
     return plan if plan.machine.host is None else replace(plan, warnings=(NEVER_RUN_ON_A_GPU, *plan.warnings))
 
 
-def _open_data(settings: Settings, listener: Listener, *, budget_bytes: int, target: Any) -> tuple[ImageSet, ImageInfo]:
-    """The images, and what a network must know of them; reports shapes that are impossible for it at once."""
+def _open_data(settings: Settings, listener: Listener, *, budget_bytes: int, target: Any) -> tuple[DataSet, Any]:
+    """The data set, and what a network must know of it; reports shapes that are impossible for it at once."""
     run = settings.run
-    images = open_run_images(settings, listener, budget_bytes=budget_bytes, target=target)
-    data = image_info(images, family_type(run.family).sigma_data)
+    data_set = open_run_data(settings, listener, budget_bytes=budget_bytes, target=target)
+    data = family_type(run.family).data_info(data_set)
     build_family(run.family, asdict(settings.family), asdict(data))
-    return images, data
+    return data_set, data
 
 
 def prepare_elsewhere(settings: Settings, profile: Any, listener: Listener) -> Prepared:
@@ -123,18 +124,18 @@ def prepare_elsewhere(settings: Settings, profile: Any, listener: Listener) -> P
     settings = _with_budgets(settings, beside_a_host=machine.host is not None)
     host_bytes = None if machine.host is None else machine.host.memory_bytes
     budgets = _budgets(settings.run, profile.memory_bytes, host_bytes, profile.name)
-    images, data = _open_data(settings, listener, budget_bytes=budgets[1] or budgets[0], target=build_target("cpu"))
+    data_set, data = _open_data(settings, listener, budget_bytes=budgets[1] or budgets[0], target=build_target("cpu"))
     listener.stage("planning")
     costs, planning_bytes = trace_costs(settings, data)
     machine = replace(machine, planning_bytes=planning_bytes)
     return Prepared(
         settings=settings,
         budget_bytes=budgets[0],
-        images=images,
+        data_set=data_set,
         data=data,
         costs=costs,
         machine=machine,
-        plan=_told_of_gpus(make_plan(costs, machine, _wishes(settings, images, budgets))),
+        plan=_told_of_gpus(make_plan(costs, machine, _wishes(settings, data_set, budgets))),
         profile=profile,
     )
 
@@ -192,8 +193,8 @@ def _budgets(run: RunSettings, memory_bytes: int, host_bytes: int | None, machin
 
 def replan(
     settings: Settings,
-    data: ImageInfo,
-    images: ImageSet,
+    data: Any,
+    data_set: DataSet,
     former: dict[str, Any],
     out: Path,
     target: Any,
@@ -209,7 +210,7 @@ def replan(
     listener.stage("planning again")
     budgets = _budgets_here(settings.run, target)
     costs, machine = measure(settings, data, existing_folder(Path(settings.run.work_dir or out)), target, listener)
-    wishes = replace(_wishes(settings, images, budgets), blocks=int(former["blocks"]))
+    wishes = replace(_wishes(settings, data_set, budgets), blocks=int(former["blocks"]))
     try:
         return make_plan(costs, machine, replace(wishes, micro_batch=int(former["micro_batch"]), checkpointing=None))
     except DoesNotFitError:
@@ -227,7 +228,7 @@ def replan(
         ) from error
 
 
-def _wishes(settings: Settings, images: ImageSet, budgets: tuple[int, int | None]) -> Wishes:
+def _wishes(settings: Settings, data_set: DataSet, budgets: tuple[int, int | None]) -> Wishes:
     run = settings.run
     budget_bytes, ram_budget_bytes = budgets
     fixed = {
@@ -240,7 +241,7 @@ def _wishes(settings: Settings, images: ImageSet, budgets: tuple[int, int | None
         steps=run.steps,
         optimizer=run.optimizer,
         preferred_blocks=family_type(run.family).preferred_blocks,
-        data_bytes=images.batch_resident_bytes(run.batch),
+        data_bytes=data_set.batch_resident_bytes(run.batch),
         grid_samples=GRID_SAMPLES if family_type(run.family).task == "images" else 0,
         max_disk_writes=None if run.max_disk_writes is None else parse_size(run.max_disk_writes),
         ram_budget_bytes=ram_budget_bytes,
@@ -299,7 +300,7 @@ def check_work_dir(work_dir: str | None) -> None:
 
 def measure(
     settings: Settings,
-    data: ImageInfo,
+    data: Any,
     folder: Path,
     target: Any,
     listener: Listener,
@@ -310,7 +311,7 @@ def measure(
     return costs, replace(target.measure(folder), planning_bytes=planning_bytes)
 
 
-def trace_costs(settings: Settings, data: ImageInfo) -> tuple[LayerCosts, int]:
+def trace_costs(settings: Settings, data: Any) -> tuple[LayerCosts, int]:
     """The costs of the network at the micro-batches that matter, and the peak of the child process that traced them."""
     sizes = micro_batches(settings.run.batch)
     counts = {sizes[0], sizes[len(sizes) // 2], 1}
@@ -320,21 +321,8 @@ def trace_costs(settings: Settings, data: ImageInfo) -> tuple[LayerCosts, int]:
     return cost.trace_in_subprocess(*fields, cache=cache_folder())
 
 
-def image_info(images: ImageSet, sigma_data: float) -> ImageInfo:
-    """What a network must know of an image set; scaled to the standard deviation `sigma_data`."""
-    _, height, width, channels = images.images.shape
-    return ImageInfo(
-        channels=channels,
-        height=height,
-        width=width,
-        num_classes=len(images.class_names),
-        mean=images.mean,
-        scale=sigma_data / images.std,
-    )
-
-
-def images_of(run: RunSettings, progress: Progress, *, room_bytes: int | None = None) -> ImageSet:
-    """The images that a run's settings name; see `open_images`."""
+def data_of(run: RunSettings, progress: Progress, *, room_bytes: int | None = None) -> DataSet:
+    """The data that a run's settings name; see `open_images`."""
     return open_images(
         run.data,
         image_size=run.image_size,
@@ -346,15 +334,15 @@ def images_of(run: RunSettings, progress: Progress, *, room_bytes: int | None = 
     )
 
 
-def open_run_images(settings: Settings, listener: Listener, *, budget_bytes: int, target: Any) -> ImageSet:
-    """The images of a run; where they are decoded first, inside the budget of the memory that this process is in.
+def open_run_data(settings: Settings, listener: Listener, *, budget_bytes: int, target: Any) -> DataSet:
+    """The data of a run; pictures are decoded first, inside the budget of the memory that this process is in.
 
     Raises:
         DoesNotFitError: decoding a picture would pass the budget.
     """
     room_bytes = max(0, budget_bytes - target.host_used_bytes() - DECODING_SLACK_BYTES)
     try:
-        images = images_of(settings.run, listener.advance, room_bytes=room_bytes)
+        data_set = data_of(settings.run, listener.advance, room_bytes=room_bytes)
     except NoRoomToDecodeError as error:
         smallest_bytes = budget_bytes - room_bytes + error.needed_bytes
         flag = "--mem-budget" if target.host_bytes() is None else "--ram-budget"
@@ -364,10 +352,10 @@ def open_run_images(settings: Settings, listener: Listener, *, budget_bytes: int
             f"{math.ceil(smallest_bytes / 1e6)}MB or more until the images are decoded (once), or make it smaller",
             smallest_bytes,
         ) from error
-    if images.unreadable:
-        shown = ", ".join(images.unreadable[:5]) + (", .." if len(images.unreadable) > 5 else "")
-        listener.note(f"skipped {len(images.unreadable)} unreadable files: {shown}")
-    return images
+    if data_set.unreadable:
+        shown = ", ".join(data_set.unreadable[:5]) + (", .." if len(data_set.unreadable) > 5 else "")
+        listener.note(f"skipped {len(data_set.unreadable)} unreadable files: {shown}")
+    return data_set
 
 
 def device_budget_bytes(text: str, target: Any) -> int:

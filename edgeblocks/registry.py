@@ -79,11 +79,9 @@ def family_type(name: str) -> Any:
 
 
 def build_family(name: str, settings: dict[str, Any], data: dict[str, Any]) -> Any:
-    """A family from plain values: the fields of its settings, and those of `ImageInfo`."""
-    from edgeblocks.families.base import ImageInfo
-
+    """A family from plain values: the fields of its settings, and those of what it knows of the data."""
     cls = family_type(name)
-    return cls(cls.settings_type(**settings), ImageInfo(**data))
+    return cls(cls.settings_type(**settings), cls.data_type(**data))
 
 
 def family_fields(name: str) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import torch
 from edgeblocks import classification, metrics, pictures
 from edgeblocks.chain import BlockRunner, EmaSource, class_labels, guided
 from edgeblocks.checkpoint import RunDirectory
+from edgeblocks.data.dataset import DataSet
 from edgeblocks.data.images import ImageSet
 from edgeblocks.errors import ConfigError, OutOfBudgetError, RunError
 from edgeblocks.guard import is_refusal
@@ -18,7 +19,7 @@ from edgeblocks.host_tier import HostTier
 from edgeblocks.listener import Listener, Silent
 from edgeblocks.noise import sampler_levels
 from edgeblocks.planner import inference_micro_batch
-from edgeblocks.preparation import device_budget_bytes, measure, open_run_images
+from edgeblocks.preparation import device_budget_bytes, measure, open_run_data
 from edgeblocks.randomness import start_noise
 from edgeblocks.registry import build_exporter, build_target
 from edgeblocks.run_files import read_summary
@@ -163,28 +164,27 @@ class Run:
         budget_bytes = directory.plan.get("ram_budget_bytes") or directory.plan["budget_bytes"]
         if mem_budget is not None and target.host_bytes() is None:
             budget_bytes = device_budget_bytes(mem_budget, target)
-        images = open_run_images(directory.settings, listener, budget_bytes=budget_bytes, target=target)
-        if images.fingerprint != directory.data_fingerprint:
+        data_set = open_run_data(directory.settings, listener, budget_bytes=budget_bytes, target=target)
+        if data_set.fingerprint != directory.data_fingerprint:
             raise RunError(f"{directory.data_source} is not the data that {directory.path} was trained on")
         task = directory.family().task
         if samples is None:
             samples = DEFAULT_SAMPLES[task]
-        if len(images.held_out):
-            samples = min(samples, len(images.held_out))
+        samples = len(data_set.evaluation_indices(samples)) if data_set.has_held_out else samples
         steps = max(DEFAULT_STEPS[task] if steps is None else steps, len(directory.layers))
-        with self.fitting_runner(samples=max(samples, metrics.MOST_IMAGES), mem_budget=mem_budget) as runner:
-            return self._evaluate(runner, images, samples=samples, steps=steps, seed=seed, listener=listener)
+        with self.fitting_runner(samples=max(samples, metrics.MOST_EXAMPLES), mem_budget=mem_budget) as runner:
+            return self._evaluate(runner, data_set, samples=samples, steps=steps, seed=seed, listener=listener)
 
     def _evaluate(
-        self, runner: BlockRunner, images: ImageSet, *, samples: int, steps: int, seed: int, listener: Listener
+        self, runner: BlockRunner, data_set: DataSet, *, samples: int, steps: int, seed: int, listener: Listener
     ) -> dict[str, Any]:
         directory = self.directory
         loss = metrics.validation_loss(
             directory.family(),
             runner,
-            images,
+            data_set,
             seed=directory.settings.run.seed,
-            on_level=lambda done: listener.advance(done, metrics.NUM_LEVELS, "validation loss"),
+            on_level=lambda done, total: listener.advance(done, total, "validation loss"),
         )
         result: dict[str, Any] = {
             "run": str(directory.path),
@@ -197,8 +197,9 @@ class Run:
         family = directory.family()
         if family.task == "classes" and samples >= 1:
             result["top1_by_block"] = metrics.mean_by_block(loss["levels"], directory.partition, "top1")
-            result["classification"] = self._classification(runner, images, samples, steps, seed, listener)
+            result["classification"] = self._classification(runner, data_set, samples, steps, seed, listener)
         elif family.task == "images" and samples >= 2:
+            assert isinstance(data_set, ImageSet)
             made = self.sample(
                 n=samples,
                 steps=steps,
@@ -206,15 +207,14 @@ class Run:
                 runner=runner,
                 on_level=lambda done: listener.advance(done, steps, "sampling"),
             )
-            result["frechet"] = metrics.sample_distance(made, images)
+            result["frechet"] = metrics.sample_distance(made, data_set)
         return result
 
     def _classification(
-        self, runner: BlockRunner, images: ImageSet, samples: int, steps: int, seed: int, listener: Listener
+        self, runner: BlockRunner, data_set: DataSet, samples: int, steps: int, seed: int, listener: Listener
     ) -> dict[str, Any]:
         """`classification.classification_scores` on the first of the hold-out images."""
-        indices = (images.held_out if len(images.held_out) else images.train)[:samples]
-        pixels, labels = images.gather(indices)
+        pixels, labels = data_set.gather(data_set.evaluation_indices(samples))
         assert labels is not None
         probabilities = self._probabilities(
             runner,

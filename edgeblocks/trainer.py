@@ -18,8 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from edgeblocks.checkpoint import RunDirectory
-from edgeblocks.data.images import ImageSet
-from edgeblocks.data.order import BatchOrder
+from edgeblocks.data.dataset import DataSet, Order
 from edgeblocks.errors import EdgeblocksError, OutOfBudgetError, WriteLimitError
 from edgeblocks.generators import generator_at
 from edgeblocks.guard import Guard, is_refusal
@@ -169,8 +168,8 @@ class Interruption:
 class Trainer:
     """Trains the blocks of one run. One process, one block at a time."""
 
-    def __init__(self, run: RunDirectory, images: ImageSet, scheduler: Scheduler, guard: Guard) -> None:
-        self.run, self.images, self.scheduler, self.guard = run, images, scheduler, guard
+    def __init__(self, run: RunDirectory, data: DataSet, scheduler: Scheduler, guard: Guard) -> None:
+        self.run, self.data, self.scheduler, self.guard = run, data, scheduler, guard
         self.device = scheduler.device
         self.settings, self.plan = run.settings.run, run.plan
         self.family, self.partition = run.family(), run.partition
@@ -235,7 +234,7 @@ class Trainer:
         assert resident.step == visit.first, f"block {visit.block} is at step {resident.step}, not {visit.first}"
         layout = resident.buffer.layout
         gradients = self._gradients[: layout.num_parameters].zero_()
-        order = BatchOrder(self.images.train, batch=self.settings.batch, seed=self.settings.seed, block=visit.block)
+        order = self.data.order(batch=self.settings.batch, seed=self.settings.seed, block=visit.block)
         shape, network = None, None
         while resident.step < visit.last and interruption.signal_name is None:
             try:
@@ -263,7 +262,7 @@ class Trainer:
         return self._ending is None
 
     def _step_was_made(
-        self, network: nn.Module, resident: ResidentBlock, order: BatchOrder, gradients: Tensor, micro_batch: int
+        self, network: nn.Module, resident: ResidentBlock, order: Order, gradients: Tensor, micro_batch: int
     ) -> bool:
         """Make the block's next step; False when memory was refused to it and it has to be made again, smaller."""
         try:
@@ -302,7 +301,7 @@ class Trainer:
         self,
         network: nn.Module,
         resident: ResidentBlock,
-        order: BatchOrder,
+        order: Order,
         gradients: Tensor,
         step: int,
         micro_batch: int,
@@ -310,8 +309,8 @@ class Trainer:
         settings, block = self.settings, resident.block
         started = time.perf_counter()
         generator = generator_at(settings.seed, "train", block, step)
-        pixels, labels = self.images.gather(order.indices(step))
-        batch = self.family.draw(pixels, labels, self.partition.ranges[block], generator)
+        examples, labels = self.data.gather(order.indices(step))
+        batch = self.family.draw(examples, labels, self.partition.ranges[block], generator)
         drawn = time.perf_counter()
 
         loss_sum = 0.0

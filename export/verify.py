@@ -14,16 +14,17 @@ from numpy.typing import NDArray
 from edgeblocks.chain import BlockRunner, class_labels, guided
 from edgeblocks.checkpoint import RunDirectory
 from edgeblocks.classification import classify
-from edgeblocks.data.images import ImageSet
+from edgeblocks.data.dataset import DataSet
 from edgeblocks.errors import ConfigError, DataError, EdgeblocksError, RunError, StorageError
 from edgeblocks.export.chain import Condition, ExportedChain, Values
 from edgeblocks.export.classifier import Classifier
 from edgeblocks.export.manifest import Verified
 from edgeblocks.export.sampler import Sampler
+from edgeblocks.families.base import Level
 from edgeblocks.generators import generator_at
 from edgeblocks.noise import NoiseRange, sampler_levels
 from edgeblocks.pictures import to_uint8
-from edgeblocks.preparation import images_of
+from edgeblocks.preparation import data_of
 from edgeblocks.randomness import start_noise
 from edgeblocks.solver import integrate
 
@@ -82,15 +83,15 @@ def verify_export(
     """
     listener.stage("verifying against torch")
     total = len(run.layers) + 1
-    images = _real_images(run, listener)
+    data_set = _real_data(run, listener)
     block_error = 0.0
     for block in range(len(run.layers)):
-        error, case = block_difference(run, runner, chain, images, block)
+        error, case = block_difference(run, runner, chain, data_set, block)
         _enforce(f"block {block}", error, block_limit, f"{case.what}, batch {len(case.z)}")
         block_error = max(block_error, error)
         listener.advance(block + 1, total, "verifying")
     what, same = _WORDS[chain.manifest.task]
-    output_error, equal_share = output_difference(run, runner, chain, images)
+    output_error, equal_share = output_difference(run, runner, chain, data_set)
     _enforce(f"the chain of {len(run.layers)} blocks", output_error, output_limit, f"{what} of {NUM_OUTPUTS}")
     listener.advance(total, total, "verifying")
     listener.note(
@@ -104,17 +105,17 @@ def verify_export(
         output_limit=output_limit,
         output_equal_share=equal_share,
         outputs=NUM_OUTPUTS,
-        real_inputs=images is not None,
+        real_inputs=data_set is not None,
     )
 
 
 def block_difference(
-    run: RunDirectory, runner: BlockRunner, chain: ExportedChain, images: ImageSet | None, block: int
+    run: RunDirectory, runner: BlockRunner, chain: ExportedChain, data_set: DataSet | None, block: int
 ) -> tuple[float, Case]:
     """The largest difference of a block's output between torch and onnxruntime, and the input that shows it."""
     network = runner.network(block)
     worst, worst_case = -1.0, None
-    for case in block_cases(run, images, block):
+    for case in block_cases(run, data_set, block):
         with torch.no_grad():
             condition = None if case.condition is None else torch.from_numpy(case.condition)
             expected = network(torch.from_numpy(case.z), torch.from_numpy(case.sigma), condition).numpy()
@@ -126,7 +127,7 @@ def block_difference(
     return worst, worst_case
 
 
-def block_cases(run: RunDirectory, images: ImageSet | None, block: int) -> Iterator[Case]:
+def block_cases(run: RunDirectory, data_set: DataSet | None, block: int) -> Iterator[Case]:
     """Inputs over the whole noise range of a block with both its ends: one alone, five at once, and real images.
 
     Where a block is given class numbers, these are all of them, or 25 spread over them, and always "no class".
@@ -154,13 +155,12 @@ def block_cases(run: RunDirectory, images: ImageSet | None, block: int) -> Itera
         some = None if labels is None else np.resize(labels[start : start + _BATCH], _BATCH)
         what = f"random inputs at sigma {owned.low:.4g} to {owned.high:.4g}"
         yield Case(what=what, z=noised(levels), sigma=levels, condition=condition(some, _BATCH))
-    if images is None:
+    if data_set is None:
         return
-    indices = (images.held_out if len(images.held_out) else images.train)[:_BATCH]
-    pixels, classes = images.gather(indices)
+    examples, classes = data_set.gather(data_set.evaluation_indices(_BATCH))
     for index, sigma in enumerate(levels):
         batch = family.at_level(
-            pixels, classes, float(sigma), generator_at(run.settings.run.seed, "verify", block, index)
+            examples, classes, Level.at(float(sigma)), generator_at(run.settings.run.seed, "verify", block, index)
         )
         z, seen = family.inputs(batch)
         own = None if seen is None else seen.numpy()
@@ -168,25 +168,25 @@ def block_cases(run: RunDirectory, images: ImageSet | None, block: int) -> Itera
 
 
 def output_difference(
-    run: RunDirectory, runner: BlockRunner, chain: ExportedChain, images: ImageSet | None
+    run: RunDirectory, runner: BlockRunner, chain: ExportedChain, data_set: DataSet | None
 ) -> tuple[float, float]:
     """The largest difference of what the two chains make, and the share of it that is the same in the end."""
     if isinstance(chain, Classifier):
-        return _class_difference(run, runner, chain, images)
+        return _class_difference(run, runner, chain, data_set)
     assert isinstance(chain, Sampler)
     return _image_difference(run, runner, chain)
 
 
 def _class_difference(
-    run: RunDirectory, runner: BlockRunner, classifier: Classifier, images: ImageSet | None
+    run: RunDirectory, runner: BlockRunner, classifier: Classifier, data_set: DataSet | None
 ) -> tuple[float, float]:
     """Of probabilities, and the share of images whose likeliest class is the same."""
     settings, data = classifier.manifest.sampler, run.data
-    if images is None:
+    if data_set is None:
         shape = (NUM_OUTPUTS, data.height, data.width, data.channels)
         pixels = np.random.default_rng(run.settings.run.seed).integers(0, 256, shape, dtype=np.uint8)
     else:
-        pixels = images.gather(np.resize(images.held_out if len(images.held_out) else images.train, NUM_OUTPUTS))[0]
+        pixels = data_set.gather(np.resize(data_set.evaluation_indices(NUM_OUTPUTS), NUM_OUTPUTS))[0]
     condition = run.family().condition(pixels)
     expected = classify(
         lambda z, sigma: runner.denoise(torch.from_numpy(z), sigma, condition).numpy(),
@@ -229,17 +229,17 @@ def _image_difference(run: RunDirectory, runner: BlockRunner, sampler: Sampler) 
     return difference, float((pixels[0] == pixels[1]).mean())
 
 
-def _real_images(run: RunDirectory, listener: Listener) -> ImageSet | None:
+def _real_data(run: RunDirectory, listener: Listener) -> DataSet | None:
     """The run's data; None, with a note, when they are gone or have changed."""
     try:
-        images = images_of(run.settings.run, listener.advance)
+        data_set = data_of(run.settings.run, listener.advance)
     except (ConfigError, DataError, StorageError) as error:
         listener.note(f"verifying with random inputs only, because the run's data cannot be read: {error}")
         return None
-    if images.fingerprint != run.data_fingerprint:
+    if data_set.fingerprint != run.data_fingerprint:
         listener.note(f"verifying with random inputs only, because {run.data_source} has changed since the training")
         return None
-    return images
+    return data_set
 
 
 def _levels(owned: NoiseRange) -> Values:

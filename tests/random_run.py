@@ -6,7 +6,6 @@ import torch
 from edgeblocks.checkpoint import create_run, seal_run
 from edgeblocks.config import resolve_settings
 from edgeblocks.data.images import open_images
-from edgeblocks.preparation import image_info
 from edgeblocks.registry import family_type
 from edgeblocks.run import Run
 from edgeblocks.scheduler import EmaLoader
@@ -28,7 +27,7 @@ def make_run(path, *, layers, step=1, **settings):
         path,
         resolved,
         plan,
-        image_info(images, family_type(wanted.family).sigma_data),
+        family_type(wanted.family).data_info(images),
         data_source=images.source,
         data_fingerprint=images.fingerprint,
         class_names=images.class_names,

@@ -8,7 +8,7 @@ from torch import nn
 
 from edgeblocks.config import load_preset
 from edgeblocks.errors import ConfigError
-from edgeblocks.families.base import MOST, ImageInfo
+from edgeblocks.families.base import MOST, ImageInfo, Level
 from edgeblocks.families.dit import SIGMA_DATA, Dit, DitSettings
 from edgeblocks.noise import loss_weight, partition_noise
 
@@ -288,7 +288,7 @@ def test_evaluation_uses_one_level_and_leaves_images_and_labels_alone():
     """at_level neither flips nor drops labels, and every sample has the level asked for."""
     family = Dit(replace(SETTINGS, flip=True, label_dropout=0.9), DATA)
     pixels, labels = pictures(50)
-    batch = family.at_level(pixels, labels, 0.7, seeded())
+    batch = family.at_level(pixels, labels, Level.at(0.7), seeded())
     assert torch.equal(batch["clean"], family.data.to_model(pixels))
     np.testing.assert_array_equal(batch["labels"].numpy(), labels)
     assert torch.equal(batch["sigma"], torch.full((50,), 0.7))

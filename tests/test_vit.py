@@ -18,7 +18,7 @@ from edgeblocks.classification import classification_scores, classify
 from edgeblocks.console import export_report
 from edgeblocks.errors import ConfigError
 from edgeblocks.export.opening import open_chain
-from edgeblocks.families.base import ImageInfo
+from edgeblocks.families.base import ImageInfo, Level
 from edgeblocks.families.vit import Vit, VitSettings
 from edgeblocks.noise import partition_noise, sampler_levels
 
@@ -56,7 +56,7 @@ def test_the_loss_is_the_unweighted_cross_entropy_of_each_sample():
 
 def test_what_is_noised_is_a_row_of_unit_norm_and_what_is_fed_back_is_in_the_same_space():
     """The code-book is the identity (trap 4): z = row + sigma eps, and an estimate is a mean of rows."""
-    batch = FAMILY.at_level(*pictures(5), 0.7, seeded())
+    batch = FAMILY.at_level(*pictures(5), Level.at(0.7), seeded())
     z, _ = FAMILY.inputs(batch)
     rows = z - 0.7 * batch["eps"]
     torch.testing.assert_close(rows, nn.functional.one_hot(batch["labels"], 5).float(), atol=1e-6, rtol=0)
@@ -97,7 +97,7 @@ def test_labels_are_smoothed_while_training_only():
     """Smoothing is a wish of training; evaluation reports the cross-entropy itself."""
     family = Vit(replace(SETTINGS, label_smoothing=0.2), DATA)
     block = random_block(family)
-    batch = family.at_level(*pictures(4), 1.0, seeded())
+    batch = family.at_level(*pictures(4), Level.at(1.0), seeded())
     plain = FAMILY.loss(block, batch)
     assert not torch.allclose(family.loss(block.train(), batch), plain)
     assert torch.equal(family.loss(block.eval(), batch), plain)
@@ -133,7 +133,7 @@ def test_training_images_are_augmented_as_asked(change, words):
     assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])
     changed = (drawn[0] != plain).flatten(1).any(1)
     assert changed.any() and drawn[0].shape == plain.shape, words
-    assert torch.equal(family.at_level(pixels, labels, 1.0, seeded())["images"], plain)
+    assert torch.equal(family.at_level(pixels, labels, Level.at(1.0), seeded())["images"], plain)
 
 
 @pytest.mark.parametrize(

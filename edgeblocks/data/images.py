@@ -20,6 +20,7 @@ from edgeblocks.data.archive import ImageArchive
 from edgeblocks.data.cache import Content, ImageFile, content_fingerprint, image_moments, open_or_build
 from edgeblocks.data.decoding import fit_square
 from edgeblocks.data.folder import ImageFolder
+from edgeblocks.data.order import BatchOrder
 from edgeblocks.errors import ConfigError, DataError
 
 Progress = Callable[[int, int, str], None]
@@ -66,6 +67,27 @@ class ImageSet:
         indices = np.asarray(indices, dtype=np.int64)
         images = self.images[indices] if self.image_file is None else self.image_file.read(indices)
         return images, None if self.labels is None else self.labels[indices]
+
+    @property
+    def has_held_out(self) -> bool:
+        return len(self.held_out) > 0
+
+    def order(self, *, batch: int, seed: int, block: int) -> BatchOrder:
+        """The order in which a block sees the training part."""
+        return BatchOrder(self.train, batch=batch, seed=seed, block=block)
+
+    def evaluation_indices(self, most: int) -> NDArray[np.int64]:
+        """The first of the hold-out part, else of the training part."""
+        return (self.held_out if self.has_held_out else self.train)[:most]
+
+    def describe(self) -> str:
+        """How much there is, for people."""
+        _, height, width, channels = self.images.shape
+        classes = f"{len(self.class_names)} classes" if self.class_names else "no classes"
+        return (
+            f"{len(self.train)} training and {len(self.held_out)} hold-out images of {height}x{width}x{channels}, "
+            f"{classes}"
+        )
 
     def batch_resident_bytes(self, batch: int) -> int:
         """What a call of `gather` with `batch` indices adds to the resident memory, in bytes."""

@@ -158,7 +158,7 @@ def _probe_presets() -> dict[str, dict[str, Any]]:
     """
     from edgeblocks.config import DEFAULT_PRESETS, preset_names, resolve_settings
     from edgeblocks.families.base import ImageInfo
-    from edgeblocks.preparation import GRID_SAMPLES, image_info, open_run_images
+    from edgeblocks.preparation import GRID_SAMPLES, open_run_data
 
     requests = {}
     for name in preset_names():
@@ -166,8 +166,8 @@ def _probe_presets() -> dict[str, dict[str, Any]]:
         run, kind = settings.run, family_type(settings.run.family)
         if name in DEFAULT_PRESETS.values():
             here = build_target("cpu")
-            images = open_run_images(settings, Silent(), budget_bytes=here.total_bytes(), target=here)
-            data, data_bytes = image_info(images, kind.sigma_data), images.batch_resident_bytes(run.batch)
+            data_set = open_run_data(settings, Silent(), budget_bytes=here.total_bytes(), target=here)
+            data, data_bytes = kind.data_info(data_set), data_set.batch_resident_bytes(run.batch)
         else:
             data = ImageInfo(channels=3, height=32, width=32, num_classes=10, mean=0.5, scale=2.0)
             data_bytes = run.batch * (data.height * data.width * data.channels + 8)

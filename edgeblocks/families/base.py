@@ -1,6 +1,6 @@
 """What the runtime asks of a family. A new family is one file that satisfies `Family`, plus presets."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -10,20 +10,52 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from edgeblocks.bounds import MOST_LAYERS, MOST_NOISE
+from edgeblocks.data.images import ImageSet
 from edgeblocks.errors import ConfigError
-from edgeblocks.noise import NoiseDistribution, NoiseRange
+from edgeblocks.noise import NoiseDistribution, NoisePartition, NoiseRange
 
 Batch = dict[str, Tensor]
 BatchSpec = Mapping[str, tuple[tuple[int, ...], torch.dtype]]
 ConditionSpec = tuple[str, tuple[int, ...], torch.dtype]
 """Name, shape of one sample's, dtype."""
+Reads = Literal["images", "text"]
+"""What kind of data a family is trained on."""
 Task = Literal["images", "classes"]
 """What a family's chain makes: images, or the probabilities of an image's classes."""
 
 NOISE_FEATURES = 256
+NUM_LEVELS = 24
 MOST = {"width": 2**20, "depth": MOST_LAYERS, "heads": 2**12, "patch": 2**12}
 LEAST_MASS = 1e-6
 """Of the noise distribution, inside [sigma_min, sigma_max]; with less, quantiles there cannot be told apart."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Level:
+    """Where evaluation looks: at noise levels in [low, high), cut into equal strata, or at one level, low == high.
+
+    `share` is its part of the mean over all levels. It lies inside one block's range.
+    """
+
+    low: float
+    high: float
+    share: float
+    strata: int = 1
+
+    @classmethod
+    def at(cls, level: float) -> "Level":
+        """One noise level by itself."""
+        return cls(low=level, high=level, share=1.0)
+
+    @property
+    def middle(self) -> float:
+        return (self.low + self.high) / 2
+
+    def parts(self) -> "Iterator[Level]":
+        """The strata, from high noise to low noise."""
+        for part in reversed(range(self.strata)):
+            ends = [self.low + (part + more) / self.strata * (self.high - self.low) for more in (0, 1)]
+            yield Level(low=ends[0], high=ends[1], share=self.share / self.strata)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,11 +92,19 @@ class Family(Protocol):
 
     name: str
     task: Task
+    reads: Reads
+    data_type: type
+    """What the network must know of the data: a frozen dataclass of plain values."""
     preferred_blocks: int
     sigma_data: float
     """Standard deviation of the clean target, per component."""
     settings: Any
     data: Any
+
+    @classmethod
+    def data_info(cls, data: Any) -> Any:
+        """The `data_type` of a data set of the kind that the family reads."""
+        ...
 
     @property
     def num_layers(self) -> int: ...
@@ -92,12 +132,18 @@ class Family(Protocol):
     def batch_spec(self, batch: int) -> BatchSpec: ...
 
     def draw(
-        self, pixels: np.ndarray, labels: np.ndarray | None, noise_range: NoiseRange, generator: torch.Generator
+        self, examples: np.ndarray, labels: np.ndarray | None, noise_range: NoiseRange, generator: torch.Generator
     ) -> Batch: ...
 
     def at_level(
-        self, pixels: np.ndarray, labels: np.ndarray | None, sigma: float, generator: torch.Generator
-    ) -> Batch: ...
+        self, examples: np.ndarray, labels: np.ndarray | None, level: Level, generator: torch.Generator
+    ) -> Batch:
+        """A batch at a noise level, drawn within it where it is a stratum; for evaluation, nothing augmented."""
+        ...
+
+    def evaluation_levels(self, partition: NoisePartition) -> Sequence[Level]:
+        """Where evaluation looks, descending; the shares add up to 1."""
+        ...
 
     def inputs(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
         """z and the condition with which a block is called on a batch."""
@@ -112,6 +158,23 @@ class Family(Protocol):
 
 class ImageFamily:
     """What families on images share: `settings` with a depth and a log-normal distribution of noise levels."""
+
+    reads: Reads = "images"
+    data_type = ImageInfo
+    sigma_data: float
+
+    @classmethod
+    def data_info(cls, images: ImageSet) -> ImageInfo:
+        """What the network must know of an image set; model space has the standard deviation `sigma_data`."""
+        _, height, width, channels = images.images.shape
+        return ImageInfo(
+            channels=channels,
+            height=height,
+            width=width,
+            num_classes=len(images.class_names),
+            mean=images.mean,
+            scale=cls.sigma_data / images.std,
+        )
 
     def __init__(self, settings: Any, data: ImageInfo) -> None:
         """A family of these settings on these images.
@@ -136,6 +199,21 @@ class ImageFamily:
     def noise(self) -> NoiseDistribution:
         s = self.settings
         return NoiseDistribution(sigma_min=s.sigma_min, sigma_max=s.sigma_max, p_mean=s.p_mean, p_std=s.p_std)
+
+    def evaluation_levels(self, partition: NoisePartition) -> tuple[Level, ...]:
+        """The same whatever the partition, so that runs with other numbers of blocks are compared on the same noise."""
+        levels = quantile_levels(partition.distribution)
+        return tuple(Level(low=sigma, high=sigma, share=1 / len(levels)) for sigma in levels)
+
+
+def quantile_levels(distribution: NoiseDistribution, num_levels: int = NUM_LEVELS) -> tuple[float, ...]:
+    """Noise levels at the middles of `num_levels` equal shares of the training distribution, descending.
+
+    A plain mean over them estimates the loss under the training distribution, whatever the partition.
+    """
+    low, high = distribution.quantile(distribution.sigma_min), distribution.quantile(distribution.sigma_max)
+    shares = [(index + 0.5) / num_levels for index in range(num_levels)]
+    return tuple(distribution.sigma_at(high + share * (low - high)) for share in shares)
 
 
 def draw_sigmas(

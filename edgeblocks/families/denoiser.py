@@ -19,6 +19,7 @@ from edgeblocks.families.base import (
     BatchSpec,
     ConditionSpec,
     ImageFamily,
+    Level,
     draw_sigmas,
     noise_problems,
 )
@@ -222,14 +223,14 @@ class ImageDenoiser(ImageFamily):
         return batch
 
     def at_level(
-        self, pixels: np.ndarray, labels: np.ndarray | None, sigma: float, generator: torch.Generator
+        self, pixels: np.ndarray, labels: np.ndarray | None, level: Level, generator: torch.Generator
     ) -> Batch:
         """A batch at one noise level, for evaluation: no flip, no dropped labels."""
         clean = self.data.to_model(pixels)
         batch = {
             "clean": clean,
             "eps": torch.randn(clean.shape, generator=generator),
-            "sigma": torch.full((len(clean),), sigma),
+            "sigma": torch.full((len(clean),), level.middle),
         }
         if self.conditional:
             assert labels is not None

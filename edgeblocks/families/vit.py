@@ -25,6 +25,7 @@ from edgeblocks.families.base import (
     ConditionSpec,
     ImageFamily,
     ImageInfo,
+    Level,
     draw_sigmas,
     noise_problems,
     patch_problems,
@@ -220,10 +221,10 @@ class Vit(ImageFamily):
         return self._batch(pixels, labels, sigma, generator)
 
     def at_level(
-        self, pixels: np.ndarray, labels: np.ndarray | None, sigma: float, generator: torch.Generator
+        self, pixels: np.ndarray, labels: np.ndarray | None, level: Level, generator: torch.Generator
     ) -> Batch:
         """A batch at one noise level, for evaluation: images as they are."""
-        return self._batch(pixels, labels, torch.full((len(pixels),), sigma), generator)
+        return self._batch(pixels, labels, torch.full((len(pixels),), level.middle), generator)
 
     def _batch(self, pixels: np.ndarray, labels: np.ndarray | None, sigma: Tensor, generator: torch.Generator) -> Batch:
         assert labels is not None

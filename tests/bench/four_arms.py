@@ -34,7 +34,6 @@ from edgeblocks.data.images import open_images
 from edgeblocks.data.order import BatchOrder
 from edgeblocks.families.vit import Vit, VitSettings
 from edgeblocks.generators import generator_at
-from edgeblocks.preparation import image_info
 from edgeblocks.trainer import BETA1, BETA2, EPS, ema_exponent, learning_rate_at
 
 SHAPE = {"width": 96, "depth": 6, "heads": 4, "patch": 4}
@@ -117,7 +116,7 @@ def plain_vit(data: str, steps: int, seed: int, *, depth: int) -> dict[str, Any]
     """An ordinary training loop of an ordinary classifier."""
     cache = Path(tempfile.mkdtemp(prefix="edgeblocks-bench-"))
     images = open_images(data, image_size=None, hold_out=0.1, seed=seed, cache_dir=cache)
-    family = Vit(VitSettings(**{**SHAPE, "depth": depth}), image_info(images, Vit.sigma_data))
+    family = Vit(VitSettings(**{**SHAPE, "depth": depth}), Vit.data_info(images))
     network = family.block(num_layers=depth, checkpointing=False)
     network.reset_tables_()
     network.init_(generator_at(seed, "init", 0))

@@ -1,0 +1,64 @@
+"""What the runtime asks of a data set, whatever its examples are: images with labels, or windows of tokens."""
+
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+@runtime_checkable
+class Order(Protocol):
+    """The order in which one block sees the examples of the training part."""
+
+    def indices(self, step: int) -> NDArray[np.int64]:
+        """Indices [batch] of the step that counts from 0; a function of seed, block and step alone."""
+        ...
+
+
+@runtime_checkable
+class DataSet(Protocol):
+    """Examples with their training and hold-out parts.
+
+    source: where they are from, as the user named it.
+    fingerprint: sha256 of all that a training run sees, in hexadecimal: the same wherever the data lie.
+    class_names: one name a class, () without classes.
+    unreadable: the files that were skipped, relative to the folder.
+    has_held_out: whether there is a hold-out part.
+    """
+
+    @property
+    def source(self) -> str: ...
+
+    @property
+    def fingerprint(self) -> str: ...
+
+    @property
+    def class_names(self) -> tuple[str, ...]: ...
+
+    @property
+    def unreadable(self) -> tuple[str, ...]: ...
+
+    @property
+    def has_held_out(self) -> bool: ...
+
+    def order(self, *, batch: int, seed: int, block: int) -> Order: ...
+
+    def gather(self, indices: NDArray[np.int64]) -> tuple[NDArray[Any], NDArray[np.int64] | None]:
+        """Copies of the examples [b, ...] at `indices`, and their labels [b]; leaves nothing else resident.
+
+        Raises:
+            StorageError: they cannot be read any more.
+        """
+        ...
+
+    def evaluation_indices(self, most: int) -> NDArray[np.int64]:
+        """At most so many examples of the hold-out part; of the training part where nothing is held out."""
+        ...
+
+    def batch_resident_bytes(self, batch: int) -> int:
+        """What a call of `gather` with `batch` indices adds to the resident memory, in bytes."""
+        ...
+
+    def describe(self) -> str:
+        """How much there is, for people."""
+        ...
