@@ -18,7 +18,7 @@ import shutil
 import sys
 import uuid
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -359,14 +359,16 @@ def open_run(path: Path) -> RunDirectory:
             f"{path} has run format version {shown(version)}; this edgeblocks ({metadata.version('edgeblocks')}) reads "
             f"version {RUN_FORMAT_VERSION}. Use the edgeblocks that wrote it"
         )
-    manifest = check_manifest(path / "manifest.json", content)
     try:
         settings = resolve_settings(
             {}, family_settings=lambda name: family_type(name).settings_type, config=read_yaml(path / "config.yaml")
         )
+        manifest = check_manifest(path / "manifest.json", content, reads=family_type(settings.run.family).reads)
         if settings.run.family != manifest.family:
             raise ConfigError(f"manifest.json is of the family {manifest.family!r}, config.yaml of another")
-        data = family_type(manifest.family).data_type(**manifest.data.model_dump(exclude={"source", "fingerprint"}))
+        data_type = family_type(manifest.family).data_type
+        known = {field.name for field in fields(data_type)}
+        data = data_type(**manifest.data.model_dump(include=known))
         family = build_family(manifest.family, asdict(settings.family), asdict(data))
     except ConfigError as error:
         raise RunError(

@@ -8,11 +8,11 @@ import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Self, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from edgeblocks.bounds import MOST_LAYERS, MOST_SAMPLES, MOST_STEPS
+from edgeblocks.bounds import LONGEST_SEQUENCE, MOST_LAYERS, MOST_SAMPLES, MOST_STEPS, MOST_TOKENS, TokenizerKind
 from edgeblocks.config import MOST_YAML_BYTES
 from edgeblocks.data.limits import LONGEST_SIDE, MOST_CHANNELS, MOST_CLASSES, MOST_PIXELS
 from edgeblocks.errors import RunError
@@ -57,19 +57,40 @@ class ImageFields(_Checked):
         return self
 
 
+class TextFields(_Checked):
+    """`data` in manifest.json: the text that the run is trained on. tokenizer.json is there exactly for bpe."""
+
+    vocabulary: Annotated[int, Field(ge=2, le=MOST_TOKENS)]
+    length: Annotated[int, Field(ge=1, le=LONGEST_SEQUENCE)]
+    tokenizer: TokenizerKind
+    tokenizer_sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None
+    source: Text
+    fingerprint: Text
+
 class ManifestFields(_Checked):
     """manifest.json."""
 
     run_id: Annotated[str, Field(pattern=r"^[0-9a-f]{8,64}$")]
     family: Text
-    data: ImageFields
     class_names: Annotated[list[Text], Field(max_length=MOST_CLASSES)]
+
+
+class ImageManifestFields(ManifestFields):
+    """manifest.json of a family that reads images."""
+
+    data: ImageFields
 
     @model_validator(mode="after")
     def _names_every_class(self) -> Self:
         if len(self.class_names) != self.data.num_classes:
             raise ValueError(f"{len(self.class_names)} class_names for data.num_classes={self.data.num_classes}")
         return self
+
+
+class TextManifestFields(ManifestFields):
+    """manifest.json of a family that reads text."""
+
+    data: TextFields
 
 
 class StepShapeFields(_Checked):
@@ -201,13 +222,18 @@ def check_config(path: Path) -> None:
         )
 
 
-def check_manifest(path: Path, content: dict[str, Any]) -> ManifestFields:
+def check_manifest(
+    path: Path, content: dict[str, Any], *, reads: Literal["images", "text"]
+) -> ImageManifestFields | TextManifestFields:
     """The content of manifest.json with its types and ranges checked.
+
+    Args:
+        reads: what the family is trained on.
 
     Raises:
         RunError: names the file and the values.
     """
-    return _checked(ManifestFields, path, content)
+    return _checked(ImageManifestFields if reads == "images" else TextManifestFields, path, content)
 
 
 def check_plan(path: Path, content: dict[str, Any], *, num_layers: int) -> dict[str, Any]:

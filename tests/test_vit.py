@@ -236,7 +236,7 @@ def test_a_run_tells_classes_and_makes_no_images(resident):
     """Evaluation per level, per block and of the chain; sampling is refused with what to do instead."""
     run = edgeblocks.load(resident)
     result = run.evaluate(samples=40)
-    assert {"sigma", "block", "loss", "top1"} == set(result["validation"]["levels"][0])
+    assert {"sigma", "block", "share", "loss", "top1"} == set(result["validation"]["levels"][0])
     assert len(result["top1_by_block"]) == 3
     assert result["classification"]["images"] == 40 and 0 <= result["classification"]["top1"] <= 1
     assert not list((resident / "samples").iterdir())
