@@ -56,6 +56,35 @@ class Embedding(nn.Embedding):
         """Nothing: see the module's docstring."""
 
 
+class _AddingRowsToGradients(torch.autograd.Function):
+    """A look-up whose backward pass adds to the rows that were looked up, where the table's gradient lies.
+
+    autograd first makes a tensor as large as the table, which with 50,000 tokens is most of a block. `index_put_` sums
+    rows of the same token in a fixed order on every device.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, tokens: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(tokens, weight)
+        return F.embedding(tokens, weight)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
+        tokens, weight = ctx.saved_tensors
+        weight.grad.index_put_((tokens.flatten(),), grad_outputs[0].flatten(0, -2), accumulate=True)
+        return None, None
+
+
+class TokenEmbedding(Embedding):
+    """An embedding for many tokens; adds to gradients that exist already."""
+
+    def forward(self, input: Int[Tensor, "*rows"]) -> Float[Tensor, "*rows width"]:
+        if self.weight.grad is None or not torch.is_grad_enabled():
+            return F.embedding(input, self.weight)
+        out: Tensor = _AddingRowsToGradients.apply(input, self.weight)  # type: ignore[no-untyped-call]
+        return out
+
+
 class SelfAttention(nn.Module):
     """Multi-head self-attention over all tokens."""
 
@@ -68,6 +97,46 @@ class SelfAttention(nn.Module):
     def forward(self, x: Float[Tensor, "batch tokens width"]) -> Float[Tensor, "batch tokens width"]:
         queries, keys, values = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
         attended = F.scaled_dot_product_attention(queries, keys, values)
+        out: Tensor = self.out(attended.transpose(1, 2).flatten(2))
+        return out
+
+
+def rotary_table(length: int, head_width: int) -> Float[Tensor, "2 length half"]:
+    """Cosines and sines of position * 10^4^(-i / half) for i < half = head_width / 2 (RoFormer, equation 15)."""
+    half = head_width // 2
+    frequencies = 10_000.0 ** (-torch.arange(half) / half)
+    angles = torch.arange(length).unsqueeze(1) * frequencies
+    return torch.stack([angles.cos(), angles.sin()])
+
+
+class RotaryAttention(SelfAttention):
+    """Self-attention in which a query and a key see how far apart they are, and nothing else of their positions.
+
+    Pairs (i, i + half) of a head's features are turned by an angle that grows with the position, so that a product of
+    a query and a key depends on the difference. `rotary`, from `rotary_table`, is a fixed table that all layers share:
+    `set_rotary_` is called before use, and it is never stored. With `causal` a token sees none that come later.
+
+    Source: Su et al. 2021, arXiv 2104.09864 (RoFormer).
+    """
+
+    rotary: Tensor
+
+    def __init__(self, *, width: int, heads: int, causal: bool = False) -> None:
+        super().__init__(width=width, heads=heads)
+        self.causal = causal
+
+    def set_rotary_(self, table: Float[Tensor, "2 length half"]) -> None:
+        """Use this table."""
+        self.register_buffer("rotary", table, persistent=False)
+
+    def forward(self, x: Float[Tensor, "batch tokens width"]) -> Float[Tensor, "batch tokens width"]:
+        qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1))
+        cosines, sines = self.rotary[:, : x.shape[1], None, None].unbind(0)
+        left, right = qkv[:, :, :2].chunk(2, dim=-1)
+        turned = torch.cat([left * cosines - right * sines, right * cosines + left * sines], dim=-1)
+        queries, keys = turned.permute(2, 0, 3, 1, 4).unbind(0)
+        values = qkv[:, :, 2].transpose(1, 2)
+        attended = F.scaled_dot_product_attention(queries, keys, values, is_causal=self.causal)
         out: Tensor = self.out(attended.transpose(1, 2).flatten(2))
         return out
 
@@ -112,6 +181,16 @@ class AdaLnZeroLayer(nn.Module):
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.modulation(condition).chunk(6, dim=-1)
         x = torch.addcmul(x, gate_a.unsqueeze(1), self.attention(modulated_norm(x, shift_a, scale_a)))
         return torch.addcmul(x, gate_m.unsqueeze(1), self.mlp(modulated_norm(x, shift_m, scale_m)))
+
+
+class RotaryAdaLnLayer(AdaLnZeroLayer):
+    """An AdaLN layer for text: positions come from its rotary attention."""
+
+    attention: RotaryAttention
+
+    def __init__(self, *, width: int, heads: int, causal: bool = False) -> None:
+        super().__init__(width=width, heads=heads)
+        self.attention = RotaryAttention(width=width, heads=heads, causal=causal)
 
 
 def noise_features(c_noise: Float[Tensor, " batch"], num_features: int) -> Float[Tensor, "batch features"]:

@@ -4,6 +4,8 @@ Plain arithmetic without torch, because training, evaluation, sampling, export a
 level to its block through `NoisePartition.block_of` and through nothing else. The block is an integer that is decided
 once; it is never inferred again from a rounded grid.
 
+There are two kinds of noise: Gaussian noise, whose level is sigma, and masking, whose level is the time t.
+
 Layer order runs from high noise to low noise: block 0 owns the highest range.
 Source: Karras et al. 2022, arXiv 2206.00364 (EDM); Shing et al., arXiv 2506.14202, section 3 (partition).
 """
@@ -12,12 +14,34 @@ import itertools
 import math
 from dataclasses import dataclass
 from statistics import NormalDist
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 from edgeblocks.errors import ConfigError
 
 PartitionKind = Literal["equal-probability", "uniform"]
 _STANDARD_NORMAL = NormalDist()
+
+
+class LevelDistribution(Protocol):
+    """What a partition asks of a kind of noise: its highest and lowest level, and how levels are distributed."""
+
+    @property
+    def top(self) -> float: ...
+
+    @property
+    def bottom(self) -> float: ...
+
+    def quantile(self, level: float, /) -> float: ...
+
+    def level_at(self, quantile: float, /) -> float: ...
+
+    def along(self, share: float, /) -> float:
+        """The level at a share of the way from `top` to `bottom`, in the scale in which levels are evenly spaced."""
+        ...
+
+    def widened(self, low: float, high: float, overlap: float, /) -> tuple[float, float]:
+        """What a block that owns [low, high) is trained on."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,13 +53,69 @@ class NoiseDistribution:
     p_mean: float = -1.2
     p_std: float = 1.2
 
+    @property
+    def top(self) -> float:
+        return self.sigma_max
+
+    @property
+    def bottom(self) -> float:
+        return self.sigma_min
+
     def quantile(self, sigma: float) -> float:
         """q(sigma) = Phi((ln sigma - p_mean) / p_std)."""
         return _STANDARD_NORMAL.cdf((math.log(sigma) - self.p_mean) / self.p_std)
 
-    def sigma_at(self, quantile: float) -> float:
+    def level_at(self, quantile: float) -> float:
         """The inverse of `quantile`."""
         return math.exp(self.p_mean + self.p_std * _STANDARD_NORMAL.inv_cdf(quantile))
+
+    sigma_at = level_at
+
+    def along(self, share: float) -> float:
+        """The level at a share of the way from sigma_max to sigma_min in log sigma."""
+        return self.sigma_max * (self.sigma_min / self.sigma_max) ** share
+
+    def widened(self, low: float, high: float, overlap: float) -> tuple[float, float]:
+        """[low/a, high*a] with a = (high/low)^overlap, clipped to the whole range."""
+        widening = (high / low) ** overlap
+        return max(low / widening, self.sigma_min), min(high * widening, self.sigma_max)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaskingSchedule:
+    """The linear schedule of masking: at time t a token is still visible with probability alpha(t) = 1 - t.
+
+    Time is uniform over [t_min, t_max] in training. Equal shares of time are equal decrements of alpha, that is, equal
+    shares of the tokens to be unmasked. Source: arXiv 2406.04329 (MD4), 2406.07524 (MDLM).
+    """
+
+    t_min: float = 0.0
+    t_max: float = 1.0
+
+    @property
+    def top(self) -> float:
+        return self.t_max
+
+    @property
+    def bottom(self) -> float:
+        return self.t_min
+
+    def quantile(self, t: float) -> float:
+        """1 - alpha(t) = t, the expected share of masked tokens."""
+        return t
+
+    def level_at(self, quantile: float) -> float:
+        """The inverse of `quantile`."""
+        return quantile
+
+    def along(self, share: float) -> float:
+        """The time at a share of the way from t_max to t_min."""
+        return self.t_max + share * (self.t_min - self.t_max)
+
+    def widened(self, low: float, high: float, overlap: float) -> tuple[float, float]:
+        """The range and `overlap` of its width on each side, clipped to the whole range."""
+        extra = overlap * (high - low)
+        return max(low - extra, self.t_min), min(high + extra, self.t_max)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,9 +130,9 @@ class NoiseRange:
 
 @dataclass(frozen=True, kw_only=True)
 class NoisePartition:
-    """The noise ranges of all blocks; `boundaries` has one more entry than blocks and descends from sigma_max."""
+    """The noise ranges of all blocks; `boundaries` has one more entry than blocks and descends from the top level."""
 
-    distribution: NoiseDistribution
+    distribution: LevelDistribution
     boundaries: tuple[float, ...]
     ranges: tuple[NoiseRange, ...]
 
@@ -61,43 +141,41 @@ class NoisePartition:
         return len(self.ranges)
 
     def block_of(self, sigma: float) -> int:
-        """The block that owns a noise level: block b owns [boundaries[b+1], boundaries[b]), block 0 also sigma_max.
+        """The block that owns a noise level: block b owns [boundaries[b+1], boundaries[b]), block 0 also the top level.
 
         Raises:
-            ValueError: sigma lies outside [sigma_min, sigma_max].
+            ValueError: the level, sigma or t, lies outside the whole range.
 
         >>> partition = partition_noise(NoiseDistribution(), num_blocks=3, kind="equal-probability", overlap=0.05)
         >>> [partition.block_of(sigma) for sigma in (80.0, 1.0, 0.3, 0.002)]
         [0, 0, 1, 2]
         """
         if not self.boundaries[-1] <= sigma <= self.boundaries[0]:
-            raise ValueError(f"sigma {sigma} lies outside [{self.boundaries[-1]}, {self.boundaries[0]}]")
+            raise ValueError(f"noise level {sigma} lies outside [{self.boundaries[-1]}, {self.boundaries[0]}]")
         return sum(sigma < boundary for boundary in self.boundaries[1:-1])
 
 
 def partition_noise(
-    distribution: NoiseDistribution, *, num_blocks: int, kind: PartitionKind, overlap: float
+    distribution: LevelDistribution, *, num_blocks: int, kind: PartitionKind, overlap: float
 ) -> NoisePartition:
     """Noise ranges for `num_blocks` blocks.
 
     `equal-probability` gives every block the same mass of the training distribution,
-    sigma_b = exp(p_mean + p_std * Phi^-1(q_max + (b/B) (q_min - q_max))); `uniform` gives equal widths in log sigma
-    (the ablation of arXiv 2506.14202). `overlap` (gamma) widens what a block is trained on: [low/a, high*a] with
-    a = (high/low)^gamma, clipped to the whole range.
+    sigma_b = exp(p_mean + p_std * Phi^-1(q_max + (b/B) (q_min - q_max))) for Gaussian noise and t_b = 1 - b/B for
+    masking; `uniform` gives equal widths in log sigma (the ablation of arXiv 2506.14202) or in t. `overlap` (gamma)
+    widens what a block is trained on, see `widened`.
     """
-    top, bottom = distribution.sigma_max, distribution.sigma_min
+    top, bottom = distribution.top, distribution.bottom
     if kind == "equal-probability":
         q_top, q_bottom = distribution.quantile(top), distribution.quantile(bottom)
-        inner = [distribution.sigma_at(q_top + b / num_blocks * (q_bottom - q_top)) for b in range(1, num_blocks)]
+        inner = [distribution.level_at(q_top + b / num_blocks * (q_bottom - q_top)) for b in range(1, num_blocks)]
     else:
-        inner = [top * (bottom / top) ** (b / num_blocks) for b in range(1, num_blocks)]
+        inner = [distribution.along(b / num_blocks) for b in range(1, num_blocks)]
     boundaries = (top, *inner, bottom)
     ranges = []
     for high, low in itertools.pairwise(boundaries):
-        widening = (high / low) ** overlap
-        ranges.append(
-            NoiseRange(low=low, high=high, train_low=max(low / widening, bottom), train_high=min(high * widening, top))
-        )
+        train_low, train_high = distribution.widened(low, high, overlap)
+        ranges.append(NoiseRange(low=low, high=high, train_low=train_low, train_high=train_high))
     return NoisePartition(distribution=distribution, boundaries=boundaries, ranges=tuple(ranges))
 
 
@@ -113,11 +191,7 @@ def sampler_levels(partition: NoisePartition, *, num_steps: int, rho: float = 7.
         ConfigError: fewer steps than blocks.
     """
     num_blocks = partition.num_blocks
-    if num_steps < num_blocks:
-        raise ConfigError(
-            f"{num_steps} sampling steps cannot visit {num_blocks} blocks: each block must run at least once; "
-            f"use --steps {num_blocks} or more"
-        )
+    _check_steps(num_steps, num_blocks)
     top, bottom = (sigma ** (1 / rho) for sigma in (partition.boundaries[0], partition.boundaries[-1]))
     levels = [partition.boundaries[0]]
     levels += [(top + i / (num_steps - 1) * (bottom - top)) ** rho for i in range(1, num_steps - 1)]
@@ -136,6 +210,14 @@ def sampler_levels(partition: NoisePartition, *, num_steps: int, rho: float = 7.
     for block in respaced:
         by_block[block] = _levels_inside(partition, block, counts[block], rho)
     return tuple(level for block_levels in by_block for level in block_levels)
+
+
+def _check_steps(num_steps: int, num_blocks: int) -> None:
+    if num_steps < num_blocks:
+        raise ConfigError(
+            f"{num_steps} sampling steps cannot visit {num_blocks} blocks: each block must run at least once; "
+            f"use --steps {num_blocks} or more"
+        )
 
 
 def _on_boundary(levels: list[float], partition: NoisePartition) -> bool:
@@ -158,6 +240,30 @@ def _levels_inside(partition: NoisePartition, block: int, count: int, rho: float
     elif last:
         levels[-1] = partition.boundaries[-1]
     return levels
+
+
+def unmasking_steps(partition: NoisePartition, *, num_steps: int) -> tuple[tuple[float, float], ...]:
+    """Intervals (t_from, t_to) of time that follow each other from the top level down to the bottom.
+
+    No interval crosses a boundary between blocks, so its middle lies inside one block's range and names that block
+    whatever the rounding. Every block has at least one; where they cannot be shared evenly the first blocks have one
+    more. Within a block all are equally long.
+
+    Raises:
+        ConfigError: fewer steps than blocks.
+
+    >>> partition = partition_noise(MaskingSchedule(), num_blocks=2, kind="equal-probability", overlap=0.0)
+    >>> unmasking_steps(partition, num_steps=3)
+    ((1.0, 0.75), (0.75, 0.5), (0.5, 0.0))
+    """
+    num_blocks = partition.num_blocks
+    _check_steps(num_steps, num_blocks)
+    intervals: list[tuple[float, float]] = []
+    for block, (high, low) in enumerate(itertools.pairwise(partition.boundaries)):
+        count = num_steps // num_blocks + (block < num_steps % num_blocks)
+        inner = [high + i / count * (low - high) for i in range(1, count)]
+        intervals += itertools.pairwise((high, *inner, low))
+    return tuple(intervals)
 
 
 def loss_weight(sigma: Any, sigma_data: float) -> Any:

@@ -1,0 +1,251 @@
+"""mdlm: text by masked diffusion (arXiv 2406.07524, MDLM; 2406.04329, MD4).
+
+Noise is masking: at time t each token of a sequence is hidden with probability t, independently. A block sees what is
+left and predicts the hidden tokens. With the linear schedule alpha(t) = 1 - t the bound of a sequence's negative
+log-likelihood is
+
+    integral over t from 0 to 1 of  E [ w(t) sum over hidden positions of -log p(token | visible tokens) ],
+
+with w(t) = -alpha'(t) / (1 - alpha(t)) = 1/t. Blocks own ranges of t, so the bound is the sum of the blocks' shares:
+the mean of `loss` over a block's own range, times the width of the range.
+
+Source: arXiv 2506.14202, section 4 (partition of the schedule into equal decrements of alpha).
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from edgeblocks.errors import ConfigError
+from edgeblocks.families.base import MOST, NOISE_FEATURES, Batch, BatchSpec
+from edgeblocks.layers import (
+    Linear,
+    RotaryAdaLnLayer,
+    TokenEmbedding,
+    init_linear_,
+    init_zero_,
+    modulated_norm,
+    noise_features,
+    rotary_table,
+    run_layers,
+)
+from edgeblocks.noise import MaskingSchedule, NoiseRange
+from edgeblocks.token_loss import token_losses, token_scores
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextInfo:
+    """What a network must know of a text: how many different tokens it has, and how many an example."""
+
+    vocabulary: int
+    length: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class MdlmSettings:
+    """The shape of the network."""
+
+    width: int = 256
+    depth: int = 12
+    heads: int = 4
+
+    def problems(self) -> list[str]:
+        """What is wrong with these values, one sentence each."""
+        values = {"width": self.width, "depth": self.depth, "heads": self.heads}
+        found = [f"{name}={value} must be at least 1" for name, value in values.items() if value < 1]
+        found += [
+            f"{name}={value} is more than the {MOST[name]} that are possible"
+            for name, value in values.items()
+            if value > MOST[name]
+        ]
+        if not found and self.width % (2 * self.heads):
+            found.append(
+                f"width={self.width} is not divisible by twice heads={self.heads}, which rotary positions need; use "
+                f"--set heads=..."
+            )
+        return found
+
+
+class MdlmBlock(nn.Module):
+    """One block: token embedding (the last row is the mask's), `num_layers` layers, readout."""
+
+    def __init__(self, *, settings: MdlmSettings, data: TextInfo, num_layers: int, checkpointing: bool) -> None:
+        super().__init__()
+        self.heads, self.length = settings.heads, data.length
+        self.checkpointing = checkpointing
+        hidden = settings.width
+        self.token_embedding = TokenEmbedding(data.vocabulary + 1, hidden)
+        self.noise_up = Linear(NOISE_FEATURES, hidden)
+        self.noise_down = Linear(hidden, hidden)
+        self.layers = nn.ModuleList(RotaryAdaLnLayer(width=hidden, heads=settings.heads) for _ in range(num_layers))
+        self.readout_modulation = Linear(hidden, 2 * hidden)
+        self.readout = Linear(hidden, data.vocabulary)
+
+    @torch.no_grad()
+    def init_(self, generator: torch.Generator) -> None:
+        """Initialise all parameters in place."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                init_linear_(module, generator)
+        nn.init.normal_(self.token_embedding.weight, std=EMBEDDING_STD, generator=generator)
+        for linear in (self.noise_up, self.noise_down):
+            nn.init.normal_(linear.weight, std=0.02, generator=generator)
+        for layer in self.layers:
+            assert isinstance(layer, RotaryAdaLnLayer)
+            init_zero_(layer.modulation)
+            width = layer.modulation.in_features
+            for gate in (2, 5):  # open: a layer starts as in a plain transformer, not as the identity
+                layer.modulation.bias[gate * width : (gate + 1) * width] = 1.0
+        init_zero_(self.readout_modulation)
+        init_zero_(self.readout)
+
+    def reset_tables_(self) -> None:
+        """Make the table of positions, one for all layers, on torch's default device; needed before use."""
+        table = rotary_table(self.length, self.token_embedding.embedding_dim // self.heads)
+        for layer in self.layers:
+            assert isinstance(layer, RotaryAdaLnLayer)
+            layer.attention.set_rotary_(table)
+
+    def forward(
+        self, z: Int[Tensor, "batch length"], t: Float[Tensor, " batch"]
+    ) -> Float[Tensor, "batch length vocabulary"]:
+        """Logits of the token at each position, given the visible ones; the mask itself is never an answer."""
+        out: Tensor = self.readout(self.hidden(z, t))
+        return out
+
+    def hidden(self, z: Int[Tensor, "batch length"], t: Float[Tensor, " batch"]) -> Float[Tensor, "batch length width"]:
+        """What the readout is applied to."""
+        noise = noise_features(2 * t - 1, NOISE_FEATURES)
+        condition = F.silu(self.noise_down(F.silu(self.noise_up(noise))))
+        x = run_layers(self.layers, self.token_embedding(z), condition, checkpointing=self.checkpointing)
+        shift, scale = self.readout_modulation(condition).chunk(2, dim=-1)
+        return modulated_norm(x, shift, scale)
+
+
+EMBEDDING_STD = 0.02
+
+
+class Mdlm:
+    """The family: builds blocks, draws what a training step needs, and computes the per-sample loss.
+
+    A batch has the clean `tokens`, which of them are `masked`, and each sequence's `t`.
+    """
+
+    name = "mdlm"
+    task = "text"
+    preferred_blocks = 3
+    sigma_data = 1.0
+    settings_type = MdlmSettings
+    data_type = TextInfo
+    condition_spec = None
+    conditional = False
+
+    def __init__(self, settings: MdlmSettings, data: TextInfo) -> None:
+        """A family of these settings on this text.
+
+        Raises:
+            ConfigError: with everything that is impossible.
+        """
+        self.settings, self.data = settings, data
+        problems = settings.problems()
+        if problems:
+            raise ConfigError(*problems)
+
+    @property
+    def num_layers(self) -> int:
+        return self.settings.depth
+
+    @property
+    def noise(self) -> MaskingSchedule:
+        return MaskingSchedule()
+
+    @property
+    def mask(self) -> int:
+        """The id that stands at masked positions."""
+        return self.data.vocabulary
+
+    @property
+    def state_shape(self) -> tuple[int, ...]:
+        """Shape of a sample's z, whose dtype is int64."""
+        return (self.data.length,)
+
+    def block(self, *, num_layers: int, checkpointing: bool) -> MdlmBlock:
+        """A block of `num_layers` layers on torch's default device, parameters not initialised."""
+        return MdlmBlock(settings=self.settings, data=self.data, num_layers=num_layers, checkpointing=checkpointing)
+
+    def batch_spec(self, batch: int) -> BatchSpec:
+        """Shape and dtype of each tensor that `draw` gives."""
+        return {
+            "tokens": ((batch, self.data.length), torch.int64),
+            "masked": ((batch, self.data.length), torch.bool),
+            "t": ((batch,), torch.float32),
+        }
+
+    def draw(
+        self, tokens: np.ndarray, labels: np.ndarray | None, noise_range: NoiseRange, generator: torch.Generator
+    ) -> Batch:
+        """One training step's batch: t in (train_low, train_high], evenly spaced from one random start.
+
+        Low-discrepancy sampling, arXiv 2107.00630 (VDM), appendix I.1: it lowers the variance of the loss.
+        """
+        count = len(tokens)
+        start = torch.rand((), dtype=torch.float64, generator=generator)
+        shares = (start + torch.arange(count, dtype=torch.float64) / count).remainder(1.0)
+        t = noise_range.train_high - (noise_range.train_high - noise_range.train_low) * shares
+        return _batch(tokens, t, torch.rand(tokens.shape, generator=generator))
+
+    def at_level(
+        self,
+        tokens: np.ndarray,
+        labels: np.ndarray | None,
+        level: float,
+        generator: torch.Generator,
+        *,
+        within: tuple[float, float] | None = None,
+    ) -> Batch:
+        """A batch for evaluation, at t = level or, for each sequence anew, uniform between two times.
+
+        With the intervals of `unmasking_steps` as `within`, the sum of their widths times their mean losses estimates
+        the bound without bias, from as many times as sequences and intervals. What a sequence is given does not depend
+        on how sequences are grouped.
+        """
+        random = torch.rand(len(tokens), self.data.length + 1, generator=generator)
+        low, high = (level, level) if within is None else within
+        return _batch(tokens, high - (high - low) * random[:, 0].double(), random[:, 1:])
+
+    def inputs(self, batch: Batch) -> tuple[Tensor, None]:
+        """The partly masked tokens."""
+        return batch["tokens"].masked_fill(batch["masked"], self.mask), None
+
+    def loss(self, block: nn.Module, batch: Batch) -> Float[Tensor, " batch"]:
+        """The sequence's share of the bound at its t, in nats a token: cross-entropy of masked tokens, times 1/t."""
+        assert isinstance(block, MdlmBlock)
+        x = block.hidden(self.inputs(batch)[0], batch["t"])
+        losses = token_losses(x.flatten(0, 1), block.readout.weight, block.readout.bias, batch["tokens"].flatten())
+        return _weighted(losses, batch)
+
+    def scores(self, block: nn.Module, batch: Batch) -> dict[str, Float[Tensor, " batch"]]:
+        """The loss, and the share of masked tokens that the likeliest answers get right.
+
+        `accuracy` has the loss's weight, so that a mean over sequences is unbiased; for one sequence it can exceed 1.
+        """
+        assert isinstance(block, MdlmBlock)
+        x = block.hidden(self.inputs(batch)[0], batch["t"])
+        readout = block.readout
+        losses, right = token_scores(x.flatten(0, 1), readout.weight, readout.bias, batch["tokens"].flatten())
+        return {"loss": _weighted(losses, batch), "accuracy": _weighted(right.float(), batch)}
+
+
+def _batch(tokens: np.ndarray, t: Tensor, uniform: Float[Tensor, "batch length"]) -> Batch:
+    t = t.float()
+    return {"tokens": torch.from_numpy(tokens), "masked": uniform < t.unsqueeze(1), "t": t}
+
+
+def _weighted(values: Float[Tensor, " rows"], batch: Batch) -> Float[Tensor, " batch"]:
+    """(1/t) times the sum over masked positions, by the sequence's length."""
+    masked = batch["masked"]
+    return (values.view(masked.shape) * masked).sum(1) / (batch["t"] * masked.shape[1])

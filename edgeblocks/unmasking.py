@@ -1,0 +1,69 @@
+"""Text from a chain of blocks that fill in masked tokens. No torch: the deployed chain runs it."""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgeblocks.randomness import seed_at
+
+Logits = NDArray[np.float32]
+Tokens = NDArray[np.int64]
+
+
+def unmask(
+    logits_of: Callable[[Tokens, float], Logits],
+    tokens: Tokens,
+    *,
+    steps: Sequence[tuple[float, float]],
+    mask: int,
+    temperature: float,
+    seed: int,
+    micro_batch: int,
+    on_step: Callable[[int], None] | None = None,
+) -> Tokens:
+    """Tokens [samples, length] with every gap filled; what was given stays as it is.
+
+    The reverse of masking: going from t_from to t_to, a masked token is unmasked with probability
+    (t_from - t_to) / t_from, in the last step with certainty, and then drawn from softmax(logits / temperature).
+    Sample i has a random stream of its own, so that it does not depend on how many there are or how they are grouped.
+    In a step a sample in which nothing is unmasked is left out; a step may run no network at all.
+
+    Args:
+        logits_of: logits [some, length, vocabulary] of some samples at a time t, the middle of a step.
+        tokens: with the id `mask` at the gaps.
+        steps: intervals (t_from, t_to), descending, each inside one block's range; see `unmasking_steps`.
+        temperature: 0 takes the likeliest token.
+        micro_batch: samples that a network is given at a time.
+        on_step: called with the number of steps done.
+
+    Source: arXiv 2406.07524 (MDLM), section 3.2.3, 2406.04329 (MD4), algorithm 2.
+    """
+    tokens = tokens.copy()
+    length = tokens.shape[1]
+    streams = [np.random.default_rng(seed_at(seed, "unmask", index)) for index in range(len(tokens))]
+    for number, (t_from, t_to) in enumerate(steps):
+        share = (t_from - t_to) / t_from if number < len(steps) - 1 else 1.0
+        draws = np.stack([stream.random((2, length)) for stream in streams])
+        chosen = (tokens == mask) & (draws[:, 0] < share)
+        (concerned,) = np.nonzero(chosen.any(axis=1))
+        for start in range(0, len(concerned), micro_batch):
+            part = concerned[start : start + micro_batch]
+            logits = logits_of(tokens[part], (t_from + t_to) / 2)
+            rows, places = np.nonzero(chosen[part])
+            uniform = draws[part, 1][rows, places]
+            tokens[part[rows], places] = _drawn(logits[rows, places], temperature, uniform)
+        if on_step is not None:
+            on_step(number + 1)
+    return tokens
+
+
+def _drawn(logits: Logits, temperature: float, uniform: NDArray[np.float64]) -> Tokens:
+    """A token for each row of logits: where the sum of the probabilities so far exceeds a uniform number."""
+    if temperature == 0:
+        likeliest: Tokens = logits.argmax(axis=1)
+        return likeliest
+    scaled = (logits.astype(np.float64) - logits.max(axis=1, keepdims=True)) / temperature
+    sums = np.cumsum(np.exp(scaled), axis=1)
+    below = (sums <= uniform[:, None] * sums[:, -1:]).sum(axis=1)
+    return np.minimum(below, logits.shape[1] - 1)
