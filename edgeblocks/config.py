@@ -14,12 +14,14 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
-from edgeblocks.bounds import MOST_LAYERS, MOST_SAMPLES, MOST_STEPS
+from edgeblocks.bounds import LONGEST_SEQUENCE, MOST_LAYERS, MOST_SAMPLES, MOST_STEPS, MOST_TOKENS
 from edgeblocks.errors import ConfigError
 from edgeblocks.units import parse_size
 from edgeblocks.untrusted import MalformedFileError, read_text, shown
 
-DEFAULT_PRESETS = {"dit": "dit-tiny", "vit": "vit-tiny"}
+DEFAULT_PRESETS = {"dit": "dit-tiny", "mdlm": "mdlm-tiny", "vit": "vit-tiny"}
+BUILT_IN_DATA = ("digits", "moby-dick")
+TOKENIZERS = ("chars", "bytes", "bpe")
 MOST_YAML_BYTES = 2**16
 MOST_KEYS = 200
 _MOST_YAML_DEPTH = 8
@@ -37,6 +39,9 @@ class RunSettings(BaseModel):
     data: str = "digits"
     image_size: int | None = Field(default=None, ge=1, le=4096)
     hold_out: float = Field(default=0.1, ge=0, le=0.5)
+    tokenizer: str = "chars"
+    vocab: int = Field(default=4096, ge=2, le=MOST_TOKENS)
+    length: int = Field(default=256, ge=1, le=LONGEST_SEQUENCE)
     mem_budget: str = "50%"
     ram_budget: str | None = None
     work_dir: str | None = None
@@ -117,7 +122,7 @@ class RunSettings(BaseModel):
             raise ValueError(f"{error}; write the whole path") from error
         return text
 
-    @field_validator("data", "family", "preset")
+    @field_validator("data", "family", "preset", "tokenizer")
     @classmethod
     def _is_not_empty(cls, text: str) -> str:
         if not text:
@@ -137,8 +142,12 @@ class Settings:
         """The settings as a run keeps them: its data and its work directory are found from everywhere."""
         whole = {
             name: str(Path(text).expanduser().absolute())
-            for name, text in (("data", self.run.data), ("work_dir", self.run.work_dir))
-            if text not in (None, "digits")
+            for name, text, known in (
+                ("data", self.run.data, BUILT_IN_DATA),
+                ("tokenizer", self.run.tokenizer, TOKENIZERS),
+                ("work_dir", self.run.work_dir, (None,)),
+            )
+            if text is not None and text not in known
         }
         return replace(self, run=self.run.model_copy(update=whole))
 

@@ -14,6 +14,7 @@ from edgeblocks.config import RunSettings, Settings
 from edgeblocks.data.cache import cache_folder
 from edgeblocks.data.dataset import DataSet
 from edgeblocks.data.images import Progress, open_images
+from edgeblocks.data.text import open_text
 from edgeblocks.errors import ConfigError, DoesNotFitError, NoRoomToDecodeError, StorageError
 from edgeblocks.layer_costs import LayerCosts
 from edgeblocks.listener import Listener
@@ -322,7 +323,24 @@ def trace_costs(settings: Settings, data: Any) -> tuple[LayerCosts, int]:
 
 
 def data_of(run: RunSettings, progress: Progress, *, room_bytes: int | None = None) -> DataSet:
-    """The data that a run's settings name; see `open_images`."""
+    """The data that a run's settings name; see `open_images` and `open_text`.
+
+    Raises:
+        ConfigError: settings of images for a family that reads text, or the other way round.
+    """
+    reads = family_type(run.family).reads
+    check_data_settings(run, reads)
+    if reads == "text":
+        return open_text(
+            run.data,
+            tokenizer=run.tokenizer,
+            vocabulary=run.vocab,
+            length=run.length,
+            hold_out=run.hold_out,
+            cache_dir=cache_folder(),
+            progress=progress,
+            room_bytes=room_bytes,
+        )
     return open_images(
         run.data,
         image_size=run.image_size,
@@ -332,6 +350,23 @@ def data_of(run: RunSettings, progress: Progress, *, room_bytes: int | None = No
         progress=progress,
         room_bytes=room_bytes,
     )
+
+
+def check_data_settings(run: RunSettings, reads: str) -> None:
+    """That a family is given settings of the kind of data that it reads.
+
+    Raises:
+        ConfigError: with all that are of the other kind.
+    """
+    others = {"images": ("tokenizer", "vocab", "length"), "text": ("image_size",)}[reads]
+    usual = RunSettings()
+    problems = [
+        f"{name}={getattr(run, name)}: {run.family} reads {reads}, and {name} is for families that do not; leave it out"
+        for name in others
+        if getattr(run, name) != getattr(usual, name)
+    ]
+    if problems:
+        raise ConfigError(*problems)
 
 
 def open_run_data(settings: Settings, listener: Listener, *, budget_bytes: int, target: Any) -> DataSet:

@@ -9,7 +9,11 @@ from typing import Any
 
 from edgeblocks.errors import ConfigError
 
-_FAMILIES = {"dit": "edgeblocks.families.dit:Dit", "vit": "edgeblocks.families.vit:Vit"}
+_FAMILIES = {
+    "dit": "edgeblocks.families.dit:Dit",
+    "mdlm": "edgeblocks.families.mdlm:Mdlm",
+    "vit": "edgeblocks.families.vit:Vit",
+}
 _TARGETS = {"cpu": "edgeblocks.targets.cpu:CpuTarget", "cuda": "edgeblocks.targets.cuda:CudaTarget"}
 _OWN_FAMILIES: set[str] = set()
 _PROFILES = "edgeblocks.targets.profile"

@@ -25,7 +25,7 @@ from mutations import (
 )
 from PIL import Image
 
-from edgeblocks.data.cache import _digest as meta_digest
+from edgeblocks.data.cache import meta_digest
 from edgeblocks.errors import EdgeblocksError
 
 

@@ -21,8 +21,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from edgeblocks.data.cache import FORMAT_VERSION, CacheWriter, Content
 from edgeblocks.data.decoding import fit_square
+from edgeblocks.data.image_cache import FORMAT_VERSION, CacheWriter, Content
 from edgeblocks.data.limits import LONGEST_SIDE, MOST_CLASSES, MOST_DECODED_PIXELS, MOST_IMAGES, MOST_PIXELS
 from edgeblocks.data.npy import NpyHeader, read_npy_header
 from edgeblocks.errors import DataError

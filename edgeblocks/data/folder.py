@@ -13,8 +13,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from edgeblocks.data.cache import FORMAT_VERSION, CacheWriter, Content
 from edgeblocks.data.decoding import EXTENSIONS, UnreadableImageError, decode, read_header
+from edgeblocks.data.image_cache import FORMAT_VERSION, CacheWriter, Content
 from edgeblocks.data.limits import MOST_CLASSES, MOST_IMAGES, MOST_UNREADABLE
 from edgeblocks.errors import DataError
 

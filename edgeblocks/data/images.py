@@ -17,10 +17,16 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from edgeblocks.data.archive import ImageArchive
-from edgeblocks.data.cache import Content, ImageFile, content_fingerprint, image_moments, open_or_build
 from edgeblocks.data.decoding import fit_square
 from edgeblocks.data.folder import ImageFolder
 from edgeblocks.data.order import BatchOrder
+from edgeblocks.data.image_cache import (
+    Content,
+    ImageFile,
+    content_fingerprint,
+    image_moments,
+    open_or_build_images,
+)
 from edgeblocks.errors import ConfigError, DataError
 
 Progress = Callable[[int, int, str], None]
@@ -123,7 +129,7 @@ def open_images(
     if source == "digits":
         return _open_digits(image_size, hold_out, seed)
     reader = _reader(source, image_size, room_bytes)
-    stored = open_or_build(cache_dir, reader.key, lambda cache: reader.fill(cache, progress or _silent))
+    stored = open_or_build_images(cache_dir, reader.key, lambda cache: reader.fill(cache, progress or _silent))
     return _image_set(
         stored.content,
         images=stored.image_file.view,

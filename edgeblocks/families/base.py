@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from edgeblocks.bounds import MOST_LAYERS, MOST_NOISE
 from edgeblocks.data.images import ImageSet
+from edgeblocks.data.text import TextSet
 from edgeblocks.errors import ConfigError
-from edgeblocks.noise import NoiseDistribution, NoisePartition, NoiseRange
+from edgeblocks.noise import LevelDistribution, NoiseDistribution, NoisePartition, NoiseRange
 
 Batch = dict[str, Tensor]
 BatchSpec = Mapping[str, tuple[tuple[int, ...], torch.dtype]]
@@ -20,8 +21,8 @@ ConditionSpec = tuple[str, tuple[int, ...], torch.dtype]
 """Name, shape of one sample's, dtype."""
 Reads = Literal["images", "text"]
 """What kind of data a family is trained on."""
-Task = Literal["images", "classes"]
-"""What a family's chain makes: images, or the probabilities of an image's classes."""
+Task = Literal["images", "classes", "text"]
+"""What a family's chain makes: images, the probabilities of an image's classes, or text."""
 
 NOISE_FEATURES = 256
 NUM_LEVELS = 24
@@ -56,6 +57,14 @@ class Level:
         for part in reversed(range(self.strata)):
             ends = [self.low + (part + more) / self.strata * (self.high - self.low) for more in (0, 1)]
             yield Level(low=ends[0], high=ends[1], share=self.share / self.strata)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextInfo:
+    """What a network must know of a text: how many different tokens it has, and how many an example."""
+
+    vocabulary: int
+    length: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,7 +119,7 @@ class Family(Protocol):
     def num_layers(self) -> int: ...
 
     @property
-    def noise(self) -> NoiseDistribution: ...
+    def noise(self) -> LevelDistribution: ...
 
     @property
     def conditional(self) -> bool:
@@ -154,6 +163,34 @@ class Family(Protocol):
     def scores(self, block: nn.Module, batch: Batch) -> dict[str, Float[Tensor, " batch"]]:
         """What evaluation reports of each sample: `loss`, and more where the family knows more."""
         ...
+
+
+class TextFamily:
+    """What families on text share: `settings` with a depth."""
+
+    reads: Reads = "text"
+    task: Task = "text"
+    data_type = TextInfo
+
+    @classmethod
+    def data_info(cls, text: TextSet) -> TextInfo:
+        """What the network must know of a text."""
+        return TextInfo(vocabulary=text.vocabulary, length=text.length)
+
+    def __init__(self, settings: Any, data: TextInfo) -> None:
+        """A family of these settings on this text.
+
+        Raises:
+            ConfigError: with everything that is impossible.
+        """
+        self.settings, self.data = settings, data
+        problems = settings.problems()
+        if problems:
+            raise ConfigError(*problems)
+
+    @property
+    def num_layers(self) -> int:
+        return int(self.settings.depth)
 
 
 class ImageFamily:
@@ -202,7 +239,7 @@ class ImageFamily:
 
     def evaluation_levels(self, partition: NoisePartition) -> tuple[Level, ...]:
         """The same whatever the partition, so that runs with other numbers of blocks are compared on the same noise."""
-        levels = quantile_levels(partition.distribution)
+        levels = quantile_levels(self.noise)
         return tuple(Level(low=sigma, high=sigma, share=1 / len(levels)) for sigma in levels)
 
 

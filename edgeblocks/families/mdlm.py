@@ -12,6 +12,7 @@ the mean of `loss` over a block's own range, times the width of the range.
 Source: arXiv 2506.14202, section 4 (partition of the schedule into equal decrements of alpha).
 """
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,8 +21,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from edgeblocks.errors import ConfigError
-from edgeblocks.families.base import MOST, NOISE_FEATURES, Batch, BatchSpec
+from edgeblocks.families.base import MOST, NOISE_FEATURES, NUM_LEVELS, Batch, BatchSpec, Level, TextFamily, TextInfo
 from edgeblocks.layers import (
     Linear,
     RotaryAdaLnLayer,
@@ -33,16 +33,13 @@ from edgeblocks.layers import (
     rotary_table,
     run_layers,
 )
-from edgeblocks.noise import MaskingSchedule, NoiseRange
+from edgeblocks.noise import MaskingSchedule, NoisePartition, NoiseRange, unmasking_steps
 from edgeblocks.token_loss import token_losses, token_scores
 
 
-@dataclass(frozen=True, kw_only=True)
-class TextInfo:
-    """What a network must know of a text: how many different tokens it has, and how many an example."""
-
-    vocabulary: int
-    length: int
+EMBEDDING_STD = 0.02
+LEAST_TIMES = 128
+"""At which evaluation looks at a sequence."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,38 +123,19 @@ class MdlmBlock(nn.Module):
         return modulated_norm(x, shift, scale)
 
 
-EMBEDDING_STD = 0.02
-
-
-class Mdlm:
+class Mdlm(TextFamily):
     """The family: builds blocks, draws what a training step needs, and computes the per-sample loss.
 
     A batch has the clean `tokens`, which of them are `masked`, and each sequence's `t`.
     """
 
     name = "mdlm"
-    task = "text"
     preferred_blocks = 3
     sigma_data = 1.0
     settings_type = MdlmSettings
-    data_type = TextInfo
     condition_spec = None
     conditional = False
-
-    def __init__(self, settings: MdlmSettings, data: TextInfo) -> None:
-        """A family of these settings on this text.
-
-        Raises:
-            ConfigError: with everything that is impossible.
-        """
-        self.settings, self.data = settings, data
-        problems = settings.problems()
-        if problems:
-            raise ConfigError(*problems)
-
-    @property
-    def num_layers(self) -> int:
-        return self.settings.depth
+    settings: MdlmSettings
 
     @property
     def noise(self) -> MaskingSchedule:
@@ -199,23 +177,26 @@ class Mdlm:
         return _batch(tokens, t, torch.rand(tokens.shape, generator=generator))
 
     def at_level(
-        self,
-        tokens: np.ndarray,
-        labels: np.ndarray | None,
-        level: float,
-        generator: torch.Generator,
-        *,
-        within: tuple[float, float] | None = None,
+        self, tokens: np.ndarray, labels: np.ndarray | None, level: Level, generator: torch.Generator
     ) -> Batch:
-        """A batch for evaluation, at t = level or, for each sequence anew, uniform between two times.
+        """A batch for evaluation, t uniform in (low, high] for each sequence anew.
 
-        With the intervals of `unmasking_steps` as `within`, the sum of their widths times their mean losses estimates
-        the bound without bias, from as many times as sequences and intervals. What a sequence is given does not depend
-        on how sequences are grouped.
+        What a sequence is given does not depend on how sequences are grouped.
         """
         random = torch.rand(len(tokens), self.data.length + 1, generator=generator)
-        low, high = (level, level) if within is None else within
-        return _batch(tokens, high - (high - low) * random[:, 0].double(), random[:, 1:])
+        return _batch(tokens, level.high - (level.high - level.low) * random[:, 0].double(), random[:, 1:])
+
+    def evaluation_levels(self, partition: NoisePartition) -> tuple[Level, ...]:
+        """Strata of all times, each inside one block's own range: the mean over them is the bound, without bias.
+
+        At least `LEAST_TIMES` times a sequence: an estimate from few can be off by a factor of two.
+        """
+        each = math.ceil(NUM_LEVELS / partition.num_blocks)
+        strata = math.ceil(LEAST_TIMES / (each * partition.num_blocks))
+        return tuple(
+            Level(low=low, high=high, share=high - low, strata=strata)
+            for high, low in unmasking_steps(partition, num_steps=each * partition.num_blocks)
+        )
 
     def inputs(self, batch: Batch) -> tuple[Tensor, None]:
         """The partly masked tokens."""

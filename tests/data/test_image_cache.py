@@ -93,7 +93,7 @@ def test_a_description_of_another_shape_is_not_believed(source, tmp_path):
 def write_meta(path, meta):
     """With a checksum that is right: what the values say must be seen to be wrong."""
     del meta["sha256"]
-    path.write_text(json.dumps({**meta, "sha256": cache_module._digest(meta)}))
+    path.write_text(json.dumps({**meta, "sha256": cache_module.meta_digest(meta)}))
 
 
 def change_meta(cache_dir, keys, value):
