@@ -20,6 +20,7 @@ from edgeblocks.checkpoint import (
     open_run,
     remove_leftovers,
     seal_run,
+    write_text,
 )
 from edgeblocks.config import Settings, read_yaml, resolve_settings
 from edgeblocks.data.dataset import DataSet
@@ -141,6 +142,7 @@ def train(
             data_source=prepared.data_set.source,
             data_fingerprint=prepared.data_set.fingerprint,
             class_names=prepared.data_set.class_names,
+            tokenizer=prepared.data_set.tokenizer,
         )
         with locked_away(run, listener.note):
             listener.planned(prepared, run)
@@ -295,7 +297,7 @@ def _train(run: RunDirectory, data_set: DataSet, listener: Listener, resumed_fro
             f"{run.settings.run.steps}. Go on with: edgeblocks train --resume {run.path}"
         )
     bring_blocks_home(run)
-    summary = _summary(run, trainer, scheduler, looks.seconds, evaluation, target, budget_bytes, resumed_from)
+    summary = _summary(run, trainer, scheduler, looks.seconds, evaluation, data_set, target, budget_bytes, resumed_from)
     run.write_json("summary.json", summary)
     return finished
 
@@ -308,14 +310,15 @@ class _Looks:
 
     def __init__(self, run: RunDirectory, scheduler: Scheduler, guard: Guard, interruption: Interruption) -> None:
         self._run, self._scheduler, self._guard, self._interruption = run, scheduler, guard, interruption
-        self._grids = run.settings.run.sample_grids if run.family().task == "images" else 0
+        self._task = run.family().task
+        self._grids = run.settings.run.sample_grids if GRID_SAMPLES[self._task] else 0
         self._total = run.settings.run.steps
         self._next = self._due(self._newest())
         self.seconds = 0.0
 
     def _newest(self) -> int:
         """The steps of the newest grid that was made: one that a crash prevented is due, one that exists is not."""
-        numbers = (path.stem.removeprefix("step_") for path in (self._run.path / "samples").glob("step_*.png"))
+        numbers = (path.stem.removeprefix("step_") for path in (self._run.path / "samples").glob("step_*.*"))
         return max((int(number) for number in numbers if number.isdecimal()), default=0)
 
     def _due(self, made: int) -> int | None:
@@ -338,14 +341,19 @@ class _Looks:
         self.seconds += time.perf_counter() - started
 
     def _make_grid(self, done: int) -> None:
-        run = Run(self._run)
+        run, path = Run(self._run), self._run.path / "samples" / f"step_{done:07d}"
+        runner = run.runner(self._scheduler, micro_batch=self._guard.shape.micro_batch)
+        count = GRID_SAMPLES[self._task]
+        if self._task == "text":
+            write_text(path.with_suffix(".txt"), texts_as_file(run.sample_text(n=count, runner=runner, on_step=self._go_on)))
+            return
         images = run.sample(
-            n=GRID_SAMPLES,
+            n=count,
             steps=max(self._run.settings.run.sample_steps, len(self._run.layers)),
-            runner=run.runner(self._scheduler, micro_batch=self._guard.shape.micro_batch),
+            runner=runner,
             on_level=self._go_on,
         )
-        pictures.save_png(self._run.path / "samples" / f"step_{done:07d}.png", pictures.image_grid(images, columns=10))
+        pictures.save_png(path.with_suffix(".png"), pictures.image_grid(images, columns=10))
 
     def evaluation(self, data_set: DataSet, listener: Listener) -> dict[str, Any]:
         def on_level(done: int, total: int) -> None:
@@ -354,7 +362,12 @@ class _Looks:
 
         runner = Run(self._run).runner(self._scheduler, micro_batch=self._guard.shape.micro_batch)
         return metrics.validation_loss(
-            self._run.family(), runner, data_set, seed=self._run.settings.run.seed, on_level=on_level
+            self._run.family(),
+            runner,
+            data_set,
+            seed=self._run.settings.run.seed,
+            most_examples=metrics.MOST_EXAMPLES[self._run.family().task],
+            on_level=on_level,
         )
 
     def _go_on(self, _done: int) -> None:
@@ -368,6 +381,7 @@ def _summary(
     scheduler: Scheduler,
     looking_s: float,
     evaluation: dict[str, Any],
+    data_set: DataSet,
     target: Any,
     budget_bytes: int,
     resumed_from: list[int] | None,
@@ -383,6 +397,8 @@ def _summary(
         "data": progress.data_s,
     }
     split["other"] = max(0.0, seconds - split["compute"] - split["data"] - split["stall"])
+    working_s = progress.compute_s + progress.data_s
+    per_example = run.data.length if run.family().reads == "text" else 1
     return {
         "family": run.settings.run.family,
         "makes": run.family().task,
@@ -400,7 +416,7 @@ def _summary(
         "disk_bytes_written": scheduler.store.run_bytes_written,
         "memory_changes": trainer.guard.changes,
         "seconds": seconds,
-        "images_or_tokens_per_s": done_here * run.settings.run.batch / max(progress.compute_s + progress.data_s, 1e-9),
+        "images_or_tokens_per_s": per_example * done_here * run.settings.run.batch / max(working_s, 1e-9),
         "step_s": (progress.compute_s + progress.data_s) / max(done_here, 1),
         "predicted_step_s": run.plan["predicted_step_s"],
         "time_split": {name: round(value, 3) for name, value in split.items()},
@@ -410,6 +426,7 @@ def _summary(
             "validation_loss": evaluation["total"],
             "validation_loss_by_block": metrics.mean_by_block(evaluation["levels"], run.partition),
             "validation": evaluation,
+            **({} if run.family().task != "text" else {"text": metrics.text_scores(evaluation, data_set)}),
         },
         "resumed_from": resumed_from,
     }

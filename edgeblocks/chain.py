@@ -8,8 +8,10 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Protocol, runtime_checkable
 
+import numpy as np
 import torch
 from jaxtyping import Int
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from edgeblocks.noise import NoisePartition
@@ -76,6 +78,18 @@ class BlockRunner:
             seen = None if condition is None else condition[part].to(self.device)
             denoised[part] = network(z[part].to(self.device), sigmas, seen)
         return denoised
+
+
+    @torch.no_grad()
+    def logits(
+        self, tokens: NDArray[np.int64], t: float, wanted: NDArray[np.bool_]
+    ) -> NDArray[np.float32]:
+        """Logits [wanted, vocabulary] at the wanted places of tokens [some, length], by the block that owns t."""
+        network = self.network(self.partition.block_of(t))
+        z = torch.from_numpy(tokens).to(self.device)
+        hidden = network.hidden(z, torch.full((len(z),), t, device=self.device))
+        found: NDArray[np.float32] = network.readout(hidden[torch.from_numpy(wanted)]).cpu().numpy()
+        return found
 
 
 def guided(

@@ -1,6 +1,7 @@
 """The run directory: what is in it, how a run is created in it and found again.
 
-    config.yaml  plan.json  env.json  manifest.json  metrics.jsonl  summary.json  blocks/*.safetensors  samples/*.png
+    config.yaml  plan.json  env.json  manifest.json  metrics.jsonl  summary.json  blocks/*.safetensors
+    samples/*.png or *.txt  tokenizer.json (of a vocabulary that was trained or given)
 
 `manifest.json` is written last when a run is created, so a directory with a manifest is whole. Each block file knows
 its own step; there is no second place that could disagree with it, and so nothing to repair after a crash. While a run
@@ -10,6 +11,7 @@ with a `work_dir` is being trained its block files lie there; when it is finishe
 import contextlib
 import errno
 import fcntl
+import hashlib
 import json
 import os
 import platform
@@ -24,11 +26,13 @@ from pathlib import Path
 from typing import Any
 
 from edgeblocks.config import Settings, read_yaml, resolve_settings
+from edgeblocks.data.tokenizer import MOST_TOKENIZER_BYTES, Tokenizer, build_tokenizer
 from edgeblocks.durable import sync, write_atomically
 from edgeblocks.errors import ConfigError, RunError
 from edgeblocks.noise import NoisePartition, partition_noise
 from edgeblocks.registry import build_family, family_type
 from edgeblocks.run_files import (
+    TextManifestFields,
     check_checksum,
     check_config,
     check_manifest,
@@ -40,9 +44,10 @@ from edgeblocks.run_files import (
     with_checksum,
 )
 from edgeblocks.store import BlockLayout, BlockStore, storage_error
-from edgeblocks.untrusted import shown
+from edgeblocks.untrusted import MalformedFileError, read_text, shown
 
 RUN_FORMAT_VERSION = 1
+TOKENIZER_FILE = "tokenizer.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +63,8 @@ class RunDirectory:
     data_source: str
     data_fingerprint: str
     class_names: tuple[str, ...]
+    tokenizer: Tokenizer | None = None
+    """How text becomes tokens; None for a family that reads images."""
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -177,6 +184,7 @@ def create_run(
     data_source: str,
     data_fingerprint: str,
     class_names: tuple[str, ...],
+    tokenizer: Tokenizer | None = None,
 ) -> RunDirectory:
     """Lay out a new run directory; `seal_run` makes it valid once its blocks exist.
 
@@ -196,6 +204,7 @@ def create_run(
         data_source=data_source,
         data_fingerprint=data_fingerprint,
         class_names=class_names,
+        tokenizer=tokenizer,
     )
     if settings.run.work_dir is not None and (path / "blocks").exists():
         raise ConfigError(f"{path} has a folder `blocks` already, which --work-dir replaces; choose another --out")
@@ -210,6 +219,8 @@ def create_run(
     remove_leftovers(run)
     run.save_settings()
     run.write_json("plan.json", plan)
+    if tokenizer is not None and (definition := tokenizer.to_json()) is not None:
+        write_text(path / TOKENIZER_FILE, definition)
     return run
 
 
@@ -327,6 +338,11 @@ def bring_blocks_home(run: RunDirectory) -> None:
 
 def seal_run(run: RunDirectory) -> None:
     """Write the manifest: from now on the directory is a run that can be resumed."""
+    data = {**asdict(run.data), "source": run.data_source, "fingerprint": run.data_fingerprint}
+    if run.tokenizer is not None:
+        definition = run.tokenizer.to_json()
+        digest = None if definition is None else hashlib.sha256(definition.encode()).hexdigest()
+        data |= {"tokenizer": run.tokenizer.kind, "tokenizer_sha256": digest}
     run.write_json(
         "manifest.json",
         {
@@ -334,7 +350,7 @@ def seal_run(run: RunDirectory) -> None:
             "edgeblocks": metadata.version("edgeblocks"),
             "run_id": run.run_id,
             "family": run.settings.run.family,
-            "data": {**asdict(run.data), "source": run.data_source, "fingerprint": run.data_fingerprint},
+            "data": data,
             "class_names": list(run.class_names),
         },
     )
@@ -383,12 +399,36 @@ def open_run(path: Path) -> RunDirectory:
         data_source=manifest.data.source,
         data_fingerprint=manifest.data.fingerprint,
         class_names=tuple(manifest.class_names),
+        tokenizer=_tokenizer_of(path, manifest) if isinstance(manifest, TextManifestFields) else None,
     )
     # Checksums come last: what the other checks find they say better.
     check_checksum(path / "manifest.json", content)
     check_checksum(path / "plan.json", run.plan)
     check_config(path / "config.yaml")
     return run
+
+
+def _tokenizer_of(path: Path, manifest: TextManifestFields) -> Tokenizer:
+    """The tokenizer of a run.
+
+    Raises:
+        RunError: its file is missing, damaged, or of another vocabulary.
+    """
+    data, definition = manifest.data, None
+    if data.tokenizer_sha256 is not None:
+        try:
+            definition = read_text(path / TOKENIZER_FILE, most_bytes=MOST_TOKENIZER_BYTES)
+        except (OSError, MalformedFileError) as error:
+            raise RunError(f"cannot read {path / TOKENIZER_FILE}: {error}; put it back from a copy") from error
+        if hashlib.sha256(definition.encode()).hexdigest() != data.tokenizer_sha256:
+            raise RunError(f"{path / TOKENIZER_FILE} does not match its checksum; put it back from a copy")
+    tokenizer = build_tokenizer(data.tokenizer, definition)
+    if tokenizer.vocabulary != data.vocabulary:
+        raise RunError(
+            f"{path} is damaged: its tokenizer has {tokenizer.vocabulary} tokens, manifest.json tells of "
+            f"{data.vocabulary}; put manifest.json back from a copy"
+        )
+    return tokenizer
 
 
 def environment() -> dict[str, Any]:

@@ -22,6 +22,8 @@ SETTING_FLAGS = frozenset(
         "family",
         "preset",
         "data",
+        "tokenizer",
+        "vocab",
         "mem_budget",
         "ram_budget",
         "steps",
@@ -43,10 +45,20 @@ app = typer.Typer(
 )
 
 Family = Annotated[
-    str | None, typer.Argument(help="Kind of model: dit (makes images) or vit (classifies them).", show_default="dit")
+    str | None, typer.Argument(help="Kind of model: dit (makes images), vit (classifies them) or mdlm (writes text).", show_default="dit")
 ]
-Preset = Annotated[str | None, typer.Option(help="A named size: dit-tiny, -s, -b, -l, -xl, vit-tiny, -s, -b.")]
-Data = Annotated[str | None, typer.Option(help="digits (built in), a folder of images, or an .npz file.")]
+Preset = Annotated[str | None, typer.Option(help="A named size: dit-tiny, -s, -b, -l, -xl, vit-tiny, -s, -b, mdlm-tiny, -s, -b.")]
+Data = Annotated[
+    str | None,
+    typer.Option(
+        help="Images: digits (built in), a folder, or an .npz file. Text: moby-dick (built in), a file or folder of text, "
+        "a .jsonl or .parquet file."
+    ),
+]
+Tokenizer = Annotated[
+    str | None, typer.Option(help="Of text: chars (a-z and space), bytes, bpe, or a tokenizer.json.", show_default="chars")
+]
+Vocab = Annotated[int | None, typer.Option(help="Tokens of a bpe that is trained on the text.", show_default="4096")]
 MemBudget = Annotated[
     str | None,
     typer.Option(
@@ -59,9 +71,9 @@ MaxDiskWrites = Annotated[
     str | None, typer.Option(help="End, saved, before the run has written more than this to disk, such as 200GB.")
 ]
 Steps = Annotated[int | None, typer.Option(help="Optimizer steps of each block.")]
-BatchSize = Annotated[int | None, typer.Option("--batch", help="Images a step.")]
+BatchSize = Annotated[int | None, typer.Option("--batch", help="Images or sequences a step.")]
 Blocks = Annotated[str | None, typer.Option(help="Number of blocks; auto lets the budget decide.")]
-Partition = Annotated[str | None, typer.Option(help="Noise ranges: equal-probability or uniform (in log sigma).")]
+Partition = Annotated[str | None, typer.Option(help="Noise ranges: equal-probability or uniform (in log sigma, or in time).")]
 Target = Annotated[
     str | None, typer.Option(help="Kind of machine: cpu, cuda (not yet run on a GPU), or auto, which is cpu for now.")
 ]
@@ -83,12 +95,27 @@ SetValues = Annotated[
 Seed = Annotated[int | None, typer.Option(help="Decides all randomness.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output, nothing else.")]
 Verbose = Annotated[bool, typer.Option("--verbose", help="Show the traceback of an error.")]
-Out = Annotated[Path, typer.Option("--out", "-o", help="Where to write.")]
 RunArgument = Annotated[Path, typer.Argument(help="A run directory.", show_default=False)]
-Number = Annotated[int, typer.Option("--n", help="Number of images.")]
-SampleSteps = Annotated[int, typer.Option("--steps", help="Noise levels of the chain; at least one a block.")]
-Solver = Annotated[str, typer.Option(help="heun (two evaluations a level) or euler (one).")]
-Guidance = Annotated[float, typer.Option(help="Classifier-free guidance; 1 is off, which runs the network once.")]
+Number = Annotated[
+    int | None, typer.Option("--n", help="How many images or texts.", show_default="64 images, 4 texts")
+]
+Temperature = Annotated[
+    float | None, typer.Option(help="Of text: 1 draws as trained, 0 takes the likeliest.", show_default="1")
+]
+Fill = Annotated[
+    str | None, typer.Option(help="A text with gaps to fill in, each missing token written _ or [MASK].")
+]
+SampleSteps = Annotated[
+    int | None,
+    typer.Option("--steps", help="Noise levels of the chain; at least one a block.", show_default="18, of text 64"),
+]
+Solver = Annotated[
+    str | None, typer.Option(help="heun (two evaluations a level) or euler (one).", show_default="heun")
+]
+Guidance = Annotated[
+    float | None,
+    typer.Option(help="Classifier-free guidance; 1 is off, which runs the network once.", show_default="1"),
+]
 ClassChoice = Annotated[str | None, typer.Option("--class", help="A class by name or number; all in turn by default.")]
 SampleSeed = Annotated[int, typer.Option("--seed", help="Decides the noise; sample and run agree on it.")]
 
@@ -115,6 +142,8 @@ def plan(
     family: Family = None,
     preset: Preset = None,
     data: Data = None,
+    tokenizer: Tokenizer = None,
+    vocab: Vocab = None,
     mem_budget: MemBudget = None,
     ram_budget: RamBudget = None,
     steps: Steps = None,
@@ -152,6 +181,8 @@ def train(
     family: Family = None,
     preset: Preset = None,
     data: Data = None,
+    tokenizer: Tokenizer = None,
+    vocab: Vocab = None,
     mem_budget: MemBudget = None,
     ram_budget: RamBudget = None,
     steps: Steps = None,
@@ -229,8 +260,8 @@ def evaluate(
     samples: Annotated[
         int | None,
         typer.Option(
-            help="Images that are made for the Frechet distance, or classified; 0 leaves the chain out.",
-            show_default="256 made, 1024 classified",
+            help="Images that are made for the Frechet distance, or classified (0 leaves the chain out); sequences of text.",
+            show_default="256 made, 1024 classified, 256 sequences",
         ),
     ] = None,
     steps: Annotated[
@@ -244,7 +275,8 @@ def evaluate(
     as_json: Json = False,
     verbose: Verbose = False,
 ) -> None:
-    """Validation loss per noise level; a Frechet distance of fresh samples, or accuracy and calibration."""
+    """Validation loss per noise level; and a Frechet distance of fresh samples, accuracy and calibration, or bits a
+    character."""
 
     def work() -> None:
         from edgeblocks import api
@@ -262,38 +294,50 @@ def evaluate(
 @app.command()
 def sample(
     run: RunArgument,
-    out: Out = Path("grid.png"),
-    n: Number = 64,
-    steps: SampleSteps = 18,
-    solver: Solver = "heun",
-    guidance: Guidance = 1.0,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Where to write.", show_default="grid.png; text is printed")
+    ] = None,
+    n: Number = None,
+    steps: SampleSteps = None,
+    solver: Solver = None,
+    guidance: Guidance = None,
     label: ClassChoice = None,
+    temperature: Temperature = None,
+    fill: Fill = None,
     seed: SampleSeed = 0,
     mem_budget: MemBudget = None,
     as_json: Json = False,
     verbose: Verbose = False,
 ) -> None:
-    """Generate images with a trained run and save them as a grid."""
+    """Generate with a trained run: a grid of images, or texts."""
+    of_images = {"solver": solver, "guidance": guidance, "label": label}
+    of_text = {"temperature": temperature, "fill": fill}
 
     def work() -> None:
-        _check_picture(out, solver)
-        from edgeblocks import api, pictures
+        from edgeblocks import api
         from edgeblocks.console import ConsoleListener
 
         listener = ConsoleListener(sys.stderr)
         loaded = api.load(run)
+        common: dict[str, Any] = {"seed": seed, "mem_budget": mem_budget}
+        if loaded.directory.family().task == "text":
+            levels = 64 if steps is None else steps
+            texts = loaded.sample_text(
+                n=4 if n is None else n,
+                steps=steps,
+                on_step=lambda done: listener.advance(done, levels, "writing"),
+                **common,
+                **_only(of_text, of_images, "writes text"),
+            )
+            _say_texts(texts, out, as_json=as_json)
+            return
+        asked = _only(of_images, of_text, "makes no text")
+        made, levels = 64 if n is None else n, 18 if steps is None else steps
+        _check_picture(out or Path("grid.png"), asked.get("solver", "heun"))
         images = loaded.sample(
-            n=n,
-            steps=steps,
-            solver=solver,  # type: ignore[arg-type]
-            guidance=guidance,
-            label=label,
-            seed=seed,
-            mem_budget=mem_budget,
-            on_level=lambda done: listener.advance(done, steps, "sampling"),
+            n=made, steps=levels, on_level=lambda done: listener.advance(done, levels, "sampling"), **common, **asked
         )
-        pictures.save_png(out, pictures.image_grid(images, columns=_columns(loaded.directory.data.num_classes, label)))
-        _say_saved(out, n, as_json=as_json)
+        _save_grid(images, out, loaded.directory.data.num_classes, label, as_json=as_json)
 
     _guarded(work, verbose=verbose)
 
@@ -329,13 +373,15 @@ def run(
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="Where to write.", show_default="grid.png where images are made")
     ] = None,
-    n: Number = 64,
+    n: Number = None,
     steps: Annotated[
         int | None, typer.Option(help="Noise levels of the chain; at least one a block.", show_default="as exported")
     ] = None,
-    solver: Solver = "heun",
-    guidance: Guidance = 1.0,
+    solver: Solver = None,
+    guidance: Guidance = None,
     label: ClassChoice = None,
+    temperature: Temperature = None,
+    fill: Fill = None,
     seed: SampleSeed = 0,
     as_json: Json = False,
     verbose: Verbose = False,
@@ -343,26 +389,31 @@ def run(
     """Run an exported network: onnxruntime only, one block in memory at a time, no torch.
 
     One that makes images writes a grid of them. One that tells classes prints the likeliest ones of each image file,
-    or writes them to a .json file.
+    or writes them to a .json file. One that writes text prints it, or writes it to a file.
     """
+    of_images = {"solver": solver, "guidance": guidance, "label": label}
+    of_text = {"temperature": temperature, "fill": fill}
 
     def work() -> None:
         from edgeblocks.registry import open_exported
 
         exported = open_exported(directory)
-        if exported.manifest.task == "classes":
+        task = exported.manifest.task
+        if images and task != "classes":
+            raise ConfigError(f"{directory} takes no images; leave out {images[0]}")
+        if task == "classes":
+            _only({}, {**of_images, **of_text}, "tells classes")
             _classify(exported, images or [], out, steps, seed, as_json=as_json)
             return
-        if images:
-            raise ConfigError(f"{directory} makes images and takes none; leave out {images[0]}")
-        _check_picture(out or Path("grid.png"), solver)
-        from edgeblocks import pictures
-
+        if task == "text":
+            asked = _only(of_text, of_images, "writes text")
+            _say_texts(exported.write(4 if n is None else n, steps=steps, seed=seed, **asked), out, as_json=as_json)
+            return
+        asked = _only(of_images, of_text, "makes no text")
+        _check_picture(out or Path("grid.png"), asked.get("solver", "heun"))
         steps_taken = exported.manifest.sampler.steps if steps is None else steps
-        made = exported.sample(n, steps=steps_taken, solver=solver, guidance=guidance, label=label, seed=seed)
-        grid = pictures.image_grid(made, columns=_columns(exported.manifest.num_classes, label))
-        pictures.save_png(out or Path("grid.png"), grid)
-        _say_saved(out or Path("grid.png"), n, as_json=as_json)
+        made = exported.sample(64 if n is None else n, steps=steps_taken, seed=seed, **asked)
+        _save_grid(made, out, exported.manifest.num_classes, label, as_json=as_json)
 
     _guarded(work, verbose=verbose)
 
@@ -449,10 +500,7 @@ def _classify(
         raise ConfigError(f"-o {out}: classes are written as JSON; give a name that ends in .json")
     found = classifier.classify_files(images, steps=steps, seed=seed)
     if out is not None:
-        try:
-            out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-        except OSError as error:
-            raise StorageError(f"cannot write {out}: {error.strerror}; choose another place with -o") from error
+        _write(out, json.dumps(found, indent=1) + "\n")
         print(json.dumps({"path": str(out), "n": len(found)}) if as_json else f"saved {len(found)} answers to {out}")
         return
     if as_json:
@@ -478,8 +526,39 @@ def _columns(num_classes: int, label: str | None) -> int | None:
     return num_classes if label is None and 1 < num_classes <= 16 else None
 
 
-def _say_saved(out: Path, n: int, *, as_json: bool) -> None:
-    print(json.dumps({"path": str(out), "n": n}) if as_json else f"saved {n} images to {out}")
+def _only(own: dict[str, Any], others: dict[str, Any], what: str) -> dict[str, Any]:
+    """What the user typed of a network's own options, after a look that nothing else was typed."""
+    wrong = ["class" if name == "label" else name for name, value in others.items() if value is not None]
+    if wrong:
+        raise ConfigError(f"this network {what}, so {_flags(wrong)} means nothing to it; leave it out")
+    return {name: value for name, value in own.items() if value is not None}
+
+
+def _save_grid(images: Any, out: Path | None, num_classes: int, label: str | None, *, as_json: bool) -> None:
+    from edgeblocks import pictures
+
+    path = out or Path("grid.png")
+    pictures.save_png(path, pictures.image_grid(images, columns=_columns(num_classes, label)))
+    print(json.dumps({"path": str(path), "n": len(images)}) if as_json else f"saved {len(images)} images to {path}")
+
+
+def _say_texts(texts: list[str], out: Path | None, *, as_json: bool) -> None:
+    """Print texts, or save them: as a JSON list where the file's name ends in .json."""
+    from edgeblocks.unmasking import texts_as_file
+
+    if out is None:
+        print(json.dumps(texts) if as_json else texts_as_file(texts), end="\n" if as_json else "")
+        return
+    content = json.dumps(texts, indent=1, ensure_ascii=False) + "\n" if out.suffix == ".json" else texts_as_file(texts)
+    _write(out, content)
+    print(json.dumps({"path": str(out), "n": len(texts)}) if as_json else f"saved {len(texts)} texts to {out}")
+
+
+def _write(out: Path, content: str) -> None:
+    try:
+        out.write_text(content, encoding="utf-8")
+    except OSError as error:
+        raise StorageError(f"cannot write {out}: {error.strerror}; choose another place with -o") from error
 
 
 def _guarded(work: Callable[[], None], *, verbose: bool) -> None:

@@ -76,7 +76,7 @@ class ConsoleListener:
         share = progress.steps_done / max(progress.steps_total, 1)
         self._line(
             f"{_bar(share)} {share:4.0%}  block {progress.block} step {progress.step}  loss {losses}  "
-            f"{progress.images_per_s:.0f} img/s  {memory}  stall {progress.stall_s / elapsed:.1%}  "
+            f"{progress.examples_per_s:.0f} {progress.example}/s  {memory}  stall {progress.stall_s / elapsed:.1%}  "
             f"{format_bytes(progress.bytes_written)} written{remaining}",
             final=finished,
         )
@@ -249,7 +249,20 @@ def training_report(summary: dict[str, Any], path: Any) -> str:
         "",
         *_next_commands(summary["makes"], path),
     ]
+    if "text" in loss:
+        lines.insert(-len(_next_commands(summary["makes"], path)) - 1, _bits_line(loss["text"]))
     return "\n".join(lines)
+
+
+def _bits_line(text: dict[str, Any]) -> str:
+    """The bound of a text in bits."""
+    per_token = "" if text["tokenizer"] == "chars" else f", {text['bits_per_token']:.3f} a token"
+    error = text["bits_per_character_error"]
+    spread = "" if error is None else f" ± {error:.3f}"
+    return (
+        f"at most {text['bits_per_character']:.3f}{spread} bits a character{per_token} "
+        f"(bound on {text['sequences']} sequences of {text['length']} tokens)"
+    )
 
 
 def _next_commands(makes: str, path: Any) -> list[str]:
@@ -257,15 +270,19 @@ def _next_commands(makes: str, path: Any) -> list[str]:
     export = f"      edgeblocks export {path} -o {path}-onnx && edgeblocks run {path}-onnx"
     if makes == "classes":
         return [f"next: edgeblocks eval {path}", f"{export} picture.png"]
+    if makes == "text":
+        return [f"next: edgeblocks sample {path} --n 2", f"{export} --fill 'the ____ sat'"]
     return [f"next: edgeblocks sample {path} -o grid.png", f"{export} -o grid.png"]
 
 
 def export_report(manifest: dict[str, Any], path: Any) -> str:
     """How far an export is from torch, and what to type next."""
     verified = manifest["verified"]
-    what, arguments = {"images": ("final images", "-o grid.png"), "classes": ("probabilities", "picture.png")}[
-        manifest["task"]
-    ]
+    what, arguments = {
+        "images": ("final images", "-o grid.png"),
+        "classes": ("probabilities", "picture.png"),
+        "text": ("probabilities along the chain", "--n 2"),
+    }[manifest["task"]]
     return (
         f"exported {len(manifest['files'])} blocks to {path}; verified against torch: blocks differ by at most "
         f"{verified['block_max_abs_error']:.1e}, {what} by {verified['output_max_abs_error']:.1e}\n"
@@ -278,11 +295,14 @@ def evaluation_report(result: dict[str, Any]) -> str:
     validation = result["validation"]
     error = validation["standard_error"]
     spread = f" ± {error:.4f}" if error is not None else ""
+    examples = "sequences" if "text" in result else "images"
     lines = [
         f"validation loss {result['validation_loss']:.4f}{spread} "
-        f"({validation['images']} images of the {validation['part']} part, EMA weights)",
+        f"({validation['images']} {examples} of the {validation['part']} part, EMA weights)",
         *_level_lines(validation["levels"]),
     ]
+    if "text" in result:
+        lines.append(_bits_line(result["text"]))
     found = result.get("classification")
     if found is not None:
         by_block = ", ".join("-" if share is None else f"{share:.1%}" for share in result["top1_by_block"])
@@ -309,7 +329,7 @@ def evaluation_report(result: dict[str, Any]) -> str:
 def _level_lines(levels: Sequence[dict[str, Any]]) -> list[str]:
     """One line a noise level, one column a score."""
     names = [name for name in levels[0] if name not in ("sigma", "block", "share")]
-    rows = [f"{'sigma':>10} {'block':>6}" + "".join(f" {name:>9}" for name in names)]
+    rows = [f"{'level':>10} {'block':>6}" + "".join(f" {name:>9}" for name in names)]
     for level in levels:
         scores = "".join(f" {level[name]:>9.4f}" for name in names)
         rows.append(f"{level['sigma']:>10.4g} {level['block']:>6}{scores}")

@@ -40,8 +40,7 @@ def _describe_run(path: Path) -> dict[str, Any]:
         "steps_wanted": run.settings.run.steps,
         "finished": min(steps) >= run.settings.run.steps,
         "data": run.data_source,
-        "image": f"{run.data.height}x{run.data.width}x{run.data.channels}",
-        "classes": run.data.num_classes,
+        **_data_facts(run),
         "budget": format_bytes(run.plan["budget_bytes"]),
         "predicted_peak": _told(run.plan.get("predicted_peak_bytes"), format_bytes),
         "disk": format_bytes(sum(store.path(block).stat().st_size for block in range(len(steps)))),
@@ -53,6 +52,13 @@ def _describe_run(path: Path) -> dict[str, Any]:
     return described
 
 
+def _data_facts(run: Any) -> dict[str, Any]:
+    data = run.data
+    if run.tokenizer is not None:
+        return {"tokenizer": run.tokenizer.kind, "vocabulary": data.vocabulary, "length": data.length}
+    return {"image": f"{data.height}x{data.width}x{data.channels}", "classes": data.num_classes}
+
+
 def _told(value: float | None, text_of: Callable[[float], str]) -> str | None:
     return None if value is None else text_of(value)
 
@@ -61,15 +67,18 @@ def _describe_export(path: Path) -> dict[str, Any]:
     from edgeblocks.registry import open_exported
 
     manifest = open_exported(path).manifest
-    channels, height, width = manifest.image_shape
+    if manifest.task == "text":
+        facts = {"tokenizer": manifest.tokenizer, "vocabulary": manifest.vocabulary, "length": manifest.length}
+    else:
+        channels, height, width = manifest.image_shape
+        facts = {"image": f"{height}x{width}x{channels}", "classes": manifest.num_classes}
     return {
         "kind": "export",
         "family": manifest.family,
         "makes": manifest.task,
         "blocks": len(manifest.files),
         "opset": manifest.opset,
-        "image": f"{height}x{width}x{channels}",
-        "classes": manifest.num_classes,
+        **facts,
         "disk": format_bytes(sum(file.bytes for file in manifest.files)),
         "verified": asdict(manifest.verified),
     }

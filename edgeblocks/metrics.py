@@ -11,11 +11,13 @@ from torch import nn
 from edgeblocks.chain import BlockRunner
 from edgeblocks.data.dataset import DataSet
 from edgeblocks.data.images import ImageSet
+from edgeblocks.data.text import TextSet
 from edgeblocks.families.base import Level
 from edgeblocks.generators import generator_at
 from edgeblocks.noise import NoisePartition
 
-MOST_EXAMPLES = 512
+MOST_EXAMPLES = {"images": 512, "classes": 512, "text": 64}
+"""That evaluation looks at, by what the family's chain makes."""
 FEATURE_CHUNK = 64
 
 
@@ -25,7 +27,7 @@ def validation_loss(
     data: DataSet,
     *,
     seed: int,
-    most_examples: int = MOST_EXAMPLES,
+    most_examples: int,
     on_level: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
     """The family's loss on hold-out examples with the EMA weights, per noise level and in total.
@@ -98,6 +100,27 @@ def mean_by_block(
         share = sum(level["share"] for level in own)
         means.append(sum(level["share"] * level[score] for level in own) / share if own else None)
     return means
+
+
+def text_scores(loss: dict[str, Any], data: DataSet) -> dict[str, Any]:
+    """What a text's bound in nats a token, from `validation_loss`, is in bits a token and a character.
+
+    The standard errors are over sequences.
+    """
+    assert isinstance(data, TextSet)
+    bits, error = loss["total"] / math.log(2), loss["standard_error"]
+    error_bits = None if error is None else error / math.log(2)
+    per_character = 1 / data.characters_per_token
+    return {
+        "bits_per_token": bits,
+        "bits_per_token_error": error_bits,
+        "bits_per_character": bits * per_character,
+        "bits_per_character_error": None if error_bits is None else error_bits * per_character,
+        "characters_per_token": data.characters_per_token,
+        "tokenizer": data.tokenizer.kind,
+        "sequences": loss["images"],
+        "length": data.length,
+    }
 
 
 def sample_distance(samples: np.ndarray, images: ImageSet) -> dict[str, Any]:

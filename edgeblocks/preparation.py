@@ -24,8 +24,8 @@ from edgeblocks.plans import Machine, Plan, Wishes, micro_batches
 from edgeblocks.registry import build_family, build_target, family_type
 from edgeblocks.units import format_bytes, format_duration, parse_size
 
-GRID_SAMPLES = 40
-"""Images in a grid of samples made during training."""
+GRID_SAMPLES = {"images": 40, "classes": 0, "text": 4}
+"""Samples made together during training, by what the family's chain makes."""
 DECODING_SLACK_BYTES = 12_000_000
 """Beside a picture: pieces of it on their way to the cache, code of Pillow's decoders."""
 LONGEST_MOVING_S = 600.0
@@ -243,7 +243,7 @@ def _wishes(settings: Settings, data_set: DataSet, budgets: tuple[int, int | Non
         optimizer=run.optimizer,
         preferred_blocks=family_type(run.family).preferred_blocks,
         data_bytes=data_set.batch_resident_bytes(run.batch),
-        grid_samples=GRID_SAMPLES if family_type(run.family).task == "images" else 0,
+        grid_samples=GRID_SAMPLES[family_type(run.family).task],
         max_disk_writes=None if run.max_disk_writes is None else parse_size(run.max_disk_writes),
         ram_budget_bytes=ram_budget_bytes,
         **fixed,

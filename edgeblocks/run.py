@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from edgeblocks import classification, metrics, pictures
+from edgeblocks import classification, metrics, pictures, unmasking
 from edgeblocks.chain import BlockRunner, EmaSource, class_labels, guided
 from edgeblocks.checkpoint import RunDirectory
 from edgeblocks.data.dataset import DataSet
@@ -17,7 +17,7 @@ from edgeblocks.errors import ConfigError, OutOfBudgetError, RunError
 from edgeblocks.guard import is_refusal
 from edgeblocks.host_tier import HostTier
 from edgeblocks.listener import Listener, Silent
-from edgeblocks.noise import sampler_levels
+from edgeblocks.noise import sampler_levels, unmasking_steps
 from edgeblocks.planner import inference_micro_batch
 from edgeblocks.preparation import device_budget_bytes, measure, open_run_data
 from edgeblocks.randomness import start_noise
@@ -28,9 +28,9 @@ from edgeblocks.solver import Solver, check_request, class_number, integrate
 from edgeblocks.store import BlockHeader
 from edgeblocks.units import format_bytes
 
-DEFAULT_SAMPLES = {"images": 256, "classes": 1024}
-"""Of an evaluation of the chain, by the family's task."""
-DEFAULT_STEPS = {"images": 18, "classes": classification.DEFAULT_STEPS}
+DEFAULT_SAMPLES = {"images": 256, "classes": 1024, "text": 256}
+"""Of an evaluation, by the family's task: images made, images classified, sequences of the bound."""
+DEFAULT_STEPS = {"images": 18, "classes": classification.DEFAULT_STEPS, "text": unmasking.DEFAULT_STEPS}
 
 
 class Run:
@@ -73,14 +73,13 @@ class Run:
             device_budget_bytes(mem_budget, target) if mem_budget is not None else int(directory.plan["budget_bytes"])
         )
         costs, machine = measure(directory.settings, directory.data, directory.path, target, Silent())
-        image_bytes = 4 * directory.data.channels * directory.data.height * directory.data.width
         micro_batch = inference_micro_batch(
             costs,
             machine,
             layers=directory.layers,
             samples=samples,
             budget_bytes=budget_bytes,
-            held_bytes=8 * samples * image_bytes,
+            held_bytes=8 * samples * directory.data.example_bytes,
         )
         store = directory.store()
         host = None if target.host_bytes() is None else HostTier(store, target, parts=EmaLoader.PARTS)
@@ -120,8 +119,9 @@ class Run:
         directory = self.directory
         family = directory.family()
         if family.task != "images":
+            does = "tells images apart" if family.task == "classes" else "writes text (sample_text)"
             raise ConfigError(
-                f"{directory.path} is a {family.name}, which tells images apart and makes none; see how well with: "
+                f"{directory.path} is a {family.name}, which {does} and makes no images; see how well with: "
                 f"edgeblocks eval {directory.path}"
             )
         check_request(n=n, steps=steps, guidance=guidance, conditional=family.conditional)
@@ -137,6 +137,54 @@ class Run:
             x = integrate(denoise, noise, levels, solver=solver, on_level=on_level)
             return pictures.to_uint8(x.numpy(), mean=data.mean, scale=data.scale)
 
+    def sample_text(
+        self,
+        *,
+        n: int = 4,
+        steps: int | None = None,
+        temperature: float = 1.0,
+        fill: str | None = None,
+        seed: int = 0,
+        mem_budget: str | None = None,
+        runner: BlockRunner | None = None,
+        on_step: Callable[[int], None] | None = None,
+    ) -> list[str]:
+        """Texts as long as those that the run was trained on; or `fill` with its gaps filled in.
+
+        Args:
+            steps: of unmasking, at least one a block; None: 64.
+            temperature: 1 draws as the network was trained, 0 takes the likeliest token.
+            fill: a text in which each missing token is written `_` or `[MASK]`.
+
+        Raises:
+            ConfigError: an impossible argument, or the run makes no text.
+            DoesNotFitError: not even one text at a time fits the budget.
+            OutOfBudgetError: memory was refused at the cap.
+        """
+        directory, family = self.directory, self.directory.family()
+        if family.task != "text":
+            raise ConfigError(f"{directory.path} is a {family.name}, which makes no text")
+        steps = max(unmasking.DEFAULT_STEPS, len(directory.layers)) if steps is None else steps
+        unmasking.check_writing(n=n, steps=steps, temperature=temperature)
+        intervals = unmasking_steps(directory.partition, num_steps=steps)
+        tokenizer = directory.tokenizer
+        assert tokenizer is not None
+        start, given = unmasking.with_gaps(fill, tokenizer, length=directory.data.length, mask=family.mask)
+        with nullcontext(runner) if runner is not None else self.fitting_runner(
+            samples=n, mem_budget=mem_budget
+        ) as chosen:
+            tokens = unmasking.unmask(
+                chosen.logits,
+                np.tile(start, (n, 1)),
+                steps=intervals,
+                mask=family.mask,
+                temperature=temperature,
+                seed=seed,
+                micro_batch=chosen.micro_batch,
+                on_step=on_step,
+            )
+        return [tokenizer.decode(row[:given]) for row in tokens]
+
     def evaluate(
         self,
         *,
@@ -148,11 +196,13 @@ class Run:
     ) -> dict[str, Any]:
         """Validation loss per noise level and in total, and how good the chain is at what it makes.
 
-        Of images: the Frechet distance of fresh samples. Of classes: accuracy and calibration on hold-out images.
+        Of images: the Frechet distance of fresh samples. Of classes: accuracy and calibration on hold-out images. Of
+        text: the bound in bits a token and a character.
 
         Args:
-            samples: images made (None: 256), or classified (None: 1024); 0 leaves the chain out.
-            steps: noise levels of the chain, at least one a block; None: 18 for images, 4 for classes.
+            samples: images made (None: 256) or classified (None: 1024), 0 leaves the chain out; sequences of text that the bound is
+                estimated on (None: 256).
+            steps: noise levels of the chain, at least one a block; None: 18 for images, 4 for classes; the bound of a text has its own.
 
         Raises:
             RunError: the data are not those of the run.
@@ -172,18 +222,19 @@ class Run:
             samples = DEFAULT_SAMPLES[task]
         samples = len(data_set.evaluation_indices(samples)) if data_set.has_held_out else samples
         steps = max(DEFAULT_STEPS[task] if steps is None else steps, len(directory.layers))
-        with self.fitting_runner(samples=max(samples, metrics.MOST_EXAMPLES), mem_budget=mem_budget) as runner:
+        with self.fitting_runner(samples=max(samples, metrics.MOST_EXAMPLES[task]), mem_budget=mem_budget) as runner:
             return self._evaluate(runner, data_set, samples=samples, steps=steps, seed=seed, listener=listener)
 
     def _evaluate(
         self, runner: BlockRunner, data_set: DataSet, *, samples: int, steps: int, seed: int, listener: Listener
     ) -> dict[str, Any]:
-        directory = self.directory
+        directory, family = self.directory, self.directory.family()
         loss = metrics.validation_loss(
-            directory.family(),
+            family,
             runner,
             data_set,
             seed=directory.settings.run.seed,
+            most_examples=max(samples, 2) if family.task == "text" else metrics.MOST_EXAMPLES[family.task],
             on_level=lambda done, total: listener.advance(done, total, "validation loss"),
         )
         result: dict[str, Any] = {
@@ -194,8 +245,9 @@ class Run:
             "validation_loss_by_block": metrics.mean_by_block(loss["levels"], directory.partition),
             "validation": loss,
         }
-        family = directory.family()
-        if family.task == "classes" and samples >= 1:
+        if family.task == "text":
+            result["text"] = metrics.text_scores(loss, data_set)
+        elif family.task == "classes" and samples >= 1:
             result["top1_by_block"] = metrics.mean_by_block(loss["levels"], directory.partition, "top1")
             result["classification"] = self._classification(runner, data_set, samples, steps, seed, listener)
         elif family.task == "images" and samples >= 2:

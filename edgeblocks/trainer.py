@@ -51,7 +51,9 @@ class Progress:
     steps_total: int = 0
     block: int = 0
     step: int = 0
-    images_per_s: float = 0.0
+    examples_per_s: float = 0.0
+    example: str = "img"
+    """What an example is called, in short."""
     used_bytes: int = 0
     """Resident now."""
     bytes_written: int = 0
@@ -182,7 +184,10 @@ class Trainer:
         self._metrics_every = max(1, self.settings.steps // METRICS_RECORDS)
         self._updating = False
         self._ending: OutOfBudgetError | OSError | None = None
-        self.progress = Progress(bytes_written=scheduler.store.run_bytes_written)
+        self.progress = Progress(
+            bytes_written=scheduler.store.run_bytes_written,
+            example="img" if self.family.reads == "images" else "seq",
+        )
 
     def train(
         self,
@@ -393,7 +398,7 @@ class Trainer:
         former = progress.losses.get(block, loss)
         progress.losses[block] = former + 0.05 * (loss - former)
         speed = self.settings.batch / step_s
-        progress.images_per_s += (0.1 if progress.images_per_s else 1.0) * (speed - progress.images_per_s)
+        progress.examples_per_s += (0.1 if progress.examples_per_s else 1.0) * (speed - progress.examples_per_s)
         if progress.step % self._metrics_every and progress.step != self.settings.steps:
             return
         self.run.append_metrics(
@@ -403,7 +408,7 @@ class Trainer:
                 "loss": loss,
                 "gradient_norm": gradient_norm,
                 "learning_rate": learning_rate,
-                "images_per_s": round(speed, 2),
+                "examples_per_s": round(speed, 2),
             }
         )
 

@@ -1,18 +1,74 @@
 """Text from a chain of blocks that fill in masked tokens. No torch: the deployed chain runs it."""
 
+import re
 from collections.abc import Callable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
+from edgeblocks.data.tokenizer import Tokenizer
+from edgeblocks.errors import ConfigError
 from edgeblocks.randomness import seed_at
+
+DEFAULT_STEPS = 64
+MOST_STEPS = 10_000
+MOST_TEXTS = 100_000
+HIGHEST_TEMPERATURE = 100.0
+GAPS = ("_", "[MASK]")
 
 Logits = NDArray[np.float32]
 Tokens = NDArray[np.int64]
 
 
+def check_writing(*, n: int, steps: int, temperature: float) -> None:
+    """That texts can be asked for like that.
+
+    Raises:
+        ConfigError: with all that is impossible.
+    """
+    problems = []
+    if not 1 <= n <= MOST_TEXTS:
+        problems.append(f"--n {n}: 1 to {MOST_TEXTS} texts can be written at a time")
+    if not 1 <= steps <= MOST_STEPS:
+        problems.append(f"--steps {steps}: 1 to {MOST_STEPS} steps are possible")
+    if not 0 <= temperature <= HIGHEST_TEMPERATURE:
+        problems.append(
+            f"--temperature {temperature}: 0 (the likeliest token) to {HIGHEST_TEMPERATURE:g} is possible; 1 draws as "
+            f"the network was trained"
+        )
+    if problems:
+        raise ConfigError(*problems)
+
+
+def with_gaps(text: str | None, tokenizer: Tokenizer, *, length: int, mask: int) -> tuple[Tokens, int]:
+    """Tokens [length] with `mask` at the gaps, and how many of them the text takes up; what follows is gaps.
+
+    A gap of one token is written `_` or `[MASK]`. None is a text of gaps alone.
+
+    Raises:
+        ConfigError: the text is longer, or has no gap.
+    """
+    tokens = np.full(length, mask, dtype=np.int64)
+    if text is None:
+        return tokens, length
+    pieces = [
+        np.array([mask]) if piece in GAPS else tokenizer.encode(piece)
+        for piece in re.split(r"(_|\[MASK\])", text)
+        if piece
+    ]
+    given = np.concatenate(pieces) if pieces else np.empty(0, dtype=np.int64)
+    if len(given) > length:
+        raise ConfigError(
+            f"--fill has {len(given)} tokens and the network was trained on texts of {length}; give a shorter part"
+        )
+    if not (given == mask).any():
+        raise ConfigError(f"--fill {text!r} has no gap; write one as _ for each missing token, for example 'the ____ sat'")
+    tokens[: len(given)] = given
+    return tokens, len(given)
+
+
 def unmask(
-    logits_of: Callable[[Tokens, float], Logits],
+    logits_of: Callable[[Tokens, float, NDArray[np.bool_]], Logits],
     tokens: Tokens,
     *,
     steps: Sequence[tuple[float, float]],
@@ -30,7 +86,8 @@ def unmask(
     In a step a sample in which nothing is unmasked is left out; a step may run no network at all.
 
     Args:
-        logits_of: logits [some, length, vocabulary] of some samples at a time t, the middle of a step.
+        logits_of: of the tokens of some samples, a time t (the middle of a step), and the places [some, length] that
+            are wanted: the logits [wanted, vocabulary] there, row by row.
         tokens: with the id `mask` at the gaps.
         steps: intervals (t_from, t_to), descending, each inside one block's range; see `unmasking_steps`.
         temperature: 0 takes the likeliest token.
@@ -49,10 +106,10 @@ def unmask(
         (concerned,) = np.nonzero(chosen.any(axis=1))
         for start in range(0, len(concerned), micro_batch):
             part = concerned[start : start + micro_batch]
-            logits = logits_of(tokens[part], (t_from + t_to) / 2)
+            logits = logits_of(tokens[part], (t_from + t_to) / 2, chosen[part])
             rows, places = np.nonzero(chosen[part])
             uniform = draws[part, 1][rows, places]
-            tokens[part[rows], places] = _drawn(logits[rows, places], temperature, uniform)
+            tokens[part[rows], places] = _drawn(logits, temperature, uniform)
         if on_step is not None:
             on_step(number + 1)
     return tokens
@@ -67,3 +124,8 @@ def _drawn(logits: Logits, temperature: float, uniform: NDArray[np.float64]) -> 
     sums = np.cumsum(np.exp(scaled), axis=1)
     below = (sums <= uniform[:, None] * sums[:, -1:]).sum(axis=1)
     return np.minimum(below, logits.shape[1] - 1)
+
+
+def texts_as_file(texts: Sequence[str]) -> str:
+    """Several texts in one, with a line between them."""
+    return "\n----\n".join(texts) + "\n"

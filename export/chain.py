@@ -13,7 +13,7 @@ import onnxruntime
 from numpy.typing import NDArray
 
 from edgeblocks.errors import ConfigError, RunError
-from edgeblocks.export.manifest import Manifest, checked_path, read_manifest
+from edgeblocks.export.manifest import ImageManifest, Manifest, checked_path, read_manifest
 
 # As fast a sample as 64 at a time, at half of the memory (width 384, 4 layers, 64 tokens, 2 threads: 7.1 and 7.0 ms a
 # sample, 159 and 321 MB).
@@ -36,12 +36,42 @@ class ExportedChain:
 
     def __init__(self, directory: Path | str, *, manifest: Manifest | None = None) -> None:
         self.directory = Path(directory)
-        self.manifest = read_manifest(self.directory) if manifest is None else manifest
+        self.manifest: Manifest = read_manifest(self.directory) if manifest is None else manifest
         self.partition = self.manifest.partition
         self.loads: list[int] = []
         """The blocks loaded, in order."""
         self._session: Any = None
         self._block: int | None = None
+
+    def run_graph(self, block: int, feed: dict[str, NDArray[Any]]) -> Values:
+        """One block's graph on a micro-batch, whichever noise levels it owns; it stays loaded."""
+        found: Values = self._load(block).run(None, feed)[0]
+        return found
+
+    def close(self) -> None:
+        """Release the loaded session."""
+        self._session = self._block = None
+
+    def _load(self, block: int) -> Any:
+        if self._block != block:
+            self.close()
+            path = checked_path(self.directory, self.manifest.files[block])
+            try:
+                self._session = onnxruntime.InferenceSession(path, session_options(), ["CPUExecutionProvider"])
+            except Exception as error:  # onnxruntime's errors have no common base
+                raise RunError(
+                    f"onnxruntime {onnxruntime.__version__} cannot load block {block} from {path}: {error}; the graph "
+                    f"needs opset {self.manifest.opset}: try a newer onnxruntime"
+                ) from error
+            self._block = block
+            self.loads.append(block)
+        return self._session
+
+
+class ImageChain(ExportedChain):
+    """An exported chain that denoises: images, or their labels."""
+
+    manifest: ImageManifest
 
     def denoise(
         self, z: Values, sigma: float, condition: Condition | None, *, micro_batch: int | None = None
@@ -74,27 +104,7 @@ class ExportedChain:
         if condition is not None:
             assert self.manifest.condition_name is not None
             feed[self.manifest.condition_name] = condition
-        denoised: Values = self._load(block).run(["denoised"], feed)[0]
-        return denoised
-
-    def close(self) -> None:
-        """Release the loaded session."""
-        self._session = self._block = None
-
-    def _load(self, block: int) -> Any:
-        if self._block != block:
-            self.close()
-            path = checked_path(self.directory, self.manifest.files[block])
-            try:
-                self._session = onnxruntime.InferenceSession(path, session_options(), ["CPUExecutionProvider"])
-            except Exception as error:  # onnxruntime's errors have no common base
-                raise RunError(
-                    f"onnxruntime {onnxruntime.__version__} cannot load block {block} from {path}: {error}; the graph "
-                    f"needs opset {self.manifest.opset}: try a newer onnxruntime"
-                ) from error
-            self._block = block
-            self.loads.append(block)
-        return self._session
+        return self.run_graph(block, feed)
 
 
 def session_options() -> Any:

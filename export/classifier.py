@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from edgeblocks.classification import classify
 from edgeblocks.data.decoding import UnreadableImageError, decode
 from edgeblocks.errors import ConfigError, DataError
-from edgeblocks.export.chain import ExportedChain, Values
+from edgeblocks.export.chain import ImageChain, Values
 from edgeblocks.noise import sampler_levels
 
 MOST_SHOWN = 5
@@ -18,7 +18,7 @@ _TOGETHER = 64
 """Images that go through the chain together."""
 
 
-class Classifier(ExportedChain):
+class Classifier(ImageChain):
     """An exported chain that tells the classes of images."""
 
     def classify(

@@ -35,9 +35,13 @@ from edgeblocks.durable import sync
 from edgeblocks.errors import ConfigError, RunError, StorageError
 from edgeblocks.export.manifest import (
     FILE_NAME,
+    TOKENIZER_FILE,
     BlockFile,
+    ImageManifest,
     Manifest,
     SamplerSettings,
+    TextManifest,
+    WriterSettings,
     read_manifest,
     sha256_of,
     write_manifest,
@@ -81,7 +85,7 @@ def export_run(
     runner = BlockRunner(run.family(), run.layers, run.partition, EmaLoader(run.store()), micro_batch=micro_batch)
     with _staged(out) as folder:
         files = _write_blocks(run, runner, folder, listener, external_above_bytes)
-        manifest = _describe(run, files)
+        manifest = _describe(run, files, folder)
         verified = verify_export(run, runner, open_chain(folder, manifest=manifest), listener)
         manifest = replace(manifest, verified=verified)
         write_manifest(folder, manifest)
@@ -96,23 +100,40 @@ SAMPLERS = {
 }
 
 
-def _describe(run: RunDirectory, files: tuple[BlockFile, ...]) -> Manifest:
+def _describe(run: RunDirectory, files: tuple[BlockFile, ...], folder: Path) -> Manifest:
     family = run.family()
+    common: dict[str, Any] = {
+        "edgeblocks": metadata.version("edgeblocks"),
+        "family": run.settings.run.family,
+        "task": family.task,
+        "opset": OPSET,
+        "boundaries": run.partition.boundaries,
+        "files": files,
+    }
+    if family.task == "text":
+        assert run.tokenizer is not None
+        definition = run.tokenizer.to_json()
+        if definition is not None:
+            with _synced(folder / TOKENIZER_FILE) as file:
+                file.write(definition.encode())
+        return TextManifest(
+            **common,
+            vocabulary=run.data.vocabulary,
+            length=run.data.length,
+            tokenizer=run.tokenizer.kind,
+            tokenizer_sha256=None if definition is None else sha256_of(folder / TOKENIZER_FILE),
+            sampler=WriterSettings(steps=max(WriterSettings().steps, len(files))),
+        )
     sampler = SAMPLERS[family.task]
-    return Manifest(
-        edgeblocks=metadata.version("edgeblocks"),
-        family=run.settings.run.family,
-        task=family.task,
-        opset=OPSET,
+    return ImageManifest(
+        **common,
         image_shape=(run.data.channels, run.data.height, run.data.width),
         mean=run.data.mean,
         scale=run.data.scale,
         sigma_data=family.sigma_data,
         class_names=run.class_names,
         noise=family.noise,
-        boundaries=run.partition.boundaries,
         sampler=replace(sampler, steps=max(sampler.steps, len(files))),
-        files=files,
     )
 
 
@@ -250,9 +271,11 @@ def _bytes_of(initializer: onnx.TensorProto, tensors: Tensors) -> np.ndarray:
 
 
 def _trace(network: nn.Module, family: Any) -> Any:
-    """The network as an ONNX program with inputs z, sigma, what it sees beside them, and any batch size."""
-    inputs = [torch.zeros(2, *family.state_shape), torch.ones(2)]
-    names = ["z", "sigma"]
+    """The network as an ONNX program with inputs z, the noise level, what it sees beside them, and any batch size."""
+    of_text = family.task == "text"
+    z_type = torch.int64 if of_text else torch.float32
+    inputs = [torch.zeros(2, *family.state_shape, dtype=z_type), torch.ones(2)]
+    names = ["z", "t" if of_text else "sigma"]
     if family.condition_spec is not None:
         name, shape, dtype = family.condition_spec
         inputs.append(torch.zeros(2, *shape, dtype=dtype))
@@ -266,7 +289,7 @@ def _trace(network: nn.Module, family: Any) -> Any:
             opset_version=OPSET,
             verbose=False,
             input_names=names,
-            output_names=["denoised"],
+            output_names=["logits" if of_text else "denoised"],
             dynamic_shapes=tuple({0: batch} for _ in inputs),
         )
 

@@ -10,32 +10,42 @@ import json
 import math
 import os
 import stat
-from collections.abc import Iterator
+from abc import ABC, abstractmethod
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal
 
-from edgeblocks.bounds import MOST_NOISE
+from edgeblocks import unmasking
+from edgeblocks.bounds import LONGEST_SEQUENCE, MOST_NOISE, MOST_TOKENS, TokenizerKind
 from edgeblocks.data.limits import LONGEST_SIDE, MOST_CHANNELS, MOST_CLASSES, MOST_PIXELS
 from edgeblocks.errors import ConfigError, RunError
-from edgeblocks.noise import NoiseDistribution, NoisePartition, NoiseRange, sampler_levels
+from edgeblocks.export.fields import Fields, MalformedError
+from edgeblocks.noise import (
+    LevelDistribution,
+    MaskingSchedule,
+    NoiseDistribution,
+    NoisePartition,
+    NoiseRange,
+    sampler_levels,
+    unmasking_steps,
+)
 from edgeblocks.solver import Solver
 from edgeblocks.untrusted import MalformedFileError, open_regular, read_object, shown
 
 EXPORT_FORMAT_VERSION = 2
 KIND = "edgeblocks export"
 FILE_NAME = "manifest.json"
+TOKENIZER_FILE = "tokenizer.json"
 DEFAULT_STEPS = 18
 MOST_STEPS = 10_000
 MOST_NOISES = 1000
 MOST_BLOCKS = 2**12
 MOST_OPSET = 1000
-_MOST_NAME_CHARACTERS = 255
-_SHA256_DIGITS = 64
-Task = Literal["images", "classes"]
-_TASKS: dict[str, Task] = {"images": "images", "classes": "classes"}
+Task = Literal["images", "classes", "text"]
+_TASKS: dict[str, Task] = {"images": "images", "classes": "classes", "text": "text"}
+_TOKENIZERS: dict[str, TokenizerKind] = {"chars": "chars", "bytes": "bytes", "bpe": "bpe"}
 _SOLVERS: dict[str, Solver] = {"euler": "euler", "heun": "heun"}
 _CHUNK_BYTES = 2**20
 
@@ -85,13 +95,18 @@ class Verified:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Manifest:
+class WriterSettings:
+    """How a chain that writes text is run unless the caller says otherwise."""
+
+    steps: int = unmasking.DEFAULT_STEPS
+    temperature: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest(ABC):
     """An exported chain of blocks.
 
-    task: what the chain makes: `images`, or the probabilities of an image's `classes`.
-    image_shape: (channels, height, width) of what it makes, or is given.
-    mean, scale: model space is x = (pixel/255 - mean) * scale, with standard deviation sigma_data.
-    class_names: () for an unconditional network; a graph takes class numbers, and `num_classes` for "no class".
+    task: what the chain makes: `images`, the probabilities of an image's `classes`, or `text`.
     boundaries: block b owns the noise levels [boundaries[b+1], boundaries[b]).
     verified: None only while the directory is being written.
     """
@@ -100,16 +115,67 @@ class Manifest:
     family: str
     task: Task
     opset: int
+    boundaries: tuple[float, ...]
+    files: tuple[BlockFile, ...]
+    verified: Verified | None = None
+
+    @property
+    @abstractmethod
+    def distribution(self) -> LevelDistribution:
+        """Of the noise levels."""
+
+    @property
+    @abstractmethod
+    def default_steps(self) -> int:
+        """Of the chain."""
+
+    @abstractmethod
+    def levels(self) -> list[dict[str, Any]]:
+        """The default chain's noise levels, descending, each with the block that owns it."""
+
+    @abstractmethod
+    def own_json(self) -> dict[str, Any]:
+        """What only such a chain has."""
+
+    @property
+    def partition(self) -> NoisePartition:
+        """Which block owns which noise level. Its training ranges are not widened: nothing is trained here."""
+        ends = pairwise(self.boundaries)
+        ranges = tuple(NoiseRange(low=low, high=high, train_low=low, train_high=high) for high, low in ends)
+        return NoisePartition(distribution=self.distribution, boundaries=self.boundaries, ranges=ranges)
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "kind": KIND,
+            "format_version": EXPORT_FORMAT_VERSION,
+            "edgeblocks": self.edgeblocks,
+            "family": self.family,
+            "task": self.task,
+            "opset": self.opset,
+            **self.own_json(),
+            "boundaries": list(self.boundaries),
+            "levels": self.levels(),
+            "files": [asdict(file) for file in self.files],
+            "verified": None if self.verified is None else asdict(self.verified),
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageManifest(Manifest):
+    """A chain that makes images, or tells their classes.
+
+    image_shape: (channels, height, width) of what it makes, or is given.
+    mean, scale: model space is x = (pixel/255 - mean) * scale, with standard deviation sigma_data.
+    class_names: () for an unconditional network; a graph takes class numbers, and `num_classes` for "no class".
+    """
+
     image_shape: tuple[int, int, int]
     mean: float
     scale: float
     sigma_data: float
     class_names: tuple[str, ...]
     noise: NoiseDistribution
-    boundaries: tuple[float, ...]
     sampler: SamplerSettings
-    files: tuple[BlockFile, ...]
-    verified: Verified | None = None
 
     @property
     def num_classes(self) -> int:
@@ -123,27 +189,21 @@ class Manifest:
         return "labels" if self.num_classes else None
 
     @property
-    def partition(self) -> NoisePartition:
-        """Which block owns which noise level. Its training ranges are not widened: nothing is trained here."""
-        ends = pairwise(self.boundaries)
-        ranges = tuple(NoiseRange(low=low, high=high, train_low=low, train_high=high) for high, low in ends)
-        return NoisePartition(distribution=self.noise, boundaries=self.boundaries, ranges=ranges)
+    def distribution(self) -> NoiseDistribution:
+        return self.noise
+
+    @property
+    def default_steps(self) -> int:
+        return self.sampler.steps
 
     def levels(self) -> list[dict[str, Any]]:
-        """The default sampler's noise levels, descending, each with the block that owns it."""
         partition = self.partition
         levels = sampler_levels(partition, num_steps=self.sampler.steps)
         return [{"sigma": sigma, "block": partition.block_of(sigma)} for sigma in levels]
 
-    def to_json(self) -> dict[str, Any]:
+    def own_json(self) -> dict[str, Any]:
         channels, height, width = self.image_shape
         return {
-            "kind": KIND,
-            "format_version": EXPORT_FORMAT_VERSION,
-            "edgeblocks": self.edgeblocks,
-            "family": self.family,
-            "task": self.task,
-            "opset": self.opset,
             "image": {"channels": channels, "height": height, "width": width},
             "mean": self.mean,
             "scale": self.scale,
@@ -151,11 +211,43 @@ class Manifest:
             "num_classes": self.num_classes,
             "class_names": list(self.class_names),
             "noise": asdict(self.noise),
-            "boundaries": list(self.boundaries),
             "sampler": asdict(self.sampler),
-            "levels": self.levels(),
-            "files": [asdict(file) for file in self.files],
-            "verified": None if self.verified is None else asdict(self.verified),
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextManifest(Manifest):
+    """A chain that writes text by unmasking. A graph takes tokens int64 [b, length], the mask being `vocabulary`.
+
+    tokenizer_sha256: of tokenizer.json, which is there exactly for a bpe.
+    """
+
+    vocabulary: int
+    length: int
+    tokenizer: TokenizerKind
+    tokenizer_sha256: str | None
+    sampler: WriterSettings
+
+    @property
+    def distribution(self) -> MaskingSchedule:
+        return MaskingSchedule()
+
+    @property
+    def default_steps(self) -> int:
+        return self.sampler.steps
+
+    def levels(self) -> list[dict[str, Any]]:
+        partition = self.partition
+        middles = [(high + low) / 2 for high, low in unmasking_steps(partition, num_steps=self.sampler.steps)]
+        return [{"t": t, "block": partition.block_of(t)} for t in middles]
+
+    def own_json(self) -> dict[str, Any]:
+        return {
+            "vocabulary": self.vocabulary,
+            "length": self.length,
+            "tokenizer": self.tokenizer,
+            "tokenizer_sha256": self.tokenizer_sha256,
+            "sampler": asdict(self.sampler),
         }
 
 
@@ -172,7 +264,7 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
         os.fsync(file.fileno())
 
 
-def read_manifest(folder: Path) -> Manifest:
+def read_manifest(folder: Path) -> ImageManifest | TextManifest:
     """The manifest of an exported directory, checked; the block files are only looked at when they are used.
 
     Raises:
@@ -205,8 +297,8 @@ def read_manifest(folder: Path) -> Manifest:
             "it, or export the run again"
         )
     try:
-        manifest = _manifest(_Fields(content, ""))
-    except _MalformedError as error:
+        manifest = _manifest(Fields(content, ""))
+    except MalformedError as error:
         raise RunError(f"{path} is damaged: {error}; {_AGAIN}") from error
     return manifest
 
@@ -267,128 +359,31 @@ def sha256_of(path: Path) -> str:
 _AGAIN = "copy the directory again from where it was written, or export the run again"
 
 
-class _MalformedError(ValueError):
-    """What is wrong with a manifest's content."""
+def _manifest(fields: Fields) -> ImageManifest | TextManifest:
+    task = _TASKS.get(fields.text("task"))
+    if task is None:
+        fields.fail("task", "'images', 'classes' or 'text'")
+    common: dict[str, Any] = {
+        "edgeblocks": fields.text("edgeblocks"),
+        "family": fields.text("family"),
+        "task": task,
+        "opset": fields.integer("opset", least=1, most=MOST_OPSET),
+        "boundaries": fields.numbers("boundaries"),
+        "files": tuple(_block_file(inner, block) for block, inner in enumerate(fields.inners("files"))),
+        "verified": _verified(fields.inner("verified")),
+    }
+    manifest = _text_manifest(fields, common) if task == "text" else _image_manifest(fields, common)
+    _check_routing(fields, manifest)
+    names = [name for file in manifest.files for name in file.names]
+    if len(set(names)) != len(names):
+        raise MalformedError("two of its files have the same name")
+    return manifest
 
 
-class _Fields:
-    """A JSON object whose fields are taken with their types checked; `where` names the object in messages."""
-
-    def __init__(self, content: Any, where: str) -> None:
-        self.where = where
-        if not isinstance(content, dict):
-            raise _MalformedError(f"{where or 'the manifest'} must be an object, found {shown(content)}")
-        self._content = content
-
-    def fail(self, name: str, expected: str) -> NoReturn:
-        raise _MalformedError(f"{self._path(name)} must be {expected}, found {shown(self._content.get(name))}")
-
-    def _path(self, name: str) -> str:
-        return f"{self.where}.{name}" if self.where else name
-
-    def _get(self, name: str) -> Any:
-        if name not in self._content:
-            raise _MalformedError(f"{self._path(name)} is missing")
-        return self._content[name]
-
-    def integer(self, name: str, *, least: int, most: int) -> int:
-        value = self._get(name)
-        if type(value) is not int or value < least:
-            self.fail(name, f"a whole number of at least {least}")
-        if value > most:
-            self.fail(name, f"a whole number of at most {most}")
-        return value
-
-    def number(self, name: str) -> float:
-        value = self._get(name)
-        if not _is_number(value):
-            self.fail(name, "a finite number")
-        return float(value)
-
-    def positive(self, name: str) -> float:
-        value = self.number(name)
-        if value <= 0:
-            self.fail(name, "larger than 0")
-        return value
-
-    def not_negative(self, name: str) -> float:
-        value = self.number(name)
-        if value < 0:
-            self.fail(name, "at least 0")
-        return value
-
-    def truth(self, name: str) -> bool:
-        value = self._get(name)
-        if not isinstance(value, bool):
-            self.fail(name, "true or false")
-        return value
-
-    def text(self, name: str) -> str:
-        value = self._get(name)
-        if not _is_text(value) or not value:
-            self.fail(name, "a text")
-        return str(value)
-
-    def texts(self, name: str) -> tuple[str, ...]:
-        values = self._get(name)
-        if not isinstance(values, list) or not all(map(_is_text, values)):
-            self.fail(name, "a list of texts")
-        return tuple(values)
-
-    def numbers(self, name: str) -> tuple[float, ...]:
-        values = self._get(name)
-        if not isinstance(values, list) or not all(_is_number(value) for value in values):
-            self.fail(name, "a list of finite numbers")
-        return tuple(map(float, values))
-
-    def inner(self, name: str) -> "_Fields":
-        return _Fields(self._get(name), self._path(name))
-
-    def inners(self, name: str) -> "Iterator[_Fields]":
-        values = self._get(name)
-        if not isinstance(values, list):
-            self.fail(name, "a list")
-        for index, value in enumerate(values):
-            yield _Fields(value, f"{self._path(name)}[{index}]")
-
-    def file_name(self, name: str) -> str:
-        """A name inside the directory: it can lead nowhere else, on any system."""
-        value = self.text(name)
-        if value.startswith(".") or any(bad in value for bad in "/\\:\0") or len(value) > _MOST_NAME_CHARACTERS:
-            self.fail(name, "the plain name of a file in the directory")
-        return value
-
-    def sha256(self, name: str) -> str:
-        value = self.text(name)
-        if len(value) != _SHA256_DIGITS or not set(value) <= set("0123456789abcdef"):
-            self.fail(name, f"a SHA-256 of {_SHA256_DIGITS} lower-case hexadecimal digits")
-        return value
-
-    def absent(self, name: str) -> bool:
-        return self._get(name) is None
-
-
-def _is_number(value: Any) -> bool:
-    if type(value) not in (int, float):
-        return False
-    try:
-        return math.isfinite(value)
-    except OverflowError:
-        return False
-
-
-def _is_text(value: Any) -> bool:
-    """Whether a value is text that can be printed and written: JSON can name halves of characters, too."""
-    return isinstance(value, str) and value.encode(errors="replace").decode() == value
-
-
-def _manifest(fields: _Fields) -> Manifest:
+def _image_manifest(fields: Fields, common: dict[str, Any]) -> ImageManifest:
     image = fields.inner("image")
-    manifest = Manifest(
-        edgeblocks=fields.text("edgeblocks"),
-        family=fields.text("family"),
-        task=_task(fields),
-        opset=fields.integer("opset", least=1, most=MOST_OPSET),
+    manifest = ImageManifest(
+        **common,
         image_shape=(
             image.integer("channels", least=1, most=MOST_CHANNELS),
             image.integer("height", least=1, most=LONGEST_SIDE),
@@ -399,72 +394,71 @@ def _manifest(fields: _Fields) -> Manifest:
         sigma_data=fields.positive("sigma_data"),
         class_names=fields.texts("class_names"),
         noise=_noise(fields.inner("noise")),
-        boundaries=fields.numbers("boundaries"),
         sampler=_sampler(fields.inner("sampler")),
-        files=tuple(_block_file(inner, block) for block, inner in enumerate(fields.inners("files"))),
-        verified=_verified(fields.inner("verified")),
     )
     if math.prod(manifest.image_shape[1:]) > MOST_PIXELS:
         fields.fail("image", f"of at most {MOST_PIXELS} pixels")
     if fields.integer("num_classes", least=0, most=MOST_CLASSES) != manifest.num_classes:
         fields.fail("num_classes", f"{manifest.num_classes}, the number of class_names")
-    _check_task(fields, manifest)
-    _check_routing(fields, manifest)
-    names = [name for file in manifest.files for name in file.names]
-    if len(set(names)) != len(names):
-        raise _MalformedError("two of its files have the same name")
+    if manifest.task == "classes":
+        if manifest.num_classes < 2:
+            fields.fail("class_names", "at least two classes")
+        if manifest.sampler.solver != "euler" or manifest.sampler.guidance != 1.0:
+            fields.fail("sampler", "euler without guidance, where classes are told")
     return manifest
 
 
-def _task(fields: _Fields) -> Task:
-    task = _TASKS.get(fields.text("task"))
-    if task is None:
-        fields.fail("task", "'images' or 'classes'")
-    return task
+def _text_manifest(fields: Fields, common: dict[str, Any]) -> TextManifest:
+    tokenizer = _TOKENIZERS.get(fields.text("tokenizer"))
+    if tokenizer is None:
+        fields.fail("tokenizer", f"one of {', '.join(_TOKENIZERS)}")
+    if fields.absent("tokenizer_sha256") != (tokenizer != "bpe"):
+        fields.fail("tokenizer_sha256", "given exactly for a bpe")
+    sampler = fields.inner("sampler")
+    return TextManifest(
+        **common,
+        vocabulary=fields.integer("vocabulary", least=2, most=MOST_TOKENS),
+        length=fields.integer("length", least=1, most=LONGEST_SEQUENCE),
+        tokenizer=tokenizer,
+        tokenizer_sha256=None if tokenizer != "bpe" else fields.sha256("tokenizer_sha256"),
+        sampler=WriterSettings(
+            steps=sampler.integer("steps", least=1, most=MOST_STEPS), temperature=sampler.not_negative("temperature")
+        ),
+    )
 
 
-def _check_task(fields: _Fields, manifest: Manifest) -> None:
-    """That a chain for classes has some, and is run as such chains are."""
-    if manifest.task == "images":
-        return
-    if manifest.num_classes < 2:
-        fields.fail("class_names", "at least two classes")
-    sampler = manifest.sampler
-    if sampler.solver != "euler" or sampler.guidance != 1.0:
-        fields.fail("sampler", "euler without guidance, where classes are told")
-
-
-def _check_routing(fields: _Fields, manifest: Manifest) -> None:
+def _check_routing(fields: Fields, manifest: Manifest) -> None:
     """That the boundaries, the blocks and the levels tell the same story."""
-    boundaries = manifest.boundaries
+    boundaries, distribution = manifest.boundaries, manifest.distribution
+    level_name, least = ("t", 0.0) if isinstance(manifest, TextManifest) else ("sigma", 1 / MOST_NOISE)
     descending = all(high > low for high, low in pairwise(boundaries))
-    if len(boundaries) < 2 or not descending or boundaries[-1] <= 0:
-        fields.fail("boundaries", "at least two positive noise levels, strictly descending")
-    if len(boundaries) > MOST_BLOCKS + 1 or boundaries[0] > MOST_NOISE or boundaries[-1] < 1 / MOST_NOISE:
-        fields.fail("boundaries", f"at most {MOST_BLOCKS + 1} noise levels from {1 / MOST_NOISE:g} to {MOST_NOISE:g}")
-    if (boundaries[0], boundaries[-1]) != (manifest.noise.sigma_max, manifest.noise.sigma_min):
-        fields.fail("boundaries", "noise levels from noise.sigma_max to noise.sigma_min")
+    if len(boundaries) < 2 or not descending or boundaries[-1] < 0:
+        fields.fail("boundaries", "at least two noise levels, none negative, strictly descending")
+    if len(boundaries) > MOST_BLOCKS + 1 or boundaries[0] > MOST_NOISE or boundaries[-1] < least:
+        fields.fail("boundaries", f"at most {MOST_BLOCKS + 1} noise levels from {least:g} to {MOST_NOISE:g}")
+    if (boundaries[0], boundaries[-1]) != (distribution.top, distribution.bottom):
+        fields.fail("boundaries", f"noise levels from {distribution.top:g} to {distribution.bottom:g}")
     if len(manifest.files) != len(boundaries) - 1:
-        raise _MalformedError(f"files lists {len(manifest.files)} blocks, boundaries tells of {len(boundaries) - 1}")
-    if manifest.sampler.steps < len(manifest.files):
+        raise MalformedError(f"files lists {len(manifest.files)} blocks, boundaries tells of {len(boundaries) - 1}")
+    if manifest.default_steps < len(manifest.files):
         fields.inner("sampler").fail("steps", f"at least {len(manifest.files)}, the number of blocks")
     listed = [
-        (level.positive("sigma"), level.integer("block", least=0, most=MOST_BLOCKS))
+        (level.positive(level_name), level.integer("block", least=0, most=MOST_BLOCKS))
         for level in fields.inners("levels")
     ]
     try:
-        expected = [(level["sigma"], level["block"]) for level in manifest.levels()]
+        expected = [(level[level_name], level["block"]) for level in manifest.levels()]
     except (ValueError, ArithmeticError, ConfigError) as error:
-        raise _MalformedError(f"no levels can be made from sampler.steps and boundaries ({error})") from error
+        raise MalformedError(f"no levels can be made from sampler.steps and boundaries ({error})") from error
     same = len(listed) == len(expected) and all(
-        block == own_block and math.isclose(sigma, own_sigma, rel_tol=1e-9)
-        for (sigma, block), (own_sigma, own_block) in zip(listed, expected, strict=True)
+        block == own_block and math.isclose(level, own_level, rel_tol=1e-9)
+        for (level, block), (own_level, own_block) in zip(listed, expected, strict=True)
     )
     if not same:
-        raise _MalformedError("levels are not those of sampler.steps and boundaries")
+        raise MalformedError("levels are not those of sampler.steps and boundaries")
 
 
-def _noise(fields: _Fields) -> NoiseDistribution:
+def _noise(fields: Fields) -> NoiseDistribution:
     return NoiseDistribution(
         sigma_min=fields.positive("sigma_min"),
         sigma_max=fields.positive("sigma_max"),
@@ -473,7 +467,7 @@ def _noise(fields: _Fields) -> NoiseDistribution:
     )
 
 
-def _sampler(fields: _Fields) -> SamplerSettings:
+def _sampler(fields: Fields) -> SamplerSettings:
     solver = _SOLVERS.get(fields.text("solver"))
     if solver is None:
         fields.fail("solver", "'euler' or 'heun'")
@@ -485,7 +479,7 @@ def _sampler(fields: _Fields) -> SamplerSettings:
     )
 
 
-def _block_file(fields: _Fields, block: int) -> BlockFile:
+def _block_file(fields: Fields, block: int) -> BlockFile:
     if fields.integer("block", least=0, most=MOST_BLOCKS) != block:
         fields.fail("block", f"{block}: blocks are listed in order")
     inline = fields.absent("data_file")
@@ -501,7 +495,7 @@ def _block_file(fields: _Fields, block: int) -> BlockFile:
     )
 
 
-def _verified(fields: _Fields) -> Verified:
+def _verified(fields: Fields) -> Verified:
     return Verified(
         block_max_abs_error=fields.not_negative("block_max_abs_error"),
         block_limit=fields.positive("block_limit"),

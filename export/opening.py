@@ -1,4 +1,4 @@
-"""An exported directory as what it is: a sampler of images, or a classifier of them."""
+"""An exported directory as what it is: a sampler of images, a classifier of them, or a writer of text."""
 
 from pathlib import Path
 
@@ -17,7 +17,8 @@ def open_chain(directory: Path | str, *, manifest: Manifest | None = None) -> Ex
     """
     from edgeblocks.export.classifier import Classifier
     from edgeblocks.export.sampler import Sampler
+    from edgeblocks.export.writer import Writer
 
     manifest = read_manifest(Path(directory)) if manifest is None else manifest
-    kinds = {"images": Sampler, "classes": Classifier}
+    kinds: dict[str, type[ExportedChain]] = {"images": Sampler, "classes": Classifier, "text": Writer}
     return kinds[manifest.task](directory, manifest=manifest)

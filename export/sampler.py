@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgeblocks.errors import ConfigError
-from edgeblocks.export.chain import ExportedChain, Values
+from edgeblocks.export.chain import ImageChain, Values
 from edgeblocks.export.manifest import DEFAULT_STEPS
 from edgeblocks.noise import sampler_levels
 from edgeblocks.pictures import to_uint8
@@ -14,7 +14,7 @@ from edgeblocks.randomness import start_noise
 from edgeblocks.solver import Solver, check_request, class_number, classes_in_turn, guide, integrate
 
 
-class Sampler(ExportedChain):
+class Sampler(ImageChain):
     """An exported chain that makes images."""
 
     @property

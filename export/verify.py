@@ -5,7 +5,7 @@ An export is not finished before this has passed. Both sides keep one block in m
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -16,22 +16,28 @@ from edgeblocks.checkpoint import RunDirectory
 from edgeblocks.classification import classify
 from edgeblocks.data.dataset import DataSet
 from edgeblocks.errors import ConfigError, DataError, EdgeblocksError, RunError, StorageError
-from edgeblocks.export.chain import Condition, ExportedChain, Values
+from edgeblocks.export.chain import Condition, ExportedChain, ImageChain, Values
 from edgeblocks.export.classifier import Classifier
 from edgeblocks.export.manifest import Verified
 from edgeblocks.export.sampler import Sampler
+from edgeblocks.export.writer import Writer
 from edgeblocks.families.base import Level
 from edgeblocks.generators import generator_at
-from edgeblocks.noise import NoiseRange, sampler_levels
+from edgeblocks.noise import NoiseRange, sampler_levels, unmasking_steps
 from edgeblocks.pictures import to_uint8
 from edgeblocks.preparation import data_of
 from edgeblocks.randomness import start_noise
 from edgeblocks.solver import integrate
+from edgeblocks.unmasking import unmask
 
 BLOCK_LIMIT = 1e-4
 OUTPUT_LIMIT = 1e-3
 NUM_OUTPUTS = 8
-_WORDS = {"images": ("final images", "pixels"), "classes": ("probabilities", "answers")}
+_WORDS = {
+    "images": ("final images", "pixels"),
+    "classes": ("probabilities", "answers"),
+    "text": ("probabilities along the chain", "tokens"),
+}
 _BATCH = 5
 _MOST_LABELS = 25
 
@@ -54,7 +60,7 @@ class Case:
     """One input of a block; `what` names it in a message."""
 
     what: str
-    z: Values
+    z: NDArray[Any]
     sigma: Values
     condition: Condition | None
 
@@ -115,12 +121,20 @@ def block_difference(
     """The largest difference of a block's output between torch and onnxruntime, and the input that shows it."""
     network = runner.network(block)
     worst, worst_case = -1.0, None
-    for case in block_cases(run, data_set, block):
+    cases = text_cases if isinstance(chain, Writer) else block_cases
+    for case in cases(run, data_set, block):
         with torch.no_grad():
-            condition = None if case.condition is None else torch.from_numpy(case.condition)
-            expected = network(torch.from_numpy(case.z), torch.from_numpy(case.sigma), condition).numpy()
+            seen = [torch.from_numpy(case.z), torch.from_numpy(case.sigma)]
+            if isinstance(chain, Writer):
+                expected = softmax(network(*seen).numpy())
+                found = softmax(chain.run_block(block, case.z, case.sigma))
+            else:
+                assert isinstance(chain, ImageChain)
+                condition = None if case.condition is None else torch.from_numpy(case.condition)
+                expected = network(*seen, condition).numpy()
+                found = chain.run_block(block, case.z, case.sigma, case.condition)
         _check_finite(expected, f"block {block}")
-        difference = _largest_difference(chain.run_block(block, case.z, case.sigma, case.condition), expected)
+        difference = _largest_difference(found, expected)
         if difference > worst:
             worst, worst_case = difference, case
     assert worst_case is not None
@@ -167,12 +181,43 @@ def block_cases(run: RunDirectory, data_set: DataSet | None, block: int) -> Iter
         yield Case(what=f"real images at sigma {sigma:.4g}", z=z.numpy(), sigma=batch["sigma"].numpy(), condition=own)
 
 
+def text_cases(run: RunDirectory, data_set: DataSet | None, block: int) -> Iterator[Case]:
+    """Tokens over the whole range of times of a block with both its ends, random ones and those of the run's text."""
+    family, data = run.family(), run.data
+    levels = _levels(run.partition.ranges[block])
+    random = np.random.default_rng([run.settings.run.seed, block])
+
+    def masked(tokens: NDArray[np.int64], t: Values) -> NDArray[np.int64]:
+        hidden = random.random(tokens.shape) < t[:, None]
+        return np.where(hidden, family.mask, tokens)
+
+    texts = {"random tokens": random.integers(0, data.vocabulary, (_BATCH, data.length))}
+    if data_set is not None:
+        examples = data_set.gather(data_set.evaluation_indices(_BATCH))[0]
+        texts["real text"] = np.resize(examples, (_BATCH, data.length))
+    for what, tokens in texts.items():
+        for index, t in enumerate(levels):
+            one = slice(index, index + 1)
+            yield Case(what=f"{what} at t {t:.4g}", z=masked(tokens[one], levels[one]), sigma=levels[one], condition=None)
+        what = f"{what} at t {levels[0]:.4g} to {levels[-1]:.4g}"
+        yield Case(what=what, z=masked(tokens, levels), sigma=levels, condition=None)
+
+
+def softmax(logits: Values) -> Values:
+    """Probabilities along the last axis."""
+    exponentials = np.exp(logits - logits.max(axis=-1, keepdims=True))
+    found: Values = exponentials / exponentials.sum(axis=-1, keepdims=True)
+    return found
+
+
 def output_difference(
     run: RunDirectory, runner: BlockRunner, chain: ExportedChain, data_set: DataSet | None
 ) -> tuple[float, float]:
     """The largest difference of what the two chains make, and the share of it that is the same in the end."""
     if isinstance(chain, Classifier):
         return _class_difference(run, runner, chain, data_set)
+    if isinstance(chain, Writer):
+        return _text_difference(run, runner, chain)
     assert isinstance(chain, Sampler)
     return _image_difference(run, runner, chain)
 
@@ -202,6 +247,32 @@ def _class_difference(
     if not np.isfinite(difference):
         return difference, 0.0
     return difference, float((found.argmax(1) == expected.argmax(1)).mean())
+
+
+def _text_difference(run: RunDirectory, runner: BlockRunner, writer: Writer) -> tuple[float, float]:
+    """Of the probabilities at each step of torch's chain, and the share of the tokens that both chains end with."""
+    settings, data, family = writer.manifest.sampler, run.data, run.family()
+    worst = 0.0
+
+    def both(tokens: NDArray[np.int64], t: float, wanted: NDArray[np.bool_]) -> Values:
+        nonlocal worst
+        expected = runner.logits(tokens, t, wanted)
+        _check_finite(expected, "the chain")
+        found = writer.logits(tokens, t, wanted)
+        worst = max(worst, _largest_difference(softmax(found), softmax(expected)))
+        return expected
+
+    expected = unmask(
+        both,
+        np.full((NUM_OUTPUTS, data.length), family.mask),
+        steps=unmasking_steps(run.partition, num_steps=settings.steps),
+        mask=family.mask,
+        temperature=settings.temperature,
+        seed=0,
+        micro_batch=runner.micro_batch,
+    )
+    found, _ = writer.write_tokens(NUM_OUTPUTS, micro_batch=runner.micro_batch)
+    return worst, float((found == expected).mean())
 
 
 def _image_difference(run: RunDirectory, runner: BlockRunner, sampler: Sampler) -> tuple[float, float]:
@@ -243,8 +314,9 @@ def _real_data(run: RunDirectory, listener: Listener) -> DataSet | None:
 
 
 def _levels(owned: NoiseRange) -> Values:
-    """Five noise levels of a block, geometrically from its lower end to its upper end."""
-    levels: Values = np.geomspace(owned.low, owned.high, _BATCH).astype(np.float32)
+    """Five noise levels of a block from its lower end to its upper end, geometrically where that is not 0."""
+    spaced = np.geomspace if owned.low > 0 else np.linspace
+    levels: Values = spaced(owned.low, owned.high, _BATCH).astype(np.float32)
     return levels
 
 

@@ -5,6 +5,8 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
+from edgeblocks.data.tokenizer import Tokenizer
+
 
 @runtime_checkable
 class Order(Protocol):
@@ -40,6 +42,11 @@ class DataSet(Protocol):
 
     @property
     def has_held_out(self) -> bool: ...
+
+    @property
+    def tokenizer(self) -> Tokenizer | None:
+        """How text became the examples' tokens; None where they are no text."""
+        ...
 
     def order(self, *, batch: int, seed: int, block: int) -> Order: ...
 

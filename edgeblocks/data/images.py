@@ -75,6 +75,11 @@ class ImageSet:
         return images, None if self.labels is None else self.labels[indices]
 
     @property
+    def tokenizer(self) -> None:
+        """Images are no text."""
+        return None
+
+    @property
     def has_held_out(self) -> bool:
         return len(self.held_out) > 0
 

@@ -178,7 +178,7 @@ def _probe_presets() -> dict[str, dict[str, Any]]:
             optimizer=run.optimizer,
             preferred_blocks=kind.preferred_blocks,
             data_bytes=data_bytes,
-            grid_samples=GRID_SAMPLES if kind.task == "images" else 0,
+            grid_samples=GRID_SAMPLES[kind.task],
         )
         family = {"name": run.family, "settings": asdict(settings.family), "data": asdict(data)}
         requests[name] = {"family": family, "wishes": asdict(wishes)}

@@ -66,6 +66,11 @@ class TextInfo:
     vocabulary: int
     length: int
 
+    @property
+    def example_bytes(self) -> int:
+        """Of one example as the network is given it."""
+        return 8 * self.length
+
 
 @dataclass(frozen=True, kw_only=True)
 class ImageInfo:
@@ -81,6 +86,11 @@ class ImageInfo:
     num_classes: int
     mean: float
     scale: float
+
+    @property
+    def example_bytes(self) -> int:
+        """Of one example as the network is given it."""
+        return 4 * self.channels * self.height * self.width
 
     def to_model(self, pixels: np.ndarray) -> Float[Tensor, "batch channels height width"]:
         """uint8 [N, H, W, C] to model space: zero mean, standard deviation sigma_data."""

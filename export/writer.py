@@ -1,0 +1,109 @@
+"""Text from an exported directory: numpy and onnxruntime, no torch."""
+
+import hashlib
+from collections.abc import Callable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgeblocks.data.tokenizer import MOST_TOKENIZER_BYTES, Tokenizer, build_tokenizer
+from edgeblocks.errors import RunError
+from edgeblocks.export.chain import DEFAULT_MICRO_BATCH, ExportedChain, Values
+from edgeblocks.export.manifest import TOKENIZER_FILE, TextManifest
+from edgeblocks.noise import unmasking_steps
+from edgeblocks.unmasking import check_writing, unmask, with_gaps
+from edgeblocks.untrusted import MalformedFileError, read_text
+
+
+class Writer(ExportedChain):
+    """An exported chain that writes text."""
+
+    manifest: TextManifest
+
+    def write(
+        self,
+        n: int,
+        *,
+        steps: int | None = None,
+        temperature: float | None = None,
+        fill: str | None = None,
+        seed: int = 0,
+        micro_batch: int | None = None,
+        on_step: Callable[[int], None] | None = None,
+    ) -> list[str]:
+        """Texts as long as those that the network was trained on; or `fill` with its gaps filled in.
+
+        Args:
+            steps: of unmasking, at least one a block; None: as the manifest says.
+            temperature: 1 draws as the network was trained, 0 takes the likeliest token; None: as the manifest says.
+            fill: a text in which each missing token is written `_` or `[MASK]`.
+
+        Raises:
+            ConfigError: an impossible argument.
+            RunError: a file is missing or damaged.
+        """
+        tokens, given = self.write_tokens(
+            n, steps=steps, temperature=temperature, fill=fill, seed=seed, micro_batch=micro_batch, on_step=on_step
+        )
+        tokenizer = self.tokenizer()
+        return [tokenizer.decode(row[:given]) for row in tokens]
+
+    def write_tokens(
+        self,
+        n: int,
+        *,
+        steps: int | None = None,
+        temperature: float | None = None,
+        fill: str | None = None,
+        seed: int = 0,
+        micro_batch: int | None = None,
+        on_step: Callable[[int], None] | None = None,
+    ) -> tuple[NDArray[np.int64], int]:
+        """As `write`, before the tokens become text: int64 [n, length], and how many of them `fill` takes up."""
+        manifest = self.manifest
+        steps = manifest.sampler.steps if steps is None else steps
+        temperature = manifest.sampler.temperature if temperature is None else temperature
+        check_writing(n=n, steps=steps, temperature=temperature)
+        intervals = unmasking_steps(self.partition, num_steps=steps)
+        mask = manifest.vocabulary
+        start, given = with_gaps(fill, self.tokenizer(), length=manifest.length, mask=mask)
+        try:
+            tokens = unmask(
+                self.logits,
+                np.tile(start, (n, 1)),
+                steps=intervals,
+                mask=mask,
+                temperature=temperature,
+                seed=seed,
+                micro_batch=DEFAULT_MICRO_BATCH if micro_batch is None else micro_batch,
+                on_step=on_step,
+            )
+        finally:
+            self.close()
+        return tokens, given
+
+    def logits(self, tokens: NDArray[np.int64], t: float, wanted: NDArray[np.bool_]) -> Values:
+        """Logits [wanted, vocabulary] at the wanted places of tokens [some, length], by the block that owns t."""
+        found: Values = self.run_block(self.partition.block_of(t), tokens, np.full(len(tokens), t, np.float32))[wanted]
+        return found
+
+    def run_block(self, block: int, tokens: NDArray[np.int64], t: Values) -> Values:
+        """One block's logits [b, length, vocabulary], whichever times it owns."""
+        return self.run_graph(block, {"z": tokens, "t": t})
+
+    def tokenizer(self) -> Tokenizer:
+        """How text becomes tokens.
+
+        Raises:
+            RunError: its file is missing or damaged.
+        """
+        definition = None
+        if self.manifest.tokenizer_sha256 is not None:
+            path = self.directory / TOKENIZER_FILE
+            try:
+                definition = read_text(path, most_bytes=MOST_TOKENIZER_BYTES)
+            except (OSError, MalformedFileError) as error:
+                raise RunError(f"cannot read {path}: {error}; copy the directory again, or export again") from error
+            if hashlib.sha256(definition.encode()).hexdigest() != self.manifest.tokenizer_sha256:
+                raise RunError(f"{path} does not match its checksum; copy the directory again, or export again")
+        return build_tokenizer(self.manifest.tokenizer, definition)
