@@ -77,7 +77,7 @@ class RowFile:
             raise IndexError(f"indices {indices.min()}..{indices.max()} are outside 0..{num_rows - 1}")
         rows = np.empty((len(indices), *row_shape), dtype=self._dtype)
         row_bytes = math.prod(row_shape) * rows.itemsize
-        for row, index in zip(rows, indices, strict=True):
+        for row, index in zip(rows.reshape(len(rows), math.prod(row_shape)), indices, strict=True):
             self._read_at(self.offset + int(index) * row_bytes, row)
         return rows
 

@@ -1,0 +1,254 @@
+"""Text as numbers and back: the 27 characters of text8, bytes, or byte pairs that were learned from the text. No torch.
+
+Training and the deployed chain use the same tokenizers, so that a prompt means the same in both.
+"""
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from edgeblocks.errors import ConfigError, DataError
+from edgeblocks.untrusted import MalformedFileError, open_regular, read_text
+
+Kind = Literal["chars", "bytes", "bpe"]
+
+KINDS: tuple[Kind, ...] = ("chars", "bytes", "bpe")
+FEWEST_PAIRS = 256
+"""The bytes themselves, with which byte pairs begin."""
+MOST_VOCABULARY = 2**20
+MOST_DEFINITION_BYTES = 2**26
+"""Of a tokenizer.json; that of 256,000 tokens has some 35 MB."""
+
+_CHARACTERS = b" abcdefghijklmnopqrstuvwxyz"
+_DIGITS = (b"zero", b"one", b"two", b"three", b"four", b"five", b"six", b"seven", b"eight", b"nine")
+_LOWERED = bytes(
+    ord(chr(byte).lower()) if byte < 128 and chr(byte).isalnum() else ord(" ") for byte in range(256)
+)  # digits stay, to be spelled out
+_SPACES = re.compile(rb"  +")
+
+
+class Tokenizer(Protocol):
+    """Turns text into token ids from 0 to vocabulary - 1, and back."""
+
+    @property
+    def kind(self) -> Kind:
+        """By which name `build_tokenizer` makes it again."""
+
+    @property
+    def vocabulary(self) -> int:
+        """Number of different tokens."""
+
+    def encode(self, text: str) -> NDArray[np.int64]:
+        """The tokens [n] of a text."""
+
+    def decode(self, tokens: ArrayLike) -> str:
+        """The text of tokens [n].
+
+        Raises:
+            ValueError: a token that is none, such as a mask.
+        """
+
+    def to_json(self) -> str | None:
+        """The content of the tokenizer.json; None where the kind says everything."""
+
+
+class CharacterTokenizer:
+    """27 tokens: 0 is a space, 1 to 26 are a to z; any text is first written with these, see `normalize`."""
+
+    kind: Kind = "chars"
+    vocabulary = len(_CHARACTERS)
+
+    def encode(self, text: str) -> NDArray[np.int64]:
+        """The tokens of `normalize(text)`."""
+        written = np.frombuffer(normalize(text), dtype=np.uint8)
+        return np.where(written == ord(" "), 0, written.astype(np.int64) - (ord("a") - 1))
+
+    def decode(self, tokens: ArrayLike) -> str:
+        """The characters of the tokens."""
+        ids = _checked(tokens, self.vocabulary)
+        return np.frombuffer(_CHARACTERS, dtype=np.uint8)[ids].tobytes().decode("ascii")
+
+    def to_json(self) -> None:
+        """The kind says everything."""
+
+
+class ByteTokenizer:
+    """256 tokens: the bytes of the text in UTF-8."""
+
+    kind: Kind = "bytes"
+    vocabulary = 256
+
+    def encode(self, text: str) -> NDArray[np.int64]:
+        """The bytes; half a surrogate pair, which is no character, becomes a question mark."""
+        return np.frombuffer(text.encode("utf-8", errors="replace"), dtype=np.uint8).astype(np.int64)
+
+    def decode(self, tokens: ArrayLike) -> str:
+        """The text; bytes that are no UTF-8 become U+FFFD."""
+        return _checked(tokens, self.vocabulary).astype(np.uint8).tobytes().decode("utf-8", errors="replace")
+
+    def to_json(self) -> None:
+        """The kind says everything."""
+
+
+class PairTokenizer:
+    """What a tokenizer.json describes; byte pairs, unless the user brought something else.
+
+    Raises:
+        ConfigError: the library `tokenizers` is missing.
+        MalformedFileError: not the content of a tokenizer.json, or with too many tokens.
+    """
+
+    kind: Kind = "bpe"
+
+    def __init__(self, definition: str) -> None:
+        try:
+            self._tokenizer: Any = _guarded(_library().Tokenizer.from_str, definition)
+            # Lengths are the reader's business; a tokenizer.json may ask for texts cut or filled up to a length.
+            self._tokenizer.no_truncation()
+            self._tokenizer.no_padding()
+            ids = _guarded(self._tokenizer.get_vocab, True).values()
+        except _RefusedError as error:
+            raise MalformedFileError(f"the library `tokenizers` cannot read it ({error})") from error
+        self.vocabulary = max(ids, default=-1) + 1
+        if not 2 <= self.vocabulary <= MOST_VOCABULARY:
+            raise MalformedFileError(f"its token ids end at {self.vocabulary - 1}; 1 to {MOST_VOCABULARY - 1} are used")
+
+    def encode(self, text: str) -> NDArray[np.int64]:
+        """The tokens, without any that would mark a beginning or an end.
+
+        Raises:
+            DataError: the tokenizer refuses the text, for example for an unknown word.
+        """
+        whole = text.encode("utf-8", errors="replace").decode("utf-8")
+        try:
+            return np.array(_guarded(self._tokenizer.encode, whole, None, False, False).ids, dtype=np.int64)
+        except _RefusedError as error:
+            raise DataError(
+                f"the tokenizer cannot encode a text of {len(text)} characters: {error}; "
+                "choose a tokenizer that knows all of it, such as tokenizer: bpe"
+            ) from error
+
+    def decode(self, tokens: ArrayLike) -> str:
+        """The text; bytes that are no UTF-8 become U+FFFD."""
+        ids = _checked(tokens, self.vocabulary).tolist()
+        return str(_guarded(self._tokenizer.decode, ids, False))
+
+    def to_json(self) -> str:
+        """The content of the tokenizer.json."""
+        return str(self._tokenizer.to_str())
+
+
+def build_tokenizer(kind: str, definition: str | None) -> Tokenizer:
+    """The tokenizer of that kind. `definition` is the content of the tokenizer.json, None unless it is "bpe".
+
+    Raises:
+        ConfigError: the library `tokenizers` is missing.
+        MalformedFileError: no such kind, or no such definition.
+
+    >>> tokenizer = build_tokenizer("chars", None)
+    >>> tokenizer.decode(tokenizer.encode("Chapter 42."))
+    'chapter four two '
+    """
+    if kind == "chars":
+        return CharacterTokenizer()
+    if kind == "bytes":
+        return ByteTokenizer()
+    if kind == "bpe" and definition is not None:
+        return PairTokenizer(definition)
+    raise MalformedFileError(f"a tokenizer is one of {', '.join(KINDS)}, and bpe has a definition")
+
+
+def normalize(text: str) -> bytes:
+    """The text as text8 is written: a to z, digits spelled out, all else a space, and no two spaces in a row.
+
+    Source: M. Mahoney, wikifil.pl. As there, only A to Z are made lower case: an accented letter is a space.
+
+    >>> normalize("It's the 7th... \u00c9t\u00e9!")
+    b'it s the seven th t '
+    """
+    written = text.encode("ascii", errors="replace").translate(_LOWERED)  # one byte a character
+    for digit, word in enumerate(_DIGITS):
+        written = written.replace(b"%d" % digit, b" " + word + b" ")
+    return _SPACES.sub(b" ", written)
+
+
+def train_pairs(texts: Iterable[str], vocabulary: int) -> PairTokenizer:
+    """Byte pairs learned from `texts`; fewer than `vocabulary` where there are not so many pairs seen twice.
+
+    Source: R. Sennrich et al., arXiv:1508.07909, on bytes as in GPT-2.
+
+    Raises:
+        ConfigError: the library `tokenizers` is missing.
+    """
+    library = _library()
+    tokenizer = library.Tokenizer(library.models.BPE())
+    tokenizer.pre_tokenizer = library.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = library.decoders.ByteLevel()
+    trainer = library.trainers.BpeTrainer(
+        vocab_size=vocabulary,
+        min_frequency=2,
+        initial_alphabet=sorted(library.pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return PairTokenizer(tokenizer.to_str())
+
+
+def read_tokenizer(path: Path) -> PairTokenizer:
+    """The tokenizer in a tokenizer.json.
+
+    Raises:
+        ConfigError: the library `tokenizers` is missing.
+        DataError: the file cannot be read, or is none.
+    """
+    try:
+        with open_regular(path) as file:
+            begins_an_object = file.read(64).lstrip()[:1] == b"{"
+        if not begins_an_object:
+            raise MalformedFileError("it does not begin with {, as JSON of an object does")
+        return PairTokenizer(read_text(path, most_bytes=MOST_DEFINITION_BYTES))
+    except OSError as error:
+        raise DataError(f"the tokenizer {path} cannot be read: {error.strerror}; check its path") from error
+    except MalformedFileError as error:
+        raise DataError(
+            f"{path} is not a tokenizer.json that can be used: {error}; give one that the library `tokenizers` saved, "
+            "or choose tokenizer: chars, bytes or bpe"
+        ) from error
+
+
+class _RefusedError(Exception):
+    """What the library said."""
+
+
+def _guarded(call: Any, *arguments: Any) -> Any:
+    """A call of the library, whose errors are plain Exceptions, and where it is surprised, panics past Exception."""
+    try:
+        return call(*arguments)
+    except BaseException as error:
+        if isinstance(error, MemoryError) or not (
+            isinstance(error, Exception) or type(error).__name__ == "PanicException"
+        ):
+            raise
+        raise _RefusedError(str(error)[:200]) from error
+
+
+def _library() -> Any:
+    try:
+        import tokenizers
+    except ImportError as error:
+        raise ConfigError(
+            f"tokenizer: bpe and a tokenizer.json need the library `tokenizers`, which cannot be imported ({error}); "
+            "pip install 'edgeblocks[text]', or choose tokenizer: chars or bytes"
+        ) from error
+    return tokenizers
+
+
+def _checked(tokens: ArrayLike, vocabulary: int) -> NDArray[np.int64]:
+    ids = np.asarray(tokens, dtype=np.int64)
+    if ids.size and not (ids.min() >= 0 and ids.max() < vocabulary):
+        raise ValueError(f"tokens {ids.min()}..{ids.max()} are outside 0..{vocabulary - 1}")
+    return ids
