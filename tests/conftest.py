@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from jaxtyping import install_import_hook
 
-_CHECKED = ("layers", "chain", "families.dit", "trainer", "frechet")
+_CHECKED = ("layers", "chain", "token_loss", "families.dit", "families.mdlm", "trainer", "frechet")
 _hook = install_import_hook([f"edgeblocks.{name}" for name in _CHECKED], "beartype.beartype")
 
 

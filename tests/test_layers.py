@@ -10,12 +10,16 @@ from edgeblocks.layers import (
     AdaLnZeroLayer,
     LabelEmbedding,
     Mlp,
+    RotaryAdaLnLayer,
+    RotaryAttention,
     SelfAttention,
+    TokenEmbedding,
     init_linear_,
     init_zero_,
     modulated_norm,
     noise_features,
     patchify,
+    rotary_table,
     run_layers,
     sincos_positions,
     unpatchify,
@@ -57,6 +61,86 @@ def test_attention_does_not_know_the_order_of_tokens():
     attention = random_(SelfAttention(width=WIDTH, heads=HEADS))
     x, order = normal(2, 6, WIDTH), torch.tensor([3, 0, 5, 1, 4, 2])
     torch.testing.assert_close(attention(x[:, order]), attention(x)[:, order])
+
+
+def rotary_attention(*, causal=False, table=None):
+    attention = random_(RotaryAttention(width=WIDTH, heads=HEADS, causal=causal)).double()
+    attention.set_rotary_((rotary_table(12, WIDTH // HEADS) if table is None else table).double())
+    return attention
+
+
+def turned(heads, length):
+    """Features (i, i + half) as a complex number, times exp(i position frequency)."""
+    half = heads.shape[-1] // 2
+    numbers = torch.complex(heads[..., :half], heads[..., half:])
+    for position in range(length):
+        for pair in range(half):
+            angle = position / 10_000 ** (pair / half)
+            numbers[:, position, pair] *= complex(math.cos(angle), math.sin(angle))
+    return torch.cat([numbers.real, numbers.imag], dim=-1)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_rotary_attention_is_attention_of_turned_queries_and_keys(causal):
+    """Oracle: complex numbers turned by the position, loops over heads; with `causal` later tokens are left out."""
+    attention = rotary_attention(causal=causal)
+    x = normal(3, 5, WIDTH).double()
+    queries, keys, values = (x @ attention.qkv.weight.T + attention.qkv.bias).split(WIDTH, dim=-1)
+    size = WIDTH // HEADS
+    heads = []
+    for head in range(HEADS):
+        part = slice(head * size, (head + 1) * size)
+        scores = turned(queries[..., part], 5) @ turned(keys[..., part], 5).transpose(1, 2) / math.sqrt(size)
+        if causal:
+            scores = scores.masked_fill(torch.ones(5, 5).triu(1).bool(), -math.inf)
+        heads.append(scores.softmax(-1) @ values[..., part])
+    expected = torch.cat(heads, -1) @ attention.out.weight.T + attention.out.bias
+    torch.testing.assert_close(attention(x), expected, atol=1e-6, rtol=1e-6)
+
+
+def test_rotary_attention_depends_on_relative_positions_only():
+    """Positions 7 later give the same output; positions in another order do not (so positions count)."""
+    x = normal(2, 5, WIDTH).double()
+    table = rotary_table(12, WIDTH // HEADS)
+    plain = rotary_attention(table=table[:, :5])(x)
+    torch.testing.assert_close(rotary_attention(table=table[:, 7:])(x), plain, atol=1e-5, rtol=1e-5)
+    assert (rotary_attention(table=table[:, [3, 0, 4, 1, 2]])(x) - plain).abs().max() > 0.01
+
+
+def test_causal_attention_sees_nothing_that_comes_later():
+    """A change of token 3 leaves tokens 0 to 2 as they are; without the flag it changes them all."""
+    x = normal(1, 6, WIDTH).double()
+    changed = x.clone()
+    changed[:, 3] += 1
+    for causal in (True, False):
+        attention = rotary_attention(causal=causal)
+        differs = (attention(x) != attention(changed)).any(-1)[0].tolist()
+        assert differs == ([False] * 3 + [True] * 3 if causal else [True] * 6)
+
+
+def test_a_rotary_layer_is_an_adaln_layer_and_stores_no_table():
+    """Only its attention differs, and what is stored are the parameters of a plain layer."""
+    layer, plain = RotaryAdaLnLayer(width=WIDTH, heads=HEADS), AdaLnZeroLayer(width=WIDTH, heads=HEADS)
+    layer.attention.set_rotary_(rotary_table(5, WIDTH // HEADS))
+    assert list(layer.state_dict()) == list(plain.state_dict())
+    plain.load_state_dict(random_(layer).state_dict())
+    x, condition = normal(2, 5, WIDTH), normal(2, WIDTH, seed=1)
+    assert not torch.allclose(layer(x, condition), plain(x, condition), atol=1e-3)
+    layer.attention.set_rotary_(torch.stack([torch.ones(5, 2), torch.zeros(5, 2)]))  # nothing is turned
+    torch.testing.assert_close(layer(x, condition), plain(x, condition))
+
+
+def test_a_token_embedding_adds_to_the_gradients_that_are_there():
+    """Oracle: torch's embedding. Gradients of looked-up rows are added in place, also of a token that occurs twice."""
+    tokens = torch.tensor([[0, 3, 3], [6, 0, 3]])
+    ours, plain = random_(TokenEmbedding(7, WIDTH)), nn.Embedding(7, WIDTH)
+    plain.load_state_dict(ours.state_dict())
+    ours.weight.grad = torch.ones_like(ours.weight)
+    memory = ours.weight.grad.data_ptr()
+    for embedding in (ours, plain):
+        (embedding(tokens) * normal(2, 3, WIDTH, seed=2)).sum().backward()
+    torch.testing.assert_close(ours.weight.grad - 1, plain.weight.grad)
+    assert ours.weight.grad.data_ptr() == memory
 
 
 def test_the_mlp_is_four_times_as_wide_inside():

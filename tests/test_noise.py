@@ -10,7 +10,14 @@ from hypothesis import strategies as st
 
 from edgeblocks import noise
 from edgeblocks.errors import ConfigError
-from edgeblocks.noise import NoiseDistribution, loss_weight, partition_noise, sampler_levels
+from edgeblocks.noise import (
+    MaskingSchedule,
+    NoiseDistribution,
+    loss_weight,
+    partition_noise,
+    sampler_levels,
+    unmasking_steps,
+)
 
 KINDS = ("equal-probability", "uniform")
 DISTRIBUTIONS = st.builds(
@@ -235,6 +242,72 @@ def test_the_loss_weight_keeps_its_arguments_shape():
     torch.testing.assert_close(weights, torch.tensor([loss_weight(sigma, 0.5) for sigma in sigmas.tolist()]))
     assert loss_weight(sigmas.numpy(), 0.5).shape == (3,)
     assert loss_weight(0.5, 0.5) == 8.0
+
+
+def masking_partition(num_blocks, kind="equal-probability", overlap=0.0):
+    return partition_noise(MaskingSchedule(), num_blocks=num_blocks, kind=kind, overlap=overlap)
+
+
+@given(DISTRIBUTIONS, st.integers(1, 9), st.floats(0.0, 0.5))
+def test_a_partition_of_sigma_is_the_papers_formula_to_the_last_bit(distribution, num_blocks, overlap):
+    """Another kind of noise beside it changed no number: boundaries and widened ends, written out."""
+    top, bottom = distribution.sigma_max, distribution.sigma_min
+    q_top, q_bottom = distribution.quantile(top), distribution.quantile(bottom)
+    inner = [distribution.sigma_at(q_top + b / num_blocks * (q_bottom - q_top)) for b in range(1, num_blocks)]
+    partition = partition_noise(distribution, num_blocks=num_blocks, kind="equal-probability", overlap=overlap)
+    assert partition.boundaries == (top, *inner, bottom)
+    uniform = partition_noise(distribution, num_blocks=num_blocks, kind="uniform", overlap=overlap).boundaries
+    assert uniform[1:-1] == tuple(top * (bottom / top) ** (b / num_blocks) for b in range(1, num_blocks))
+    for found in partition.ranges:
+        widening = (found.high / found.low) ** overlap
+        assert found.train_low == max(found.low / widening, bottom)
+        assert found.train_high == min(found.high * widening, top)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("num_blocks", range(1, 13))
+def test_blocks_share_the_unmasking_evenly(num_blocks, kind):
+    """Equal decrements of alpha: t_b = 1 - b/B exactly, descending from 1 to 0."""
+    expected = [1 - b / num_blocks for b in range(num_blocks + 1)]
+    assert masking_partition(num_blocks, kind).boundaries == tuple(expected)
+
+
+@given(st.integers(1, 12), st.floats(0.0, 0.5))
+def test_overlap_widens_a_range_of_t_by_a_share_of_its_width(num_blocks, overlap):
+    """Added on both sides, clipped to [0, 1]."""
+    for found in masking_partition(num_blocks, overlap=overlap).ranges:
+        extra = overlap / num_blocks
+        assert found.train_low == pytest.approx(max(found.low - extra, 0.0), abs=1e-12)
+        assert found.train_high == pytest.approx(min(found.high + extra, 1.0), abs=1e-12)
+        assert 0 <= found.train_low <= found.low < found.high <= found.train_high <= 1
+
+
+@pytest.mark.parametrize("num_blocks", range(1, 13))
+def test_an_unmasking_chain_visits_every_block(num_blocks):
+    """Trap 1: for many step counts the middles of the intervals route to all blocks, in order and as evenly as can be.
+
+    The intervals follow each other from 1 to 0, and each lies in the range of the block that its middle names, also
+    when the middle is rounded to float32.
+    """
+    partition = masking_partition(num_blocks)
+    for num_steps in [*range(num_blocks, 40), 64, 97, 128, 256, 1000]:
+        steps = unmasking_steps(partition, num_steps=num_steps)
+        assert len(steps) == num_steps and steps[0][0] == 1.0 and steps[-1][1] == 0.0
+        assert all(earlier[1] == later[0] for earlier, later in itertools.pairwise(steps))
+        middles = [(t_from + t_to) / 2 for t_from, t_to in steps]
+        blocks = [partition.block_of(middle) for middle in middles]
+        assert blocks == [partition.block_of(float(np.float32(middle))) for middle in middles]
+        assert blocks == sorted(blocks)
+        counts = [blocks.count(block) for block in range(num_blocks)]
+        assert min(counts) >= 1 and max(counts) - min(counts) <= 1
+        for block, (t_from, t_to) in zip(blocks, steps, strict=True):
+            assert partition.ranges[block].low <= t_to < t_from <= partition.ranges[block].high
+
+
+def test_fewer_unmasking_steps_than_blocks_are_refused():
+    """As for sampler levels, with the flag that mends it."""
+    with pytest.raises(ConfigError, match="2 sampling steps cannot visit 3 blocks.*--steps 3"):
+        unmasking_steps(masking_partition(3), num_steps=2)
 
 
 def test_noise_needs_no_torch():
