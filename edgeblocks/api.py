@@ -47,6 +47,7 @@ from edgeblocks.run_files import check_resumable
 from edgeblocks.scheduler import Scheduler
 from edgeblocks.trainer import Interrupted, Interruption, Trainer, create_blocks
 from edgeblocks.units import format_bytes
+from edgeblocks.unmasking import texts_as_file
 
 __all__ = ["Prepared", "Run", "load", "plan", "register_family", "resume", "train"]
 
@@ -345,7 +346,9 @@ class _Looks:
         runner = run.runner(self._scheduler, micro_batch=self._guard.shape.micro_batch)
         count = GRID_SAMPLES[self._task]
         if self._task == "text":
-            write_text(path.with_suffix(".txt"), texts_as_file(run.sample_text(n=count, runner=runner, on_step=self._go_on)))
+            write_text(
+                path.with_suffix(".txt"), texts_as_file(run.sample_text(n=count, runner=runner, on_step=self._go_on))
+            )
             return
         images = run.sample(
             n=count,

@@ -1,7 +1,5 @@
 """How large settings may be: what lies above is a slip of the keyboard or a damaged file."""
 
-from typing import Literal
-
 MOST_LAYERS = 2**12
 MOST_SAMPLES = 2**20
 MOST_STEPS = 2**30
@@ -10,4 +8,3 @@ MOST_NOISE = 1e30
 MOST_TOKENS = 2**20
 """Different ones, that is, of a vocabulary."""
 LONGEST_SEQUENCE = 2**17
-TokenizerKind = Literal["chars", "bytes", "bpe"]

@@ -79,13 +79,10 @@ class BlockRunner:
             denoised[part] = network(z[part].to(self.device), sigmas, seen)
         return denoised
 
-
     @torch.no_grad()
-    def logits(
-        self, tokens: NDArray[np.int64], t: float, wanted: NDArray[np.bool_]
-    ) -> NDArray[np.float32]:
+    def logits(self, tokens: NDArray[np.int64], t: float, wanted: NDArray[np.bool_]) -> NDArray[np.float32]:
         """Logits [wanted, vocabulary] at the wanted places of tokens [some, length], by the block that owns t."""
-        network = self.network(self.partition.block_of(t))
+        network: Any = self.network(self.partition.block_of(t))
         z = torch.from_numpy(tokens).to(self.device)
         hidden = network.hidden(z, torch.full((len(z),), t, device=self.device))
         found: NDArray[np.float32] = network.readout(hidden[torch.from_numpy(wanted)]).cpu().numpy()

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from edgeblocks.config import Settings, read_yaml, resolve_settings
-from edgeblocks.data.tokenizer import MOST_TOKENIZER_BYTES, Tokenizer, build_tokenizer
+from edgeblocks.data.tokenizer import MOST_DEFINITION_BYTES, Tokenizer, build_tokenizer
 from edgeblocks.durable import sync, write_atomically
 from edgeblocks.errors import ConfigError, RunError
 from edgeblocks.noise import NoisePartition, partition_noise
@@ -417,7 +417,7 @@ def _tokenizer_of(path: Path, manifest: TextManifestFields) -> Tokenizer:
     data, definition = manifest.data, None
     if data.tokenizer_sha256 is not None:
         try:
-            definition = read_text(path / TOKENIZER_FILE, most_bytes=MOST_TOKENIZER_BYTES)
+            definition = read_text(path / TOKENIZER_FILE, most_bytes=MOST_DEFINITION_BYTES)
         except (OSError, MalformedFileError) as error:
             raise RunError(f"cannot read {path / TOKENIZER_FILE}: {error}; put it back from a copy") from error
         if hashlib.sha256(definition.encode()).hexdigest() != data.tokenizer_sha256:

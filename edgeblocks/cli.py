@@ -45,9 +45,14 @@ app = typer.Typer(
 )
 
 Family = Annotated[
-    str | None, typer.Argument(help="Kind of model: dit (makes images), vit (classifies them) or mdlm (writes text).", show_default="dit")
+    str | None,
+    typer.Argument(
+        help="Kind of model: dit (makes images), vit (classifies them) or mdlm (writes text).", show_default="dit"
+    ),
 ]
-Preset = Annotated[str | None, typer.Option(help="A named size: dit-tiny, -s, -b, -l, -xl, vit-tiny, -s, -b, mdlm-tiny, -s, -b.")]
+Preset = Annotated[
+    str | None, typer.Option(help="A named size: dit-tiny, -s, -b, -l, -xl, vit-tiny, -s, -b, mdlm-tiny, -s, -b.")
+]
 Data = Annotated[
     str | None,
     typer.Option(
@@ -56,7 +61,8 @@ Data = Annotated[
     ),
 ]
 Tokenizer = Annotated[
-    str | None, typer.Option(help="Of text: chars (a-z and space), bytes, bpe, or a tokenizer.json.", show_default="chars")
+    str | None,
+    typer.Option(help="Of text: chars (a-z and space), bytes, bpe, or a tokenizer.json.", show_default="chars"),
 ]
 Vocab = Annotated[int | None, typer.Option(help="Tokens of a bpe that is trained on the text.", show_default="4096")]
 MemBudget = Annotated[
@@ -73,7 +79,9 @@ MaxDiskWrites = Annotated[
 Steps = Annotated[int | None, typer.Option(help="Optimizer steps of each block.")]
 BatchSize = Annotated[int | None, typer.Option("--batch", help="Images or sequences a step.")]
 Blocks = Annotated[str | None, typer.Option(help="Number of blocks; auto lets the budget decide.")]
-Partition = Annotated[str | None, typer.Option(help="Noise ranges: equal-probability or uniform (in log sigma, or in time).")]
+Partition = Annotated[
+    str | None, typer.Option(help="Noise ranges: equal-probability or uniform (in log sigma, or in time).")
+]
 Target = Annotated[
     str | None, typer.Option(help="Kind of machine: cpu, cuda (not yet run on a GPU), or auto, which is cpu for now.")
 ]
@@ -96,22 +104,16 @@ Seed = Annotated[int | None, typer.Option(help="Decides all randomness.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output, nothing else.")]
 Verbose = Annotated[bool, typer.Option("--verbose", help="Show the traceback of an error.")]
 RunArgument = Annotated[Path, typer.Argument(help="A run directory.", show_default=False)]
-Number = Annotated[
-    int | None, typer.Option("--n", help="How many images or texts.", show_default="64 images, 4 texts")
-]
+Number = Annotated[int | None, typer.Option("--n", help="How many images or texts.", show_default="64 images, 4 texts")]
 Temperature = Annotated[
     float | None, typer.Option(help="Of text: 1 draws as trained, 0 takes the likeliest.", show_default="1")
 ]
-Fill = Annotated[
-    str | None, typer.Option(help="A text with gaps to fill in, each missing token written _ or [MASK].")
-]
+Fill = Annotated[str | None, typer.Option(help="A text with gaps to fill in, each missing token written _ or [MASK].")]
 SampleSteps = Annotated[
     int | None,
     typer.Option("--steps", help="Noise levels of the chain; at least one a block.", show_default="18, of text 64"),
 ]
-Solver = Annotated[
-    str | None, typer.Option(help="heun (two evaluations a level) or euler (one).", show_default="heun")
-]
+Solver = Annotated[str | None, typer.Option(help="heun (two evaluations a level) or euler (one).", show_default="heun")]
 Guidance = Annotated[
     float | None,
     typer.Option(help="Classifier-free guidance; 1 is off, which runs the network once.", show_default="1"),

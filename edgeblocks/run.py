@@ -170,9 +170,11 @@ class Run:
         tokenizer = directory.tokenizer
         assert tokenizer is not None
         start, given = unmasking.with_gaps(fill, tokenizer, length=directory.data.length, mask=family.mask)
-        with nullcontext(runner) if runner is not None else self.fitting_runner(
-            samples=n, mem_budget=mem_budget
-        ) as chosen:
+        with (
+            nullcontext(runner)
+            if runner is not None
+            else self.fitting_runner(samples=n, mem_budget=mem_budget) as chosen
+        ):
             tokens = unmasking.unmask(
                 chosen.logits,
                 np.tile(start, (n, 1)),

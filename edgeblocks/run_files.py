@@ -12,9 +12,10 @@ from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from edgeblocks.bounds import LONGEST_SEQUENCE, MOST_LAYERS, MOST_SAMPLES, MOST_STEPS, MOST_TOKENS, TokenizerKind
+from edgeblocks.bounds import LONGEST_SEQUENCE, MOST_LAYERS, MOST_SAMPLES, MOST_STEPS, MOST_TOKENS
 from edgeblocks.config import MOST_YAML_BYTES
 from edgeblocks.data.limits import LONGEST_SIDE, MOST_CHANNELS, MOST_CLASSES, MOST_PIXELS
+from edgeblocks.data.tokenizer import Kind
 from edgeblocks.errors import RunError
 from edgeblocks.untrusted import MalformedFileError, open_regular, parse_json, read_object, read_text, shown
 
@@ -62,10 +63,11 @@ class TextFields(_Checked):
 
     vocabulary: Annotated[int, Field(ge=2, le=MOST_TOKENS)]
     length: Annotated[int, Field(ge=1, le=LONGEST_SEQUENCE)]
-    tokenizer: TokenizerKind
+    tokenizer: Kind
     tokenizer_sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None
     source: Text
     fingerprint: Text
+
 
 class ManifestFields(_Checked):
     """manifest.json."""
@@ -233,7 +235,9 @@ def check_manifest(
     Raises:
         RunError: names the file and the values.
     """
-    return _checked(ImageManifestFields if reads == "images" else TextManifestFields, path, content)
+    if reads == "text":
+        return _checked(TextManifestFields, path, content)
+    return _checked(ImageManifestFields, path, content)
 
 
 def check_plan(path: Path, content: dict[str, Any], *, num_layers: int) -> dict[str, Any]:

@@ -62,7 +62,9 @@ def with_gaps(text: str | None, tokenizer: Tokenizer, *, length: int, mask: int)
             f"--fill has {len(given)} tokens and the network was trained on texts of {length}; give a shorter part"
         )
     if not (given == mask).any():
-        raise ConfigError(f"--fill {text!r} has no gap; write one as _ for each missing token, for example 'the ____ sat'")
+        raise ConfigError(
+            f"--fill {text!r} has no gap; write one as _ for each missing token, for example 'the ____ sat'"
+        )
     tokens[: len(given)] = given
     return tokens, len(given)
 
@@ -122,8 +124,9 @@ def _drawn(logits: Logits, temperature: float, uniform: NDArray[np.float64]) -> 
         return likeliest
     scaled = (logits.astype(np.float64) - logits.max(axis=1, keepdims=True)) / temperature
     sums = np.cumsum(np.exp(scaled), axis=1)
-    below = (sums <= uniform[:, None] * sums[:, -1:]).sum(axis=1)
-    return np.minimum(below, logits.shape[1] - 1)
+    below: Tokens = (sums <= uniform[:, None] * sums[:, -1:]).sum(axis=1)
+    drawn: Tokens = np.minimum(below, logits.shape[1] - 1)
+    return drawn
 
 
 def texts_as_file(texts: Sequence[str]) -> str:

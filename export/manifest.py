@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from edgeblocks import unmasking
-from edgeblocks.bounds import LONGEST_SEQUENCE, MOST_NOISE, MOST_TOKENS, TokenizerKind
+from edgeblocks.bounds import LONGEST_SEQUENCE, MOST_NOISE, MOST_TOKENS
 from edgeblocks.data.limits import LONGEST_SIDE, MOST_CHANNELS, MOST_CLASSES, MOST_PIXELS
+from edgeblocks.data.tokenizer import Kind
 from edgeblocks.errors import ConfigError, RunError
 from edgeblocks.export.fields import Fields, MalformedError
 from edgeblocks.noise import (
@@ -45,7 +46,7 @@ MOST_BLOCKS = 2**12
 MOST_OPSET = 1000
 Task = Literal["images", "classes", "text"]
 _TASKS: dict[str, Task] = {"images": "images", "classes": "classes", "text": "text"}
-_TOKENIZERS: dict[str, TokenizerKind] = {"chars": "chars", "bytes": "bytes", "bpe": "bpe"}
+_TOKENIZERS: dict[str, Kind] = {"chars": "chars", "bytes": "bytes", "bpe": "bpe"}
 _SOLVERS: dict[str, Solver] = {"euler": "euler", "heun": "heun"}
 _CHUNK_BYTES = 2**20
 
@@ -224,7 +225,7 @@ class TextManifest(Manifest):
 
     vocabulary: int
     length: int
-    tokenizer: TokenizerKind
+    tokenizer: Kind
     tokenizer_sha256: str | None
     sampler: WriterSettings
 

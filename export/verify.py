@@ -198,9 +198,11 @@ def text_cases(run: RunDirectory, data_set: DataSet | None, block: int) -> Itera
     for what, tokens in texts.items():
         for index, t in enumerate(levels):
             one = slice(index, index + 1)
-            yield Case(what=f"{what} at t {t:.4g}", z=masked(tokens[one], levels[one]), sigma=levels[one], condition=None)
-        what = f"{what} at t {levels[0]:.4g} to {levels[-1]:.4g}"
-        yield Case(what=what, z=masked(tokens, levels), sigma=levels, condition=None)
+            yield Case(
+                what=f"{what} at t {t:.4g}", z=masked(tokens[one], levels[one]), sigma=levels[one], condition=None
+            )
+        whole = f"{what} at t {levels[0]:.4g} to {levels[-1]:.4g}"
+        yield Case(what=whole, z=masked(tokens, levels), sigma=levels, condition=None)
 
 
 def softmax(logits: Values) -> Values:

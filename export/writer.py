@@ -6,7 +6,7 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
-from edgeblocks.data.tokenizer import MOST_TOKENIZER_BYTES, Tokenizer, build_tokenizer
+from edgeblocks.data.tokenizer import MOST_DEFINITION_BYTES, Tokenizer, build_tokenizer
 from edgeblocks.errors import RunError
 from edgeblocks.export.chain import DEFAULT_MICRO_BATCH, ExportedChain, Values
 from edgeblocks.export.manifest import TOKENIZER_FILE, TextManifest
@@ -101,7 +101,7 @@ class Writer(ExportedChain):
         if self.manifest.tokenizer_sha256 is not None:
             path = self.directory / TOKENIZER_FILE
             try:
-                definition = read_text(path, most_bytes=MOST_TOKENIZER_BYTES)
+                definition = read_text(path, most_bytes=MOST_DEFINITION_BYTES)
             except (OSError, MalformedFileError) as error:
                 raise RunError(f"cannot read {path}: {error}; copy the directory again, or export again") from error
             if hashlib.sha256(definition.encode()).hexdigest() != self.manifest.tokenizer_sha256:

@@ -19,7 +19,6 @@ from PIL import Image
 from edgeblocks.data.archive import ImageArchive
 from edgeblocks.data.decoding import fit_square
 from edgeblocks.data.folder import ImageFolder
-from edgeblocks.data.order import BatchOrder
 from edgeblocks.data.image_cache import (
     Content,
     ImageFile,
@@ -27,6 +26,7 @@ from edgeblocks.data.image_cache import (
     image_moments,
     open_or_build_images,
 )
+from edgeblocks.data.order import BatchOrder
 from edgeblocks.errors import ConfigError, DataError
 
 Progress = Callable[[int, int, str], None]

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from edgeblocks.bounds import LONGEST_SEQUENCE, MOST_TOKENS
 from edgeblocks.data.documents import TextSource, find_text
 from edgeblocks.data.token_cache import (
     FORMAT_VERSION,
@@ -25,7 +26,6 @@ from edgeblocks.data.token_cache import (
 from edgeblocks.data.tokenizer import (
     FEWEST_PAIRS,
     KINDS,
-    MOST_VOCABULARY,
     Tokenizer,
     build_tokenizer,
     read_tokenizer,
@@ -37,7 +37,6 @@ from edgeblocks.randomness import seed_at
 Progress = Callable[[int, int, str], None]
 
 _MOST_HOLD_OUT = 0.5
-_MOST_LENGTH = 2**20
 _FEWEST_WINDOWS = 2
 """In each part: with fewer there is nothing to draw from, or to compare."""
 _SAMPLE_BYTES = 2**23
@@ -256,13 +255,13 @@ def _check_settings(tokenizer: str, vocabulary: int, length: int, hold_out: floa
             f"tokenizer is '{tokenizer}', neither one of {', '.join(KINDS)} nor the path of a tokenizer.json "
             "that exists"
         )
-    if tokenizer == "bpe" and not FEWEST_PAIRS <= vocabulary <= MOST_VOCABULARY:
+    if tokenizer == "bpe" and not FEWEST_PAIRS <= vocabulary <= MOST_TOKENS:
         problems.append(
-            f"vocabulary is {vocabulary}; byte pairs begin with {FEWEST_PAIRS} bytes and end at {MOST_VOCABULARY} "
-            "tokens (--set vocabulary=8192)"
+            f"vocab is {vocabulary}; byte pairs begin with {FEWEST_PAIRS} bytes and end at {MOST_TOKENS} "
+            "tokens (--vocab 8192)"
         )
-    if not 1 <= length <= _MOST_LENGTH:
-        problems.append(f"length is {length}; a window has 1 to {_MOST_LENGTH} tokens (--set length=256)")
+    if not 1 <= length <= LONGEST_SEQUENCE:
+        problems.append(f"length is {length}; a window has 1 to {LONGEST_SEQUENCE} tokens (--set length=256)")
     if not 0 <= hold_out <= _MOST_HOLD_OUT:
         problems.append(
             f"hold_out is {hold_out}; it is the share of the text kept for validation, 0 to {_MOST_HOLD_OUT}"

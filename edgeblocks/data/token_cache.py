@@ -16,11 +16,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from edgeblocks.bounds import MOST_TOKENS
 from edgeblocks.data.cache import CacheFiles, CacheKind, RowFile, open_or_build, read_meta
 from edgeblocks.data.documents import PIECE_CHARACTERS, Piece
 from edgeblocks.data.tokenizer import (
     MOST_DEFINITION_BYTES,
-    MOST_VOCABULARY,
     CharacterTokenizer,
     PairTokenizer,
     Tokenizer,
@@ -245,7 +245,7 @@ def _read_cache(folder: Path) -> StoredTokens:
     """
     meta = read_meta(folder, FORMAT_VERSION)
     vocabulary, fingerprint = meta["vocabulary"], meta["fingerprint"]
-    if type(vocabulary) is not int or not 2 <= vocabulary <= MOST_VOCABULARY or not isinstance(fingerprint, str):
+    if type(vocabulary) is not int or not 2 <= vocabulary <= MOST_TOKENS or not isinstance(fingerprint, str):
         raise ValueError("the vocabulary is a number, the fingerprint a text")
     definition = None
     if meta["kind"] == PairTokenizer.kind:

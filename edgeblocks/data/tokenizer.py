@@ -11,6 +11,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from edgeblocks.bounds import MOST_TOKENS
 from edgeblocks.errors import ConfigError, DataError
 from edgeblocks.untrusted import MalformedFileError, open_regular, read_text
 
@@ -19,7 +20,6 @@ Kind = Literal["chars", "bytes", "bpe"]
 KINDS: tuple[Kind, ...] = ("chars", "bytes", "bpe")
 FEWEST_PAIRS = 256
 """The bytes themselves, with which byte pairs begin."""
-MOST_VOCABULARY = 2**20
 MOST_DEFINITION_BYTES = 2**26
 """Of a tokenizer.json; that of 256,000 tokens has some 35 MB."""
 
@@ -114,8 +114,8 @@ class PairTokenizer:
         except _RefusedError as error:
             raise MalformedFileError(f"the library `tokenizers` cannot read it ({error})") from error
         self.vocabulary = max(ids, default=-1) + 1
-        if not 2 <= self.vocabulary <= MOST_VOCABULARY:
-            raise MalformedFileError(f"its token ids end at {self.vocabulary - 1}; 1 to {MOST_VOCABULARY - 1} are used")
+        if not 2 <= self.vocabulary <= MOST_TOKENS:
+            raise MalformedFileError(f"its token ids end at {self.vocabulary - 1}; 1 to {MOST_TOKENS - 1} are used")
 
     def encode(self, text: str) -> NDArray[np.int64]:
         """The tokens, without any that would mark a beginning or an end.

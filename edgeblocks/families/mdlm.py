@@ -36,7 +36,6 @@ from edgeblocks.layers import (
 from edgeblocks.noise import MaskingSchedule, NoisePartition, NoiseRange, unmasking_steps
 from edgeblocks.token_loss import token_losses, token_scores
 
-
 EMBEDDING_STD = 0.02
 LEAST_TIMES = 128
 """At which evaluation looks at a sequence."""
