@@ -73,7 +73,8 @@ class NoiseDistribution:
 
     def along(self, share: float) -> float:
         """The level at a share of the way from sigma_max to sigma_min in log sigma."""
-        return self.sigma_max * (self.sigma_min / self.sigma_max) ** share
+        level: float = self.sigma_max * (self.sigma_min / self.sigma_max) ** share
+        return level
 
     def widened(self, low: float, high: float, overlap: float) -> tuple[float, float]:
         """[low/a, high*a] with a = (high/low)^overlap, clipped to the whole range."""

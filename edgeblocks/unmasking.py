@@ -65,5 +65,5 @@ def _drawn(logits: Logits, temperature: float, uniform: NDArray[np.float64]) -> 
         return likeliest
     scaled = (logits.astype(np.float64) - logits.max(axis=1, keepdims=True)) / temperature
     sums = np.cumsum(np.exp(scaled), axis=1)
-    below = (sums <= uniform[:, None] * sums[:, -1:]).sum(axis=1)
-    return np.minimum(below, logits.shape[1] - 1)
+    below: Tokens = (sums <= uniform[:, None] * sums[:, -1:]).sum(axis=1).clip(max=logits.shape[1] - 1)
+    return below
