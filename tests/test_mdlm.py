@@ -144,9 +144,8 @@ def test_the_loss_of_a_perfect_denoiser_is_the_entropy():
 def test_blocks_shares_of_the_bound_sum_to_the_whole(num_blocks):
     """Over strict ranges, the width of each range times its mean loss; exact, with one network for all blocks."""
     block = table_block(np.random.default_rng(0).normal(0, 1, (27, 3, 2)))
-    shares = [
-        (found.high - found.low) * expected_loss(block, found.low, found.high) for found in partition(num_blocks).ranges
-    ]
+    ranges = partition(num_blocks).ranges
+    shares = [(found.high - found.low) * expected_loss(block, found.low, found.high) for found in ranges]
     assert sum(shares) == pytest.approx(expected_loss(block, 0, 1), abs=1e-6)
 
 
@@ -193,10 +192,8 @@ def test_times_are_stratified_within_the_widened_range():
     for number, found in enumerate(partition(3, overlap=0.1).ranges):
         t = FAMILY.draw(texts(50), None, found, seeded(number))["t"].double().sort().values
         assert found.train_low < t.min() and t.max() <= found.train_high + 1e-7
-        gaps = t.diff()
-        torch.testing.assert_close(
-            gaps, torch.full_like(gaps, (found.train_high - found.train_low) / 50), atol=1e-6, rtol=0
-        )
+        gap = (found.train_high - found.train_low) / 50
+        torch.testing.assert_close(t.diff(), torch.full((49,), gap, dtype=torch.float64), atol=1e-6, rtol=0)
 
 
 def test_tokens_are_masked_with_probability_t():
@@ -240,7 +237,7 @@ def test_intervals_of_evaluation_are_the_same_for_all_partitions():
 
 
 def test_a_fresh_block_thinks_all_tokens_equally_likely():
-    """The loss starts at the logarithm of the vocabulary; all parameters have gradients after one more step."""
+    """So the loss starts at the bound of no knowledge."""
     block = FAMILY.block(num_layers=2, checkpointing=False)
     block.reset_tables_()
     block.init_(seeded())
@@ -335,12 +332,9 @@ def test_the_traced_peak_is_that_of_a_real_step(family):
 
 def test_the_readout_counts_in_flops():
     """Twice its weights a position, so a large vocabulary is seen by the planner."""
-    small, large = (trace(replace_data(vocabulary), (1,)).ends_flops_per_sample for vocabulary in (100, 1100))
+    families = [Mdlm(SETTINGS, replace(DATA, vocabulary=vocabulary)) for vocabulary in (100, 1100)]
+    small, large = (trace(family, (1,)).ends_flops_per_sample for family in families)
     assert large - small == 2 * 1000 * SETTINGS.width * DATA.length
-
-
-def replace_data(vocabulary):
-    return Mdlm(SETTINGS, replace(DATA, vocabulary=vocabulary))
 
 
 @pytest.mark.parametrize(
