@@ -62,7 +62,8 @@ def _chunks(x: Tensor, weight: Tensor, bias: Tensor, counts: Tensor) -> Iterator
     x_buffer, buffer = x.new_empty(size, x.shape[1]), x.new_empty(size, len(weight))
     order = counts.int().argsort(descending=True, stable=True)
     most = len(x) if x.is_meta else int(counts.sum())
-    for rows in order[:most].split(size):
+    for start in range(0, most, size):
+        rows = order[start : min(start + size, most)]
         part = torch.index_select(x, 0, rows, out=x_buffer[: len(rows)])
         yield rows, part, torch.addmm(bias, part, weight.t(), out=buffer[: len(rows)])
 

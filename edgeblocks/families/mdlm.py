@@ -37,6 +37,10 @@ from edgeblocks.noise import MaskingSchedule, NoiseRange
 from edgeblocks.token_loss import token_losses, token_scores
 
 
+EMBEDDING_STD = 0.02
+"""Of a fresh token embedding."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class TextInfo:
     """What a network must know of a text: how many different tokens it has, and how many an example."""
@@ -124,9 +128,6 @@ class MdlmBlock(nn.Module):
         x = run_layers(self.layers, self.token_embedding(z), condition, checkpointing=self.checkpointing)
         shift, scale = self.readout_modulation(condition).chunk(2, dim=-1)
         return modulated_norm(x, shift, scale)
-
-
-EMBEDDING_STD = 0.02
 
 
 class Mdlm:
