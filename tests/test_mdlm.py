@@ -14,7 +14,8 @@ from torch import nn
 
 from edgeblocks.cost import _trace_step, trace
 from edgeblocks.errors import ConfigError
-from edgeblocks.families.mdlm import Mdlm, MdlmBlock, MdlmSettings, TextInfo
+from edgeblocks.families.base import Level, TextInfo
+from edgeblocks.families.mdlm import Mdlm, MdlmBlock, MdlmSettings
 from edgeblocks.noise import NoiseRange, partition_noise, unmasking_steps
 
 SETTINGS = MdlmSettings(width=16, depth=3, heads=2)
@@ -88,6 +89,7 @@ class TableBlock(MdlmBlock):
         return self.table[(z * base).sum(1)]
 
 
+HALF = Level(low=0.25, high=0.75, share=0.5)
 BITS = Mdlm(MdlmSettings(width=2, depth=1, heads=1), TextInfo(vocabulary=2, length=3))
 SEQUENCES = np.array(list(itertools.product(range(2), repeat=3)))
 PROBABILITIES = np.array([0.25, 0.02, 0.08, 0.15, 0.05, 0.2, 0.24, 0.01])
@@ -106,7 +108,8 @@ def perfect_table():
     """log p(token | visible tokens) of three dependent bits; the mask is 2."""
     table = np.zeros((27, 3, 2))
     for number, z in enumerate(itertools.product(range(3), repeat=3)):
-        agree = [p * all(v in (2, w) for v, w in zip(z, s, strict=True)) for p, s in zip(PROBABILITIES, SEQUENCES)]
+        fits = [all(v in (2, w) for v, w in zip(z, sequence, strict=True)) for sequence in SEQUENCES]
+        agree = PROBABILITIES * fits
         for place, value in itertools.product(range(3), range(2)):
             joint = sum(p for p, sequence in zip(agree, SEQUENCES, strict=True) if sequence[place] == value)
             table[number, place, value] = math.log(max(joint / sum(agree), 1e-30))
@@ -127,7 +130,7 @@ def expected_loss(block, low, high):
             "masked": torch.from_numpy(masks),
             "t": torch.full((64,), t, dtype=torch.float32),
         }
-        total += weight / 2 * float(BITS.loss(block, batch).double() @ torch.from_numpy(chances))
+        total += weight / 2 * float(BITS.loss(block, batch).detach().double() @ torch.from_numpy(chances))
     return total
 
 
@@ -143,9 +146,8 @@ def test_the_loss_of_a_perfect_denoiser_is_the_entropy():
 def test_blocks_shares_of_the_bound_sum_to_the_whole(num_blocks):
     """Over strict ranges, the width of each range times its mean loss; exact, with one network for all blocks."""
     block = table_block(np.random.default_rng(0).normal(0, 1, (27, 3, 2)))
-    shares = [
-        (found.high - found.low) * expected_loss(block, found.low, found.high) for found in partition(num_blocks).ranges
-    ]
+    ranges = partition(num_blocks).ranges
+    shares = [(found.high - found.low) * expected_loss(block, found.low, found.high) for found in ranges]
     assert sum(shares) == pytest.approx(expected_loss(block, 0, 1), abs=1e-6)
 
 
@@ -160,7 +162,7 @@ def test_what_is_drawn_estimates_the_bound_without_bias(source):
         whole = NoiseRange(low=0.4, high=0.6, train_low=low, train_high=high)
         batch = BITS.draw(SEQUENCES[tokens], None, whole, seeded())
     else:
-        batch = BITS.at_level(SEQUENCES[tokens], None, 0.5, seeded(), within=(low, high))
+        batch = BITS.at_level(SEQUENCES[tokens], None, Level(low=low, high=high, share=1.0), seeded())
     loss = BITS.loss(block, batch).detach()
     assert loss.mean().item() == pytest.approx(
         expected_loss(block, low, high), abs=4 * loss.std().item() / math.sqrt(count)
@@ -170,7 +172,7 @@ def test_what_is_drawn_estimates_the_bound_without_bias(source):
 def test_visible_tokens_have_no_loss():
     """The gradient of what is said about a visible position is exactly zero; about a masked one it is not."""
     block = table_block(np.random.default_rng(0).normal(0, 1, (27, 3, 2)))
-    batch = BITS.at_level(SEQUENCES, None, 0.5, seeded())
+    batch = BITS.at_level(SEQUENCES, None, Level.at(0.5), seeded())
     said = block.hidden(BITS.inputs(batch)[0], batch["t"]).detach().requires_grad_()
     block.hidden = lambda z, t: said
     BITS.loss(block, batch).sum().backward()
@@ -179,7 +181,7 @@ def test_visible_tokens_have_no_loss():
 
 def test_where_nothing_is_masked_the_loss_is_zero():
     """No mask is forced, and a t as small as float32 can hold gives no infinity."""
-    batch = FAMILY.at_level(texts(4), None, 1e-30, seeded())
+    batch = FAMILY.at_level(texts(4), None, Level.at(1e-30), seeded())
     assert not batch["masked"].any()
     assert torch.equal(FAMILY.loss(random_block(), batch), torch.zeros(4))
 
@@ -192,16 +194,14 @@ def test_times_are_stratified_within_the_widened_range():
     for number, found in enumerate(partition(3, overlap=0.1).ranges):
         t = FAMILY.draw(texts(50), None, found, seeded(number))["t"].double().sort().values
         assert found.train_low < t.min() and t.max() <= found.train_high + 1e-7
-        gaps = t.diff()
-        torch.testing.assert_close(
-            gaps, torch.full_like(gaps, (found.train_high - found.train_low) / 50), atol=1e-6, rtol=0
-        )
+        gap = (found.train_high - found.train_low) / 50
+        torch.testing.assert_close(t.diff(), torch.full((49,), gap, dtype=torch.float64), atol=1e-6, rtol=0)
 
 
 def test_tokens_are_masked_with_probability_t():
     """Independently of each other; other tokens are as they were."""
     tokens = texts(4000)
-    batch = FAMILY.at_level(tokens, None, 0.3, seeded())
+    batch = FAMILY.at_level(tokens, None, Level.at(0.3), seeded())
     assert batch["masked"].float().mean().item() == pytest.approx(0.3, abs=0.01)
     assert batch["masked"].float().sum(1).var().item() == pytest.approx(DATA.length * 0.3 * 0.7, rel=0.1)
     z, _ = FAMILY.inputs(batch)
@@ -219,12 +219,13 @@ def test_a_draw_comes_from_its_generator():
 def test_evaluation_does_not_depend_on_how_sequences_are_grouped():
     """Ten at once are the same as four, four and two; times lie strictly inside the interval."""
     tokens = texts(10)
-    whole = FAMILY.at_level(tokens, None, 0.5, seeded(), within=(0.25, 0.75))
+    whole = FAMILY.at_level(tokens, None, HALF, seeded())
     generator = seeded()
-    parts = [FAMILY.at_level(tokens[i : i + 4], None, 0.5, generator, within=(0.25, 0.75)) for i in (0, 4, 8)]
+    parts = [FAMILY.at_level(tokens[i : i + 4], None, HALF, generator) for i in (0, 4, 8)]
     for name, tensor in whole.items():
         assert torch.equal(tensor, torch.cat([part[name] for part in parts]))
-    assert whole["t"].min() > 0.25 and whole["t"].max() <= 0.75 and len(set(whole["t"].tolist())) == 10
+    times = whole["t"].tolist()
+    assert all(0.25 < t <= 0.75 for t in times) and len(set(times)) == 10
 
 
 def test_intervals_of_evaluation_are_the_same_for_all_partitions():
@@ -238,7 +239,7 @@ def test_intervals_of_evaluation_are_the_same_for_all_partitions():
 
 
 def test_a_fresh_block_thinks_all_tokens_equally_likely():
-    """The loss starts at the logarithm of the vocabulary; all parameters have gradients after one more step."""
+    """So the loss starts at the bound of no knowledge."""
     block = FAMILY.block(num_layers=2, checkpointing=False)
     block.reset_tables_()
     block.init_(seeded())
@@ -333,12 +334,9 @@ def test_the_traced_peak_is_that_of_a_real_step(family):
 
 def test_the_readout_counts_in_flops():
     """Twice its weights a position, so a large vocabulary is seen by the planner."""
-    small, large = (trace(replace_data(vocabulary), (1,)).ends_flops_per_sample for vocabulary in (100, 1100))
+    families = [Mdlm(SETTINGS, replace(DATA, vocabulary=vocabulary)) for vocabulary in (100, 1100)]
+    small, large = (trace(family, (1,)).ends_flops_per_sample for family in families)
     assert large - small == 2 * 1000 * SETTINGS.width * DATA.length
-
-
-def replace_data(vocabulary):
-    return Mdlm(SETTINGS, replace(DATA, vocabulary=vocabulary))
 
 
 @pytest.mark.parametrize(

@@ -306,7 +306,7 @@ def test_an_unmasking_chain_visits_every_block(num_blocks):
 
 def test_fewer_unmasking_steps_than_blocks_are_refused():
     """As for sampler levels, with the flag that mends it."""
-    with pytest.raises(ConfigError, match="2 sampling steps cannot visit 3 blocks.*--steps 3"):
+    with pytest.raises(ConfigError, match=r"2 sampling steps cannot visit 3 blocks.*--steps 3"):
         unmasking_steps(masking_partition(3), num_steps=2)
 
 

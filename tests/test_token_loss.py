@@ -24,18 +24,27 @@ def problem(rows, seed=0):
     return x, weight, bias, targets, torch.rand(rows, generator=generator)
 
 
+def everywhere(targets):
+    return torch.ones_like(targets, dtype=torch.bool)
+
+
 def test_the_examples_in_the_docstrings_hold():
     """Every doctest of the module passes."""
     assert doctest.testmod(token_loss).failed == 0
 
 
 @pytest.mark.parametrize("gradients_exist", [False, True])
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("rows", [1, 5, 17, 20])
-def test_it_is_the_plain_cross_entropy(monkeypatch, rows, gradients_exist):
-    """Oracle: torch's cross-entropy of all logits; values and all gradients, over one and several chunks of 5 rows."""
+def test_it_is_the_plain_cross_entropy(monkeypatch, rows, share, gradients_exist):
+    """Oracle: torch's cross-entropy of all logits; values and all gradients, over one and several chunks of 5 rows.
+
+    Rows that do not count have no loss and give no gradient.
+    """
     monkeypatch.setattr(token_loss, "MOST_CHUNK_ROWS", 5)
     x, weight, bias, targets, row_weights = problem(rows)
-    expected = F.cross_entropy(F.linear(x, weight, bias), targets, reduction="none")
+    counts = torch.rand(rows, generator=torch.Generator().manual_seed(1)) < share
+    expected = F.cross_entropy(F.linear(x, weight, bias), targets, reduction="none") * counts
     (expected * row_weights).sum().backward()
     plain = [tensor.grad for tensor in (x, weight, bias)]
     for tensor in (x, weight, bias):
@@ -43,7 +52,7 @@ def test_it_is_the_plain_cross_entropy(monkeypatch, rows, gradients_exist):
     if gradients_exist:
         weight.grad, bias.grad = torch.ones_like(weight), torch.ones_like(bias)
         memory = weight.grad.data_ptr(), bias.grad.data_ptr()
-    losses = token_losses(x, weight, bias, targets)
+    losses = token_losses(x, weight, bias, targets, counts)
     assert losses.shape == (rows,)
     torch.testing.assert_close(losses, expected)
     (losses * row_weights).sum().backward()
@@ -59,32 +68,39 @@ def test_gradients_are_those_of_finite_differences():
     """gradcheck in double precision."""
     x, weight, bias, targets, _ = (tensor.detach() for tensor in problem(4))
     inputs = [tensor.double().requires_grad_() for tensor in (x, weight, bias)]
-    assert torch.autograd.gradcheck(lambda *parts: token_losses(*parts, targets), inputs)
+    assert torch.autograd.gradcheck(lambda *parts: token_losses(*parts, targets, everywhere(targets)), inputs)
 
 
-def test_a_weight_of_zero_gives_no_gradient():
-    """A row that counts nothing changes nothing: its hidden state's gradient is exactly zero, others' are not."""
-    x, weight, bias, targets, _ = problem(8)
-    counts = torch.tensor([1.0, 0, 1, 0, 0, 1, 1, 0])
-    (token_losses(x, weight, bias, targets) * counts).sum().backward()
-    assert (x.grad.abs().sum(1) > 0).tolist() == counts.bool().tolist()
+def test_rows_that_do_not_count_are_not_computed(monkeypatch):
+    """With 3 rows of 20 that count one chunk of 5 is made, not four; their hidden states alone have gradients."""
+    monkeypatch.setattr(token_loss, "MOST_CHUNK_ROWS", 5)
+    x, weight, bias, targets, _ = problem(20)
+    counts = torch.zeros(20, dtype=torch.bool)
+    counts[[2, 11, 19]] = True
+    with torch.no_grad():
+        chunks = [rows.tolist() for rows, _, _ in token_loss._chunks(x, weight, bias, counts)]
+    assert chunks == [[2, 11, 19]]
+    token_losses(x, weight, bias, targets, counts).sum().backward()
+    assert torch.equal(x.grad.abs().sum(1) > 0, counts)
 
 
 def test_large_logits_neither_overflow_nor_vanish():
     """Logits of 10^4 give finite losses: 0 for the likeliest token, the difference for others."""
     x = torch.tensor([[1e4, 0.0], [-1e4, 0.0]])
     weight, bias = torch.eye(2), torch.zeros(2)
-    torch.testing.assert_close(token_losses(x, weight, bias, torch.tensor([0, 0])), torch.tensor([0.0, 1e4]))
+    targets = torch.tensor([0, 0])
+    torch.testing.assert_close(token_losses(x, weight, bias, targets, everywhere(targets)), torch.tensor([0.0, 1e4]))
 
 
 def test_scores_are_losses_and_right_answers(monkeypatch):
     """Oracle: all logits at once."""
     monkeypatch.setattr(token_loss, "MOST_CHUNK_ROWS", 5)
     x, weight, bias, targets, _ = problem(13)
-    losses, right = token_scores(x, weight, bias, targets)
+    counts = torch.arange(13) != 4
+    losses, right = token_scores(x, weight, bias, targets, counts)
     logits = F.linear(x, weight, bias)
-    torch.testing.assert_close(losses, F.cross_entropy(logits, targets, reduction="none"))
-    assert torch.equal(right, logits.argmax(1) == targets)
+    torch.testing.assert_close(losses, F.cross_entropy(logits, targets, reduction="none") * counts)
+    assert torch.equal(right, (logits.argmax(1) == targets) & counts)
 
 
 class Largest(TorchDispatchMode):
@@ -108,5 +124,5 @@ def test_no_tensor_is_larger_than_a_chunk():
             tensor.requires_grad_()
             tensor.grad = torch.empty_like(tensor)
     with Largest() as largest:
-        token_losses(x, weight, bias, targets).sum().backward()
+        token_losses(x, weight, bias, targets, everywhere(targets)).sum().backward()
     assert largest.num_bytes == chunk_rows(50_000) * 50_000 * 4 <= 16 * 2**20

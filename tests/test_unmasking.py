@@ -32,7 +32,7 @@ def partly_masked(count, seed=0):
 
 def filled(tokens, *, steps=STEPS, temperature=1.0, seed=3, micro_batch=4, network=logits_of, on_step=None):
     return unmask(
-        network,
+        lambda z, t, wanted: network(z, t)[wanted],
         tokens,
         steps=steps,
         mask=MASK,
@@ -151,7 +151,7 @@ def test_a_perfect_denoiser_gives_the_distribution(num_steps):
         partition_noise(MaskingSchedule(), num_blocks=1, kind="uniform", overlap=0), num_steps=num_steps
     )
     found = unmask(
-        perfect_logits,
+        lambda z, t, wanted: perfect_logits(z, t)[wanted],
         np.full((count, 3), 2),
         steps=steps,
         mask=2,

@@ -37,6 +37,7 @@ from edgeblocks.noise import MaskingSchedule, NoisePartition, NoiseRange, unmask
 from edgeblocks.token_loss import token_losses, token_scores
 
 EMBEDDING_STD = 0.02
+"""Of a fresh token embedding."""
 LEAST_TIMES = 128
 """At which evaluation looks at a sequence."""
 
@@ -203,21 +204,22 @@ class Mdlm(TextFamily):
 
     def loss(self, block: nn.Module, batch: Batch) -> Float[Tensor, " batch"]:
         """The sequence's share of the bound at its t, in nats a token: cross-entropy of masked tokens, times 1/t."""
-        assert isinstance(block, MdlmBlock)
-        x = block.hidden(self.inputs(batch)[0], batch["t"])
-        losses = token_losses(x.flatten(0, 1), block.readout.weight, block.readout.bias, batch["tokens"].flatten())
-        return _weighted(losses, batch)
+        return _weighted(token_losses(*_readout_inputs(block, self.inputs(batch)[0], batch)), batch)
 
     def scores(self, block: nn.Module, batch: Batch) -> dict[str, Float[Tensor, " batch"]]:
         """The loss, and the share of masked tokens that the likeliest answers get right.
 
         `accuracy` has the loss's weight, so that a mean over sequences is unbiased; for one sequence it can exceed 1.
         """
-        assert isinstance(block, MdlmBlock)
-        x = block.hidden(self.inputs(batch)[0], batch["t"])
-        readout = block.readout
-        losses, right = token_scores(x.flatten(0, 1), readout.weight, readout.bias, batch["tokens"].flatten())
+        losses, right = token_scores(*_readout_inputs(block, self.inputs(batch)[0], batch))
         return {"loss": _weighted(losses, batch), "accuracy": _weighted(right.float(), batch)}
+
+
+def _readout_inputs(block: nn.Module, z: Tensor, batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Hidden states, the readout's weight and bias, answers, and which of them count: those that are masked."""
+    assert isinstance(block, MdlmBlock)
+    x = block.hidden(z, batch["t"]).flatten(0, 1)
+    return x, block.readout.weight, block.readout.bias, batch["tokens"].flatten(), batch["masked"].flatten()
 
 
 def _batch(tokens: np.ndarray, t: Tensor, uniform: Float[Tensor, "batch length"]) -> Batch:
@@ -226,6 +228,6 @@ def _batch(tokens: np.ndarray, t: Tensor, uniform: Float[Tensor, "batch length"]
 
 
 def _weighted(values: Float[Tensor, " rows"], batch: Batch) -> Float[Tensor, " batch"]:
-    """(1/t) times the sum over masked positions, by the sequence's length."""
-    masked = batch["masked"]
-    return (values.view(masked.shape) * masked).sum(1) / (batch["t"] * masked.shape[1])
+    """(1/t) times each sequence's sum of values, which are zero where nothing is masked, by its length."""
+    masked, t = batch["masked"], batch["t"]
+    return values.view(masked.shape).sum(1) / (t * masked.shape[1])
