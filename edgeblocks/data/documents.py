@@ -245,7 +245,9 @@ def _parquet_documents(file: FoundText, begin: int) -> Iterator[Iterator[Piece]]
                 done += 1
                 yield _cut(text or "", start, end)
     except (OSError, ValueError, NotImplementedError) as error:  # pyarrow's own errors derive from these
-        raise DataError(f"{file.path} is a damaged .parquet file: {str(error)[:200]}; copy or save it again") from error
+        raise DataError(
+            f"{file.path} is a damaged .parquet file: {' '.join(str(error).split())[:200]}; copy or save it again"
+        ) from error
 
 
 def _parquet(path: Path) -> Any:
@@ -260,7 +262,9 @@ def _parquet(path: Path) -> Any:
         open_regular(path).close()
         return pyarrow.parquet.ParquetFile(path, memory_map=False, pre_buffer=False, buffer_size=2**16)
     except (OSError, ValueError) as error:
-        raise DataError(f"{path} is not a .parquet file: {str(error)[:200]}; copy or save it again") from error
+        raise DataError(
+            f"{path} is not a .parquet file: {' '.join(str(error).split())[:200]}; copy or save it again"
+        ) from error
 
 
 def _cut(text: str, start: int, end: int) -> Iterator[Piece]:

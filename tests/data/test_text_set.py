@@ -35,9 +35,8 @@ def opened(source, cache_dir, **settings):
 
 
 def all_tokens(text):
-    """Every token of a set, through windows of one."""
-    assert text.length == 1
-    return text.gather(np.arange(text.num_tokens))[0][:, 0]
+    """Every token of a set in one reading, which windows are compared with."""
+    return text.token_file.read(0, text.num_tokens)
 
 
 def whole_text(source, cache_dir, **settings):
@@ -296,7 +295,7 @@ def wrong_files():
     yield "a.txt", b"ten tokens", r"is too short: 9 tokens in the training part and 1 tokens in the hold-out part, .*8"
 
 
-@pytest.mark.parametrize(("name", "content", "message"), wrong_files(), ids=str)
+@pytest.mark.parametrize(("name", "content", "message"), list(wrong_files()), ids=str)
 def test_a_file_that_cannot_be_used_is_told_with_its_place_and_a_cure(tmp_path, name, content, message):
     """Which file, at which byte or line, and what to do; no cache is left behind."""
     (tmp_path / name).write_bytes(content)
@@ -379,8 +378,8 @@ def test_a_set_tells_itself_in_a_line(tmp_path):
     """Numbers of tokens in both parts, the tokenizer, and the window."""
     text = opened("moby-dick", tmp_path, tokenizer="chars", length=256)
     assert text.describe() == (
-        f"{text.train_tokens:,} training and {text.num_tokens - text.train_tokens:,} hold-out tokens, 27 different ones "
-        "(chars, 1.00 characters each), in windows of 256"
+        f"{text.train_tokens:,} training and {text.num_tokens - text.train_tokens:,} hold-out tokens, "
+        "27 different ones (chars, 1.00 characters each), in windows of 256"
     )
     assert (text.class_names, text.unreadable, text.source) == ((), (), "moby-dick")
 
