@@ -219,8 +219,8 @@ def test_borders_of_chunks_do_not_show(tmp_path, kind, shift):
 def test_text_without_spaces_is_cut_all_the_same(tmp_path):
     """A wall of letters is not collected in memory, and nothing of it is lost."""
     pytest.importorskip("tokenizers")
-    (tmp_path / "text.txt").write_text("acgt" * 200_000)
-    assert whole_text(tmp_path / "text.txt", tmp_path / "cache", tokenizer="bpe") == "acgt" * 200_000
+    (tmp_path / "text.txt").write_text("acgt" * 60_000)
+    assert whole_text(tmp_path / "text.txt", tmp_path / "cache", tokenizer="bpe") == "acgt" * 60_000
 
 
 def test_documents_of_a_folder_are_joined_by_newlines_in_the_order_of_their_names(tmp_path):
@@ -292,6 +292,12 @@ def wrong_files():
     yield "a.jsonl", b"[1]", r"a\.jsonl, line 1 is \[1\], not an object with the key"
     yield "a.jsonl", b'{"text": "a', r"a\.jsonl, line 1 is not read: it is not JSON .*; every line of a \.jsonl file"
     yield "a.jsonl", b"x" * (2**24 + 1), r"a\.jsonl, line 1 is longer than 16777216 bytes, .*; divide it"
+    yield (
+        "a.jsonl",
+        b'{"text": ""}\n{"text": ""}',
+        r"the text gives no tokens: its documents are empty, .*; give a source",
+    )
+    yield "a.txt", b"\xef\xbb\xbf", r"the text gives no tokens"
     yield "a.txt", b"ten tokens", r"is too short: 9 tokens in the training part and 1 tokens in the hold-out part, .*8"
 
 
