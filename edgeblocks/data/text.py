@@ -261,13 +261,17 @@ class _Tokenising:
                 words |= new
                 word_bytes += sum(len(word.encode()) for word in new)
                 needed_bytes = _PAIRS_ROOM_BYTES + _ROOM_PER_WORD_BYTE * word_bytes
-                if self._room_bytes is None or needed_bytes <= self._room_bytes:
+                if self._has_room(needed_bytes):
                     yield stretch.text
             begin = stretch.position
         self._check_room(needed_bytes)  # once all are counted, so that the figure is the last one asked for
 
-    def _check_room(self, needed_bytes: int) -> None:
-        if self._room_bytes is not None and needed_bytes > self._room_bytes:
+    def _has_room(self, tokenising_bytes: int) -> bool:
+        return self._room_bytes is None or self._text.reading_bytes + tokenising_bytes <= self._room_bytes
+
+    def _check_room(self, tokenising_bytes: int) -> None:
+        needed_bytes = self._text.reading_bytes + tokenising_bytes
+        if not self._has_room(tokenising_bytes):
             raise NoRoomToDecodeError(f"the text '{self._text.source}' with tokenizer: {self._chosen}", needed_bytes)
 
 

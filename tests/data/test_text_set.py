@@ -353,6 +353,17 @@ def test_no_room_to_learn_is_told_before_anything_is_read(tmp_path):
     assert caught.value.needed_bytes > 10**7 and "tokenizer: bpe" in caught.value.picture
 
 
+def test_reading_parquet_takes_room_of_its_own(tmp_path):
+    """The library's memory counts, also where its file is one of many in a folder."""
+    needed_bytes = []
+    for name in ("a.jsonl", "b.parquet"):
+        (tmp_path / name).write_text('{"text": "a"}')
+        with pytest.raises(NoRoomToDecodeError) as caught:
+            opened(tmp_path, tmp_path / "cache", room_bytes=1)
+        needed_bytes.append(caught.value.needed_bytes)
+    assert needed_bytes[1] == needed_bytes[0] + 90_000_000
+
+
 def test_missing_pyarrow_is_a_setting_to_mend(tmp_path):
     """The message names the extra and another format."""
     (tmp_path / "a.parquet").write_bytes(b"PAR1")
