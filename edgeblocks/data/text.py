@@ -6,6 +6,7 @@ the text's length: an order is drawn step by step, and an example is named by th
 
 import hashlib
 import json
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -52,6 +53,9 @@ _ROOM_PER_WORD_BYTE = 112
 """Measured: 90 with words of random letters, of which no two are alike."""
 _LOADED_PER_BYTE = 30
 """What a tokenizer keeps in memory, measured with 8,000 and 100,000 tokens, by the bytes of its definition."""
+
+_LONG_WORD = re.compile(r"\S{1001}|\s{1001}")
+_SHORT_WORDS = re.compile(r"\s{0,1000}\S{1,1000}|\s{1,1000}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -262,7 +266,7 @@ class _Tokenising:
                 word_bytes += sum(len(word.encode()) for word in new)
                 needed_bytes = _PAIRS_ROOM_BYTES + _ROOM_PER_WORD_BYTE * word_bytes
                 if self._has_room(needed_bytes):
-                    yield stretch.text
+                    yield from _with_short_words(stretch.text)
             begin = stretch.position
         self._check_room(needed_bytes)  # once all are counted, so that the figure is the last one asked for
 
@@ -273,6 +277,11 @@ class _Tokenising:
         needed_bytes = self._text.reading_bytes + tokenising_bytes
         if not self._has_room(tokenising_bytes):
             raise NoRoomToDecodeError(f"the text '{self._text.source}' with tokenizer: {self._chosen}", needed_bytes)
+
+
+def _with_short_words(text: str) -> list[str]:
+    """The text in pieces whose words have at most 1,000 characters: learning takes the square of a word's length."""
+    return _SHORT_WORDS.findall(text) if _LONG_WORD.search(text) else [text]
 
 
 def _check_settings(tokenizer: str, vocabulary: int, length: int, hold_out: float) -> None:
