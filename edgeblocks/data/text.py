@@ -6,7 +6,8 @@ the text's length: an order is drawn step by step, and an example is named by th
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator
+import re
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -41,9 +42,19 @@ _FEWEST_WINDOWS = 2
 """In each part: with fewer there is nothing to draw from, or to compare."""
 _SAMPLE_BYTES = 2**23
 """Of the training part, spread evenly over it, from which byte pairs are learned."""
-_STRETCH_ROOM_BYTES = 30_000_000
-_ROOM_PER_SAMPLE_BYTE = 12
-_LOADED_PER_BYTE = 12
+_MOST_WORD_BYTES = 2**20
+"""Of the different words among them, which the memory for learning goes with: after so many no more are taken."""
+_STRETCH_ROOM_BYTES = 20_000_000
+"""Measured: 9 MB for the text on its way to the cache as characters, 4 MB as bytes."""
+_PAIRS_ROOM_BYTES = 60_000_000
+"""Measured: 23 MB for the library, and what lies beside the words while they are learned and encoded."""
+_ROOM_PER_WORD_BYTE = 112
+"""Measured: 90 with words of random letters, of which no two are alike."""
+_LOADED_PER_BYTE = 30
+"""What a tokenizer keeps in memory, measured with 8,000 and 100,000 tokens, by the bytes of its definition."""
+
+_LONG_WORD = re.compile(r"\S{1001}|\s{1001}")
+_SHORT_WORDS = re.compile(r"\s{0,1000}\S{1,1000}|\s{1,1000}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -213,11 +224,17 @@ class _Tokenising:
         self.key = hashlib.sha256(f"text {json.dumps(told)}".encode()).hexdigest()
 
     def tokenizer(self) -> Tokenizer:
-        """The one to encode with."""
+        """The one to encode with.
+
+        Raises:
+            NoRoomToDecodeError: learning it takes more than there is.
+        """
         if self._given is not None:
-            self._check_room(0)
+            definition = self._given.to_json()
+            loaded_bytes = 0 if definition is None else _PAIRS_ROOM_BYTES + _LOADED_PER_BYTE * len(definition)
+            self._check_room(max(_STRETCH_ROOM_BYTES, loaded_bytes))
             return self._given
-        self._check_room(_SAMPLE_BYTES)
+        self._check_room(_PAIRS_ROOM_BYTES)
         return train_pairs(self._sample(), self._vocabulary)
 
     def stretches(self, tokenizer: Tokenizer) -> Iterator[Stretch]:
@@ -230,22 +247,40 @@ class _Tokenising:
             yield stretch
             self._progress(min(stretch.position, total), total, what)
 
-    def _sample(self) -> Iterable[str]:
-        """Stretches of the training part, evenly spread, of some _SAMPLE_BYTES together."""
+    def _sample(self) -> Iterator[str]:
+        """Stretches of the training part, evenly spread, of some _SAMPLE_BYTES together.
+
+        Text with so many different words that they would fill the memory gives fewer, from its beginning.
+        """
         border = self._text.total_bytes if self._border is None else self._border
-        taken_bytes = begin = 0
+        words: set[str] = set()
+        taken_bytes = begin = word_bytes = needed_bytes = 0
         for stretch in self._read("learning byte pairs", at_spaces=True):
-            if stretch.held_out:
-                return
+            if stretch.held_out or word_bytes > _MOST_WORD_BYTES:
+                break
             if taken_bytes * border <= _SAMPLE_BYTES * begin:
                 taken_bytes += stretch.position - begin
-                yield stretch.text
+                new = set(stretch.text.split()) - words
+                words |= new
+                word_bytes += sum(len(word.encode()) for word in new)
+                needed_bytes = _PAIRS_ROOM_BYTES + _ROOM_PER_WORD_BYTE * word_bytes
+                if self._has_room(needed_bytes):
+                    yield from _with_short_words(stretch.text)
             begin = stretch.position
+        self._check_room(needed_bytes)  # once all are counted, so that the figure is the last one asked for
 
-    def _check_room(self, sample_bytes: int) -> None:
-        needed_bytes = _STRETCH_ROOM_BYTES + _ROOM_PER_SAMPLE_BYTE * min(sample_bytes, self._text.total_bytes)
-        if self._room_bytes is not None and needed_bytes > self._room_bytes:
+    def _has_room(self, tokenising_bytes: int) -> bool:
+        return self._room_bytes is None or self._text.reading_bytes + tokenising_bytes <= self._room_bytes
+
+    def _check_room(self, tokenising_bytes: int) -> None:
+        needed_bytes = self._text.reading_bytes + tokenising_bytes
+        if not self._has_room(tokenising_bytes):
             raise NoRoomToDecodeError(f"the text '{self._text.source}' with tokenizer: {self._chosen}", needed_bytes)
+
+
+def _with_short_words(text: str) -> list[str]:
+    """The text in pieces whose words have at most 1,000 characters: learning takes the square of a word's length."""
+    return _SHORT_WORDS.findall(text) if _LONG_WORD.search(text) else [text]
 
 
 def _check_settings(tokenizer: str, vocabulary: int, length: int, hold_out: float) -> None:

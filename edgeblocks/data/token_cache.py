@@ -26,7 +26,7 @@ from edgeblocks.data.tokenizer import (
     Tokenizer,
     build_tokenizer,
 )
-from edgeblocks.errors import StorageError
+from edgeblocks.errors import DataError, StorageError
 from edgeblocks.untrusted import read_text
 
 FORMAT_VERSION = 1
@@ -110,6 +110,7 @@ def open_or_build_tokens(
     """The cache of that key; where there is none or a damaged one, `stretches` are encoded with `tokenizer`.
 
     Raises:
+        DataError: the text gives no tokens.
         StorageError: the cache cannot be written or read.
     """
 
@@ -193,6 +194,11 @@ def _fill(files: CacheFiles, tokenizer: Tokenizer, stretches: Iterator[Stretch])
         num_whole = len(waiting) // page_tokens * page_tokens
         _append(files, waiting[:num_whole].reshape(-1, page_tokens))
         waiting = waiting[num_whole:]
+    if not extents[0].tokens + extents[1].tokens:
+        raise DataError(
+            "the text gives no tokens: its documents are empty, or the tokenizer leaves out all of their characters; "
+            "give a source with text in it, or choose tokenizer: bytes"
+        )
     if len(waiting):
         _append(files, np.pad(waiting, (0, page_tokens - len(waiting)))[None])
     if definition is not None:

@@ -233,7 +233,7 @@ def _guarded(call: Any, *arguments: Any) -> Any:
             isinstance(error, Exception) or type(error).__name__ == "PanicException"
         ):
             raise
-        raise _RefusedError(str(error)[:200]) from error
+        raise _RefusedError(" ".join(str(error).split())[:200]) from error
 
 
 def _library() -> Any:
