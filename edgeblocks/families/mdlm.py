@@ -36,7 +36,6 @@ from edgeblocks.layers import (
 from edgeblocks.noise import MaskingSchedule, NoiseRange
 from edgeblocks.token_loss import token_losses, token_scores
 
-
 EMBEDDING_STD = 0.02
 """Of a fresh token embedding."""
 
