@@ -36,8 +36,6 @@ from edgeblocks.layers import (
 from edgeblocks.noise import MaskingSchedule, NoisePartition, NoiseRange, unmasking_steps
 from edgeblocks.token_loss import token_losses, token_scores
 
-EMBEDDING_STD = 0.02
-"""Of a fresh token embedding."""
 LEAST_TIMES = 128
 """At which evaluation looks at a sequence."""
 
@@ -84,19 +82,20 @@ class MdlmBlock(nn.Module):
 
     @torch.no_grad()
     def init_(self, generator: torch.Generator) -> None:
-        """Initialise all parameters in place."""
+        """Initialise all parameters in place, layers as the identity (adaLN-Zero).
+
+        Closed gates and small embeddings leave the plateau of letter frequencies first: 6 layers of width 128 on a
+        novel's characters are after 200 steps at 3.48 to 3.70 bits per character (three seeds); with open gates at
+        3.89, and at 3.72 and 3.89 (two seeds) where embeddings have unit variance too.
+        """
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 init_linear_(module, generator)
-        nn.init.normal_(self.token_embedding.weight, std=EMBEDDING_STD, generator=generator)
-        for linear in (self.noise_up, self.noise_down):
-            nn.init.normal_(linear.weight, std=0.02, generator=generator)
+        for parameter in (self.token_embedding.weight, self.noise_up.weight, self.noise_down.weight):
+            nn.init.normal_(parameter, std=0.02, generator=generator)
         for layer in self.layers:
             assert isinstance(layer, RotaryAdaLnLayer)
             init_zero_(layer.modulation)
-            width = layer.modulation.in_features
-            for gate in (2, 5):  # open: a layer starts as in a plain transformer, not as the identity
-                layer.modulation.bias[gate * width : (gate + 1) * width] = 1.0
         init_zero_(self.readout_modulation)
         init_zero_(self.readout)
 
