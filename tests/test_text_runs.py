@@ -12,7 +12,16 @@ from edgeblocks.errors import ConfigError, RunError
 from edgeblocks.export.opening import open_chain
 
 WORDS = ["the", "white", "whale", "swims", "under", "a", "cold", "sea", "and", "sings", "to", "no", "ship"]
-SMALL = {"family": "mdlm", "width": 32, "depth": 6, "heads": 2, "length": 24, "batch": 8, "blocks": 3, "sample_grids": 1}
+SMALL = {
+    "family": "mdlm",
+    "width": 32,
+    "depth": 6,
+    "heads": 2,
+    "length": 24,
+    "batch": 8,
+    "blocks": 3,
+    "sample_grids": 1,
+}
 
 
 @pytest.fixture(scope="module")

@@ -229,7 +229,7 @@ def _kernel_row(kernel: Kernel) -> list[str]:
 def _preset_rows(presets: Sequence[PresetFit]) -> list[list[str]]:
     heads = [
         "preset",
-        "image",
+        "example",
         "parameters",
         "least budget",
         "in half of the memory",

@@ -152,12 +152,13 @@ def _probe_machine(folder: Path) -> Machine:
 
 
 def _probe_presets() -> dict[str, dict[str, Any]]:
-    """What `_plan_preset` is told of each preset: the default ones on the built-in digits, others on 32x32x3 images.
+    """What `_plan_preset` is told of each preset: the default ones on the built-in data, others on 32x32x3 images
+    or 4,096 byte pairs.
 
     A process of its own, because the settings' libraries would weigh on the peak of the one that traces.
     """
     from edgeblocks.config import DEFAULT_PRESETS, preset_names, resolve_settings
-    from edgeblocks.families.base import ImageInfo
+    from edgeblocks.families.base import ImageInfo, TextInfo
     from edgeblocks.preparation import GRID_SAMPLES, open_run_data
 
     requests = {}
@@ -168,6 +169,9 @@ def _probe_presets() -> dict[str, dict[str, Any]]:
             here = build_target("cpu")
             data_set = open_run_data(settings, Silent(), budget_bytes=here.total_bytes(), target=here)
             data, data_bytes = kind.data_info(data_set), data_set.batch_resident_bytes(run.batch)
+        elif kind.reads == "text":
+            data = TextInfo(vocabulary=4096, length=run.length)
+            data_bytes = run.batch * data.example_bytes
         else:
             data = ImageInfo(channels=3, height=32, width=32, num_classes=10, mean=0.5, scale=2.0)
             data_bytes = run.batch * (data.height * data.width * data.channels + 8)
@@ -185,6 +189,13 @@ def _probe_presets() -> dict[str, dict[str, Any]]:
     return requests
 
 
+def _example(data: Mapping[str, Any]) -> str:
+    """One example of the data, in short."""
+    if "length" in data:
+        return f"{data['length']} tokens"
+    return f"{data['height']}x{data['width']}x{data['channels']}"
+
+
 def _plan_preset(name: str, request: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of a `PresetFit`, as `edgeblocks plan` plans: in a process that traces costs and does nothing else."""
     from edgeblocks import cost
@@ -197,7 +208,7 @@ def _plan_preset(name: str, request: Mapping[str, Any]) -> dict[str, Any]:
     budget_bytes = int(request["budget_bytes"])
     fit = PresetFit(
         preset=name,
-        image=f"{data['height']}x{data['width']}x{data['channels']}",
+        image=_example(data),
         parameters=costs.parameters(costs.num_layers),
         budget_bytes=budget_bytes,
         steps=wishes.steps,

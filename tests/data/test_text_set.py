@@ -340,7 +340,7 @@ def test_all_wrong_settings_are_reported_together(tmp_path):
     with pytest.raises(ConfigError) as caught:
         opened("moby-dick", tmp_path, tokenizer="bpe", vocabulary=255, length=0, hold_out=0.6)
     vocabulary, length, hold_out = caught.value.problems
-    assert "vocabulary is 255; byte pairs begin with 256 bytes and end at 1048576" in vocabulary
+    assert "vocab is 255; byte pairs begin with 256 bytes and end at 1048576" in vocabulary
     assert "length is 0; a window has 1 to" in length and "hold_out is 0.6" in hold_out
     with pytest.raises(ConfigError, match="tokenizer is 'word', neither one of chars, bytes, bpe nor the path"):
         opened("moby-dick", tmp_path, tokenizer="word")
