@@ -56,8 +56,8 @@ Preset = Annotated[
 Data = Annotated[
     str | None,
     typer.Option(
-        help="Images: digits (built in), a folder, or an .npz file. Text: moby-dick (built in), a file or folder of text, "
-        "a .jsonl or .parquet file."
+        help="Images: digits (built in), a folder, or an .npz file. Text: moby-dick (built in), a file or folder of "
+        "text, a .jsonl or .parquet file."
     ),
 ]
 Tokenizer = Annotated[
@@ -262,7 +262,8 @@ def evaluate(
     samples: Annotated[
         int | None,
         typer.Option(
-            help="Images that are made for the Frechet distance, or classified (0 leaves the chain out); sequences of text.",
+            help="Images that are made for the Frechet distance, or classified (0 leaves the chain out); sequences of "
+            "text.",
             show_default="256 made, 1024 classified, 256 sequences",
         ),
     ] = None,

@@ -202,9 +202,10 @@ class Run:
         text: the bound in bits a token and a character.
 
         Args:
-            samples: images made (None: 256) or classified (None: 1024), 0 leaves the chain out; sequences of text that the bound is
-                estimated on (None: 256).
-            steps: noise levels of the chain, at least one a block; None: 18 for images, 4 for classes; the bound of a text has its own.
+            samples: images made (None: 256) or classified (None: 1024), 0 leaves the chain out; sequences of text that
+                the bound is estimated on (None: 256).
+            steps: noise levels of the chain, at least one a block; None: 18 for images, 4 for classes; the bound of a
+                text has its own.
 
         Raises:
             RunError: the data are not those of the run.
