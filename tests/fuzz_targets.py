@@ -251,7 +251,7 @@ class ExportReader(Reader):
                     bytes=size,
                 )
             )
-        manifest = module.Manifest(
+        manifest = module.ImageManifest(
             edgeblocks="0.1.0",
             family="dit",
             task="images",
