@@ -1,15 +1,16 @@
-"""What block-wise training costs in quality: four arms of a family at equal layer evaluations, on an .npz of images.
+"""What block-wise training costs in quality: four arms of a family at equal layer evaluations.
 
     python tests/bench/fashion_mnist.py fashion.npz
     python tests/bench/four_arms.py fashion.npz arms.jsonl --family vit --steps 1500 --seeds 0 1
-    python tests/bench/four_arms.py fashion.npz arms.jsonl --table docs/four_arms.md
+    python tests/bench/four_arms.py moby-dick arms.jsonl --family mdlm --steps 1500 --seeds 0 1
+    python tests/bench/four_arms.py - arms.jsonl --table docs/four_arms.md
 
 With L layers, the family's preferred number of blocks B, and K steps of each block:
   blocks        B blocks of L/B layers, K steps each
-  one block     the same method with B = 1: one block of L layers, K steps (for dit that is end-to-end training)
+  one block     the same method with B = 1: one block of L layers, K steps (for dit and mdlm: end-to-end training)
   plain         end-to-end training of L layers, K steps
   plain, short  end-to-end training of L/B layers, B K steps: shows whether depth is used at all
-Batch, learning rate, schedule, clipping, EMA and the hold-out images are the same; all are evaluated with EMA weights.
+Batch, learning rate, schedule, clipping, EMA and the hold-out part are the same; all are evaluated with EMA weights.
 A plain vit is the same network as a block, always given the same noise level and no label.
 """
 
@@ -36,11 +37,18 @@ from edgeblocks.families.vit import Vit, VitSettings
 from edgeblocks.generators import generator_at
 from edgeblocks.trainer import BETA1, BETA2, EPS, ema_exponent, learning_rate_at
 
-SHAPE = {"width": 96, "depth": 6, "heads": 4, "patch": 4}
-BATCH, LEARNING_RATE, WARMUP, WEIGHT_DECAY, CLIP, EMA_LENGTH = 64, 1e-3, 50, 0.01, 1.0, 0.1
-IMAGES = 1024
-BLOCKS = {"dit": 3, "vit": 2}
-MEASURES = {"dit": ("loss",), "vit": ("top1", "cross_entropy", "calibration_error")}
+LEARNING_RATE, WARMUP, WEIGHT_DECAY, CLIP, EMA_LENGTH = 1e-3, 50, 0.01, 1.0, 0.1
+IMAGE = {"width": 96, "depth": 6, "heads": 4, "patch": 4, "batch": 64}
+TEXT = {"width": 128, "depth": 6, "heads": 4, "length": 128, "batch": 32}
+SETTINGS = {"dit": IMAGE, "vit": IMAGE, "mdlm": {**TEXT, "overlap": 0.1}}
+EXAMPLES = {"dit": 0, "vit": 1024, "mdlm": 256}
+"""Of the hold-out part: classified, or sequences of the bound; the loss of images is that of 512."""
+BLOCKS = {"dit": 3, "vit": 2, "mdlm": 3}
+MEASURES = {
+    "dit": ("loss",),
+    "vit": ("top1", "cross_entropy", "calibration_error"),
+    "mdlm": ("bits_per_character",),
+}
 
 
 def main() -> None:
@@ -64,18 +72,21 @@ def main() -> None:
 
 def arms(family: str, data: str, steps: int, seed: int) -> Any:
     """The four arms, one after the other."""
-    blocks, depth = BLOCKS[family], SHAPE["depth"]
-    common = {"family": family, "steps": steps, "seed": seed, "batch": BATCH, **SHAPE}
+    blocks, depth = BLOCKS[family], SETTINGS[family]["depth"]
+    common = {"family": family, "steps": steps, "seed": seed, **SETTINGS[family]}
+
+    def plain(steps: int, depth: int) -> dict[str, Any]:
+        if family == "vit":
+            return plain_vit(data, steps, seed, depth=depth)
+        return block_wise(family, data, steps, seed, blocks=1, depth=depth)
+
     ways: list[tuple[str, Any]] = [
         ("blocks", lambda: block_wise(family, data, steps, seed, blocks=blocks, depth=depth)),
         ("one block", lambda: block_wise(family, data, steps, seed, blocks=1, depth=depth)),
+        ("plain, short", lambda: plain(steps * blocks, depth // blocks)),
     ]
     if family == "vit":
-        ways.append(("plain", lambda: plain_vit(data, steps, seed, depth=depth)))
-        ways.append(("plain, short", lambda: plain_vit(data, steps * blocks, seed, depth=depth // blocks)))
-    else:
-        short = lambda: block_wise(family, data, steps * blocks, seed, blocks=1, depth=depth // blocks)  # noqa: E731
-        ways.append(("plain, short", short))
+        ways.insert(2, ("plain", lambda: plain(steps, depth)))
     for name, train in ways:
         started = time.perf_counter()
         yield {**common, "blocks": blocks, "arm": name, **train(), "seconds": round(time.perf_counter() - started)}
@@ -90,7 +101,6 @@ def block_wise(family: str, data: str, steps: int, seed: int, *, blocks: int, de
             data=data,
             mem_budget="4GB",
             steps=steps,
-            batch=BATCH,
             seed=seed,
             blocks=blocks,
             sample_grids=0,
@@ -99,24 +109,22 @@ def block_wise(family: str, data: str, steps: int, seed: int, *, blocks: int, de
             weight_decay=WEIGHT_DECAY,
             clip=CLIP,
             ema_length=EMA_LENGTH,
-            **{**SHAPE, "depth": depth},
+            **{**SETTINGS[family], "depth": depth},
         )
-        result = run.evaluate(samples=IMAGES if family == "vit" else 0)
+        result = run.evaluate(samples=EXAMPLES[family])
     finally:
         shutil.rmtree(folder)
+    found = {"loss": result["validation_loss"], **result.get("classification", {}), **result.get("text", {})}
     levels = [round(level["loss"], 4) for level in result["validation"]["levels"]]
-    if family == "dit":
-        return {"loss": result["validation_loss"], "levels": levels}
-    found = result["classification"]
-    scores = {"top1": found["top1"], "calibration_error": found["calibration_error"]}
-    return {**scores, "cross_entropy": found["cross_entropy"], "levels": levels}
+    return {**{name: found[name] for name in MEASURES[family]}, "levels": levels}
 
 
 def plain_vit(data: str, steps: int, seed: int, *, depth: int) -> dict[str, Any]:
     """An ordinary training loop of an ordinary classifier."""
     cache = Path(tempfile.mkdtemp(prefix="edgeblocks-bench-"))
     images = open_images(data, image_size=None, hold_out=0.1, seed=seed, cache_dir=cache)
-    family = Vit(VitSettings(**{**SHAPE, "depth": depth}), Vit.data_info(images))
+    shape = {name: IMAGE[name] for name in ("width", "heads", "patch")}
+    family = Vit(VitSettings(**shape, depth=depth), Vit.data_info(images))
     network = family.block(num_layers=depth, checkpointing=False)
     network.reset_tables_()
     network.init_(generator_at(seed, "init", 0))
@@ -125,7 +133,7 @@ def plain_vit(data: str, steps: int, seed: int, *, depth: int) -> dict[str, Any]
     vectors = [parameter for parameter in network.parameters() if parameter.ndim < 2]
     groups = [{"params": matrices, "weight_decay": WEIGHT_DECAY}, {"params": vectors, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=LEARNING_RATE, betas=(BETA1, BETA2), eps=EPS, fused=True)
-    order = BatchOrder(images.train, batch=BATCH, seed=seed, block=0)
+    order = BatchOrder(images.train, batch=IMAGE["batch"], seed=seed, block=0)
     exponent = ema_exponent(EMA_LENGTH)
 
     def logits(model: Any, pixels: np.ndarray) -> torch.Tensor:
@@ -146,7 +154,7 @@ def plain_vit(data: str, steps: int, seed: int, *, depth: int) -> dict[str, Any]
         with torch.no_grad():
             for mean, value in zip(averaged.parameters(), network.parameters(), strict=True):
                 mean.lerp_(value, 1 - decay)
-    pixels, labels = images.gather(images.held_out[:IMAGES])
+    pixels, labels = images.gather(images.held_out[: EXAMPLES["vit"]])
     assert labels is not None
     with torch.no_grad():
         parts = [logits(averaged, part).softmax(1) for part in np.array_split(pixels, max(1, len(pixels) // 256))]
@@ -160,9 +168,10 @@ def table(rows: list[dict[str, Any]]) -> str:
         "# Four arms at equal layer evaluations",
         "",
         "Made by `tests/bench/four_arms.py`, whose first lines say what the arms are. Mean over the seeds, and in",
-        f"brackets each seed. {IMAGES} hold-out images of Fashion-MNIST (28x28), EMA weights. Seconds (evaluation too)",
-        "are of runs beside other programs: they compare nothing.",
-        f"{platform.system()} {platform.machine()}, 2 cores, torch {torch.__version__}, fp32; batch {BATCH}; {SHAPE}.",
+        "brackets each seed, on the hold-out part, EMA weights. Images are Fashion-MNIST's (28x28), the text is the",
+        "built-in Moby-Dick in characters. Seconds (evaluation too) are of runs beside other programs: they compare",
+        "nothing.",
+        f"{platform.system()} {platform.machine()}, 2 cores, torch {torch.__version__}, fp32.",
         "",
     ]
     for family in sorted({row["family"] for row in rows}):
@@ -170,6 +179,9 @@ def table(rows: list[dict[str, Any]]) -> str:
         own = [row for row in rows if row["family"] == family]
         lines += [
             f"## {family}: {own[0]['blocks']} blocks, {own[0]['steps']} steps of each",
+            "",
+            ", ".join(f"{name} {own[0][name]}" for name in SETTINGS[family] if name in own[0])
+            + (f"; {EXAMPLES[family]} examples evaluated" if EXAMPLES[family] else ""),
             "",
             "| arm | " + " | ".join(name.replace("_", " ") for name in measures) + " | seconds |",
             "|---|" + "---|" * (len(measures) + 1),
