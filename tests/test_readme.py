@@ -28,7 +28,7 @@ def test_the_python_example_runs_as_printed(tmp_path):
 
 def test_every_command_in_the_readme_has_valid_options(edgeblocks_command):
     """Each `edgeblocks VERB` line of the README uses only options that the verb has."""
-    commands = re.findall(r"^(?:\$ |\.venv/bin/)?edgeblocks (\w+) +([^\n#]*)", README, re.MULTILINE)
+    commands = re.findall(r"(?:^|&& )(?:\$ |\.venv/bin/)?edgeblocks (\w+) +([^\n#&]*)", README, re.MULTILINE)
     assert len(commands) > 6
     helps = {verb: edgeblocks_command(verb, "--help", env={"COLUMNS": "200"}).stdout for verb, _ in commands}
     for verb, rest in commands:
