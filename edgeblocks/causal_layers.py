@@ -71,7 +71,7 @@ class TwoStreamAttention(CausalAttention):
         self, x: Float[Tensor, "batch tokens width"], past: Past | None
     ) -> tuple[Float[Tensor, "batch tokens width"], Present]:
         """The output, and the clean tokens' keys and values; the tokens follow those of the past."""
-        queries, keys, values = (part.chunk(2) for part in self.projected(x, self._positions(x, past)))
+        queries, keys, values = (halves(part) for part in self.projected(x, self._positions(x, past)))
         seen_keys, seen_values = _with_past(keys[0], values[0], past)
         clean = _causal(queries[0], seen_keys, seen_values, past)
         num_tokens, num_past = x.shape[1], 0 if past is None else past.shape[3]
@@ -108,6 +108,12 @@ class CausalLayer(AdaLnZeroLayer):
         attended, present = self.attention.attend(modulated_norm(x, shift_a, scale_a), past)
         x = torch.addcmul(x, gate_a.unsqueeze(1), attended)
         return torch.addcmul(x, gate_m.unsqueeze(1), self.mlp(modulated_norm(x, shift_m, scale_m))), present
+
+
+def halves(x: Float[Tensor, "both ..."]) -> tuple[Float[Tensor, "one ..."], Float[Tensor, "one ..."]]:
+    """The two streams. Unlike `Tensor.chunk` it leaves a batch of any size open while a graph is exported."""
+    first, second = x.unflatten(0, (2, -1)).unbind(0)
+    return first, second
 
 
 def _with_past(keys: Tensor, values: Tensor, past: Past | None) -> tuple[Tensor, Tensor]:

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from edgeblocks.causal_layers import halves
 from edgeblocks.families.token_denoiser import TokenDenoiser, TokenDenoiserBlock
 
 
@@ -29,7 +30,7 @@ class ArBlock(TokenDenoiserBlock):
         streams = torch.cat([clean, clean + noised])
         conditions = torch.cat([torch.zeros_like(condition), condition])
         out = self.run(range(len(self.layers)), streams, conditions, past, present)
-        return out.chunk(2)[1]
+        return halves(out)[1]
 
 
 class Ar(TokenDenoiser):
