@@ -4,8 +4,9 @@
 
 The same prelude, core and coda as `looped`, without noise: the core improves a state that starts at random, reading the
 prelude's output in every iteration. Each training step draws a number of iterations (one and a Poisson-lognormal number
-with a mean of --iterations), runs them, and goes back through the last --truncation of them; the loss is the cross-entropy
-of the next character at the end. Prints bits per character of the hold-out part after K = 1, 2, 4, .., 32 iterations.
+with a mean of --iterations), runs them, and goes back through the last --truncation of them; the loss is the
+cross-entropy of the next character at the end. Prints bits per character of the hold-out part after K = 1, 2, 4, 8, 16
+and 32 iterations. --depth is at least 4.
 
 Source: Geiping et al. 2025, arXiv 2502.05171 (Huginn), sections 3.1 and 3.3.
 """
