@@ -5,6 +5,7 @@ import json
 import shutil
 
 from mutations import json_text, mutated_bytes, mutated_value
+from text_mutations import changed_definition
 
 from fuzz_targets.odd_entries import replace_by_something
 from fuzz_targets.reader import Reader
@@ -15,12 +16,9 @@ class ExportReader(Reader):
 
     def __init__(self, folder):
         from edgeblocks.export import manifest as module
-        from edgeblocks.noise import NoiseDistribution, partition_noise
 
         self.module, self.folder, self.outside = module, folder / "export", folder / "outside.onnx"
         self.folder.mkdir()
-        noise = NoiseDistribution()
-        partition = partition_noise(noise, num_blocks=3, kind="equal-probability", overlap=0.05)
         contents = {f"block_{block:03d}.onnx": bytes([block]) * (100 + block) for block in range(3)}
         self.contents = {**contents, "block_002.onnx.data": b"weights"}
         self.outside.write_bytes(contents["block_000.onnx"])
@@ -39,11 +37,32 @@ class ExportReader(Reader):
                     bytes=size,
                 )
             )
-        manifest = module.ImageManifest(
-            edgeblocks="0.1.0",
+        verified = module.Verified(
+            block_max_abs_error=1e-6,
+            block_limit=1e-4,
+            output_max_abs_error=1e-5,
+            output_limit=1e-3,
+            output_equal_share=1.0,
+            outputs=8,
+            real_inputs=True,
+        )
+        common = {"edgeblocks": "0.1.0", "opset": 18, "files": tuple(files), "verified": verified}
+        manifest = self.manifest(common)
+        module.write_manifest(self.folder, manifest)
+        self.sound = (self.folder / "manifest.json").read_bytes()
+        self.value = json.loads(self.sound)
+        self._restore()
+
+    def manifest(self, common):
+        """A sound one, with the fields that all manifests have."""
+        from edgeblocks.noise import NoiseDistribution, partition_noise
+
+        noise = NoiseDistribution()
+        partition = partition_noise(noise, num_blocks=3, kind="equal-probability", overlap=0.05)
+        return self.module.ImageManifest(
+            **common,
             family="dit",
             task="images",
-            opset=18,
             image_shape=(1, 8, 8),
             mean=0.3,
             scale=1.5,
@@ -51,22 +70,8 @@ class ExportReader(Reader):
             class_names=("a", "b"),
             noise=noise,
             boundaries=partition.boundaries,
-            sampler=module.SamplerSettings(),
-            files=tuple(files),
-            verified=module.Verified(
-                block_max_abs_error=1e-6,
-                block_limit=1e-4,
-                output_max_abs_error=1e-5,
-                output_limit=1e-3,
-                output_equal_share=1.0,
-                outputs=8,
-                real_inputs=True,
-            ),
+            sampler=self.module.SamplerSettings(),
         )
-        module.write_manifest(self.folder, manifest)
-        self.sound = (self.folder / "manifest.json").read_bytes()
-        self.value = json.loads(self.sound)
-        self._restore()
 
     def _restore(self):
         shutil.rmtree(self.folder)
@@ -99,3 +104,63 @@ class ExportReader(Reader):
         for file in manifest.files:
             path = self.module.checked_path(self.folder, file)
             assert path.resolve().parent == self.folder.resolve()
+
+
+class TextExportReader(ExportReader):
+    """manifest.json and tokenizer.json of an exported directory that writes text."""
+
+    needs = "tokenizers"
+
+    def __init__(self, folder):
+        from edgeblocks.data.tokenizer import train_pairs
+
+        pairs = train_pairs(["The white whale swims under a cold sea. " * 100], 300)
+        self.definition, self.vocabulary = pairs.to_json().encode(), pairs.vocabulary
+        super().__init__(folder)
+
+    def manifest(self, common):
+        from edgeblocks.noise import MaskingSchedule, partition_noise
+
+        partition = partition_noise(MaskingSchedule(), num_blocks=3, kind="equal-probability", overlap=0.05)
+        return self.module.TextManifest(
+            **common,
+            family="mdlm",
+            task="text",
+            vocabulary=self.vocabulary,
+            length=8,
+            tokenizer="bpe",
+            tokenizer_sha256=hashlib.sha256(self.definition).hexdigest(),
+            boundaries=partition.boundaries,
+            sampler=self.module.WriterSettings(),
+        )
+
+    def prepare(self, rng):
+        super().prepare(rng)
+        path = self.folder / "tokenizer.json"
+        if rng.random() < 0.5:
+            path.write_bytes(self.definition)
+        elif rng.random() < 0.05:
+            replace_by_something(rng, path, self.outside)
+        else:
+            definition = changed_definition(rng, json.loads(self.definition))
+            path.write_bytes(definition)
+            self._restore_manifest({**self.value, "tokenizer_sha256": hashlib.sha256(definition).hexdigest()})
+
+    def prepare_sound(self):
+        (self.folder / "tokenizer.json").write_bytes(self.definition)
+
+    def _restore_manifest(self, value):
+        path = self.folder / "manifest.json"
+        if path.is_file() and not path.is_symlink():
+            path.write_text(json.dumps(value))
+
+    def read(self):
+        from edgeblocks.export.writer import Writer
+
+        super().read()
+        manifest = self.module.read_manifest(self.folder)
+        if manifest.task == "text":
+            tokenizer = Writer(self.folder, manifest=manifest).tokenizer()
+            tokens = tokenizer.encode("a whale")
+            assert isinstance(tokenizer.decode(tokens), str)
+            assert max(tokens, default=0) < tokenizer.vocabulary

@@ -1,11 +1,13 @@
 """The files that describe a run."""
 
 import contextlib
+import hashlib
 import json
 from dataclasses import asdict
 
 import yaml
 from mutations import json_text, mutated_bytes, mutated_value, yaml_text
+from text_mutations import changed_definition
 
 from edgeblocks.errors import EdgeblocksError
 from fuzz_targets.reader import Reader
@@ -14,16 +16,16 @@ from fuzz_targets.reader import Reader
 class RunReader(Reader):
     """One file of a run directory is mutated, and everything is asked that is told without the data."""
 
-    def __init__(self, folder):
-        from random_run import make_run
+    files = ("manifest.json", "plan.json", "config.yaml", "metrics.jsonl", "summary.json")
 
+    def __init__(self, folder):
         from edgeblocks import cost  # noqa: F401 - imported before memory is measured
         from edgeblocks.info import describe
         from edgeblocks.run_files import check_resumable
 
         self._describe, self._check_resumable = describe, check_resumable
         self.path = folder / "run"
-        run = make_run(self.path, layers=(2, 1), width=16, heads=2)
+        run = self.make(self.path)
         self.settings = {**run.directory.settings.run.model_dump(), **asdict(run.directory.settings.family)}
         self.plan = sound_plan()
         (self.path / "plan.json").write_text(json.dumps(self.plan))
@@ -33,7 +35,13 @@ class RunReader(Reader):
         self.summary = {"peak_bytes": 10**8, "metrics": {"validation_loss": 0.5}, "blocks": 2}
         (self.path / "summary.json").write_text(json.dumps(self.summary))
         self.manifest = json.loads((self.path / "manifest.json").read_text())
-        self.sound = {name: (self.path / name).read_bytes() for name in FILES_OF_A_RUN}
+        self.sound = {name: (self.path / name).read_bytes() for name in self.files}
+
+    @staticmethod
+    def make(path):
+        from random_run import make_run
+
+        return make_run(path, layers=(2, 1), width=16, heads=2)
 
     def prepare(self, rng):
         for name, content in self.sound.items():
@@ -58,9 +66,6 @@ class RunReader(Reader):
         if rng.random() < 0.3:
             return mutated_bytes(rng, self.sound[name])
         return json_text(rng, mutated_value(rng, value)).encode()
-
-
-FILES_OF_A_RUN = ("manifest.json", "plan.json", "config.yaml", "metrics.jsonl", "summary.json")
 
 
 def sound_plan():
@@ -136,3 +141,49 @@ class RecordsReader(RunReader):
             lines.append(json_text(rng, record).replace("\n", " ").encode() + b"\n")
         content = b"".join(lines)
         return {"metrics.jsonl": content if rng.random() < 0.5 else mutated_bytes(rng, content)}
+
+
+class TextRunReader(RunReader):
+    """manifest.json and tokenizer.json of a run on text."""
+
+    needs = "tokenizers"
+    files = (*RunReader.files, "tokenizer.json")
+
+    @staticmethod
+    def make(path):
+        from random_run import make_text_run
+
+        text = path.parent / "text.txt"
+        text.write_text("The white whale swims under a cold sea. " * 100)
+        settings = {"data": str(text), "tokenizer": "bpe", "vocab": 300, "length": 8}
+        return make_text_run(path, layers=(2, 1), width=16, heads=2, **settings)
+
+    def mutated(self, rng):
+        if rng.random() < 0.5:
+            return {"manifest.json": self._signed(rng, mutated_value(rng, self.manifest))}
+        definition = changed_definition(rng, json.loads(self.sound["tokenizer.json"]))
+        manifest = json.loads(json.dumps(self.manifest))
+        if rng.random() < 0.9:  # so that the tokenizer is looked at
+            manifest["data"]["tokenizer_sha256"] = hashlib.sha256(definition).hexdigest()
+        return {"tokenizer.json": definition, "manifest.json": self._signed(rng, manifest)}
+
+    @staticmethod
+    def _signed(rng, manifest):
+        """Mostly without the checksum, which finds what no other check does."""
+        if isinstance(manifest, dict) and rng.random() < 0.9:
+            manifest = {key: value for key, value in manifest.items() if key != "sha256"}
+        return json_text(rng, manifest).encode("utf-8", errors="surrogatepass")
+
+    def read(self):
+        from edgeblocks.checkpoint import open_run
+        from edgeblocks.unmasking import with_gaps
+
+        super().read()
+        run = open_run(self.path)
+        assert run.tokenizer.vocabulary == run.data.vocabulary
+        mask, length = run.data.vocabulary, run.data.length
+        tokens, _ = with_gaps(None, run.tokenizer, length=length, mask=mask)
+        with contextlib.suppress(EdgeblocksError):  # a tokenizer need not know all words
+            tokens, _ = with_gaps("a _ sea", run.tokenizer, length=length, mask=mask)
+        assert len(tokens) == length and tokens.max() == mask
+        assert isinstance(run.tokenizer.decode(range(run.data.vocabulary)), str)
