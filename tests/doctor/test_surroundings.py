@@ -1,6 +1,5 @@
 """Memory and cores, as control groups allow them."""
 
-
 import pytest
 from made_up_machine import GB, LIMIT_BYTES, groups
 
