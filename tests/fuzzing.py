@@ -26,7 +26,8 @@ from collections import Counter
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from fuzz_targets import READERS, Reader
+from fuzz_targets import READERS
+from fuzz_targets.reader import Reader
 
 from edgeblocks.errors import ConfigError, EdgeblocksError
 

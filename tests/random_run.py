@@ -6,6 +6,7 @@ import torch
 from edgeblocks.checkpoint import create_run, seal_run
 from edgeblocks.config import resolve_settings
 from edgeblocks.data.images import open_images
+from edgeblocks.data.text import open_text
 from edgeblocks.registry import family_type
 from edgeblocks.run import Run
 from edgeblocks.scheduler import EmaLoader
@@ -22,15 +23,38 @@ def make_run(path, *, layers, step=1, **settings):
     images = open_images(
         wanted.data, image_size=None, hold_out=wanted.hold_out, seed=wanted.seed, cache_dir=path.parent / "cache"
     )
+    return _filled(path, resolved, images, layers, step)
+
+
+def make_text_run(path, *, layers, step=1, **settings):
+    """The same for a family that reads text."""
+    resolved = resolve_settings(
+        {"family": "mdlm", "steps": 1, "depth": sum(layers), **settings},
+        family_settings=lambda name: family_type(name).settings_type,
+    )
+    wanted = resolved.run
+    text = open_text(
+        wanted.data,
+        tokenizer=wanted.tokenizer,
+        vocabulary=wanted.vocab,
+        length=wanted.length,
+        hold_out=wanted.hold_out,
+        cache_dir=path.parent / "cache",
+    )
+    return _filled(path, resolved, text, layers, step, tokenizer=text.tokenizer)
+
+
+def _filled(path, resolved, data, layers, step, **given):
     plan = {"layers_per_block": list(layers), "micro_batch": 4, "slots": 1, "budget_bytes": 10**9}
     run = create_run(
         path,
         resolved,
         plan,
-        family_type(wanted.family).data_info(images),
-        data_source=images.source,
-        data_fingerprint=images.fingerprint,
-        class_names=images.class_names,
+        family_type(resolved.run.family).data_info(data),
+        data_source=data.source,
+        data_fingerprint=data.fingerprint,
+        class_names=data.class_names,
+        **given,
     )
     store, generator = run.store(), torch.Generator().manual_seed(0)
     buffer = BlockBuffer(max(store.layouts, key=lambda layout: layout.num_bytes))

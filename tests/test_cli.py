@@ -245,7 +245,9 @@ def test_changed_data_are_noticed_on_resume(tmp_path):
 def test_a_full_disk_ends_the_run_cleanly_and_it_can_go_on(tmp_path):
     """When a block file cannot be written the run ends with exit 1 and resumes once there is room, with equal bits."""
     edgeblocks_path = Path(sys.executable).with_name("edgeblocks")
-    settings = "--steps 8 --batch 4 --set depth=3 --set width=64 --set sample_grids=0 --set visit_steps=2"
+    settings = (
+        "--steps 8 --batch 4 --set depth=3 --set width=64 --set sample_grids=0 --set visit_steps=2 --set hold_out=0.02"
+    )
     train = f"{edgeblocks_path} train --mem-budget 2GB {settings}"
 
     def shell(command):

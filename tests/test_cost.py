@@ -205,7 +205,10 @@ def test_a_kept_trace_is_taken_again_and_a_damaged_one_made_again(tmp_path, monk
     flipped = text[:place] + chr(ord(text[place]) ^ 1) + text[place + 1 :]
     for content in ("{}", text[:-20], flipped):
         kept.write_text(content)
-        assert trace_in_subprocess(*request, cache=tmp_path)[0] == first[0]
+        with monkeypatch.context() as patched, pytest.raises(FileNotFoundError):  # what is damaged is not believed
+            patched.setattr(sys, "executable", "/nonexistent")
+            trace_in_subprocess(*request, cache=tmp_path)
+    assert trace_in_subprocess(*request, cache=tmp_path)[0] == first[0]
     assert [path.name for path in tmp_path.iterdir()] == [kept.name]
 
 

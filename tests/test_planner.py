@@ -1,5 +1,6 @@
+"""Plans: what they promise for any machine and any wishes, and what a refusal says."""
+
 import doctest
-import functools
 import json
 import math
 import subprocess
@@ -9,82 +10,29 @@ from dataclasses import asdict, replace
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from made_up_plans import (
+    ALL_WISHES,
+    BUDGETS,
+    MACHINE,
+    MACHINES,
+    MB,
+    WISHES,
+    costs,
+    plan_or_refusal,
+    total_s,
+)
 
 from edgeblocks import layer_costs, planner, plans
-from edgeblocks.cost import trace_in_subprocess
 from edgeblocks.errors import ConfigError, DoesNotFitError
 from edgeblocks.noise import NoiseDistribution, partition_noise
 from edgeblocks.planner import STREAMING_SHARE, inference_micro_batch, make_plan
-from edgeblocks.plans import Host, Machine, Wishes, micro_batches, split_layers
-
-MB = 1_000_000
-MACHINE = Machine(
-    name="made up",
-    runtime_bytes=200 * MB,
-    flops_per_s=5e10,
-    memory_bytes_per_s=5e9,
-    operator_s=5e-6,
-    disk_read_bytes_per_s=1e9,
-    disk_write_bytes_per_s=3e8,
-)
-WISHES = Wishes(budget_bytes=2000 * MB, batch=64, steps=1000, optimizer="adamw8bit", preferred_blocks=3)
-BUDGETS = st.integers(150 * MB, 1500 * MB)
-ALL_WISHES = st.builds(
-    replace,
-    st.just(WISHES),
-    budget_bytes=BUDGETS,
-    batch=st.integers(1, 200),
-    steps=st.integers(1, 100_000),
-    optimizer=st.sampled_from(["adamw8bit", "adamw"]),
-    preferred_blocks=st.integers(1, 14),
-    blocks=st.one_of(st.none(), st.integers(1, 12)),
-    micro_batch=st.one_of(st.none(), st.integers(1, 200)),
-    checkpointing=st.one_of(st.none(), st.booleans()),
-    visit_steps=st.one_of(st.none(), st.integers(1, 5000)),
-    tier=st.sampled_from([None, "ram", "disk"]),
-    data_bytes=st.integers(0, 50 * MB),
-)
-MACHINES = st.builds(
-    replace,
-    st.just(MACHINE),
-    runtime_bytes=st.integers(50 * MB, 300 * MB),
-    flops_per_s=st.floats(1e9, 1e13),
-    memory_bytes_per_s=st.floats(1e9, 1e12),
-    operator_s=st.floats(1e-7, 1e-4),
-    disk_read_bytes_per_s=st.floats(1e7, 1e10),
-    disk_write_bytes_per_s=st.floats(1e7, 1e10),
-)
-HOST = Host(runtime_bytes=1000 * MB, memory_bytes=8000 * MB, link_bytes_per_s=1e10)
-GPU = replace(MACHINE, host=HOST, update_s_per_parameter=1e-10, flops_per_s=5e12, memory_bytes_per_s=1e11)
-HOSTS = st.builds(
-    replace,
-    st.just(HOST),
-    runtime_bytes=st.integers(100 * MB, 1000 * MB),
-    link_bytes_per_s=st.floats(1e9, 1e11),
-)
-GPUS = st.builds(replace, MACHINES, host=HOSTS, planning_bytes=st.integers(0, 500 * MB))
-GPU_WISHES = st.builds(replace, ALL_WISHES, ram_budget_bytes=st.one_of(st.none(), st.integers(100 * MB, 3000 * MB)))
-
-
-@functools.cache
-def costs():
-    """A dit of 12 layers of width 256 on 16x16 images: 5 MB of weights a layer."""
-    network = {"width": 256, "depth": 12, "heads": 4, "patch": 2}
-    data = {"channels": 3, "height": 16, "width": 16, "num_classes": 10, "mean": 0.5, "scale": 2.0}
-    return trace_in_subprocess("dit", network, data, [1, 8, 64])[0]
+from edgeblocks.plans import micro_batches, split_layers
 
 
 @pytest.fixture(scope="module", autouse=True)
 def _traced_once():
     """The trace takes seconds and must not fall into a test with a deadline."""
     costs()
-
-
-def plan_or_refusal(machine, wishes):
-    try:
-        return make_plan(costs(), machine, wishes)
-    except DoesNotFitError as error:
-        return error
 
 
 def test_the_examples_in_the_docstrings_hold():
@@ -144,10 +92,6 @@ def test_more_budget_never_gives_more_blocks(machine, wishes, other_bytes):
         assert with_large.chosen.blocks <= with_small.chosen.blocks
         if with_large.chosen.blocks == with_small.chosen.blocks:
             assert total_s(with_large.chosen) <= total_s(with_small.chosen) * (1 + 1e-9)
-
-
-def total_s(candidate):
-    return candidate.step_s + candidate.streaming_s
 
 
 @given(MACHINES, ALL_WISHES)
@@ -300,138 +244,6 @@ def test_plan_json_has_what_readers_rely_on():
     assert content["noise_ranges"] == [asdict(noise_range) for noise_range in partition.ranges]
     assert all("predicted_peak_bytes" in candidate and "fits" in candidate for candidate in content["candidates"])
     assert content["tiers"]["ram"] + content["tiers"]["disk"] == list(range(content["blocks"]))
-
-
-@given(GPUS, GPU_WISHES)
-def test_a_plan_for_a_gpu_keeps_both_promises(machine, wishes):
-    """Predicted peaks of device and host are within their budgets; every block lives in exactly one place."""
-    plan = plan_or_refusal(machine, wishes)
-    assume(not isinstance(plan, DoesNotFitError))
-    chosen = plan.chosen
-    assert chosen.predicted_peak_bytes == sum(chosen.breakdown.values()) <= wishes.budget_bytes
-    ram_budget_bytes = machine.host.memory_bytes if wishes.ram_budget_bytes is None else wishes.ram_budget_bytes
-    assert chosen.predicted_host_peak_bytes == sum(chosen.host_breakdown.values()) <= ram_budget_bytes
-    assert plan.ram_budget_bytes == ram_budget_bytes
-    assert all(size >= 0 for size in (*chosen.breakdown.values(), *chosen.host_breakdown.values()))
-    assert chosen.host_breakdown["runtime"] == machine.host.runtime_bytes
-    assert chosen.host_breakdown["staging"] == chosen.block_bytes
-    assert sum(chosen.host_breakdown.values()) >= machine.planning_bytes
-    assert chosen.breakdown["planning"] == 0
-    tiers = chosen.tiers
-    assert tiers["device"] + tiers["ram"] + tiers["disk"] == list(range(chosen.blocks))
-    assert chosen.host_breakdown["blocks"] == len(tiers["ram"]) * chosen.block_bytes
-    assert chosen.slots in (1, 2, chosen.blocks)
-    assert bool(tiers["device"]) == (chosen.slots == chosen.blocks)
-    if wishes.tier == "ram":
-        assert not tiers["disk"]
-    if wishes.tier == "disk":
-        assert chosen.slots <= 2
-        assert not tiers["ram"]
-
-
-@given(GPUS, GPU_WISHES, st.integers(100 * MB, 3000 * MB), st.integers(100 * MB, 3000 * MB))
-def test_more_ram_never_gives_more_blocks_nor_keeps_fewer_in_ram(machine, wishes, one_bytes, other_bytes):
-    """Of two RAM budgets the larger fits if the smaller does, with no more blocks; of equally many, no fewer in RAM."""
-    small, large = sorted((one_bytes, other_bytes))
-    with_small, with_large = (
-        plan_or_refusal(machine, replace(wishes, ram_budget_bytes=size, visit_steps=10)) for size in (small, large)
-    )
-    if isinstance(with_large, DoesNotFitError):
-        assert isinstance(with_small, DoesNotFitError)
-    elif not isinstance(with_small, DoesNotFitError):
-        assert with_large.chosen.blocks <= with_small.chosen.blocks
-        if with_large.chosen.blocks == with_small.chosen.blocks:
-            assert with_large.chosen.ram_blocks >= with_small.chosen.ram_blocks
-            assert total_s(with_large.chosen) <= total_s(with_small.chosen) * (1 + 1e-9)
-
-
-@given(GPUS, GPU_WISHES)
-def test_a_refusal_for_a_gpu_names_the_memory_that_is_too_small(machine, wishes):
-    """The budget that the message names works when the other is ample, a megabyte less does not."""
-    wishes = replace(
-        wishes, budget_bytes=wishes.budget_bytes // 2, ram_budget_bytes=wishes.ram_budget_bytes or 900 * MB
-    )
-    refusal = plan_or_refusal(machine, wishes)
-    assume(isinstance(refusal, DoesNotFitError))
-    on_host = "on the host" in str(refusal)
-    assert on_host != ("on the device:" in str(refusal))
-    flag, named, other = ("--ram-budget", "ram_budget_bytes", "budget_bytes")
-    if not on_host:
-        flag, named, other = ("--mem-budget", "budget_bytes", "ram_budget_bytes")
-    assert f"use {flag} {math.ceil(refusal.as_fixed_bytes / 1e6)}MB or more" in str(refusal)
-    fixed = wishes if "as well" not in str(refusal) else replace(wishes, **{other: 10**12})
-    make_plan(costs(), machine, replace(fixed, **{named: refusal.as_fixed_bytes}))
-    with pytest.raises(DoesNotFitError):
-        make_plan(costs(), machine, replace(fixed, **{named: refusal.as_fixed_bytes - MB}))
-
-
-def test_a_refusal_names_both_memories_where_both_are_too_small():
-    """One message has both flags, and both together work."""
-    with pytest.raises(DoesNotFitError, match=r"on the host.*--ram-budget \d+MB.*--mem-budget \d+MB") as caught:
-        make_plan(costs(), GPU, replace(WISHES, budget_bytes=100 * MB, ram_budget_bytes=900 * MB))
-    ram, memory = (
-        int(str(caught.value).partition(f"{flag} ")[2].partition("MB")[0]) for flag in ("--ram-budget", "--mem-budget")
-    )
-    make_plan(costs(), GPU, replace(WISHES, budget_bytes=memory * MB, ram_budget_bytes=ram * MB))
-
-
-def test_a_block_of_a_gpu_is_loaded_over_the_link_and_from_disk_where_it_lives_there():
-    """Loading costs the link, and the disk for the share of blocks that live there; storing costs both for all."""
-
-    def streaming_s(ram_blocks, **fixed):
-        room = HOST.runtime_bytes + 30 * MB + (1 + ram_blocks) * block_bytes
-        chosen = make_plan(costs(), GPU, replace(wishes, ram_budget_bytes=room, **fixed)).chosen
-        assert chosen.ram_blocks == (0 if chosen.slots == 4 else ram_blocks)
-        return chosen.slots, chosen.streaming_s * chosen.visit_steps
-
-    wishes = replace(WISHES, blocks=4, visit_steps=10)
-    block_bytes = make_plan(costs(), GPU, wishes).chosen.block_bytes
-    link_s, read_s, write_s = block_bytes / 1e10, block_bytes / 1e9, block_bytes / 3e8
-    few = {"budget_bytes": 350 * MB, "micro_batch": 1, "checkpointing": True}
-    for ram_blocks in range(5):
-        slots, moving_s = streaming_s(ram_blocks, **few)
-        assert slots == 2
-        assert moving_s == pytest.approx(0.25 * (2 * link_s + (1 - ram_blocks / 4) * read_s + write_s))
-    slots, moving_s = streaming_s(0)
-    assert slots == 4
-    assert moving_s == pytest.approx(0.25 * (link_s + write_s))
-
-
-def test_a_gpus_memory_is_counted_apart_from_its_hosts():
-    """The context and batches are on the device; the interpreter, the data and what planning took are on the host."""
-    machine = replace(GPU, planning_bytes=1500 * MB)
-    chosen = make_plan(costs(), machine, replace(WISHES, blocks=4, data_bytes=100 * MB)).chosen
-    batch_bytes = int(planner.BATCH_COPIES * 64 * costs().batch_bytes_per_sample)
-    assert chosen.breakdown["runtime"] == machine.runtime_bytes
-    assert chosen.breakdown["data"] == batch_bytes
-    gaps = int(planner.SEGMENTS_SHARE * chosen.breakdown["activations"])
-    known = chosen.predicted_peak_bytes - chosen.breakdown["slack"] - machine.runtime_bytes + gaps + planner.SLACK_BYTES
-    assert chosen.breakdown["slack"] == gaps + planner.SLACK_BYTES + int(planner.SLACK_SHARE * known)
-    assert chosen.host_breakdown["data"] == 100 * MB + batch_bytes
-    assert chosen.predicted_host_peak_bytes == 1500 * MB
-
-
-def test_plan_json_speaks_of_a_host_only_where_there_is_one():
-    """Three tiers, the host's parts and its budget for a GPU; without one plan.json holds none of these words."""
-
-    def content(machine):
-        plan = make_plan(costs(), machine, replace(WISHES, budget_bytes=450 * MB))
-        partition = partition_noise(NoiseDistribution(), num_blocks=plan.chosen.blocks, kind="uniform", overlap=0.05)
-        return json.loads(json.dumps(plan.to_json(partition)))
-
-    of_gpu, of_cpu = content(GPU), content(MACHINE)
-    assert of_gpu["tiers"].keys() == {"device", "ram", "disk"}
-    assert sum(of_gpu["host_breakdown"].values()) == of_gpu["predicted_host_peak_bytes"] <= of_gpu["ram_budget_bytes"]
-    assert of_gpu["machine"]["host"] == asdict(HOST)
-    assert of_gpu.keys() - of_cpu.keys() == {
-        "host_breakdown",
-        "predicted_host_peak_bytes",
-        "ram_blocks",
-        "ram_budget_bytes",
-    }
-    assert of_gpu["candidates"][0].keys() - of_cpu["candidates"][0].keys() == {"host_breakdown", "ram_blocks"}
-    assert of_cpu["tiers"].keys() == {"ram", "disk"}
-    assert of_cpu["machine"].keys() == asdict(MACHINE).keys() - {"host", "update_s_per_parameter"}
 
 
 @given(MACHINES, ALL_WISHES)

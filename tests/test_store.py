@@ -1,67 +1,25 @@
-import hashlib
+"""A block's file: what is written is what is read, and its layout is that of every safetensors reader."""
+
 import itertools
-import json
 import math
 import subprocess
 import sys
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file
-from torch import nn
+from small_blocks import RUN_ID, Small, all_bytes, filled_buffer, layout_of, store_in
 
 from edgeblocks.durable import write_atomically
-from edgeblocks.errors import RunError, StorageError
+from edgeblocks.errors import StorageError
 from edgeblocks.store import (
     GROUP_SIZE,
     PARTS,
     BlockBuffer,
-    BlockLayout,
-    BlockStore,
-    bind_parameters_,
     is_quantizable,
     state_bytes,
 )
-
-RUN_ID = "0123456789abcdef"
-
-
-class Small(nn.Module):
-    """Vectors before matrices, large and small ones, as the layout must sort them."""
-
-    def __init__(self, width=64):
-        super().__init__()
-        self.scale = nn.Parameter(torch.zeros(5))
-        self.first = nn.Linear(width, 128)
-        self.inner = nn.Sequential(nn.Linear(7, 3), nn.Linear(128, 64))
-
-
-def layout_of(optimizer="adamw8bit", width=64):
-    return BlockLayout.of(Small(width), optimizer)
-
-
-def filled_buffer(layout, seed=0):
-    """A buffer of random bytes that are finite numbers where they are fp32."""
-    buffer = BlockBuffer(layout)
-    generator = torch.Generator().manual_seed(seed)
-    for part in PARTS:
-        for _, tensor in buffer.tensors(part):
-            if tensor.dtype == torch.uint8:
-                tensor.copy_(torch.randint(0, 256, tensor.shape, generator=generator))
-            else:
-                tensor.copy_(torch.randn(tensor.shape, generator=generator))
-    return buffer
-
-
-def store_in(folder, layouts=None, run_id=RUN_ID):
-    return BlockStore(folder, layouts or [layout_of(), layout_of()], run_id)
-
-
-def all_bytes(buffer):
-    return b"".join(bytes(buffer.part_bytes(part).numpy()) for part in buffer.parts)
 
 
 @pytest.fixture
@@ -200,157 +158,12 @@ def test_a_buffer_serves_smaller_blocks(tmp_path):
         assert buffer.part_bytes("weights").data_ptr() == address
 
 
-def test_one_bad_ema_byte_does_not_bar_the_weights(written):
-    """Parts have checksums of their own: a damaged optimizer state leaves the EMA readable."""
-    store, buffer = written
-    content = bytearray(store.path(1).read_bytes())
-    content[-1] ^= 1  # the last optimizer code
-    store.path(1).write_bytes(content)
-    ema = BlockBuffer(store.layouts[1], ["ema"])
-    store.read(1, ema)
-    assert torch.equal(ema.flat("ema"), buffer.flat("ema"))
-    with pytest.raises(RunError, match="block 1 is damaged: the optimizer"):
-        store.read(1, BlockBuffer(store.layouts[1]))
-
-
-def damaged_copy(store, content, folder):
-    """A store with the same run whose block 1 has this content."""
-    copy = BlockStore(folder, store.layouts, store.run_id)
-    copy.path(1).write_bytes(content)
-    return copy
-
-
-def header_bytes(content):
-    return 8 + int.from_bytes(content[:8], "little")
-
-
-@pytest.mark.parametrize("part", PARTS)
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=25, deadline=None)
-@given(share=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7))
-def test_a_flipped_bit_in_any_part_is_found(written, tmp_path_factory, part, share, bit):
-    """One bit, anywhere in weights, EMA or optimizer state: RunError that names the block and the part."""
-    store, _ = written
-    content = bytearray(store.path(1).read_bytes())
-    start, size = store.layouts[1].part_span(part)
-    content[header_bytes(content) + start + int(share * size)] ^= 1 << bit
-    copy = damaged_copy(store, content, tmp_path_factory.mktemp("copy"))
-    with pytest.raises(RunError, match=f"block 1 is damaged: the {part}"):
-        copy.read(1, BlockBuffer(store.layouts[1]))
-
-
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=150, deadline=None)
-@given(share=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7))
-def test_a_flipped_bit_in_the_header_is_found(written, tmp_path_factory, share, bit):
-    """One bit, anywhere in the header or its length: RunError that names the block, in `read` and in `header`."""
-    store, _ = written
-    content = bytearray(store.path(1).read_bytes())
-    content[int(share * header_bytes(content))] ^= 1 << bit
-    copy = damaged_copy(store, content, tmp_path_factory.mktemp("copy"))
-    for ask in (copy.header, lambda block: copy.read(block, BlockBuffer(store.layouts[1]))):
-        with pytest.raises(RunError, match=r"block 1 |block_001"):
-            ask(1)
-
-
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=40, deadline=None)
-@given(share=st.floats(0, 1, exclude_max=True))
-def test_a_truncated_file_is_found(written, tmp_path_factory, share):
-    """A file cut anywhere, the empty one included: RunError that names the block and says it was cut short."""
-    store, _ = written
-    content = store.path(1).read_bytes()
-    copy = damaged_copy(store, content[: int(share * len(content))], tmp_path_factory.mktemp("copy"))
-    for ask in (copy.header, lambda block: copy.read(block, BlockBuffer(store.layouts[1]))):
-        with pytest.raises(RunError, match=r"block 1 is damaged: .*(cut short|unreadable)"):
-            ask(1)
-
-
-def test_bytes_appended_to_a_file_are_found(written):
-    """A file that is longer than its layout is no block file."""
-    store, _ = written
-    with store.path(1).open("ab") as file:
-        file.write(b"\0")
-    with pytest.raises(RunError, match="block 1 is damaged"):
-        store.header(1)
-
-
-def test_a_missing_file_is_named(tmp_path):
-    """A block without a file: RunError with the block and the path."""
-    store = store_in(tmp_path)
-    for ask in (store.header, lambda block: store.read(block, BlockBuffer(store.layouts[0]))):
-        with pytest.raises(RunError, match="block 0 is missing") as caught:
-            ask(0)
-        assert str(store.path(0)) in str(caught.value)
-
-
-def test_a_folder_in_place_of_a_file_is_a_storage_error(tmp_path):
-    """What the system refuses to read is a StorageError that names the path."""
-    store = store_in(tmp_path)
-    store.path(0).mkdir()
-    with pytest.raises(StorageError, match="block 0"):
-        store.header(0)
-
-
-def test_a_file_of_another_run_is_refused(written, tmp_path_factory):
-    """A block of another run, though whole: RunError that names both runs."""
-    store, _ = written
-    other = BlockStore(store.folder, store.layouts, "fedcba9876543210")
-    with pytest.raises(RunError, match=r"block 1 of run 01234567.*block 1 of run fedcba98"):
-        other.read(1, BlockBuffer(store.layouts[1]))
-
-
-def test_a_file_of_another_block_is_refused(written):
-    """Two files swapped by hand: RunError that names both blocks."""
-    store, _ = written
-    store.path(1).rename(store.path(0))
-    with pytest.raises(RunError, match=r"is block 1 of run .*but block 0"):
-        store.header(0)
-
-
-def test_a_file_of_another_network_is_refused(written):
-    """Settings that were changed after training: RunError that says so, also where the bytes are equally many."""
-    store, _ = written
-    for layouts in ([layout_of(width=32)] * 2, [layout_of("adamw")] * 2):
-        with pytest.raises(RunError, match=r"block_001.*another network"):
-            BlockStore(store.folder, layouts, RUN_ID).header(1)
-
-
-def test_a_file_of_another_format_version_is_refused(written):
-    """A newer format, correctly signed: RunError with both versions."""
-    store, _ = written
-    content = store.path(1).read_bytes()
-    end = header_bytes(content)
-    table = json.loads(content[8:end])
-    table["__metadata__"]["format_version"] = "2"
-    del table["__metadata__"]["header_sha256"]
-    metadata = table.pop("__metadata__")
-    metadata["header_sha256"] = hashlib.sha256(json.dumps([table, metadata], sort_keys=True).encode()).hexdigest()
-    text = json.dumps({"__metadata__": metadata, **table}).encode()
-    store.path(1).write_bytes(len(text).to_bytes(8, "little") + text + content[end:])
-    with pytest.raises(RunError, match=r"block_001.*version 2.*version 1"):
-        store.header(1)
-
-
-def test_any_file_that_is_no_block_is_refused(tmp_path):
-    """JSON of other shapes, and safetensors files of others, are damage and no crash."""
-    store = store_in(tmp_path)
-    for text in (
-        b"[]",
-        b"{}",
-        b"null",
-        b'{"__metadata__": []}',
-        b'{"__metadata__": {"format_version": "x"}}',
-        b"\xff\xff",
-    ):
-        store.path(0).write_bytes(len(text).to_bytes(8, "little") + text + b"data")
-        with pytest.raises(RunError, match="block 0 is damaged"):
-            store.header(0)
-
-
 FULL_DISK = """
 import pickle, resource, signal, sys
 from pathlib import Path
 from edgeblocks.errors import StorageError
 sys.path.insert(0, sys.argv[2])
-from test_store import filled_buffer, store_in
+from small_blocks import filled_buffer, store_in
 folder = Path(sys.argv[1])
 store = store_in(folder)
 buffer = filled_buffer(store.layouts[0], seed=1)
@@ -403,62 +216,3 @@ def test_a_failed_write_removes_its_temporary_file(tmp_path):
     write_atomically(path, [b"ne", b"w"])
     assert path.read_bytes() == b"new"
     assert list(tmp_path.iterdir()) == [path]
-
-
-def test_bound_parameters_are_views_of_the_buffer():
-    """A step on the flat weights is seen by the module at once, and the other way round."""
-    layout, block = layout_of(), Small()
-    buffer = filled_buffer(layout)
-    bind_parameters_(block, buffer.tensors("weights"), torch.zeros(layout.num_parameters))
-    assert {name: tuple(p.shape) for name, p in block.named_parameters()} == {
-        name: tuple(p.shape) for name, p in Small().named_parameters()
-    }
-    for name, view in buffer.tensors("weights"):
-        assert torch.equal(block.get_parameter(name), view), name
-    buffer.flat("weights").fill_(2.5)
-    assert all((parameter == 2.5).all() for parameter in block.parameters())
-    with torch.no_grad():
-        block.scale.fill_(-1)
-    assert (buffer.flat("weights") == -1).sum() == 5
-
-
-def test_gradients_accumulate_in_the_flat_vector():
-    """Two backward passes add up in the one vector, at the place of each parameter; zeroing the vector zeroes them."""
-    layout, block, plain = layout_of(), Small(), Small()
-    buffer, gradients = filled_buffer(layout), torch.zeros(layout.num_parameters)
-    bind_parameters_(block, buffer.tensors("weights"), gradients)
-    with torch.no_grad():
-        for name, parameter in plain.named_parameters():
-            parameter.copy_(block.get_parameter(name))
-
-    def loss(network, seed):
-        x = torch.randn(3, 64, generator=torch.Generator().manual_seed(seed))
-        small = network.inner[0](x[:, :7]).square().sum()
-        return network.inner[1](network.first(x)).square().sum() + small + network.scale.square().sum()
-
-    for seed in (0, 1):
-        loss(block, seed).backward()
-        loss(plain, seed).backward()
-    expected = torch.cat([plain.get_parameter(name).grad.flatten() for name, _ in buffer.tensors("weights")])
-    assert expected.all()
-    torch.testing.assert_close(gradients, expected)
-    gradients.zero_()
-    assert not any(parameter.grad.any() for parameter in block.parameters())
-    loss(block, 1).backward()
-    assert gradients.any()
-
-
-def test_without_gradients_parameters_need_none():
-    """Bound for inference, no parameter requires a gradient."""
-    layout, block = layout_of(), Small()
-    bind_parameters_(block, BlockBuffer(layout, ["ema"]).tensors("ema"))
-    assert not any(parameter.requires_grad for parameter in block.parameters())
-
-
-def test_binding_takes_a_block_from_the_meta_device():
-    """A block built without memory gets all of it from the buffer."""
-    with torch.device("meta"):
-        block = Small()
-    buffer = filled_buffer(layout_of())
-    bind_parameters_(block, buffer.tensors("weights"))
-    assert not any(parameter.is_meta for parameter in block.parameters())

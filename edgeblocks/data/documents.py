@@ -174,7 +174,7 @@ def _plain_text(file: FoundText, begin: int) -> Iterator[Piece]:
     with open_regular(file.path) as stream:
         reached, undecoded = 0, b""
         while True:
-            read = stream.read(PIECE_CHARACTERS)
+            read = stream.read(PIECE_CHARACTERS) or b""  # None: some files of /proc would have to be waited for
             content = undecoded + read
             if reached == 0:
                 _check_mark(file.path, content)

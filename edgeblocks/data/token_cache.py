@@ -26,7 +26,7 @@ from edgeblocks.data.tokenizer import (
     Tokenizer,
     build_tokenizer,
 )
-from edgeblocks.errors import DataError, StorageError
+from edgeblocks.errors import DataError, RunError, StorageError
 from edgeblocks.untrusted import read_text
 
 FORMAT_VERSION = 1
@@ -258,7 +258,10 @@ def _read_cache(folder: Path) -> StoredTokens:
         definition = read_text(folder / "tokenizer.json", most_bytes=MOST_DEFINITION_BYTES)
     if _sha256(definition) != meta["definition_sha256"]:
         raise ValueError("the tokenizer is damaged")
-    tokenizer = build_tokenizer(meta["kind"], definition)
+    try:
+        tokenizer = build_tokenizer(meta["kind"], definition)
+    except RunError as error:
+        raise ValueError("no such tokenizer") from error
     train, held_out = _extent(meta["train"]), _extent(meta["held_out"])
     token_file = TokenFile(folder, token_type(vocabulary))
     room = token_file.num_pages * token_file.page_tokens
@@ -275,7 +278,9 @@ def _read_cache(folder: Path) -> StoredTokens:
 
 
 def _extent(told: dict[str, Any]) -> Extent:
-    if told.keys() != {"tokens", "characters", "bytes"} or any(type(n) is not int or n < 0 for n in told.values()):
+    if told.keys() != {"tokens", "characters", "bytes"} or any(
+        type(n) is not int or not 0 <= n < 2**63 for n in told.values()
+    ):
         raise ValueError("an extent is three counts")
     return Extent(**told)
 

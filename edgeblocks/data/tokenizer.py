@@ -12,7 +12,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from edgeblocks.bounds import MOST_TOKENS
-from edgeblocks.errors import ConfigError, DataError
+from edgeblocks.data.definition import check_definition
+from edgeblocks.errors import ConfigError, DataError, RunError
 from edgeblocks.untrusted import MalformedFileError, open_regular, read_text
 
 Kind = Literal["chars", "bytes", "bpe"]
@@ -105,11 +106,14 @@ class PairTokenizer:
     kind: Kind = "bpe"
 
     def __init__(self, definition: str) -> None:
+        library = _library()
+        check_definition(definition)
         try:
-            self._tokenizer: Any = _guarded(_library().Tokenizer.from_str, definition)
-            # Lengths are the reader's business; a tokenizer.json may ask for texts cut or filled up to a length.
+            self._tokenizer: Any = _guarded(library.Tokenizer.from_str, definition)
+            # Lengths are the reader's business; a tokenizer.json may ask for texts cut, filled up, marked or doubled.
             self._tokenizer.no_truncation()
             self._tokenizer.no_padding()
+            self._tokenizer.post_processor = None
             ids = _guarded(self._tokenizer.get_vocab, True).values()
         except _RefusedError as error:
             raise MalformedFileError(f"the library `tokenizers` cannot read it ({error})") from error
@@ -133,9 +137,18 @@ class PairTokenizer:
             ) from error
 
     def decode(self, tokens: ArrayLike) -> str:
-        """The text; bytes that are no UTF-8 become U+FFFD."""
+        """The text; bytes that are no UTF-8 become U+FFFD.
+
+        Raises:
+            DataError: the tokenizer refuses the tokens, which one that can be used does not.
+        """
         ids = _checked(tokens, self.vocabulary).tolist()
-        return str(_guarded(self._tokenizer.decode, ids, False))
+        try:
+            return str(_guarded(self._tokenizer.decode, ids, False))
+        except _RefusedError as error:
+            raise DataError(
+                f"the tokenizer cannot decode {len(ids)} tokens: {error}; its tokenizer.json needs another decoder"
+            ) from error
 
     def to_json(self) -> str:
         """The content of the tokenizer.json."""
@@ -143,11 +156,14 @@ class PairTokenizer:
 
 
 def build_tokenizer(kind: str, definition: str | None) -> Tokenizer:
-    """The tokenizer of that kind. `definition` is the content of the tokenizer.json, None unless it is "bpe".
+    """The tokenizer that a run or an export keeps, of that kind.
+
+    Args:
+        definition: the content of its tokenizer.json, None unless it is "bpe".
 
     Raises:
         ConfigError: the library `tokenizers` is missing.
-        MalformedFileError: no such kind, or no such definition.
+        RunError: no such kind, or no such definition.
 
     >>> tokenizer = build_tokenizer("chars", None)
     >>> tokenizer.decode(tokenizer.encode("Chapter 42."))
@@ -158,8 +174,11 @@ def build_tokenizer(kind: str, definition: str | None) -> Tokenizer:
     if kind == "bytes":
         return ByteTokenizer()
     if kind == "bpe" and definition is not None:
-        return PairTokenizer(definition)
-    raise MalformedFileError(f"a tokenizer is one of {', '.join(KINDS)}, and bpe has a definition")
+        try:
+            return PairTokenizer(definition)
+        except MalformedFileError as error:
+            raise RunError(f"a tokenizer.json cannot be used: {error}; put it back from a copy") from error
+    raise RunError(f"a tokenizer is one of {', '.join(KINDS)}, and bpe has a definition; put it back from a copy")
 
 
 def normalize(text: str) -> bytes:
@@ -207,8 +226,8 @@ def read_tokenizer(path: Path) -> PairTokenizer:
     """
     try:
         with open_regular(path) as file:
-            begins_an_object = file.read(64).lstrip()[:1] == b"{"
-        if not begins_an_object:
+            begin = file.read(64) or b""  # None: some files of /proc would have to be waited for
+        if begin.lstrip()[:1] != b"{":
             raise MalformedFileError("it does not begin with {, as JSON of an object does")
         return PairTokenizer(read_text(path, most_bytes=MOST_DEFINITION_BYTES))
     except OSError as error:

@@ -6,6 +6,7 @@ Ends with 1 when a case failed, and shows the failures with the numbers under wh
 """
 
 import argparse
+import importlib.util
 import sys
 import time
 from pathlib import Path
@@ -26,6 +27,10 @@ def main() -> int:
     print("|---|---|---|---|---|---|---|---|", flush=True)
     failed = []
     for reader in given.readers or READERS:
+        needs = READERS[reader].needs
+        if needs is not None and importlib.util.find_spec(needs) is None:
+            print(f"| {reader} | none: {needs} is not installed |", flush=True)
+            continue
         started = time.perf_counter()
         report = fuzz(reader, given.cases, given.seed)
         print(

@@ -153,6 +153,7 @@ def test_a_changed_tokenizer_in_a_cache_is_not_believed(source, tmp_path):
         (["train", "tokens"], 10**6),
         (["train", "tokens"], True),
         (["held_out", "tokens"], -1),
+        (["held_out", "characters"], 10**400),
         (["fingerprint"], None),
         (["version"], 99),
     ],

@@ -1,5 +1,6 @@
 """Text as tokens and back, for each kind of tokenizer, and definitions that are none."""
 
+import base64
 import json
 import subprocess
 import sys
@@ -16,8 +17,7 @@ from edgeblocks.data.tokenizer import (
     read_tokenizer,
     train_pairs,
 )
-from edgeblocks.errors import DataError
-from edgeblocks.untrusted import MalformedFileError
+from edgeblocks.errors import DataError, RunError
 
 TEXT = "Call me Ishmael. Some years ago—never mind how long precisely—having little or no money in my purse.\n" * 20
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -134,8 +134,61 @@ def test_a_definition_that_cuts_and_fills_up_is_used_without(pairs):
 @pytest.mark.parametrize("definition", ["", "{}", "[]", "null", '{"model": 5}', "{" * 100_000, "\0", "[" * 100_000])
 def test_a_definition_that_is_none_is_an_error_of_ours(pairs, definition):
     """Not JSON, too deep, or JSON of something else."""
-    with pytest.raises(MalformedFileError, match="`tokenizers` cannot read it"):
+    with pytest.raises(RunError, match=r"`tokenizers` cannot read it|is not the JSON of a tokenizer"):
         build_tokenizer("bpe", definition)
+
+
+def doubling(kind, parts):
+    part = {"type": "Replace", "pattern": {"String": "e"}, "content": "ee"}
+    return {"type": "Sequence", parts: [{"type": "ByteLevel"} if kind == "ByteLevel" else part] * 40}
+
+
+def unpacked(size, texts):
+    table = base64.b64encode(size.to_bytes(4, "little") + texts).decode()
+    return {"type": "Precompiled", "precompiled_charsmap": table}
+
+
+@pytest.mark.parametrize(
+    ("part", "value", "message"),
+    [
+        ("normalizer", doubling("Replace", "normalizers"), "normalizer may make text 1099511627776 times as long"),
+        ("pre_tokenizer", doubling("ByteLevel", "pretokenizers"), "pre_tokenizer may make text 1099511627776 times"),
+        ("decoder", doubling("Replace", "decoders"), "decoder may make text 1099511627776 times as long"),
+        ("normalizer", {"type": "Prepend", "prepend": "x" * 99}, "normalizer may make text 100 times as long"),
+        ("normalizer", {"type": "Replace", "pattern": {"Regex": ""}, "content": "x" * 99}, "100 times as long"),
+        ("normalizer", unpacked(2**32 - 1, b""), "a table of characters that has 4 bytes tells of 4294967295"),
+        ("normalizer", unpacked(0, b"x" * 65 + b"\0"), "a character is replaced by more than 64 bytes"),
+        ("model", {"type": "WordPiece", "max_input_chars_per_word": 10**9}, "max_input_chars_per_word is 1000000000"),
+        ("version", [0] * 5_300_000, "it holds more than 5242880 values"),
+    ],
+)
+def test_a_definition_that_would_fill_the_memory_is_refused_before_the_library_sees_it(pairs, part, value, message):
+    """The library ends the process where it gets no memory, which no message can follow."""
+    with pytest.raises(RunError, match=message):
+        build_tokenizer("bpe", json.dumps({**json.loads(pairs.to_json()), part: value}))
+
+
+def test_a_part_that_is_there_twice_is_refused(pairs):
+    """The library might take the other one."""
+    with pytest.raises(RunError, match="a key is there twice"):
+        build_tokenizer("bpe", pairs.to_json().replace("{", '{"decoder": null,', 1))
+
+
+def test_what_is_not_part_of_a_text_is_not_encoded(pairs):
+    """A template that repeats the text, or puts marks around it, is left out."""
+    definition = json.loads(pairs.to_json())
+    text = {"Sequence": {"id": "A", "type_id": 0}}
+    definition["post_processor"] = {"type": "TemplateProcessing", "single": [text] * 9, "pair": [text, text]}
+    definition["post_processor"]["special_tokens"] = {}
+    np.testing.assert_array_equal(build_tokenizer("bpe", json.dumps(definition)).encode(TEXT), pairs.encode(TEXT))
+
+
+def test_tokens_that_the_decoder_refuses_are_an_error_of_ours(pairs):
+    """A decoder that cuts more than there is."""
+    decoder = {"type": "Strip", "content": "e", "start": 2**63, "stop": 2**63}
+    tokenizer = build_tokenizer("bpe", json.dumps({**json.loads(pairs.to_json()), "decoder": decoder}))
+    with pytest.raises(DataError, match=r"cannot decode 300 tokens: .*needs another decoder"):
+        tokenizer.decode(range(300))
 
 
 @pytest.mark.parametrize("ids", [{}, {"a": 0}, {"a": 0, "b": 2**30}])
@@ -143,7 +196,7 @@ def test_a_vocabulary_out_of_range_is_refused(ids):
     """Nothing to choose from, or ids for which no network has room."""
     pytest.importorskip("tokenizers")
     definition = {"version": "1.0", "model": {"type": "WordLevel", "vocab": ids, "unk_token": "a"}}
-    with pytest.raises(MalformedFileError, match=r"token ids end at -?\d+; 1 to 1048575 are used"):
+    with pytest.raises(RunError, match=r"token ids end at -?\d+; 1 to 1048575 are used"):
         build_tokenizer("bpe", json.dumps(definition))
 
 
@@ -159,7 +212,7 @@ def test_a_text_that_the_tokenizer_refuses_is_an_error_of_ours():
 @pytest.mark.parametrize(("kind", "definition"), [("words", None), ("bpe", None), ("", "{}")])
 def test_an_unknown_kind_is_refused(kind, definition):
     """A manifest may say anything."""
-    with pytest.raises(MalformedFileError, match="one of chars, bytes, bpe, and bpe has a definition"):
+    with pytest.raises(RunError, match="one of chars, bytes, bpe, and bpe has a definition"):
         build_tokenizer(kind, definition)
 
 
