@@ -215,7 +215,10 @@ def _cpu_attention() -> Iterator[None]:
 
 
 def _trace_step(family: Any, num_layers: int, samples: int, kind: str) -> _LiveStorages:
-    """Run one step on the meta device and follow its storages; weights, gradients and the batch are not counted."""
+    """Run one step on the meta device and follow its storages; weights, gradients and the batch are not counted.
+
+    A block's fixed tables are: of 50,000 tokens the codes take 13 MB.
+    """
     import torch
     from torch.utils._python_dispatch import TorchDispatchMode
     from torch.utils._pytree import tree_leaves
@@ -239,8 +242,10 @@ def _trace_step(family: Any, num_layers: int, samples: int, kind: str) -> _LiveS
             storages.ignore(parameter)
             storages.ignore(parameter.grad)
         batch = {name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in family.batch_spec(samples).items()}
-    for tensor in (*batch.values(), *block.buffers()):
+    for tensor in batch.values():
         storages.ignore(tensor)
+    for table in block.buffers():
+        storages.see(table)
     with _cpu_attention(), Follow():  # type: ignore[no-untyped-call]
         if kind == "forward":
             with torch.no_grad():

@@ -93,11 +93,14 @@ def measured_peak_bytes(kind, num_layers, samples, settings=SETTINGS, data=DATA)
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("kind", ["plain", "checkpointed", "forward"])
 def test_the_traced_peak_is_what_a_real_step_takes(kind):
-    """A real step of 4 layers on 64 samples: the allocator's peak is the trace's to 0.1 %, the resident to 8 %."""
+    """A real step of 4 layers on 64 samples: the allocator's peak is the trace's to 0.1 %, the resident to 8 %.
+
+    The table of positions, [64, 64] numbers, is traced and lies in memory before the real step.
+    """
     traced = _trace_step(FAMILY, 4, 64, kind).peak_bytes
     assert traced > 8_000_000
     allocated, resident = measured_peak_bytes(kind, 4, 64)
-    assert allocated == pytest.approx(traced, rel=0.001)
+    assert allocated + 4 * 64 * SETTINGS.width == pytest.approx(traced, rel=1e-5)
     assert resident == pytest.approx(traced, rel=0.08)
 
 
