@@ -4,13 +4,14 @@ A position's target is its token's row of the code-book. To write it, its state 
 levels; at each one the block that owns it gives logits, whose softmax-weighted mean of code-book rows is the denoised
 state. What a block knows of the positions before comes from keys and values that were kept when these were written.
 
-Families differ in what those keys and values depend on. Where they come from the tokens alone (`ar`), each block has one
-set of them. Where they come from noised codes (`looped`), each level has its own, and those of a position are made once
-its token is known, from the token's own noised code as in training: together with the next position, as a segment of two.
+Families differ in what those keys and values depend on. Where they come from the tokens alone (`ar`), each block has
+one set of them. Where they come from noised codes (`looped`), each level has its own, and those of a position are made
+when its token is known, from the token's own noised code as in training, together with the next position.
 """
 
-from collections.abc import Callable, Hashable, Sequence
-from typing import Protocol
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
 
 import numpy as np
 
@@ -21,10 +22,50 @@ from edgeblocks.solver import integrate
 
 DEFAULT_STEPS = 8
 MOST_STEPS = 1000
+PROBABILITY_COPIES = 8
 PROMPT_SEGMENT = 64
 """Positions of a prompt that go through a network together."""
 LEAST_READ_SIGMA = 0.5
 """See `read_levels`."""
+
+
+CachesPer = Literal["block", "step"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenChain:
+    """How a token is written: the noise levels, who runs at each, and which keys and values it is given.
+
+    codes: the code-book [vocabulary, code_width].
+    length: positions of a text.
+    levels: descending noise levels.
+    blocks: the block of each level.
+    caches_per: whether levels share the keys and values of their block, or each step of the chain has its own. These
+        depend on noised codes, so that a position's are made when its token is known.
+    num_caches: tensors of keys and of values that each block keeps.
+    """
+
+    codes: Values
+    length: int
+    levels: tuple[float, ...]
+    blocks: tuple[int, ...]
+    caches_per: CachesPer
+    num_caches: tuple[int, ...]
+    heads: int
+    head_width: int
+
+    @property
+    def cache_keys(self) -> tuple[int, ...]:
+        """For each level a name of its keys and values."""
+        return self.blocks if self.caches_per == "block" else tuple(range(len(self.levels)))
+
+    @property
+    def sample_bytes(self) -> int:
+        """What writing one text keeps in memory: keys and values, noise, and several copies of its probabilities."""
+        vocabulary, width = self.codes.shape
+        of_key = dict(zip(self.cache_keys, self.blocks, strict=True))
+        caches = sum(self.num_caches[block] for block in of_key.values()) * self.heads * self.head_width
+        return self.length * (4 * caches + 4 * width + 24) + PROBABILITY_COPIES * 8 * vocabulary
 
 
 class Predict(Protocol):
@@ -80,125 +121,150 @@ def read_levels(levels: Sequence[float]) -> tuple[int, ...]:
     return tuple(number for number, sigma in enumerate(levels) if number == 0 or sigma >= LEAST_READ_SIGMA)
 
 
+class Window:
+    """Some texts that are written or read together, position by position."""
+
+    def __init__(self, chain: TokenChain, noise: Values) -> None:
+        """Texts of which nothing is known.
+
+        Args:
+            noise: standard normal, [samples, length, code_width].
+        """
+        self._chain, self._noise = chain, noise
+        self._inputs = np.full((len(noise), chain.length + 1), len(chain.codes), dtype=np.int64)
+
+    @property
+    def tokens(self) -> Tokens:
+        """[samples, length]; a token that is not known is the id `vocabulary`."""
+        return self._inputs[:, 1:]
+
+    def fill(self, predict: Predict, upto: int) -> None:
+        """Give a network the known positions before `upto` but for those that `shares_at` gives it again."""
+        chain, last = self._chain, upto - self._restated
+        for step, sigma in enumerate(chain.levels):
+            if chain.cache_keys[step] not in chain.cache_keys[:step]:
+                for start in range(0, last, PROMPT_SEGMENT):
+                    stop = min(start + PROMPT_SEGMENT, last)
+                    predict(step, sigma, self._inputs[:, start:stop], self._known(start, stop, sigma), start)
+
+    def shares_at(
+        self, predict: Predict, position: int, on_shares: Callable[[int, Values], None] | None = None
+    ) -> Shares:
+        """The probabilities [samples, vocabulary] of a position's token, given those before.
+
+        Args:
+            on_shares: called with each level's number and its probabilities.
+        """
+        chain, start = self._chain, max(0, position - self._restated)
+        inputs = self._inputs[:, start : position + 1]
+        wanted = read_levels(chain.levels)
+        total = np.zeros((len(inputs), len(chain.codes)))
+        steps = iter(range(len(chain.levels)))
+
+        def denoise(z: Values, sigma: float) -> Values:
+            step = next(steps)
+            states = np.append(self._known(start, position, sigma), z[:, None], axis=1)
+            shares = softmax(predict(step, sigma, inputs, states, start))
+            if step in wanted:
+                np.add(total, shares, out=total)
+            if on_shares is not None:
+                on_shares(step, shares)
+            denoised: Values = shares @ chain.codes
+            return denoised
+
+        integrate(denoise, self._noise[:, position], chain.levels, solver="euler")
+        return total / len(wanted)
+
+    @property
+    def _restated(self) -> int:
+        """Known positions at the end that a network is given again with the next one."""
+        return int(self._chain.caches_per == "step")
+
+    def _known(self, start: int, stop: int, sigma: float) -> Values:
+        """The noised codes of positions that are known."""
+        codes = self._chain.codes[self.tokens[:, start:stop]]
+        state: Values = codes + self._noise[:, start:stop] * np.float32(sigma)
+        return state
+
+
 def continue_texts(
     predict: Predict,
-    codes: Values,
+    chain: TokenChain,
     *,
     prompt: Tokens,
     samples: range,
-    length: int,
-    levels: Sequence[float],
-    cache_keys: Sequence[Hashable],
-    restates: bool,
     temperature: float,
     top_p: float,
     seed: int,
-    on_token: Callable[[int], None] | None = None,
+    on_token: Callable[[], None] | None = None,
 ) -> Tokens:
     """Texts [samples, length] that begin with the prompt.
 
     Sample i has a random stream of its own, so that it does not depend on how many there are or how they are grouped.
 
     Args:
-        codes: the code-book [vocabulary, code_width].
         prompt: tokens [p], p < length; none is a text from its beginning.
         samples: the numbers of those that are written together.
-        levels: of each token's chain, descending.
-        cache_keys: for each level a name of the keys and values that it needs: the same at levels that share them.
-        restates: whether keys and values depend on noised codes, so that a position's are made when it is known.
         temperature: 1 draws as the network was trained, 0 takes the likeliest token.
         top_p: tokens are drawn from the smallest set of the likeliest whose probability reaches this.
-        on_token: called with the number of positions that are known.
+        on_token: called after each position.
     """
-    vocabulary, width = codes.shape
-    noise = np.empty((len(samples), length, width), dtype=np.float32)
-    uniform = np.empty((len(samples), length))
+    noise = np.empty((len(samples), chain.length, chain.codes.shape[1]), dtype=np.float32)
+    uniform = np.empty((len(samples), chain.length))
     for row, index in enumerate(samples):
         stream = np.random.default_rng(seed_at(seed, "continue", index))
-        noise[row] = stream.standard_normal((length, width), dtype=np.float32)
-        uniform[row] = stream.random(length)
-    inputs = np.full((len(samples), length + 1), vocabulary, dtype=np.int64)  # input i + 1 is token i
-    inputs[:, 1 : len(prompt) + 1] = prompt
-
-    def known_state(positions: slice, sigma: float) -> Values:
-        tokens = inputs[:, 1:][:, positions]
-        state: Values = codes[tokens] + noise[:, positions] * np.float32(sigma)
-        return state
-
-    first = len(prompt) - restates
-    for step, sigma in enumerate(levels):
-        if cache_keys[step] not in cache_keys[:step]:
-            for start in range(0, first, PROMPT_SEGMENT):
-                part = slice(start, min(start + PROMPT_SEGMENT, first))
-                predict(step, sigma, inputs[:, part], known_state(part, sigma), start)
-    wanted = read_levels(levels)
-    for position in range(len(prompt), length):
-        start = max(0, position - restates)
-
-        def logits_at(step: int, sigma: float, z: Values, start: int = start, position: int = position) -> Values:
-            before = known_state(slice(start, position), sigma)
-            return predict(step, sigma, inputs[:, start : position + 1], np.append(before, z[:, None], axis=1), start)
-
-        shares = token_shares(logits_at, codes, noise[:, position], levels=levels, wanted=wanted)
-        inputs[:, position + 1] = choose(shares, uniform[:, position], temperature=temperature, top_p=top_p)
+        noise[row] = stream.standard_normal(noise.shape[1:], dtype=np.float32)
+        uniform[row] = stream.random(chain.length)
+    window = Window(chain, noise)
+    window.tokens[:, : len(prompt)] = prompt
+    window.fill(predict, len(prompt))
+    for position in range(len(prompt), chain.length):
+        shares = window.shares_at(predict, position)
+        window.tokens[:, position] = choose(shares, uniform[:, position], temperature=temperature, top_p=top_p)
         if on_token is not None:
-            on_token(position + 1)
-    return inputs[:, 1:]
+            on_token()
+    return window.tokens
 
 
-def token_shares(
-    logits_at: Callable[[int, float, Values], Values],
-    codes: Values,
-    noise: Values,
+def write_texts(
+    network: "Network",
+    chain: TokenChain,
     *,
-    levels: Sequence[float],
-    wanted: Sequence[int],
-) -> Shares:
-    """The tokens' probabilities [b, vocabulary] by a chain from noise [b, code_width]: the mean over wanted levels.
+    prompt: Tokens,
+    n: int,
+    together: int,
+    temperature: float,
+    top_p: float,
+    seed: int,
+    on_token: Callable[[int, int], None] | None = None,
+) -> Tokens:
+    """`continue_texts` for n samples, `together` at a time.
 
     Args:
-        logits_at: logits [b, vocabulary], given the number of a level, the level, and z [b, code_width].
+        on_token: called with the number of positions written and how many there will be, over all groups.
     """
-    total = np.zeros((len(noise), len(codes)))
-    steps = iter(range(len(levels)))
+    groups = [range(start, min(start + together, n)) for start in range(0, n, together)]
+    steps = iter(range(1, len(groups) * (chain.length - len(prompt)) + 1))
 
-    def denoise(z: Values, sigma: float) -> Values:
-        step = next(steps)
-        shares = softmax(logits_at(step, sigma, z))
-        if step in wanted:
-            np.add(total, shares, out=total)
-        denoised: Values = shares @ codes
-        return denoised
+    def count() -> None:
+        if on_token is not None:
+            on_token(next(steps), len(groups) * (chain.length - len(prompt)))
 
-    integrate(denoise, noise, levels, solver="euler")
-    return total / len(wanted)
-
-
-class Caches:
-    """Keys and values of the positions that are known, by the name of what they belong to."""
-
-    def __init__(self, length: int) -> None:
-        self._length = length
-        self._values: dict[Hashable, Values] = {}
-
-    @property
-    def num_bytes(self) -> int:
-        return sum(values.nbytes for values in self._values.values())
-
-    def past(self, key: Hashable, upto: int, *, shape: tuple[int, int, int, int]) -> Values:
-        """Those of the positions before `upto`, a view [caches, b, heads, upto, head_width].
-
-        Args:
-            shape: (caches, b, heads, head_width).
-        """
-        if key not in self._values:
-            assert upto == 0, "positions are given in order"
-            self._values[key] = np.zeros((*shape[:3], self._length, shape[3]), dtype=np.float32)
-        return self._values[key][:, :, :, :upto]
-
-    def put(self, key: Hashable, start: int, present: Values) -> None:
-        """Keep those of positions from `start` on, [caches, b, heads, n, head_width]."""
-        self._values[key][:, :, :, start : start + present.shape[3]] = present
+    return np.concatenate(
+        [
+            continue_texts(
+                CachedPredict(network, chain),
+                chain,
+                prompt=prompt,
+                samples=group,
+                temperature=temperature,
+                top_p=top_p,
+                seed=seed,
+                on_token=count,
+            )
+            for group in groups
+        ]
+    )
 
 
 class Network(Protocol):
@@ -217,28 +283,20 @@ class Network(Protocol):
 class CachedPredict:
     """A `Predict` that keeps the keys and values of the samples that are being written."""
 
-    def __init__(
-        self,
-        network: Network,
-        *,
-        length: int,
-        block_of: Callable[[float], int],
-        cache_keys: Sequence[Hashable],
-        cache_shape: Callable[[int], tuple[int, int, int]],
-    ) -> None:
-        """
-        Args:
-            block_of: the block that owns a noise level.
-            cache_keys: as `continue_texts` is given.
-            cache_shape: (caches, heads, head_width) of a block.
-        """
-        self.caches = Caches(length)
-        self._network, self._block_of, self._keys, self._shape = network, block_of, cache_keys, cache_shape
+    def __init__(self, network: Network, chain: TokenChain) -> None:
+        self._network, self._chain = network, chain
+        self._kept: dict[int, Values] = {}
+        """By their key, [caches, b, heads, length, head_width]."""
 
     def __call__(self, step: int, sigma: float, inputs: Tokens, z: Values, start: int) -> Values:
-        block, key, count = self._block_of(sigma), self._keys[step], len(inputs)
-        num_caches, heads, head_width = self._shape(block)
-        past = self.caches.past(key, start, shape=(num_caches, count, heads, head_width))
-        logits, present = self._network(block, z, np.full(count, sigma, dtype=np.float32), inputs, past)
-        self.caches.put(key, start, present)
+        chain, (count, num_positions) = self._chain, inputs.shape
+        block, key = chain.blocks[step], chain.cache_keys[step]
+        if key not in self._kept:
+            shape = (chain.num_caches[block], count, chain.heads, chain.length, chain.head_width)
+            self._kept[key] = np.zeros(shape, dtype=np.float32)
+        kept = self._kept[key]
+        logits, present = self._network(
+            block, z, np.full(count, sigma, dtype=np.float32), inputs, kept[:, :, :, :start]
+        )
+        kept[:, :, :, start : start + num_positions] = present
         return logits

@@ -12,11 +12,11 @@ from edgeblocks import generation
 from edgeblocks.errors import ConfigError
 from edgeblocks.generation import (
     LEAST_READ_SIGMA,
-    CachedPredict,
+    TokenChain,
     check_continuing,
     check_prompt,
-    continue_texts,
     read_levels,
+    write_texts,
 )
 from edgeblocks.noise import NoiseDistribution, partition_noise, sampler_levels
 from edgeblocks.randomness import seed_at
@@ -25,8 +25,8 @@ VOCABULARY, WIDTH, LENGTH, HEADS, HEAD_WIDTH = 7, 5, 12, 2, 3
 NOISE = NoiseDistribution(sigma_min=0.1, sigma_max=10.0, p_mean=0.0, p_std=1.2)
 PARTITION = partition_noise(NOISE, num_blocks=3, kind="equal-probability", overlap=0.1)
 LEVELS = sampler_levels(PARTITION, num_steps=5)
-BLOCKS = [PARTITION.block_of(sigma) for sigma in LEVELS]
-KINDS = {"ar": (BLOCKS, False), "looped": (list(range(len(LEVELS))), True)}
+BLOCKS = tuple(PARTITION.block_of(sigma) for sigma in LEVELS)
+KINDS = {"ar": "block", "looped": "step"}
 RANDOM = np.random.default_rng(0)
 CODES = RANDOM.standard_normal((VOCABULARY, WIDTH)).astype(np.float32)
 CODES /= np.linalg.norm(CODES, axis=1, keepdims=True)
@@ -58,33 +58,31 @@ def network(kind):
     return run
 
 
-def written(kind, *, count=6, prompt=(), group=6, length=LENGTH, temperature=1.0, top_p=1.0, seed=3, run=None):
-    keys, restates = KINDS[kind]
-    found = []
-    for start in range(0, count, group):
-        predict = CachedPredict(
-            run or network(kind),
-            length=length,
-            block_of=PARTITION.block_of,
-            cache_keys=keys,
-            cache_shape=lambda block: (2, HEADS, HEAD_WIDTH),
-        )
-        found.append(
-            continue_texts(
-                predict,
-                CODES,
-                prompt=np.array(prompt, dtype=np.int64),
-                samples=range(start, min(start + group, count)),
-                length=length,
-                levels=LEVELS,
-                cache_keys=keys,
-                restates=restates,
-                temperature=temperature,
-                top_p=top_p,
-                seed=seed,
-            )
-        )
-    return np.concatenate(found)
+def chain_of(kind):
+    return TokenChain(
+        codes=CODES,
+        length=LENGTH,
+        levels=LEVELS,
+        blocks=BLOCKS,
+        caches_per=KINDS[kind],
+        num_caches=(2, 2, 2),
+        heads=HEADS,
+        head_width=HEAD_WIDTH,
+    )
+
+
+def written(kind, *, count=6, prompt=(), together=6, temperature=1.0, top_p=1.0, seed=3, run=None, on_token=None):
+    return write_texts(
+        run or network(kind),
+        chain_of(kind),
+        prompt=np.array(prompt, dtype=np.int64),
+        n=count,
+        together=together,
+        temperature=temperature,
+        top_p=top_p,
+        seed=seed,
+        on_token=on_token,
+    )
 
 
 def slowly(kind, *, count, prompt, seed, temperature=1.0):
@@ -144,8 +142,8 @@ def test_a_prompt_of_several_segments_is_one_prompt(kind, monkeypatch):
 def test_a_sample_does_not_depend_on_the_others(kind):
     """Neither on how many there are nor on how many are written together; another seed gives another."""
     whole = written(kind, count=6)
-    for count, group in ((6, 1), (6, 4), (2, 2)):
-        np.testing.assert_array_equal(written(kind, count=count, group=group), whole[:count])
+    for count, together in ((6, 1), (6, 4), (2, 2)):
+        np.testing.assert_array_equal(written(kind, count=count, together=together), whole[:count])
     assert len({tuple(row) for row in whole.tolist()}) == 6
     assert not np.array_equal(written(kind, seed=4), whole)
 
@@ -160,7 +158,7 @@ def test_the_prompt_stays_and_matters(kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_block_runs_for_every_token(kind):
-    """In the order of the levels; a token's positions are its own, and with `restates` the one before it."""
+    """In the order of the levels; a token's positions are its own, and for `looped` the one before it."""
     seen = []
 
     def run(block, z, sigma, inputs, past):
@@ -172,7 +170,7 @@ def test_every_block_runs_for_every_token(kind):
     assert len(by_token) == LENGTH
     for position, calls in enumerate(by_token):
         segment = 2 if kind == "looped" and position else 1
-        assert [block for block, _, _ in calls] == BLOCKS and set(BLOCKS) == {0, 1, 2}
+        assert tuple(block for block, _, _ in calls) == BLOCKS and set(BLOCKS) == {0, 1, 2}
         assert {(upto, count) for _, upto, count in calls} == {(position + 1 - segment, segment)}
 
 
@@ -187,6 +185,20 @@ def test_the_prompt_goes_through_a_network_once_for_each_set_of_keys_and_values(
 
     written(kind, count=1, prompt=(1,) * 9, run=run)
     assert sum(count > 2 for count in seen) == {"ar": 3, "looped": len(LEVELS)}[kind]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_memory_of_a_text_counts_its_keys_and_values(kind):
+    """For three blocks of one layer: one set a block, or one a level; and the rest is less than they are here."""
+    caches = {"ar": 3, "looped": len(LEVELS)}[kind] * 2 * HEADS * LENGTH * HEAD_WIDTH * 4
+    assert caches < chain_of(kind).sample_bytes < 3 * caches
+
+
+def test_progress_is_told_over_all_groups():
+    """Each position of each group, and how many there will be."""
+    heard = []
+    written("ar", count=5, together=3, prompt=(1, 2), on_token=lambda done, total: heard.append((done, total)))
+    assert heard == [(done, 20) for done in range(1, 21)]
 
 
 def test_noise_levels_are_read_from_the_top_down_to_where_it_is_decided():
