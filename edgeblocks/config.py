@@ -19,7 +19,13 @@ from edgeblocks.errors import ConfigError
 from edgeblocks.units import parse_size
 from edgeblocks.untrusted import MalformedFileError, read_text, shown
 
-DEFAULT_PRESETS = {"dit": "dit-tiny", "mdlm": "mdlm-tiny", "vit": "vit-tiny"}
+DEFAULT_PRESETS = {
+    "ar": "ar-tiny",
+    "dit": "dit-tiny",
+    "looped": "looped-tiny",
+    "mdlm": "mdlm-tiny",
+    "vit": "vit-tiny",
+}
 BUILT_IN_DATA = ("digits", "moby-dick")
 TOKENIZERS = ("chars", "bytes", "bpe")
 MOST_YAML_BYTES = 2**16

@@ -96,7 +96,10 @@ class SelfAttention(nn.Module):
 
     def forward(self, x: Float[Tensor, "batch tokens width"]) -> Float[Tensor, "batch tokens width"]:
         queries, keys, values = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
-        attended = F.scaled_dot_product_attention(queries, keys, values)
+        return self.merged(F.scaled_dot_product_attention(queries, keys, values))
+
+    def merged(self, attended: Float[Tensor, "batch heads tokens head_width"]) -> Float[Tensor, "batch tokens width"]:
+        """All heads' answers side by side, through the last linear map."""
         out: Tensor = self.out(attended.transpose(1, 2).flatten(2))
         return out
 
@@ -114,31 +117,31 @@ class RotaryAttention(SelfAttention):
 
     Pairs (i, i + half) of a head's features are turned by an angle that grows with the position, so that a product of
     a query and a key depends on the difference. `rotary`, from `rotary_table`, is a fixed table that all layers share:
-    `set_rotary_` is called before use, and it is never stored. With `causal` a token sees none that come later.
+    `set_rotary_` is called before use, and it is never stored.
 
     Source: Su et al. 2021, arXiv 2104.09864 (RoFormer).
     """
 
     rotary: Tensor
 
-    def __init__(self, *, width: int, heads: int, causal: bool = False) -> None:
-        super().__init__(width=width, heads=heads)
-        self.causal = causal
-
     def set_rotary_(self, table: Float[Tensor, "2 length half"]) -> None:
         """Use this table."""
         self.register_buffer("rotary", table, persistent=False)
 
     def forward(self, x: Float[Tensor, "batch tokens width"]) -> Float[Tensor, "batch tokens width"]:
+        queries, keys, values = self.projected(x, self.rotary[:, : x.shape[1]])
+        return self.merged(F.scaled_dot_product_attention(queries, keys, values))
+
+    def projected(
+        self, x: Float[Tensor, "batch tokens width"], positions: Float[Tensor, "2 tokens half"]
+    ) -> tuple[Float[Tensor, "batch heads tokens head_width"], ...]:
+        """Queries and keys turned by `positions`, which are rows of the table, and values."""
         qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1))
-        cosines, sines = self.rotary[:, : x.shape[1], None, None].unbind(0)
+        cosines, sines = positions[:, :, None, None].unbind(0)
         left, right = qkv[:, :, :2].chunk(2, dim=-1)
         turned = torch.cat([left * cosines - right * sines, right * cosines + left * sines], dim=-1)
         queries, keys = turned.permute(2, 0, 3, 1, 4).unbind(0)
-        values = qkv[:, :, 2].transpose(1, 2)
-        attended = F.scaled_dot_product_attention(queries, keys, values, is_causal=self.causal)
-        out: Tensor = self.out(attended.transpose(1, 2).flatten(2))
-        return out
+        return queries, keys, qkv[:, :, 2].transpose(1, 2)
 
 
 class Mlp(nn.Module):
@@ -188,9 +191,9 @@ class RotaryAdaLnLayer(AdaLnZeroLayer):
 
     attention: RotaryAttention
 
-    def __init__(self, *, width: int, heads: int, causal: bool = False) -> None:
+    def __init__(self, *, width: int, heads: int) -> None:
         super().__init__(width=width, heads=heads)
-        self.attention = RotaryAttention(width=width, heads=heads, causal=causal)
+        self.attention = RotaryAttention(width=width, heads=heads)
 
 
 def noise_features(c_noise: Float[Tensor, " batch"], num_features: int) -> Float[Tensor, "batch features"]:

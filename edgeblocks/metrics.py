@@ -16,7 +16,7 @@ from edgeblocks.families.base import Level
 from edgeblocks.generators import generator_at
 from edgeblocks.noise import NoisePartition
 
-MOST_EXAMPLES = {"images": 512, "classes": 512, "text": 64}
+MOST_EXAMPLES = {"images": 512, "classes": 512, "text": 64, "continuation": 64}
 """That evaluation looks at, by what the family's chain makes."""
 FEATURE_CHUNK = 64
 

@@ -10,7 +10,9 @@ from typing import Any
 from edgeblocks.errors import ConfigError
 
 _FAMILIES = {
+    "ar": "edgeblocks.families.ar:Ar",
     "dit": "edgeblocks.families.dit:Dit",
+    "looped": "edgeblocks.families.looped:Looped",
     "mdlm": "edgeblocks.families.mdlm:Mdlm",
     "vit": "edgeblocks.families.vit:Vit",
 }

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from jaxtyping import install_import_hook
 
-_CHECKED = ("layers", "chain", "token_loss", "families.dit", "families.mdlm", "trainer", "frechet")
+_CHECKED = ("layers", "causal_layers", "chain", "token_loss", "trainer", "frechet")
+_CHECKED += tuple(f"families.{name}" for name in ("ar", "dit", "looped", "mdlm", "token_denoiser"))
 _hook = install_import_hook([f"edgeblocks.{name}" for name in _CHECKED], "beartype.beartype")
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from edgeblocks.causal_layers import CausalAttention
 from edgeblocks.layers import (
     AdaLnZeroLayer,
     LabelEmbedding,
@@ -64,7 +65,8 @@ def test_attention_does_not_know_the_order_of_tokens():
 
 
 def rotary_attention(*, causal=False, table=None):
-    attention = random_(RotaryAttention(width=WIDTH, heads=HEADS, causal=causal)).double()
+    kind = CausalAttention if causal else RotaryAttention
+    attention = random_(kind(width=WIDTH, heads=HEADS)).double()
     attention.set_rotary_((rotary_table(12, WIDTH // HEADS) if table is None else table).double())
     return attention
 
@@ -108,7 +110,7 @@ def test_rotary_attention_depends_on_relative_positions_only():
 
 
 def test_causal_attention_sees_nothing_that_comes_later():
-    """A change of token 3 leaves tokens 0 to 2 as they are; without the flag it changes them all."""
+    """A change of token 3 leaves tokens 0 to 2 as they are; attention that is not causal changes them all."""
     x = normal(1, 6, WIDTH).double()
     changed = x.clone()
     changed[:, 3] += 1

@@ -21,8 +21,8 @@ ConditionSpec = tuple[str, tuple[int, ...], torch.dtype]
 """Name, shape of one sample's, dtype."""
 Reads = Literal["images", "text"]
 """What kind of data a family is trained on."""
-Task = Literal["images", "classes", "text"]
-"""What a family's chain makes: images, the probabilities of an image's classes, or text."""
+Task = Literal["images", "classes", "text", "continuation"]
+"""What a family's chain makes: images, the probabilities of an image's classes, text, or text token by token."""
 
 NOISE_FEATURES = 256
 NUM_LEVELS = 24

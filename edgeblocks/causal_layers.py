@@ -1,0 +1,124 @@
+"""Layers for text that is written token by token: no position sees a later one, and keys and values can be kept.
+
+A layer is used in two ways. In training it sees a whole window at once (`forward`). When text is written it sees the
+next tokens only, and the keys and values of the former ones, its `past` (`cached`): the same numbers up to rounding.
+
+There are two kinds of attention. `CausalAttention` has one stream of tokens. `TwoStreamAttention` has two that share
+all weights, one above the other in the batch: the clean tokens, and the noised codes that are to be denoised.
+"""
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from edgeblocks.layers import AdaLnZeroLayer, RotaryAttention, modulated_norm
+
+Past = Float[Tensor, "2 batch heads past head_width"]
+Present = tuple[Float[Tensor, "batch heads tokens head_width"], Float[Tensor, "batch heads tokens head_width"]]
+"""Keys, already turned by their positions, and values."""
+
+
+def visible(num_tokens: int, num_past: int, device: torch.device) -> Bool[Tensor, "tokens keys"]:
+    """Which keys, those of the past and then of the tokens themselves, each token sees: none that come later.
+
+    >>> visible(2, 1, torch.device("cpu")).int().tolist()
+    [[1, 1, 0], [1, 1, 1]]
+    """
+    tokens = torch.arange(num_tokens, device=device)
+    keys = torch.arange(num_past + num_tokens, device=device)
+    return keys <= tokens.unsqueeze(1) + num_past
+
+
+class CausalAttention(RotaryAttention):
+    """Self-attention in which a token sees itself and those before it."""
+
+    def forward(self, x: Float[Tensor, "batch tokens width"]) -> Float[Tensor, "batch tokens width"]:
+        return self.attend(x, None)[0]
+
+    def attend(
+        self, x: Float[Tensor, "batch tokens width"], past: Past | None
+    ) -> tuple[Float[Tensor, "batch tokens width"], Present]:
+        """The output, and the tokens' keys and values; the tokens follow those of the past."""
+        queries, keys, values = self.projected(x, self._positions(x, past))
+        seen_keys, seen_values = _with_past(keys, values, past)
+        attended = _causal(queries, seen_keys, seen_values, past)
+        return self.merged(attended), (keys, values)
+
+    def _positions(self, x: Tensor, past: Past | None) -> Float[Tensor, "2 tokens half"]:
+        """The rows of the table of positions. A look-up where there is a past, whose length an exported graph does not
+        know beforehand."""
+        if past is None:
+            return self.rotary[:, : x.shape[1]]
+        return self.rotary[:, past.shape[3] + torch.arange(x.shape[1], device=x.device)]
+
+
+class TwoStreamAttention(CausalAttention):
+    """Attention of clean tokens and of noised codes; position i of x is both, in the two halves of its batch.
+
+    A clean token sees itself and those before it. A noised code sees the same clean tokens, and itself, but no other
+    code: those before it are known clean, and those after it are to be unknown. Present and past are the clean tokens'.
+
+    Two calls, [n, n] causal and [n, 2n] masked, and not one of [2n, 2n], three quarters of which would be masked.
+    """
+
+    def attend(
+        self, x: Float[Tensor, "batch tokens width"], past: Past | None
+    ) -> tuple[Float[Tensor, "batch tokens width"], Present]:
+        """The output, and the clean tokens' keys and values; the tokens follow those of the past."""
+        queries, keys, values = (part.chunk(2) for part in self.projected(x, self._positions(x, past)))
+        seen_keys, seen_values = _with_past(keys[0], values[0], past)
+        clean = _causal(queries[0], seen_keys, seen_values, past)
+        num_tokens, num_past = x.shape[1], 0 if past is None else past.shape[3]
+        itself = torch.eye(num_tokens, dtype=torch.bool, device=x.device)
+        allowed = torch.cat([visible(num_tokens, num_past, x.device), itself], dim=1)
+        noised = F.scaled_dot_product_attention(
+            queries[1],
+            torch.cat([seen_keys, keys[1]], dim=2),
+            torch.cat([seen_values, values[1]], dim=2),
+            attn_mask=_added(allowed, x),
+        )
+        return self.merged(torch.cat([clean, noised])), (keys[0], values[0])
+
+
+class CausalLayer(AdaLnZeroLayer):
+    """An AdaLN layer whose attention is causal; with `two_streams` of clean tokens and noised codes."""
+
+    attention: CausalAttention
+
+    def __init__(self, *, width: int, heads: int, two_streams: bool = False) -> None:
+        super().__init__(width=width, heads=heads)
+        self.attention = (TwoStreamAttention if two_streams else CausalAttention)(width=width, heads=heads)
+
+    def forward(
+        self, x: Float[Tensor, "batch tokens width"], condition: Float[Tensor, "batch width"]
+    ) -> Float[Tensor, "batch tokens width"]:
+        return self.cached(x, condition, None)[0]
+
+    def cached(
+        self, x: Float[Tensor, "batch tokens width"], condition: Float[Tensor, "batch width"], past: Past | None
+    ) -> tuple[Float[Tensor, "batch tokens width"], Present]:
+        """The output for tokens that follow those of the past, and their keys and values."""
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.modulation(condition).chunk(6, dim=-1)
+        attended, present = self.attention.attend(modulated_norm(x, shift_a, scale_a), past)
+        x = torch.addcmul(x, gate_a.unsqueeze(1), attended)
+        return torch.addcmul(x, gate_m.unsqueeze(1), self.mlp(modulated_norm(x, shift_m, scale_m))), present
+
+
+def _with_past(keys: Tensor, values: Tensor, past: Past | None) -> tuple[Tensor, Tensor]:
+    if past is None:
+        return keys, values
+    return torch.cat([past[0], keys], dim=2), torch.cat([past[1], values], dim=2)
+
+
+def _causal(queries: Tensor, keys: Tensor, values: Tensor, past: Past | None) -> Tensor:
+    """Attention of the last tokens to all of them; without a past torch leaves out what is masked."""
+    if past is None:
+        return F.scaled_dot_product_attention(queries, keys, values, is_causal=True)
+    allowed = visible(queries.shape[2], past.shape[3], queries.device)
+    return F.scaled_dot_product_attention(queries, keys, values, attn_mask=_added(allowed, queries))
+
+
+def _added(allowed: Bool[Tensor, "tokens keys"], like: Tensor) -> Float[Tensor, "tokens keys"]:
+    """A mask as it is added to scores. Attention would make this of a boolean one, unseen by the trace of costs."""
+    return torch.zeros_like(allowed, dtype=like.dtype).masked_fill_(~allowed, float("-inf"))
