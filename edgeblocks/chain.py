@@ -100,33 +100,40 @@ class BlockRunner:
         return found
 
     @torch.no_grad()
-    def continued(
-        self, block: int, z: Values, sigma: Values, inputs: Tokens, past: Values
-    ) -> tuple[Values, Values]:
+    def continued(self, block: int, z: Values, sigma: Values, inputs: Tokens, past: Values) -> tuple[Values, Values]:
         """A `generation.Network`: logits of the last position, and keys and values of all."""
         network: Any = self.network(block)
         given = [torch.from_numpy(array).to(self.device) for array in (z, sigma, inputs, past)]
         hidden, present = network.hidden(*given)
         return network.readout(hidden[:, -1]).cpu().numpy(), present.cpu().numpy()
 
-    def token_chain(self, levels: Sequence[float], *, length: int | None = None) -> TokenChain:
-        """The chain of a family that writes token by token.
 
-        Args:
-            length: positions of a text; None: as many as it was trained on.
-        """
-        family = self._family
-        shared = family.cache_key(0, 0) == family.cache_key(1, 0)
-        return TokenChain(
-            codes=code_rows(family.data.vocabulary, family.settings.code_width),
-            length=family.data.length if length is None else length,
-            levels=tuple(levels),
-            blocks=tuple(self.partition.block_of(sigma) for sigma in levels),
-            caches_per="block" if shared else "step",
-            num_caches=tuple(family.num_caches(num_layers) for num_layers in self._layers),
-            heads=family.settings.heads,
-            head_width=family.head_width,
-        )
+def token_chain(
+    family: Any,
+    layers: Sequence[int],
+    partition: NoisePartition,
+    levels: Sequence[float],
+    *,
+    length: int | None = None,
+) -> TokenChain:
+    """The chain of a family that writes token by token.
+
+    Args:
+        layers: of each block.
+        levels: of each token's chain, descending.
+        length: positions of a text; None: as many as it was trained on.
+    """
+    shared = family.cache_key(0, 0) == family.cache_key(1, 0)
+    return TokenChain(
+        codes=code_rows(family.data.vocabulary, family.settings.code_width),
+        length=family.data.length if length is None else length,
+        levels=tuple(levels),
+        blocks=tuple(partition.block_of(sigma) for sigma in levels),
+        caches_per="block" if shared else "step",
+        num_caches=tuple(family.num_caches(num_layers) for num_layers in layers),
+        heads=family.settings.heads,
+        head_width=family.head_width,
+    )
 
 
 def guided(

@@ -1,10 +1,15 @@
 """Tokens from probabilities: temperature, top-p and one random number for each. No torch: deployed chains use it."""
 
+import re
+
 import numpy as np
 from numpy.typing import NDArray
 
+from edgeblocks.errors import ConfigError
+
 MOST_TEXTS = 100_000
 HIGHEST_TEMPERATURE = 100.0
+GAP_PATTERN = r"(_|\[MASK\])"
 
 Values = NDArray[np.float32]
 Tokens = NDArray[np.int64]
@@ -26,6 +31,34 @@ def drawing_problems(*, n: int, temperature: float, top_p: float = 1.0) -> list[
             f"--top-p {top_p}: the share of the probability that tokens are drawn from lies above 0 and is at most 1"
         )
     return problems
+
+
+def check_options(task: str, *, fill: str | None, prompt: str | None, top_p: float | None) -> None:
+    """That what is asked of a network that makes text belongs to its kind.
+
+    Args:
+        task: `text` where masked tokens are filled in, `continuation` where a text is written from its beginning.
+
+    Raises:
+        ConfigError: with all that belongs to the other kind, and what to use.
+    """
+    problems = []
+    if task == "text" and prompt is not None:
+        problems.append(
+            f"--prompt belongs to networks that write token by token, and this one fills gaps; write the missing "
+            f"tokens as gaps: --fill {prompt + ' ____'!r}"
+        )
+    if task == "text" and top_p is not None:
+        problems.append(
+            "--top-p belongs to networks that write token by token, and this one fills gaps; use --temperature"
+        )
+    if task == "continuation" and fill is not None:
+        problems.append(
+            f"--fill belongs to networks that fill gaps, and this one writes on from a beginning; give it with "
+            f"--prompt {re.split(GAP_PATTERN, fill)[0].strip()!r}"
+        )
+    if problems:
+        raise ConfigError(*problems)
 
 
 def softmax(logits: Values) -> Values:

@@ -92,6 +92,11 @@ class Scheduler:
         if len(self._slots) == 1:
             self._wait(slot)
 
+    @property
+    def num_slots(self) -> int:
+        """Blocks that are in memory at a time."""
+        return len(self._slots)
+
     @contextmanager
     def ema_weights(self, block: int) -> Iterator[BlockBuffer]:
         """A buffer whose `ema` part is the block's, for looking at the network between visits.

@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgeblocks.data.tokenizer import Tokenizer
-from edgeblocks.drawing import drawing_problems, drawn_at
+from edgeblocks.drawing import GAP_PATTERN, drawing_problems, drawn_at
 from edgeblocks.errors import ConfigError
 from edgeblocks.randomness import seed_at
 
@@ -44,9 +44,7 @@ def with_gaps(text: str | None, tokenizer: Tokenizer, *, length: int, mask: int)
     if text is None:
         return tokens, length
     pieces = [
-        np.array([mask]) if piece in GAPS else tokenizer.encode(piece)
-        for piece in re.split(r"(_|\[MASK\])", text)
-        if piece
+        np.array([mask]) if piece in GAPS else tokenizer.encode(piece) for piece in re.split(GAP_PATTERN, text) if piece
     ]
     given = np.concatenate(pieces) if pieces else np.empty(0, dtype=np.int64)
     if len(given) > length:
