@@ -14,13 +14,18 @@ from torch import Tensor
 
 from edgeblocks.layers import AdaLnZeroLayer, RotaryAttention, modulated_norm
 
-Past = Float[Tensor, "2 batch heads past head_width"]
-Present = tuple[Float[Tensor, "batch heads tokens head_width"], Float[Tensor, "batch heads tokens head_width"]]
-"""Keys, already turned by their positions, and values."""
+Past = Float[Tensor, "2 sequences heads past head_width"]
+"""Keys, already turned by their positions, and values; of two streams those of the clean one."""
+Present = tuple[Float[Tensor, "sequences heads tokens head_width"], Float[Tensor, "sequences heads tokens head_width"]]
+"""The same of the tokens at hand."""
 
 
-def visible(num_tokens: int, num_past: int, device: torch.device) -> Bool[Tensor, "tokens keys"]:
+def visible(
+    num_tokens: int | torch.SymInt, num_past: int | torch.SymInt, device: torch.device
+) -> Bool[Tensor, "tokens keys"]:
     """Which keys, those of the past and then of the tokens themselves, each token sees: none that come later.
+
+    The numbers are symbols while a graph for any number of tokens is exported.
 
     >>> visible(2, 1, torch.device("cpu")).int().tolist()
     [[1, 1, 0], [1, 1, 1]]

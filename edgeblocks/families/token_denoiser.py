@@ -49,8 +49,10 @@ from edgeblocks.noise import NoiseDistribution, NoisePartition, NoiseRange
 from edgeblocks.token_loss import token_losses, token_scores
 
 MOST_CODE_WIDTH = 2**12
-Caches = Float[Tensor, "caches batch heads tokens head_width"]
-"""Keys and values of a block's layers: layer by layer, keys first."""
+Past = Float[Tensor, "caches batch heads past head_width"]
+"""Keys and values of a block's layers for former tokens: layer by layer, keys first."""
+Present = Float[Tensor, "caches batch heads tokens head_width"]
+"""The same for the tokens at hand."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,8 +150,8 @@ class TokenDenoiserBlock(nn.Module):
         z: Float[Tensor, "batch tokens code"],
         sigma: Float[Tensor, " batch"],
         tokens: Int[Tensor, "batch tokens"],
-        past: Caches | None = None,
-    ) -> tuple[Float[Tensor, "batch tokens vocabulary"], Caches]:
+        past: Past | None = None,
+    ) -> tuple[Float[Tensor, "batch tokens vocabulary"], Present]:
         """Logits of the token at each position, and keys and values for the tokens that follow.
 
         Args:
@@ -166,8 +168,8 @@ class TokenDenoiserBlock(nn.Module):
         z: Float[Tensor, "batch tokens code"],
         sigma: Float[Tensor, " batch"],
         tokens: Int[Tensor, "batch tokens"],
-        past: Caches | None = None,
-    ) -> tuple[Float[Tensor, "batch tokens width"], Caches]:
+        past: Past | None = None,
+    ) -> tuple[Float[Tensor, "batch tokens width"], Present]:
         """What the readout is applied to, and keys and values; see `forward`."""
         present: list[Tensor] = []
         x = self._states(z, sigma, tokens, past, present)
