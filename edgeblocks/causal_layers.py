@@ -71,7 +71,10 @@ class TwoStreamAttention(CausalAttention):
         self, x: Float[Tensor, "batch tokens width"], past: Past | None
     ) -> tuple[Float[Tensor, "batch tokens width"], Present]:
         """The output, and the clean tokens' keys and values; the tokens follow those of the past."""
-        queries, keys, values = (part.chunk(2) for part in self.projected(x, self._positions(x, past)))
+        # Not chunk(2): an exported graph would be bound to one batch size.
+        half = x.shape[0] // 2
+        both = self.projected(x, self._positions(x, past))
+        queries, keys, values = ((part[:half], part[half:]) for part in both)
         seen_keys, seen_values = _with_past(keys[0], values[0], past)
         clean = _causal(queries[0], seen_keys, seen_values, past)
         num_tokens, num_past = x.shape[1], 0 if past is None else past.shape[3]

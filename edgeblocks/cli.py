@@ -47,7 +47,8 @@ app = typer.Typer(
 Family = Annotated[
     str | None,
     typer.Argument(
-        help="Kind of model: dit (makes images), vit (classifies them), mdlm (fills gaps in text), ar or looped (write on).",
+        help="Kind of model: dit (makes images), vit (classifies them), mdlm (fills gaps in text), ar or looped "
+        "(write on).",
         show_default="dit",
     ),
 ]

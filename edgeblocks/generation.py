@@ -25,7 +25,7 @@ MOST_STEPS = 1000
 PROBABILITY_COPIES = 8
 PROMPT_SEGMENT = 64
 """Positions of a prompt that go through a network together."""
-LEAST_READ_SIGMA = 0.5
+LEAST_READ_SIGMA = 2.0
 """See `read_levels`."""
 
 
@@ -65,7 +65,7 @@ class TokenChain:
         vocabulary, width = self.codes.shape
         of_key = dict(zip(self.cache_keys, self.blocks, strict=True))
         caches = sum(self.num_caches[block] for block in of_key.values()) * self.heads * self.head_width
-        return self.length * (4 * caches + 4 * width + 24) + PROBABILITY_COPIES * 8 * vocabulary
+        return int(self.length * (4 * caches + 4 * width + 24) + PROBABILITY_COPIES * 8 * vocabulary)
 
 
 class Predict(Protocol):
@@ -115,8 +115,23 @@ def check_prompt(prompt: Tokens, *, length: int) -> None:
 def read_levels(levels: Sequence[float]) -> tuple[int, ...]:
     """The numbers of the levels at which a token's probabilities are read; the answer is their mean.
 
+    Only near the top. Further down the state has settled on one token, as one draw of the network's own, and the
+    probabilities are those of that draw being right. Measured on the characters of Moby Dick (width 64, windows of 64,
+    8 levels; ar with 3 blocks of 2 layers, looped with 8 layers), in bits a character with one noise, and with four:
+
+    | levels read | ar | | looped | |
+    |---|---|---|---|---|
+    | all | 2.672 | 2.501 | 2.647 | 2.452 |
+    | from 0.5 up | 2.463 | 2.384 | 2.455 | 2.357 |
+    | from 1 up | 2.377 | 2.342 | 2.383 | 2.330 |
+    | from 2 up | 2.349 | 2.337 | 2.335 | 2.316 |
+    | the top alone | 2.346 | 2.336 | 2.328 | 2.315 |
+    | the last alone | 14.04 | 8.05 | 16.76 | 9.20 |
+
+    (Standard errors 0.03 and 0.05.) With 4 and 16 levels the order is the same.
+
     >>> read_levels((10.0, 2.0, 0.7, 0.1)), read_levels((0.4, 0.2))
-    ((0, 1, 2), (0,))
+    ((0, 1), (0,))
     """
     return tuple(number for number, sigma in enumerate(levels) if number == 0 or sigma >= LEAST_READ_SIGMA)
 

@@ -108,8 +108,8 @@ def bound(
     seed: int,
     noises: Sequence[int] = NOISES,
     on_noise: Callable[[int, int], None] | None = None,
-) -> dict[int, dict[str, float | None]]:
-    """-log p(token) in nats, {noises: {nats, standard_error}}; the error is over texts.
+) -> dict[int, tuple[float, float | None]]:
+    """For each number of noises -log p(token) in nats and its standard error over texts.
 
     Args:
         noises: over how many probabilities are averaged before the logarithm, ascending.
@@ -117,14 +117,14 @@ def bound(
     """
     wanted = list(read_levels(chain.levels))
     total = np.full(tokens.shape, -np.inf)
-    found = {}
+    found: dict[int, tuple[float, float | None]] = {}
     for number in range(noises[-1]):
         logarithms = log_shares(runner, chain, tokens, seed=seed, number=number)[wanted]
         total = np.logaddexp(total, np.logaddexp.reduce(logarithms, axis=0) - math.log(len(wanted)))
         if number + 1 in noises:
             nats = (math.log(number + 1) - total).mean(axis=1)
             error = float(nats.std(ddof=1) / math.sqrt(len(nats))) if len(nats) > 1 else None
-            found[number + 1] = {"nats": float(nats.mean()), "standard_error": error}
+            found[number + 1] = float(nats.mean()), error
         if on_noise is not None:
             on_noise(number + 1, noises[-1])
     return found

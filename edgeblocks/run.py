@@ -213,7 +213,13 @@ class Run:
             raise ConfigError(f"{directory.path} is a {family.name}, which makes no text")
         drawing.check_options(family.task, fill=fill, prompt=prompt, top_p=top_p)
         steps = max(DEFAULT_STEPS[family.task], len(directory.layers)) if steps is None else steps
-        common = {"n": n, "steps": steps, "temperature": temperature, "seed": seed, "on_step": on_step}
+        common: dict[str, Any] = {
+            "n": n,
+            "steps": steps,
+            "temperature": temperature,
+            "seed": seed,
+            "on_step": on_step,
+        }
         if family.task == "text":
             return self._unmasked(runner, mem_budget, fill=fill, **common)
         top_p = 1.0 if top_p is None else top_p
@@ -396,12 +402,8 @@ class Run:
             runner, chain, tokens, seed=seed, on_noise=lambda done, total: listener.advance(done, total, "bound")
         )
         bounds = [
-            {
-                "noises": noises,
-                "nats_per_token": nats["nats"],
-                **metrics.bits(nats["nats"], nats["standard_error"], text),
-            }
-            for noises, nats in found.items()
+            {"noises": noises, "nats_per_token": nats, **metrics.bits(nats, error, text)}
+            for noises, (nats, error) in found.items()
         ]
         result: dict[str, Any] = {
             "text": {**bounds[-1], **metrics.text_facts(text, len(tokens)), "steps": steps},
@@ -430,8 +432,8 @@ class Run:
         rows = []
         for done, steps in enumerate(CURVE_STEPS):
             if steps >= len(self.directory.layers):
-                nats = likelihood.bound(runner, self._token_chain(steps), tokens, seed=seed, noises=(1,))[1]
-                rows.append({"steps": steps, **metrics.bits(nats["nats"], nats["standard_error"], text)})
+                nats, error = likelihood.bound(runner, self._token_chain(steps), tokens, seed=seed, noises=(1,))[1]
+                rows.append({"steps": steps, **metrics.bits(nats, error, text)})
             listener.advance(done + 1, len(CURVE_STEPS), "levels")
         return rows
 

@@ -11,6 +11,7 @@ import math
 import os
 import stat
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from itertools import pairwise
@@ -451,8 +452,11 @@ def _manifest(fields: Fields) -> AnyManifest:
         "files": tuple(_block_file(inner, block) for block, inner in enumerate(fields.inners("files"))),
         "verified": _verified(fields.inner("verified")),
     }
-    kinds = {"text": _text_manifest, "continuation": _continuation_manifest}
-    manifest: AnyManifest = kinds.get(task, _image_manifest)(fields, common)
+    readers: dict[str, Callable[[Fields, dict[str, Any]], AnyManifest]] = {
+        "text": _text_manifest,
+        "continuation": _continuation_manifest,
+    }
+    manifest = readers.get(task, _image_manifest)(fields, common)
     _check_routing(fields, manifest)
     names = [name for file in manifest.files for name in file.names]
     if len(set(names)) != len(names):

@@ -190,7 +190,9 @@ def differing(block, change, *, at=5):
     changed = z.clone(), before.clone()
     change(*changed, at)
     with torch.no_grad():
-        one, two = (block(*inputs)[0] for inputs in ((z, batch["sigma"], before), (changed[0], batch["sigma"], changed[1])))
+        one, two = (
+            block(*inputs)[0] for inputs in ((z, batch["sigma"], before), (changed[0], batch["sigma"], changed[1]))
+        )
     return ((one - two).abs().amax(-1)[0] > 1e-6).tolist()
 
 
@@ -371,7 +373,9 @@ def test_costs_grow_linearly_with_layers(family):
         for num_layers in (1, 2, 4, 8):
             traced = _trace_step(family, num_layers, 3, kind)
             assert cost.peak_bytes.at(num_layers) == pytest.approx(traced.peak_bytes, rel=0.001)
-    assert costs.parameters(5) == sum(parameter.numel() for parameter in random_block(family, num_layers=5).parameters())
+    assert costs.parameters(5) == sum(
+        parameter.numel() for parameter in random_block(family, num_layers=5).parameters()
+    )
 
 
 @both

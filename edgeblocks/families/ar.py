@@ -29,7 +29,7 @@ class ArBlock(TokenDenoiserBlock):
         streams = torch.cat([clean, clean + noised])
         conditions = torch.cat([torch.zeros_like(condition), condition])
         out = self.run(range(len(self.layers)), streams, conditions, past, present)
-        return out.chunk(2)[1]
+        return out[clean.shape[0] :]
 
 
 class Ar(TokenDenoiser):
