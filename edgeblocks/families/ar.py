@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from edgeblocks.causal_layers import halves
 from edgeblocks.families.token_denoiser import TokenDenoiser, TokenDenoiserBlock
 
 
@@ -25,11 +26,15 @@ class ArBlock(TokenDenoiserBlock):
         past: Tensor | None,
         present: list[Tensor] | None,
     ) -> Float[Tensor, "batch tokens width"]:
-        """The noised stream's half of the last layer's output; it starts from the token before, as the clean one."""
+        """The noised stream's half of the last layer's output.
+
+        It starts from the token before, as the clean stream does, and z's projection is added. From that projection
+        alone, which starts at zero, it would stay zero, as all gates are closed: nothing was learnt in 200 steps.
+        """
         streams = torch.cat([clean, clean + noised])
         conditions = torch.cat([torch.zeros_like(condition), condition])
         out = self.run(range(len(self.layers)), streams, conditions, past, present)
-        return out[clean.shape[0] :]
+        return halves(out)[1]
 
 
 class Ar(TokenDenoiser):
