@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from edgeblocks import metrics, pictures
+from edgeblocks.chain import BlockRunner
 from edgeblocks.checkpoint import (
     RunDirectory,
     bring_blocks_home,
@@ -42,12 +43,15 @@ from edgeblocks.preparation import (
     usual_budgets,
 )
 from edgeblocks.registry import build_profile, build_target, family_type, profile_names, register_family, target_names
-from edgeblocks.run import Run
+from edgeblocks.run import TEXT_TASKS, Run
 from edgeblocks.run_files import check_resumable
 from edgeblocks.scheduler import Scheduler
 from edgeblocks.trainer import Interrupted, Interruption, Trainer, create_blocks
 from edgeblocks.units import format_bytes
 from edgeblocks.unmasking import texts_as_file
+
+LOOK_TOKENS = 64
+"""Of a text that is written token by token while training: where blocks are on disk each token loads them all."""
 
 __all__ = ["Prepared", "Run", "load", "plan", "register_family", "resume", "train"]
 
@@ -343,37 +347,44 @@ class _Looks:
 
     def _make_grid(self, done: int) -> None:
         run, path = Run(self._run), self._run.path / "samples" / f"step_{done:07d}"
-        runner = run.runner(self._scheduler, micro_batch=self._guard.shape.micro_batch)
         count = GRID_SAMPLES[self._task]
-        if self._task == "text":
-            write_text(
-                path.with_suffix(".txt"), texts_as_file(run.sample_text(n=count, runner=runner, on_step=self._go_on))
-            )
+        if self._task in TEXT_TASKS:
+            short = {} if self._task == "text" else {"length": min(self._run.data.length, LOOK_TOKENS)}
+            texts = run.sample_text(n=count, runner=self._runner(), on_step=self._go_on, **short)
+            write_text(path.with_suffix(".txt"), texts_as_file(texts))
             return
         images = run.sample(
             n=count,
             steps=max(self._run.settings.run.sample_steps, len(self._run.layers)),
-            runner=runner,
+            runner=self._runner(),
             on_level=self._go_on,
         )
         pictures.save_png(path.with_suffix(".png"), pictures.image_grid(images, columns=10))
+
+    def _runner(self) -> BlockRunner:
+        """With all blocks, where the scheduler has them all anyway."""
+        blocks = len(self._run.layers)
+        return Run(self._run).runner(
+            self._scheduler,
+            micro_batch=self._guard.shape.micro_batch,
+            residents=blocks if self._scheduler.num_slots >= blocks else 1,
+        )
 
     def evaluation(self, data_set: DataSet, listener: Listener) -> dict[str, Any]:
         def on_level(done: int, total: int) -> None:
             listener.advance(done, total, "evaluating")
             self._go_on(done)
 
-        runner = Run(self._run).runner(self._scheduler, micro_batch=self._guard.shape.micro_batch)
         return metrics.validation_loss(
             self._run.family(),
-            runner,
+            self._runner(),
             data_set,
             seed=self._run.settings.run.seed,
             most_examples=metrics.MOST_EXAMPLES[self._run.family().task],
             on_level=on_level,
         )
 
-    def _go_on(self, _done: int) -> None:
+    def _go_on(self, _done: int, _total: int | None = None) -> None:
         if self._interruption.signal_name is not None:
             raise Interrupted
 
@@ -429,10 +440,21 @@ def _summary(
             "validation_loss": evaluation["total"],
             "validation_loss_by_block": metrics.mean_by_block(evaluation["levels"], run.partition),
             "validation": evaluation,
-            **({} if run.family().task != "text" else {"text": metrics.text_scores(evaluation, data_set)}),
+            **_text_metrics(run, evaluation, data_set),
         },
         "resumed_from": resumed_from,
     }
+
+
+def _text_metrics(run: RunDirectory, evaluation: dict[str, Any], data_set: DataSet) -> dict[str, Any]:
+    """The bound in bits, where the run makes text: of a chain for mdlm; for ar and looped of the top level alone."""
+    task = run.family().task
+    if task not in TEXT_TASKS:
+        return {}
+    if task == "text":
+        return {"text": metrics.text_scores(evaluation, data_set)}
+    top = {"total": evaluation["levels"][0]["loss"], "standard_error": None, "images": evaluation["images"]}
+    return {"text": metrics.text_scores(top, data_set)}
 
 
 def load(path: Path | str) -> Run:

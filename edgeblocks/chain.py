@@ -14,7 +14,11 @@ from jaxtyping import Int
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from edgeblocks.codebook import code_rows
+from edgeblocks.drawing import Tokens, Values
+from edgeblocks.generation import TokenChain
 from edgeblocks.noise import NoisePartition
+from edgeblocks.scheduler import slot_of
 from edgeblocks.solver import classes_in_turn, guide
 from edgeblocks.store import BlockBuffer, bind_parameters_
 
@@ -39,19 +43,26 @@ class BlockRunner:
         source: EmaSource,
         *,
         micro_batch: int,
+        residents: int = 1,
     ) -> None:
+        """
+        Args:
+            residents: blocks that stay in memory, as `scheduler.slot_of` places them; the source must hold as many.
+        """
         self.partition, self.micro_batch = partition, micro_batch
         self.device = torch.device("cpu")
         """Where the network is; what `denoise` is given and gives lies in the processor's memory."""
         self.loads: list[int] = []
         """The blocks made resident, in order."""
         self._family, self._layers, self._source = family, tuple(layers), source
-        self._network: nn.Module | None = None
-        self._block: int | None = None
+        self._residents: list[tuple[int, nn.Module] | None] = [None] * residents
 
     def network(self, block: int) -> nn.Module:
-        """A block as a module in evaluation, resident until another one is asked for."""
-        if self._block != block or self._network is None:
+        """A block as a module in evaluation, resident until another one needs its place."""
+        slot = slot_of(block, len(self._residents))
+        resident = self._residents[slot]
+        if resident is None or resident[0] != block:
+            self._residents[slot] = None
             with torch.device("meta"):
                 network = self._family.block(num_layers=self._layers[block], checkpointing=False)
             with self._source.ema_weights(block) as buffer:
@@ -59,9 +70,9 @@ class BlockRunner:
                 self.device = buffer.device
             with self.device:
                 network.reset_tables_()
-            self._network, self._block = network.eval(), block
+            resident = self._residents[slot] = (block, network.eval())
             self.loads.append(block)
-        return self._network
+        return resident[1]
 
     @torch.no_grad()
     def denoise(self, z: Tensor, sigma: float, condition: Tensor | None) -> Tensor:
@@ -87,6 +98,42 @@ class BlockRunner:
         hidden = network.hidden(z, torch.full((len(z),), t, device=self.device))
         found: NDArray[np.float32] = network.readout(hidden[torch.from_numpy(wanted)]).cpu().numpy()
         return found
+
+    @torch.no_grad()
+    def continued(self, block: int, z: Values, sigma: Values, inputs: Tokens, past: Values) -> tuple[Values, Values]:
+        """A `generation.Network`: logits of the last position, and keys and values of all."""
+        network: Any = self.network(block)
+        given = [torch.from_numpy(array).to(self.device) for array in (z, sigma, inputs, past)]
+        hidden, present = network.hidden(*given)
+        return network.readout(hidden[:, -1]).cpu().numpy(), present.cpu().numpy()
+
+
+def token_chain(
+    family: Any,
+    layers: Sequence[int],
+    partition: NoisePartition,
+    levels: Sequence[float],
+    *,
+    length: int | None = None,
+) -> TokenChain:
+    """The chain of a family that writes token by token.
+
+    Args:
+        layers: of each block.
+        levels: of each token's chain, descending.
+        length: positions of a text; None: as many as it was trained on.
+    """
+    shared = family.cache_key(0, 0) == family.cache_key(1, 0)
+    return TokenChain(
+        codes=code_rows(family.data.vocabulary, family.settings.code_width),
+        length=family.data.length if length is None else length,
+        levels=tuple(levels),
+        blocks=tuple(partition.block_of(sigma) for sigma in levels),
+        caches_per="block" if shared else "step",
+        num_caches=tuple(family.num_caches(num_layers) for num_layers in layers),
+        heads=family.settings.heads,
+        head_width=family.head_width,
+    )
 
 
 def guided(

@@ -47,11 +47,17 @@ app = typer.Typer(
 Family = Annotated[
     str | None,
     typer.Argument(
-        help="Kind of model: dit (makes images), vit (classifies them) or mdlm (writes text).", show_default="dit"
+        help="Kind of model: dit (makes images), vit (classifies them), mdlm (fills gaps in text), ar or looped "
+        "(write on).",
+        show_default="dit",
     ),
 ]
 Preset = Annotated[
-    str | None, typer.Option(help="A named size: dit-tiny, -s, -b, -l, -xl, vit-tiny, -s, -b, mdlm-tiny, -s, -b.")
+    str | None,
+    typer.Option(
+        help="A named size: dit-tiny, -s, -b, -l, -xl, vit-tiny, -s, -b, mdlm-tiny, -s, -b, ar-tiny, -s, -b, "
+        "looped-tiny, -s."
+    ),
 ]
 Data = Annotated[
     str | None,
@@ -108,10 +114,23 @@ Number = Annotated[int | None, typer.Option("--n", help="How many images or text
 Temperature = Annotated[
     float | None, typer.Option(help="Of text: 1 draws as trained, 0 takes the likeliest.", show_default="1")
 ]
-Fill = Annotated[str | None, typer.Option(help="A text with gaps to fill in, each missing token written _ or [MASK].")]
+Fill = Annotated[
+    str | None,
+    typer.Option(help="For mdlm: a text with gaps to fill in, each missing token written _ or [MASK]."),
+]
+Prompt = Annotated[str | None, typer.Option(help="For ar and looped: how each text begins.")]
+TopP = Annotated[
+    float | None,
+    typer.Option(
+        help="For ar and looped: draw from the smallest set of the likeliest tokens that has this probability.",
+        show_default="1",
+    ),
+]
 SampleSteps = Annotated[
     int | None,
-    typer.Option("--steps", help="Noise levels of the chain; at least one a block.", show_default="18, of text 64"),
+    typer.Option(
+        "--steps", help="Noise levels of the chain; at least one a block.", show_default="18; mdlm 64; ar and looped 8"
+    ),
 ]
 Solver = Annotated[str | None, typer.Option(help="heun (two evaluations a level) or euler (one).", show_default="heun")]
 Guidance = Annotated[
@@ -264,13 +283,14 @@ def evaluate(
         typer.Option(
             help="Images that are made for the Frechet distance, or classified (0 leaves the chain out); sequences of "
             "text.",
-            show_default="256 made, 1024 classified, 256 sequences",
+            show_default="256 made, 1024 classified, 256 sequences; 64 of ar and looped",
         ),
     ] = None,
     steps: Annotated[
         int | None,
         typer.Option(
-            help="Noise levels of the chain; at least one a block.", show_default="18 for images, 4 for classes"
+            help="Noise levels of the chain; at least one a block.",
+            show_default="18 for images, 4 for classes, 8 of ar and looped",
         ),
     ] = None,
     seed: SampleSeed = 0,
@@ -307,6 +327,8 @@ def sample(
     label: ClassChoice = None,
     temperature: Temperature = None,
     fill: Fill = None,
+    prompt: Prompt = None,
+    top_p: TopP = None,
     seed: SampleSeed = 0,
     mem_budget: MemBudget = None,
     as_json: Json = False,
@@ -314,7 +336,7 @@ def sample(
 ) -> None:
     """Generate with a trained run: a grid of images, or texts."""
     of_images = {"solver": solver, "guidance": guidance, "label": label}
-    of_text = {"temperature": temperature, "fill": fill}
+    of_text = {"temperature": temperature, "fill": fill, "prompt": prompt, "top_p": top_p}
 
     def work() -> None:
         from edgeblocks import api
@@ -323,12 +345,11 @@ def sample(
         listener = ConsoleListener(sys.stderr)
         loaded = api.load(run)
         common: dict[str, Any] = {"seed": seed, "mem_budget": mem_budget}
-        if loaded.directory.family().task == "text":
-            levels = 64 if steps is None else steps
+        if loaded.directory.family().task in ("text", "continuation"):
             texts = loaded.sample_text(
                 n=4 if n is None else n,
                 steps=steps,
-                on_step=lambda done: listener.advance(done, levels, "writing"),
+                on_step=lambda done, total: listener.advance(done, total, "writing"),
                 **common,
                 **_only(of_text, of_images, "writes text"),
             )
@@ -385,6 +406,8 @@ def run(
     label: ClassChoice = None,
     temperature: Temperature = None,
     fill: Fill = None,
+    prompt: Prompt = None,
+    top_p: TopP = None,
     seed: SampleSeed = 0,
     as_json: Json = False,
     verbose: Verbose = False,
@@ -395,7 +418,7 @@ def run(
     or writes them to a .json file. One that writes text prints it, or writes it to a file.
     """
     of_images = {"solver": solver, "guidance": guidance, "label": label}
-    of_text = {"temperature": temperature, "fill": fill}
+    of_text = {"temperature": temperature, "fill": fill, "prompt": prompt, "top_p": top_p}
 
     def work() -> None:
         from edgeblocks.registry import open_exported
@@ -408,7 +431,7 @@ def run(
             _only({}, {**of_images, **of_text}, "tells classes")
             _classify(exported, images or [], out, steps, seed, as_json=as_json)
             return
-        if task == "text":
+        if task in ("text", "continuation"):
             asked = _only(of_text, of_images, "writes text")
             _say_texts(exported.write(4 if n is None else n, steps=steps, seed=seed, **asked), out, as_json=as_json)
             return

@@ -272,6 +272,8 @@ def _next_commands(makes: str, path: Any) -> list[str]:
         return [f"next: edgeblocks eval {path}", f"{export} picture.png"]
     if makes == "text":
         return [f"next: edgeblocks sample {path} --n 2", f"{export} --fill 'the ____ sat'"]
+    if makes == "continuation":
+        return [f"next: edgeblocks sample {path} --prompt 'call me'", f"{export} --prompt 'call me'"]
     return [f"next: edgeblocks sample {path} -o grid.png", f"{export} -o grid.png"]
 
 
@@ -282,6 +284,7 @@ def export_report(manifest: dict[str, Any], path: Any) -> str:
         "images": ("final images", "-o grid.png"),
         "classes": ("probabilities", "picture.png"),
         "text": ("probabilities along the chain", "--n 2"),
+        "continuation": ("probabilities along the chain", "--prompt 'call me'"),
     }[manifest["task"]]
     return (
         f"exported {len(manifest['files'])} blocks to {path}; verified against torch: blocks differ by at most "
@@ -303,6 +306,8 @@ def evaluation_report(result: dict[str, Any]) -> str:
     ]
     if "text" in result:
         lines.append(_bits_line(result["text"]))
+    if "bounds" in result:
+        lines += _continuation_lines(result)
     found = result.get("classification")
     if found is not None:
         by_block = ", ".join("-" if share is None else f"{share:.1%}" for share in result["top1_by_block"])
@@ -324,6 +329,33 @@ def evaluation_report(result: dict[str, Any]) -> str:
             f"feature space: {frechet['feature_space']}",
         ]
     return "\n".join(lines)
+
+
+def _continuation_lines(result: dict[str, Any]) -> list[str]:
+    """What is told of text that is written token by token, beside its bound."""
+    lines = [
+        f"with {row['noises']} noise{'' if row['noises'] == 1 else 's'} a token: {_with_error(row)}"
+        for row in result["bounds"]
+    ]
+    lines.append(f"cross-entropy at the highest noise level: {result['cross_entropy_at_top']:.4f} nats a token")
+    lines += [f"over {row['steps']:>2} levels: {_with_error(row)}" for row in result.get("curve", ())]
+    for name, found in (("samples", result["variety"]["samples"]), ("hold-out", result["variety"]["held_out"])):
+        distinct = ", ".join(_share(found[f"distinct_{count}"]) for count in (1, 2, 3))
+        lines.append(
+            f"{name + ':':<9} distinct words, pairs, triples {distinct}; groups of 4 words that are repeated "
+            f"{_share(found['repeated_4'])} (of {found['words']} words)"
+        )
+    return lines
+
+
+def _with_error(row: dict[str, Any]) -> str:
+    error = row["bits_per_character_error"]
+    spread = "" if error is None else f" ± {error:.3f}"
+    return f"{row['bits_per_character']:.3f}{spread} bits a character"
+
+
+def _share(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1%}"
 
 
 def _level_lines(levels: Sequence[dict[str, Any]]) -> list[str]:

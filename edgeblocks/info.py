@@ -67,7 +67,7 @@ def _describe_export(path: Path) -> dict[str, Any]:
     from edgeblocks.registry import open_exported
 
     manifest = open_exported(path).manifest
-    if manifest.task == "text":
+    if manifest.task in ("text", "continuation"):
         facts = {"tokenizer": manifest.tokenizer, "vocabulary": manifest.vocabulary, "length": manifest.length}
     else:
         channels, height, width = manifest.image_shape

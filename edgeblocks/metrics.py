@@ -108,18 +108,28 @@ def text_scores(loss: dict[str, Any], data: DataSet) -> dict[str, Any]:
     The standard errors are over sequences.
     """
     assert isinstance(data, TextSet)
-    bits, error = loss["total"] / math.log(2), loss["standard_error"]
-    error_bits = None if error is None else error / math.log(2)
-    per_character = 1 / data.characters_per_token
+    return {**bits(loss["total"], loss["standard_error"], data), **text_facts(data, loss["images"])}
+
+
+def bits(nats: float, error: float | None, text: TextSet) -> dict[str, Any]:
+    """Nats a token and their standard error in bits a token and a character."""
+    per_token, error_per_token = nats / math.log(2), None if error is None else error / math.log(2)
+    per_character = 1 / text.characters_per_token
     return {
-        "bits_per_token": bits,
-        "bits_per_token_error": error_bits,
-        "bits_per_character": bits * per_character,
-        "bits_per_character_error": None if error_bits is None else error_bits * per_character,
-        "characters_per_token": data.characters_per_token,
-        "tokenizer": data.tokenizer.kind,
-        "sequences": loss["images"],
-        "length": data.length,
+        "bits_per_token": per_token,
+        "bits_per_token_error": error_per_token,
+        "bits_per_character": per_token * per_character,
+        "bits_per_character_error": None if error_per_token is None else error_per_token * per_character,
+    }
+
+
+def text_facts(text: TextSet, sequences: int) -> dict[str, Any]:
+    """What a bound is of."""
+    return {
+        "characters_per_token": text.characters_per_token,
+        "tokenizer": text.tokenizer.kind,
+        "sequences": sequences,
+        "length": text.length,
     }
 
 

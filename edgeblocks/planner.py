@@ -416,20 +416,30 @@ def _refusal(
 
 
 def inference_micro_batch(
-    costs: LayerCosts, machine: Machine, *, layers: Sequence[int], samples: int, budget_bytes: int, held_bytes: int
+    costs: LayerCosts,
+    machine: Machine,
+    *,
+    layers: Sequence[int],
+    samples: int,
+    budget_bytes: int,
+    held_bytes: int,
+    sample_bytes: int = 0,
+    residents: int = 1,
 ) -> int:
-    """The largest micro-batch for running the EMA weights of one block at a time inside the device's budget.
+    """The largest micro-batch for running the EMA weights of blocks inside the device's budget.
 
     Args:
         held_bytes: what the caller keeps beside the network (images, features); in the host's memory if there is one.
+        sample_bytes: the same for each sample of the micro-batch, as keys and values; a device has them for a moment.
+        residents: blocks that are in memory at a time.
 
     Raises:
         DoesNotFitError: one sample does not fit.
     """
     largest = max(layers)
-    fixed = machine.runtime_bytes + 4 * costs.parameters(largest) + SLACK_BYTES
+    fixed = machine.runtime_bytes + 4 * residents * costs.parameters(largest) + SLACK_BYTES
     for size in micro_batches(samples):
-        here = held_bytes if machine.host is None else size * costs.batch_bytes_per_sample
+        here = size * sample_bytes + (held_bytes if machine.host is None else size * costs.batch_bytes_per_sample)
         needed = fixed + here + _forward_bytes(costs, machine, largest, size)
         needed += int(SLACK_SHARE * (needed - machine.runtime_bytes))
         if machine.host is None:

@@ -24,7 +24,7 @@ from edgeblocks.plans import Machine, Plan, Wishes, micro_batches
 from edgeblocks.registry import build_family, build_target, family_type
 from edgeblocks.units import format_bytes, format_duration, parse_size
 
-GRID_SAMPLES = {"images": 40, "classes": 0, "text": 4, "continuation": 0}
+GRID_SAMPLES = {"images": 40, "classes": 0, "text": 4, "continuation": 4}
 """Samples made together during training, by what the family's chain makes."""
 DECODING_SLACK_BYTES = 12_000_000
 """Beside a picture: pieces of it on their way to the cache, code of Pillow's decoders."""

@@ -92,6 +92,11 @@ class Scheduler:
         if len(self._slots) == 1:
             self._wait(slot)
 
+    @property
+    def num_slots(self) -> int:
+        """Blocks that are in memory at a time."""
+        return len(self._slots)
+
     @contextmanager
     def ema_weights(self, block: int) -> Iterator[BlockBuffer]:
         """A buffer whose `ema` part is the block's, for looking at the network between visits.
@@ -162,20 +167,36 @@ class Scheduler:
 
 
 class EmaLoader:
-    """One buffer for the EMA weights of one block at a time: all that inference needs."""
+    """Buffers for the EMA weights of some blocks at a time, usually of one: all that inference needs."""
 
     PARTS: tuple[Part, ...] = ("ema",)
 
-    def __init__(self, store: BlockStore, *, host: HostTier | None = None) -> None:
-        """A loader for the processor's memory; or for a device's, where `host` moves these `PARTS`."""
+    def __init__(self, store: BlockStore, *, host: HostTier | None = None, slots: int = 1) -> None:
+        """A loader for the processor's memory; or for a device's, where `host` moves these `PARTS`.
+
+        Args:
+            slots: buffers; see `slot_of`.
+        """
         self._blocks = store if host is None else host
-        self._buffer = (store.buffer(self.PARTS) if host is None else host.buffer()).touched()
-        self._block: int | None = None
+        self._buffers = [(store.buffer(self.PARTS) if host is None else host.buffer()).touched() for _ in range(slots)]
+        self._held: list[int | None] = [None] * slots
 
     @contextmanager
     def ema_weights(self, block: int) -> Iterator[BlockBuffer]:
-        if self._block != block:
-            self._block = None
-            self._blocks.read(block, self._buffer)
-            self._block = block
-        yield self._buffer
+        slot = slot_of(block, len(self._buffers))
+        if self._held[slot] != block:
+            self._held[slot] = None
+            self._blocks.read(block, self._buffers[slot])
+            self._held[slot] = block
+        yield self._buffers[slot]
+
+
+def slot_of(block: int, slots: int) -> int:
+    """Where a block is put: the first ones stay, the others take turns in the last slot.
+
+    Blocks are asked for in turn, over and over; with the longest unused one giving way none would ever be there.
+
+    >>> [slot_of(block, 2) for block in range(4)]
+    [0, 1, 1, 1]
+    """
+    return min(block, slots - 1)

@@ -105,3 +105,23 @@ def token_scores(
         right[rows] = logits.argmax(1) == targets[rows]
         _, losses[rows] = _cross_entropy_(logits, targets[rows])
     return losses, right
+
+
+@torch.no_grad()
+def token_estimates(
+    x: Float[Tensor, "rows width"],
+    weight: Float[Tensor, "vocabulary width"],
+    bias: Float[Tensor, " vocabulary"],
+    targets: Int[Tensor, " rows"],
+    codes: Float[Tensor, "vocabulary code"],
+) -> tuple[Float[Tensor, "rows code"], Float[Tensor, " rows"]]:
+    """Each row's mean of the code-book's rows, weighted by the tokens' probabilities, and log p(target) in nats."""
+    denoised, log_shares = x.new_empty(len(x), codes.shape[1]), x.new_empty(len(x))
+    for rows, _, logits in _chunks(x, weight, bias, torch.ones_like(targets, dtype=torch.bool)):
+        highest = logits.amax(1, keepdim=True)
+        of_targets = logits.gather(1, targets[rows].unsqueeze(1)) - highest
+        weights = logits.sub_(highest).exp_()
+        sums = weights.sum(1, keepdim=True)
+        log_shares[rows] = (of_targets - sums.log()).squeeze(1)
+        denoised[rows] = weights @ codes / sums
+    return denoised, log_shares

@@ -7,13 +7,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgeblocks.data.tokenizer import Tokenizer
+from edgeblocks.drawing import GAP_PATTERN, drawing_problems, drawn_at
 from edgeblocks.errors import ConfigError
 from edgeblocks.randomness import seed_at
 
 DEFAULT_STEPS = 64
 MOST_STEPS = 10_000
-MOST_TEXTS = 100_000
-HIGHEST_TEMPERATURE = 100.0
 GAPS = ("_", "[MASK]")
 
 Logits = NDArray[np.float32]
@@ -26,16 +25,9 @@ def check_writing(*, n: int, steps: int, temperature: float) -> None:
     Raises:
         ConfigError: with all that is impossible.
     """
-    problems = []
-    if not 1 <= n <= MOST_TEXTS:
-        problems.append(f"--n {n}: 1 to {MOST_TEXTS} texts can be written at a time")
+    problems = drawing_problems(n=n, temperature=temperature)
     if not 1 <= steps <= MOST_STEPS:
         problems.append(f"--steps {steps}: 1 to {MOST_STEPS} steps are possible")
-    if not 0 <= temperature <= HIGHEST_TEMPERATURE:
-        problems.append(
-            f"--temperature {temperature}: 0 (the likeliest token) to {HIGHEST_TEMPERATURE:g} is possible; 1 draws as "
-            f"the network was trained"
-        )
     if problems:
         raise ConfigError(*problems)
 
@@ -52,9 +44,7 @@ def with_gaps(text: str | None, tokenizer: Tokenizer, *, length: int, mask: int)
     if text is None:
         return tokens, length
     pieces = [
-        np.array([mask]) if piece in GAPS else tokenizer.encode(piece)
-        for piece in re.split(r"(_|\[MASK\])", text)
-        if piece
+        np.array([mask]) if piece in GAPS else tokenizer.encode(piece) for piece in re.split(GAP_PATTERN, text) if piece
     ]
     given = np.concatenate(pieces) if pieces else np.empty(0, dtype=np.int64)
     if len(given) > length:
@@ -118,15 +108,12 @@ def unmask(
 
 
 def _drawn(logits: Logits, temperature: float, uniform: NDArray[np.float64]) -> Tokens:
-    """A token for each row of logits: where the sum of the probabilities so far exceeds a uniform number."""
+    """A token for each row of logits, by one uniform number each."""
     if temperature == 0:
         likeliest: Tokens = logits.argmax(axis=1)
         return likeliest
     scaled = (logits.astype(np.float64) - logits.max(axis=1, keepdims=True)) / temperature
-    sums = np.cumsum(np.exp(scaled), axis=1)
-    below: Tokens = (sums <= uniform[:, None] * sums[:, -1:]).sum(axis=1)
-    drawn: Tokens = np.minimum(below, logits.shape[1] - 1)
-    return drawn
+    return drawn_at(np.exp(scaled), uniform)
 
 
 def texts_as_file(texts: Sequence[str]) -> str:

@@ -34,38 +34,40 @@ class ExportedChain:
         RunError: not an exported directory, of another version, or damaged.
     """
 
+    keeps_all = False
+    """Whether blocks stay loaded beside each other; else one gives way to the next."""
+
     def __init__(self, directory: Path | str, *, manifest: Manifest | None = None) -> None:
         self.directory = Path(directory)
         self.manifest: Manifest = read_manifest(self.directory) if manifest is None else manifest
         self.partition = self.manifest.partition
         self.loads: list[int] = []
         """The blocks loaded, in order."""
-        self._session: Any = None
-        self._block: int | None = None
+        self._sessions: dict[int, Any] = {}
 
-    def run_graph(self, block: int, feed: dict[str, NDArray[Any]]) -> Values:
-        """One block's graph on a micro-batch, whichever noise levels it owns; it stays loaded."""
-        found: Values = self._load(block).run(None, feed)[0]
+    def run_graph(self, block: int, feed: dict[str, NDArray[Any]]) -> list[Values]:
+        """The outputs of one block's graph on a micro-batch, whichever noise levels it owns; it stays loaded."""
+        found: list[Values] = self._load(block).run(None, feed)
         return found
 
     def close(self) -> None:
-        """Release the loaded session."""
-        self._session = self._block = None
+        """Release what is loaded."""
+        self._sessions.clear()
 
     def _load(self, block: int) -> Any:
-        if self._block != block:
-            self.close()
+        if block not in self._sessions:
+            if not self.keeps_all:
+                self.close()
             path = checked_path(self.directory, self.manifest.files[block])
             try:
-                self._session = onnxruntime.InferenceSession(path, session_options(), ["CPUExecutionProvider"])
+                self._sessions[block] = onnxruntime.InferenceSession(path, session_options(), ["CPUExecutionProvider"])
             except Exception as error:  # onnxruntime's errors have no common base
                 raise RunError(
                     f"onnxruntime {onnxruntime.__version__} cannot load block {block} from {path}: {error}; the graph "
                     f"needs opset {self.manifest.opset}: try a newer onnxruntime"
                 ) from error
-            self._block = block
             self.loads.append(block)
-        return self._session
+        return self._sessions[block]
 
 
 class ImageChain(ExportedChain):
@@ -104,7 +106,7 @@ class ImageChain(ExportedChain):
         if condition is not None:
             assert self.manifest.condition_name is not None
             feed[self.manifest.condition_name] = condition
-        return self.run_graph(block, feed)
+        return self.run_graph(block, feed)[0]
 
 
 def session_options() -> Any:

@@ -84,6 +84,12 @@ class Fields:
             self.fail(name, "a list of finite numbers")
         return tuple(map(float, values))
 
+    def integers(self, name: str, *, least: int, most: int) -> tuple[int, ...]:
+        values = self._get(name)
+        if not isinstance(values, list) or not all(type(value) is int and least <= value <= most for value in values):
+            self.fail(name, f"a list of whole numbers from {least} to {most}")
+        return tuple(values)
+
     def inner(self, name: str) -> "Fields":
         return Fields(self._get(name), self._path(name))
 

@@ -29,14 +29,18 @@ import torch
 from torch import nn
 
 from edgeblocks import classification
-from edgeblocks.chain import BlockRunner
+from edgeblocks.chain import BlockRunner, token_chain
 from edgeblocks.checkpoint import RunDirectory
 from edgeblocks.durable import sync
 from edgeblocks.errors import ConfigError, RunError, StorageError
+from edgeblocks.export.comparison import NUM_OUTPUTS
 from edgeblocks.export.manifest import (
     FILE_NAME,
     TOKENIZER_FILE,
     BlockFile,
+    CacheShape,
+    ContinuationManifest,
+    ContinuerSettings,
     ImageManifest,
     Manifest,
     SamplerSettings,
@@ -47,8 +51,9 @@ from edgeblocks.export.manifest import (
     write_manifest,
 )
 from edgeblocks.export.opening import open_chain
-from edgeblocks.export.verify import NUM_OUTPUTS, Listener, verify_export
+from edgeblocks.export.verify import Listener, verify_export
 from edgeblocks.generators import generator_at
+from edgeblocks.noise import sampler_levels
 from edgeblocks.scheduler import EmaLoader
 from edgeblocks.units import format_bytes
 
@@ -111,20 +116,22 @@ def _describe(run: RunDirectory, files: tuple[BlockFile, ...], folder: Path) -> 
         "files": files,
     }
     if family.task == "text":
-        assert run.tokenizer is not None
-        definition = run.tokenizer.to_json()
-        if definition is not None:
-            with _synced(folder / TOKENIZER_FILE) as file:
-                file.write(definition.encode())
-        return TextManifest(
+        sampler = WriterSettings(steps=max(WriterSettings().steps, len(files)))
+        return TextManifest(**common, **_wording(run, folder), sampler=sampler)
+    if family.task == "continuation":
+        steps = max(ContinuerSettings().steps, len(files))
+        chain = token_chain(family, run.layers, run.partition, sampler_levels(run.partition, num_steps=steps))
+        return ContinuationManifest(
             **common,
-            vocabulary=run.data.vocabulary,
-            length=run.data.length,
-            tokenizer=run.tokenizer.kind,
-            tokenizer_sha256=None if definition is None else sha256_of(folder / TOKENIZER_FILE),
-            sampler=WriterSettings(steps=max(WriterSettings().steps, len(files))),
+            **_wording(run, folder),
+            code_width=family.settings.code_width,
+            caches=CacheShape(
+                per=chain.caches_per, num_caches=chain.num_caches, heads=chain.heads, head_width=chain.head_width
+            ),
+            noise=family.noise,
+            sampler=ContinuerSettings(steps=steps),
         )
-    sampler = SAMPLERS[family.task]
+    of_images = SAMPLERS[family.task]
     return ImageManifest(
         **common,
         image_shape=(run.data.channels, run.data.height, run.data.width),
@@ -133,8 +140,23 @@ def _describe(run: RunDirectory, files: tuple[BlockFile, ...], folder: Path) -> 
         sigma_data=family.sigma_data,
         class_names=run.class_names,
         noise=family.noise,
-        sampler=replace(sampler, steps=max(sampler.steps, len(files))),
+        sampler=replace(of_images, steps=max(of_images.steps, len(files))),
     )
+
+
+def _wording(run: RunDirectory, folder: Path) -> dict[str, Any]:
+    """A text's facts in a manifest; writes tokenizer.json where the tokenizer was trained."""
+    assert run.tokenizer is not None
+    definition = run.tokenizer.to_json()
+    if definition is not None:
+        with _synced(folder / TOKENIZER_FILE) as file:
+            file.write(definition.encode())
+    return {
+        "vocabulary": run.data.vocabulary,
+        "length": run.data.length,
+        "tokenizer": run.tokenizer.kind,
+        "tokenizer_sha256": None if definition is None else sha256_of(folder / TOKENIZER_FILE),
+    }
 
 
 def _write_blocks(
@@ -271,27 +293,60 @@ def _bytes_of(initializer: onnx.TensorProto, tensors: Tensors) -> np.ndarray:
 
 
 def _trace(network: nn.Module, family: Any) -> Any:
-    """The network as an ONNX program with inputs z, the noise level, what it sees beside them, and any batch size."""
-    of_text = family.task == "text"
-    z_type = torch.int64 if of_text else torch.float32
-    inputs = [torch.zeros(2, *family.state_shape, dtype=z_type), torch.ones(2)]
-    names = ["z", "t" if of_text else "sigma"]
-    if family.condition_spec is not None:
-        name, shape, dtype = family.condition_spec
-        inputs.append(torch.zeros(2, *shape, dtype=dtype))
-        names.append(name)
-    batch = torch.export.Dim("batch", min=1)
+    """The network as an ONNX program for any batch size, with the inputs and outputs of its family's task."""
+    signature = _continuation_signature(network, family) if family.task == "continuation" else _signature(family)
     with _quiet():
         return torch.onnx.export(
             network,
-            tuple(inputs),
+            tuple(tensor for tensor, _ in signature.inputs.values()),
             dynamo=True,
             opset_version=OPSET,
             verbose=False,
-            input_names=names,
-            output_names=["logits" if of_text else "denoised"],
-            dynamic_shapes=tuple({0: batch} for _ in inputs),
+            input_names=list(signature.inputs),
+            output_names=signature.outputs,
+            dynamic_shapes=tuple(dimensions for _, dimensions in signature.inputs.values()),
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Signature:
+    """What a graph takes and gives. Inputs by their name: an example, and which of its dimensions are free."""
+
+    inputs: dict[str, tuple[torch.Tensor, dict[int, Any]]]
+    outputs: list[str]
+
+
+def _signature(family: Any) -> Signature:
+    """z, the noise level, and what a block sees beside them."""
+    of_text = family.task == "text"
+    examples = {
+        "z": torch.zeros(2, *family.state_shape, dtype=torch.int64 if of_text else torch.float32),
+        "t" if of_text else "sigma": torch.ones(2),
+    }
+    if family.condition_spec is not None:
+        name, shape, dtype = family.condition_spec
+        examples[name] = torch.zeros(2, *shape, dtype=dtype)
+    batch = torch.export.Dim("batch", min=1)
+    return Signature(
+        inputs={name: (example, {0: batch}) for name, example in examples.items()},
+        outputs=["logits" if of_text else "denoised"],
+    )
+
+
+def _continuation_signature(network: nn.Module, family: Any) -> Signature:
+    """Any number of positions, behind any number of others (none, too) whose keys and values are `past`."""
+    num_caches = family.num_caches(len(network.get_submodule("layers")))  # type: ignore[arg-type]  # a ModuleList
+    code_width, heads = family.settings.code_width, family.settings.heads
+    batch, new, before = (torch.export.Dim(name, min=least) for name, least in (("batch", 1), ("n", 1), ("past", 0)))
+    return Signature(
+        inputs={
+            "z": (torch.zeros(2, 3, code_width), {0: batch, 1: new}),
+            "sigma": (torch.ones(2), {0: batch}),
+            "tokens": (torch.zeros(2, 3, dtype=torch.int64), {0: batch, 1: new}),
+            "past": (torch.zeros(num_caches, 2, heads, 5, family.head_width), {1: batch, 3: before}),
+        },
+        outputs=["logits", "present"],
+    )
 
 
 @contextmanager

@@ -11,18 +11,21 @@ import math
 import os
 import stat
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
-from edgeblocks import unmasking
-from edgeblocks.bounds import LONGEST_SEQUENCE, MOST_NOISE, MOST_TOKENS
+from edgeblocks import generation, unmasking
+from edgeblocks.bounds import LONGEST_SEQUENCE, MOST_LAYERS, MOST_NOISE, MOST_TOKENS
 from edgeblocks.data.limits import LONGEST_SIDE, MOST_CHANNELS, MOST_CLASSES, MOST_PIXELS
 from edgeblocks.data.tokenizer import Kind
+from edgeblocks.drawing import HIGHEST_TEMPERATURE
 from edgeblocks.errors import ConfigError, RunError
 from edgeblocks.export.fields import Fields, MalformedError
+from edgeblocks.generation import CachesPer
 from edgeblocks.noise import (
     LevelDistribution,
     MaskingSchedule,
@@ -44,8 +47,12 @@ MOST_STEPS = 10_000
 MOST_NOISES = 1000
 MOST_BLOCKS = 2**12
 MOST_OPSET = 1000
-Task = Literal["images", "classes", "text"]
-_TASKS: dict[str, Task] = {"images": "images", "classes": "classes", "text": "text"}
+MOST_CODE_WIDTH = 2**12
+MOST_HEADS = 2**12
+MOST_HEAD_WIDTH = 2**20
+Task = Literal["images", "classes", "text", "continuation"]
+_TASKS: dict[str, Task] = {"images": "images", "classes": "classes", "text": "text", "continuation": "continuation"}
+_CACHES_PER: dict[str, CachesPer] = {"block": "block", "step": "step"}
 _TOKENIZERS: dict[str, Kind] = {"chars": "chars", "bytes": "bytes", "bpe": "bpe"}
 _SOLVERS: dict[str, Solver] = {"euler": "euler", "heun": "heun"}
 _CHUNK_BYTES = 2**20
@@ -104,10 +111,34 @@ class WriterSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ContinuerSettings:
+    """How a chain that writes token by token is run unless the caller says otherwise."""
+
+    steps: int = generation.DEFAULT_STEPS
+    temperature: float = 1.0
+    top_p: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheShape:
+    """Keys and values that the graphs take and give, [num_caches, b, heads, positions, head_width].
+
+    per: whether noise levels share those of their `block`, or each `step` of the chain has its own.
+    num_caches: of each block.
+    """
+
+    per: CachesPer
+    num_caches: tuple[int, ...]
+    heads: int
+    head_width: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class Manifest(ABC):
     """An exported chain of blocks.
 
-    task: what the chain makes: `images`, the probabilities of an image's `classes`, or `text`.
+    task: what the chain makes: `images`, the probabilities of an image's `classes`, `text` by filling gaps, or the
+        `continuation` of a text.
     boundaries: block b owns the noise levels [boundaries[b+1], boundaries[b]).
     verified: None only while the directory is being written.
     """
@@ -217,8 +248,8 @@ class ImageManifest(Manifest):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TextManifest(Manifest):
-    """A chain that writes text by unmasking. A graph takes tokens int64 [b, length], the mask being `vocabulary`.
+class WordedManifest(Manifest):
+    """A chain that makes text.
 
     tokenizer_sha256: of tokenizer.json, which is there exactly for a bpe.
     """
@@ -227,6 +258,20 @@ class TextManifest(Manifest):
     length: int
     tokenizer: Kind
     tokenizer_sha256: str | None
+
+    def own_json(self) -> dict[str, Any]:
+        return {
+            "vocabulary": self.vocabulary,
+            "length": self.length,
+            "tokenizer": self.tokenizer,
+            "tokenizer_sha256": self.tokenizer_sha256,
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextManifest(WordedManifest):
+    """A chain that writes text by unmasking. A graph takes tokens int64 [b, length], the mask being `vocabulary`."""
+
     sampler: WriterSettings
 
     @property
@@ -243,13 +288,47 @@ class TextManifest(Manifest):
         return [{"t": t, "block": partition.block_of(t)} for t in middles]
 
     def own_json(self) -> dict[str, Any]:
+        return {**super().own_json(), "sampler": asdict(self.sampler)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ContinuationManifest(WordedManifest):
+    """A chain that writes text token by token.
+
+    A graph takes noised codes z [b, n, code_width], sigma [b], the token before each position int64 [b, n] (at the
+    beginning the id `vocabulary`), and the keys and values of the positions before; it gives logits and the positions'
+    own keys and values. The codes are those of `codebook.code_rows`.
+    """
+
+    code_width: int
+    caches: CacheShape
+    noise: NoiseDistribution
+    sampler: ContinuerSettings
+
+    @property
+    def distribution(self) -> NoiseDistribution:
+        return self.noise
+
+    @property
+    def default_steps(self) -> int:
+        return self.sampler.steps
+
+    def levels(self) -> list[dict[str, Any]]:
+        partition = self.partition
+        levels = sampler_levels(partition, num_steps=self.sampler.steps)
+        return [{"sigma": sigma, "block": partition.block_of(sigma)} for sigma in levels]
+
+    def own_json(self) -> dict[str, Any]:
         return {
-            "vocabulary": self.vocabulary,
-            "length": self.length,
-            "tokenizer": self.tokenizer,
-            "tokenizer_sha256": self.tokenizer_sha256,
+            **super().own_json(),
+            "code_width": self.code_width,
+            "caches": {**asdict(self.caches), "num_caches": list(self.caches.num_caches)},
+            "noise": asdict(self.noise),
             "sampler": asdict(self.sampler),
         }
+
+
+AnyManifest = ImageManifest | TextManifest | ContinuationManifest
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
@@ -265,7 +344,7 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
         os.fsync(file.fileno())
 
 
-def read_manifest(folder: Path) -> ImageManifest | TextManifest:
+def read_manifest(folder: Path) -> AnyManifest:
     """The manifest of an exported directory, checked; the block files are only looked at when they are used.
 
     Raises:
@@ -360,10 +439,10 @@ def sha256_of(path: Path) -> str:
 _AGAIN = "copy the directory again from where it was written, or export the run again"
 
 
-def _manifest(fields: Fields) -> ImageManifest | TextManifest:
+def _manifest(fields: Fields) -> AnyManifest:
     task = _TASKS.get(fields.text("task"))
     if task is None:
-        fields.fail("task", "'images', 'classes' or 'text'")
+        fields.fail("task", "'images', 'classes', 'text' or 'continuation'")
     common: dict[str, Any] = {
         "edgeblocks": fields.text("edgeblocks"),
         "family": fields.text("family"),
@@ -373,7 +452,11 @@ def _manifest(fields: Fields) -> ImageManifest | TextManifest:
         "files": tuple(_block_file(inner, block) for block, inner in enumerate(fields.inners("files"))),
         "verified": _verified(fields.inner("verified")),
     }
-    manifest = _text_manifest(fields, common) if task == "text" else _image_manifest(fields, common)
+    readers: dict[str, Callable[[Fields, dict[str, Any]], AnyManifest]] = {
+        "text": _text_manifest,
+        "continuation": _continuation_manifest,
+    }
+    manifest = readers.get(task, _image_manifest)(fields, common)
     _check_routing(fields, manifest)
     names = [name for file in manifest.files for name in file.names]
     if len(set(names)) != len(names):
@@ -409,22 +492,65 @@ def _image_manifest(fields: Fields, common: dict[str, Any]) -> ImageManifest:
     return manifest
 
 
-def _text_manifest(fields: Fields, common: dict[str, Any]) -> TextManifest:
+def _worded(fields: Fields, common: dict[str, Any]) -> dict[str, Any]:
+    """What all manifests of text have."""
     tokenizer = _TOKENIZERS.get(fields.text("tokenizer"))
     if tokenizer is None:
         fields.fail("tokenizer", f"one of {', '.join(_TOKENIZERS)}")
     if fields.absent("tokenizer_sha256") != (tokenizer != "bpe"):
         fields.fail("tokenizer_sha256", "given exactly for a bpe")
+    return {
+        **common,
+        "vocabulary": fields.integer("vocabulary", least=2, most=MOST_TOKENS),
+        "length": fields.integer("length", least=1, most=LONGEST_SEQUENCE),
+        "tokenizer": tokenizer,
+        "tokenizer_sha256": None if tokenizer != "bpe" else fields.sha256("tokenizer_sha256"),
+    }
+
+
+def _text_manifest(fields: Fields, common: dict[str, Any]) -> TextManifest:
     sampler = fields.inner("sampler")
     return TextManifest(
-        **common,
-        vocabulary=fields.integer("vocabulary", least=2, most=MOST_TOKENS),
-        length=fields.integer("length", least=1, most=LONGEST_SEQUENCE),
-        tokenizer=tokenizer,
-        tokenizer_sha256=None if tokenizer != "bpe" else fields.sha256("tokenizer_sha256"),
+        **_worded(fields, common),
         sampler=WriterSettings(
             steps=sampler.integer("steps", least=1, most=MOST_STEPS), temperature=sampler.not_negative("temperature")
         ),
+    )
+
+
+def _continuation_manifest(fields: Fields, common: dict[str, Any]) -> ContinuationManifest:
+    sampler = fields.inner("sampler")
+    manifest = ContinuationManifest(
+        **_worded(fields, common),
+        code_width=fields.integer("code_width", least=8, most=MOST_CODE_WIDTH),
+        caches=_caches(fields.inner("caches")),
+        noise=_noise(fields.inner("noise")),
+        sampler=ContinuerSettings(
+            steps=sampler.integer("steps", least=1, most=generation.MOST_STEPS),
+            temperature=sampler.not_negative("temperature"),
+            top_p=sampler.positive("top_p"),
+        ),
+    )
+    if manifest.code_width % 8:
+        fields.fail("code_width", "divisible by 8")
+    if manifest.sampler.temperature > HIGHEST_TEMPERATURE:
+        sampler.fail("temperature", f"at most {HIGHEST_TEMPERATURE:g}")
+    if manifest.sampler.top_p > 1:
+        sampler.fail("top_p", "at most 1")
+    if len(manifest.caches.num_caches) != len(manifest.files):
+        fields.inner("caches").fail("num_caches", f"a number for each of the {len(manifest.files)} blocks")
+    return manifest
+
+
+def _caches(fields: Fields) -> CacheShape:
+    per = _CACHES_PER.get(fields.text("per"))
+    if per is None:
+        fields.fail("per", "'block' or 'step'")
+    return CacheShape(
+        per=per,
+        num_caches=fields.integers("num_caches", least=1, most=2 * MOST_LAYERS),
+        heads=fields.integer("heads", least=1, most=MOST_HEADS),
+        head_width=fields.integer("head_width", least=1, most=MOST_HEAD_WIDTH),
     )
 
 

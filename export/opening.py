@@ -1,4 +1,4 @@
-"""An exported directory as what it is: a sampler of images, a classifier of them, or a writer of text."""
+"""An exported directory as what it is: a sampler of images, a classifier of them, or one of two writers of text."""
 
 from pathlib import Path
 
@@ -16,9 +16,15 @@ def open_chain(directory: Path | str, *, manifest: Manifest | None = None) -> Ex
         RunError: not an exported directory, of another version, or damaged.
     """
     from edgeblocks.export.classifier import Classifier
+    from edgeblocks.export.continuer import Continuer
     from edgeblocks.export.sampler import Sampler
     from edgeblocks.export.writer import Writer
 
     manifest = read_manifest(Path(directory)) if manifest is None else manifest
-    kinds: dict[str, type[ExportedChain]] = {"images": Sampler, "classes": Classifier, "text": Writer}
+    kinds: dict[str, type[ExportedChain]] = {
+        "images": Sampler,
+        "classes": Classifier,
+        "text": Writer,
+        "continuation": Continuer,
+    }
     return kinds[manifest.task](directory, manifest=manifest)

@@ -15,15 +15,19 @@ from edgeblocks.chain import BlockRunner, class_labels, guided
 from edgeblocks.checkpoint import RunDirectory
 from edgeblocks.classification import classify
 from edgeblocks.data.dataset import DataSet
-from edgeblocks.errors import ConfigError, DataError, EdgeblocksError, RunError, StorageError
+from edgeblocks.drawing import softmax
+from edgeblocks.errors import ConfigError, DataError, EdgeblocksError, StorageError
+from edgeblocks.export import continuation
 from edgeblocks.export.chain import Condition, ExportedChain, ImageChain, Values
 from edgeblocks.export.classifier import Classifier
+from edgeblocks.export.comparison import BATCH, NUM_OUTPUTS, check_finite, largest_difference, levels_of
+from edgeblocks.export.continuer import Continuer
 from edgeblocks.export.manifest import Verified
 from edgeblocks.export.sampler import Sampler
 from edgeblocks.export.writer import Writer
 from edgeblocks.families.base import Level
 from edgeblocks.generators import generator_at
-from edgeblocks.noise import NoiseRange, sampler_levels, unmasking_steps
+from edgeblocks.noise import sampler_levels, unmasking_steps
 from edgeblocks.pictures import to_uint8
 from edgeblocks.preparation import data_of
 from edgeblocks.randomness import start_noise
@@ -32,13 +36,12 @@ from edgeblocks.unmasking import unmask
 
 BLOCK_LIMIT = 1e-4
 OUTPUT_LIMIT = 1e-3
-NUM_OUTPUTS = 8
 _WORDS = {
     "images": ("final images", "pixels"),
     "classes": ("probabilities", "answers"),
     "text": ("probabilities along the chain", "tokens"),
+    "continuation": ("probabilities along the chain", "tokens"),
 }
-_BATCH = 5
 _MOST_LABELS = 25
 
 
@@ -92,8 +95,8 @@ def verify_export(
     data_set = _real_data(run, listener)
     block_error = 0.0
     for block in range(len(run.layers)):
-        error, case = block_difference(run, runner, chain, data_set, block)
-        _enforce(f"block {block}", error, block_limit, f"{case.what}, batch {len(case.z)}")
+        error, where = block_difference(run, runner, chain, data_set, block)
+        _enforce(f"block {block}", error, block_limit, where)
         block_error = max(block_error, error)
         listener.advance(block + 1, total, "verifying")
     what, same = _WORDS[chain.manifest.task]
@@ -117,8 +120,10 @@ def verify_export(
 
 def block_difference(
     run: RunDirectory, runner: BlockRunner, chain: ExportedChain, data_set: DataSet | None, block: int
-) -> tuple[float, Case]:
+) -> tuple[float, str]:
     """The largest difference of a block's output between torch and onnxruntime, and the input that shows it."""
+    if isinstance(chain, Continuer):
+        return continuation.block_difference(run, runner, chain, data_set, block)
     network = runner.network(block)
     worst, worst_case = -1.0, None
     cases = text_cases if isinstance(chain, Writer) else block_cases
@@ -133,12 +138,12 @@ def block_difference(
                 condition = None if case.condition is None else torch.from_numpy(case.condition)
                 expected = network(*seen, condition).numpy()
                 found = chain.run_block(block, case.z, case.sigma, case.condition)
-        _check_finite(expected, f"block {block}")
-        difference = _largest_difference(found, expected)
+        check_finite(expected, f"block {block}")
+        difference = largest_difference(found, expected)
         if difference > worst:
             worst, worst_case = difference, case
     assert worst_case is not None
-    return worst, worst_case
+    return worst, f"{worst_case.what}, batch {len(worst_case.z)}"
 
 
 def block_cases(run: RunDirectory, data_set: DataSet | None, block: int) -> Iterator[Case]:
@@ -147,7 +152,7 @@ def block_cases(run: RunDirectory, data_set: DataSet | None, block: int) -> Iter
     Where a block is given class numbers, these are all of them, or 25 spread over them, and always "no class".
     """
     owned, family = run.partition.ranges[block], run.family()
-    levels = _levels(owned)
+    levels = levels_of(owned)
     random = np.random.default_rng([run.settings.run.seed, block])
     labels = _shown_labels(run.data.num_classes) if family.task == "images" else None
 
@@ -165,13 +170,13 @@ def block_cases(run: RunDirectory, data_set: DataSet | None, block: int) -> Iter
         one = levels[index : index + 1]
         label = None if labels is None else labels[-1 - index % len(labels) :][:1]
         yield Case(what=f"random input at sigma {sigma:.4g}", z=noised(one), sigma=one, condition=condition(label, 1))
-    for start in range(0, 1 if labels is None else len(labels), _BATCH):
-        some = None if labels is None else np.resize(labels[start : start + _BATCH], _BATCH)
+    for start in range(0, 1 if labels is None else len(labels), BATCH):
+        some = None if labels is None else np.resize(labels[start : start + BATCH], BATCH)
         what = f"random inputs at sigma {owned.low:.4g} to {owned.high:.4g}"
-        yield Case(what=what, z=noised(levels), sigma=levels, condition=condition(some, _BATCH))
+        yield Case(what=what, z=noised(levels), sigma=levels, condition=condition(some, BATCH))
     if data_set is None:
         return
-    examples, classes = data_set.gather(data_set.evaluation_indices(_BATCH))
+    examples, classes = data_set.gather(data_set.evaluation_indices(BATCH))
     for index, sigma in enumerate(levels):
         batch = family.at_level(
             examples, classes, Level.at(float(sigma)), generator_at(run.settings.run.seed, "verify", block, index)
@@ -184,17 +189,17 @@ def block_cases(run: RunDirectory, data_set: DataSet | None, block: int) -> Iter
 def text_cases(run: RunDirectory, data_set: DataSet | None, block: int) -> Iterator[Case]:
     """Tokens over the whole range of times of a block with both its ends, random ones and those of the run's text."""
     family, data = run.family(), run.data
-    levels = _levels(run.partition.ranges[block])
+    levels = levels_of(run.partition.ranges[block])
     random = np.random.default_rng([run.settings.run.seed, block])
 
     def masked(tokens: NDArray[np.int64], t: Values) -> NDArray[np.int64]:
         hidden = random.random(tokens.shape) < t[:, None]
         return np.where(hidden, family.mask, tokens)
 
-    texts = {"random tokens": random.integers(0, data.vocabulary, (_BATCH, data.length))}
+    texts = {"random tokens": random.integers(0, data.vocabulary, (BATCH, data.length))}
     if data_set is not None:
-        examples = data_set.gather(data_set.evaluation_indices(_BATCH))[0]
-        texts["real text"] = np.resize(examples, (_BATCH, data.length))
+        examples = data_set.gather(data_set.evaluation_indices(BATCH))[0]
+        texts["real text"] = np.resize(examples, (BATCH, data.length))
     for what, tokens in texts.items():
         for index, t in enumerate(levels):
             one = slice(index, index + 1)
@@ -205,13 +210,6 @@ def text_cases(run: RunDirectory, data_set: DataSet | None, block: int) -> Itera
         yield Case(what=whole, z=masked(tokens, levels), sigma=levels, condition=None)
 
 
-def softmax(logits: Values) -> Values:
-    """Probabilities along the last axis."""
-    exponentials = np.exp(logits - logits.max(axis=-1, keepdims=True))
-    found: Values = exponentials / exponentials.sum(axis=-1, keepdims=True)
-    return found
-
-
 def output_difference(
     run: RunDirectory, runner: BlockRunner, chain: ExportedChain, data_set: DataSet | None
 ) -> tuple[float, float]:
@@ -220,6 +218,8 @@ def output_difference(
         return _class_difference(run, runner, chain, data_set)
     if isinstance(chain, Writer):
         return _text_difference(run, runner, chain)
+    if isinstance(chain, Continuer):
+        return continuation.text_difference(run, runner, chain, data_set)
     assert isinstance(chain, Sampler)
     return _image_difference(run, runner, chain)
 
@@ -243,9 +243,9 @@ def _class_difference(
         noises=settings.noises,
         seed=0,
     )
-    _check_finite(expected, "the chain")
+    check_finite(expected, "the chain")
     found = classifier.classify(pixels, micro_batch=runner.micro_batch)
-    difference = _largest_difference(found, expected)
+    difference = largest_difference(found, expected)
     if not np.isfinite(difference):
         return difference, 0.0
     return difference, float((found.argmax(1) == expected.argmax(1)).mean())
@@ -259,9 +259,9 @@ def _text_difference(run: RunDirectory, runner: BlockRunner, writer: Writer) -> 
     def both(tokens: NDArray[np.int64], t: float, wanted: NDArray[np.bool_]) -> Values:
         nonlocal worst
         expected = runner.logits(tokens, t, wanted)
-        _check_finite(expected, "the chain")
+        check_finite(expected, "the chain")
         found = writer.logits(tokens, t, wanted)
-        worst = max(worst, _largest_difference(softmax(found), softmax(expected)))
+        worst = max(worst, largest_difference(softmax(found), softmax(expected)))
         return expected
 
     expected = unmask(
@@ -287,7 +287,7 @@ def _image_difference(run: RunDirectory, runner: BlockRunner, sampler: Sampler) 
         sampler_levels(run.partition, num_steps=settings.steps),
         solver=settings.solver,
     ).numpy()
-    _check_finite(expected, "the chain")
+    check_finite(expected, "the chain")
     found = sampler.sample_model_space(
         NUM_OUTPUTS,
         steps=settings.steps,
@@ -295,7 +295,7 @@ def _image_difference(run: RunDirectory, runner: BlockRunner, sampler: Sampler) 
         guidance=settings.guidance,
         micro_batch=runner.micro_batch,
     )
-    difference = _largest_difference(found, expected)
+    difference = largest_difference(found, expected)
     if not np.isfinite(difference):
         return difference, 0.0
     pixels = [to_uint8(x, mean=data.mean, scale=data.scale) for x in (found, expected)]
@@ -315,35 +315,11 @@ def _real_data(run: RunDirectory, listener: Listener) -> DataSet | None:
     return data_set
 
 
-def _levels(owned: NoiseRange) -> Values:
-    """Five noise levels of a block from its lower end to its upper end, geometrically where that is not 0."""
-    spaced = np.geomspace if owned.low > 0 else np.linspace
-    levels: Values = spaced(owned.low, owned.high, _BATCH).astype(np.float32)
-    return levels
-
-
 def _shown_labels(num_classes: int) -> Labels | None:
     """Classes to show, ascending, the last one being "no class"."""
     if num_classes == 0:
         return None
     return np.unique(np.linspace(0, num_classes, min(num_classes + 1, _MOST_LABELS)).round().astype(np.int64))
-
-
-def _largest_difference(found: Values, expected: Values) -> float:
-    """The largest absolute difference; infinite when a shape or dtype differs or a value is not a number."""
-    if found.shape != expected.shape or found.dtype != expected.dtype:
-        return float("inf")
-    difference = float(np.abs(found - expected).max())
-    return difference if np.isfinite(difference) else float("inf")
-
-
-def _check_finite(expected: Values, what: str) -> None:
-    if not np.isfinite(expected).all():
-        raise RunError(
-            f"{what} of the run gives values that are not finite numbers in torch itself, so there is nothing to "
-            f"export: its training diverged; look at the loss in metrics.jsonl and train again with a lower "
-            f"--set learning_rate"
-        )
 
 
 def _enforce(what: str, difference: float, limit: float, where: str) -> None:

@@ -1,18 +1,16 @@
 """Text from an exported directory: numpy and onnxruntime, no torch."""
 
-import hashlib
 from collections.abc import Callable
 
 import numpy as np
 from numpy.typing import NDArray
 
-from edgeblocks.data.tokenizer import MOST_DEFINITION_BYTES, Tokenizer, build_tokenizer
-from edgeblocks.errors import RunError
+from edgeblocks.drawing import check_options
 from edgeblocks.export.chain import DEFAULT_MICRO_BATCH, ExportedChain, Values
-from edgeblocks.export.manifest import TOKENIZER_FILE, TextManifest
+from edgeblocks.export.manifest import TextManifest
+from edgeblocks.export.wording import exported_tokenizer
 from edgeblocks.noise import unmasking_steps
 from edgeblocks.unmasking import check_writing, unmask, with_gaps
-from edgeblocks.untrusted import MalformedFileError, read_text
 
 
 class Writer(ExportedChain):
@@ -27,6 +25,8 @@ class Writer(ExportedChain):
         steps: int | None = None,
         temperature: float | None = None,
         fill: str | None = None,
+        prompt: str | None = None,
+        top_p: float | None = None,
         seed: int = 0,
         micro_batch: int | None = None,
         on_step: Callable[[int], None] | None = None,
@@ -37,15 +37,17 @@ class Writer(ExportedChain):
             steps: of unmasking, at least one a block; None: as the manifest says.
             temperature: 1 draws as the network was trained, 0 takes the likeliest token; None: as the manifest says.
             fill: a text in which each missing token is written `_` or `[MASK]`.
+            prompt, top_p: refused; they belong to networks that write token by token.
 
         Raises:
             ConfigError: an impossible argument.
             RunError: a file is missing or damaged.
         """
+        check_options(self.manifest.task, fill=fill, prompt=prompt, top_p=top_p)
         tokens, given = self.write_tokens(
             n, steps=steps, temperature=temperature, fill=fill, seed=seed, micro_batch=micro_batch, on_step=on_step
         )
-        tokenizer = self.tokenizer()
+        tokenizer = exported_tokenizer(self.directory, self.manifest)
         return [tokenizer.decode(row[:given]) for row in tokens]
 
     def write_tokens(
@@ -66,7 +68,7 @@ class Writer(ExportedChain):
         check_writing(n=n, steps=steps, temperature=temperature)
         intervals = unmasking_steps(self.partition, num_steps=steps)
         mask = manifest.vocabulary
-        start, given = with_gaps(fill, self.tokenizer(), length=manifest.length, mask=mask)
+        start, given = with_gaps(fill, exported_tokenizer(self.directory, manifest), length=manifest.length, mask=mask)
         try:
             tokens = unmask(
                 self.logits,
@@ -89,21 +91,4 @@ class Writer(ExportedChain):
 
     def run_block(self, block: int, tokens: NDArray[np.int64], t: Values) -> Values:
         """One block's logits [b, length, vocabulary], whichever times it owns."""
-        return self.run_graph(block, {"z": tokens, "t": t})
-
-    def tokenizer(self) -> Tokenizer:
-        """How text becomes tokens.
-
-        Raises:
-            RunError: its file is missing or damaged.
-        """
-        definition = None
-        if self.manifest.tokenizer_sha256 is not None:
-            path = self.directory / TOKENIZER_FILE
-            try:
-                definition = read_text(path, most_bytes=MOST_DEFINITION_BYTES)
-            except (OSError, MalformedFileError) as error:
-                raise RunError(f"cannot read {path}: {error}; copy the directory again, or export again") from error
-            if hashlib.sha256(definition.encode()).hexdigest() != self.manifest.tokenizer_sha256:
-                raise RunError(f"{path} does not match its checksum; copy the directory again, or export again")
-        return build_tokenizer(self.manifest.tokenizer, definition)
+        return self.run_graph(block, {"z": tokens, "t": t})[0]

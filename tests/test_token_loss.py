@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from edgeblocks import token_loss
-from edgeblocks.token_loss import chunk_rows, token_losses, token_scores
+from edgeblocks.token_loss import chunk_rows, token_estimates, token_losses, token_scores
 
 WIDTH, VOCABULARY = 6, 11
 
@@ -126,3 +126,16 @@ def test_no_tensor_is_larger_than_a_chunk():
     with Largest() as largest:
         token_losses(x, weight, bias, targets, everywhere(targets)).sum().backward()
     assert largest.num_bytes == chunk_rows(50_000) * 50_000 * 4 <= 16 * 2**20
+
+
+@pytest.mark.parametrize("rows", [1, 5, 17])
+def test_estimates_are_those_of_all_logits(monkeypatch, rows):
+    """Oracle: softmax of all logits times the code-book, and its logarithm at the target; over several chunks."""
+    monkeypatch.setattr(token_loss, "MOST_CHUNK_ROWS", 5)
+    x, weight, bias, targets, _ = problem(rows)
+    codes = torch.randn(VOCABULARY, 3, generator=torch.Generator().manual_seed(2))
+    denoised, log_shares = token_estimates(x, weight, bias, targets, codes)
+    expected = F.linear(x, weight, bias).log_softmax(1)
+    torch.testing.assert_close(denoised, expected.exp() @ codes)
+    torch.testing.assert_close(log_shares, expected.gather(1, targets.unsqueeze(1)).squeeze(1))
+    assert not denoised.requires_grad

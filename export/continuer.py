@@ -1,0 +1,119 @@
+"""Text that an exported directory writes token by token: numpy and onnxruntime, no torch."""
+
+from collections.abc import Callable
+
+from edgeblocks.codebook import code_rows
+from edgeblocks.drawing import Tokens, Values, check_options
+from edgeblocks.export.chain import DEFAULT_MICRO_BATCH, ExportedChain
+from edgeblocks.export.manifest import ContinuationManifest
+from edgeblocks.export.wording import exported_tokenizer
+from edgeblocks.generation import TokenChain, check_continuing, check_prompt, write_texts
+from edgeblocks.noise import sampler_levels
+
+
+class Continuer(ExportedChain):
+    """An exported chain that writes text token by token. Every token runs all blocks, so all stay loaded."""
+
+    manifest: ContinuationManifest
+    keeps_all = True
+
+    def write(
+        self,
+        n: int,
+        *,
+        steps: int | None = None,
+        temperature: float | None = None,
+        prompt: str | None = None,
+        top_p: float | None = None,
+        fill: str | None = None,
+        seed: int = 0,
+        micro_batch: int | None = None,
+        on_token: Callable[[int, int], None] | None = None,
+    ) -> list[str]:
+        """Texts as long as those that the network was trained on, which begin with `prompt`.
+
+        Args:
+            steps: noise levels of each token's chain, at least one a block; None: as the manifest says.
+            temperature: 1 draws as the network was trained, 0 takes the likeliest token; None: as the manifest says.
+            top_p: draw from the smallest set of the likeliest tokens with this probability; None: as the manifest says.
+            fill: refused; it belongs to networks that fill gaps.
+            on_token: called with the tokens written, and how many there will be.
+
+        Raises:
+            ConfigError: an impossible argument.
+            RunError: a file is missing or damaged.
+        """
+        check_options(self.manifest.task, fill=fill, prompt=prompt, top_p=top_p)
+        tokenizer = exported_tokenizer(self.directory, self.manifest)
+        tokens = self.write_tokens(
+            n,
+            tokenizer.encode(prompt or ""),
+            steps=steps,
+            temperature=temperature,
+            top_p=top_p,
+            seed=seed,
+            micro_batch=micro_batch,
+            on_token=on_token,
+        )
+        return [tokenizer.decode(row) for row in tokens]
+
+    def write_tokens(
+        self,
+        n: int,
+        prompt: Tokens,
+        *,
+        steps: int | None = None,
+        temperature: float | None = None,
+        top_p: float | None = None,
+        length: int | None = None,
+        seed: int = 0,
+        micro_batch: int | None = None,
+        on_token: Callable[[int, int], None] | None = None,
+    ) -> Tokens:
+        """As `write`, before the tokens become text: [n, length]; None is the length of the training's texts."""
+        settings = self.manifest.sampler
+        steps = settings.steps if steps is None else steps
+        temperature = settings.temperature if temperature is None else temperature
+        top_p = settings.top_p if top_p is None else top_p
+        check_continuing(n=n, steps=steps, temperature=temperature, top_p=top_p)
+        chain = self.token_chain(steps, length=length)
+        check_prompt(prompt, length=chain.length)
+        try:
+            return write_texts(
+                self.continued,
+                chain,
+                prompt=prompt,
+                n=n,
+                together=DEFAULT_MICRO_BATCH if micro_batch is None else micro_batch,
+                temperature=temperature,
+                top_p=top_p,
+                seed=seed,
+                on_token=on_token,
+            )
+        finally:
+            self.close()
+
+    def token_chain(self, steps: int, *, length: int | None = None) -> TokenChain:
+        """How a token is written, over `steps` noise levels."""
+        manifest = self.manifest
+        levels = sampler_levels(self.partition, num_steps=steps)
+        return TokenChain(
+            codes=code_rows(manifest.vocabulary, manifest.code_width),
+            length=manifest.length if length is None else length,
+            levels=levels,
+            blocks=tuple(self.partition.block_of(sigma) for sigma in levels),
+            caches_per=manifest.caches.per,
+            num_caches=manifest.caches.num_caches,
+            heads=manifest.caches.heads,
+            head_width=manifest.caches.head_width,
+        )
+
+    def continued(self, block: int, z: Values, sigma: Values, inputs: Tokens, past: Values) -> tuple[Values, Values]:
+        """A `generation.Network`: logits of the last position, and keys and values of all."""
+        logits, present = self.run_block(block, z, sigma, inputs, past)
+        return logits[:, -1], present
+
+    def run_block(self, block: int, z: Values, sigma: Values, inputs: Tokens, past: Values) -> tuple[Values, Values]:
+        """One block's logits [b, n, vocabulary] and keys and values, whichever noise levels it owns."""
+        logits, present = self.run_graph(block, {"z": z, "sigma": sigma, "tokens": inputs, "past": past})
+        return logits, present
