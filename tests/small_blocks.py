@@ -1,6 +1,5 @@
 """A small block, buffers filled with random bytes, and a store for them."""
 
-
 import torch
 from torch import nn
 

@@ -1,6 +1,5 @@
 """Parameters as views of a buffer."""
 
-
 import torch
 from small_blocks import Small, filled_buffer, layout_of
 

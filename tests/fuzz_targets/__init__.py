@@ -1,7 +1,7 @@
 """What is fuzzed: for each kind of file a `Reader`, which writes a mutated one and has it read as a user would."""
 
 from fuzz_targets.blocks import BlockReader
-from fuzz_targets.exports import ExportReader, TextExportReader
+from fuzz_targets.exports import ContinuationExportReader, ExportReader, TextExportReader
 from fuzz_targets.images import ArchiveReader, CacheReader, FolderReader
 from fuzz_targets.run_files import ConfigReader, ManifestReader, PlanReader, RecordsReader, TextRunReader
 from fuzz_targets.texts import LinesReader, TableReader, TextFileReader, TextFolderReader
@@ -25,4 +25,5 @@ READERS = {
     "token cache": TokenCacheReader,
     "text run": TextRunReader,
     "text export": TextExportReader,
+    "continuation export": ContinuationExportReader,
 }

@@ -164,3 +164,35 @@ class TextExportReader(ExportReader):
             tokens = tokenizer.encode("a whale")
             assert isinstance(tokenizer.decode(tokens), str)
             assert max(tokens, default=0) < tokenizer.vocabulary
+
+
+class ContinuationExportReader(ExportReader):
+    """manifest.json of an exported directory that writes text token by token."""
+
+    def manifest(self, common):
+        from edgeblocks.noise import NoiseDistribution, partition_noise
+
+        noise = NoiseDistribution(sigma_min=0.1, sigma_max=10.0, p_mean=0.0, p_std=1.2)
+        partition = partition_noise(noise, num_blocks=3, kind="equal-probability", overlap=0.1)
+        return self.module.ContinuationManifest(
+            **common,
+            family="ar",
+            task="continuation",
+            vocabulary=27,
+            length=8,
+            tokenizer="chars",
+            tokenizer_sha256=None,
+            code_width=16,
+            caches=self.module.CacheShape(per="block", num_caches=(4, 4, 4), heads=2, head_width=8),
+            noise=noise,
+            boundaries=partition.boundaries,
+            sampler=self.module.ContinuerSettings(),
+        )
+
+    def read(self):
+        """Also what a chain allocates from it is bounded: codes and noise levels."""
+        from edgeblocks.codebook import code_rows
+
+        super().read()
+        manifest = self.module.read_manifest(self.folder)
+        assert code_rows(manifest.vocabulary, manifest.code_width).shape[0] == manifest.vocabulary
