@@ -10,13 +10,14 @@ With L layers, the family's preferred number of blocks B, and K steps of each bl
   one block     the same method with B = 1: one block of L layers, K steps (for dit and mdlm: end-to-end training)
   plain         end-to-end training of L layers, K steps
   plain, short  end-to-end training of L/B layers, B K steps: shows whether depth is used at all
+A chain that writes text token by token is told by its bound with 8 noises, a plain network by its cross-entropy. The
+classical training of a looped network is in looped_classical.py.
 Batch, learning rate, schedule, clipping, EMA and the hold-out part are the same; all are evaluated with EMA weights.
-A plain vit is the same network as a block, always given the same noise level and no label.
 """
 
 import argparse
-import copy
 import json
+import math
 import platform
 import shutil
 import statistics
@@ -25,29 +26,36 @@ import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+import plain
 import torch
-import torch.nn.functional as F
 
 import edgeblocks
 from edgeblocks.classification import classification_scores
-from edgeblocks.data.images import open_images
-from edgeblocks.data.order import BatchOrder
+from edgeblocks.config import RunSettings
 from edgeblocks.families.vit import Vit, VitSettings
-from edgeblocks.generators import generator_at
-from edgeblocks.trainer import BETA1, BETA2, EPS, ema_exponent, learning_rate_at
+from edgeblocks.preparation import data_of
 
-LEARNING_RATE, WARMUP, WEIGHT_DECAY, CLIP, EMA_LENGTH = 1e-3, 50, 0.01, 1.0, 0.1
+LEARNING = {"learning_rate": 1e-3, "warmup": 50, "weight_decay": 0.01, "clip": 1.0, "ema_length": 0.1}
 IMAGE = {"width": 96, "depth": 6, "heads": 4, "patch": 4, "batch": 64}
 TEXT = {"width": 128, "depth": 6, "heads": 4, "length": 128, "batch": 32}
-SETTINGS = {"dit": IMAGE, "vit": IMAGE, "mdlm": {**TEXT, "overlap": 0.1}}
-EXAMPLES = {"dit": 0, "vit": 1024, "mdlm": 256}
+SETTINGS: dict[str, dict[str, Any]] = {
+    "dit": IMAGE,
+    "vit": IMAGE,
+    "mdlm": {**TEXT, "overlap": 0.1},
+    "ar": {**TEXT, "depth": 8, "overlap": 0.1},
+    "looped": {**TEXT, "depth": 8, "overlap": 0.1},
+}
+PLAIN = ("vit", "ar", "looped")
+"""Families whose end-to-end form is another network than one block; see `plain`."""
+EXAMPLES = {"dit": 0, "vit": 1024, "mdlm": 256, "ar": 64, "looped": 16}
 """Of the hold-out part: classified, or sequences of the bound; the loss of images is that of 512."""
-BLOCKS = {"dit": 3, "vit": 2, "mdlm": 3}
+BLOCKS = {"dit": 3, "vit": 2, "mdlm": 3, "ar": 4, "looped": 1}
 MEASURES = {
     "dit": ("loss",),
     "vit": ("top1", "cross_entropy", "calibration_error"),
     "mdlm": ("bits_per_character",),
+    "ar": ("bits_per_character",),
+    "looped": ("bits_per_character",),
 }
 
 
@@ -75,18 +83,19 @@ def arms(family: str, data: str, steps: int, seed: int) -> Any:
     blocks, depth = BLOCKS[family], SETTINGS[family]["depth"]
     common = {"family": family, "steps": steps, "seed": seed, **SETTINGS[family]}
 
-    def plain(steps: int, depth: int) -> dict[str, Any]:
-        if family == "vit":
-            return plain_vit(data, steps, seed, depth=depth)
+    def whole(steps: int, depth: int) -> dict[str, Any]:
+        if family in PLAIN:
+            return end_to_end(family, data, steps, seed, depth=depth)
         return block_wise(family, data, steps, seed, blocks=1, depth=depth)
 
     ways: list[tuple[str, Any]] = [
-        ("blocks", lambda: block_wise(family, data, steps, seed, blocks=blocks, depth=depth)),
         ("one block", lambda: block_wise(family, data, steps, seed, blocks=1, depth=depth)),
-        ("plain, short", lambda: plain(steps * blocks, depth // blocks)),
     ]
-    if family == "vit":
-        ways.insert(2, ("plain", lambda: plain(steps, depth)))
+    if family in PLAIN:
+        ways.append(("plain", lambda: whole(steps, depth)))
+    if blocks > 1:
+        ways.insert(0, ("blocks", lambda: block_wise(family, data, steps, seed, blocks=blocks, depth=depth)))
+        ways.append(("plain, short", lambda: whole(steps * blocks, depth // blocks)))
     for name, train in ways:
         started = time.perf_counter()
         yield {**common, "blocks": blocks, "arm": name, **train(), "seconds": round(time.perf_counter() - started)}
@@ -104,11 +113,7 @@ def block_wise(family: str, data: str, steps: int, seed: int, *, blocks: int, de
             seed=seed,
             blocks=blocks,
             sample_grids=0,
-            learning_rate=LEARNING_RATE,
-            warmup=WARMUP,
-            weight_decay=WEIGHT_DECAY,
-            clip=CLIP,
-            ema_length=EMA_LENGTH,
+            **LEARNING,
             **{**SETTINGS[family], "depth": depth},
         )
         result = run.evaluate(samples=EXAMPLES[family])
@@ -119,48 +124,28 @@ def block_wise(family: str, data: str, steps: int, seed: int, *, blocks: int, de
     return {**{name: found[name] for name in MEASURES[family]}, "levels": levels}
 
 
-def plain_vit(data: str, steps: int, seed: int, *, depth: int) -> dict[str, Any]:
-    """An ordinary training loop of an ordinary classifier."""
-    cache = Path(tempfile.mkdtemp(prefix="edgeblocks-bench-"))
-    images = open_images(data, image_size=None, hold_out=0.1, seed=seed, cache_dir=cache)
-    shape = {name: IMAGE[name] for name in ("width", "heads", "patch")}
-    family = Vit(VitSettings(**shape, depth=depth), Vit.data_info(images))
-    network = family.block(num_layers=depth, checkpointing=False)
-    network.reset_tables_()
-    network.init_(generator_at(seed, "init", 0))
-    averaged = copy.deepcopy(network).eval()
-    matrices = [parameter for parameter in network.parameters() if parameter.ndim >= 2]
-    vectors = [parameter for parameter in network.parameters() if parameter.ndim < 2]
-    groups = [{"params": matrices, "weight_decay": WEIGHT_DECAY}, {"params": vectors, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=LEARNING_RATE, betas=(BETA1, BETA2), eps=EPS, fused=True)
-    order = BatchOrder(images.train, batch=IMAGE["batch"], seed=seed, block=0)
-    exponent = ema_exponent(EMA_LENGTH)
-
-    def logits(model: Any, pixels: np.ndarray) -> torch.Tensor:
-        z, sigma = torch.zeros(len(pixels), *family.state_shape), torch.full((len(pixels),), family.settings.sigma_max)
-        found: torch.Tensor = model.logits(z, sigma, family.condition(pixels))
-        return found
-
-    for step in range(steps):
-        pixels, labels = images.gather(order.indices(step))
+def end_to_end(family: str, data: str, steps: int, seed: int, *, depth: int) -> dict[str, Any]:
+    """An ordinary training loop of an ordinary network, see `plain`."""
+    shape = {**SETTINGS[family], "depth": depth}
+    given = {name: shape[name] for name in ("length",) if name in shape}
+    data_set = data_of(RunSettings(family=family, data=data, seed=seed, **given), lambda *_: None)
+    model: Any
+    if family == "vit":
+        sizes = {name: shape[name] for name in ("width", "depth", "heads", "patch")}
+        model = plain.PlainClassifier(Vit(VitSettings(**sizes), Vit.data_info(data_set)))
+    else:
+        sizes = {name: shape[name] for name in ("width", "heads", "length")}
+        model = plain.PlainCausal(vocabulary=data_set.vocabulary, num_layers=depth, **sizes)
+    averaged = plain.train(model, data_set, steps=steps, batch=shape["batch"], seed=seed, **LEARNING)
+    if family == "vit":
+        probabilities, labels = plain.over_hold_out(
+            lambda pixels, _: averaged(pixels).softmax(1), data_set, EXAMPLES[family]
+        )
         assert labels is not None
-        F.cross_entropy(logits(network, pixels), torch.from_numpy(labels)).backward()
-        torch.nn.utils.clip_grad_norm_(network.parameters(), CLIP)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate_at(step, steps=steps, warmup=WARMUP, peak=LEARNING_RATE)
-        optimizer.step()
-        optimizer.zero_grad()
-        decay = (1 - 1 / (step + 1)) ** (exponent + 1)
-        with torch.no_grad():
-            for mean, value in zip(averaged.parameters(), network.parameters(), strict=True):
-                mean.lerp_(value, 1 - decay)
-    pixels, labels = images.gather(images.held_out[: EXAMPLES["vit"]])
-    assert labels is not None
-    with torch.no_grad():
-        parts = [logits(averaged, part).softmax(1) for part in np.array_split(pixels, max(1, len(pixels) // 256))]
-    shutil.rmtree(cache)
-    found = classification_scores(torch.cat(parts).numpy(), labels)
-    return {name: found[name] for name in ("top1", "cross_entropy", "calibration_error")}
+        found = classification_scores(probabilities, labels)
+        return {name: found[name] for name in MEASURES[family]}
+    losses, _ = plain.over_hold_out(averaged.losses, data_set, EXAMPLES[family])
+    return {name: float(losses.mean()) / math.log(2) / data_set.characters_per_token for name in MEASURES[family]}
 
 
 def table(rows: list[dict[str, Any]]) -> str:

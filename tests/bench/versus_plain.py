@@ -1,11 +1,12 @@
 """Peak memory and time of block-wise training against plain end-to-end PyTorch on the same layers.
 
-    python tests/bench/versus_plain.py memory          # every arm in its own process
-    python tests/bench/versus_plain.py time            # both in one process, in turns
+    python tests/bench/versus_plain.py memory                      # every arm in its own process
+    python tests/bench/versus_plain.py memory --family mdlm --vocab 32768
+    python tests/bench/versus_plain.py time                        # both in one process, in turns
 
-The network is a dit of 12 layers, width 384, batch 64 of 32x32x3 (random images).
-Memory is the peak resident set above the process's size before training (interpreter, libraries, one small warm-up).
-`plain` is an ordinary loop with torch.optim.AdamW(fused=True), `plain+ckpt+8bit` adds activation checkpointing and the
+The networks have 12 layers of width 384; images are random, 32x32x3, texts are random words. Memory is the peak
+resident set above the process's size before training (interpreter, libraries, one small warm-up). `plain` is an
+ordinary loop with torch.optim.AdamW(fused=True), see `plain`; `plain+ckpt+8bit` adds activation checkpointing and the
 same 8-bit AdamW as ours. Ours runs at the smallest budget for its B and micro-batch (one block in memory, the others on
 disk) and keeps an EMA besides, which the plain loops do not.
 """
@@ -23,72 +24,92 @@ from typing import Any
 
 import numpy as np
 import torch
+from plain import PlainCausal, PlainClassifier, PlainDenoiser
 
 import edgeblocks
 from edgeblocks.checkpoint import open_run
-from edgeblocks.data.images import open_images
-from edgeblocks.data.order import BatchOrder
+from edgeblocks.config import RunSettings
+from edgeblocks.data.dataset import DataSet
 from edgeblocks.errors import DoesNotFitError
-from edgeblocks.families.base import ImageInfo
-from edgeblocks.families.dit import Dit, DitSettings
 from edgeblocks.generators import generator_at
 from edgeblocks.guard import Guard
 from edgeblocks.layer_costs import LARGEST_HEAP_BYTES
-from edgeblocks.noise import partition_noise
 from edgeblocks.optim import Workspace, adamw_8bit_step_, adamw_step_
 from edgeblocks.plans import StepShape
+from edgeblocks.preparation import data_of
+from edgeblocks.registry import family_type
 from edgeblocks.scheduler import Scheduler
 from edgeblocks.store import BlockBuffer, BlockLayout, bind_parameters_
 from edgeblocks.targets.cpu import CpuTarget
 from edgeblocks.trainer import Interruption, Trainer, Visit
 
-BATCH, DEPTH, WIDTH, HEADS = 64, 12, 384, 6
+LAYERS = {"depth": 12, "width": 384, "heads": 6}
+SHAPES: dict[str, dict[str, int]] = {
+    "dit": {**LAYERS, "patch": 2, "batch": 64},
+    "vit": {**LAYERS, "patch": 2, "batch": 64},
+    "mdlm": {**LAYERS, "length": 256, "batch": 32},
+    "ar": {**LAYERS, "length": 256, "batch": 32},
+    "looped": {**LAYERS, "length": 256, "batch": 32},
+}
+CHARACTERS = 27
 
 
-def make_data(folder: Path) -> Path:
-    """An .npz of random images."""
+def make_data(folder: Path, reads: str) -> Path:
+    """An .npz of random images, or a text of 600,000 random words."""
     rng = np.random.default_rng(0)
-    path = folder / "random.npz"
-    np.savez(path, images=rng.integers(0, 255, (512, 32, 32, 3), dtype=np.uint8), labels=np.arange(512) % 10)
+    if reads == "images":
+        path = folder / "random.npz"
+        np.savez(path, images=rng.integers(0, 255, (512, 32, 32, 3), dtype=np.uint8), labels=np.arange(512) % 10)
+        return path
+    path = folder / "random.txt"
+    letters = rng.integers(0, 26, (40_000, 6), dtype=np.uint8) + ord("a")
+    words = np.array([bytes(word).decode() for word in letters])
+    path.write_text(" ".join(words[rng.integers(0, len(words), 600_000)]))
     return path
 
 
-class PlainLoop:
-    """End-to-end training of all layers as one denoiser of all noise levels."""
+def data_settings(family: str, data: Path, vocab: int) -> dict[str, Any]:
+    """What `edgeblocks.train` is told of the data."""
+    found: dict[str, Any] = {"family": family, "data": str(data)}
+    return found if vocab == CHARACTERS else {**found, "tokenizer": "bpe", "vocab": vocab}
 
-    def __init__(self, data: Path, folder: Path, *, patch: int, checkpointing: bool, eight_bit: bool) -> None:
-        self.images = open_images(str(data), image_size=None, hold_out=0.1, seed=0, cache_dir=folder / "cache")
-        info = ImageInfo(channels=3, height=32, width=32, num_classes=10, mean=0.5, scale=1.7)
-        self.family = Dit(DitSettings(width=WIDTH, depth=DEPTH, heads=HEADS, patch=patch), info)
-        self.network = self.family.block(num_layers=DEPTH, checkpointing=checkpointing)
-        self.network.reset_tables_()
-        self.range = partition_noise(self.family.noise, num_blocks=1, kind="equal-probability", overlap=0.0).ranges[0]
-        self.order = BatchOrder(self.images.train, batch=BATCH, seed=0, block=0)
+
+class PlainLoop:
+    """End-to-end training of all layers by an ordinary loop."""
+
+    def __init__(
+        self, settings: dict[str, Any], shape: dict[str, int], *, checkpointing: bool, eight_bit: bool
+    ) -> None:
+        given = {name: shape[name] for name in ("length",) if name in shape}
+        self.data = data_of(RunSettings(**settings, **given), lambda *_: None)
+        self.batch = shape["batch"]
+        self.model = plain_model(settings["family"], self.data, shape, checkpointing=checkpointing)
+        self.order = self.data.order(batch=self.batch, seed=0, block=0)
         self.eight_bit = eight_bit
         if eight_bit:  # the same flat 8-bit optimizer as ours, without an EMA
-            layout = BlockLayout.of(self.network, "adamw8bit")
+            layout = BlockLayout.of(self.model, "adamw8bit")
             self.layout, self.buffer = layout, BlockBuffer(layout, ("weights", "optimizer"))
             for part in self.buffer.parts:
                 self.buffer.part_bytes(part).zero_()
             self.gradients = torch.zeros(layout.num_parameters)
-            bind_parameters_(self.network, self.buffer.tensors("weights"), self.gradients)
+            bind_parameters_(self.model, self.buffer.tensors("weights"), self.gradients)
             self.workspace = Workspace(num_threads=torch.get_num_threads())
-        self.network.init_(generator_at(0))
+        self.model.init_(generator_at(0))
         if not eight_bit:
-            self.optimizer = torch.optim.AdamW(self.network.parameters(), lr=1e-3, fused=True)
+            self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-3, fused=True)
         self.step_number = 0
 
-    def step(self, micro_batch: int = BATCH) -> None:
-        pixels, labels = self.images.gather(self.order.indices(self.step_number))
-        batch = self.family.draw(pixels, labels, self.range, generator_at(0, self.step_number))
+    def step(self, micro_batch: int) -> None:
+        examples, labels = self.data.gather(self.order.indices(self.step_number))
         self.step_number += 1
-        for start in range(0, BATCH, micro_batch):
-            part = {name: tensor[start : start + micro_batch] for name, tensor in batch.items()}
-            (self.family.loss(self.network, part).sum() / BATCH).backward()
+        for start in range(0, self.batch, micro_batch):
+            part = slice(start, start + micro_batch)
+            losses = self.model.losses(examples[part], None if labels is None else labels[part])
+            (losses.sum() / self.batch).backward()
         if self.eight_bit:
             self._eight_bit_step()
         else:
-            torch.nn.utils.clip_grad_norm_(self.network.parameters(), 1.0)
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
             self.optimizer.step()
             self.optimizer.zero_grad()
 
@@ -103,10 +124,21 @@ class PlainLoop:
         self.gradients.zero_()
 
 
-def train_ours(data: Path, folder: Path, *, smallest: bool = False, **settings: Any) -> Path:
+def plain_model(family: str, data: DataSet, shape: dict[str, int], *, checkpointing: bool) -> Any:
+    """The ordinary network of as many layers."""
+    if family in ("ar", "looped"):
+        sizes = {name: shape[name] for name in ("length", "width", "heads")}
+        vocabulary = family_type(family).data_info(data).vocabulary
+        return PlainCausal(vocabulary=vocabulary, num_layers=shape["depth"], checkpointing=checkpointing, **sizes)
+    kind = family_type(family)
+    sizes = {name: shape[name] for name in ("width", "depth", "heads", "patch") if name in shape}
+    whole = kind(kind.settings_type(**sizes), kind.data_info(data))
+    return (PlainClassifier if family == "vit" else PlainDenoiser)(whole, checkpointing=checkpointing)
+
+
+def train_ours(folder: Path, *, smallest: bool = False, **settings: Any) -> Path:
     """A run of ours in `folder`, of one step, at the smallest budget or an ample one; returns its directory."""
-    common = {"data": str(data), "steps": 1, "batch": BATCH, "depth": DEPTH, "width": WIDTH, "heads": HEADS}
-    settings = {**common, "sample_grids": 0, **settings}
+    settings = {"steps": 1, "sample_grids": 0, **settings}
     budget = "90%"
     if smallest:
         try:
@@ -117,51 +149,54 @@ def train_ours(data: Path, folder: Path, *, smallest: bool = False, **settings: 
     return folder / "run"
 
 
-def memory_arm(arm: str, patch: int, micro_batch: int, blocks: int) -> None:
+def memory_arm(arm: str, family: str, vocab: int, shape: dict[str, int], micro_batch: int, blocks: int) -> None:
     """Run one arm in this process and print its peak above the runtime, in bytes."""
     target = CpuTarget()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        data = make_data(folder)
+        settings = data_settings(family, make_data(folder, family_type(family).reads), vocab)
         if arm.startswith("plain"):
             if "8bit" in arm:
                 target.prepare()
             runtime = target.measure(folder).runtime_bytes
             compact = "8bit" in arm
-            loop = PlainLoop(data, folder, patch=patch, checkpointing=compact, eight_bit=compact)
+            loop = PlainLoop(settings, shape, checkpointing=compact, eight_bit=compact)
             if not compact:
-                runtime = target.used_bytes() - 4 * sum(p.numel() for p in loop.network.parameters())
+                runtime = target.used_bytes() - 4 * sum(p.numel() for p in loop.model.parameters())
             for _ in range(2):
                 loop.step(micro_batch)
             peak = target.peak_bytes()
         else:
             compact = "ckpt" in arm
-            path = train_ours(
-                data, folder, smallest=True, patch=patch, blocks=blocks, micro_batch=micro_batch, checkpointing=compact
-            )
+            wanted = {"blocks": blocks, "micro_batch": micro_batch, "checkpointing": compact}
+            path = train_ours(folder, smallest=True, **settings, **shape, **wanted)
             plan = json.loads((path / "plan.json").read_text())
             runtime, peak = plan["machine"]["runtime_bytes"], target.peak_bytes()
     print(json.dumps({"arm": arm, "bytes": peak - runtime, "peak": peak}))
 
 
-def memory(patch: int, micro_batch: int, blocks: int) -> None:
+def memory(family: str, vocab: int, given: list[str], micro_batch: int, blocks: int) -> None:
     """Two comparisons: as users train, and everything that saves memory on both sides."""
     for ours, plain in (("ours", "plain"), ("ours+ckpt", "plain+ckpt+8bit")):
         figures = []
         for arm in (ours, plain):
-            command = [sys.executable, __file__, "arm", "--arm", arm, "--patch", str(patch)]
+            command = [sys.executable, __file__, "arm", "--arm", arm, "--family", family, "--vocab", str(vocab)]
             command += ["--micro-batch", str(micro_batch), "--blocks", str(blocks)]
+            command += [part for setting in given for part in ("--set", setting)]
             done = subprocess.run(command, check=True, capture_output=True, text=True)
             figures.append(json.loads(done.stdout.splitlines()[-1]))
         one, two = (figure["bytes"] for figure in figures)
         print(
-            f"patch {patch}, micro-batch {micro_batch}, B={blocks}: {ours} {one / 1e6:.0f} MB, "
+            f"{family}{f' of {vocab} tokens' if vocab != CHARACTERS else ''} {' '.join(given)}, "
+            f"micro-batch {micro_batch}, B={blocks}: {ours} {one / 1e6:.0f} MB, "
             f"{plain} {two / 1e6:.0f} MB, ratio {one / two:.3f}",
             flush=True,
         )
 
 
-def measure_time(patch: int, blocks: int, rounds: int, *, kept_heap_bytes: int | None) -> None:
+def measure_time(
+    family: str, vocab: int, shape: dict[str, int], blocks: int, rounds: int, *, kept_heap_bytes: int | None
+) -> None:
     """B block steps against one plain step, in turns; fp32 optimizer state on both sides, then 8-bit on ours.
 
     `kept_heap_bytes` gives both the allocator settings of ours with so much heap kept: at our 1 GiB the plain loop,
@@ -174,30 +209,31 @@ def measure_time(patch: int, blocks: int, rounds: int, *, kept_heap_bytes: int |
         libc.mallopt(-1, kept_heap_bytes)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        data = make_data(folder)
-        plain = PlainLoop(data, folder, patch=patch, checkpointing=False, eight_bit=False)
+        settings = data_settings(family, make_data(folder, family_type(family).reads), vocab)
+        batch = shape["batch"]
+        plain = PlainLoop(settings, shape, checkpointing=False, eight_bit=False)
         arms = {}
         for optimizer in ("adamw", "adamw8bit"):
             path = train_ours(
-                data,
                 folder / optimizer,
-                patch=patch,
+                **settings,
+                **shape,
                 blocks=blocks,
                 optimizer=optimizer,
                 tier="ram",
-                micro_batch=BATCH,
+                micro_batch=batch,
                 checkpointing=False,
             )
             run = open_run(path)
             scheduler = Scheduler(run.store(), slots=blocks)
             shapes = [StepShape(**shape) for shape in run.plan["shapes"]]
             guard = Guard(CpuTarget(), budget_bytes=2**62, shapes=shapes, breakdown=run.plan["breakdown"], note=print)
-            arms[optimizer] = (Trainer(run, plain.images, scheduler, guard), scheduler)
-        plain.step()
+            arms[optimizer] = (Trainer(run, plain.data, scheduler, guard), scheduler)
+        plain.step(batch)
         times: dict[str, list[float]] = {"plain": [], "adamw": [], "adamw8bit": []}
         for number in range(1, rounds + 1):
             started = time.perf_counter()
-            plain.step()
+            plain.step(batch)
             times["plain"].append(time.perf_counter() - started)
             for optimizer, (trainer, scheduler) in arms.items():
                 total = 0.0
@@ -215,7 +251,7 @@ def measure_time(patch: int, blocks: int, rounds: int, *, kept_heap_bytes: int |
         for optimizer in ("adamw", "adamw8bit"):
             ratios = [ours / base for ours, base in zip(times[optimizer], times["plain"], strict=True)]
             print(
-                f"patch {patch}: {blocks} block steps with {optimizer} / one plain step: median "
+                f"{family} {shape}: {blocks} block steps with {optimizer} / one plain step: median "
                 f"{statistics.median(ratios):.3f} (of {[round(ratio, 3) for ratio in ratios]})",
                 flush=True,
             )
@@ -225,19 +261,25 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["memory", "time", "arm"])
     parser.add_argument("--arm")
-    parser.add_argument("--patch", type=int, default=2)
-    parser.add_argument("--micro-batch", type=int, default=BATCH)
+    parser.add_argument("--family", choices=sorted(SHAPES), default="dit")
+    parser.add_argument("--vocab", type=int, default=CHARACTERS, help="of byte pairs; else characters")
+    parser.add_argument("--set", action="append", default=[], dest="given", help="another shape, such as patch=4")
+    parser.add_argument("--micro-batch", type=int, help="as large as the batch unless given")
     parser.add_argument("--blocks", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--default-malloc", action="store_true", help="glibc's default allocator settings")
     arguments = parser.parse_args()
+    changed = (setting.partition("=") for setting in arguments.given)
+    shape = {**SHAPES[arguments.family], **{name: int(value) for name, _, value in changed}}
+    micro_batch = arguments.micro_batch or shape["batch"]
+    common = (arguments.family, arguments.vocab)
     if arguments.what == "memory":
-        memory(arguments.patch, arguments.micro_batch, arguments.blocks)
+        memory(*common, arguments.given, micro_batch, arguments.blocks)
     elif arguments.what == "time":
         kept_heap_bytes = None if arguments.default_malloc else 2**31 - 1
-        measure_time(arguments.patch, arguments.blocks, arguments.rounds, kept_heap_bytes=kept_heap_bytes)
+        measure_time(*common, shape, arguments.blocks, arguments.rounds, kept_heap_bytes=kept_heap_bytes)
     else:
-        memory_arm(arguments.arm, arguments.patch, arguments.micro_batch, arguments.blocks)
+        memory_arm(arguments.arm, *common, shape, micro_batch, arguments.blocks)
 
 
 if __name__ == "__main__":
