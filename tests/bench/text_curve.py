@@ -1,12 +1,13 @@
 """Bits a character of a text family over the time of its training, beside simple means on the same text.
 
-    python tests/bench/text_curve.py mdlm curve.jsonl --minutes 60 --every 6 --steps 3000 --set depth=6
+    python tests/bench/text_curve.py mdlm curve.jsonl --out run --minutes 60 --every 10 --steps 3500
     python tests/bench/text_curve.py - curve.jsonl --table docs/text_curve.md --plot docs/text_curve.png
 
 The training is the command itself; every so many minutes it is stopped as with Ctrl-C, evaluated on the hold-out part
 with its EMA weights, and resumed, which changes no bit of it. Only training counts as time: as the wall shows it,
 and as the processor's time of the training processes (user and system), which other programs on the machine do not
-lengthen much. The learning rate falls to zero with `--steps`: take as many as fit into the minutes.
+lengthen much. The learning rate falls to zero with `--steps`: take as many as fit into the minutes. The same command
+again goes on with a run directory that exists.
 """
 
 import argparse
@@ -15,7 +16,6 @@ import resource
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ def main() -> None:
     parser.add_argument("family")
     parser.add_argument("results", type=Path)
     parser.add_argument("--data", default="moby-dick")
+    parser.add_argument("--out", type=Path, help="the run directory")
     parser.add_argument("--minutes", type=float, default=60, help="of two processor cores")
     parser.add_argument("--every", type=float, default=6)
     parser.add_argument("--steps", type=int, default=3000)
@@ -51,26 +52,29 @@ def main() -> None:
 
 def measure(wanted: argparse.Namespace) -> None:
     """Train in stretches, and append a row to the results after each."""
-    with tempfile.TemporaryDirectory(prefix="edgeblocks-bench-") as folder:
-        run = Path(folder) / "run"
-        settings = [part for setting in wanted.settings for part in ("--set", setting)]
-        start = ["train", wanted.family, "--data", wanted.data, "--steps", str(wanted.steps), "--out", str(run)]
-        arguments = [*start, "--set", "sample_grids=0", *settings]
-        wall_s = processor_s = 0.0
-        while not (run / "summary.json").exists() and processor_s < 120 * wanted.minutes:
-            wall, processor = stretch(arguments, min(60 * wanted.every, 60 * wanted.minutes))
-            wall_s, processor_s = wall_s + wall, processor_s + processor
-            arguments = ["train", "--resume", str(run)]
-            row = {
-                "family": wanted.family,
-                "settings": [f"steps={wanted.steps}", *wanted.settings],
-                "wall_s": round(wall_s),
-                "processor_s": round(processor_s),
-                **evaluated(run, wanted.samples),
-            }
-            with wanted.results.open("a") as file:
-                file.write(json.dumps(row) + "\n")
-            print(json.dumps(row), flush=True)
+    run = wanted.out
+    settings = [part for setting in wanted.settings for part in ("--set", setting)]
+    start = ["train", wanted.family, "--data", wanted.data, "--steps", str(wanted.steps), "--out", str(run)]
+    arguments = [*start, "--set", "sample_grids=0", *settings]
+    wall_s = processor_s = 0.0
+    if run.exists():
+        former = [json.loads(line) for line in wanted.results.read_text().splitlines()]
+        last = [row for row in former if row["family"] == wanted.family][-1]
+        wall_s, processor_s, arguments = last["wall_s"], last["processor_s"], ["train", "--resume", str(run)]
+    while not (run / "summary.json").exists() and processor_s < 120 * wanted.minutes:
+        wall, processor = stretch(arguments, 60 * wanted.every)
+        wall_s, processor_s = wall_s + wall, processor_s + processor
+        arguments = ["train", "--resume", str(run)]
+        row = {
+            "family": wanted.family,
+            "settings": [f"steps={wanted.steps}", *wanted.settings],
+            "wall_s": round(wall_s),
+            "processor_s": round(processor_s),
+            **evaluated(run, wanted.samples),
+        }
+        with wanted.results.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        print(json.dumps(row), flush=True)
 
 
 def stretch(arguments: list[str], seconds: float) -> tuple[float, float]:
