@@ -3,8 +3,10 @@
 Every function takes a `random.Random` first and changes nothing that is handed in.
 """
 
+import base64
 import codecs
 import json
+import struct
 
 from mutations import edge_string, edge_value, json_text, mutated_bytes, mutated_value
 
@@ -144,6 +146,7 @@ def hostile_component(rng, place):
             {"type": "Prepend", "prepend": rng.choice(("", "▁", "x" * 10**5))},
             {"type": "Strip", "strip_left": True, "strip_right": True},
             {"type": "Precompiled", "precompiled_charsmap": rng.choice(("", "AAAA", "/////w==", "AQAAAA=="))},
+            {"type": "Sequence", "normalizers": [_table()] * rng.choice((1, 2, 9))},
             {"type": "BertNormalizer", "clean_text": True, "handle_chinese_chars": True, "lowercase": True},
             {"type": "ByteLevel"},
             {"type": "Sequence", "normalizers": [_doubling() for _ in range(rng.choice((2, 40)))]},
@@ -179,6 +182,14 @@ def hostile_component(rng, place):
 
 def _doubling():
     return {"type": "Replace", "pattern": {"String": "e"}, "content": "ee"}
+
+
+def _table():
+    """A table of characters in which an e becomes eight."""
+    units = [0] * 256
+    units[0], units[128 ^ 0x65], units[129 ^ 0x65] = 128 << 10, 1 << 10 | 1 << 8 | 0x65, 1 << 31
+    packed = struct.pack("<257I", 1024, *units) + b"e" * 8 + b"\0"
+    return {"type": "Precompiled", "precompiled_charsmap": base64.b64encode(packed).decode()}
 
 
 def changed_definition(rng, definition):

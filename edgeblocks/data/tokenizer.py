@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from edgeblocks.bounds import MOST_TOKENS
-from edgeblocks.data.definition import check_definition
+from edgeblocks.data.tokenizer_json import check_definition
 from edgeblocks.errors import ConfigError, DataError, RunError
 from edgeblocks.untrusted import MalformedFileError, open_regular, read_text
 
@@ -155,11 +155,12 @@ class PairTokenizer:
         return str(self._tokenizer.to_str())
 
 
-def build_tokenizer(kind: str, definition: str | None) -> Tokenizer:
+def build_tokenizer(kind: str, definition: str | None, *, path: Path | None = None) -> Tokenizer:
     """The tokenizer that a run or an export keeps, of that kind.
 
     Args:
         definition: the content of its tokenizer.json, None unless it is "bpe".
+        path: where the definition was read, which the message names; None: it has no file.
 
     Raises:
         ConfigError: the library `tokenizers` is missing.
@@ -177,7 +178,7 @@ def build_tokenizer(kind: str, definition: str | None) -> Tokenizer:
         try:
             return PairTokenizer(definition)
         except MalformedFileError as error:
-            raise RunError(f"a tokenizer.json cannot be used: {error}; put it back from a copy") from error
+            raise RunError(f"{path or 'a tokenizer.json'} cannot be used: {error}; put it back from a copy") from error
     raise RunError(f"a tokenizer is one of {', '.join(KINDS)}, and bpe has a definition; put it back from a copy")
 
 

@@ -2,6 +2,7 @@
 
 import base64
 import json
+import re
 import subprocess
 import sys
 
@@ -157,7 +158,8 @@ def unpacked(size, texts):
         ("normalizer", {"type": "Prepend", "prepend": "x" * 99}, "normalizer may make text 100 times as long"),
         ("normalizer", {"type": "Replace", "pattern": {"Regex": ""}, "content": "x" * 99}, "100 times as long"),
         ("normalizer", unpacked(2**32 - 1, b""), "a table of characters that has 4 bytes tells of 4294967295"),
-        ("normalizer", unpacked(0, b"x" * 65 + b"\0"), "a character is replaced by more than 64 bytes"),
+        ("normalizer", unpacked(0, b"x" * 34 + b"\0"), "a character is replaced by more than 33 bytes"),
+        ("normalizer", {"normalizers": [unpacked(0, b"aa\0")] * 2}, "normalizer may make text 64 times as long"),
         ("model", {"type": "WordPiece", "max_input_chars_per_word": 10**9}, "max_input_chars_per_word is 1000000000"),
         ("version", [0] * 5_300_000, "it holds more than 5242880 values"),
     ],
@@ -166,6 +168,45 @@ def test_a_definition_that_would_fill_the_memory_is_refused_before_the_library_s
     """The library ends the process where it gets no memory, which no message can follow."""
     with pytest.raises(RunError, match=message):
         build_tokenizer("bpe", json.dumps({**json.loads(pairs.to_json()), part: value}))
+
+
+def table_of_one(character, replacement):
+    """A `Precompiled` table that replaces one ASCII character: a trie of 256 units, and the text that it points to."""
+    units, node = np.zeros(256, dtype="<u4"), 128 ^ ord(character)
+    units[0], units[node] = 128 << 10, 1 << 10 | 1 << 8 | ord(character)
+    units[node ^ 1] = 1 << 31
+    return unpacked(units.nbytes, units.tobytes() + replacement.encode() + b"\0")
+
+
+def test_the_chain_of_parts_that_t5_has_is_used_as_the_library_does():
+    """A table, then spaces that are replaced: what makes a chain long is counted, and usual files stay below."""
+    tokenizers = pytest.importorskip("tokenizers")
+    pieces = [("<unk>", 0.0), ("▁", -2.0), ("▁whale", -3.0), *((letter, -4.0) for letter in "aehlsw")]
+    spaces = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "split": True}
+    strip = {"type": "Strip", "strip_left": False, "strip_right": True}
+    replace = {"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": "▁"}
+    normalizers = [table_of_one("v", "wh"), strip, replace]
+    definition = json.dumps({
+        "version": "1.0",
+        "normalizer": {"type": "Sequence", "normalizers": normalizers},
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [{"type": "WhitespaceSplit"}, spaces]},
+        "decoder": spaces,
+        "model": {"type": "Unigram", "unk_id": 0, "vocab": pieces, "byte_fallback": False},
+    })  # fmt: skip
+    ours, library = build_tokenizer("bpe", definition), tokenizers.Tokenizer.from_str(definition)
+    tokens = ours.encode("vale  sea  ")
+    assert tokens.tolist() == library.encode("vale  sea  ", add_special_tokens=False).ids
+    assert tokens[0] == 2 and ours.decode(tokens) == library.decode(tokens, skip_special_tokens=False)
+
+
+def test_a_definition_that_cannot_be_used_is_named_by_its_file(pairs, tmp_path):
+    """A run and an export hold one each; where there is no file, it is called by what it is."""
+    with pytest.raises(RunError, match=r"^a tokenizer\.json cannot be used"):
+        build_tokenizer("bpe", "{}")
+    with pytest.raises(
+        RunError, match=rf"^{re.escape(str(tmp_path / 'tokenizer.json'))} cannot be used: .* from a copy"
+    ):
+        build_tokenizer("bpe", "{}", path=tmp_path / "tokenizer.json")
 
 
 def test_a_part_that_is_there_twice_is_refused(pairs):

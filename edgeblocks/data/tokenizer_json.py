@@ -1,7 +1,8 @@
-"""What a tokenizer.json may ask the library for. A definition may come from anywhere, and the library takes all the
-memory that it asks for: where there is none left the process ends, which nobody can catch.
+"""Checks a tokenizer.json before the library `tokenizers` reads it.
 
-So what makes text longer is multiplied along each chain of parts, and what is unpacked is compared with its size first.
+The file may come from anywhere, and the library takes all the memory that it asks for: where there is none left the
+process ends, which nobody can catch. So what makes text longer is multiplied along each chain of parts, and what is
+unpacked is compared with its size first. What else is wrong with a file the library says itself.
 """
 
 import base64
@@ -16,9 +17,11 @@ from edgeblocks.untrusted import MalformedFileError, shown
 _MOST_VALUES = 5 * MOST_TOKENS
 """A token takes one or two in the vocabulary, and three in the list of pairs."""
 _MOST_GROWTH = 32
-"""Of text on its way to its tokens. What Llama's tokenizer does to a space is counted as 12."""
-_LONGEST_REPLACEMENT_BYTES = 64
-"""Of one character in a `Precompiled` table; the longest one of Unicode's own has 33."""
+"""Of text on its way to its tokens. What Llama's tokenizer does to a space is counted as 12, T5's chain as all 32."""
+_TABLE_GROWTH = 8
+"""Of text by a `Precompiled` table, of which a chain may so have one. A text of its worst character grows more."""
+_LONGEST_REPLACEMENT_BYTES = 33
+"""Of one character in such a table; that is the longest one of Unicode's own."""
 _LONGEST_WORD = 1000
 """For `WordPiece`, which takes the cube of a word's length; usual are 100."""
 
@@ -81,6 +84,7 @@ def _growth(part: dict[str, Any]) -> int:
         return 1 + _num_bytes(part.get("prepend"))
     if kind == "Precompiled":
         _check_table(part.get("precompiled_charsmap"))
+        return _TABLE_GROWTH
     return 2 if kind in ("ByteLevel", "Metaspace") else 1
 
 
