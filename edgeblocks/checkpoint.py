@@ -422,7 +422,7 @@ def _tokenizer_of(path: Path, manifest: TextManifestFields) -> Tokenizer:
             raise RunError(f"cannot read {path / TOKENIZER_FILE}: {error}; put it back from a copy") from error
         if hashlib.sha256(definition.encode()).hexdigest() != data.tokenizer_sha256:
             raise RunError(f"{path / TOKENIZER_FILE} does not match its checksum; put it back from a copy")
-    tokenizer = build_tokenizer(data.tokenizer, definition)
+    tokenizer = build_tokenizer(data.tokenizer, definition, path=path / TOKENIZER_FILE)
     if tokenizer.vocabulary != data.vocabulary:
         raise RunError(
             f"{path} is damaged: its tokenizer has {tokenizer.vocabulary} tokens, manifest.json tells of "

@@ -155,15 +155,15 @@ class TextExportReader(ExportReader):
             path.write_text(json.dumps(value))
 
     def read(self):
-        from edgeblocks.export.writer import Writer
+        from edgeblocks.export.wording import exported_tokenizer
 
         super().read()
         manifest = self.module.read_manifest(self.folder)
         if manifest.task == "text":
-            tokenizer = Writer(self.folder, manifest=manifest).tokenizer()
+            tokenizer = exported_tokenizer(self.folder, manifest)
             tokens = tokenizer.encode("a whale")
             assert isinstance(tokenizer.decode(tokens), str)
-            assert max(tokens, default=0) < tokenizer.vocabulary
+            assert max(tokens, default=0) < manifest.vocabulary
 
 
 class ContinuationExportReader(ExportReader):
