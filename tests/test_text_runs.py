@@ -1,5 +1,6 @@
 """Runs on text: trained, streamed, resumed, written with, evaluated, exported and run as those on images are."""
 
+import hashlib
 import json
 import math
 
@@ -8,6 +9,7 @@ import pytest
 from test_equality import assert_same_bits
 
 import edgeblocks
+from edgeblocks.data.tokenizer import train_pairs
 from edgeblocks.errors import ConfigError, RunError
 from edgeblocks.export.opening import open_chain
 
@@ -113,7 +115,7 @@ def test_an_export_writes_what_torch_writes(resident, tmp_path):
 
 
 def test_a_vocabulary_that_was_trained_travels_with_the_run_and_its_export(text, tmp_path):
-    """tokenizer.json lies in both, and a changed one is refused."""
+    """tokenizer.json lies in both; a changed one is refused, and so is another one under its checksum."""
     settings = {**SMALL, "tokenizer": "bpe", "vocab": 300}
     run = edgeblocks.train(out=tmp_path / "run", data=text, steps=2, mem_budget="4GB", **settings)
     run.export(tmp_path / "onnx")
@@ -125,3 +127,16 @@ def test_a_vocabulary_that_was_trained_travels_with_the_run_and_its_export(text,
         edgeblocks.load(tmp_path / "run")
     with pytest.raises(RunError, match=r"tokenizer.json does not match its checksum"):
         open_chain(tmp_path / "onnx").write(2)
+    for definition, message in (
+        (
+            train_pairs(["a whale " * 9], 258).to_json(),
+            r"its tokenizer has 258 tokens, manifest.json tells of \d+; copy",
+        ),
+        ("{}", r"onnx.tokenizer\.json cannot be used"),
+    ):
+        (tmp_path / "onnx" / "tokenizer.json").write_text(definition)
+        manifest = json.loads((tmp_path / "onnx" / "manifest.json").read_text())
+        manifest["tokenizer_sha256"] = hashlib.sha256(definition.encode()).hexdigest()
+        (tmp_path / "onnx" / "manifest.json").write_text(json.dumps(manifest))
+        with pytest.raises(RunError, match=message):
+            open_chain(tmp_path / "onnx").write(2)
