@@ -50,14 +50,14 @@ class DoesNotFitError(EdgeblocksError):
         super().__init__(message)
 
 
-class NoRoomToDecodeError(EdgeblocksError):
-    """A picture takes more memory to decode than is free. `picture` says which and how large it is."""
+class NoRoomToReadError(EdgeblocksError):
+    """A picture or a text takes more memory to read than is free. `what` says which."""
 
     exit_code = 3
 
-    def __init__(self, picture: str, needed_bytes: int) -> None:
-        self.picture, self.needed_bytes = picture, needed_bytes
-        super().__init__(f"{picture}: decoding it takes up to {needed_bytes} bytes")
+    def __init__(self, what: str, needed_bytes: int) -> None:
+        self.what, self.needed_bytes = what, needed_bytes
+        super().__init__(f"{what}: reading it takes up to {needed_bytes} bytes")
 
 
 class OutOfBudgetError(EdgeblocksError):

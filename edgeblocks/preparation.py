@@ -15,7 +15,7 @@ from edgeblocks.data.cache import cache_folder
 from edgeblocks.data.dataset import DataSet
 from edgeblocks.data.images import Progress, open_images
 from edgeblocks.data.text import open_text
-from edgeblocks.errors import ConfigError, DoesNotFitError, NoRoomToDecodeError, StorageError
+from edgeblocks.errors import ConfigError, DoesNotFitError, NoRoomToReadError, StorageError
 from edgeblocks.layer_costs import LayerCosts
 from edgeblocks.listener import Listener
 from edgeblocks.noise import NoisePartition, partition_noise
@@ -378,13 +378,13 @@ def open_run_data(settings: Settings, listener: Listener, *, budget_bytes: int, 
     room_bytes = max(0, budget_bytes - target.host_used_bytes() - DECODING_SLACK_BYTES)
     try:
         data_set = data_of(settings.run, listener.advance, room_bytes=room_bytes)
-    except NoRoomToDecodeError as error:
+    except NoRoomToReadError as error:
         smallest_bytes = budget_bytes - room_bytes + error.needed_bytes
         flag = "--mem-budget" if target.host_bytes() is None else "--ram-budget"
         raise DoesNotFitError(
-            f"{error.picture} takes up to {format_bytes(error.needed_bytes)} to decode, and the budget of "
+            f"{error.what} takes up to {format_bytes(error.needed_bytes)} to read, and the budget of "
             f"{format_bytes(budget_bytes)} leaves {format_bytes(room_bytes)}; use {flag} "
-            f"{math.ceil(smallest_bytes / 1e6)}MB or more until the images are decoded (once), or make it smaller",
+            f"{math.ceil(smallest_bytes / 1e6)}MB or more the first time (then it lies in the cache), or make it smaller",
             smallest_bytes,
         ) from error
     if data_set.unreadable:

@@ -47,7 +47,7 @@ def test_a_picture_too_large_for_the_budget_is_refused_and_a_larger_budget_decod
         words += ["--set", setting]
     refused = measured(*EDGEBLOCKS, *words, "--mem-budget", "360MB")
     assert refused["code"] == 3
-    assert "a.png (4000 x 4000 pixels, PNG) takes up to 176 MB to decode, and the budget of 360 MB" in refused["err"]
+    assert "a.png (4000 x 4000 pixels, PNG) takes up to 176 MB to read, and the budget of 360 MB" in refused["err"]
     assert refused["peak_bytes"] < 360_000_000
     enough = int(refused["err"].split("use --mem-budget ")[1].split("MB")[0])
     trained = measured(*EDGEBLOCKS, *words, "--mem-budget", f"{enough}MB")

@@ -91,7 +91,7 @@ def test_each_block_is_loaded_once_and_in_order(exported):
         sampler = Sampler(exported)
         sampler.sample(5, **arguments)
         assert sampler.loads == [0, 1, 2]
-        assert sampler._session is None
+        assert not sampler._sessions
 
 
 @pytest.mark.parametrize("n", [1, 3, 7])

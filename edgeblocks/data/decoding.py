@@ -24,7 +24,7 @@ from edgeblocks.data.limits import (
     MOST_PIXELS,
     MOST_PROGRESSIVE_PIXELS,
 )
-from edgeblocks.errors import NoRoomToDecodeError
+from edgeblocks.errors import NoRoomToReadError
 from edgeblocks.untrusted import open_regular
 
 EXTENSIONS = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"})
@@ -71,13 +71,13 @@ def read_header(path: Path, *, image_size: int | None, room_bytes: int | None = 
 
     Raises:
         UnreadableImageError: see there, or too large to be decoded to `image_size`.
-        NoRoomToDecodeError: decoding it would take more than `room_bytes`.
+        NoRoomToReadError: decoding it would take more than `room_bytes`.
     """
     with _opened(path) as picture:
         width, height = picture.size
         _limit_size(picture, image_size)
         if room_bytes is not None and (needed := _decoding_bytes(picture, width * height)) > room_bytes:
-            raise NoRoomToDecodeError(f"{path} ({width} x {height} pixels, {picture.format})", needed)
+            raise NoRoomToReadError(f"{path} ({width} x {height} pixels, {picture.format})", needed)
         if _orientation(picture) >= _SWAPS_SIDES:
             width, height = height, width
         return PictureHeader(width=width, height=height, grey=picture.mode in _GREY_MODES)
@@ -124,7 +124,7 @@ def _opened(path: Path) -> Iterator[Image.Image]:
                 if picture.mode == "F":
                     raise UnreadableImageError("its pixels are floating-point numbers of unknown range")
                 yield picture
-    except (UnreadableImageError, NoRoomToDecodeError):
+    except (UnreadableImageError, NoRoomToReadError):
         raise
     except Exception as error:  # MemoryError too: damaged headers ask for any amount
         reason = f"{type(error).__name__}: {error}"

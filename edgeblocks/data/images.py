@@ -128,7 +128,7 @@ def open_images(
         ConfigError: image_size or hold_out is out of range.
         DataError: the data cannot be trained on.
         StorageError: the cache cannot be written or read.
-        NoRoomToDecodeError: a picture takes more than `room_bytes` to decode.
+        NoRoomToReadError: a picture takes more than `room_bytes` to decode.
     """
     _check_settings(image_size, hold_out)
     if source == "digits":

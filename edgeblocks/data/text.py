@@ -32,7 +32,7 @@ from edgeblocks.data.tokenizer import (
     read_tokenizer,
     train_pairs,
 )
-from edgeblocks.errors import ConfigError, DataError, NoRoomToDecodeError
+from edgeblocks.errors import ConfigError, DataError, NoRoomToReadError
 from edgeblocks.randomness import seed_at
 
 Progress = Callable[[int, int, str], None]
@@ -176,7 +176,7 @@ def open_text(
         ConfigError: a setting is out of range, or needs a library that is missing.
         DataError: the text cannot be trained on.
         StorageError: the cache cannot be written or read.
-        NoRoomToDecodeError: tokenising takes more than `room_bytes`.
+        NoRoomToReadError: tokenising takes more than `room_bytes`.
     """
     _check_settings(tokenizer, vocabulary, length, hold_out)
     text = find_text(source)
@@ -227,7 +227,7 @@ class _Tokenising:
         """The one to encode with.
 
         Raises:
-            NoRoomToDecodeError: learning it takes more than there is.
+            NoRoomToReadError: learning it takes more than there is.
         """
         if self._given is not None:
             definition = self._given.to_json()
@@ -275,7 +275,7 @@ class _Tokenising:
     def _check_room(self, tokenising_bytes: int) -> None:
         needed_bytes = self._text.reading_bytes + tokenising_bytes
         if not self._has_room(tokenising_bytes):
-            raise NoRoomToDecodeError(f"the text '{self._text.source}' with tokenizer: {self._chosen}", needed_bytes)
+            raise NoRoomToReadError(f"the text '{self._text.source}' with tokenizer: {self._chosen}", needed_bytes)
 
 
 def _with_short_words(text: str) -> list[str]:

@@ -241,8 +241,8 @@ def _preset_rows(presets: Sequence[PresetFit]) -> list[list[str]]:
         if fit.fits is None:
             rows.append([fit.preset, f"not found out: {fit.reason}"])
             continue
-        assert fit.image is not None and fit.parameters is not None and fit.smallest_bytes is not None
-        row = [fit.preset, fit.image, format_count(fit.parameters), f"{math.ceil(fit.smallest_bytes / 1e6)}MB"]
+        assert fit.example is not None and fit.parameters is not None and fit.smallest_bytes is not None
+        row = [fit.preset, fit.example, format_count(fit.parameters), f"{math.ceil(fit.smallest_bytes / 1e6)}MB"]
         if fit.fits:
             assert fit.step_s is not None and fit.total_s is not None
             where = "all in memory" if fit.tier == "ram" else "blocks on disk"

@@ -119,7 +119,7 @@ class PresetFit:
     """
 
     preset: str
-    image: str | None = None
+    example: str | None = None
     parameters: int | None = None
     smallest_bytes: int | None = None
     budget_bytes: int

@@ -208,7 +208,7 @@ def _plan_preset(name: str, request: Mapping[str, Any]) -> dict[str, Any]:
     budget_bytes = int(request["budget_bytes"])
     fit = PresetFit(
         preset=name,
-        image=_example(data),
+        example=_example(data),
         parameters=costs.parameters(costs.num_layers),
         budget_bytes=budget_bytes,
         steps=wishes.steps,

@@ -141,6 +141,7 @@ def train_ours(folder: Path, *, smallest: bool = False, **settings: Any) -> Path
     settings = {"steps": 1, "sample_grids": 0, **settings}
     budget = "90%"
     if smallest:
+        edgeblocks.plan(mem_budget="90%", **settings)  # the data's cache is made here, which takes memory of its own
         try:
             edgeblocks.plan(mem_budget="1MB", **settings)
         except DoesNotFitError as refusal:

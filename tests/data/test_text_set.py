@@ -17,7 +17,7 @@ from edgeblocks.data.documents import PIECE_CHARACTERS, Piece, find_text
 from edgeblocks.data.text import open_text
 from edgeblocks.data.token_cache import grouped
 from edgeblocks.data.tokenizer import build_tokenizer, train_pairs
-from edgeblocks.errors import ConfigError, DataError, NoRoomToDecodeError
+from edgeblocks.errors import ConfigError, DataError, NoRoomToReadError
 
 SAMPLE = Path(edgeblocks.data.__file__).with_name("moby_dick.txt.xz")
 LINES = "".join(f"Line {number}: déjà vu — 鯨 swam {number * 37} miles.\n" for number in range(3000))
@@ -348,9 +348,9 @@ def test_all_wrong_settings_are_reported_together(tmp_path):
 
 def test_no_room_to_learn_is_told_before_anything_is_read(tmp_path):
     """With what it takes, so that the budget can be raised."""
-    with pytest.raises(NoRoomToDecodeError) as caught:
+    with pytest.raises(NoRoomToReadError) as caught:
         opened("moby-dick", tmp_path, tokenizer="bpe", room_bytes=10**7)
-    assert caught.value.needed_bytes > 10**7 and "tokenizer: bpe" in caught.value.picture
+    assert caught.value.needed_bytes > 10**7 and "tokenizer: bpe" in caught.value.what
 
 
 def test_reading_parquet_takes_room_of_its_own(tmp_path):
@@ -358,7 +358,7 @@ def test_reading_parquet_takes_room_of_its_own(tmp_path):
     needed_bytes = []
     for name in ("a.jsonl", "b.parquet"):
         (tmp_path / name).write_text('{"text": "a"}')
-        with pytest.raises(NoRoomToDecodeError) as caught:
+        with pytest.raises(NoRoomToReadError) as caught:
             opened(tmp_path, tmp_path / "cache", room_bytes=1)
         needed_bytes.append(caught.value.needed_bytes)
     assert needed_bytes[1] == needed_bytes[0] + 90_000_000

@@ -65,7 +65,7 @@ def healthy():
     )
     fit = PresetFit(
         preset="dit-tiny",
-        image="8x8x1",
+        example="8x8x1",
         parameters=3_800_000,
         smallest_bytes=318_000_000,
         budget_bytes=8 * GB,

@@ -43,7 +43,7 @@ def test_the_text_of_presets_that_do_not_fit_or_take_too_long():
     slow = replace(fit, preset="dit-b", sensible=False, steps=20000, total_s=500 * HOUR_S)
     large = PresetFit(
         preset="dit-xl",
-        image="32x32x3",
+        example="32x32x3",
         parameters=682_000_000,
         smallest_bytes=9 * GB,
         budget_bytes=8 * GB,
