@@ -51,7 +51,7 @@ class ImageFolder:
 
         Raises:
             DataError: no readable image, a class without one, or several sizes and no `image_size`.
-            NoRoomToDecodeError: decoding an image takes more than `room_bytes`.
+            NoRoomToReadError: decoding an image takes more than `room_bytes`.
             StorageError: the cache cannot be written.
         """
         skipped: dict[str, str] = {}

@@ -12,7 +12,7 @@ from PIL import Image, ImageOps, TiffImagePlugin
 
 from edgeblocks.data import decoding, folder
 from edgeblocks.data.images import open_images
-from edgeblocks.errors import DataError, NoRoomToDecodeError
+from edgeblocks.errors import DataError, NoRoomToReadError
 
 
 def opened(source, cache_dir, **settings):
@@ -338,7 +338,7 @@ def test_a_picture_that_the_memory_does_not_hold_is_refused_by_name(tmp_path, ca
     """With what it takes at most; no picture is left out for it, as the set must not depend on the memory."""
     save(tmp_path / "large" / name, noise(400, 400, 3), **settings)
     save(tmp_path / "large" / "b.png", noise(30, 30, 3))
-    with pytest.raises(NoRoomToDecodeError, match=rf"{name} \(400 x 400 pixels") as caught:
+    with pytest.raises(NoRoomToReadError, match=rf"{name} \(400 x 400 pixels") as caught:
         opened(tmp_path / "large", cache, image_size=16, room_bytes=needed_bytes - 1)
     assert needed_bytes <= caught.value.needed_bytes < needed_bytes + 50_000
     enough = opened(tmp_path / "large", cache, image_size=16, room_bytes=caught.value.needed_bytes)

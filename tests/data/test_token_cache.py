@@ -265,7 +265,7 @@ def test_a_text_larger_than_the_memory_is_built_and_read_within_a_few_megabytes(
 PAIRS_PROBE = """
 import pathlib, sys
 from edgeblocks.data.text import open_text
-from edgeblocks.errors import NoRoomToDecodeError
+from edgeblocks.errors import NoRoomToReadError
 
 def peak_kb():
     return int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0])
@@ -277,7 +277,7 @@ def opened(room_bytes):
 base = peak_kb()
 try:
     opened(61_000_000)
-except NoRoomToDecodeError as error:
+except NoRoomToReadError as error:
     needed_bytes = error.needed_bytes
 opened(needed_bytes)
 print((peak_kb() - base) * 1024, needed_bytes)
