@@ -15,6 +15,7 @@ from edgeblocks.checkpoint import RunDirectory
 from edgeblocks.data.dataset import DataSet
 from edgeblocks.data.images import ImageSet
 from edgeblocks.data.text import TextSet
+from edgeblocks.drawing import TEXT_TASKS
 from edgeblocks.errors import ConfigError, DoesNotFitError, OutOfBudgetError, RunError
 from edgeblocks.generation import TokenChain
 from edgeblocks.guard import is_refusal
@@ -40,7 +41,6 @@ DEFAULT_STEPS = {
     "text": unmasking.DEFAULT_STEPS,
     "continuation": generation.DEFAULT_STEPS,
 }
-TEXT_TASKS = ("text", "continuation")
 VARIETY_TEXTS = 16
 CURVE_STEPS = (1, 2, 4, 8, 16, 32)
 CURVE_TEXTS = 16
