@@ -63,7 +63,7 @@ WRONG_SETTINGS = {
     "unknown key": (["--set", "pach=2"], 2, r"unknown setting 'pach' for the family 'dit'; did you mean 'patch'\?"),
     "no value": (["--set", "patch"], 2, r"--set patch: write key=value, for example --set patch=2"),
     "unknown family": (["vae"], 2, r"there is no family 'vae'; there are: ar, dit, looped"),
-    "unknown preset": (["--preset", "dit-huge"], 2, r"there is no preset 'dit-huge'; there are: dit-b, dit-l"),
+    "unknown preset": (["--preset", "dit-huge"], 2, r"there is no preset 'dit-huge'; there are: ar-b, .*dit-b, dit-l"),
     "no steps": (["--steps", "0"], 2, r"steps=0: input should be greater than or equal to 1"),
     "too many blocks": (["--blocks", "99"], 2, r"--blocks 99 is impossible: the network has 12 layers.*use 1 to 12"),
     "blocks in words": (["--blocks", "many"], 2, r"blocks='many': a whole number of at least 1, or auto, is needed"),
