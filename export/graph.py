@@ -34,9 +34,7 @@ from edgeblocks.checkpoint import RunDirectory
 from edgeblocks.durable import sync
 from edgeblocks.errors import ConfigError, RunError, StorageError
 from edgeblocks.export.comparison import NUM_OUTPUTS
-from edgeblocks.export.manifest import (
-    FILE_NAME,
-    TOKENIZER_FILE,
+from edgeblocks.export.contents import (
     BlockFile,
     CacheShape,
     ContinuationManifest,
@@ -46,10 +44,8 @@ from edgeblocks.export.manifest import (
     SamplerSettings,
     TextManifest,
     WriterSettings,
-    read_manifest,
-    sha256_of,
-    write_manifest,
 )
+from edgeblocks.export.manifest import FILE_NAME, TOKENIZER_FILE, read_manifest, sha256_of, write_manifest
 from edgeblocks.export.opening import open_chain
 from edgeblocks.export.verify import Listener, verify_export
 from edgeblocks.generators import generator_at
