@@ -9,7 +9,9 @@ import pytest
 from jaxtyping import install_import_hook
 
 _CHECKED = ("layers", "causal_layers", "chain", "token_loss", "trainer", "frechet")
-_CHECKED += tuple(f"families.{name}" for name in ("ar", "dit", "looped", "mdlm", "token_denoiser"))
+_CHECKED += tuple(
+    f"families.{name}" for name in ("ar", "dit", "looped", "mdlm", "text_block", "token_block", "token_denoiser")
+)
 _hook = install_import_hook([f"edgeblocks.{name}" for name in _CHECKED], "beartype.beartype")
 
 
