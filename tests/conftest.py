@@ -21,6 +21,17 @@ def _cache_folder(tmp_path_factory):
     os.environ["EDGEBLOCKS_CACHE"] = str(tmp_path_factory.mktemp("cache"))
 
 
+@pytest.fixture(scope="module")
+def one_thread():
+    """Networks this small lose time, not gain it, by waiting for a second thread."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="session")
 def edgeblocks_command():
     """Runs `edgeblocks ...` in a process of its own and gives the finished process."""
