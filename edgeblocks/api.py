@@ -25,6 +25,7 @@ from edgeblocks.checkpoint import (
 )
 from edgeblocks.config import Settings, read_yaml, resolve_settings
 from edgeblocks.data.dataset import DataSet
+from edgeblocks.drawing import TEXT_TASKS
 from edgeblocks.errors import ConfigError, InterruptedRunError, RunError
 from edgeblocks.guard import Guard, is_refusal, refusals_explained
 from edgeblocks.host_tier import HostTier
@@ -43,7 +44,7 @@ from edgeblocks.preparation import (
     usual_budgets,
 )
 from edgeblocks.registry import build_profile, build_target, family_type, profile_names, register_family, target_names
-from edgeblocks.run import TEXT_TASKS, Run
+from edgeblocks.run import Run
 from edgeblocks.run_files import check_resumable
 from edgeblocks.scheduler import Scheduler
 from edgeblocks.trainer import Interrupted, Interruption, Trainer, create_blocks

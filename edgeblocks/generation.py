@@ -128,8 +128,8 @@ def read_levels(levels: Sequence[float]) -> tuple[int, ...]:
     | the top alone | 2.346 | 2.336 | 2.328 | 2.315 |
     | the last alone | 14.04 | 8.05 | 16.76 | 9.20 |
 
-    (Standard errors 0.03 and 0.05; one seed each, networks trained in part: 750 to 1,500 steps.) With 4 and 16 levels ar
-    has the same order. The top alone is never worse, so the lower blocks run but hardly change what is written.
+    (Standard errors 0.03 and 0.05; one seed each, networks trained in part: 750 to 1,500 steps.) With 4 and 16 levels
+    ar has the same order. The top alone is never worse, so the lower blocks run but hardly change what is written.
 
     >>> read_levels((10.0, 2.0, 0.7, 0.1)), read_levels((0.4, 0.2))
     ((0, 1), (0,))

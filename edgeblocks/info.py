@@ -64,10 +64,11 @@ def _told(value: float | None, text_of: Callable[[float], str]) -> str | None:
 
 
 def _describe_export(path: Path) -> dict[str, Any]:
+    from edgeblocks.drawing import TEXT_TASKS
     from edgeblocks.registry import open_exported
 
     manifest = open_exported(path).manifest
-    if manifest.task in ("text", "continuation"):
+    if manifest.task in TEXT_TASKS:
         facts = {"tokenizer": manifest.tokenizer, "vocabulary": manifest.vocabulary, "length": manifest.length}
     else:
         channels, height, width = manifest.image_shape

@@ -20,7 +20,7 @@ _TARGETS = {"cpu": "edgeblocks.targets.cpu:CpuTarget", "cuda": "edgeblocks.targe
 _OWN_FAMILIES: set[str] = set()
 _PROFILES = "edgeblocks.targets.profile"
 _CHAINS = {"onnxruntime": "edgeblocks.export.opening:open_chain"}
-_EXPORTERS = {"onnx": "edgeblocks.export.graph:export_run"}
+_EXPORTERS = {"onnx": "edgeblocks.export.exporting:export_run"}
 
 
 def family_names() -> tuple[str, ...]:

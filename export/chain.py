@@ -13,7 +13,8 @@ import onnxruntime
 from numpy.typing import NDArray
 
 from edgeblocks.errors import ConfigError, RunError
-from edgeblocks.export.manifest import ImageManifest, Manifest, checked_path, read_manifest
+from edgeblocks.export.contents import ImageManifest, Manifest
+from edgeblocks.export.manifest import checked_path, read_manifest
 
 # As fast a sample as 64 at a time, at half of the memory (width 384, 4 layers, 64 tokens, 2 threads: 7.1 and 7.0 ms a
 # sample, 159 and 321 MB).

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from edgeblocks.codebook import code_rows
 from edgeblocks.drawing import Tokens, Values, check_options
 from edgeblocks.export.chain import DEFAULT_MICRO_BATCH, ExportedChain
-from edgeblocks.export.manifest import ContinuationManifest
+from edgeblocks.export.contents import ContinuationManifest
 from edgeblocks.export.wording import exported_tokenizer
 from edgeblocks.generation import TokenChain, check_continuing, check_prompt, write_texts
 from edgeblocks.noise import sampler_levels

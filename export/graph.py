@@ -1,4 +1,4 @@
-"""From trained blocks to ONNX: one graph a block, and a manifest.
+"""A block as an ONNX graph.
 
 torch's exporter takes seconds and several times a block's memory, and it folds weights into constants under names of
 its own (a linear map on tokens becomes MatMul with a transposed copy). Blocks with the same number of layers have the
@@ -6,20 +6,14 @@ same graph. So a graph is traced once per number of layers, with random weights 
 random weights are alike, hence the graph's constants tell which parameter each came from, transposed or not; they get
 that parameter's name. A block is then written by filling in its EMA weights by name. Where a parameter cannot be found
 like that, each block is traced with its own weights instead. Every block is verified against torch in either case.
-
-An export is written to a hidden folder beside the destination and renamed into place when it has been verified: under
-the final name there is only ever a whole export.
 """
 
 import logging
-import os
-import shutil
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -28,173 +22,12 @@ import onnx
 import torch
 from torch import nn
 
-from edgeblocks import classification
-from edgeblocks.chain import BlockRunner, token_chain
-from edgeblocks.checkpoint import RunDirectory
-from edgeblocks.durable import sync
-from edgeblocks.errors import ConfigError, RunError, StorageError
-from edgeblocks.export.comparison import NUM_OUTPUTS
-from edgeblocks.export.manifest import (
-    FILE_NAME,
-    TOKENIZER_FILE,
-    BlockFile,
-    CacheShape,
-    ContinuationManifest,
-    ContinuerSettings,
-    ImageManifest,
-    Manifest,
-    SamplerSettings,
-    TextManifest,
-    WriterSettings,
-    read_manifest,
-    sha256_of,
-    write_manifest,
-)
-from edgeblocks.export.opening import open_chain
-from edgeblocks.export.verify import Listener, verify_export
+from edgeblocks.export.destination import synced
 from edgeblocks.generators import generator_at
-from edgeblocks.noise import sampler_levels
-from edgeblocks.scheduler import EmaLoader
-from edgeblocks.units import format_bytes
 
 OPSET = 20  # GELU is one node from 20 on, which onnxruntime 1.20 runs; 23 (Attention nodes) is no faster
-EXTERNAL_ABOVE_BYTES = 10**9  # a protobuf file ends at 2 GB, and reading one takes twice its size
 _ALIGNMENT_BYTES = 4096  # so that onnxruntime can map a tensor instead of reading it
 _SMALL_BYTES = 1024  # shapes and scalars stay in the graph
-
-
-def export_run(
-    run: RunDirectory, out: Path, listener: Listener, *, external_above_bytes: int = EXTERNAL_ABOVE_BYTES
-) -> dict[str, Any]:
-    """Write a run's EMA weights as ONNX graphs with a manifest, verified against torch, and return the manifest.
-
-    Args:
-        out: a new or empty directory, or a former export, which is replaced at the end.
-        external_above_bytes: blocks with more bytes of weights keep them in a file of their own beside the graph.
-
-    Raises:
-        ConfigError: `out` holds something else.
-        RunError: the run is damaged.
-        StorageError: the disk refused.
-        EdgeblocksError: onnxruntime's numbers differ from torch's by more than is promised.
-    """
-    out = out.resolve()
-    _check_destination(out)
-    steps = [run.store().header(block).step for block in range(len(run.layers))]
-    if min(steps) < run.settings.run.steps:
-        listener.note(
-            f"the run is not finished: exporting its blocks as saved, at steps {', '.join(map(str, steps))} of "
-            f"{run.settings.run.steps}"
-        )
-    micro_batch = min(NUM_OUTPUTS, run.plan["micro_batch"])
-    runner = BlockRunner(run.family(), run.layers, run.partition, EmaLoader(run.store()), micro_batch=micro_batch)
-    with _staged(out) as folder:
-        files = _write_blocks(run, runner, folder, listener, external_above_bytes)
-        manifest = _describe(run, files, folder)
-        verified = verify_export(run, runner, open_chain(folder, manifest=manifest), listener)
-        manifest = replace(manifest, verified=verified)
-        write_manifest(folder, manifest)
-    return manifest.to_json()
-
-
-SAMPLERS = {
-    "images": SamplerSettings(),
-    "classes": SamplerSettings(
-        steps=classification.DEFAULT_STEPS, solver="euler", noises=classification.DEFAULT_NOISES
-    ),
-}
-
-
-def _describe(run: RunDirectory, files: tuple[BlockFile, ...], folder: Path) -> Manifest:
-    family = run.family()
-    common: dict[str, Any] = {
-        "edgeblocks": metadata.version("edgeblocks"),
-        "family": run.settings.run.family,
-        "task": family.task,
-        "opset": OPSET,
-        "boundaries": run.partition.boundaries,
-        "files": files,
-    }
-    if family.task == "text":
-        sampler = WriterSettings(steps=max(WriterSettings().steps, len(files)))
-        return TextManifest(**common, **_wording(run, folder), sampler=sampler)
-    if family.task == "continuation":
-        steps = max(ContinuerSettings().steps, len(files))
-        chain = token_chain(family, run.layers, run.partition, sampler_levels(run.partition, num_steps=steps))
-        return ContinuationManifest(
-            **common,
-            **_wording(run, folder),
-            code_width=family.settings.code_width,
-            caches=CacheShape(
-                per=chain.caches_per, num_caches=chain.num_caches, heads=chain.heads, head_width=chain.head_width
-            ),
-            noise=family.noise,
-            sampler=ContinuerSettings(steps=steps),
-        )
-    of_images = SAMPLERS[family.task]
-    return ImageManifest(
-        **common,
-        image_shape=(run.data.channels, run.data.height, run.data.width),
-        mean=run.data.mean,
-        scale=run.data.scale,
-        sigma_data=family.sigma_data,
-        class_names=run.class_names,
-        noise=family.noise,
-        sampler=replace(of_images, steps=max(of_images.steps, len(files))),
-    )
-
-
-def _wording(run: RunDirectory, folder: Path) -> dict[str, Any]:
-    """A text's facts in a manifest; writes tokenizer.json where the tokenizer was trained."""
-    assert run.tokenizer is not None
-    definition = run.tokenizer.to_json()
-    if definition is not None:
-        with _synced(folder / TOKENIZER_FILE) as file:
-            file.write(definition.encode())
-    return {
-        "vocabulary": run.data.vocabulary,
-        "length": run.data.length,
-        "tokenizer": run.tokenizer.kind,
-        "tokenizer_sha256": None if definition is None else sha256_of(folder / TOKENIZER_FILE),
-    }
-
-
-def _write_blocks(
-    run: RunDirectory, runner: BlockRunner, folder: Path, listener: Listener, external_above_bytes: int
-) -> tuple[BlockFile, ...]:
-    """Write the graphs block by block. Blocks of the same depth follow each other, so that one template is kept."""
-    listener.stage("exporting")
-    family, files = run.family(), []
-    template: Template | None = None
-    for done, block in enumerate(sorted(range(len(run.layers)), key=lambda block: run.layers[block])):
-        if template is None or template.num_layers != run.layers[block]:
-            template = make_template(family, run.layers[block])
-            if template is None:
-                listener.note(f"the exporter changed a parameter of block {block}: tracing it with its own weights")
-        network = runner.network(block)
-        if template is None:
-            graph, tensors = trace_own(network, family)
-        else:
-            graph, tensors = template.graph, template.tensors_of(network)
-        files.append(_write_block(folder, block, graph, tensors, external_above_bytes))
-        listener.advance(done + 1, len(run.layers), "exporting")
-    return tuple(sorted(files, key=lambda file: file.block))
-
-
-def _write_block(
-    folder: Path, block: int, graph: onnx.ModelProto, tensors: "Tensors", external_above_bytes: int
-) -> BlockFile:
-    path = folder / f"block_{block:03d}.onnx"
-    external = sum(tensor.num_bytes for tensor in tensors.values()) > external_above_bytes
-    data_path = write_graph(path, graph, tensors, external=external)
-    return BlockFile(
-        block=block,
-        file=path.name,
-        data_file=None if data_path is None else data_path.name,
-        sha256=sha256_of(path),
-        data_sha256=None if data_path is None else sha256_of(data_path),
-        bytes=path.stat().st_size + (0 if data_path is None else data_path.stat().st_size),
-    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -272,7 +105,7 @@ def write_graph(path: Path, graph: onnx.ModelProto, tensors: Tensors, *, externa
         for initializer in filled:
             initializer.raw_data = _bytes_of(initializer, tensors).tobytes()
     else:
-        with _synced(data_path) as file:
+        with synced(data_path) as file:
             for initializer in filled:
                 values = _bytes_of(initializer, tensors)
                 file.write(bytes(-file.tell() % _ALIGNMENT_BYTES))
@@ -281,7 +114,7 @@ def write_graph(path: Path, graph: onnx.ModelProto, tensors: Tensors, *, externa
                 initializer.data_location = onnx.TensorProto.EXTERNAL
                 for key, value in place.items():
                     initializer.external_data.add(key=key, value=str(value))
-    with _synced(path) as file:
+    with synced(path) as file:
         file.write(whole.SerializeToString())
     return data_path
 
@@ -424,87 +257,3 @@ def trace_own(network: nn.Module, family: Any) -> tuple[onnx.ModelProto, Tensors
         for key, values in constants.items()
     }
     return _graph_without(program, set(constants)), tensors
-
-
-@contextmanager
-def _synced(path: Path) -> Iterator[Any]:
-    """A new file that is on the disk when the block ends."""
-    with path.open("wb") as file:
-        yield file
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _check_destination(out: Path) -> None:
-    """Nothing but a former export may stand where an export is written, and nothing else beside its files.
-
-    Raises:
-        ConfigError: something else does.
-    """
-    if not out.exists():
-        return
-    if not out.is_dir():
-        raise ConfigError(f"-o {out} is a file; give the name of a directory to write the export to")
-    present = {path.name for path in out.iterdir()}
-    if not present:
-        return
-    try:
-        own = {FILE_NAME, *(name for file in read_manifest(out).files for name in file.names)}
-    except RunError as error:
-        raise ConfigError(
-            f"-o {out} holds something that is not an export that could be replaced ({error}); choose another "
-            f"directory, or empty this one"
-        ) from error
-    others = sorted(present - own)
-    if others:
-        shown = ", ".join(others[:5]) + (", .." if len(others) > 5 else "")
-        raise ConfigError(
-            f"-o {out} holds other files beside a former export, and they would be lost: {shown}; move them away, or "
-            f"choose another directory"
-        )
-
-
-@contextmanager
-def _staged(out: Path) -> Iterator[Path]:
-    """A folder beside `out` that takes its place when the block ends well, and vanishes when it does not.
-
-    A kill leaves `out` as it was and the hidden folder behind, which the next export to the same place removes. Between
-    the two renames of a replacement the former export has the hidden name; the next export puts it back.
-
-    Raises:
-        StorageError: the disk refused.
-    """
-    folder, former = out.with_name(f".{out.name}.edgeblocks-new"), out.with_name(f".{out.name}.edgeblocks-former")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        if former.exists() and not out.exists():
-            former.rename(out)
-        for leftover in (folder, former):
-            if leftover.exists():
-                shutil.rmtree(leftover)
-        folder.mkdir()
-        try:
-            yield folder
-            sync(folder)
-            if out.exists():
-                out.rename(former)
-            folder.rename(out)
-            sync(out.parent)
-        except BaseException:
-            shutil.rmtree(folder, ignore_errors=True)
-            if former.exists() and not out.exists():
-                former.rename(out)
-            raise
-        shutil.rmtree(former, ignore_errors=True)
-    except OSError as error:
-        raise StorageError(
-            f"cannot write the export {out}: {error.strerror or error}{_free_space(out)}; the run and a former export "
-            "are untouched; make room, or choose another place with -o"
-        ) from error
-
-
-def _free_space(out: Path) -> str:
-    try:
-        return f"; {format_bytes(shutil.disk_usage(out.parent).free)} are free there"
-    except OSError:
-        return ""

@@ -3,7 +3,8 @@
 from pathlib import Path
 
 from edgeblocks.export.chain import ExportedChain
-from edgeblocks.export.manifest import Manifest, read_manifest
+from edgeblocks.export.contents import Manifest
+from edgeblocks.export.manifest import read_manifest
 
 
 def open_chain(directory: Path | str, *, manifest: Manifest | None = None) -> ExportedChain:

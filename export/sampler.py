@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 
 from edgeblocks.errors import ConfigError
 from edgeblocks.export.chain import ImageChain, Values
-from edgeblocks.export.manifest import DEFAULT_STEPS
+from edgeblocks.export.contents import DEFAULT_STEPS
 from edgeblocks.noise import sampler_levels
 from edgeblocks.pictures import to_uint8
 from edgeblocks.randomness import start_noise

@@ -21,8 +21,8 @@ from edgeblocks.export import continuation
 from edgeblocks.export.chain import Condition, ExportedChain, ImageChain, Values
 from edgeblocks.export.classifier import Classifier
 from edgeblocks.export.comparison import BATCH, NUM_OUTPUTS, check_finite, largest_difference, levels_of
+from edgeblocks.export.contents import Verified
 from edgeblocks.export.continuer import Continuer
-from edgeblocks.export.manifest import Verified
 from edgeblocks.export.sampler import Sampler
 from edgeblocks.export.writer import Writer
 from edgeblocks.families.base import Level

@@ -5,7 +5,8 @@ from pathlib import Path
 
 from edgeblocks.data.tokenizer import MOST_DEFINITION_BYTES, Tokenizer, build_tokenizer
 from edgeblocks.errors import RunError
-from edgeblocks.export.manifest import TOKENIZER_FILE, WordedManifest
+from edgeblocks.export.contents import WordedManifest
+from edgeblocks.export.manifest import TOKENIZER_FILE
 from edgeblocks.untrusted import MalformedFileError, read_text
 
 

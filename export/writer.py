@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 
 from edgeblocks.drawing import check_options
 from edgeblocks.export.chain import DEFAULT_MICRO_BATCH, ExportedChain, Values
-from edgeblocks.export.manifest import TextManifest
+from edgeblocks.export.contents import TextManifest
 from edgeblocks.export.wording import exported_tokenizer
 from edgeblocks.noise import unmasking_steps
 from edgeblocks.unmasking import check_writing, unmask, with_gaps

@@ -9,7 +9,9 @@ import pytest
 from jaxtyping import install_import_hook
 
 _CHECKED = ("layers", "causal_layers", "chain", "token_loss", "trainer", "frechet")
-_CHECKED += tuple(f"families.{name}" for name in ("ar", "dit", "looped", "mdlm", "token_denoiser"))
+_CHECKED += tuple(
+    f"families.{name}" for name in ("ar", "dit", "looped", "mdlm", "text_block", "token_block", "token_denoiser")
+)
 _hook = install_import_hook([f"edgeblocks.{name}" for name in _CHECKED], "beartype.beartype")
 
 
@@ -17,6 +19,17 @@ _hook = install_import_hook([f"edgeblocks.{name}" for name in _CHECKED], "bearty
 def _cache_folder(tmp_path_factory):
     """Decoded images go to a folder of this test session."""
     os.environ["EDGEBLOCKS_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """Networks this small lose time, not gain it, by waiting for a second thread."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")

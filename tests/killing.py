@@ -2,75 +2,45 @@
 
 A campaign is a series of attempts. Each is a process that trains a new run, or resumes it once it is valid; a signal
 ends it at some moment: in a phase that it has reported, when the temporary file of a block is seen, or after a random
-time. After each the run directory is examined from outside, with other readers than edgeblocks' own, and the next
-attempt goes on. A run that gets to its end is compared bit for bit with the reference, and a new one begins.
-
-The processes are forked by multiprocessing's fork server, which has imported torch and run none of its operators (the
-threads of libgomp do not survive a fork), so that a kill costs as little as what was done before it.
+time. After each the run directory is examined from outside (`watched_run`), and the next attempt goes on. A run that
+gets to its end is compared bit for bit with the reference, and a new one begins.
 """
 
 import contextlib
-import hashlib
 import json
-import multiprocessing
 import os
 import random
-import re
 import shutil
 import signal
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import yaml
-from PIL import Image
-from safetensors.numpy import load_file
-
-BLOCKS, STEPS, VISIT_STEPS = 4, 36, 6
-GRID_STEPS = (18, 36)
-SETTINGS: dict[str, Any] = {
-    "width": 32,
-    "heads": 2,
-    "depth": 4,
-    "blocks": BLOCKS,
-    "steps": STEPS,
-    "visit_steps": VISIT_STEPS,
-    "batch": 8,
-    "micro_batch": 8,
-    "checkpointing": False,
-    "sample_grids": len(GRID_STEPS),
-    "sample_steps": 4,
-    "mem_budget": "2GB",
-}
-LONGEST_ATTEMPT_S = 120.0
-
-STARTING, CACHING, PLANNING, CREATING = "starting", "building the cache", "planning", "creating blocks"
-VISITING, WRITING, SAMPLING, PICTURE = "visiting", "writing a block", "sampling", "writing a picture"
-EVALUATING, FINISHING, RETURNING, SMALL_FILE = "evaluating", "finishing", "bringing blocks home", "writing a small file"
-PHASES = (
-    *(STARTING, CACHING, PLANNING, CREATING, VISITING, WRITING),
-    *(SAMPLING, PICTURE, EVALUATING, FINISHING, RETURNING, SMALL_FILE),
+from child_processes import LONGEST_ATTEMPT_S, fork_server
+from watched_run import (
+    BLOCKS,
+    CACHING,
+    CREATING,
+    EVALUATING,
+    FINISHING,
+    GRID_STEPS,
+    PHASES,
+    PLANNING,
+    SAMPLING,
+    SETTINGS,
+    STARTING,
+    VISIT_STEPS,
+    VISITING,
+    WRITING,
+    Subject,
+    assert_equal_runs,
+    examine,
+    make_images,
 )
-_NAMES = re.compile(
-    r"(config\.yaml|(plan|env|manifest|summary)\.json|metrics\.jsonl|lock"
-    r"|blocks(\.arriving)?(/block_\d{3}\.safetensors)?|samples(/step_\d{7}\.png)?|(.*/)?\.[^/]*\.tmp)"
-)
-
-
-def make_images(path: Path) -> Path:
-    """An .npz of images with three classes; it is decoded into a cache before it is trained on."""
-    random_ = np.random.default_rng(0)
-    np.savez(path, images=random_.integers(0, 256, (400, 8, 8, 1), dtype=np.uint8), labels=np.arange(400) % 3)
-    return path
-
-
-# What runs in the child processes
 
 
 class Reporter:
@@ -135,60 +105,6 @@ def train_or_resume(connection: Connection, out: str, cache: str, settings: dict
         connection.send(("finished", ""))
 
 
-def _answer(connection: Connection, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
-    try:
-        connection.send((True, function(*arguments)))
-    except BaseException as error:
-        connection.send((False, (type(error).__name__, str(error), traceback.format_exc())))
-
-
-# The parent's side
-
-
-def fork_server() -> Any:
-    """A multiprocessing context whose children begin with everything imported."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["__main__", "edgeblocks.api", "edgeblocks.families.dit", "edgeblocks.targets.cpu"])
-    return context
-
-
-class ChildError(Exception):
-    """What a function raised in a child process. `kind` is the name of its class."""
-
-    def __init__(self, kind: str, message: str, shown: str) -> None:
-        super().__init__(shown)
-        self.kind, self.message = kind, message
-
-
-def in_child(function: Callable[..., Any], *arguments: Any) -> Any:
-    """Call a module's function in a process of its own, whose limits and surroundings it may change.
-
-    Raises:
-        ChildError: the function raised an error, or the process died.
-    """
-    context = fork_server()
-    receiving, sending = context.Pipe(duplex=False)
-    process = context.Process(target=_answer, args=(sending, function, arguments))
-    process.start()
-    sending.close()
-    try:
-        if not receiving.poll(LONGEST_ATTEMPT_S):
-            raise ChildError("Hang", "", f"nothing was heard for {LONGEST_ATTEMPT_S} s")
-        succeeded, answer = receiving.recv()
-    except EOFError:
-        process.join()
-        raise ChildError("Death", "", f"the process ended with {process.exitcode}") from None
-    finally:
-        if process.is_alive():
-            process.join(5)
-        process.kill()
-        process.join()
-        receiving.close()
-    if not succeeded:
-        raise ChildError(*answer)
-    return answer
-
-
 @dataclass(frozen=True, kw_only=True)
 class Moment:
     """When an attempt is ended: `wait_s` after a phase was reported first (None: after the process was started).
@@ -207,39 +123,6 @@ class Ending:
     kind: str
     phase: str
     message: str
-
-
-@dataclass
-class Subject:
-    """A run that is being trained, and where its parts lie."""
-
-    out: Path
-    work_dir: Path | None
-    cache: Path
-    settings: dict[str, Any]
-    steps: dict[int, int] = field(default_factory=dict)
-    """The saved step of each block after the latest attempt."""
-
-    @property
-    def sealed(self) -> bool:
-        return (self.out / "manifest.json").exists()
-
-    def block_folders(self) -> list[Path]:
-        folders = [self.out / "blocks", *(self.work_dir.glob("edgeblocks-*") if self.work_dir else ())]
-        return [folder for folder in folders if folder.is_dir()]
-
-    def is_writing_a_block(self) -> bool:
-        with contextlib.suppress(OSError):
-            return any(path.suffix == ".tmp" for folder in self.block_folders() for path in folder.iterdir())
-        return False
-
-    def remains(self) -> dict[Path, str]:
-        """What only a process at work or a killed one has, and the phase in which it is made."""
-        found = {path: WRITING for folder in self.block_folders() for path in folder.glob(".*.tmp")}
-        found |= dict.fromkeys(self.out.glob("samples/.*.tmp"), PICTURE)
-        found |= dict.fromkeys(self.out.glob(".*.tmp"), SMALL_FILE)
-        found |= dict.fromkeys(self.cache.glob("*.partial"), CACHING)
-        return found | dict.fromkeys(self.out.glob("blocks.arriving"), RETURNING)
 
 
 def attempt(subject: Subject, moment: Moment, number: signal.Signals, *, sealed_copy: Path | None = None) -> Ending:
@@ -285,79 +168,6 @@ def attempt(subject: Subject, moment: Moment, number: signal.Signals, *, sealed_
         new = [what for path, what in subject.remains().items() if path not in before]
         return Ending(kind="killed", phase=new[0] if new else phase, message="")
     return Ending(kind=kind, phase=phase, message=message)
-
-
-def read_block(path: Path) -> tuple[str, int, int]:
-    """(run, block, step) of a whole block file, whose checksums are computed here and not by edgeblocks."""
-    content = path.read_bytes()
-    start = 8 + int.from_bytes(content[:8], "little")
-    table = json.loads(content[8:start])
-    metadata = table.pop("__metadata__")
-    for part in ("weights", "ema", "optimizer"):
-        spans = [entry["data_offsets"] for name, entry in table.items() if name.startswith(f"{part}.")]
-        data = content[start + min(first for first, _ in spans) : start + max(last for _, last in spans)]
-        assert hashlib.sha256(data).hexdigest() == metadata[f"{part}_sha256"], f"{path}: {part}"
-    assert len(load_file(path)) == len(table)
-    assert len(content) == start + max(entry["data_offsets"][1] for entry in table.values())
-    return metadata["run_id"], int(metadata["block"]), int(metadata["step"])
-
-
-def examine(subject: Subject) -> None:
-    """Every file under its final name is whole and belongs there, and no saved step was lost.
-
-    Raises:
-        AssertionError: otherwise.
-    """
-    if not subject.out.exists():
-        return
-    names = [str(path.relative_to(subject.out)) for path in subject.out.rglob("*")]
-    strange = [name for name in names if not _NAMES.fullmatch(name)]
-    assert not strange, strange
-    manifest = json.loads((subject.out / "manifest.json").read_text()) if subject.sealed else None
-    for path in subject.out.glob("*.json"):
-        json.loads(path.read_text())
-    if (subject.out / "config.yaml").exists():
-        assert yaml.safe_load((subject.out / "config.yaml").read_text())["steps"] == STEPS
-    for path in subject.out.glob("samples/step_*.png"):
-        with Image.open(path) as picture:
-            picture.load()
-    homes = []
-    for folder in subject.block_folders():
-        found = {path: read_block(path) for path in folder.glob("block_*.safetensors")}
-        assert all(path.name == f"block_{block:03d}.safetensors" for path, (_, block, _) in found.items()), found
-        runs = {run_id for run_id, _, _ in found.values()}
-        if folder.parent != subject.out:  # folders of attempts that were killed before they were valid may be there
-            assert all(folder.name == f"edgeblocks-{run_id[:12]}" for run_id in runs), (folder, runs)
-        if manifest is not None and (folder.parent == subject.out or runs == {manifest["run_id"]}):
-            assert runs == {manifest["run_id"]}, (folder, runs)
-            homes.append({block: step for _, block, step in found.values()})
-    if manifest is not None:
-        steps = homes[0]  # at home where they are at home already, and the work directory is being emptied
-        assert sorted(steps) == list(range(BLOCKS)), f"there are only the blocks {sorted(steps)}"
-        assert all(step >= subject.steps.get(block, 0) for block, step in steps.items()), (subject.steps, steps)
-        subject.steps = steps
-
-
-def assert_equal_runs(out: Path, reference: Path) -> None:
-    """All tensors of all block files, the metrics' steps and the validation losses are the reference's, bit for bit.
-
-    Raises:
-        AssertionError: otherwise.
-    """
-    for block in range(BLOCKS):
-        name = f"blocks/block_{block:03d}.safetensors"
-        one, two = load_file(out / name), load_file(reference / name)
-        assert one.keys() == two.keys()
-        different = [key for key in one if one[key].tobytes() != two[key].tobytes()]
-        assert not different, f"{len(different)} tensors of block {block} differ, the first is {different[0]}"
-        assert read_block(out / name)[2] == STEPS
-    records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    made = sorted((record["block"], record["step"]) for record in records)
-    assert made == [(block, step) for block in range(BLOCKS) for step in range(1, STEPS + 1)]
-    first, second = (json.loads((path / "summary.json").read_text())["metrics"] for path in (out, reference))
-    assert first["validation"] == second["validation"]
-    for path in out.glob("samples/*.png"):
-        assert path.read_bytes() == (reference / "samples" / path.name).read_bytes(), path
 
 
 @dataclass

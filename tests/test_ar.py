@@ -4,12 +4,15 @@ import doctest
 import math
 import warnings
 from dataclasses import replace
+from functools import partial
 
+import blocks
 import numpy as np
 import onnxruntime
 import pytest
 import torch
 import torch.nn.functional as F
+from blocks import seeded
 from test_mdlm import live_peak_bytes
 from torch import nn
 
@@ -26,37 +29,12 @@ from edgeblocks.noise import partition_noise, sampler_levels
 SETTINGS = TokenDenoiserSettings(width=16, depth=4, heads=2, code_width=16)
 DATA = TextInfo(vocabulary=7, length=12)
 AR, LOOPED = Ar(SETTINGS, DATA), Looped(SETTINGS, DATA)
+random_block = partial(blocks.random_block, num_layers=4)  # so that each part of looped has some
+fresh_block = partial(blocks.fresh_block, num_layers=4)
 both = pytest.mark.parametrize("family", [AR, LOOPED], ids=["ar", "looped"])
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    """Networks this small lose time, not gain it, by waiting for a second thread."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
-
-
-def random_block(family, *, num_layers=4, checkpointing=False, seed=0):
-    """A block whose every parameter is random; four layers, so that each part of looped has some."""
-    block = family.block(num_layers=num_layers, checkpointing=checkpointing)
-    block.reset_tables_()
-    generator = seeded(seed)
-    for parameter in block.parameters():
-        nn.init.normal_(parameter, std=0.2, generator=generator)
-    return block
-
-
-def fresh_block(family, num_layers=4):
-    block = family.block(num_layers=num_layers, checkpointing=False)
-    block.reset_tables_()
-    block.init_(seeded())
-    return block
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def texts(count, seed=0, data=DATA):

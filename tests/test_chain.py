@@ -22,13 +22,7 @@ FAMILY = Dit(
 PARTITION = partition_noise(NoiseDistribution(), num_blocks=3, kind="equal-probability", overlap=0.05)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    """Networks this small lose time, not gain it, by waiting for a second thread."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def normal(*shape, seed=0):

@@ -18,6 +18,7 @@ from edgeblocks.errors import ConfigError
 from edgeblocks.export.opening import open_chain
 from edgeblocks.generation import read_levels
 from edgeblocks.randomness import seed_at
+from edgeblocks.sampling import token_chain_of
 from edgeblocks.scheduler import EmaLoader
 
 WORDS = ["the", "white", "whale", "swims", "under", "a", "cold", "sea", "and", "sings", "to", "no", "ship"]
@@ -72,7 +73,7 @@ def runner_of(run, *, micro_batch=4, residents=1):
 
 def written_again_and_again(run, prompt, *, index, seed, steps):
     """Tokens of one sample; at each level of each token the whole text so far goes through the network."""
-    chain, runner = run._token_chain(steps), runner_of(run, residents=len(run.directory.layers))
+    chain, runner = token_chain_of(run.directory, steps), runner_of(run, residents=len(run.directory.layers))
     stream = np.random.default_rng(seed_at(seed, "continue", index))
     noise = stream.standard_normal((LENGTH, chain.codes.shape[1]), dtype=np.float32)
     uniform, tokens = stream.random(LENGTH), list(prompt)
@@ -168,7 +169,7 @@ def test_texts_are_written_during_training(run):
 def test_the_bound_is_that_of_the_texts_own_probabilities(run):
     """Oracle: -log of the probability that writing gives each token of a text, read off while it is written again."""
     runner = runner_of(run, micro_batch=3, residents=len(run.directory.layers))
-    chain = run._token_chain(4)
+    chain = token_chain_of(run.directory, 4)
     tokens = np.random.default_rng(0).integers(0, 27, (3, LENGTH))
     found = likelihood.log_shares(runner, chain, tokens, seed=1)
     again = likelihood._one_by_one(runner, chain, tokens, _bound_noise(chain, seed=1, count=3))

@@ -4,6 +4,7 @@ from dataclasses import fields, replace
 import numpy as np
 import pytest
 import torch
+from blocks import fresh_block, random_block, seeded
 from torch import nn
 
 from edgeblocks.config import load_preset
@@ -17,34 +18,7 @@ DATA = ImageInfo(channels=2, height=4, width=6, num_classes=5, mean=0.4, scale=1
 SIGMAS = torch.tensor([0.002, 0.3, 80.0])
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    """Networks this small lose time, not gain it, by waiting for a second thread."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
-
-
-def random_block(family, *, num_layers=2, checkpointing=False, seed=0):
-    """A block whose every parameter is random, the zero-initialised ones too."""
-    block = family.block(num_layers=num_layers, checkpointing=checkpointing)
-    block.reset_tables_()
-    generator = seeded(seed)
-    for parameter in block.parameters():
-        nn.init.normal_(parameter, std=0.2, generator=generator)
-    return block
-
-
-def fresh_block(family, *, num_layers=2):
-    block = family.block(num_layers=num_layers, checkpointing=False)
-    block.reset_tables_()
-    block.init_(seeded())
-    return block
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def pictures(count, seed=0, data=DATA):

@@ -12,7 +12,8 @@ from torch import nn
 from edgeblocks.chain import class_labels, guided
 from edgeblocks.errors import ConfigError, EdgeblocksError, RunError
 from edgeblocks.export.chain import session_options
-from edgeblocks.export.graph import export_run, make_template, trace_own, write_graph
+from edgeblocks.export.exporting import export_run
+from edgeblocks.export.graph import make_template, trace_own, write_graph
 from edgeblocks.export.manifest import read_manifest, sha256_of
 from edgeblocks.export.sampler import Sampler
 from edgeblocks.export.verify import BLOCK_LIMIT, OUTPUT_LIMIT, verify_export

@@ -14,7 +14,9 @@ import time
 from pathlib import Path
 
 import pytest
-from killing import (
+from child_processes import ChildError, in_child
+from killing import Campaign, Moment
+from watched_run import (
     CACHING,
     CREATING,
     EVALUATING,
@@ -24,10 +26,6 @@ from killing import (
     STARTING,
     VISITING,
     WRITING,
-    Campaign,
-    ChildError,
-    Moment,
-    in_child,
     read_block,
 )
 

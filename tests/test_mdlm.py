@@ -10,6 +10,7 @@ import onnxruntime
 import pytest
 import torch
 import torch.nn.functional as F
+from blocks import random_block, seeded
 from torch import nn
 
 from edgeblocks.cost import _trace_step, trace
@@ -23,27 +24,7 @@ DATA = TextInfo(vocabulary=7, length=12)
 FAMILY = Mdlm(SETTINGS, DATA)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    """Networks this small lose time, not gain it, by waiting for a second thread."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
-
-
-def random_block(family=FAMILY, *, num_layers=2, checkpointing=False, seed=0):
-    """A block whose every parameter is random."""
-    block = family.block(num_layers=num_layers, checkpointing=checkpointing)
-    block.reset_tables_()
-    generator = seeded(seed)
-    for parameter in block.parameters():
-        nn.init.normal_(parameter, std=0.2, generator=generator)
-    return block
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def texts(count, seed=0, data=DATA):
@@ -59,7 +40,7 @@ def partition(num_blocks, overlap=0.0):
 
 def test_the_loss_is_written_out_position_by_position():
     """Oracle: (1/t) times the sum of -log p over masked positions, by the length; one number a sequence (trap 2)."""
-    block = random_block()
+    block = random_block(FAMILY)
     batch = FAMILY.draw(texts(6), None, partition(1).ranges[0], seeded())
     z, condition = FAMILY.inputs(batch)
     assert condition is None
@@ -183,7 +164,7 @@ def test_where_nothing_is_masked_the_loss_is_zero():
     """No mask is forced, and a t as small as float32 can hold gives no infinity."""
     batch = FAMILY.at_level(texts(4), None, Level.at(1e-30), seeded())
     assert not batch["masked"].any()
-    assert torch.equal(FAMILY.loss(random_block(), batch), torch.zeros(4))
+    assert torch.equal(FAMILY.loss(random_block(FAMILY), batch), torch.zeros(4))
 
 
 # What is drawn
@@ -268,7 +249,7 @@ def test_a_few_steps_learn_which_token_follows_which():
 
 def test_a_network_knows_order_and_sees_both_sides():
     """An answer depends on tokens before and after it, and on where they stand."""
-    block = random_block()
+    block = random_block(FAMILY)
     z = torch.from_numpy(texts(1))
     z[:, 5] = DATA.vocabulary
     t = torch.full((1,), 0.5)
@@ -285,7 +266,7 @@ def test_checkpointing_changes_no_bit():
     batch = FAMILY.draw(texts(3), None, partition(1).ranges[0], seeded())
     gradients = []
     for checkpointing in (False, True):
-        block = random_block(checkpointing=checkpointing)
+        block = random_block(FAMILY, checkpointing=checkpointing)
         for parameter in block.parameters():
             parameter.grad = torch.zeros_like(parameter)
         FAMILY.loss(block, batch).sum().backward()
@@ -297,7 +278,7 @@ def test_checkpointing_changes_no_bit():
 def test_gradients_are_autograds():
     """Adding into existing gradients gives what autograd gives for the plain formula."""
     batch = FAMILY.draw(texts(4), None, partition(1).ranges[0], seeded())
-    ours, plain = random_block(), random_block()
+    ours, plain = random_block(FAMILY), random_block(FAMILY)
     for parameter in ours.parameters():
         parameter.grad = torch.zeros_like(parameter)
     FAMILY.loss(ours, batch).sum().backward()
@@ -310,7 +291,7 @@ def test_gradients_are_autograds():
 
 def test_the_table_of_positions_is_shared_and_never_stored():
     """One table for all layers, and no state but parameters."""
-    block = random_block(num_layers=3)
+    block = random_block(FAMILY, num_layers=3)
     assert len({layer.attention.rotary.data_ptr() for layer in block.layers}) == 1
     assert set(block.state_dict()) == {name for name, _ in block.named_parameters()}
 
@@ -384,7 +365,7 @@ def test_impossible_settings_are_named(change, message):
 
 def test_an_exported_block_gives_torchs_logits(tmp_path):
     """One block as ONNX of opset 20, with any batch size."""
-    block = random_block().eval()
+    block = random_block(FAMILY).eval()
     batch = torch.export.Dim("batch", min=1)
     example = (torch.zeros(2, DATA.length, dtype=torch.int64), torch.ones(2))
     with warnings.catch_warnings():

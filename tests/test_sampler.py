@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from random_run import make_run, unlabelled_images
 
 from edgeblocks.errors import ConfigError, EdgeblocksError, RunError
-from edgeblocks.export.graph import export_run
+from edgeblocks.export.exporting import export_run
 from edgeblocks.export.manifest import checked_path, read_manifest
 from edgeblocks.export.sampler import Sampler
 from edgeblocks.noise import sampler_levels

@@ -7,9 +7,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from blocks import fresh_block, random_block, seeded
 from PIL import Image
 from random_run import make_run, unlabelled_images
-from test_dit import fresh_block, random_block, seeded
 from test_equality import assert_same_bits
 from torch import nn
 

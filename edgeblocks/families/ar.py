@@ -10,7 +10,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from edgeblocks.causal_layers import halves
-from edgeblocks.families.token_denoiser import TokenDenoiser, TokenDenoiserBlock
+from edgeblocks.families.token_block import TokenDenoiserBlock
+from edgeblocks.families.token_denoiser import TokenDenoiser
 
 
 class ArBlock(TokenDenoiserBlock):

@@ -12,7 +12,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from edgeblocks.families.token_denoiser import TokenDenoiser, TokenDenoiserBlock
+from edgeblocks.families.token_block import TokenDenoiserBlock
+from edgeblocks.families.token_denoiser import TokenDenoiser
 
 
 class LoopedBlock(TokenDenoiserBlock):

@@ -17,22 +17,22 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from edgeblocks.families.base import MOST, NOISE_FEATURES, NUM_LEVELS, Batch, BatchSpec, Level, TextFamily, TextInfo
-from edgeblocks.layers import (
-    Linear,
-    RotaryAdaLnLayer,
-    TokenEmbedding,
-    init_linear_,
-    init_zero_,
-    modulated_norm,
-    noise_features,
-    rotary_table,
-    run_layers,
+from edgeblocks.families.base import (
+    NOISE_FEATURES,
+    NUM_LEVELS,
+    Batch,
+    BatchSpec,
+    Level,
+    TextFamily,
+    TextInfo,
+    spread_shares,
+    text_shape_problems,
 )
+from edgeblocks.families.text_block import TextBlock
+from edgeblocks.layers import Linear, RotaryAdaLnLayer, TokenEmbedding, run_layers
 from edgeblocks.noise import MaskingSchedule, NoisePartition, NoiseRange, unmasking_steps
 from edgeblocks.token_loss import token_losses, token_scores
 
@@ -50,22 +50,10 @@ class MdlmSettings:
 
     def problems(self) -> list[str]:
         """What is wrong with these values, one sentence each."""
-        values = {"width": self.width, "depth": self.depth, "heads": self.heads}
-        found = [f"{name}={value} must be at least 1" for name, value in values.items() if value < 1]
-        found += [
-            f"{name}={value} is more than the {MOST[name]} that are possible"
-            for name, value in values.items()
-            if value > MOST[name]
-        ]
-        if not found and self.width % (2 * self.heads):
-            found.append(
-                f"width={self.width} is not divisible by twice heads={self.heads}, which rotary positions need; use "
-                f"--set heads=..."
-            )
-        return found
+        return text_shape_problems(width=self.width, depth=self.depth, heads=self.heads)
 
 
-class MdlmBlock(nn.Module):
+class MdlmBlock(TextBlock):
     """One block: token embedding (the last row is the mask's), `num_layers` layers, readout."""
 
     def __init__(self, *, settings: MdlmSettings, data: TextInfo, num_layers: int, checkpointing: bool) -> None:
@@ -88,23 +76,7 @@ class MdlmBlock(nn.Module):
         novel's characters are after 200 steps at 3.48 to 3.70 bits per character (three seeds); with open gates at
         3.89, and at 3.72 and 3.89 (two seeds) where embeddings have unit variance too.
         """
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                init_linear_(module, generator)
-        for parameter in (self.token_embedding.weight, self.noise_up.weight, self.noise_down.weight):
-            nn.init.normal_(parameter, std=0.02, generator=generator)
-        for layer in self.layers:
-            assert isinstance(layer, RotaryAdaLnLayer)
-            init_zero_(layer.modulation)
-        init_zero_(self.readout_modulation)
-        init_zero_(self.readout)
-
-    def reset_tables_(self) -> None:
-        """Make the table of positions, one for all layers, on torch's default device; needed before use."""
-        table = rotary_table(self.length, self.token_embedding.embedding_dim // self.heads)
-        for layer in self.layers:
-            assert isinstance(layer, RotaryAdaLnLayer)
-            layer.attention.set_rotary_(table)
+        super().init_(generator)
 
     def forward(
         self, z: Int[Tensor, "batch length"], t: Float[Tensor, " batch"]
@@ -115,11 +87,9 @@ class MdlmBlock(nn.Module):
 
     def hidden(self, z: Int[Tensor, "batch length"], t: Float[Tensor, " batch"]) -> Float[Tensor, "batch length width"]:
         """What the readout is applied to."""
-        noise = noise_features(2 * t - 1, NOISE_FEATURES)
-        condition = F.silu(self.noise_down(F.silu(self.noise_up(noise))))
+        condition = self.condition(2 * t - 1)
         x = run_layers(self.layers, self.token_embedding(z), condition, checkpointing=self.checkpointing)
-        shift, scale = self.readout_modulation(condition).chunk(2, dim=-1)
-        return modulated_norm(x, shift, scale)
+        return self.normalised(x, condition)
 
 
 class Mdlm(TextFamily):
@@ -165,13 +135,8 @@ class Mdlm(TextFamily):
     def draw(
         self, tokens: np.ndarray, labels: np.ndarray | None, noise_range: NoiseRange, generator: torch.Generator
     ) -> Batch:
-        """One training step's batch: t in (train_low, train_high], evenly spaced from one random start.
-
-        Low-discrepancy sampling, arXiv 2107.00630 (VDM), appendix I.1: it lowers the variance of the loss.
-        """
-        count = len(tokens)
-        start = torch.rand((), dtype=torch.float64, generator=generator)
-        shares = (start + torch.arange(count, dtype=torch.float64) / count).remainder(1.0)
+        """One training step's batch: t in (train_low, train_high], evenly spaced from one random start."""
+        shares = spread_shares(len(tokens), generator)
         t = noise_range.train_high - (noise_range.train_high - noise_range.train_low) * shares
         return _batch(tokens, t, torch.rand(tokens.shape, generator=generator))
 

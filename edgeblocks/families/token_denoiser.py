@@ -20,11 +20,8 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from edgeblocks.causal_layers import CausalLayer
 from edgeblocks.codebook import check_codes, code_rows
 from edgeblocks.families.base import (
-    MOST,
-    NOISE_FEATURES,
     Batch,
     BatchSpec,
     ConditionSpec,
@@ -34,25 +31,14 @@ from edgeblocks.families.base import (
     TextInfo,
     noise_problems,
     quantile_levels,
+    spread_shares,
+    text_shape_problems,
 )
-from edgeblocks.layers import (
-    Linear,
-    TokenEmbedding,
-    init_linear_,
-    init_zero_,
-    modulated_norm,
-    noise_features,
-    rotary_table,
-    run_layers,
-)
+from edgeblocks.families.token_block import TokenDenoiserBlock
 from edgeblocks.noise import NoiseDistribution, NoisePartition, NoiseRange
 from edgeblocks.token_loss import token_losses, token_scores
 
 MOST_CODE_WIDTH = 2**12
-Past = Float[Tensor, "caches batch heads past head_width"]
-"""Keys and values of a block's layers for former tokens: layer by layer, keys first."""
-Present = Float[Tensor, "caches batch heads tokens head_width"]
-"""The same for the tokens at hand."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,18 +60,7 @@ class TokenDenoiserSettings:
 
     def problems(self) -> list[str]:
         """What is wrong with these values, one sentence each."""
-        values = {name: getattr(self, name) for name in ("width", "depth", "heads")}
-        found = [f"{name}={value} must be at least 1" for name, value in values.items() if value < 1]
-        found += [
-            f"{name}={value} is more than the {MOST[name]} that are possible"
-            for name, value in values.items()
-            if value > MOST[name]
-        ]
-        if not found and self.width % (2 * self.heads):
-            found.append(
-                f"width={self.width} is not divisible by twice heads={self.heads}, which rotary positions need; use "
-                f"--set heads=..."
-            )
+        found = text_shape_problems(width=self.width, depth=self.depth, heads=self.heads)
         if self.code_width % 8 or not 8 <= self.code_width <= MOST_CODE_WIDTH:
             found.append(f"code_width={self.code_width} must be a multiple of 8 between 8 and {MOST_CODE_WIDTH}")
         if not 0 <= self.top_share < 1:
@@ -93,148 +68,6 @@ class TokenDenoiserSettings:
         return found + noise_problems(
             sigma_min=self.sigma_min, sigma_max=self.sigma_max, p_mean=self.p_mean, p_std=self.p_std
         )
-
-
-class TokenDenoiserBlock(nn.Module):
-    """One block: token embedding (the last row is that of the beginning), z's projection, layers, readout.
-
-    A subclass says how tokens and z go through the layers, `through_layers`.
-    """
-
-    codes: Tensor
-    two_streams = False
-
-    def __init__(
-        self, *, settings: TokenDenoiserSettings, data: TextInfo, num_layers: int, checkpointing: bool
-    ) -> None:
-        super().__init__()
-        self.heads, self.length, self.vocabulary = settings.heads, data.length, data.vocabulary
-        self.checkpointing = checkpointing
-        hidden = settings.width
-        self.token_embedding = TokenEmbedding(data.vocabulary + 1, hidden)
-        self.code_embedding = Linear(settings.code_width, hidden)
-        self.noise_up = Linear(NOISE_FEATURES, hidden)
-        self.noise_down = Linear(hidden, hidden)
-        self.layers = nn.ModuleList(
-            CausalLayer(width=hidden, heads=settings.heads, two_streams=self.two_streams) for _ in range(num_layers)
-        )
-        self.readout_modulation = Linear(hidden, 2 * hidden)
-        self.readout = Linear(hidden, data.vocabulary)
-
-    @torch.no_grad()
-    def init_(self, generator: torch.Generator) -> None:
-        """Initialise all parameters in place: layers as the identity (adaLN-Zero), and z unseen.
-
-        Bits per character of a novel's hold-out part at sigma_max after 200 steps of 8 windows of 64 characters, for 4
-        layers of width 64 in one block (two seeds each):
-
-                                          ar             looped
-            as here                       3.27, 3.22     3.29, 3.28
-            open gates                    3.32, 3.37     3.33, 3.37
-            z's projection not zero       3.27, 3.22     3.58, 3.45
-
-        At sigma = 0.5 a projection that is not zero has learnt more by then: 1.88, 1.88 against 1.99, 1.99 in ar.
-        """
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                init_linear_(module, generator)
-        for parameter in (self.token_embedding.weight, self.noise_up.weight, self.noise_down.weight):
-            nn.init.normal_(parameter, std=0.02, generator=generator)
-        init_zero_(self.code_embedding)
-        for layer in self.layers:
-            assert isinstance(layer, CausalLayer)
-            init_zero_(layer.modulation)
-        init_zero_(self.readout_modulation)
-        init_zero_(self.readout)
-
-    def reset_tables_(self) -> None:
-        """Make the tables of positions and of codes on torch's default device; needed before use."""
-        table = rotary_table(self.length, self.token_embedding.embedding_dim // self.heads)
-        for layer in self.layers:
-            assert isinstance(layer, CausalLayer)
-            layer.attention.set_rotary_(table)
-        codes = torch.as_tensor(code_rows(self.vocabulary, self.code_embedding.in_features))
-        self.register_buffer("codes", codes, persistent=False)
-
-    def forward(
-        self,
-        z: Float[Tensor, "batch tokens code"],
-        sigma: Float[Tensor, " batch"],
-        tokens: Int[Tensor, "batch tokens"],
-        past: Past | None = None,
-    ) -> tuple[Float[Tensor, "batch tokens vocabulary"], Present]:
-        """Logits of the token at each position, and keys and values for the tokens that follow.
-
-        Args:
-            z: the noised code of the token at each position.
-            tokens: the token before each position; for the first position of a window the vocabulary's size.
-            past: keys and values of the positions before these; None where there are none.
-        """
-        x, present = self.hidden(z, sigma, tokens, past)
-        logits: Tensor = self.readout(x)
-        return logits, present
-
-    def hidden(
-        self,
-        z: Float[Tensor, "batch tokens code"],
-        sigma: Float[Tensor, " batch"],
-        tokens: Int[Tensor, "batch tokens"],
-        past: Past | None = None,
-    ) -> tuple[Float[Tensor, "batch tokens width"], Present]:
-        """What the readout is applied to, and keys and values; see `forward`."""
-        present: list[Tensor] = []
-        x = self._states(z, sigma, tokens, past, present)
-        return x, torch.stack(present)
-
-    def window_states(
-        self,
-        z: Float[Tensor, "batch tokens code"],
-        sigma: Float[Tensor, " batch"],
-        tokens: Int[Tensor, "batch tokens"],
-    ) -> Float[Tensor, "batch tokens width"]:
-        """What the readout is applied to, of a whole window, of which nothing is kept for later."""
-        return self._states(z, sigma, tokens, None, None)
-
-    def _states(
-        self, z: Tensor, sigma: Tensor, tokens: Tensor, past: Tensor | None, present: list[Tensor] | None
-    ) -> Tensor:
-        noise = noise_features(sigma.log() / 4, NOISE_FEATURES)
-        condition = F.silu(self.noise_down(F.silu(self.noise_up(noise))))
-        c_in = (sigma**2 + 1 / z.shape[-1]).rsqrt()
-        noised = self.code_embedding(c_in[:, None, None] * z)
-        x = self.through_layers(self.token_embedding(tokens), noised, condition, past, present)
-        shift, scale = self.readout_modulation(condition).chunk(2, dim=-1)
-        return modulated_norm(x, shift, scale)
-
-    def through_layers(
-        self,
-        clean: Float[Tensor, "batch tokens width"],
-        noised: Float[Tensor, "batch tokens width"],
-        condition: Float[Tensor, "batch width"],
-        past: Tensor | None,
-        present: list[Tensor] | None,
-    ) -> Float[Tensor, "batch tokens width"]:
-        """The last layer's output for each noised code. `present` is added to; None keeps nothing."""
-        raise NotImplementedError
-
-    def run(
-        self,
-        numbers: range,
-        x: Float[Tensor, "batch tokens width"],
-        condition: Float[Tensor, "batch width"],
-        past: Tensor | None,
-        present: list[Tensor] | None,
-    ) -> Float[Tensor, "batch tokens width"]:
-        """x through the layers of these numbers."""
-        if present is None:
-            layers = (self.layers[number] for number in numbers)
-            return run_layers(layers, x, condition, checkpointing=self.checkpointing)
-        for number in numbers:
-            layer = self.layers[number]
-            assert isinstance(layer, CausalLayer)
-            x, kept = layer.cached(x, condition, None if past is None else past[2 * number : 2 * number + 2])
-            present += kept
-        return x
 
 
 class TokenDenoiser(TextFamily):
@@ -298,7 +131,12 @@ class TokenDenoiser(TextFamily):
     def block(self, *, num_layers: int, checkpointing: bool) -> TokenDenoiserBlock:
         """A block of `num_layers` layers on torch's default device, parameters not initialised."""
         return self.block_type(
-            settings=self.settings, data=self.data, num_layers=num_layers, checkpointing=checkpointing
+            width=self.settings.width,
+            heads=self.settings.heads,
+            code_width=self.settings.code_width,
+            data=self.data,
+            num_layers=num_layers,
+            checkpointing=checkpointing,
         )
 
     def batch_spec(self, batch: int) -> BatchSpec:
@@ -312,13 +150,8 @@ class TokenDenoiser(TextFamily):
     def draw(
         self, tokens: np.ndarray, labels: np.ndarray | None, noise_range: NoiseRange, generator: torch.Generator
     ) -> Batch:
-        """One training step's batch: sigmas evenly spaced in q between the widened ends, from one random start.
-
-        Low-discrepancy sampling, arXiv 2107.00630 (VDM), appendix I.1: it lowers the variance of the loss.
-        """
-        count, noise = len(tokens), self.noise
-        start = torch.rand((), dtype=torch.float64, generator=generator)
-        shares = (start + torch.arange(count, dtype=torch.float64) / count).remainder(1.0)
+        """One training step's batch: sigmas evenly spaced in q between the widened ends, from one random start."""
+        noise, shares = self.noise, spread_shares(len(tokens), generator)
         at_top = torch.zeros_like(shares, dtype=torch.bool)
         if noise_range.train_high >= noise.sigma_max:
             top_share = self.settings.top_share

@@ -6,8 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from child_processes import ChildError, in_child
 from faulty_runs import HALF, lay_out_elsewhere, resume, send
-from killing import Campaign, ChildError, in_child
+from killing import Campaign
 
 collect_ignore_glob = [] if sys.platform == "linux" else ["test_*.py"]
 

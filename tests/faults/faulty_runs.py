@@ -14,7 +14,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from killing import ChildError, Subject, assert_equal_runs, examine, fork_server, in_child, read_block
+from child_processes import ChildError, fork_server, in_child
+from watched_run import Subject, assert_equal_runs, examine, read_block
 
 HALF = [18, 18, 14, 12]
 BLOCK = "blocks/block_002.safetensors"

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from child_processes import in_child
 from faulty_runs import (
     BLOCK,
     HALF,
@@ -18,7 +19,7 @@ from faulty_runs import (
     saved_steps,
     train,
 )
-from killing import BLOCKS, assert_equal_runs, in_child, read_block
+from watched_run import BLOCKS, assert_equal_runs, read_block
 
 pytestmark = pytest.mark.slow
 

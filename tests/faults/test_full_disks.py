@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from child_processes import in_child
 from faulty_runs import (
     assert_goes_on,
     assert_sound,
@@ -17,7 +18,7 @@ from faulty_runs import (
     saved_steps,
     small_disk,
 )
-from killing import BLOCKS, in_child
+from watched_run import BLOCKS
 
 pytestmark = pytest.mark.slow
 

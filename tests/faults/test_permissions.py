@@ -5,8 +5,9 @@ import shutil
 import subprocess
 
 import pytest
+from child_processes import in_child
 from faulty_runs import HALF, allow_writes, assert_goes_on, assert_sound, refuse_writes, refused, resume, saved_steps
-from killing import BLOCKS, assert_equal_runs, in_child
+from watched_run import BLOCKS, assert_equal_runs
 
 pytestmark = pytest.mark.slow
 

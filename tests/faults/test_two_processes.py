@@ -5,6 +5,7 @@ import shutil
 import signal
 
 import pytest
+from child_processes import fork_server, in_child
 from faulty_runs import (
     HALF,
     assert_goes_on,
@@ -15,7 +16,7 @@ from faulty_runs import (
     resume,
     stopped_at_step,
 )
-from killing import BLOCKS, fork_server, in_child
+from watched_run import BLOCKS
 
 pytestmark = pytest.mark.slow
 

@@ -5,7 +5,7 @@ import re
 
 import pytest
 from faulty_runs import BLOCK, HALF, assert_goes_on, assert_sound, refused, resume, saved_steps
-from killing import BLOCKS, VISIT_STEPS
+from watched_run import BLOCKS, VISIT_STEPS
 
 pytestmark = pytest.mark.slow
 

@@ -1,0 +1,66 @@
+"""What the blocks of all text families share: what follows from a noise level, positions, and how parameters begin."""
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from edgeblocks.families.base import NOISE_FEATURES
+from edgeblocks.layers import (
+    AdaLnZeroLayer,
+    Linear,
+    RotaryAttention,
+    TokenEmbedding,
+    init_linear_,
+    init_zero_,
+    modulated_norm,
+    noise_features,
+    rotary_table,
+)
+
+
+class TextBlock(nn.Module):
+    """A subclass makes the parts, in the order in which `init_` is to draw them, and says how tokens go through."""
+
+    heads: int
+    length: int
+    token_embedding: TokenEmbedding
+    noise_up: Linear
+    noise_down: Linear
+    layers: nn.ModuleList
+    readout_modulation: Linear
+    readout: Linear
+
+    @torch.no_grad()
+    def init_(self, generator: torch.Generator) -> None:
+        """Initialise all parameters in place, layers as the identity (adaLN-Zero)."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                init_linear_(module, generator)
+        for parameter in (self.token_embedding.weight, self.noise_up.weight, self.noise_down.weight):
+            nn.init.normal_(parameter, std=0.02, generator=generator)
+        for layer in self.layers:
+            assert isinstance(layer, AdaLnZeroLayer)
+            init_zero_(layer.modulation)
+        init_zero_(self.readout_modulation)
+        init_zero_(self.readout)
+
+    def reset_tables_(self) -> None:
+        """Make the table of positions, one for all layers, on torch's default device; needed before use."""
+        table = rotary_table(self.length, self.token_embedding.embedding_dim // self.heads)
+        for layer in self.layers:
+            assert isinstance(layer, AdaLnZeroLayer) and isinstance(layer.attention, RotaryAttention)
+            layer.attention.set_rotary_(table)
+
+    def condition(self, level: Float[Tensor, " batch"]) -> Float[Tensor, "batch width"]:
+        """What layers and readout are modulated with, of noise levels brought to about [-1, 1]."""
+        features = noise_features(level, NOISE_FEATURES)
+        condition: Tensor = F.silu(self.noise_down(F.silu(self.noise_up(features))))
+        return condition
+
+    def normalised(
+        self, x: Float[Tensor, "batch tokens width"], condition: Float[Tensor, "batch width"]
+    ) -> Float[Tensor, "batch tokens width"]:
+        """What the readout is applied to."""
+        shift, scale = self.readout_modulation(condition).chunk(2, dim=-1)
+        return modulated_norm(x, shift, scale)

@@ -1,0 +1,47 @@
+"""`info` and `doctor`: what is there."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from edgeblocks.verbs.guarded import guarded
+from edgeblocks.verbs.options import Json, Verbose
+
+
+def info(
+    path: Annotated[Path, typer.Argument(help="A run directory or an exported directory.", show_default=False)],
+    as_json: Json = False,
+    verbose: Verbose = False,
+) -> None:
+    """What a run directory or an exported directory holds."""
+
+    def work() -> None:
+        from edgeblocks.console import facts
+        from edgeblocks.info import describe
+
+        description = describe(path)
+        print(json.dumps(description) if as_json else facts([(key, str(value)) for key, value in description.items()]))
+
+    guarded(work, verbose=verbose)
+
+
+def doctor(
+    work_dir: Annotated[
+        Path, typer.Option("--work-dir", help="Folder whose disk is measured: where runs will be written.")
+    ] = Path(),
+    as_json: Json = False,
+    verbose: Verbose = False,
+) -> None:
+    """Measure this machine in half a minute: which budgets and presets are sensible, what is wrong, what mends it."""
+
+    def work() -> None:
+        from edgeblocks.console import ConsoleListener
+        from edgeblocks.doctor.examination import examine, report_text
+
+        report = examine(work_dir, ConsoleListener(sys.stderr))
+        print(json.dumps(report.to_json()) if as_json else report_text(report))
+
+    guarded(work, verbose=verbose)

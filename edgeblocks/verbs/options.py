@@ -1,0 +1,108 @@
+"""Options that several verbs have, with their help."""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Family = Annotated[
+    str | None,
+    typer.Argument(
+        help="Kind of model: dit (makes images), vit (classifies them), mdlm (fills gaps in text), ar or looped "
+        "(write on).",
+        show_default="dit",
+    ),
+]
+Preset = Annotated[
+    str | None,
+    typer.Option(
+        help="A named size: dit-tiny, -s, -b, -l, -xl, vit-tiny, -s, -b, mdlm-tiny, -s, -b, ar-tiny, -s, -b, "
+        "looped-tiny, -s."
+    ),
+]
+Data = Annotated[
+    str | None,
+    typer.Option(
+        help="Images: digits (built in), a folder, or an .npz file. Text: moby-dick (built in), a file or folder of "
+        "text, a .jsonl or .parquet file."
+    ),
+]
+Tokenizer = Annotated[
+    str | None,
+    typer.Option(help="Of text: chars (a-z and space), bytes, bpe, or a tokenizer.json.", show_default="chars"),
+]
+Vocab = Annotated[int | None, typer.Option(help="Tokens of a bpe that is trained on the text.", show_default="4096")]
+MemBudget = Annotated[
+    str | None,
+    typer.Option(
+        help="Largest resident memory of the process, such as 700MB, 6GB or 50% (the default); with --target cuda, of "
+        "the GPU's memory (90% is the default)."
+    ),
+]
+WorkDir = Annotated[str | None, typer.Option(help="Folder on a fast disk for the blocks while they are trained.")]
+MaxDiskWrites = Annotated[
+    str | None, typer.Option(help="End, saved, before the run has written more than this to disk, such as 200GB.")
+]
+Steps = Annotated[int | None, typer.Option(help="Optimizer steps of each block.")]
+BatchSize = Annotated[int | None, typer.Option("--batch", help="Images or sequences a step.")]
+Blocks = Annotated[str | None, typer.Option(help="Number of blocks; auto lets the budget decide.")]
+Partition = Annotated[
+    str | None, typer.Option(help="Noise ranges: equal-probability or uniform (in log sigma, or in time).")
+]
+Target = Annotated[
+    str | None, typer.Option(help="Kind of machine: cpu, cuda (not yet run on a GPU), or auto, which is cpu for now.")
+]
+PlanTarget = Annotated[
+    str | None,
+    typer.Option(
+        help="Kind of machine: auto, cpu or cuda; or the profile of one that is not here, such as laptop-8gb or "
+        "rtx3060-12gb (any other word lists them)."
+    ),
+]
+RamBudget = Annotated[
+    str | None,
+    typer.Option(help="Largest resident memory of the process beside a GPU, such as 8GB or 50% (the default)."),
+]
+ConfigFile = Annotated[Path | None, typer.Option("--config", help="YAML file of settings; flags go over it.")]
+SetValues = Annotated[
+    list[str] | None, typer.Option("--set", help="Any setting as key=value, for example --set patch=1. Repeatable.")
+]
+Seed = Annotated[int | None, typer.Option(help="Decides all randomness.")]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output, nothing else.")]
+Verbose = Annotated[bool, typer.Option("--verbose", help="Show the traceback of an error.")]
+RunArgument = Annotated[Path, typer.Argument(help="A run directory.", show_default=False)]
+Number = Annotated[int | None, typer.Option("--n", help="How many images or texts.", show_default="64 images, 4 texts")]
+Temperature = Annotated[
+    float | None, typer.Option(help="Of text: 1 draws as trained, 0 takes the likeliest.", show_default="1")
+]
+Fill = Annotated[
+    str | None,
+    typer.Option(help="For mdlm: a text with gaps to fill in, each missing token written _ or [MASK]."),
+]
+Prompt = Annotated[str | None, typer.Option(help="For ar and looped: how each text begins.")]
+TopP = Annotated[
+    float | None,
+    typer.Option(
+        help="For ar and looped: draw from the smallest set of the likeliest tokens that has this probability.",
+        show_default="1",
+    ),
+]
+SampleSteps = Annotated[
+    int | None,
+    typer.Option(
+        "--steps", help="Noise levels of the chain; at least one a block.", show_default="18; mdlm 64; ar and looped 8"
+    ),
+]
+Solver = Annotated[str | None, typer.Option(help="heun (two evaluations a level) or euler (one).", show_default="heun")]
+Guidance = Annotated[
+    float | None,
+    typer.Option(help="Classifier-free guidance; 1 is off, which runs the network once.", show_default="1"),
+]
+ClassChoice = Annotated[str | None, typer.Option("--class", help="A class by name or number; all in turn by default.")]
+SampleSeed = Annotated[int, typer.Option("--seed", help="Decides the noise; sample and run agree on it.")]
+
+
+def as_flags(names: Iterable[str]) -> str:
+    """Names of options as they are typed."""
+    return ", ".join(f"--{name.replace('_', '-')}" for name in sorted(names))

@@ -1,0 +1,199 @@
+"""`eval`, `sample`, `export` and `run`: what a trained network is for."""
+
+import json
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from edgeblocks.errors import ConfigError
+from edgeblocks.verbs.guarded import guarded
+from edgeblocks.verbs.options import (
+    ClassChoice,
+    Fill,
+    Guidance,
+    Json,
+    MemBudget,
+    Number,
+    Prompt,
+    RunArgument,
+    SampleSeed,
+    SampleSteps,
+    Solver,
+    Temperature,
+    TopP,
+    Verbose,
+)
+from edgeblocks.verbs.products import Wish, say_classes
+
+
+def evaluate(
+    run: RunArgument,
+    samples: Annotated[
+        int | None,
+        typer.Option(
+            help="Images that are made for the Frechet distance, or classified (0 leaves the chain out); sequences of "
+            "text.",
+            show_default="256 made, 1024 classified, 256 sequences; 64 of ar and looped",
+        ),
+    ] = None,
+    steps: Annotated[
+        int | None,
+        typer.Option(
+            help="Noise levels of the chain; at least one a block.",
+            show_default="18 for images, 4 for classes, 8 of ar and looped",
+        ),
+    ] = None,
+    seed: SampleSeed = 0,
+    mem_budget: MemBudget = None,
+    as_json: Json = False,
+    verbose: Verbose = False,
+) -> None:
+    """Validation loss per noise level; and a Frechet distance of fresh samples, accuracy and calibration, or bits a
+    character."""
+
+    def work() -> None:
+        from edgeblocks import api
+        from edgeblocks.console import ConsoleListener, evaluation_report
+
+        listener = ConsoleListener(sys.stderr)
+        result = api.load(run).evaluate(
+            samples=samples, steps=steps, seed=seed, mem_budget=mem_budget, listener=listener
+        )
+        print(json.dumps(result) if as_json else evaluation_report(result))
+
+    guarded(work, verbose=verbose)
+
+
+def sample(
+    run: RunArgument,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Where to write.", show_default="grid.png; text is printed")
+    ] = None,
+    n: Number = None,
+    steps: SampleSteps = None,
+    solver: Solver = None,
+    guidance: Guidance = None,
+    label: ClassChoice = None,
+    temperature: Temperature = None,
+    fill: Fill = None,
+    prompt: Prompt = None,
+    top_p: TopP = None,
+    seed: SampleSeed = 0,
+    mem_budget: MemBudget = None,
+    as_json: Json = False,
+    verbose: Verbose = False,
+) -> None:
+    """Generate with a trained run: a grid of images, or texts."""
+    wish = Wish(
+        n=n,
+        out=out,
+        as_json=as_json,
+        of_images={"solver": solver, "guidance": guidance, "label": label},
+        of_text={"temperature": temperature, "fill": fill, "prompt": prompt, "top_p": top_p},
+    )
+
+    def work() -> None:
+        from edgeblocks import api
+        from edgeblocks.console import ConsoleListener
+        from edgeblocks.drawing import TEXT_TASKS
+
+        listener = ConsoleListener(sys.stderr)
+        loaded = api.load(run)
+        if loaded.directory.family().task in TEXT_TASKS:
+
+            def told(done: int, total: int) -> None:
+                listener.advance(done, total, "writing")
+
+            wish.texts(partial(loaded.sample_text, steps=steps, seed=seed, mem_budget=mem_budget, on_step=told))
+            return
+        levels = 18 if steps is None else steps
+
+        def sampled(done: int) -> None:
+            listener.advance(done, levels, "sampling")
+
+        wish.images(
+            partial(loaded.sample, steps=levels, seed=seed, mem_budget=mem_budget, on_level=sampled),
+            num_classes=loaded.directory.data.num_classes,
+        )
+
+    guarded(work, verbose=verbose)
+
+
+def export(
+    run: RunArgument,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Directory of the exported network.", show_default=False)],
+    as_json: Json = False,
+    verbose: Verbose = False,
+) -> None:
+    """Write a trained run as ONNX graphs, one a block, and verify them against torch."""
+
+    def work() -> None:
+        from edgeblocks import api
+        from edgeblocks.console import ConsoleListener, export_report
+
+        manifest = api.load(run).export(out, listener=ConsoleListener(sys.stderr))
+        if as_json:
+            print(json.dumps(manifest))
+        else:
+            print(export_report(manifest, out))
+
+    guarded(work, verbose=verbose)
+
+
+def run(
+    directory: Annotated[Path, typer.Argument(help="An exported directory.", show_default=False)],
+    images: Annotated[
+        list[Path] | None, typer.Argument(help="Image files to classify, for a network that tells classes.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Where to write.", show_default="grid.png where images are made")
+    ] = None,
+    n: Number = None,
+    steps: Annotated[
+        int | None, typer.Option(help="Noise levels of the chain; at least one a block.", show_default="as exported")
+    ] = None,
+    solver: Solver = None,
+    guidance: Guidance = None,
+    label: ClassChoice = None,
+    temperature: Temperature = None,
+    fill: Fill = None,
+    prompt: Prompt = None,
+    top_p: TopP = None,
+    seed: SampleSeed = 0,
+    as_json: Json = False,
+    verbose: Verbose = False,
+) -> None:
+    """Run an exported network: onnxruntime only, one block in memory at a time, no torch.
+
+    One that makes images writes a grid of them. One that tells classes prints the likeliest ones of each image file,
+    or writes them to a .json file. One that writes text prints it, or writes it to a file.
+    """
+    wish = Wish(
+        n=n,
+        out=out,
+        as_json=as_json,
+        of_images={"solver": solver, "guidance": guidance, "label": label},
+        of_text={"temperature": temperature, "fill": fill, "prompt": prompt, "top_p": top_p},
+    )
+
+    def work() -> None:
+        from edgeblocks.drawing import TEXT_TASKS
+        from edgeblocks.registry import open_exported
+
+        exported = open_exported(directory)
+        manifest = exported.manifest
+        if images and manifest.task != "classes":
+            raise ConfigError(f"{directory} takes no images; leave out {images[0]}")
+        if manifest.task == "classes":
+            wish.nothing("tells classes")
+            say_classes(exported, images or [], out, steps, seed, as_json=as_json)
+        elif manifest.task in TEXT_TASKS:
+            wish.texts(partial(exported.write, steps=steps, seed=seed))
+        else:
+            levels = manifest.sampler.steps if steps is None else steps
+            wish.images(partial(exported.sample, steps=levels, seed=seed), num_classes=manifest.num_classes)
+
+    guarded(work, verbose=verbose)

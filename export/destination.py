@@ -1,0 +1,100 @@
+"""Where an export is written: a hidden folder beside the destination, renamed into place when all is verified.
+
+Under the final name there is only ever a whole export.
+"""
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from edgeblocks.durable import sync
+from edgeblocks.errors import ConfigError, RunError, StorageError
+from edgeblocks.export.manifest import FILE_NAME, read_manifest
+from edgeblocks.units import format_bytes
+
+
+@contextmanager
+def synced(path: Path) -> Iterator[Any]:
+    """A new file that is on the disk when the block ends."""
+    with path.open("wb") as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def check_destination(out: Path) -> None:
+    """Nothing but a former export may stand where an export is written, and nothing else beside its files.
+
+    Raises:
+        ConfigError: something else does.
+    """
+    if not out.exists():
+        return
+    if not out.is_dir():
+        raise ConfigError(f"-o {out} is a file; give the name of a directory to write the export to")
+    present = {path.name for path in out.iterdir()}
+    if not present:
+        return
+    try:
+        own = {FILE_NAME, *(name for file in read_manifest(out).files for name in file.names)}
+    except RunError as error:
+        raise ConfigError(
+            f"-o {out} holds something that is not an export that could be replaced ({error}); choose another "
+            f"directory, or empty this one"
+        ) from error
+    others = sorted(present - own)
+    if others:
+        shown = ", ".join(others[:5]) + (", .." if len(others) > 5 else "")
+        raise ConfigError(
+            f"-o {out} holds other files beside a former export, and they would be lost: {shown}; move them away, or "
+            f"choose another directory"
+        )
+
+
+@contextmanager
+def staged(out: Path) -> Iterator[Path]:
+    """A folder beside `out` that takes its place when the block ends well, and vanishes when it does not.
+
+    A kill leaves `out` as it was and the hidden folder behind, which the next export to the same place removes. Between
+    the two renames of a replacement the former export has the hidden name; the next export puts it back.
+
+    Raises:
+        StorageError: the disk refused.
+    """
+    folder, former = out.with_name(f".{out.name}.edgeblocks-new"), out.with_name(f".{out.name}.edgeblocks-former")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        if former.exists() and not out.exists():
+            former.rename(out)
+        for leftover in (folder, former):
+            if leftover.exists():
+                shutil.rmtree(leftover)
+        folder.mkdir()
+        try:
+            yield folder
+            sync(folder)
+            if out.exists():
+                out.rename(former)
+            folder.rename(out)
+            sync(out.parent)
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)
+            if former.exists() and not out.exists():
+                former.rename(out)
+            raise
+        shutil.rmtree(former, ignore_errors=True)
+    except OSError as error:
+        raise StorageError(
+            f"cannot write the export {out}: {error.strerror or error}{_free_space(out)}; the run and a former export "
+            "are untouched; make room, or choose another place with -o"
+        ) from error
+
+
+def _free_space(out: Path) -> str:
+    try:
+        return f"; {format_bytes(shutil.disk_usage(out.parent).free)} are free there"
+    except OSError:
+        return ""
