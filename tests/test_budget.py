@@ -35,6 +35,24 @@ def test_a_network_larger_than_the_budget_is_created_trained_and_sampled(tmp_pat
     assert evaluated["peak_bytes"] <= budget_bytes
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["ar", "looped"])
+def test_text_is_trained_on_and_written_at_the_smallest_budget(tmp_path, family):
+    """Under the cap nothing is loaded for the first time, nor given scratch memory: not by numpy either."""
+    settings = [family, "--steps", "2", "--batch", "2"]
+    for setting in ("width=64", "length=32", "hold_out=0.05", "sample_grids=1"):
+        settings += ["--set", setting]
+    assert measured(*EDGEBLOCKS, "plan", *settings, "--mem-budget", "500MB")["code"] == 0  # the text is in the cache
+    refused = measured(*EDGEBLOCKS, "plan", *settings, "--mem-budget", "50MB")
+    assert refused["code"] == 3
+    budget_bytes = (int(refused["err"].split("use --mem-budget ")[1].split("MB")[0]) + 2) * 1_000_000
+    train = measured(*EDGEBLOCKS, "train", *settings, "--mem-budget", budget_bytes, "--out", tmp_path / "run", "--json")
+    assert train["code"] == 0, train["err"]
+    assert train["peak_bytes"] <= budget_bytes
+    assert abs(train["peak_bytes"] / json.loads(train["out"])["predicted_peak_bytes"] - 1) < 0.1
+    assert (tmp_path / "run/samples/step_0000002.txt").read_text().strip()
+
+
 def test_a_picture_too_large_for_the_budget_is_refused_and_a_larger_budget_decodes_it(tmp_path):
     """16 megapixels with transparency under 330 MB: exit 3 with the budget that would do, and that one does."""
     (tmp_path / "set").mkdir()

@@ -3,7 +3,7 @@
     python tests/bench/text_curve.py mdlm curve.jsonl --out run --minutes 60 --every 10 --steps 3500
     python tests/bench/text_curve.py - curve.jsonl --table docs/text_curve.md --plot docs/text_curve.png
 
-The training is the command itself; every so many minutes it is stopped as with Ctrl-C, evaluated on the hold-out part
+The training is the command itself; every so many minutes it is stopped with SIGTERM, evaluated on the hold-out part
 with its EMA weights, and resumed, which changes no bit of it. Only training counts as time: as the wall shows it,
 and as the processor's time of the training processes (user and system), which other programs on the machine do not
 lengthen much. The learning rate falls to zero with `--steps`: take as many as fit into the minutes. The same command
@@ -13,7 +13,6 @@ again goes on with a run directory that exists.
 import argparse
 import json
 import resource
-import signal
 import subprocess
 import sys
 import time
@@ -84,7 +83,7 @@ def stretch(arguments: list[str], seconds: float) -> tuple[float, float]:
     while process.poll() is None:
         time.sleep(1)
         if _used_s(process.pid) > 2 * seconds:
-            process.send_signal(signal.SIGINT)
+            process.terminate()
             process.wait()
     assert process.stderr is not None
     if process.returncode not in (0, 130):
