@@ -384,7 +384,7 @@ def open_run_data(settings: Settings, listener: Listener, *, budget_bytes: int, 
         raise DoesNotFitError(
             f"{error.what} takes up to {format_bytes(error.needed_bytes)} to read, and the budget of "
             f"{format_bytes(budget_bytes)} leaves {format_bytes(room_bytes)}; use {flag} "
-            f"{math.ceil(smallest_bytes / 1e6)}MB or more the first time (then it lies in the cache), or make it smaller",
+            f"{math.ceil(smallest_bytes / 1e6)}MB or more the first time (then it is in the cache), or make it smaller",
             smallest_bytes,
         ) from error
     if data_set.unreadable:

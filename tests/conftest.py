@@ -8,6 +8,10 @@ from pathlib import Path
 import pytest
 from jaxtyping import install_import_hook
 
+# Before torch is loaded: threads that spin while they wait make small steps ten times slower and more as soon as another
+# program needs a core.
+os.environ.setdefault("GOMP_SPINCOUNT", "5000")
+
 _CHECKED = ("layers", "causal_layers", "chain", "token_loss", "trainer", "frechet")
 _CHECKED += tuple(
     f"families.{name}" for name in ("ar", "dit", "looped", "mdlm", "text_block", "token_block", "token_denoiser")

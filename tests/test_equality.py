@@ -19,6 +19,23 @@ SMALL |= {"hold_out": 0.02}  # to evaluate takes longer than to train, and is no
 
 
 WRITING = {"data": "moby-dick", "depth": 8, "width": 32, "heads": 2, "length": 16, "batch": 8, "sample_grids": 0}
+WRITING |= {"hold_out": 0.0001}
+TELLING = {**SMALL, "depth": 4, "width": 32, "batch": 8}
+
+
+class StopAfter:
+    """A listener that sends SIGTERM to its own process after so many steps."""
+
+    def __init__(self, steps):
+        self._steps = steps
+
+    def stage(self, text): ...
+    def advance(self, done, total, text): ...
+    def planned(self, prepared, run): ...
+    def note(self, text): ...
+    def step(self, progress):
+        if progress.steps_done == self._steps:
+            os.kill(os.getpid(), signal.SIGTERM)
 
 
 def block_tensors(run, blocks=3):
@@ -100,19 +117,19 @@ def test_checkpointing_changes_no_bit(tmp_path):
     assert_same_bits(tmp_path / "on", tmp_path / "off")
 
 
-@pytest.mark.parametrize(("family", "blocks"), [("ar", 2), ("looped", 1), ("looped", 2)])
-def test_writing_token_by_token_streams_and_checkpoints_without_changing_a_bit(tmp_path, family, blocks):
-    """Resident blocks in one visit; blocks on disk in visits of 3 steps; the same with activation checkpointing."""
-    wanted = {**WRITING, "family": family, "blocks": blocks, "micro_batch": 4, "steps": 8, "mem_budget": "4GB"}
-    ways = {
-        "resident": {"tier": "ram", "visit_steps": 8, "checkpointing": False},
-        "streamed": {"tier": "disk", "visit_steps": 3, "checkpointing": False},
-        "checkpointed": {"tier": "disk", "visit_steps": 3, "checkpointing": True},
-    }
-    for name, way in ways.items():
-        edgeblocks.train(out=tmp_path / name, **wanted, **way)
+@pytest.mark.parametrize(("family", "blocks"), [("vit", 2), ("mdlm", 2), ("ar", 2), ("looped", 1), ("looped", 2)])
+def test_every_family_streams_resumes_and_checkpoints_without_changing_a_bit(tmp_path, family, blocks):
+    """Resident blocks in one visit; blocks on disk in visits of 3 steps; that stopped and resumed, or checkpointed."""
+    wanted = {**(TELLING if family == "vit" else WRITING), "family": family, "blocks": blocks, "mem_budget": "4GB"}
+    wanted |= {"micro_batch": 4, "steps": 8, "checkpointing": False, "tier": "disk", "visit_steps": 3}
+    edgeblocks.train(out=tmp_path / "resident", **{**wanted, "tier": "ram", "visit_steps": 8})
+    edgeblocks.train(out=tmp_path / "streamed", **wanted)
+    edgeblocks.train(out=tmp_path / "checkpointed", **{**wanted, "checkpointing": True})
+    with pytest.raises(InterruptedRunError, match="stopped by SIGTERM"):
+        edgeblocks.train(out=tmp_path / "resumed", listener=StopAfter(3 * blocks + 2), **wanted)
+    assert 0 < sum(edgeblocks.resume(tmp_path / "resumed").summary["resumed_from"]) < 8 * blocks
     assert len(block_tensors(tmp_path / "resident", blocks)) > 10
-    for name in ("streamed", "checkpointed"):
+    for name in ("streamed", "resumed", "checkpointed"):
         assert_same_bits(tmp_path / "resident", tmp_path / name, blocks)
 
 
@@ -167,15 +184,5 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(resident, tmp_pat
 
 def test_a_stopped_run_says_how_to_go_on(tmp_path):
     """The API raises InterruptedRunError with the command when a signal arrives during training."""
-
-    class StopAtOnce:
-        def stage(self, text): ...
-        def advance(self, done, total, text): ...
-        def planned(self, prepared, run): ...
-        def note(self, text): ...
-        def step(self, progress):
-            if progress.steps_done == 3:
-                os.kill(os.getpid(), signal.SIGTERM)
-
     with pytest.raises(InterruptedRunError, match=r"stopped by SIGTERM; saved at steps 3, 0, 0 of 10.*--resume"):
-        edgeblocks.train(out=tmp_path / "run", steps=10, mem_budget="4GB", listener=StopAtOnce(), **SMALL)
+        edgeblocks.train(out=tmp_path / "run", steps=10, mem_budget="4GB", listener=StopAfter(3), **SMALL)

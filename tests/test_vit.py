@@ -10,7 +10,6 @@ import torch
 from blocks import fresh_block, random_block, seeded
 from PIL import Image
 from random_run import make_run, unlabelled_images
-from test_equality import assert_same_bits
 from torch import nn
 
 import edgeblocks
@@ -222,14 +221,6 @@ def resident(tmp_path_factory):
     out = tmp_path_factory.mktemp("vit") / "run"
     edgeblocks.train(out=out, steps=12, mem_budget="4GB", tier="ram", visit_steps=12, **SMALL)
     return out
-
-
-def test_streamed_training_equals_resident_training_bit_for_bit(resident, tmp_path):
-    """Blocks on disk, one in memory, visits of 5 steps."""
-    plan = json.loads((resident / "plan.json").read_text())
-    wanted = {"micro_batch": plan["micro_batch"], "checkpointing": plan["checkpointing"], "visit_steps": 5}
-    edgeblocks.train(out=tmp_path / "run", steps=12, mem_budget="4GB", tier="disk", **wanted, **SMALL)
-    assert_same_bits(resident, tmp_path / "run")
 
 
 def test_a_run_tells_classes_and_makes_no_images(resident):
