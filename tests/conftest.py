@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from jaxtyping import install_import_hook
 
-# Before torch is loaded: threads that spin while they wait make small steps ten times slower and more as soon as another
-# program needs a core.
+# Before torch is loaded: threads that spin while they wait make small steps ten times slower and more as soon as
+# another program needs a core.
 os.environ.setdefault("GOMP_SPINCOUNT", "5000")
 
 _CHECKED = ("layers", "causal_layers", "chain", "token_loss", "trainer", "frechet")
