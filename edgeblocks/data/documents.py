@@ -245,6 +245,8 @@ def _text_in(path: Path, number: int, start: int, line: bytes) -> str:
 def _parquet_documents(file: FoundText, begin: int) -> Iterator[Iterator[Piece]]:
     """A row is a document, a missing text an empty one. A page of the column, 1 MB as a rule, is unpacked at once."""
     table = _parquet(file.path)
+    import pyarrow
+
     try:
         kinds = {field.name: str(field.type) for field in table.schema_arrow}
         if kinds.get("text") not in ("string", "large_string"):
@@ -256,7 +258,7 @@ def _parquet_documents(file: FoundText, begin: int) -> Iterator[Iterator[Piece]]
                 start, end = (begin + file.size_bytes * min(row, num_rows) // num_rows for row in (done, done + 1))
                 done += 1
                 yield _cut(text or "", start, end)
-    except (OSError, ValueError, NotImplementedError) as error:  # pyarrow's own errors derive from these
+    except (OSError, ValueError, pyarrow.ArrowException) as error:
         raise DataError(
             f"{file.path} is a damaged .parquet file: {' '.join(str(error).split())[:200]}; copy or save it again"
         ) from error
@@ -273,7 +275,7 @@ def _parquet(path: Path) -> Any:
     try:
         open_regular(path).close()
         return pyarrow.parquet.ParquetFile(path, memory_map=False, pre_buffer=False, buffer_size=2**16)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, pyarrow.ArrowException) as error:
         raise DataError(
             f"{path} is not a .parquet file: {' '.join(str(error).split())[:200]}; copy or save it again"
         ) from error
