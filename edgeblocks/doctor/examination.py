@@ -7,7 +7,7 @@ processes (`probes`). All together ends within `LIMIT_S`.
 import math
 import platform
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -65,7 +65,7 @@ def examine(
     common = {"machine": machine.value, "budget_bytes": half_bytes, "free_disk_bytes": disk.free_bytes}
     plans = {}
     if machine.value is not None:
-        plans = ask(tuple(requests), {"presets": requests, **common}, limit_s=limit_s / 2, deadline=deadline)
+        plans = ask(smallest_first(requests), {"presets": requests, **common}, limit_s=limit_s / 2, deadline=deadline)
     for library in ("onnxruntime", "bitsandbytes", "torchao"):
         if versions[library] is not None:
             listener.stage(f"running {library}")
@@ -73,7 +73,7 @@ def examine(
 
     kernels = tuple(_kernel(name, answers.get(name)) for name in KERNELS)
     fits = [_preset_fit(name, answer, half_bytes) for name, answer in plans.items()]
-    presets = tuple(sorted(fits, key=lambda fit: fit.parameters or 0))
+    presets = tuple(sorted(fits, key=lambda fit: math.inf if fit.parameters is None else fit.parameters))
     report = Report(
         system=f"{platform.system()} {platform.release()} {platform.machine()}, Python {platform.python_version()}",
         processor=processor,
@@ -224,6 +224,20 @@ def _kernel_row(kernel: Kernel) -> list[str]:
         ratio = kernel.fp32_time_s / kernel.time_s
         against = f"{ratio:.1f}x as fast as fp32" if ratio >= 1 else f"{1 / ratio:.1f}x slower than fp32"
     return [kernel.what, "works", format_duration(kernel.time_s), against, f"error {kernel.error:.1g}"]
+
+
+def smallest_first(requests: Mapping[str, Any]) -> tuple[str, ...]:
+    """The presets by the size of their layers: where the time is up, the largest are left out.
+
+    Args:
+        requests: what is asked of each preset, see `probes`.
+    """
+
+    def size(name: str) -> int:
+        settings = requests[name]["family"]["settings"]
+        return int(settings["depth"] * settings["width"] ** 2)
+
+    return tuple(sorted(requests, key=size))
 
 
 def _preset_rows(presets: Sequence[PresetFit]) -> list[list[str]]:

@@ -110,6 +110,15 @@ def test_every_preset_is_planned_for_half_of_the_containers_memory(examined):
     assert any("a control group allows 2 GB" in item.problem for item in report.problems)
 
 
+def test_the_smallest_presets_are_planned_first():
+    """What a machine is most likely to train is known when the time is up; the order of names would leave out vit."""
+    shapes = {"a-l": (24, 1024), "b-tiny": (12, 128), "c-s": (12, 384)}
+    requests = {
+        name: {"family": {"settings": {"depth": depth, "width": width}}} for name, (depth, width) in shapes.items()
+    }
+    assert doctor.smallest_first(requests) == ("b-tiny", "c-s", "a-l")
+
+
 @pytest.mark.slow
 def test_the_listener_hears_the_stages(examined):
     """What takes long is announced before it begins."""
