@@ -1,5 +1,7 @@
 """The block of `ar` and `looped`: reads tokens and noised codes, and keeps what the tokens that follow need of them."""
 
+from abc import ABC, abstractmethod
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
@@ -16,7 +18,7 @@ Present = Float[Tensor, "caches batch heads tokens head_width"]
 """The same for the tokens at hand."""
 
 
-class TokenDenoiserBlock(TextBlock):
+class TokenDenoiserBlock(TextBlock, ABC):
     """One block: token embedding (the last row is that of the beginning), z's projection, layers, readout.
 
     A subclass says how tokens and z go through the layers, `through_layers`.
@@ -112,6 +114,7 @@ class TokenDenoiserBlock(TextBlock):
         x = self.through_layers(self.token_embedding(tokens), noised, condition, past, present)
         return self.normalised(x, condition)
 
+    @abstractmethod
     def through_layers(
         self,
         clean: Float[Tensor, "batch tokens width"],
@@ -121,7 +124,6 @@ class TokenDenoiserBlock(TextBlock):
         present: list[Tensor] | None,
     ) -> Float[Tensor, "batch tokens width"]:
         """The last layer's output for each noised code. `present` is added to; None keeps nothing."""
-        raise NotImplementedError
 
     def run(
         self,

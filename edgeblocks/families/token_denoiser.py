@@ -12,6 +12,7 @@ where z tells nothing and the tokens before decide, so `top_share` of the first 
 Source: arXiv 2506.14202, sections 4.4 and 4.5.
 """
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import numpy as np
@@ -70,7 +71,7 @@ class TokenDenoiserSettings:
         )
 
 
-class TokenDenoiser(TextFamily):
+class TokenDenoiser(TextFamily, ABC):
     """Draws what a training step needs, and computes the per-sample loss; a subclass names its kind of block.
 
     A batch has the clean `tokens`, the noise `eps` of their codes and each sequence's `sigma`.
@@ -124,9 +125,9 @@ class TokenDenoiser(TextFamily):
         """Tensors of keys and of values that a block of `num_layers` layers keeps."""
         return 2 * num_layers
 
+    @abstractmethod
     def cache_key(self, step: int, block: int) -> int:
         """Which caches a step of the chain, run by a block, uses; steps of the same key share theirs."""
-        raise NotImplementedError
 
     def block(self, *, num_layers: int, checkpointing: bool) -> TokenDenoiserBlock:
         """A block of `num_layers` layers on torch's default device, parameters not initialised."""

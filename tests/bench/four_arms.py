@@ -13,6 +13,7 @@ With L layers, the family's preferred number of blocks B, and K steps of each bl
 A chain that writes text token by token is told by its bound with 8 noises, a plain network by its cross-entropy. The
 classical training of a looped network is in looped_classical.py.
 Batch, learning rate, schedule, clipping, EMA and the hold-out part are the same; all are evaluated with EMA weights.
+The same command again goes on with the arms that the results do not have.
 """
 
 import argparse
@@ -68,9 +69,11 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--table", type=Path)
     wanted = parser.parse_args()
+    former = [json.loads(line) for line in wanted.results.read_text().splitlines()] if wanted.results.exists() else []
+    done = {(row["family"], row["arm"], row["steps"], row["seed"]) for row in former}
     if wanted.family is not None:
         for seed in wanted.seeds:
-            for arm in arms(wanted.family, wanted.data, wanted.steps, seed):
+            for arm in arms(wanted.family, wanted.data, wanted.steps, seed, done):
                 with wanted.results.open("a") as file:
                     file.write(json.dumps(arm) + "\n")
                 print(json.dumps(arm), flush=True)
@@ -78,8 +81,8 @@ def main() -> None:
         wanted.table.write_text(table([json.loads(line) for line in wanted.results.read_text().splitlines()]))
 
 
-def arms(family: str, data: str, steps: int, seed: int) -> Any:
-    """The four arms, one after the other."""
+def arms(family: str, data: str, steps: int, seed: int, done: set[tuple[str, str, int, int]]) -> Any:
+    """The four arms, one after the other, without those that are done."""
     blocks, depth = BLOCKS[family], SETTINGS[family]["depth"]
     common = {"family": family, "steps": steps, "seed": seed, **SETTINGS[family]}
 
@@ -97,6 +100,8 @@ def arms(family: str, data: str, steps: int, seed: int) -> Any:
         ways.insert(0, ("blocks", lambda: block_wise(family, data, steps, seed, blocks=blocks, depth=depth)))
         ways.append(("plain, short", lambda: whole(steps * blocks, depth // blocks)))
     for name, train in ways:
+        if (family, name, steps, seed) in done:
+            continue
         started = time.perf_counter()
         yield {**common, "blocks": blocks, "arm": name, **train(), "seconds": round(time.perf_counter() - started)}
 
