@@ -3,14 +3,10 @@
 Everything the command line does goes through here; `cli` only reads arguments and prints.
 """
 
-import math
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from edgeblocks import metrics, pictures
-from edgeblocks.chain import BlockRunner
 from edgeblocks.checkpoint import (
     RunDirectory,
     bring_blocks_home,
@@ -21,18 +17,16 @@ from edgeblocks.checkpoint import (
     open_run,
     remove_leftovers,
     seal_run,
-    write_text,
 )
 from edgeblocks.config import Settings, read_yaml, resolve_settings
 from edgeblocks.data.dataset import DataSet
-from edgeblocks.drawing import TEXT_TASKS
 from edgeblocks.errors import ConfigError, InterruptedRunError, RunError
-from edgeblocks.guard import Guard, is_refusal, refusals_explained
+from edgeblocks.guard import Guard, refusals_explained
 from edgeblocks.host_tier import HostTier
 from edgeblocks.listener import Listener, Silent
+from edgeblocks.looks import Looks
 from edgeblocks.plans import StepShape
 from edgeblocks.preparation import (
-    GRID_SAMPLES,
     Prepared,
     budget_of_this_process,
     check_disk,
@@ -47,12 +41,9 @@ from edgeblocks.registry import build_profile, build_target, family_type, profil
 from edgeblocks.run import Run
 from edgeblocks.run_files import check_resumable
 from edgeblocks.scheduler import Scheduler
+from edgeblocks.summary import summary_of
 from edgeblocks.trainer import Interrupted, Interruption, Trainer, create_blocks
 from edgeblocks.units import format_bytes
-from edgeblocks.unmasking import texts_as_file
-
-LOOK_TOKENS = 64
-"""Of a text that is written token by token while training: where blocks are on disk each token loads them all."""
 
 __all__ = ["Prepared", "Run", "load", "plan", "register_family", "resume", "train"]
 
@@ -286,7 +277,7 @@ def _train(run: RunDirectory, data_set: DataSet, listener: Listener, resumed_fro
         try:
             trainer = Trainer(run, data_set, scheduler, guard)
             with target.capped(budget_bytes), Interruption().listening() as interruption:
-                looks = _Looks(run, scheduler, guard, interruption)
+                looks = Looks(run, scheduler, guard, interruption)
                 listener.stage("training")
                 looks.after_visit([store.header(block).step for block in range(len(run.layers))])
                 steps = trainer.train(interruption, on_step=listener.step, between_visits=looks.after_visit)
@@ -303,159 +294,11 @@ def _train(run: RunDirectory, data_set: DataSet, listener: Listener, resumed_fro
             f"{run.settings.run.steps}. Go on with: edgeblocks train --resume {run.path}"
         )
     bring_blocks_home(run)
-    summary = _summary(run, trainer, scheduler, looks.seconds, evaluation, data_set, target, budget_bytes, resumed_from)
+    summary = summary_of(
+        run, trainer, scheduler, looks.seconds, evaluation, data_set, target, budget_bytes, resumed_from
+    )
     run.write_json("summary.json", summary)
     return finished
-
-
-class _Looks:
-    """Looks at the network between visits and at the end: grids of samples with the same noise each time, evaluation.
-
-    A signal stops a look at its next noise level.
-    """
-
-    def __init__(self, run: RunDirectory, scheduler: Scheduler, guard: Guard, interruption: Interruption) -> None:
-        self._run, self._scheduler, self._guard, self._interruption = run, scheduler, guard, interruption
-        self._task = run.family().task
-        self._grids = run.settings.run.sample_grids if GRID_SAMPLES[self._task] else 0
-        self._total = run.settings.run.steps
-        self._next = self._due(self._newest())
-        self.seconds = 0.0
-
-    def _newest(self) -> int:
-        """The steps of the newest grid that was made: one that a crash prevented is due, one that exists is not."""
-        numbers = (path.stem.removeprefix("step_") for path in (self._run.path / "samples").glob("step_*.*"))
-        return max((int(number) for number in numbers if number.isdecimal()), default=0)
-
-    def _due(self, made: int) -> int | None:
-        """The next number of steps, the same for all blocks, at which a grid is wanted."""
-        marks = [math.ceil(self._total * (i + 1) / self._grids) for i in range(self._grids)]
-        return next((mark for mark in marks if mark > made), None)
-
-    def after_visit(self, steps: Sequence[int]) -> None:
-        done = min(steps)
-        if self._next is None or done < self._next:
-            return
-        started = time.perf_counter()
-        try:
-            self._make_grid(done)
-        except (MemoryError, RuntimeError) as error:
-            if not is_refusal(error):
-                raise
-            self._guard.go_on_without(f"the grid of samples at step {done}, which is left out")
-        self._next = self._due(done)
-        self.seconds += time.perf_counter() - started
-
-    def _make_grid(self, done: int) -> None:
-        run, path = Run(self._run), self._run.path / "samples" / f"step_{done:07d}"
-        count = GRID_SAMPLES[self._task]
-        if self._task in TEXT_TASKS:
-            short = {} if self._task == "text" else {"length": min(self._run.data.length, LOOK_TOKENS)}
-            texts = run.sample_text(n=count, runner=self._runner(), on_step=self._go_on, **short)
-            write_text(path.with_suffix(".txt"), texts_as_file(texts))
-            return
-        images = run.sample(
-            n=count,
-            steps=max(self._run.settings.run.sample_steps, len(self._run.layers)),
-            runner=self._runner(),
-            on_level=self._go_on,
-        )
-        pictures.save_png(path.with_suffix(".png"), pictures.image_grid(images, columns=10))
-
-    def _runner(self) -> BlockRunner:
-        """With all blocks, where the scheduler has them all anyway."""
-        blocks = len(self._run.layers)
-        return Run(self._run).runner(
-            self._scheduler,
-            micro_batch=self._guard.shape.micro_batch,
-            residents=blocks if self._scheduler.num_slots >= blocks else 1,
-        )
-
-    def evaluation(self, data_set: DataSet, listener: Listener) -> dict[str, Any]:
-        def on_level(done: int, total: int) -> None:
-            listener.advance(done, total, "evaluating")
-            self._go_on(done)
-
-        return metrics.validation_loss(
-            self._run.family(),
-            self._runner(),
-            data_set,
-            seed=self._run.settings.run.seed,
-            most_examples=metrics.MOST_EXAMPLES[self._run.family().task],
-            on_level=on_level,
-        )
-
-    def _go_on(self, _done: int, _total: int | None = None) -> None:
-        if self._interruption.signal_name is not None:
-            raise Interrupted
-
-
-def _summary(
-    run: RunDirectory,
-    trainer: Trainer,
-    scheduler: Scheduler,
-    looking_s: float,
-    evaluation: dict[str, Any],
-    data_set: DataSet,
-    target: Any,
-    budget_bytes: int,
-    resumed_from: list[int] | None,
-) -> dict[str, Any]:
-    progress = trainer.progress
-    seconds = time.perf_counter() - progress.started
-    done_here = progress.steps_done - (sum(resumed_from) if resumed_from else 0)
-    split = {
-        "compute": progress.compute_s,
-        "load": scheduler.times.load_s,
-        "store": scheduler.times.store_s,
-        "stall": scheduler.times.stall_s,
-        "data": progress.data_s,
-    }
-    split["other"] = max(0.0, seconds - split["compute"] - split["data"] - split["stall"])
-    working_s = progress.compute_s + progress.data_s
-    per_example = run.data.length if run.family().reads == "text" else 1
-    return {
-        "family": run.settings.run.family,
-        "makes": run.family().task,
-        "method": "diffusion",
-        "blocks": len(run.layers),
-        "layers_per_block": list(run.layers),
-        "parameters": run.plan["parameters"],
-        "steps": run.settings.run.steps,
-        "budget_bytes": budget_bytes,
-        "predicted_peak_bytes": run.plan["predicted_peak_bytes"],
-        "peak_bytes": target.peak_bytes(),
-        "ram_peak_bytes": target.host_peak_bytes(),
-        "predicted_ram_peak_bytes": run.plan.get("predicted_host_peak_bytes"),
-        "disk_bytes": sum(path.stat().st_size for path in run.blocks_folder.glob("*.safetensors")),
-        "disk_bytes_written": scheduler.store.run_bytes_written,
-        "memory_changes": trainer.guard.changes,
-        "seconds": seconds,
-        "images_or_tokens_per_s": per_example * done_here * run.settings.run.batch / max(working_s, 1e-9),
-        "step_s": (progress.compute_s + progress.data_s) / max(done_here, 1),
-        "predicted_step_s": run.plan["predicted_step_s"],
-        "time_split": {name: round(value, 3) for name, value in split.items()},
-        "sampling_s": round(looking_s, 3),
-        "metrics": {
-            "train_loss_by_block": [progress.losses.get(block) for block in range(len(run.layers))],
-            "validation_loss": evaluation["total"],
-            "validation_loss_by_block": metrics.mean_by_block(evaluation["levels"], run.partition),
-            "validation": evaluation,
-            **_text_metrics(run, evaluation, data_set),
-        },
-        "resumed_from": resumed_from,
-    }
-
-
-def _text_metrics(run: RunDirectory, evaluation: dict[str, Any], data_set: DataSet) -> dict[str, Any]:
-    """The bound in bits, where the run makes text: of a chain for mdlm; for ar and looped of the top level alone."""
-    task = run.family().task
-    if task not in TEXT_TASKS:
-        return {}
-    if task == "text":
-        return {"text": metrics.text_scores(evaluation, data_set)}
-    top = {"total": evaluation["levels"][0]["loss"], "standard_error": None, "images": evaluation["images"]}
-    return {"text": metrics.text_scores(top, data_set)}
 
 
 def load(path: Path | str) -> Run:

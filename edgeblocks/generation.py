@@ -61,11 +61,25 @@ class TokenChain:
 
     @property
     def sample_bytes(self) -> int:
-        """What writing one text keeps in memory: keys and values, noise, and several copies of its probabilities."""
-        vocabulary, width = self.codes.shape
+        """See `writing_bytes`."""
+        vocabulary, code_width = self.codes.shape
         of_key = dict(zip(self.cache_keys, self.blocks, strict=True))
-        caches = sum(self.num_caches[block] for block in of_key.values()) * self.heads * self.head_width
-        return int(self.length * (4 * caches + 4 * width + 24) + PROBABILITY_COPIES * 8 * vocabulary)
+        return writing_bytes(
+            length=self.length,
+            num_caches=sum(self.num_caches[block] for block in of_key.values()),
+            width=self.heads * self.head_width,
+            vocabulary=vocabulary,
+            code_width=code_width,
+        )
+
+
+def writing_bytes(*, length: int, num_caches: int, width: int, vocabulary: int, code_width: int) -> int:
+    """What writing one text keeps in memory: keys and values, noise, and several copies of its probabilities.
+
+    Args:
+        num_caches: tensors of keys and of values [length, width], of all blocks and steps of the chain.
+    """
+    return length * (4 * num_caches * width + 4 * code_width + 24) + PROBABILITY_COPIES * 8 * vocabulary
 
 
 class Predict(Protocol):

@@ -9,7 +9,17 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from edgeblocks.errors import ConfigError, DoesNotFitError
-from edgeblocks.layer_costs import LayerCosts, at_samples, heap_bytes_at
+from edgeblocks.footprint import (
+    SLACK_BYTES,
+    SLACK_SHARE,
+    batch_bytes,
+    device_memory,
+    forward_bytes,
+    host_budget_bytes,
+    host_memory,
+    step_memory,
+)
+from edgeblocks.layer_costs import LayerCosts, at_samples
 from edgeblocks.plans import Candidate, Machine, Plan, StepShape, Wishes, kept_blocks, micro_batches, split_layers
 from edgeblocks.units import format_bytes
 
@@ -19,24 +29,6 @@ STREAMING_SHARE = 0.02
 USUAL_VISIT_S = 300.0
 """A visit is the most that a power cut can undo; shorter ones write more to the disk."""
 FEWEST_ROUNDS = 4
-GAPS_SHARE = {"plain": 0.36, "checkpointed": 0.85, "forward": 0.3}
-"""Memory that the allocator keeps beyond live tensors, measured (tests/bench/budget_grid.py): as a share of those on
-the heap; with checkpointing, which takes and frees in another order and peaks at another time, as a share of all."""
-LARGEST_GAPS_BYTES = 75_000_000
-LARGEST_GAPS_SHARE = 0.07
-"""Gaps stop growing there, but for a share of all activations: more layers repeat the same pattern on the heap."""
-SEGMENTS_SHARE = 0.15
-"""What torch's caching allocator for a GPU keeps beyond live tensors, because it takes and keeps whole segments: as a
-share of all activations. Assumed, not measured: nothing here ever ran on a GPU."""
-BATCH_COPIES = 1.7
-"""A batch, its pixels as bytes, and what flipping some of them copies."""
-SAMPLE_COPIES = 5
-"""A chain's samples, its noise, two slopes and the finished pictures, in batches' bytes (image and noise)."""
-SLACK_BYTES = 28_000_000
-"""Code pages and library scratch touched after the runtime was measured; and the cap's own margin, without which a run
-at the smallest budget was refused memory some MB below it."""
-SLACK_SHARE = 0.01
-"""Of all that is not the runtime, for the same."""
 
 
 def make_plan(costs: LayerCosts, machine: Machine, wishes: Wishes) -> Plan:
@@ -76,7 +68,7 @@ def make_plan(costs: LayerCosts, machine: Machine, wishes: Wishes) -> Plan:
         optimizer=wishes.optimizer,
         machine=machine,
         warnings=_warnings(costs.num_layers, chosen, wishes),
-        ram_budget_bytes=None if machine.host is None else _ram_budget_bytes(machine, wishes),
+        ram_budget_bytes=None if machine.host is None else host_budget_bytes(machine, wishes),
     )
 
 
@@ -122,24 +114,10 @@ def _candidate(
     moments = costs.moment_bytes(num_layers, wishes.optimizer)
     block_bytes = 8 * parameters + moments
     accumulation = math.ceil(wishes.batch / micro_batch)
-    activations, gaps = _step_memory(costs, machine, num_layers, micro_batch, checkpointing)
-    batch_bytes = int(BATCH_COPIES * wishes.batch * costs.batch_bytes_per_sample)
-    breakdown = {
-        "runtime": machine.runtime_bytes,
-        "weights": 4 * parameters * slots,
-        "gradients": 4 * parameters,
-        "optimizer": moments * slots + _workspace_bytes(costs, machine, wishes),
-        "ema": 4 * parameters * slots,
-        "activations": activations,
-        "data": (wishes.data_bytes if machine.host is None else 0) + batch_bytes,
-        "evaluation": max(
-            0, _look_bytes(costs, machine, wishes, num_layers, micro_batch) - activations - gaps - batch_bytes
-        ),
-        "slack": gaps + SLACK_BYTES,
-    }
-    breakdown["slack"] += int(SLACK_SHARE * (sum(breakdown.values()) - machine.runtime_bytes))
-    breakdown["planning"] = max(0, machine.planning_bytes - sum(breakdown.values())) if machine.host is None else 0
-    host_breakdown, ram_blocks = _host_memory(costs, machine, wishes, blocks, slots, block_bytes, batch_bytes)
+    breakdown = device_memory(
+        costs, machine, wishes, num_layers, micro_batch=micro_batch, checkpointing=checkpointing, slots=slots
+    )
+    host_breakdown, ram_blocks = host_memory(costs, machine, wishes, blocks, slots, block_bytes, micro_batch)
     step_s = predicted_step_s(costs, machine, num_layers, wishes.batch, micro_batch, checkpointing)
     load_s, store_s = _moving_s(machine, blocks, slots, ram_blocks, block_bytes)
     visit_steps = wishes.visit_steps or _visit_steps(
@@ -161,47 +139,10 @@ def _candidate(
         block_bytes=block_bytes,
         bytes_written=blocks * block_bytes * (rounds + 1),
         fits=sum(breakdown.values()) <= wishes.budget_bytes
-        and sum(host_breakdown.values()) <= _ram_budget_bytes(machine, wishes),
+        and sum(host_breakdown.values()) <= host_budget_bytes(machine, wishes),
         host_breakdown=host_breakdown,
         ram_blocks=ram_blocks,
     )
-
-
-def _workspace_bytes(costs: LayerCosts, machine: Machine, wishes: Wishes) -> int:
-    """What an optimizer step needs beside the state."""
-    return (costs.workspace_bytes if machine.host is None else costs.gpu_workspace_bytes)[wishes.optimizer]
-
-
-def _ram_budget_bytes(machine: Machine, wishes: Wishes) -> int:
-    """The bound of the host's memory; without a host there is nothing to bound."""
-    if machine.host is None:
-        return 0
-    return machine.host.memory_bytes if wishes.ram_budget_bytes is None else wishes.ram_budget_bytes
-
-
-def _host_memory(
-    costs: LayerCosts, machine: Machine, wishes: Wishes, blocks: int, slots: int, block_bytes: int, batch_bytes: int
-) -> tuple[dict[str, int], int]:
-    """The host's memory by its parts, and how many blocks live in it: as many as its budget holds beside the rest.
-
-    `staging` is the page-locked memory of one block, through which blocks move between disk and device.
-    """
-    if machine.host is None:
-        return {}, 0
-    needed = {
-        "runtime": machine.host.runtime_bytes,
-        "data": wishes.data_bytes + batch_bytes,
-        "evaluation": SAMPLE_COPIES * wishes.grid_samples * costs.batch_bytes_per_sample,
-        "staging": block_bytes,
-        "slack": SLACK_BYTES,
-    }
-    needed["planning"] = max(0, machine.planning_bytes - sum(needed.values()))
-    room = _ram_budget_bytes(machine, wishes) - sum(needed.values())
-    if slots >= blocks or wishes.tier == "disk":
-        ram_blocks = 0
-    else:
-        ram_blocks = blocks if wishes.tier == "ram" else min(blocks, max(0, room) // block_bytes)
-    return {**needed, "blocks": ram_blocks * block_bytes}, ram_blocks
 
 
 def _moving_s(machine: Machine, blocks: int, slots: int, ram_blocks: int, block_bytes: int) -> tuple[float, float]:
@@ -220,51 +161,16 @@ def _moving_s(machine: Machine, blocks: int, slots: int, ram_blocks: int, block_
     return link_s + (1 - ram_blocks / blocks) * block_bytes / machine.disk_read_bytes_per_s, link_s + store_s
 
 
-def _step_memory(
-    costs: LayerCosts, machine: Machine, num_layers: int, micro_batch: int, checkpointing: bool
-) -> tuple[int, int]:
-    """Bytes of a step's live tensors, and of the gaps that the allocator leaves between them."""
-    traces = costs.checkpointed if checkpointing else costs.plain
-    activations = at_samples(traces, micro_batch, lambda cost: cost.peak_bytes.at(num_layers))
-    if machine.host is not None:
-        return activations, int(SEGMENTS_SHARE * activations)
-    if checkpointing:
-        return activations, int(GAPS_SHARE["checkpointed"] * activations)
-    heap_bytes = heap_bytes_at(traces, micro_batch, num_layers)
-    return activations, int(
-        min(GAPS_SHARE["plain"] * heap_bytes, LARGEST_GAPS_BYTES + LARGEST_GAPS_SHARE * activations)
-    )
-
-
-def _look_bytes(costs: LayerCosts, machine: Machine, wishes: Wishes, num_layers: int, micro_batch: int) -> int:
-    """Bytes of evaluating and sampling between visits: a forward pass, and the samples at the solver's stages.
-
-    Beside a host the samples are there, and a micro-batch of them on the device.
-    """
-    forward = _forward_bytes(costs, machine, num_layers, micro_batch)
-    if machine.host is not None:
-        return forward + micro_batch * costs.batch_bytes_per_sample
-    return forward + SAMPLE_COPIES * wishes.grid_samples * costs.batch_bytes_per_sample
-
-
-def _forward_bytes(costs: LayerCosts, machine: Machine, num_layers: int, micro_batch: int) -> int:
-    """Bytes of a forward pass without gradients, with the gaps that the allocator leaves."""
-    live = at_samples(costs.forward, micro_batch, lambda cost: cost.peak_bytes.at(num_layers))
-    if machine.host is not None:
-        return live + int(SEGMENTS_SHARE * live)
-    return live + int(GAPS_SHARE["forward"] * heap_bytes_at(costs.forward, micro_batch, num_layers))
-
-
 def _shapes(costs: LayerCosts, machine: Machine, wishes: Wishes, chosen: Candidate) -> tuple[StepShape, ...]:
     """The chosen step, then ever smaller ones: first the micro-batch is halved, then checkpointing comes on."""
     found: list[StepShape] = []
-    batch_bytes = int(BATCH_COPIES * wishes.batch * costs.batch_bytes_per_sample)
+    drawn_bytes = batch_bytes(costs, wishes)
     for checkpointing in (False, True):
         for micro_batch in micro_batches(wishes.batch):
             if micro_batch > chosen.micro_batch or (chosen.checkpointing and not checkpointing):
                 continue
-            memory = _step_memory(costs, machine, chosen.layers_per_block, micro_batch, checkpointing)
-            step_bytes = batch_bytes + sum(memory)
+            memory = step_memory(costs, machine, chosen.layers_per_block, micro_batch, checkpointing)
+            step_bytes = drawn_bytes + sum(memory)
             if not found or step_bytes < found[-1].step_bytes:
                 found.append(StepShape(micro_batch=micro_batch, checkpointing=checkpointing, step_bytes=step_bytes))
     return tuple(found)
@@ -340,7 +246,7 @@ def _does_not_fit(costs: LayerCosts, machine: Machine, wishes: Wishes) -> DoesNo
         for name in ("blocks", "micro_batch", "checkpointing", "tier")
         if getattr(wishes, name) is not None
     ]
-    ram_budget_bytes = _ram_budget_bytes(machine, wishes)
+    ram_budget_bytes = host_budget_bytes(machine, wishes)
     on_host, free_on_host = (
         [option for option in some if option.predicted_host_peak_bytes <= ram_budget_bytes]
         for some in (options, free_options)
@@ -440,7 +346,7 @@ def inference_micro_batch(
     fixed = machine.runtime_bytes + 4 * residents * costs.parameters(largest) + SLACK_BYTES
     for size in micro_batches(samples):
         here = size * sample_bytes + (held_bytes if machine.host is None else size * costs.batch_bytes_per_sample)
-        needed = fixed + here + _forward_bytes(costs, machine, largest, size)
+        needed = fixed + here + forward_bytes(costs, machine, largest, size)
         needed += int(SLACK_SHARE * (needed - machine.runtime_bytes))
         if machine.host is None:
             needed = max(needed, machine.planning_bytes)

@@ -64,7 +64,9 @@ class Wishes:
     data_bytes: int = 0
     """Resident bytes of the data set, beyond the batches."""
     grid_samples: int = 0
-    """Images that are generated together during training."""
+    """Samples that are made together during training."""
+    sample_bytes: int = 0
+    """What one that is written token by token keeps: its keys and values."""
     max_disk_writes: int | None = None
     """Bytes that the run may write to disk."""
     ram_budget_bytes: int | None = None

@@ -16,6 +16,7 @@ from edgeblocks.data.dataset import DataSet
 from edgeblocks.data.images import Progress, open_images
 from edgeblocks.data.text import open_text
 from edgeblocks.errors import ConfigError, DoesNotFitError, NoRoomToReadError, StorageError
+from edgeblocks.generation import DEFAULT_STEPS, writing_bytes
 from edgeblocks.layer_costs import LayerCosts
 from edgeblocks.listener import Listener
 from edgeblocks.noise import NoisePartition, partition_noise
@@ -26,6 +27,8 @@ from edgeblocks.units import format_bytes, format_duration, parse_size
 
 GRID_SAMPLES = {"images": 40, "classes": 0, "text": 4, "continuation": 4}
 """Samples made together during training, by what the family's chain makes."""
+GRID_TOKENS = 64
+"""Of such a sample that is written token by token: where blocks are on disk each token loads them all."""
 DECODING_SLACK_BYTES = 12_000_000
 """Beside a picture: pieces of it on their way to the cache, code of Pillow's decoders."""
 LONGEST_MOVING_S = 600.0
@@ -81,7 +84,7 @@ def prepare(settings: Settings, out: Path, listener: Listener) -> Prepared:
     data_set, data = _open_data(settings, listener, budget_bytes=budgets[1] or budgets[0], target=target)
     listener.stage("planning")
     costs, machine = measure(settings, data, existing_folder(Path(run.work_dir or out)), target, listener)
-    plan = make_plan(costs, machine, _wishes(settings, data_set, budgets))
+    plan = make_plan(costs, machine, _wishes(settings, data_set, data, budgets))
     if run.target == "auto" and torch_sees_a_gpu():
         plan = replace(plan, warnings=(A_GPU_IS_HERE, *plan.warnings))
     return Prepared(
@@ -136,7 +139,7 @@ def prepare_elsewhere(settings: Settings, profile: Any, listener: Listener) -> P
         data=data,
         costs=costs,
         machine=machine,
-        plan=_told_of_gpus(make_plan(costs, machine, _wishes(settings, data_set, budgets))),
+        plan=_told_of_gpus(make_plan(costs, machine, _wishes(settings, data_set, data, budgets))),
         profile=profile,
     )
 
@@ -211,7 +214,7 @@ def replan(
     listener.stage("planning again")
     budgets = _budgets_here(settings.run, target)
     costs, machine = measure(settings, data, existing_folder(Path(settings.run.work_dir or out)), target, listener)
-    wishes = replace(_wishes(settings, data_set, budgets), blocks=int(former["blocks"]))
+    wishes = replace(_wishes(settings, data_set, data, budgets), blocks=int(former["blocks"]))
     try:
         return make_plan(costs, machine, replace(wishes, micro_batch=int(former["micro_batch"]), checkpointing=None))
     except DoesNotFitError:
@@ -229,7 +232,7 @@ def replan(
         ) from error
 
 
-def _wishes(settings: Settings, data_set: DataSet, budgets: tuple[int, int | None]) -> Wishes:
+def _wishes(settings: Settings, data_set: DataSet, data: Any, budgets: tuple[int, int | None]) -> Wishes:
     run = settings.run
     budget_bytes, ram_budget_bytes = budgets
     fixed = {
@@ -244,9 +247,24 @@ def _wishes(settings: Settings, data_set: DataSet, budgets: tuple[int, int | Non
         preferred_blocks=family_type(run.family).preferred_blocks,
         data_bytes=data_set.batch_resident_bytes(run.batch),
         grid_samples=GRID_SAMPLES[family_type(run.family).task],
+        sample_bytes=grid_sample_bytes(build_family(run.family, asdict(settings.family), asdict(data))),
         max_disk_writes=None if run.max_disk_writes is None else parse_size(run.max_disk_writes),
         ram_budget_bytes=ram_budget_bytes,
         **fixed,
+    )
+
+
+def grid_sample_bytes(family: Any) -> int:
+    """What a sample that is made during training keeps while it is written token by token."""
+    if family.task != "continuation":
+        return 0
+    shared = family.cache_key(0, 0) == family.cache_key(1, 0)
+    return writing_bytes(
+        length=min(family.data.length, GRID_TOKENS),
+        num_caches=family.num_caches(family.num_layers) * (1 if shared else DEFAULT_STEPS),
+        width=family.settings.width,
+        vocabulary=family.data.vocabulary,
+        code_width=family.settings.code_width,
     )
 
 

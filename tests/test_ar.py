@@ -340,7 +340,9 @@ LARGE_SETTINGS = replace(SETTINGS, code_width=64)
 
 
 @pytest.mark.parametrize("kind", ["plain", "checkpointed"])
-@pytest.mark.parametrize("large", [Ar(LARGE_SETTINGS, LARGE_DATA), Looped(LARGE_SETTINGS, LARGE_DATA)], ids=str)
+@pytest.mark.parametrize(
+    "large", [Ar(LARGE_SETTINGS, LARGE_DATA), Looped(LARGE_SETTINGS, LARGE_DATA)], ids=["ar", "looped"]
+)
 def test_memory_of_a_step_does_not_hold_the_logits(large, kind):
     """8 more sequences of 64 cost far less than their logits (trap 10), and the growth is a straight line."""
     peaks = [_trace_step(large, 2, samples, kind).peak_bytes for samples in (8, 16, 24)]

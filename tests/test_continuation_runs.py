@@ -16,7 +16,8 @@ from edgeblocks.console import evaluation_report
 from edgeblocks.drawing import softmax
 from edgeblocks.errors import ConfigError
 from edgeblocks.export.opening import open_chain
-from edgeblocks.generation import read_levels
+from edgeblocks.generation import DEFAULT_STEPS, read_levels
+from edgeblocks.preparation import GRID_TOKENS, grid_sample_bytes
 from edgeblocks.randomness import seed_at
 from edgeblocks.sampling import token_chain_of
 from edgeblocks.scheduler import EmaLoader
@@ -69,6 +70,12 @@ def runner_of(run, *, micro_batch=4, residents=1):
         micro_batch=micro_batch,
         residents=residents,
     )
+
+
+def test_what_a_text_keeps_while_training_is_foreseen(run):
+    """The planner's figure is the chain's."""
+    chain = token_chain_of(run.directory, DEFAULT_STEPS, length=min(LENGTH, GRID_TOKENS))
+    assert grid_sample_bytes(run.directory.family()) == chain.sample_bytes
 
 
 def written_again_and_again(run, prompt, *, index, seed, steps):

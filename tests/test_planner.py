@@ -22,7 +22,7 @@ from made_up_plans import (
     total_s,
 )
 
-from edgeblocks import layer_costs, planner, plans
+from edgeblocks import footprint, layer_costs, planner, plans
 from edgeblocks.errors import ConfigError, DoesNotFitError
 from edgeblocks.noise import NoiseDistribution, partition_noise
 from edgeblocks.planner import STREAMING_SHARE, inference_micro_batch, make_plan
@@ -297,11 +297,23 @@ def test_the_chain_fits_its_budget(budget_bytes, samples, held_bytes):
     assert 1 <= size <= samples
     assert needed(size) <= budget_bytes
     assert (
-        size == samples or needed(2 * size) * (1 + planner.GAPS_SHARE["forward"]) + planner.SLACK_BYTES > budget_bytes
+        size == samples
+        or needed(2 * size) * (1 + footprint.GAPS_SHARE["forward"]) + footprint.SLACK_BYTES > budget_bytes
     )
 
 
-@pytest.mark.parametrize("module", ["planner", "config", "units", "errors", "layer_costs", "noise"])
+def test_what_texts_keep_while_they_are_written_is_foreseen():
+    """Keys and values of the texts that are written at a time, as far as they are more than what a step takes."""
+    wishes = replace(WISHES, grid_samples=4, micro_batch=2)
+    without = make_plan(costs(), MACHINE, wishes).chosen.breakdown
+    few = make_plan(costs(), MACHINE, replace(wishes, sample_bytes=1 * MB)).chosen.breakdown
+    many = make_plan(costs(), MACHINE, replace(wishes, sample_bytes=300 * MB)).chosen.breakdown
+    assert without["evaluation"] == few["evaluation"] == 0
+    room = without["activations"] + without["slack"] + without["data"]
+    assert 600 * MB - room < many["evaluation"] < 600 * MB
+
+
+@pytest.mark.parametrize("module", ["planner", "footprint", "config", "units", "errors", "layer_costs", "noise"])
 def test_planning_imports_no_torch(module):
     """These modules stay free of torch, so that errors and plans come at once."""
     program = f"import sys, edgeblocks.{module}; print(sorted({{'torch', 'numpy'}} & set(sys.modules)))"

@@ -20,7 +20,7 @@ from made_up_plans import (
     total_s,
 )
 
-from edgeblocks import planner
+from edgeblocks import footprint
 from edgeblocks.errors import DoesNotFitError
 from edgeblocks.noise import NoiseDistribution, partition_noise
 from edgeblocks.planner import make_plan
@@ -131,12 +131,14 @@ def test_a_gpus_memory_is_counted_apart_from_its_hosts():
     """The context and batches are on the device; the interpreter, the data and what planning took are on the host."""
     machine = replace(GPU, planning_bytes=1500 * MB)
     chosen = make_plan(costs(), machine, replace(WISHES, blocks=4, data_bytes=100 * MB)).chosen
-    batch_bytes = int(planner.BATCH_COPIES * 64 * costs().batch_bytes_per_sample)
+    batch_bytes = int(footprint.BATCH_COPIES * 64 * costs().batch_bytes_per_sample)
     assert chosen.breakdown["runtime"] == machine.runtime_bytes
     assert chosen.breakdown["data"] == batch_bytes
-    gaps = int(planner.SEGMENTS_SHARE * chosen.breakdown["activations"])
-    known = chosen.predicted_peak_bytes - chosen.breakdown["slack"] - machine.runtime_bytes + gaps + planner.SLACK_BYTES
-    assert chosen.breakdown["slack"] == gaps + planner.SLACK_BYTES + int(planner.SLACK_SHARE * known)
+    gaps = int(footprint.SEGMENTS_SHARE * chosen.breakdown["activations"])
+    known = (
+        chosen.predicted_peak_bytes - chosen.breakdown["slack"] - machine.runtime_bytes + gaps + footprint.SLACK_BYTES
+    )
+    assert chosen.breakdown["slack"] == gaps + footprint.SLACK_BYTES + int(footprint.SLACK_SHARE * known)
     assert chosen.host_breakdown["data"] == 100 * MB + batch_bytes
     assert chosen.predicted_host_peak_bytes == 1500 * MB
 

@@ -159,7 +159,7 @@ def _probe_presets() -> dict[str, dict[str, Any]]:
     """
     from edgeblocks.config import DEFAULT_PRESETS, preset_names, resolve_settings
     from edgeblocks.families.base import ImageInfo, TextInfo
-    from edgeblocks.preparation import GRID_SAMPLES, open_run_data
+    from edgeblocks.preparation import GRID_SAMPLES, grid_sample_bytes, open_run_data
 
     requests = {}
     for name in preset_names():
@@ -183,6 +183,7 @@ def _probe_presets() -> dict[str, dict[str, Any]]:
             preferred_blocks=kind.preferred_blocks,
             data_bytes=data_bytes,
             grid_samples=GRID_SAMPLES[kind.task],
+            sample_bytes=grid_sample_bytes(build_family(run.family, asdict(settings.family), asdict(data))),
         )
         family = {"name": run.family, "settings": asdict(settings.family), "data": asdict(data)}
         requests[name] = {"family": family, "wishes": asdict(wishes)}

@@ -301,7 +301,11 @@ def wrong_files():
     yield "a.txt", b"ten tokens", r"is too short: 9 tokens in the training part and 1 tokens in the hold-out part, .*8"
 
 
-@pytest.mark.parametrize(("name", "content", "message"), list(wrong_files()), ids=str)
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    list(wrong_files()),
+    ids=lambda part: f"{len(part)}" if isinstance(part, bytes) else part,
+)
 def test_a_file_that_cannot_be_used_is_told_with_its_place_and_a_cure(tmp_path, name, content, message):
     """Which file, at which byte or line, and what to do; no cache is left behind."""
     (tmp_path / name).write_bytes(content)

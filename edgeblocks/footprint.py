@@ -1,0 +1,151 @@
+"""How much memory a way to train takes, part by part. Plain arithmetic on `LayerCosts`; no torch."""
+
+from edgeblocks.layer_costs import LayerCosts, at_samples, heap_bytes_at
+from edgeblocks.plans import Machine, Wishes
+
+GAPS_SHARE = {"plain": 0.36, "checkpointed": 0.85, "forward": 0.3}
+"""Memory that the allocator keeps beyond live tensors, measured (tests/bench/budget_grid.py): as a share of those on
+the heap; with checkpointing, which takes and frees in another order and peaks at another time, as a share of all."""
+LARGEST_GAPS_BYTES = 75_000_000
+LARGEST_GAPS_SHARE = 0.07
+"""Gaps stop growing there, but for a share of all activations: more layers repeat the same pattern on the heap."""
+SEGMENTS_SHARE = 0.15
+"""What torch's caching allocator for a GPU keeps beyond live tensors, because it takes and keeps whole segments: as a
+share of all activations. Assumed, not measured: nothing here ever ran on a GPU."""
+BATCH_COPIES = 1.7
+"""A batch, its pixels as bytes, and what flipping some of them copies."""
+SAMPLE_COPIES = 5
+"""A chain's samples, its noise, two slopes and the finished pictures, in batches' bytes (image and noise)."""
+SLACK_BYTES = 28_000_000
+"""Code pages and library scratch touched after the runtime was measured; and the cap's own margin, without which a run
+at the smallest budget was refused memory some MB below it."""
+SLACK_SHARE = 0.01
+"""Of all that is not the runtime, for the same."""
+
+
+def device_memory(
+    costs: LayerCosts,
+    machine: Machine,
+    wishes: Wishes,
+    num_layers: int,
+    *,
+    micro_batch: int,
+    checkpointing: bool,
+    slots: int,
+) -> dict[str, int]:
+    """Bytes of the device's memory by its parts; where the device is the host, of all memory.
+
+    Args:
+        num_layers: of a block.
+        slots: blocks that are in memory at a time.
+    """
+    parameters = costs.parameters(num_layers)
+    moments = costs.moment_bytes(num_layers, wishes.optimizer)
+    activations, gaps = step_memory(costs, machine, num_layers, micro_batch, checkpointing)
+    drawn_bytes = batch_bytes(costs, wishes)
+    breakdown = {
+        "runtime": machine.runtime_bytes,
+        "weights": 4 * parameters * slots,
+        "gradients": 4 * parameters,
+        "optimizer": moments * slots + _workspace_bytes(costs, machine, wishes),
+        "ema": 4 * parameters * slots,
+        "activations": activations,
+        "data": (wishes.data_bytes if machine.host is None else 0) + drawn_bytes,
+        "evaluation": max(
+            0, _look_bytes(costs, machine, wishes, num_layers, micro_batch) - activations - gaps - drawn_bytes
+        ),
+        "slack": gaps + SLACK_BYTES,
+    }
+    breakdown["slack"] += int(SLACK_SHARE * (sum(breakdown.values()) - machine.runtime_bytes))
+    breakdown["planning"] = max(0, machine.planning_bytes - sum(breakdown.values())) if machine.host is None else 0
+    return breakdown
+
+
+def host_memory(
+    costs: LayerCosts,
+    machine: Machine,
+    wishes: Wishes,
+    blocks: int,
+    slots: int,
+    block_bytes: int,
+    micro_batch: int,
+) -> tuple[dict[str, int], int]:
+    """The host's memory by its parts, and how many blocks live in it: as many as its budget holds beside the rest.
+
+    `staging` is the page-locked memory of one block, through which blocks move between disk and device.
+    """
+    if machine.host is None:
+        return {}, 0
+    needed = {
+        "runtime": machine.host.runtime_bytes,
+        "data": wishes.data_bytes + batch_bytes(costs, wishes),
+        "evaluation": _grid_bytes(costs, wishes, micro_batch),
+        "staging": block_bytes,
+        "slack": SLACK_BYTES,
+    }
+    needed["planning"] = max(0, machine.planning_bytes - sum(needed.values()))
+    room = host_budget_bytes(machine, wishes) - sum(needed.values())
+    if slots >= blocks or wishes.tier == "disk":
+        ram_blocks = 0
+    else:
+        ram_blocks = blocks if wishes.tier == "ram" else min(blocks, max(0, room) // block_bytes)
+    return {**needed, "blocks": ram_blocks * block_bytes}, ram_blocks
+
+
+def batch_bytes(costs: LayerCosts, wishes: Wishes) -> int:
+    """Of a whole batch while it is drawn."""
+    return int(BATCH_COPIES * wishes.batch * costs.batch_bytes_per_sample)
+
+
+def _workspace_bytes(costs: LayerCosts, machine: Machine, wishes: Wishes) -> int:
+    """What an optimizer step needs beside the state."""
+    return (costs.workspace_bytes if machine.host is None else costs.gpu_workspace_bytes)[wishes.optimizer]
+
+
+def host_budget_bytes(machine: Machine, wishes: Wishes) -> int:
+    """The bound of the host's memory; without a host there is nothing to bound."""
+    if machine.host is None:
+        return 0
+    return machine.host.memory_bytes if wishes.ram_budget_bytes is None else wishes.ram_budget_bytes
+
+
+def step_memory(
+    costs: LayerCosts, machine: Machine, num_layers: int, micro_batch: int, checkpointing: bool
+) -> tuple[int, int]:
+    """Bytes of a step's live tensors, and of the gaps that the allocator leaves between them."""
+    traces = costs.checkpointed if checkpointing else costs.plain
+    activations = at_samples(traces, micro_batch, lambda cost: cost.peak_bytes.at(num_layers))
+    if machine.host is not None:
+        return activations, int(SEGMENTS_SHARE * activations)
+    if checkpointing:
+        return activations, int(GAPS_SHARE["checkpointed"] * activations)
+    heap_bytes = heap_bytes_at(traces, micro_batch, num_layers)
+    return activations, int(
+        min(GAPS_SHARE["plain"] * heap_bytes, LARGEST_GAPS_BYTES + LARGEST_GAPS_SHARE * activations)
+    )
+
+
+def _look_bytes(costs: LayerCosts, machine: Machine, wishes: Wishes, num_layers: int, micro_batch: int) -> int:
+    """Bytes of evaluating and sampling between visits: a forward pass, and the samples at the solver's stages.
+
+    Beside a host the samples are there, and a micro-batch of them on the device.
+    """
+    forward = forward_bytes(costs, machine, num_layers, micro_batch)
+    if machine.host is not None:
+        return forward + micro_batch * (costs.batch_bytes_per_sample + wishes.sample_bytes)
+    return forward + _grid_bytes(costs, wishes, micro_batch)
+
+
+def _grid_bytes(costs: LayerCosts, wishes: Wishes, micro_batch: int) -> int:
+    """Bytes of the samples that are made between visits; texts that are written token by token, a micro-batch of them
+    at a time, keep their keys and values."""
+    written_bytes = min(wishes.grid_samples, micro_batch) * wishes.sample_bytes
+    return SAMPLE_COPIES * wishes.grid_samples * costs.batch_bytes_per_sample + written_bytes
+
+
+def forward_bytes(costs: LayerCosts, machine: Machine, num_layers: int, micro_batch: int) -> int:
+    """Bytes of a forward pass without gradients, with the gaps that the allocator leaves."""
+    live = at_samples(costs.forward, micro_batch, lambda cost: cost.peak_bytes.at(num_layers))
+    if machine.host is not None:
+        return live + int(SEGMENTS_SHARE * live)
+    return live + int(GAPS_SHARE["forward"] * heap_bytes_at(costs.forward, micro_batch, num_layers))

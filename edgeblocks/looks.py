@@ -1,0 +1,101 @@
+"""Looks at a network while it is trained: grids of samples between visits, and the evaluation at the end."""
+
+import math
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from edgeblocks import metrics, pictures
+from edgeblocks.chain import BlockRunner
+from edgeblocks.checkpoint import RunDirectory, write_text
+from edgeblocks.data.dataset import DataSet
+from edgeblocks.drawing import TEXT_TASKS
+from edgeblocks.guard import Guard, is_refusal
+from edgeblocks.listener import Listener
+from edgeblocks.preparation import GRID_SAMPLES, GRID_TOKENS
+from edgeblocks.run import Run
+from edgeblocks.scheduler import Scheduler
+from edgeblocks.trainer import Interrupted, Interruption
+from edgeblocks.unmasking import texts_as_file
+
+
+class Looks:
+    """Looks at the network between visits and at the end: grids of samples with the same noise each time, evaluation.
+
+    A signal stops a look at its next noise level.
+    """
+
+    def __init__(self, run: RunDirectory, scheduler: Scheduler, guard: Guard, interruption: Interruption) -> None:
+        self._run, self._scheduler, self._guard, self._interruption = run, scheduler, guard, interruption
+        self._task = run.family().task
+        self._grids = run.settings.run.sample_grids if GRID_SAMPLES[self._task] else 0
+        self._total = run.settings.run.steps
+        self._next = self._due(self._newest())
+        self.seconds = 0.0
+
+    def _newest(self) -> int:
+        """The steps of the newest grid that was made: one that a crash prevented is due, one that exists is not."""
+        numbers = (path.stem.removeprefix("step_") for path in (self._run.path / "samples").glob("step_*.*"))
+        return max((int(number) for number in numbers if number.isdecimal()), default=0)
+
+    def _due(self, made: int) -> int | None:
+        """The next number of steps, the same for all blocks, at which a grid is wanted."""
+        marks = [math.ceil(self._total * (i + 1) / self._grids) for i in range(self._grids)]
+        return next((mark for mark in marks if mark > made), None)
+
+    def after_visit(self, steps: Sequence[int]) -> None:
+        done = min(steps)
+        if self._next is None or done < self._next:
+            return
+        started = time.perf_counter()
+        try:
+            self._make_grid(done)
+        except (MemoryError, RuntimeError) as error:
+            if not is_refusal(error):
+                raise
+            self._guard.go_on_without(f"the grid of samples at step {done}, which is left out")
+        self._next = self._due(done)
+        self.seconds += time.perf_counter() - started
+
+    def _make_grid(self, done: int) -> None:
+        run, path = Run(self._run), self._run.path / "samples" / f"step_{done:07d}"
+        count = GRID_SAMPLES[self._task]
+        if self._task in TEXT_TASKS:
+            short = {} if self._task == "text" else {"length": min(self._run.data.length, GRID_TOKENS)}
+            texts = run.sample_text(n=count, runner=self._runner(), on_step=self._go_on, **short)
+            write_text(path.with_suffix(".txt"), texts_as_file(texts))
+            return
+        images = run.sample(
+            n=count,
+            steps=max(self._run.settings.run.sample_steps, len(self._run.layers)),
+            runner=self._runner(),
+            on_level=self._go_on,
+        )
+        pictures.save_png(path.with_suffix(".png"), pictures.image_grid(images, columns=10))
+
+    def _runner(self) -> BlockRunner:
+        """With all blocks, where the scheduler has them all anyway."""
+        blocks = len(self._run.layers)
+        return Run(self._run).runner(
+            self._scheduler,
+            micro_batch=self._guard.shape.micro_batch,
+            residents=blocks if self._scheduler.num_slots >= blocks else 1,
+        )
+
+    def evaluation(self, data_set: DataSet, listener: Listener) -> dict[str, Any]:
+        def on_level(done: int, total: int) -> None:
+            listener.advance(done, total, "evaluating")
+            self._go_on(done)
+
+        return metrics.validation_loss(
+            self._run.family(),
+            self._runner(),
+            data_set,
+            seed=self._run.settings.run.seed,
+            most_examples=metrics.MOST_EXAMPLES[self._run.family().task],
+            on_level=on_level,
+        )
+
+    def _go_on(self, _done: int, _total: int | None = None) -> None:
+        if self._interruption.signal_name is not None:
+            raise Interrupted

@@ -1,0 +1,79 @@
+"""What a finished training tells of itself: the content of `summary.json`."""
+
+import time
+from typing import Any
+
+from edgeblocks import metrics
+from edgeblocks.checkpoint import RunDirectory
+from edgeblocks.data.dataset import DataSet
+from edgeblocks.drawing import TEXT_TASKS
+from edgeblocks.scheduler import Scheduler
+from edgeblocks.trainer import Trainer
+
+
+def summary_of(
+    run: RunDirectory,
+    trainer: Trainer,
+    scheduler: Scheduler,
+    looking_s: float,
+    evaluation: dict[str, Any],
+    data_set: DataSet,
+    target: Any,
+    budget_bytes: int,
+    resumed_from: list[int] | None,
+) -> dict[str, Any]:
+    progress = trainer.progress
+    seconds = time.perf_counter() - progress.started
+    done_here = progress.steps_done - (sum(resumed_from) if resumed_from else 0)
+    split = {
+        "compute": progress.compute_s,
+        "load": scheduler.times.load_s,
+        "store": scheduler.times.store_s,
+        "stall": scheduler.times.stall_s,
+        "data": progress.data_s,
+    }
+    split["other"] = max(0.0, seconds - split["compute"] - split["data"] - split["stall"])
+    working_s = progress.compute_s + progress.data_s
+    per_example = run.data.length if run.family().reads == "text" else 1
+    return {
+        "family": run.settings.run.family,
+        "makes": run.family().task,
+        "method": "diffusion",
+        "blocks": len(run.layers),
+        "layers_per_block": list(run.layers),
+        "parameters": run.plan["parameters"],
+        "steps": run.settings.run.steps,
+        "budget_bytes": budget_bytes,
+        "predicted_peak_bytes": run.plan["predicted_peak_bytes"],
+        "peak_bytes": target.peak_bytes(),
+        "ram_peak_bytes": target.host_peak_bytes(),
+        "predicted_ram_peak_bytes": run.plan.get("predicted_host_peak_bytes"),
+        "disk_bytes": sum(path.stat().st_size for path in run.blocks_folder.glob("*.safetensors")),
+        "disk_bytes_written": scheduler.store.run_bytes_written,
+        "memory_changes": trainer.guard.changes,
+        "seconds": seconds,
+        "images_or_tokens_per_s": per_example * done_here * run.settings.run.batch / max(working_s, 1e-9),
+        "step_s": (progress.compute_s + progress.data_s) / max(done_here, 1),
+        "predicted_step_s": run.plan["predicted_step_s"],
+        "time_split": {name: round(value, 3) for name, value in split.items()},
+        "sampling_s": round(looking_s, 3),
+        "metrics": {
+            "train_loss_by_block": [progress.losses.get(block) for block in range(len(run.layers))],
+            "validation_loss": evaluation["total"],
+            "validation_loss_by_block": metrics.mean_by_block(evaluation["levels"], run.partition),
+            "validation": evaluation,
+            **_text_metrics(run, evaluation, data_set),
+        },
+        "resumed_from": resumed_from,
+    }
+
+
+def _text_metrics(run: RunDirectory, evaluation: dict[str, Any], data_set: DataSet) -> dict[str, Any]:
+    """The bound in bits, where the run makes text: of a chain for mdlm; for ar and looped of the top level alone."""
+    task = run.family().task
+    if task not in TEXT_TASKS:
+        return {}
+    if task == "text":
+        return {"text": metrics.text_scores(evaluation, data_set)}
+    top = {"total": evaluation["levels"][0]["loss"], "standard_error": None, "images": evaluation["images"]}
+    return {"text": metrics.text_scores(top, data_set)}
