@@ -67,13 +67,15 @@ class TwoStreamAttention(CausalAttention):
     against 780 for one of 1024; and the mask, of which each layer keeps one, is half as large.
     """
 
+    noised_only = False
+    """Whether the output is that of the noised codes alone."""
+
     def attend(
-        self, x: Float[Tensor, "batch tokens width"], past: Past | None
-    ) -> tuple[Float[Tensor, "batch tokens width"], Present]:
+        self, x: Float[Tensor, "both tokens width"], past: Past | None
+    ) -> tuple[Float[Tensor, "answered tokens width"], Present]:
         """The output, and the clean tokens' keys and values; the tokens follow those of the past."""
         queries, keys, values = (halves(part) for part in self.projected(x, self._positions(x, past)))
         seen_keys, seen_values = _with_past(keys[0], values[0], past)
-        clean = _causal(queries[0], seen_keys, seen_values, past)
         itself = torch.eye(x.shape[1], dtype=torch.bool, device=x.device)
         allowed = torch.cat([visible(queries[1], seen_keys), itself], dim=1)
         noised = F.scaled_dot_product_attention(
@@ -82,31 +84,60 @@ class TwoStreamAttention(CausalAttention):
             torch.cat([seen_values, values[1]], dim=2),
             attn_mask=_added(allowed, x),
         )
+        if self.noised_only:
+            return self.merged(noised), (keys[0], values[0])
+        clean = _causal(queries[0], seen_keys, seen_values, past)
         return self.merged(torch.cat([clean, noised])), (keys[0], values[0])
 
 
 class CausalLayer(AdaLnZeroLayer):
-    """An AdaLN layer whose attention is causal; with `two_streams` of clean tokens and noised codes."""
+    """An AdaLN layer whose attention is causal."""
 
     attention: CausalAttention
 
-    def __init__(self, *, width: int, heads: int, two_streams: bool = False) -> None:
+    def __init__(self, *, width: int, heads: int) -> None:
         super().__init__(width=width, heads=heads)
-        self.attention = (TwoStreamAttention if two_streams else CausalAttention)(width=width, heads=heads)
+        self.attention = CausalAttention(width=width, heads=heads)
 
     def forward(
         self, x: Float[Tensor, "batch tokens width"], condition: Float[Tensor, "batch width"]
-    ) -> Float[Tensor, "batch tokens width"]:
+    ) -> Float[Tensor, "answered tokens width"]:
         return self.cached(x, condition, None)[0]
 
     def cached(
         self, x: Float[Tensor, "batch tokens width"], condition: Float[Tensor, "batch width"], past: Past | None
-    ) -> tuple[Float[Tensor, "batch tokens width"], Present]:
+    ) -> tuple[Float[Tensor, "answered tokens width"], Present]:
         """The output for tokens that follow those of the past, and their keys and values."""
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.modulation(condition).chunk(6, dim=-1)
         attended, present = self.attention.attend(modulated_norm(x, shift_a, scale_a), past)
+        return self._added(x, attended, gate_a, shift_m, scale_m, gate_m), present
+
+    def _added(
+        self, x: Tensor, attended: Tensor, gate_a: Tensor, shift_m: Tensor, scale_m: Tensor, gate_m: Tensor
+    ) -> Tensor:
+        """x with what attention adds, and with what the MLP adds to that."""
         x = torch.addcmul(x, gate_a.unsqueeze(1), attended)
-        return torch.addcmul(x, gate_m.unsqueeze(1), self.mlp(modulated_norm(x, shift_m, scale_m))), present
+        return torch.addcmul(x, gate_m.unsqueeze(1), self.mlp(modulated_norm(x, shift_m, scale_m)))
+
+
+class TwoStreamLayer(CausalLayer):
+    """The same for clean tokens and noised codes, in the two halves of the batch.
+
+    The last layer gives the noised codes alone: of the clean tokens only its keys and values are of use. Of its work
+    for them that leaves out three quarters.
+    """
+
+    attention: TwoStreamAttention
+
+    def __init__(self, *, width: int, heads: int, last: bool) -> None:
+        super().__init__(width=width, heads=heads)
+        self.attention = TwoStreamAttention(width=width, heads=heads)
+        self.attention.noised_only = last
+
+    def _added(self, x: Tensor, attended: Tensor, *modulation: Tensor) -> Tensor:
+        if self.attention.noised_only:
+            return super()._added(halves(x)[1], attended, *(halves(part)[1] for part in modulation))
+        return super()._added(x, attended, *modulation)
 
 
 def halves(x: Float[Tensor, "both ..."]) -> tuple[Float[Tensor, "one ..."], Float[Tensor, "one ..."]]:

@@ -287,7 +287,7 @@ def export_report(manifest: dict[str, Any], path: Any) -> str:
         "continuation": ("probabilities along the chain", "--prompt 'call me'"),
     }[manifest["task"]]
     return (
-        f"exported {len(manifest['files'])} blocks to {path}; verified against torch: blocks differ by at most "
+        f"exported {len(manifest['files'])} block(s) to {path}; verified against torch: blocks differ by at most "
         f"{verified['block_max_abs_error']:.1e}, {what} by {verified['output_max_abs_error']:.1e}\n"
         f"next: edgeblocks run {path} {arguments}"
     )

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from edgeblocks.causal_layers import halves
+from edgeblocks.causal_layers import CausalLayer, TwoStreamLayer
 from edgeblocks.families.token_block import TokenDenoiserBlock
 from edgeblocks.families.token_denoiser import TokenDenoiser
 
@@ -17,7 +17,9 @@ from edgeblocks.families.token_denoiser import TokenDenoiser
 class ArBlock(TokenDenoiserBlock):
     """Both streams go through a layer together, one above the other in the batch."""
 
-    two_streams = True
+    def new_layers(self, num_layers: int, *, width: int, heads: int) -> list[CausalLayer]:
+        """Layers of two streams."""
+        return [TwoStreamLayer(width=width, heads=heads, last=number == num_layers - 1) for number in range(num_layers)]
 
     def through_layers(
         self,
@@ -27,15 +29,14 @@ class ArBlock(TokenDenoiserBlock):
         past: Tensor | None,
         present: list[Tensor] | None,
     ) -> Float[Tensor, "batch tokens width"]:
-        """The noised stream's half of the last layer's output.
+        """The last layer's output.
 
         It starts from the token before, as the clean stream does, and z's projection is added. From that projection
         alone, which starts at zero, it would stay zero, as all gates are closed: nothing was learnt in 200 steps.
         """
         streams = torch.cat([clean, clean + noised])
         conditions = torch.cat([torch.zeros_like(condition), condition])
-        out = self.run(range(len(self.layers)), streams, conditions, past, present)
-        return halves(out)[1]
+        return self.run(range(len(self.layers)), streams, conditions, past, present)
 
 
 class Ar(TokenDenoiser):

@@ -21,11 +21,10 @@ Present = Float[Tensor, "caches batch heads tokens head_width"]
 class TokenDenoiserBlock(TextBlock, ABC):
     """One block: token embedding (the last row is that of the beginning), z's projection, layers, readout.
 
-    A subclass says how tokens and z go through the layers, `through_layers`.
+    A subclass says how tokens and z go through the layers, `through_layers`, and may have layers of its own.
     """
 
     codes: Tensor
-    two_streams = False
 
     def __init__(
         self, *, width: int, heads: int, code_width: int, data: TextInfo, num_layers: int, checkpointing: bool
@@ -37,11 +36,13 @@ class TokenDenoiserBlock(TextBlock, ABC):
         self.code_embedding = Linear(code_width, width)
         self.noise_up = Linear(NOISE_FEATURES, width)
         self.noise_down = Linear(width, width)
-        self.layers = nn.ModuleList(
-            CausalLayer(width=width, heads=heads, two_streams=self.two_streams) for _ in range(num_layers)
-        )
+        self.layers = nn.ModuleList(self.new_layers(num_layers, width=width, heads=heads))
         self.readout_modulation = Linear(width, 2 * width)
         self.readout = Linear(width, data.vocabulary)
+
+    def new_layers(self, num_layers: int, *, width: int, heads: int) -> list[CausalLayer]:
+        """Layers whose parameters are not initialised."""
+        return [CausalLayer(width=width, heads=heads) for _ in range(num_layers)]
 
     @torch.no_grad()
     def init_(self, generator: torch.Generator) -> None:
@@ -132,7 +133,7 @@ class TokenDenoiserBlock(TextBlock, ABC):
         condition: Float[Tensor, "batch width"],
         past: Tensor | None,
         present: list[Tensor] | None,
-    ) -> Float[Tensor, "batch tokens width"]:
+    ) -> Float[Tensor, "answered tokens width"]:
         """x through the layers of these numbers."""
         if present is None:
             layers = (self.layers[number] for number in numbers)

@@ -80,7 +80,7 @@ class PlainCausal(nn.Module):
         super().__init__()
         self.begin, self.checkpointing = vocabulary, checkpointing
         self.embedding = TokenEmbedding(vocabulary + 1, width)
-        self.layers = nn.ModuleList(CausalLayer(width=width, heads=heads, two_streams=False) for _ in range(num_layers))
+        self.layers = nn.ModuleList(CausalLayer(width=width, heads=heads) for _ in range(num_layers))
         self.readout = Linear(width, vocabulary)
         for layer in self.layers:
             layer.attention.set_rotary_(rotary_table(length, width // heads))

@@ -1,0 +1,74 @@
+"""The command on a user's text, from the file to what onnxruntime writes, for a family of each way of writing."""
+
+import json
+
+import numpy as np
+import pytest
+
+SMALL = {"width": 32, "heads": 2, "depth": 3, "length": 32, "learning_rate": 0.01, "sample_grids": 1}
+GIVEN = {"mdlm": ("--fill", "a ____ sea"), "ar": ("--prompt", "a cold")}
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    words = np.random.default_rng(0).choice(["the", "white", "whale", "swims", "under", "a", "cold", "sea"], 6000)
+    path = tmp_path_factory.mktemp("text") / "sea.txt"
+    path.write_text(" ".join(words))
+    return path
+
+
+@pytest.fixture(scope="module", params=GIVEN)
+def trained(request, text, tmp_path_factory, edgeblocks_command):
+    """The family, where its run is, and what training printed."""
+    out = tmp_path_factory.mktemp(request.param) / "run"
+    settings = [part for name, value in SMALL.items() for part in ("--set", f"{name}={value}")]
+    command = ["train", request.param, "--data", text, "--mem-budget", "600MB", "--steps", 40, "--batch", 8]
+    done = edgeblocks_command(*command, *settings, "--out", out)
+    assert done.returncode == 0, done.stderr
+    return request.param, out, done
+
+
+def test_a_text_becomes_a_deployed_network(trained, tmp_path, edgeblocks_command):
+    """Every command that one command names as the next works; standard output has what was asked for and no more."""
+    family, out, done = trained
+    assert "bits a character" in done.stdout + done.stderr and f"next: edgeblocks sample {out}" in done.stdout
+    told = edgeblocks_command("eval", out, "--samples", 8, "--json")
+    bits = json.loads(told.stdout)["text"]["bits_per_character"]
+    assert 0 < bits < np.log2(27)
+
+    exported = edgeblocks_command("export", out, "-o", tmp_path / "onnx")
+    assert exported.returncode == 0 and "verified against torch" in exported.stdout
+    flag, given = GIVEN[family]
+    asked = [flag, given, "--n", 2, "--seed", 1]
+    by_torch = edgeblocks_command("sample", out, *asked)
+    deployed = edgeblocks_command("run", tmp_path / "onnx", *asked)
+    assert by_torch.returncode == deployed.returncode == 0
+    first, line, second = deployed.stdout.splitlines()
+    assert deployed.stdout == by_torch.stdout and line == "----"
+    assert all(
+        len(written) >= len(given) and written.startswith(given.partition("_")[0]) for written in (first, second)
+    )
+
+    saved = edgeblocks_command("run", tmp_path / "onnx", *asked, "-o", tmp_path / "texts.txt")
+    assert saved.returncode == 0 and (tmp_path / "texts.txt").read_text() == deployed.stdout
+    as_json = edgeblocks_command("run", tmp_path / "onnx", *asked, "--json")
+    assert json.loads(as_json.stdout) == [first, second]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--mem-budget", "600MB", "--preset", "dit-tiny"], "dit-tiny"),
+        (["--mem-budget", "600MB", "--tokenizer", "letters"], "letters"),
+        (["--mem-budget", "600MB", "--set", "heads=3"], "heads"),
+        (["--mem-budget", "100MB"], r"no plan fits"),
+        (["--mem-budget", "600MB", "--set", "length=100000"], "length"),
+    ],
+)
+def test_what_cannot_be_trained_is_refused_and_leaves_nothing(text, tmp_path, edgeblocks_command, arguments, message):
+    """One line of reason, exit status not 0, and no run directory."""
+    done = edgeblocks_command("train", "mdlm", "--data", text, *arguments, "--out", tmp_path / "run")
+    assert (
+        done.returncode != 0 and "error:" in done.stderr and message in done.stderr and "Traceback" not in done.stderr
+    )
+    assert not (tmp_path / "run").exists()
