@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from edgeblocks.config import Settings, read_yaml, resolve_settings
-from edgeblocks.data.tokenizer import MOST_DEFINITION_BYTES, Tokenizer, build_tokenizer
+from edgeblocks.data.tokenizer import TOKENIZER_FILE, Tokenizer, stored_tokenizer
 from edgeblocks.durable import sync, write_atomically
 from edgeblocks.errors import ConfigError, RunError
 from edgeblocks.noise import NoisePartition, partition_noise
@@ -44,10 +44,9 @@ from edgeblocks.run_files import (
     with_checksum,
 )
 from edgeblocks.store import BlockLayout, BlockStore, storage_error
-from edgeblocks.untrusted import MalformedFileError, read_text, shown
+from edgeblocks.untrusted import shown
 
 RUN_FORMAT_VERSION = 1
-TOKENIZER_FILE = "tokenizer.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -408,29 +407,6 @@ def open_run(path: Path) -> RunDirectory:
     return run
 
 
-def _tokenizer_of(path: Path, manifest: TextManifestFields) -> Tokenizer:
-    """The tokenizer of a run.
-
-    Raises:
-        RunError: its file is missing, damaged, or of another vocabulary.
-    """
-    data, definition = manifest.data, None
-    if data.tokenizer_sha256 is not None:
-        try:
-            definition = read_text(path / TOKENIZER_FILE, most_bytes=MOST_DEFINITION_BYTES)
-        except (OSError, MalformedFileError) as error:
-            raise RunError(f"cannot read {path / TOKENIZER_FILE}: {error}; put it back from a copy") from error
-        if hashlib.sha256(definition.encode()).hexdigest() != data.tokenizer_sha256:
-            raise RunError(f"{path / TOKENIZER_FILE} does not match its checksum; put it back from a copy")
-    tokenizer = build_tokenizer(data.tokenizer, definition, path=path / TOKENIZER_FILE)
-    if tokenizer.vocabulary != data.vocabulary:
-        raise RunError(
-            f"{path} is damaged: its tokenizer has {tokenizer.vocabulary} tokens, manifest.json tells of "
-            f"{data.vocabulary}; put manifest.json back from a copy"
-        )
-    return tokenizer
-
-
 def environment() -> dict[str, Any]:
     """Versions and machine, so that a result can be reproduced."""
     import torch
@@ -443,3 +419,10 @@ def environment() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "packages": {name: metadata.version(name) for name in packages},
     }
+
+
+def _tokenizer_of(path: Path, manifest: TextManifestFields) -> Tokenizer:
+    data, cure = manifest.data, "put it back from a copy"
+    return stored_tokenizer(
+        path, data.tokenizer, definition_sha256=data.tokenizer_sha256, vocabulary=data.vocabulary, cure=cure
+    )

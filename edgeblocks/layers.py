@@ -328,9 +328,9 @@ class _Checkpointed(torch.autograd.Function):
 def run_layers(
     layers: Iterable[nn.Module], x: Float[Tensor, "batch ..."], condition: Tensor, *, checkpointing: bool
 ) -> Float[Tensor, "answered ..."]:
-    """x through all layers, of which the last may answer for a part of the batch; with checkpointing only the layers' inputs are kept for the backward pass.
+    """x through all layers; with checkpointing only the layers' inputs are kept for the backward pass.
 
-    Same numbers either way, bit for bit on a CPU.
+    The last layer may answer for a part of the batch. Same numbers either way, bit for bit on a CPU.
     """
     for layer in layers:
         if checkpointing and x.requires_grad:

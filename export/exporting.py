@@ -10,6 +10,7 @@ import onnx
 from edgeblocks import classification
 from edgeblocks.chain import BlockRunner, token_chain
 from edgeblocks.checkpoint import RunDirectory
+from edgeblocks.data.tokenizer import TOKENIZER_FILE
 from edgeblocks.export.comparison import NUM_OUTPUTS
 from edgeblocks.export.contents import (
     BlockFile,
@@ -24,7 +25,7 @@ from edgeblocks.export.contents import (
 )
 from edgeblocks.export.destination import check_destination, staged, synced
 from edgeblocks.export.graph import OPSET, Template, Tensors, make_template, trace_own, write_graph
-from edgeblocks.export.manifest import TOKENIZER_FILE, sha256_of, write_manifest
+from edgeblocks.export.manifest import sha256_of, write_manifest
 from edgeblocks.export.opening import open_chain
 from edgeblocks.export.verify import Listener, verify_export
 from edgeblocks.noise import sampler_levels

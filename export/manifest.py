@@ -44,7 +44,6 @@ from edgeblocks.solver import Solver
 from edgeblocks.untrusted import MalformedFileError, open_regular, read_object, shown
 
 FILE_NAME = "manifest.json"
-TOKENIZER_FILE = "tokenizer.json"
 MOST_STEPS = 10_000
 MOST_NOISES = 1000
 MOST_BLOCKS = 2**12

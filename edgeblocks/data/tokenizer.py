@@ -3,6 +3,7 @@
 Training and the deployed chain use the same tokenizers, so that a prompt means the same in both.
 """
 
+import hashlib
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -21,6 +22,8 @@ Kind = Literal["chars", "bytes", "bpe"]
 KINDS: tuple[Kind, ...] = ("chars", "bytes", "bpe")
 FEWEST_PAIRS = 256
 """The bytes themselves, with which byte pairs begin."""
+TOKENIZER_FILE = "tokenizer.json"
+"""Where a run or an export keeps byte pairs."""
 MOST_DEFINITION_BYTES = 2**26
 """Of a tokenizer.json; that of 256,000 tokens has some 35 MB."""
 
@@ -153,6 +156,37 @@ class PairTokenizer:
     def to_json(self) -> str:
         """The content of the tokenizer.json."""
         return str(self._tokenizer.to_str())
+
+
+def stored_tokenizer(
+    folder: Path, kind: str, *, definition_sha256: str | None, vocabulary: int, cure: str
+) -> "Tokenizer":
+    """The tokenizer that a run or an export keeps in its folder.
+
+    Args:
+        definition_sha256: of its tokenizer.json; None where it has none.
+        vocabulary: the tokens that the folder's manifest tells of.
+        cure: what to do about a damaged one, for the message.
+
+    Raises:
+        ConfigError: the library `tokenizers` is missing.
+        RunError: its file is missing, damaged, or of another vocabulary.
+    """
+    path, definition = folder / TOKENIZER_FILE, None
+    if definition_sha256 is not None:
+        try:
+            definition = read_text(path, most_bytes=MOST_DEFINITION_BYTES)
+        except (OSError, MalformedFileError) as error:
+            raise RunError(f"cannot read {path}: {error}; {cure}") from error
+        if hashlib.sha256(definition.encode()).hexdigest() != definition_sha256:
+            raise RunError(f"{path} does not match its checksum; {cure}")
+    tokenizer = build_tokenizer(kind, definition, path=path)
+    if tokenizer.vocabulary != vocabulary:
+        raise RunError(
+            f"{folder} is damaged: its tokenizer has {tokenizer.vocabulary} tokens, manifest.json tells of "
+            f"{vocabulary}; {cure}"
+        )
+    return tokenizer
 
 
 def build_tokenizer(kind: str, definition: str | None, *, path: Path | None = None) -> Tokenizer:
