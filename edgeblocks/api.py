@@ -197,8 +197,19 @@ def resume(
         run = run.changed(changes)
         if run.blocks_folder == run.away_folder:
             check_work_dir(run.settings.run.work_dir)
+        if not reinit_blocks and _is_finished(run):
+            listener.note(f"{run.path} is finished: every block has made its {run.settings.run.steps} steps")
+            return Run(run)
         with locked_away(run, listener.note):
             return _resume(run, mem_budget is not None or ram_budget is not None, reinit_blocks, listener)
+
+
+def _is_finished(run: RunDirectory) -> bool:
+    """Whether there is nothing left to do: trained, evaluated, and its blocks at home."""
+    if Run(run).summary is None or not (run.path / "blocks").is_dir():
+        return False
+    store = run.store()
+    return all(store.header(block).step >= run.settings.run.steps for block in range(len(run.layers)))
 
 
 def _resume(run: RunDirectory, other_budget: bool, reinit_blocks: Sequence[int], listener: Listener) -> "Run":
@@ -207,7 +218,7 @@ def _resume(run: RunDirectory, other_budget: bool, reinit_blocks: Sequence[int],
     target = build_target(run.settings.run.target)
     target.prepare()
     budget_bytes = budget_of_this_process(run.settings.run, target)
-    data_set = open_run_data(run.settings, listener, budget_bytes=budget_bytes, target=target)
+    data_set = open_run_data(run.data_settings, listener, budget_bytes=budget_bytes, target=target)
     if data_set.fingerprint != run.data_fingerprint:
         raise RunError(
             f"the data of {run.path} have changed: {data_set.source} is not what the run was trained on; put the "

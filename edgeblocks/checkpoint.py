@@ -25,7 +25,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from edgeblocks.config import Settings, read_yaml, resolve_settings
+from edgeblocks.config import TOKENIZERS, Settings, read_yaml, resolve_settings
 from edgeblocks.data.tokenizer import TOKENIZER_FILE, Tokenizer, stored_tokenizer
 from edgeblocks.durable import sync, write_atomically
 from edgeblocks.errors import ConfigError, RunError
@@ -101,6 +101,14 @@ class RunDirectory:
         """This run's folder in its work directory."""
         work_dir = self.settings.run.work_dir
         return None if work_dir is None else Path(work_dir).expanduser() / f"edgeblocks-{self.run_id[:12]}"
+
+    @property
+    def data_settings(self) -> Settings:
+        """The settings with which the data are opened: a tokenizer.json that was given is the run's own copy of it."""
+        run = self.settings.run
+        if self.tokenizer is None or run.tokenizer in TOKENIZERS:
+            return self.settings
+        return replace(self.settings, run=run.model_copy(update={"tokenizer": str(self.path / TOKENIZER_FILE)}))
 
     def write_json(self, name: str, content: dict[str, Any]) -> None:
         write_text(self.path / name, json.dumps(with_checksum(content), indent=1) + "\n")
@@ -368,6 +376,8 @@ def open_run(path: Path) -> RunDirectory:
         cure = "put it back from a copy" if trained else f"start a run with: edgeblocks train --out {path}"
         raise RunError(f"{path} is not a run directory: it has no manifest.json; {cure}")
     content = read_json(path / "manifest.json")
+    if "files" in content:
+        raise RunError(f"{path} is an exported network, not a run; use it with: edgeblocks run {path}")
     version = content.get("format_version")
     if type(version) is not int or version != RUN_FORMAT_VERSION:
         raise RunError(

@@ -35,7 +35,6 @@ class ConsoleListener:
         self._every_s = LIVE_LINE_EVERY_S if self._live else PLAIN_LINE_EVERY_S
         self._last = 0.0
         self._open_line = False
-        self._budget_bytes = 0
         self._started_at: tuple[float, int] | None = None
 
     def stage(self, text: str) -> None:
@@ -53,7 +52,6 @@ class ConsoleListener:
             self._line(f"{text}: {done}/{total}", final=done == total)
 
     def planned(self, prepared: "Prepared", run: "RunDirectory") -> None:
-        self._budget_bytes = prepared.budget_bytes
         self._console.print(banner(prepared), markup=False)
         self._console.print(f"run directory: {run.path}", markup=False)
 
@@ -70,9 +68,7 @@ class ConsoleListener:
         remaining = f"  {format_duration((now - start_time) / done * to_do)} left" if done else ""
         losses = "  ".join(f"{block}:{loss:.3f}" for block, loss in sorted(progress.losses.items()))
         elapsed = max(time.perf_counter() - progress.started, 1e-6)
-        memory = format_bytes(progress.used_bytes)
-        if self._budget_bytes:
-            memory += f"/{format_bytes(self._budget_bytes)}"
+        memory = f"{format_bytes(progress.used_bytes)}/{format_bytes(progress.budget_bytes)}"
         share = progress.steps_done / max(progress.steps_total, 1)
         self._line(
             f"{_bar(share)} {share:4.0%}  block {progress.block} step {progress.step}  loss {losses}  "

@@ -12,7 +12,7 @@ from edgeblocks.data.dataset import DataSet
 from edgeblocks.data.images import ImageSet
 from edgeblocks.data.text import TextSet
 from edgeblocks.drawing import TEXT_TASKS
-from edgeblocks.errors import RunError
+from edgeblocks.errors import ConfigError, RunError
 from edgeblocks.listener import Listener
 from edgeblocks.preparation import device_budget_bytes, open_run_data
 from edgeblocks.registry import build_target
@@ -45,8 +45,9 @@ def evaluate(
     listener: Listener,
 ) -> dict[str, Any]:
     """See `Run.evaluate`."""
-    data_set = _run_data(directory, mem_budget, listener)
     task = directory.family().task
+    _check(task, samples, steps)
+    data_set = _run_data(directory, mem_budget, listener)
     if samples is None:
         samples = DEFAULT_SAMPLES[task]
     samples = len(data_set.evaluation_indices(samples)) if data_set.has_held_out else samples
@@ -64,6 +65,24 @@ def evaluate(
         ).result()
 
 
+def _check(task: str, samples: int | None, steps: int | None) -> None:
+    """That an evaluation can be asked for like that.
+
+    Raises:
+        ConfigError: with all that is impossible.
+    """
+    problems = []
+    fewest = 2 if task in TEXT_TASKS else 0
+    if samples is not None and samples < fewest:
+        problems.append(f"--samples {samples}: at least {fewest} are needed")
+    if steps is not None and steps < 1:
+        problems.append(f"--steps {steps}: a chain has at least one noise level")
+    if steps is not None and task == "text":
+        problems.append(f"--steps {steps}: the bound of a text that is filled in has no chain; leave --steps out")
+    if problems:
+        raise ConfigError(*problems)
+
+
 def _run_data(directory: RunDirectory, mem_budget: str | None, listener: Listener) -> DataSet:
     """The data of a run, after a look that they are those."""
     target = build_target(directory.settings.run.target)
@@ -71,7 +90,7 @@ def _run_data(directory: RunDirectory, mem_budget: str | None, listener: Listene
     budget_bytes = directory.plan.get("ram_budget_bytes") or directory.plan["budget_bytes"]
     if mem_budget is not None and target.host_bytes() is None:
         budget_bytes = device_budget_bytes(mem_budget, target)
-    data_set = open_run_data(directory.settings, listener, budget_bytes=budget_bytes, target=target)
+    data_set = open_run_data(directory.data_settings, listener, budget_bytes=budget_bytes, target=target)
     if data_set.fingerprint != directory.data_fingerprint:
         raise RunError(f"{directory.data_source} is not the data that {directory.path} was trained on")
     return data_set

@@ -217,7 +217,11 @@ def _warnings(num_layers: int, chosen: Candidate, wishes: Wishes) -> tuple[str, 
         found.append(
             f"{chosen.layers_per_block} layer(s) a block: fewer than {FEWEST_GOOD_LAYERS} cost quality, because a "
             f"block denoises alone with the layers it has (ImageNet FID in the paper: 3 blocks 11.1, 6 blocks 14.4). "
-            f"A larger --mem-budget or a smaller width gives deeper blocks"
+            + (
+                "A larger --mem-budget or a smaller width gives deeper blocks"
+                if wishes.blocks is None and chosen.blocks > wishes.preferred_blocks
+                else "More layers (--set depth=..) or fewer --blocks give deeper ones"
+            )
         )
     if wishes.blocks is None and chosen.blocks > wishes.preferred_blocks:
         found.append(f"{chosen.blocks} blocks instead of the preferred {wishes.preferred_blocks}: fewer do not fit")
@@ -306,8 +310,8 @@ def _refusal(
     smallest_bytes = math.ceil(min(sum(breakdown.values()) for breakdown in free_breakdowns) / 1e6) * 1_000_000
     parts = ", ".join(f"{name} {format_bytes(size)}" for name, size in closest.items() if size)
     advice = f"use {flag} {math.ceil(needed_bytes / 1e6)}MB or more"
-    if max(closest, key=lambda item: closest[item]) == "runtime":
-        advice += f" ({runtime} most of it)"
+    if closest["runtime"] > needed_bytes / 2:
+        advice += f" ({runtime} {format_bytes(closest['runtime'])} of it)"
     else:
         advice += ", or a smaller network (--set width=.., --set patch=.., --set image_size=..)"
     if forced:
@@ -355,6 +359,7 @@ def inference_micro_batch(
     smallest_bytes = math.ceil(needed / 1e6) * 1_000_000
     raise DoesNotFitError(
         f"the chain needs {format_bytes(needed)} even for one sample at a time, the budget is "
-        f"{format_bytes(budget_bytes)}; use --mem-budget {smallest_bytes // 1_000_000}MB or more, or a smaller --n",
+        f"{format_bytes(budget_bytes)}; use --mem-budget {smallest_bytes // 1_000_000}MB or more"
+        f"{', or ask for fewer samples' if held_bytes > SLACK_BYTES else ''}",
         smallest_bytes,
     )

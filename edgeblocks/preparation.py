@@ -393,15 +393,17 @@ def open_run_data(settings: Settings, listener: Listener, *, budget_bytes: int, 
     Raises:
         DoesNotFitError: decoding a picture would pass the budget.
     """
-    room_bytes = max(0, budget_bytes - target.host_used_bytes() - DECODING_SLACK_BYTES)
+    taken_bytes = target.host_used_bytes() + DECODING_SLACK_BYTES
+    room_bytes = max(0, budget_bytes - taken_bytes)
     try:
         data_set = data_of(settings.run, listener.advance, room_bytes=room_bytes)
     except NoRoomToReadError as error:
-        smallest_bytes = budget_bytes - room_bytes + error.needed_bytes
+        smallest_bytes = taken_bytes + error.needed_bytes
         flag = "--mem-budget" if target.host_bytes() is None else "--ram-budget"
         raise DoesNotFitError(
             f"{error.what} takes up to {format_bytes(error.needed_bytes)} to read, and the budget of "
-            f"{format_bytes(budget_bytes)} leaves {format_bytes(room_bytes)}; use {flag} "
+            f"{format_bytes(budget_bytes)} leaves {format_bytes(room_bytes)} beside the interpreter and its libraries "
+            f"({format_bytes(taken_bytes)}); use {flag} "
             f"{math.ceil(smallest_bytes / 1e6)}MB or more the first time (then it is in the cache), or make it smaller",
             smallest_bytes,
         ) from error

@@ -1,6 +1,7 @@
 """Families, targets and machines by name. The one place that knows which exist; each is imported when asked for."""
 
 import dataclasses
+import difflib
 import hashlib
 import importlib
 import sys
@@ -128,6 +129,8 @@ def open_exported(directory: Path) -> Any:
 def _load(table: dict[str, str], name: str, kind: str) -> Any:
     if name not in table:
         own = "; one of your own is made known with edgeblocks.register_family" if kind == "family" else ""
-        raise ConfigError(f"there is no {kind} '{name}'; there are: {', '.join(table)}{own}")
+        close = difflib.get_close_matches(name.lower(), table, n=1)
+        meant = f" (is {close[0]} meant?)" if close else ""
+        raise ConfigError(f"there is no {kind} '{name}'{meant}; there are: {', '.join(table)}{own}")
     module, _, attribute = table[name].partition(":")
     return getattr(importlib.import_module(module), attribute)

@@ -206,6 +206,7 @@ class Run:
         samples: int | None = None,
         steps: int | None = None,
         seed: int = 0,
+        data: str | None = None,
         mem_budget: str | None = None,
         listener: Listener | None = None,
     ) -> dict[str, Any]:
@@ -219,12 +220,14 @@ class Run:
                 the bound is estimated on (None: 256).
             steps: noise levels of the chain, at least one a block; None: 18 for images, 4 for classes; the bound of a
                 text has its own.
+            data: where the run's data are now, if they were moved.
 
         Raises:
+            ConfigError: it cannot be asked for like that.
             RunError: the data are not those of the run.
         """
         return evaluation.evaluate(
-            self.directory,
+            self.directory if data is None else self.directory.changed({"data": data}),
             self._runners(None, mem_budget),
             samples=samples,
             steps=steps,

@@ -13,6 +13,7 @@ import torch
 from edgeblocks import classification, drawing, generation, pictures, unmasking
 from edgeblocks.chain import BlockRunner, class_labels, guided, token_chain
 from edgeblocks.checkpoint import RunDirectory
+from edgeblocks.data.tokenizer import check_readable
 from edgeblocks.drawing import TEXT_TASKS
 from edgeblocks.errors import ConfigError
 from edgeblocks.generation import TokenChain
@@ -61,7 +62,7 @@ def sample_images(
     if family.task != "images":
         does = "tells images apart" if family.task == "classes" else "writes text (sample_text)"
         raise ConfigError(
-            f"{directory.path} is a {family.name}, which {does} and makes no images; see how well with: "
+            f"{directory.path} is of the family {family.name}, which {does} and makes no images; see how well with: "
             f"edgeblocks eval {directory.path}"
         )
     check_request(n=n, steps=steps, guidance=guidance, conditional=family.conditional)
@@ -92,7 +93,7 @@ def sample_texts(
     """See `Run.sample_text`."""
     family = directory.family()
     if family.task not in TEXT_TASKS:
-        raise ConfigError(f"{directory.path} is a {family.name}, which makes no text")
+        raise ConfigError(f"{directory.path} is of the family {family.name}, which makes no text")
     drawing.check_options(family.task, fill=fill, prompt=prompt, top_p=top_p)
     steps = max(DEFAULT_STEPS[family.task], len(directory.layers)) if steps is None else steps
     common: dict[str, Any] = {
@@ -158,6 +159,7 @@ def _continued(
     assert tokenizer is not None
     generation.check_continuing(n=n, steps=steps, temperature=temperature, top_p=top_p)
     chain = token_chain_of(directory, steps, length=length)
+    check_readable("--prompt", prompt, tokenizer)
     given = tokenizer.encode(prompt)
     generation.check_prompt(given, length=chain.length)
     with runners(samples=n, chain=chain) as runner:
@@ -187,7 +189,9 @@ def classify_images(
     """See `Run.classify`."""
     family = directory.family()
     if family.task != "classes":
-        raise ConfigError(f"{directory.path} is a {family.name}, which makes images and does not classify them")
+        raise ConfigError(
+            f"{directory.path} is of the family {family.name}, which makes images and does not classify them"
+        )
     data = directory.data
     shape = (data.height, data.width, data.channels)
     if pixels.shape[1:] != shape or pixels.dtype != np.uint8:

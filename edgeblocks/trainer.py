@@ -56,6 +56,7 @@ class Progress:
     """What an example is called, in short."""
     used_bytes: int = 0
     """Resident now."""
+    budget_bytes: int = 0
     bytes_written: int = 0
     """Bytes of blocks written to disk in the whole life of the run."""
     stall_s: float = 0.0
@@ -186,6 +187,7 @@ class Trainer:
         self._ending: OutOfBudgetError | OSError | None = None
         self.progress = Progress(
             bytes_written=scheduler.store.run_bytes_written,
+            budget_bytes=int(self.plan["budget_bytes"]),
             example="img" if self.family.reads == "images" else "seq",
         )
 

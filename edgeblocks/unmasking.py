@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from edgeblocks.data.tokenizer import Tokenizer
+from edgeblocks.data.tokenizer import Tokenizer, check_readable
 from edgeblocks.drawing import GAP_PATTERN, drawing_problems, drawn_at
 from edgeblocks.errors import ConfigError
 from edgeblocks.randomness import seed_at
@@ -43,6 +43,7 @@ def with_gaps(text: str | None, tokenizer: Tokenizer, *, length: int, mask: int)
     tokens = np.full(length, mask, dtype=np.int64)
     if text is None:
         return tokens, length
+    check_readable("--fill", re.sub(GAP_PATTERN, "", text), tokenizer)
     pieces = [
         np.array([mask]) if piece in GAPS else tokenizer.encode(piece) for piece in re.split(GAP_PATTERN, text) if piece
     ]

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 from edgeblocks.codebook import code_rows
+from edgeblocks.data.tokenizer import check_readable
 from edgeblocks.drawing import Tokens, Values, check_options
 from edgeblocks.export.chain import DEFAULT_MICRO_BATCH, ExportedChain
 from edgeblocks.export.contents import ContinuationManifest
@@ -45,9 +46,11 @@ class Continuer(ExportedChain):
         """
         check_options(self.manifest.task, fill=fill, prompt=prompt, top_p=top_p)
         tokenizer = exported_tokenizer(self.directory, self.manifest)
+        check_readable("--prompt", prompt or "", tokenizer)
+        given = tokenizer.encode(prompt or "")
         tokens = self.write_tokens(
             n,
-            tokenizer.encode(prompt or ""),
+            given,
             steps=steps,
             temperature=temperature,
             top_p=top_p,

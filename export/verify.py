@@ -305,7 +305,7 @@ def _image_difference(run: RunDirectory, runner: BlockRunner, sampler: Sampler) 
 def _real_data(run: RunDirectory, listener: Listener) -> DataSet | None:
     """The run's data; None, with a note, when they are gone or have changed."""
     try:
-        data_set = data_of(run.settings.run, listener.advance)
+        data_set = data_of(run.data_settings.run, listener.advance)
     except (ConfigError, DataError, StorageError) as error:
         listener.note(f"verifying with random inputs only, because the run's data cannot be read: {error}")
         return None

@@ -335,3 +335,25 @@ def test_samples_are_saved_during_training_and_do_not_depend_on_their_number(run
     assert (np.abs(few.astype(int) - more[:3].astype(int)) <= 1).all()
     assert invoke("sample", run, "-o", tmp_path / "grid.png", "--n", "5", "--class", "7").exit_code == 0
     assert Image.open(tmp_path / "grid.png").size[0] > 100
+
+
+def test_a_finished_run_that_is_resumed_stays_as_it_is(copy):
+    """Its measurements too; a block that is made again is trained."""
+    before = {path: path.read_bytes() for path in copy.rglob("*") if path.is_file() and path.name != "lock"}
+    done = invoke("train", "--resume", copy)
+    assert done.exit_code == 0 and "is finished: every block has made its 2 steps" in done.output
+    assert {path: path.read_bytes() for path in before} == before
+    assert invoke("train", "--resume", copy, "--reinit-block", "1").exit_code == 0
+    assert (copy / "summary.json").read_bytes() != before[copy / "summary.json"]
+
+
+def test_a_family_beside_resume_is_named_as_it_was_typed(copy):
+    assert_refused(invoke("train", "mdlm", "--resume", copy), 2, "may be others; leave out 'mdlm', or start a new run")
+    assert_refused(invoke("train", "mldm"), 2, r"there is no family 'mldm' \(is mdlm meant\?\)")
+
+
+def test_a_terminal_that_does_not_know_a_character_gets_a_question_mark(run, edgeblocks_command):
+    done = edgeblocks_command("info", run, env={"PYTHONIOENCODING": "ascii"})
+    assert done.returncode == 0, done.stderr
+    progress = edgeblocks_command("eval", run, "--samples", "0", env={"PYTHONIOENCODING": "ascii"})
+    assert progress.returncode == 0 and "?" in progress.stdout and "Traceback" not in progress.stderr

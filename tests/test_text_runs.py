@@ -3,14 +3,17 @@
 import hashlib
 import json
 import math
+import shutil
 
 import numpy as np
 import pytest
+from test_equality import StopAfter
 
 import edgeblocks
 from edgeblocks.data.tokenizer import train_pairs
-from edgeblocks.errors import ConfigError, RunError
+from edgeblocks.errors import ConfigError, DataError, DoesNotFitError, InterruptedRunError, RunError
 from edgeblocks.export.opening import open_chain
+from edgeblocks.targets.cpu import CpuTarget
 
 WORDS = ["the", "white", "whale", "swims", "under", "a", "cold", "sea", "and", "sings", "to", "no", "ship"]
 SMALL = {
@@ -131,3 +134,65 @@ def test_a_vocabulary_that_was_trained_travels_with_the_run_and_its_export(text,
         (tmp_path / "onnx" / "manifest.json").write_text(json.dumps(manifest))
         with pytest.raises(RunError, match=message):
             open_chain(tmp_path / "onnx").write(2)
+
+
+def test_a_tokenizer_that_was_given_is_not_needed_again(text, tmp_path):
+    """The run's own copy serves when it goes on, is evaluated and exported after the file, and the data, have moved."""
+    given = tmp_path / "tokenizer.json"
+    given.write_text(train_pairs(["a cold whale swims under the white sea " * 20], 280).to_json())
+    moved = tmp_path / "moved.txt"
+    shutil.copy(text, tmp_path / "text.txt")
+    settings = {**SMALL, "tokenizer": str(given), "mem_budget": "4GB", "steps": 4, "visit_steps": 2}
+    with pytest.raises(InterruptedRunError):
+        edgeblocks.train(out=tmp_path / "run", data=str(tmp_path / "text.txt"), listener=StopAfter(3), **settings)
+    given.unlink()
+    (tmp_path / "text.txt").rename(moved)
+    with pytest.raises(DataError, match="does not exist"):
+        edgeblocks.load(tmp_path / "run").evaluate(samples=2)
+    assert edgeblocks.load(tmp_path / "run").evaluate(samples=2, data=str(moved))["steps"] != [4, 4, 4]
+    run = edgeblocks.resume(tmp_path / "run", data=str(moved))
+    assert run.evaluate(samples=2)["steps"] == [4, 4, 4]
+    assert run.export(tmp_path / "onnx")["verified"]["real_inputs"]
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ({"samples": 1}, "--samples 1: at least 2"),
+        (
+            {"samples": -1, "steps": 5},
+            r"(?s)--samples -1.*--steps 5: the bound of a text that is filled in has no chain",
+        ),
+        ({"steps": 0}, "--steps 0: a chain has at least one"),
+    ],
+)
+def test_an_evaluation_that_is_impossible_is_refused(resident, asked, message):
+    with pytest.raises(ConfigError, match=message):
+        edgeblocks.load(resident).evaluate(**asked)
+
+
+def test_text_of_which_nothing_is_known_is_refused(resident, tmp_path):
+    """In the data, where another tokenizer would do, and in what is to be filled in, by the run and by its export."""
+    (tmp_path / "japanese.txt").write_text("鯨は白い。" * 3000)
+    with pytest.raises(DataError, match=r"is too short: .* not a to z, .*: --tokenizer bytes keeps all"):
+        edgeblocks.plan(data=str(tmp_path / "japanese.txt"), **SMALL)
+    edgeblocks.load(resident).export(tmp_path / "onnx")
+    for write in (edgeblocks.load(resident).sample_text, open_chain(tmp_path / "onnx").write):
+        with pytest.raises(
+            ConfigError, match=r"--fill '鯨_' has no character that this network knows; .* a to z and space"
+        ):
+            write(n=1, fill="鯨_")
+
+
+def test_the_budget_that_reading_asks_for_holds_the_interpreter(text, tmp_path, monkeypatch):
+    """What is advised is more than what is in use already, so that following the advice does not end in another one."""
+    monkeypatch.setenv("EDGEBLOCKS_CACHE", str(tmp_path / "cache"))
+    with pytest.raises(DoesNotFitError, match="leaves 0 B beside the interpreter and its libraries") as refused:
+        edgeblocks.plan(data=text, mem_budget="100MB", **SMALL)
+    assert refused.value.smallest_bytes > CpuTarget().used_bytes()
+
+
+def test_an_export_is_not_taken_for_a_run(resident, tmp_path):
+    edgeblocks.load(resident).export(tmp_path / "onnx")
+    with pytest.raises(RunError, match="is an exported network, not a run; use it with: edgeblocks run"):
+        edgeblocks.load(tmp_path / "onnx")

@@ -179,7 +179,9 @@ def _reader(source: str, image_size: int | None, room_bytes: int | None) -> Imag
         if not path.exists():
             raise DataError(f"data '{source}' does not exist; {accepted}")
         if not path.is_file() or path.suffix.lower() != ".npz":
-            raise DataError(f"data '{source}' is neither a folder nor an .npz file; {accepted}")
+            is_text = path.suffix.lower() in (".txt", ".jsonl", ".parquet")
+            hint = "; text is for the families mdlm, ar and looped: edgeblocks train mdlm --data .." if is_text else ""
+            raise DataError(f"data '{source}' is neither a folder nor an .npz file; {accepted}{hint}")
         return ImageArchive(path.resolve(), image_size)
     except OSError as error:
         raise DataError(f"data '{source}' cannot be looked at: {error.strerror}; {accepted}") from error

@@ -182,7 +182,7 @@ def open_text(
     text = find_text(source)
     work = _Tokenising(text, tokenizer, vocabulary, hold_out, progress or _silent, room_bytes)
     stored = open_or_build_tokens(cache_dir, work.key, tokenizer=work.tokenizer, stretches=work.stretches)
-    _check_windows(source, stored, length, hold_out)
+    _check_windows(source, stored, length, hold_out, source_bytes=text.total_bytes)
     measured = stored.held_out if hold_out else stored.train
     return TextSet(
         source=source,
@@ -305,6 +305,10 @@ def _check_settings(tokenizer: str, vocabulary: int, length: int, hold_out: floa
         raise ConfigError(*problems)
 
 
+_MOST_LOST = 2
+"""With more bytes than that for a token, characters were left out of most of a text that is written with 27."""
+
+
 def _is_there(path: str) -> bool:
     try:
         return Path(path).expanduser().exists()
@@ -312,15 +316,21 @@ def _is_there(path: str) -> bool:
         return False
 
 
-def _check_windows(source: str, stored: StoredTokens, length: int, hold_out: float) -> None:
+def _check_windows(source: str, stored: StoredTokens, length: int, hold_out: float, *, source_bytes: int) -> None:
     fewest = _FEWEST_WINDOWS * length
     parts = [("training", stored.train.tokens)] + ([("hold-out", stored.held_out.tokens)] if hold_out else [])
     short = [f"{tokens} tokens in the {name} part" for name, tokens in parts if tokens < fewest]
     if short:
+        hint = ""
+        if (
+            source_bytes > _MOST_LOST * (stored.train.tokens + stored.held_out.tokens)
+            and stored.tokenizer.kind == "chars"
+        ):
+            hint = "; most of its characters are not a to z, which is all that chars keeps: --tokenizer bytes keeps all"
         raise DataError(
             f"data '{source}' is too short: {' and '.join(short)}, and each part needs {_FEWEST_WINDOWS} windows of "
             f"{length}, which are {fewest} tokens; give more text, a smaller length, or another hold_out "
-            f"(now {hold_out})"
+            f"(now {hold_out}){hint}"
         )
 
 

@@ -158,6 +158,19 @@ class PairTokenizer:
         return str(self._tokenizer.to_str())
 
 
+def check_readable(flag: str, text: str, tokenizer: Tokenizer) -> None:
+    """That a tokenizer keeps something of a text that the user wrote.
+
+    Raises:
+        ConfigError: none of its characters are among those that the network knows.
+    """
+    if text.strip() and not tokenizer.decode(tokenizer.encode(text)).strip():
+        raise ConfigError(
+            f"{flag} {text!r} has no character that this network knows; it was trained on "
+            f"{'a to z and space' if tokenizer.kind == 'chars' else 'other text'}"
+        )
+
+
 def stored_tokenizer(
     folder: Path, kind: str, *, definition_sha256: str | None, vocabulary: int, cure: str
 ) -> "Tokenizer":

@@ -47,6 +47,9 @@ def evaluate(
         ),
     ] = None,
     seed: SampleSeed = 0,
+    data: Annotated[
+        str | None, typer.Option(help="Where the run's data are now, if they were moved.", show_default=False)
+    ] = None,
     mem_budget: MemBudget = None,
     as_json: Json = False,
     verbose: Verbose = False,
@@ -60,7 +63,7 @@ def evaluate(
 
         listener = ConsoleListener(sys.stderr)
         result = api.load(run).evaluate(
-            samples=samples, steps=steps, seed=seed, mem_budget=mem_budget, listener=listener
+            samples=samples, steps=steps, seed=seed, data=data, mem_budget=mem_budget, listener=listener
         )
         print(json.dumps(result) if as_json else evaluation_report(result))
 
@@ -102,6 +105,8 @@ def sample(
 
         listener = ConsoleListener(sys.stderr)
         loaded = api.load(run)
+        if loaded.summary is None:
+            listener.note("the run is not finished: its blocks are used as they were saved last")
         if loaded.directory.family().task in TEXT_TASKS:
 
             def told(done: int, total: int) -> None:

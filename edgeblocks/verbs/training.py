@@ -143,7 +143,7 @@ def train(
         if resume is not None and (others or config or out):
             raise ConfigError(
                 f"--resume {resume} goes on with the settings of that run; only {as_flags(RESUME_SETTINGS)} may be "
-                f"others; leave out {as_flags(others) or '--out/--config'}, or start a new run with --out"
+                f"others; leave out {_left_out(others, given) or '--out/--config'}, or start a new run with --out"
             )
         if reinit_block and resume is None:
             raise ConfigError("--reinit-block belongs to --resume RUN: it trains one block of that run again")
@@ -171,6 +171,12 @@ def train(
         print(json.dumps(summary) if as_json else training_report(summary, run.path))
 
     guarded(work, verbose=verbose)
+
+
+def _left_out(names: list[str], given: dict[str, Any]) -> str:
+    """Settings as the user typed them; a family has no flag."""
+    family = f"'{given['family']}'" if "family" in names else ""
+    return ", ".join(part for part in (family, as_flags([name for name in names if name != "family"])) if part)
 
 
 def _given(set_values: list[str] | None, flags: dict[str, Any]) -> dict[str, Any]:
