@@ -16,6 +16,10 @@ if TYPE_CHECKING:
 __all__ = ["Run", "load", "plan", "register_family", "resume", "train"]
 
 
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])
+
+
 def __getattr__(name: str) -> Any:
     if name in __all__:
         from edgeblocks import api

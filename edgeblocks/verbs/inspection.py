@@ -3,7 +3,7 @@
 import json
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -23,7 +23,9 @@ def info(
         from edgeblocks.info import describe
 
         description = describe(path)
-        print(json.dumps(description) if as_json else facts([(key, str(value)) for key, value in description.items()]))
+        print(
+            json.dumps(description) if as_json else facts([(key, _told(value)) for key, value in description.items()])
+        )
 
     guarded(work, verbose=verbose)
 
@@ -45,3 +47,12 @@ def doctor(
         print(json.dumps(report.to_json()) if as_json else report_text(report))
 
     guarded(work, verbose=verbose)
+
+
+def _told(value: Any) -> str:
+    """A value as people read it."""
+    if isinstance(value, dict):
+        return ", ".join(f"{name.replace('_', ' ')} {_told(part)}" for name, part in value.items())
+    if isinstance(value, list):
+        return ", ".join(map(_told, value))
+    return f"{value:.3g}" if isinstance(value, float) and abs(value) < 1e-3 else str(value)

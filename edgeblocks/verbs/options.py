@@ -74,7 +74,11 @@ Verbose = Annotated[bool, typer.Option("--verbose", help="Show the traceback of 
 RunArgument = Annotated[Path, typer.Argument(help="A run directory.", show_default=False)]
 Number = Annotated[int | None, typer.Option("--n", help="How many images or texts.", show_default="64 images, 4 texts")]
 Temperature = Annotated[
-    float | None, typer.Option(help="Of text: 1 draws as trained, 0 takes the likeliest.", show_default="1")
+    float | None,
+    typer.Option(
+        help="Of text: 1 draws as trained, 0 takes the likeliest token (the noise still differs from text to text).",
+        show_default="1",
+    ),
 ]
 Fill = Annotated[
     str | None,

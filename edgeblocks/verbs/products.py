@@ -30,6 +30,8 @@ class Wish:
             write: called with `n`, and with the options of text that were typed.
         """
         asked = _only(self.of_text, self.of_images, "writes text")
+        if self.out is not None and self.out.suffix.lower() in (".png", ".jpg", ".jpeg"):
+            raise ConfigError(f"-o {self.out}: this network writes text; give a name that ends in .txt or .json")
         _say_texts(write(n=4 if self.n is None else self.n, **asked), self.out, as_json=self.as_json)
 
     def images(self, draw: Callable[..., Any], *, num_classes: int) -> None:
