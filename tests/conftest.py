@@ -11,8 +11,6 @@ from jaxtyping import install_import_hook
 # Before torch is loaded: threads that spin while they wait make small steps ten times slower and more as soon as
 # another program needs a core.
 os.environ.setdefault("GOMP_SPINCOUNT", "5000")
-if "PYTEST_XDIST_WORKER" in os.environ:
-    os.environ["OMP_NUM_THREADS"] = "1"  # a core for each worker
 
 _CHECKED = ("layers", "causal_layers", "chain", "token_loss", "trainer", "frechet")
 _CHECKED += tuple(

@@ -38,13 +38,14 @@ def main() -> None:
     parser.add_argument("--set", action="append", default=[], dest="settings")
     parser.add_argument("--table", type=Path)
     parser.add_argument("--plot", type=Path)
+    parser.add_argument("--note", default="", help="how the rows were measured, for the table")
     wanted = parser.parse_args()
     if wanted.family != "-":
         measure(wanted)
     rows = [json.loads(line) for line in wanted.results.read_text().splitlines()]
     means = bits_per_character(wanted.data, "chars") if wanted.table or wanted.plot else {}
     if wanted.table is not None:
-        wanted.table.write_text(table(rows, means))
+        wanted.table.write_text(table(rows, means, wanted.note))
     if wanted.plot is not None:
         plot(rows, means, wanted.plot)
 
@@ -119,7 +120,7 @@ def _used_s(pid: int) -> float:
     return (int(fields[11]) + int(fields[12])) / 100
 
 
-def table(rows: list[dict[str, Any]], means: dict[str, float]) -> str:
+def table(rows: list[dict[str, Any]], means: dict[str, float], note: str) -> str:
     lines = [
         "# Bits a character while training",
         "",
@@ -128,6 +129,7 @@ def table(rows: list[dict[str, Any]], means: dict[str, float]) -> str:
         "",
         ", ".join(f"{name} {means[name]:.3f}" for name in SHOWN) + " bits a character.",
         "",
+        *([note, ""] if note else []),
     ]
     for family in dict.fromkeys(row["family"] for row in rows):
         own = [row for row in rows if row["family"] == family]
