@@ -197,7 +197,7 @@ def resume(
         run = run.changed(changes)
         if run.blocks_folder == run.away_folder:
             check_work_dir(run.settings.run.work_dir)
-        if not reinit_blocks and _is_finished(run):
+        if not reinit_blocks and not changes and _is_finished(run):
             listener.note(f"{run.path} is finished: every block has made its {run.settings.run.steps} steps")
             return Run(run)
         with locked_away(run, listener.note):

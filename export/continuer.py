@@ -47,10 +47,9 @@ class Continuer(ExportedChain):
         check_options(self.manifest.task, fill=fill, prompt=prompt, top_p=top_p)
         tokenizer = exported_tokenizer(self.directory, self.manifest)
         check_readable("--prompt", prompt or "", tokenizer)
-        given = tokenizer.encode(prompt or "")
         tokens = self.write_tokens(
             n,
-            given,
+            tokenizer.encode(prompt or ""),
             steps=steps,
             temperature=temperature,
             top_p=top_p,

@@ -339,13 +339,15 @@ def test_samples_are_saved_during_training_and_do_not_depend_on_their_number(run
 
 
 def test_a_finished_run_that_is_resumed_stays_as_it_is(copy):
-    """Its measurements too; a block that is made again is trained."""
+    """Its measurements too; a block that is made again is trained, and other settings are kept."""
     before = {path: path.read_bytes() for path in copy.rglob("*") if path.is_file() and path.name != "lock"}
     done = invoke("train", "--resume", copy)
     assert done.exit_code == 0 and "is finished: every block has made its 2 steps" in done.output
     assert {path: path.read_bytes() for path in before} == before
     assert invoke("train", "--resume", copy, "--reinit-block", "1").exit_code == 0
     assert (copy / "summary.json").read_bytes() != before[copy / "summary.json"]
+    assert invoke("train", "--resume", copy, "--mem-budget", "3GB").exit_code == 0
+    assert "mem_budget: 3GB" in (copy / "config.yaml").read_text()
 
 
 def test_a_family_beside_resume_is_named_as_it_was_typed(copy):

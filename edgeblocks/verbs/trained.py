@@ -105,7 +105,7 @@ def sample(
 
         listener = ConsoleListener(sys.stderr)
         loaded = api.load(run)
-        if loaded.summary is None:
+        if not (run / "summary.json").exists():
             listener.note("the run is not finished: its blocks are used as they were saved last")
         if loaded.directory.family().task in TEXT_TASKS:
 
