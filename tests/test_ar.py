@@ -1,6 +1,5 @@
 """The ar and looped families: their objective and its traps, who sees what, kept keys and values, costs, export."""
 
-import doctest
 import math
 import warnings
 from dataclasses import replace
@@ -241,11 +240,6 @@ def test_only_the_core_of_looped_knows_the_noise_level():
 
 
 # Kept keys and values
-
-
-def test_the_examples_in_the_docstrings_hold():
-    """Every doctest of the layers passes."""
-    assert doctest.testmod(causal_layers).failed == 0
 
 
 @both

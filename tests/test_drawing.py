@@ -1,20 +1,12 @@
 """Tokens from probabilities: how often each is drawn, and which ones may be."""
 
-import doctest
-
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edgeblocks import drawing
 from edgeblocks.drawing import choose, nucleus
 
 RANDOM = np.random.default_rng(0)
-
-
-def test_the_examples_in_the_docstrings_hold():
-    """Every doctest of the module passes."""
-    assert doctest.testmod(drawing).failed == 0
 
 
 def test_temperature_zero_takes_the_likeliest():

@@ -1,4 +1,3 @@
-import doctest
 import itertools
 import math
 
@@ -6,17 +5,9 @@ import numpy as np
 import pytest
 import torch
 
-from edgeblocks import solver as solver_module
 from edgeblocks.errors import ConfigError
 from edgeblocks.noise import NoiseDistribution, partition_noise, sampler_levels
 from edgeblocks.solver import check_request, class_number, classes_in_turn, guide, integrate
-
-
-def test_the_examples_in_the_docstrings_hold():
-    """Every doctest of the module passes, and there are some."""
-    results = doctest.testmod(solver_module)
-    assert results.attempted >= 3
-    assert results.failed == 0
 
 
 def levels_of(num_steps):

@@ -1,19 +1,11 @@
 """Figures of variety: examples by hand, and what no text can change."""
 
-import doctest
-
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edgeblocks import text_quality
 from edgeblocks.text_quality import distinct_share, repeated_share, variety
 
 TEXTS = st.lists(st.lists(st.sampled_from("abc"), max_size=12).map(" ".join), max_size=4)
-
-
-def test_the_examples_in_the_docstrings_hold():
-    """Every doctest of the module passes."""
-    assert doctest.testmod(text_quality).failed == 0
 
 
 def test_the_figures_of_a_text_that_goes_round():
