@@ -30,6 +30,7 @@ from edgeblocks.preparation import (
     Prepared,
     budget_of_this_process,
     check_disk,
+    check_vocab,
     check_work_dir,
     open_run_data,
     prepare,
@@ -110,6 +111,7 @@ def _resolved(config: Path | str | None, settings: dict[str, Any]) -> tuple[Sett
         raise ConfigError(*problems, *error.problems) from error
     if problems:
         raise ConfigError(*problems)
+    check_vocab(resolved.run, settings, from_file)
     return resolved, profile
 
 

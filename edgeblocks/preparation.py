@@ -3,6 +3,7 @@
 import math
 import os
 import shutil
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,12 @@ from typing import Any
 from PIL import Image
 
 from edgeblocks import cost
-from edgeblocks.config import RunSettings, Settings
+from edgeblocks.config import TOKENIZERS, RunSettings, Settings
 from edgeblocks.data.cache import cache_folder
 from edgeblocks.data.dataset import DataSet
 from edgeblocks.data.images import Progress, open_images
 from edgeblocks.data.text import open_text
+from edgeblocks.data.tokenizer import build_tokenizer
 from edgeblocks.errors import ConfigError, DoesNotFitError, NoRoomToReadError, StorageError
 from edgeblocks.generation import DEFAULT_STEPS, writing_bytes
 from edgeblocks.layer_costs import LayerCosts
@@ -385,6 +387,33 @@ def check_data_settings(run: RunSettings, reads: str) -> None:
     ]
     if problems:
         raise ConfigError(*problems)
+
+
+def check_vocab(run: RunSettings, typed: Mapping[str, Any], from_file: Mapping[str, Any]) -> None:
+    """That a number of byte pairs is asked for only where some are learned.
+
+    A file may hold one all the same: for the tokenizer that the command line replaces, or the usual one, as the
+    config.yaml of every run does.
+
+    Args:
+        typed: settings of the command line.
+        from_file: settings of a file, under those.
+
+    Raises:
+        ConfigError: it is asked for, and would mean nothing.
+    """
+    asked = typed.get("vocab")
+    if asked is None and typed.get("tokenizer") is None and from_file.get("vocab") != RunSettings().vocab:
+        asked = from_file.get("vocab")
+    if asked is None or run.tokenizer == "bpe" or family_type(run.family).reads != "text":
+        return
+    own = "the tokens in that file"
+    if run.tokenizer in TOKENIZERS:
+        own = f"{build_tokenizer(run.tokenizer, None).vocabulary} tokens of its own"
+    raise ConfigError(
+        f"vocab is {asked}, which is how many byte pairs are learned, and the tokenizer is '{run.tokenizer}', which "
+        f"has {own}; learn byte pairs with --tokenizer bpe, or leave vocab out"
+    )
 
 
 def open_run_data(settings: Settings, listener: Listener, *, budget_bytes: int, target: Any) -> DataSet:

@@ -72,3 +72,39 @@ def test_what_cannot_be_trained_is_refused_and_leaves_nothing(text, tmp_path, ed
         done.returncode != 0 and "error:" in done.stderr and message in done.stderr and "Traceback" not in done.stderr
     )
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "own"),
+    [
+        (["--vocab", "300"], "'chars', which has 27 tokens of its own"),
+        (["--vocab", "4096"], "'chars', which has 27 tokens of its own"),
+        (["--set", "vocab=300", "--tokenizer", "bytes"], "'bytes', which has 256 tokens of its own"),
+        (["--vocab", "300", "--tokenizer", "TOKENIZER"], "tokenizer.json', which has the tokens in that file"),
+        (["--config", "FILE"], "'chars', which has 27 tokens of its own"),
+    ],
+)
+def test_a_number_of_byte_pairs_is_refused_where_none_are_learned(text, tmp_path, edgeblocks_command, arguments, own):
+    """Wherever it was written: with the tokens that there are, the cure, and nothing made, not even in the cache."""
+    (tmp_path / "tokenizer.json").write_text("{}")
+    (tmp_path / "settings.yaml").write_text("vocab: 300\n")
+    named = {"TOKENIZER": tmp_path / "tokenizer.json", "FILE": tmp_path / "settings.yaml"}
+    made = ["--steps", 1, "--out", tmp_path / "run"]
+    command = ["train", "mdlm", "--data", text, *(named.get(argument, argument) for argument in arguments), *made]
+    done = edgeblocks_command(*command, env={"EDGEBLOCKS_CACHE": str(tmp_path / "cache")})
+    assert done.returncode == 2 and own in done.stderr and "Traceback" not in done.stderr, done.stderr
+    assert "--tokenizer bpe" in done.stderr and "leave vocab out" in done.stderr
+    assert not (tmp_path / "run").exists() and not (tmp_path / "cache").exists()
+
+
+def test_a_file_may_hold_a_vocab_for_the_tokenizer_that_the_command_replaces(text, tmp_path, edgeblocks_command):
+    """And a run's own config.yaml, in which every setting stands, is accepted as --config."""
+    (tmp_path / "pairs.yaml").write_text("tokenizer: bpe\nvocab: 300\n")
+    (tmp_path / "characters.yaml").write_text("tokenizer: chars\nvocab: 4096\n")
+    small = [part for name, value in SMALL.items() for part in ("--set", f"{name}={value}")]
+    for given in (
+        ["--config", tmp_path / "pairs.yaml", "--tokenizer", "bytes"],
+        ["--config", tmp_path / "characters.yaml"],
+    ):
+        done = edgeblocks_command("plan", "mdlm", "--data", text, "--mem-budget", "600MB", *small, *given)
+        assert done.returncode == 0, done.stderr

@@ -32,7 +32,9 @@ Tokenizer = Annotated[
     str | None,
     typer.Option(help="Of text: chars (a-z and space), bytes, bpe, or a tokenizer.json.", show_default="chars"),
 ]
-Vocab = Annotated[int | None, typer.Option(help="Tokens of a bpe that is trained on the text.", show_default="4096")]
+Vocab = Annotated[
+    int | None, typer.Option(help="With --tokenizer bpe: tokens that are learned from the text.", show_default="4096")
+]
 MemBudget = Annotated[
     str | None,
     typer.Option(
