@@ -3,7 +3,7 @@
 import sys
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any, Self, TextIO
 
 from rich.console import Console
 
@@ -26,16 +26,25 @@ def make_console(stream: TextIO) -> Console:
 
 
 class ConsoleListener:
-    """Prints how a long call goes on, on `stream` (standard error when the answer itself goes to standard output)."""
+    """Prints how a long call goes on, on standard error: standard output is for what the call gives.
 
-    def __init__(self, stream: TextIO | None = None) -> None:
-        self._stream = stream or sys.stdout
+    Used with `with`, so that an error begins on a line of its own.
+    """
+
+    def __init__(self) -> None:
+        self._stream = sys.stderr
         self._console = make_console(self._stream)
         self._live = self._stream.isatty()
         self._every_s = LIVE_LINE_EVERY_S if self._live else PLAIN_LINE_EVERY_S
         self._last = 0.0
         self._open_line = False
         self._started_at: tuple[float, int] | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
 
     def stage(self, text: str) -> None:
         self.close()

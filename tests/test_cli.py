@@ -1,7 +1,10 @@
 """The command line: wrong uses with their message and exit code, and what a terminal and a pipe see."""
 
+import contextlib
+import io
 import json
 import os
+import pty
 import re
 import shutil
 import subprocess
@@ -16,6 +19,7 @@ from typer.testing import CliRunner
 
 import edgeblocks
 from edgeblocks.cli import app
+from edgeblocks.console import ConsoleListener, training_report
 
 TINY = ["--steps", "2", "--batch", "4", "--set", "depth=3", "--set", "width=16", "--set", "sample_grids=0"]
 
@@ -120,7 +124,7 @@ def test_a_corrupt_picture_is_named_and_the_run_goes_on(tmp_path):
     (tmp_path / "set/a/broken.png").write_bytes(b"\x89PNG\r\n\x1a\nnot a picture")
     result = invoke("train", "--data", tmp_path / "set", "--mem-budget", "2GB", "--out", tmp_path / "run", *TINY)
     assert result.exit_code == 0, result.output
-    assert "skipped 1 unreadable files: a/broken.png" in result.stdout.replace("\\", "/")
+    assert "skipped 1 unreadable files: a/broken.png" in result.stderr.replace("\\", "/")
 
 
 @pytest.mark.parametrize(
@@ -288,13 +292,63 @@ def test_help_answers_without_torch(edgeblocks_command):
         assert edgeblocks_command(verb, "--help").returncode == 0
 
 
-def test_a_pipe_sees_plain_lines(edgeblocks_command, tmp_path):
-    """A pipe sees no control characters, but the banner, planned against measured, and the next command."""
-    done = edgeblocks_command("train", *TINY, "--mem-budget", "2GB", "--out", tmp_path / "run")
+def test_training_says_how_it_goes_on_standard_error_and_prints_the_summary(edgeblocks_command, tmp_path):
+    """A pipe of either sees no control characters; standard output has planned beside measured and the next command."""
+    out = tmp_path / "run"
+    done = edgeblocks_command("train", *TINY, "--mem-budget", "2GB", "--out", out)
     assert done.returncode == 0, done.stderr
-    assert not set(done.stdout) & {"\r", "\x1b"}
-    for expected in ("predicted peak", "planned", "measured", "validation loss", "next: edgeblocks sample"):
+    assert not set(done.stdout + done.stderr) & {"\r", "\x1b"}
+    for expected in ("predicted peak", f"run directory: {out}", "creating blocks", "written", "loss 0:"):
+        assert expected in done.stderr
+    assert done.stdout == training_report(json.loads((out / "summary.json").read_text()), out) + "\n"
+    for expected in ("planned", "measured", "validation loss", "next: edgeblocks sample"):
         assert expected in done.stdout
+
+
+def test_a_live_line_is_written_to_the_terminal_alone(run, tmp_path):
+    """What a command makes goes to a file while its progress is seen; each live line ends before the next text."""
+    main, terminal = pty.openpty()
+    with (tmp_path / "told").open("w") as told:
+        command = [Path(sys.executable).with_name("edgeblocks"), "eval", run, "--samples", "4"]
+        process = subprocess.Popen(command, stdout=told, stderr=terminal)
+    os.close(terminal)
+    seen = b""
+    with contextlib.suppress(OSError):  # how Linux says that the other end is closed
+        while part := os.read(main, 4096):
+            seen += part
+    os.close(main)
+    assert process.wait() == 0, seen
+    assert b"\r" in seen and seen.endswith(b"\n")
+    assert not set((tmp_path / "told").read_text()) & {"\r", "\x1b"}
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_an_error_begins_on_a_line_of_its_own(monkeypatch):
+    """Also where a live line was being written."""
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    with pytest.raises(ValueError, match="broken"), ConsoleListener() as listener:
+        listener.advance(1, 3, "counting")
+        raise ValueError("broken")
+    assert sys.stderr.getvalue().strip(" ").endswith("\n")
+
+
+def test_every_verb_prints_its_result_alone(run, edgeblocks_command, tmp_path):
+    """Standard output begins with the result; that a verb is at work is said on standard error."""
+    first_words = {
+        ("plan", *TINY, "--mem-budget", "2GB"): "edgeblocks: dit dit-tiny, ",
+        ("train", *TINY, "--mem-budget", "2GB", "--dry-run"): "edgeblocks: dit dit-tiny, ",
+        ("eval", run, "--samples", "4"): "validation loss ",
+        ("sample", run, "-o", tmp_path / "g.png", "--n", "4"): "saved 4 images to ",
+        ("export", run, "-o", tmp_path / "onnx"): "exported 3 block(s) to ",
+    }
+    for command, words in first_words.items():
+        done = edgeblocks_command(*command)
+        assert done.returncode == 0 and done.stdout.startswith(words), (command, done.stdout, done.stderr)
+        assert done.stderr, command
 
 
 def test_json_is_the_only_thing_on_standard_output(edgeblocks_command, run, tmp_path):

@@ -155,7 +155,7 @@ def test_a_run_under_nohup_outlives_its_terminal(valid_run, campaign):
 
 
 def test_a_listener_whose_pipe_was_closed_costs_no_step(valid_run, campaign):
-    """`edgeblocks train | head`, or a terminal that is gone: the run ends, and what was trained is saved."""
+    """`edgeblocks train 2>&1 | head`, or a terminal that is gone: the run ends, and what was trained is saved."""
     with pytest.raises(ChildError) as caught:
         in_child(resume_with, valid_run, {}, 10)
     assert caught.value.kind == "BrokenPipeError"

@@ -1,7 +1,6 @@
 """`info` and `doctor`: what is there."""
 
 import json
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -43,7 +42,8 @@ def doctor(
         from edgeblocks.console import ConsoleListener
         from edgeblocks.doctor.examination import examine, report_text
 
-        report = examine(work_dir, ConsoleListener(sys.stderr))
+        with ConsoleListener() as listener:
+            report = examine(work_dir, listener)
         print(json.dumps(report.to_json()) if as_json else report_text(report))
 
     guarded(work, verbose=verbose)

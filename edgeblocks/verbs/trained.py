@@ -1,7 +1,6 @@
 """`eval`, `sample`, `export` and `run`: what a trained network is for."""
 
 import json
-import sys
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -61,10 +60,10 @@ def evaluate(
         from edgeblocks import api
         from edgeblocks.console import ConsoleListener, evaluation_report
 
-        listener = ConsoleListener(sys.stderr)
-        result = api.load(run).evaluate(
-            samples=samples, steps=steps, seed=seed, data=data, mem_budget=mem_budget, listener=listener
-        )
+        with ConsoleListener() as listener:
+            result = api.load(run).evaluate(
+                samples=samples, steps=steps, seed=seed, data=data, mem_budget=mem_budget, listener=listener
+            )
         print(json.dumps(result) if as_json else evaluation_report(result))
 
     guarded(work, verbose=verbose)
@@ -103,26 +102,26 @@ def sample(
         from edgeblocks.console import ConsoleListener
         from edgeblocks.drawing import TEXT_TASKS
 
-        listener = ConsoleListener(sys.stderr)
-        loaded = api.load(run)
-        if not (run / "summary.json").exists():
-            listener.note("the run is not finished: its blocks are used as they were saved last")
-        if loaded.directory.family().task in TEXT_TASKS:
+        with ConsoleListener() as listener:
+            loaded = api.load(run)
+            if not (run / "summary.json").exists():
+                listener.note("the run is not finished: its blocks are used as they were saved last")
+            if loaded.directory.family().task in TEXT_TASKS:
 
-            def told(done: int, total: int) -> None:
-                listener.advance(done, total, "writing")
+                def told(done: int, total: int) -> None:
+                    listener.advance(done, total, "writing")
 
-            wish.texts(partial(loaded.sample_text, steps=steps, seed=seed, mem_budget=mem_budget, on_step=told))
-            return
-        levels = 18 if steps is None else steps
+                wish.texts(partial(loaded.sample_text, steps=steps, seed=seed, mem_budget=mem_budget, on_step=told))
+                return
+            levels = 18 if steps is None else steps
 
-        def sampled(done: int) -> None:
-            listener.advance(done, levels, "sampling")
+            def sampled(done: int) -> None:
+                listener.advance(done, levels, "sampling")
 
-        wish.images(
-            partial(loaded.sample, steps=levels, seed=seed, mem_budget=mem_budget, on_level=sampled),
-            num_classes=loaded.directory.data.num_classes,
-        )
+            wish.images(
+                partial(loaded.sample, steps=levels, seed=seed, mem_budget=mem_budget, on_level=sampled),
+                num_classes=loaded.directory.data.num_classes,
+            )
 
     guarded(work, verbose=verbose)
 
@@ -139,7 +138,8 @@ def export(
         from edgeblocks import api
         from edgeblocks.console import ConsoleListener, export_report
 
-        manifest = api.load(run).export(out, listener=ConsoleListener(sys.stderr))
+        with ConsoleListener() as listener:
+            manifest = api.load(run).export(out, listener=listener)
         if as_json:
             print(json.dumps(manifest))
         else:

@@ -1,7 +1,6 @@
 """`plan` and `train`."""
 
 import json
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -158,14 +157,11 @@ def train(
         from edgeblocks import api
         from edgeblocks.console import ConsoleListener, training_report
 
-        listener = ConsoleListener(sys.stderr if as_json else sys.stdout)
-        try:
+        with ConsoleListener() as listener:
             if resume is not None:
                 run = api.resume(resume, reinit_blocks=reinit_block or (), listener=listener, **given)
             else:
                 run = api.train(out=out or _free_run_path(given), config=config, listener=listener, **given)
-        finally:
-            listener.close()
         summary = run.summary
         assert summary is not None
         print(json.dumps(summary) if as_json else training_report(summary, run.path))
@@ -193,7 +189,8 @@ def _print_plan(given: dict[str, Any], config: Path | None, out: Path, *, as_jso
     from edgeblocks import api
     from edgeblocks.console import ConsoleListener, banner, plan_table
 
-    prepared = api.plan(config=config, out=out, listener=ConsoleListener(sys.stderr), **given)
+    with ConsoleListener() as listener:
+        prepared = api.plan(config=config, out=out, listener=listener, **given)
     if as_json:
         print(json.dumps(prepared.to_json()))
         return

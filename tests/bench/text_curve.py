@@ -15,6 +15,7 @@ import json
 import resource
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -80,15 +81,16 @@ def measure(wanted: argparse.Namespace) -> None:
 def stretch(arguments: list[str], seconds: float) -> tuple[float, float]:
     """Train until two cores could have worked that long; wall and processor seconds of it."""
     before, started = _children_s(), time.monotonic()
-    process = subprocess.Popen([*COMMAND, *arguments], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    while process.poll() is None:
-        time.sleep(1)
-        if _used_s(process.pid) > 2 * seconds:
-            process.terminate()
-            process.wait()
-    assert process.stderr is not None
-    if process.returncode not in (0, 130):
-        raise SystemExit(process.stderr.read())
+    with tempfile.TemporaryFile("w+") as told:  # a pipe that nobody reads would be full of progress at some time
+        process = subprocess.Popen([*COMMAND, *arguments], stdout=subprocess.DEVNULL, stderr=told)
+        while process.poll() is None:
+            time.sleep(1)
+            if _used_s(process.pid) > 2 * seconds:
+                process.terminate()
+                process.wait()
+        if process.returncode not in (0, 130):
+            told.seek(0)
+            raise SystemExit(told.read())
     return time.monotonic() - started, _children_s() - before
 
 
