@@ -35,7 +35,22 @@ def drawing_problems(*, n: int, temperature: float, top_p: float = 1.0) -> list[
     return problems
 
 
-def check_options(task: str, *, fill: str | None, prompt: str | None, top_p: float | None) -> None:
+def length_problems(length: int | None, *, trained_length: int) -> list[str]:
+    """What is wrong with a wish for texts of so many tokens; None wishes for as many as the network was trained on."""
+    if length is None or 1 <= length <= trained_length:
+        return []
+    longer = ""
+    if length > trained_length:
+        longer = f", and more need a network that is trained on more: edgeblocks train --set length={length}"
+    return [
+        f"--length {length}: the network was trained on texts of {trained_length} tokens; 1 to {trained_length} are "
+        f"possible{longer}"
+    ]
+
+
+def check_options(
+    task: str, *, fill: str | None, prompt: str | None, top_p: float | None, length: int | None = None
+) -> None:
     """That what is asked of a network that makes text belongs to its kind.
 
     Args:
@@ -53,6 +68,11 @@ def check_options(task: str, *, fill: str | None, prompt: str | None, top_p: flo
     if task == "text" and top_p is not None:
         problems.append(
             "--top-p belongs to networks that write token by token, and this one fills gaps; use --temperature"
+        )
+    if task == "text" and fill is not None and length is not None:
+        problems.append(
+            f"--length {length} means nothing beside --fill, whose text is as long as what is given with its gaps; "
+            f"leave --length out, or add gaps"
         )
     if task == "continuation" and fill is not None:
         problems.append(

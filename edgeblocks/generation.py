@@ -15,7 +15,7 @@ from typing import Literal, Protocol
 
 import numpy as np
 
-from edgeblocks.drawing import Shares, Tokens, Values, choose, drawing_problems, softmax
+from edgeblocks.drawing import Shares, Tokens, Values, choose, drawing_problems, length_problems, softmax
 from edgeblocks.errors import ConfigError
 from edgeblocks.randomness import seed_at
 from edgeblocks.solver import integrate
@@ -100,29 +100,37 @@ class Predict(Protocol):
         ...
 
 
-def check_continuing(*, n: int, steps: int, temperature: float, top_p: float) -> None:
+def check_continuing(
+    *, n: int, steps: int, temperature: float, top_p: float, length: int | None, trained_length: int
+) -> None:
     """That texts can be asked for like that.
 
     Raises:
         ConfigError: with all that is impossible.
     """
     problems = drawing_problems(n=n, temperature=temperature, top_p=top_p)
+    problems += length_problems(length, trained_length=trained_length)
     if not 1 <= steps <= MOST_STEPS:
         problems.append(f"--steps {steps}: 1 to {MOST_STEPS} noise levels a token are possible")
     if problems:
         raise ConfigError(*problems)
 
 
-def check_prompt(prompt: Tokens, *, length: int) -> None:
-    """That a network can go on with a prompt [p].
+def check_prompt(prompt: Tokens, *, length: int, trained_length: int) -> None:
+    """That a network can go on with a prompt [p] to a text of that length.
 
     Raises:
         ConfigError: there is no room behind it.
     """
+    if len(prompt) >= trained_length:
+        raise ConfigError(
+            f"--prompt has {len(prompt)} tokens and the network was trained on texts of {trained_length}, which leaves "
+            f"no room to go on; give at most {trained_length - 1}, for example the prompt's end"
+        )
     if len(prompt) >= length:
         raise ConfigError(
-            f"--prompt has {len(prompt)} tokens and the network was trained on texts of {length}, which leaves no room "
-            f"to go on; give at most {length - 1}, for example the prompt's end"
+            f"--prompt has {len(prompt)} tokens, which are part of the text, and --length {length} leaves no room to "
+            f"go on; give --length {len(prompt) + 1} to {trained_length}, or a shorter prompt"
         )
 
 

@@ -170,7 +170,8 @@ class Run:
         runner: BlockRunner | None = None,
         on_step: Callable[[int, int], None] | None = None,
     ) -> list[str]:
-        """Texts as long as those that the run was trained on: that begin with `prompt`, or `fill` with its gaps filled.
+        """Texts, as long as those that the run was trained on or shorter: that begin with `prompt`, or `fill` with its
+        gaps filled.
 
         Args:
             steps: at least one a block. Of unmasking (None: 64), or noise levels of each token's chain (None: 8).
@@ -178,7 +179,8 @@ class Run:
             fill: for mdlm, a text in which each missing token is written `_` or `[MASK]`.
             prompt: for ar and looped, how each text begins.
             top_p: for ar and looped, draw from the smallest set of the likeliest tokens with this probability; None: 1.
-            length: for ar and looped, tokens of a text with its prompt; None: as many as the run was trained on.
+            length: tokens of a text with its prompt, at most as many as the run was trained on; None: so many. mdlm
+                makes the whole text and gives its beginning.
             on_step: called with the steps done, or the tokens written, and how many there will be.
 
         Raises:

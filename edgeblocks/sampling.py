@@ -94,19 +94,20 @@ def sample_texts(
     family = directory.family()
     if family.task not in TEXT_TASKS:
         raise ConfigError(f"{directory.path} is of the family {family.name}, which makes no text")
-    drawing.check_options(family.task, fill=fill, prompt=prompt, top_p=top_p)
+    drawing.check_options(family.task, fill=fill, prompt=prompt, top_p=top_p, length=length)
     steps = max(DEFAULT_STEPS[family.task], len(directory.layers)) if steps is None else steps
     common: dict[str, Any] = {
         "n": n,
         "steps": steps,
         "temperature": temperature,
+        "length": length,
         "seed": seed,
         "on_step": on_step,
     }
     if family.task == "text":
         return _unmasked(directory, runners, fill=fill, **common)
     top_p = 1.0 if top_p is None else top_p
-    return _continued(directory, runners, prompt=prompt or "", top_p=top_p, length=length, **common)
+    return _continued(directory, runners, prompt=prompt or "", top_p=top_p, **common)
 
 
 def _unmasked(
@@ -117,16 +118,18 @@ def _unmasked(
     steps: int,
     temperature: float,
     fill: str | None,
+    length: int | None,
     seed: int,
     on_step: Callable[[int, int], None] | None,
 ) -> list[str]:
     """Texts from masked diffusion; see `sample_text`."""
     family = directory.family()
-    unmasking.check_writing(n=n, steps=steps, temperature=temperature)
+    trained_length = directory.data.length
+    unmasking.check_writing(n=n, steps=steps, temperature=temperature, length=length, trained_length=trained_length)
     intervals = unmasking_steps(directory.partition, num_steps=steps)
     tokenizer = directory.tokenizer
     assert tokenizer is not None
-    start, given = unmasking.with_gaps(fill, tokenizer, length=directory.data.length, mask=family.mask)
+    start, given = unmasking.with_gaps(fill, tokenizer, length=trained_length, mask=family.mask)
     with runners(samples=n) as runner:
         tokens = unmasking.unmask(
             runner.logits,
@@ -138,7 +141,7 @@ def _unmasked(
             micro_batch=runner.micro_batch,
             on_step=None if on_step is None else lambda done: on_step(done, steps),
         )
-    return [tokenizer.decode(row[:given]) for row in tokens]
+    return [tokenizer.decode(row[: length or given]) for row in tokens]
 
 
 def _continued(
@@ -157,11 +160,14 @@ def _continued(
     """Texts written token by token; see `sample_text`."""
     tokenizer = directory.tokenizer
     assert tokenizer is not None
-    generation.check_continuing(n=n, steps=steps, temperature=temperature, top_p=top_p)
+    trained_length = directory.data.length
+    generation.check_continuing(
+        n=n, steps=steps, temperature=temperature, top_p=top_p, length=length, trained_length=trained_length
+    )
     chain = token_chain_of(directory, steps, length=length)
     check_readable("--prompt", prompt, tokenizer)
     given = tokenizer.encode(prompt)
-    generation.check_prompt(given, length=chain.length)
+    generation.check_prompt(given, length=chain.length, trained_length=trained_length)
     with runners(samples=n, chain=chain) as runner:
         tokens = generation.write_texts(
             runner.continued,

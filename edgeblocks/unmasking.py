@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgeblocks.data.tokenizer import Tokenizer, check_readable
-from edgeblocks.drawing import GAP_PATTERN, drawing_problems, drawn_at
+from edgeblocks.drawing import GAP_PATTERN, drawing_problems, drawn_at, length_problems
 from edgeblocks.errors import ConfigError
 from edgeblocks.randomness import seed_at
 
@@ -19,13 +19,14 @@ Logits = NDArray[np.float32]
 Tokens = NDArray[np.int64]
 
 
-def check_writing(*, n: int, steps: int, temperature: float) -> None:
+def check_writing(*, n: int, steps: int, temperature: float, length: int | None, trained_length: int) -> None:
     """That texts can be asked for like that.
 
     Raises:
         ConfigError: with all that is impossible.
     """
     problems = drawing_problems(n=n, temperature=temperature)
+    problems += length_problems(length, trained_length=trained_length)
     if not 1 <= steps <= MOST_STEPS:
         problems.append(f"--steps {steps}: 1 to {MOST_STEPS} steps are possible")
     if problems:

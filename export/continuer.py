@@ -27,17 +27,19 @@ class Continuer(ExportedChain):
         prompt: str | None = None,
         top_p: float | None = None,
         fill: str | None = None,
+        length: int | None = None,
         seed: int = 0,
         micro_batch: int | None = None,
         on_token: Callable[[int, int], None] | None = None,
     ) -> list[str]:
-        """Texts as long as those that the network was trained on, which begin with `prompt`.
+        """Texts which begin with `prompt`.
 
         Args:
             steps: noise levels of each token's chain, at least one a block; None: as the manifest says.
             temperature: 1 draws as the network was trained, 0 takes the likeliest token; None: as the manifest says.
             top_p: draw from the smallest set of the likeliest tokens with this probability; None: as the manifest says.
             fill: refused; it belongs to networks that fill gaps.
+            length: tokens of a text with its prompt, at most as many as the network was trained on; None: so many.
             on_token: called with the tokens written, and how many there will be.
 
         Raises:
@@ -53,6 +55,7 @@ class Continuer(ExportedChain):
             steps=steps,
             temperature=temperature,
             top_p=top_p,
+            length=length,
             seed=seed,
             micro_batch=micro_batch,
             on_token=on_token,
@@ -77,9 +80,12 @@ class Continuer(ExportedChain):
         steps = settings.steps if steps is None else steps
         temperature = settings.temperature if temperature is None else temperature
         top_p = settings.top_p if top_p is None else top_p
-        check_continuing(n=n, steps=steps, temperature=temperature, top_p=top_p)
+        trained_length = self.manifest.length
+        check_continuing(
+            n=n, steps=steps, temperature=temperature, top_p=top_p, length=length, trained_length=trained_length
+        )
         chain = self.token_chain(steps, length=length)
-        check_prompt(prompt, length=chain.length)
+        check_prompt(prompt, length=chain.length, trained_length=trained_length)
         try:
             return write_texts(
                 self.continued,

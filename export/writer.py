@@ -27,6 +27,7 @@ class Writer(ExportedChain):
         fill: str | None = None,
         prompt: str | None = None,
         top_p: float | None = None,
+        length: int | None = None,
         seed: int = 0,
         micro_batch: int | None = None,
         on_step: Callable[[int], None] | None = None,
@@ -38,14 +39,22 @@ class Writer(ExportedChain):
             temperature: 1 draws as the network was trained, 0 takes the likeliest token; None: as the manifest says.
             fill: a text in which each missing token is written `_` or `[MASK]`.
             prompt, top_p: refused; they belong to networks that write token by token.
+            length: tokens of a text, the beginning of a whole one; None: as many as the network was trained on.
 
         Raises:
             ConfigError: an impossible argument.
             RunError: a file is missing or damaged.
         """
-        check_options(self.manifest.task, fill=fill, prompt=prompt, top_p=top_p)
+        check_options(self.manifest.task, fill=fill, prompt=prompt, top_p=top_p, length=length)
         tokens, given = self.write_tokens(
-            n, steps=steps, temperature=temperature, fill=fill, seed=seed, micro_batch=micro_batch, on_step=on_step
+            n,
+            steps=steps,
+            temperature=temperature,
+            fill=fill,
+            length=length,
+            seed=seed,
+            micro_batch=micro_batch,
+            on_step=on_step,
         )
         tokenizer = exported_tokenizer(self.directory, self.manifest)
         return [tokenizer.decode(row[:given]) for row in tokens]
@@ -57,15 +66,16 @@ class Writer(ExportedChain):
         steps: int | None = None,
         temperature: float | None = None,
         fill: str | None = None,
+        length: int | None = None,
         seed: int = 0,
         micro_batch: int | None = None,
         on_step: Callable[[int], None] | None = None,
     ) -> tuple[NDArray[np.int64], int]:
-        """As `write`, before the tokens become text: int64 [n, length], and how many of them `fill` takes up."""
+        """As `write`, before the tokens become text: int64 [n, length], and how many of them are the text."""
         manifest = self.manifest
         steps = manifest.sampler.steps if steps is None else steps
         temperature = manifest.sampler.temperature if temperature is None else temperature
-        check_writing(n=n, steps=steps, temperature=temperature)
+        check_writing(n=n, steps=steps, temperature=temperature, length=length, trained_length=manifest.length)
         intervals = unmasking_steps(self.partition, num_steps=steps)
         mask = manifest.vocabulary
         start, given = with_gaps(fill, exported_tokenizer(self.directory, manifest), length=manifest.length, mask=mask)
@@ -82,7 +92,7 @@ class Writer(ExportedChain):
             )
         finally:
             self.close()
-        return tokens, given
+        return tokens, length or given
 
     def logits(self, tokens: NDArray[np.int64], t: float, wanted: NDArray[np.bool_]) -> Values:
         """Logits [wanted, vocabulary] at the wanted places of tokens [some, length], by the block that owns t."""

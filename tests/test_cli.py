@@ -209,6 +209,7 @@ def test_a_damaged_run_is_found_before_use(case, copy, tmp_path):
         (["--n", "0"], 2, r"--n 0: at least one sample is needed"),
         (["--class", "eleven"], 2, r"--class eleven: there is no such class; the 10 classes are 0, 1"),
         (["--solver", "rk4"], 2, r"--solver rk4: there are heun and euler"),
+        (["--length", "9"], 2, r"this network makes no text, so --length means nothing to it; leave it out"),
         (["-o", "grid.jpg"], 2, r"-o grid.jpg: the grid is a PNG picture"),
         (["--guidance", "-1"], 2, r"--guidance -1.0 must be a number of at least 0"),
         (["--mem-budget", "90MB"], 3, r"the chain needs .* even for one sample at a time"),

@@ -137,6 +137,17 @@ def test_an_export_writes_what_torch_writes(run, exported):
     assert chain.write(2, micro_batch=1, **asked) == run.sample_text(n=2, **asked)
 
 
+def test_a_text_is_as_long_as_was_asked_for(run, exported):
+    """Its prompt counted, from one token to as many as there were in training; and the export writes the same."""
+    chain = open_chain(exported[0])
+    for asked in ({"length": 1}, {"length": 9}, {"length": 8, "prompt": "a cold"}):
+        made = run.sample_text(n=2, seed=4, **asked)
+        assert [len(text) for text in made] == [asked["length"]] * 2
+        assert all(text.startswith(asked.get("prompt", "")) for text in made)
+        assert chain.write(2, seed=4, **asked) == made
+    assert run.sample_text(n=2, seed=4, length=LENGTH) == run.sample_text(n=2, seed=4)
+
+
 def test_the_command_writes_without_torch(run, exported):
     """`edgeblocks run DIR --prompt` says what `sample` says, and no torch is imported."""
     program = (
@@ -157,6 +168,9 @@ def test_the_command_writes_without_torch(run, exported):
         ({"prompt": "a" * LENGTH}, r"--prompt has 16 tokens .* give at most 15"),
         ({"top_p": 1.5, "n": 0}, r"--n 0.*\n*.*--top-p 1.5"),
         ({"steps": 0}, "--steps 0"),
+        ({"length": 0}, r"--length 0: .* texts of 16 tokens; 1 to 16 are possible$"),
+        ({"length": 17, "n": 0}, r"--n 0.*\n*.*--length 17: .*; 1 to 16 are possible, and .* --set length=17"),
+        ({"length": 6, "prompt": "a cold"}, r"--prompt has 6 tokens, .* --length 6 .* --length 7 to 16"),
     ],
 )
 def test_what_cannot_be_written_is_refused(run, exported, asked, message):

@@ -204,12 +204,12 @@ def test_noise_levels_are_read_from_the_top_down_to_where_it_is_decided():
 def test_what_cannot_be_written_is_refused_with_all_that_is_wrong():
     """In one message, with the flags; and a prompt that leaves no room."""
     with pytest.raises(ConfigError) as refused:
-        check_continuing(n=0, steps=0, temperature=math.nan, top_p=0.0)
-    for flag in ("--n 0", "--steps 0", "--temperature nan", "--top-p 0.0"):
+        check_continuing(n=0, steps=0, temperature=math.nan, top_p=0.0, length=13, trained_length=12)
+    for flag in ("--n 0", "--steps 0", "--temperature nan", "--top-p 0.0", "--length 13"):
         assert flag in str(refused.value)
     with pytest.raises(ConfigError, match=r"--prompt has 12 tokens .* give at most 11"):
-        check_prompt(np.zeros(12, np.int64), length=12)
-    check_prompt(np.zeros(11, np.int64), length=12)
+        check_prompt(np.zeros(12, np.int64), length=12, trained_length=12)
+    check_prompt(np.zeros(11, np.int64), length=12, trained_length=12)
 
 
 def test_writing_needs_no_torch():

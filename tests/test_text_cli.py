@@ -53,6 +53,11 @@ def test_a_text_becomes_a_deployed_network(trained, tmp_path, edgeblocks_command
     assert saved.returncode == 0 and (tmp_path / "texts.txt").read_text() == deployed.stdout
     as_json = edgeblocks_command("run", tmp_path / "onnx", *asked, "--json")
     assert json.loads(as_json.stdout) == [first, second]
+    short = [
+        edgeblocks_command(*made, "--length", 7, "--n", 1).stdout
+        for made in (("sample", out), ("run", tmp_path / "onnx"))
+    ]
+    assert short[0] == short[1] and len(short[0]) == len("1234567\n")
 
 
 @pytest.mark.parametrize(

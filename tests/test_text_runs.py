@@ -68,6 +68,8 @@ def test_gaps_are_filled_and_what_is_given_stays(resident):
         ({"fill": "_" * 25}, "has 25 tokens and the network was trained on texts of 24"),
         ({"n": 0}, "--n 0"),
         ({"temperature": -1.0}, "--temperature -1"),
+        ({"length": 25}, r"--length 25: .* texts of 24 tokens; 1 to 24 are possible"),
+        ({"length": 9, "fill": "a ____ sea"}, r"--length 9 .* --fill, .* leave --length out"),
         ({"steps": 2}, "2 sampling steps cannot visit 3 blocks"),
     ],
 )
@@ -98,7 +100,7 @@ def test_texts_are_written_during_training(resident):
 
 
 def test_an_export_writes_what_torch_writes(resident, tmp_path):
-    """Token for token, also where gaps are filled; and the verification says how far it is from torch."""
+    """Token for token, also where gaps are filled; a shorter text is the beginning of the whole one."""
     run = edgeblocks.load(resident)
     manifest = run.export(tmp_path / "onnx")
     assert manifest["verified"]["real_inputs"] and manifest["verified"]["block_max_abs_error"] < 1e-5
@@ -106,6 +108,8 @@ def test_an_export_writes_what_torch_writes(resident, tmp_path):
     assert writer.write(3, seed=5) == run.sample_text(n=3, seed=5)
     assert writer.write(2, fill="a cold ___", steps=7) == run.sample_text(n=2, fill="a cold ___", steps=7)
     assert writer.loads == [0, 1, 2, 0, 1, 2]
+    whole = run.sample_text(n=3, seed=5)
+    assert writer.write(3, seed=5, length=10) == run.sample_text(n=3, seed=5, length=10) == [a[:10] for a in whole]
 
 
 def test_a_vocabulary_that_was_trained_travels_with_the_run_and_its_export(text, tmp_path):

@@ -86,6 +86,14 @@ Fill = Annotated[
     str | None,
     typer.Option(help="For mdlm: a text with gaps to fill in, each missing token written _ or [MASK]."),
 ]
+Length = Annotated[
+    int | None,
+    typer.Option(
+        help="Tokens of each text, a prompt's counted: at most as many as the network was trained on. ar and looped "
+        "stop there; mdlm writes a whole text and gives its beginning.",
+        show_default="as trained",
+    ),
+]
 Prompt = Annotated[str | None, typer.Option(help="For ar and looped: how each text begins.")]
 TopP = Annotated[
     float | None,

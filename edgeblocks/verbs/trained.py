@@ -14,6 +14,7 @@ from edgeblocks.verbs.options import (
     Fill,
     Guidance,
     Json,
+    Length,
     MemBudget,
     Number,
     Prompt,
@@ -83,6 +84,7 @@ def sample(
     fill: Fill = None,
     prompt: Prompt = None,
     top_p: TopP = None,
+    length: Length = None,
     seed: SampleSeed = 0,
     mem_budget: MemBudget = None,
     as_json: Json = False,
@@ -94,7 +96,7 @@ def sample(
         out=out,
         as_json=as_json,
         of_images={"solver": solver, "guidance": guidance, "label": label},
-        of_text={"temperature": temperature, "fill": fill, "prompt": prompt, "top_p": top_p},
+        of_text={"temperature": temperature, "fill": fill, "prompt": prompt, "top_p": top_p, "length": length},
     )
 
     def work() -> None:
@@ -167,6 +169,7 @@ def run(
     fill: Fill = None,
     prompt: Prompt = None,
     top_p: TopP = None,
+    length: Length = None,
     seed: SampleSeed = 0,
     as_json: Json = False,
     verbose: Verbose = False,
@@ -181,7 +184,7 @@ def run(
         out=out,
         as_json=as_json,
         of_images={"solver": solver, "guidance": guidance, "label": label},
-        of_text={"temperature": temperature, "fill": fill, "prompt": prompt, "top_p": top_p},
+        of_text={"temperature": temperature, "fill": fill, "prompt": prompt, "top_p": top_p, "length": length},
     )
 
     def work() -> None:
