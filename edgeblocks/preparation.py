@@ -439,6 +439,8 @@ def open_run_data(settings: Settings, listener: Listener, *, budget_bytes: int, 
     if data_set.unreadable:
         shown = ", ".join(data_set.unreadable[:5]) + (", .." if len(data_set.unreadable) > 5 else "")
         listener.note(f"skipped {len(data_set.unreadable)} unreadable files: {shown}")
+    for warning in data_set.warnings:
+        listener.note(f"note: {warning}")
     return data_set
 
 

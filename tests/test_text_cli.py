@@ -79,6 +79,17 @@ def test_what_cannot_be_trained_is_refused_and_leaves_nothing(text, tmp_path, ed
     assert not (tmp_path / "run").exists()
 
 
+def test_letters_that_are_left_out_are_told_once(tmp_path, edgeblocks_command):
+    """On standard error, with what keeps them; what keeps them says nothing."""
+    (tmp_path / "text.txt").write_text("Война и мир, eh bien, mon prince. " * 200, encoding="utf-8")
+    small = [part for name, value in SMALL.items() for part in ("--set", f"{name}={value}")]
+    command = ["plan", "mdlm", "--data", tmp_path / "text.txt", "--mem-budget", "600MB", *small]
+    done = edgeblocks_command(*command)
+    assert done.returncode == 0 and "--tokenizer bytes" in done.stderr and "left out" not in done.stdout
+    assert done.stderr.count("note: 1,800 of the text's 4,800 letters (37.5%) are left out, most often") == 1
+    assert "left out" not in edgeblocks_command(*command, "--tokenizer", "bytes").stderr
+
+
 @pytest.mark.parametrize(
     ("arguments", "own"),
     [

@@ -25,6 +25,7 @@ class DataSet(Protocol):
     fingerprint: sha256 of all that a training run sees, in hexadecimal: the same wherever the data lie.
     class_names: one name a class, () without classes.
     unreadable: the files that were skipped, relative to the folder.
+    warnings: what the user should know of how the data are used, one sentence each.
     has_held_out: whether there is a hold-out part.
     """
 
@@ -39,6 +40,9 @@ class DataSet(Protocol):
 
     @property
     def unreadable(self) -> tuple[str, ...]: ...
+
+    @property
+    def warnings(self) -> tuple[str, ...]: ...
 
     @property
     def has_held_out(self) -> bool: ...

@@ -48,6 +48,7 @@ class ImageSet:
     unreadable: the image files that were skipped, relative to the folder.
     fingerprint: sha256 of pixels, labels and class names, in hexadecimal: the same wherever the data lies.
     resident_bytes: what the set keeps in memory.
+    warnings: empty; texts have them.
     image_file: where `gather` reads from; None when the images are in memory.
     """
 
@@ -63,6 +64,7 @@ class ImageSet:
     source: str
     resident_bytes: int
     image_file: ImageFile | None = field(default=None, repr=False)
+    warnings: tuple[str, ...] = ()
 
     def gather(self, indices: NDArray[np.int64]) -> tuple[NDArray[np.uint8], NDArray[np.int64] | None]:
         """Copies of the images uint8 [b, H, W, C] and labels int64 [b] at `indices`; leaves nothing else resident.

@@ -85,6 +85,7 @@ class TextSet:
         hold-out part, or in the training part where nothing is held out. Bytes are those of UTF-8.
     fingerprint: sha256 of the tokens and the tokenizer, in hexadecimal: the same wherever the text lies.
     resident_bytes: what the set keeps in memory.
+    warnings: what of the text is left out, where that is much.
     class_names, unreadable: empty; images have them.
     """
 
@@ -98,6 +99,7 @@ class TextSet:
     bytes_per_token: float
     resident_bytes: int
     token_file: TokenFile = field(repr=False)
+    warnings: tuple[str, ...] = ()
     unreadable: tuple[str, ...] = ()
     class_names: tuple[str, ...] = ()
 
@@ -184,6 +186,7 @@ def open_text(
     stored = open_or_build_tokens(cache_dir, work.key, tokenizer=work.tokenizer, stretches=work.stretches)
     _check_windows(source, stored, length, hold_out, source_bytes=text.total_bytes)
     measured = stored.held_out if hold_out else stored.train
+    warning = None if stored.left_out is None else stored.left_out.warning()
     return TextSet(
         source=source,
         fingerprint=stored.fingerprint,
@@ -195,6 +198,7 @@ def open_text(
         bytes_per_token=measured.bytes / measured.tokens,
         resident_bytes=_LOADED_PER_BYTE * stored.definition_bytes,
         token_file=stored.token_file,
+        warnings=() if warning is None else (warning,),
     )
 
 

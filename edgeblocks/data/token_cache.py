@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from edgeblocks.bounds import MOST_TOKENS
 from edgeblocks.data.cache import CacheFiles, CacheKind, RowFile, open_or_build, read_meta
 from edgeblocks.data.documents import PIECE_CHARACTERS, Piece
+from edgeblocks.data.left_out import LeftOut, Tally, read_left_out
 from edgeblocks.data.tokenizer import (
     MOST_DEFINITION_BYTES,
     CharacterTokenizer,
@@ -58,6 +59,7 @@ class StoredTokens:
     """A finished cache. `train` and `held_out` follow each other in the file.
 
     fingerprint: sha256 of the tokens and the tokenizer, in hexadecimal.
+    left_out: what "chars" does not write; None for the other tokenizers, and in caches that do not tell of it.
     """
 
     token_file: "TokenFile"
@@ -66,6 +68,7 @@ class StoredTokens:
     train: Extent
     held_out: Extent
     fingerprint: str
+    left_out: LeftOut | None
 
 
 class TokenFile:
@@ -184,8 +187,9 @@ def _fill(files: CacheFiles, tokenizer: Tokenizer, stretches: Iterator[Stretch])
     definition = tokenizer.to_json()
     extents = (Extent(), Extent())
     token_hash = hashlib.sha256()
+    tally = Tally() if isinstance(tokenizer, CharacterTokenizer) else None
     waiting = np.empty(0, dtype)
-    for tokens, extent, held_out in _encoded(tokenizer, stretches):
+    for tokens, extent, held_out in _encoded(tokenizer, stretches, tally):
         told = extents[held_out]
         told.tokens, told.characters = told.tokens + extent.tokens, told.characters + extent.characters
         told.bytes += extent.bytes
@@ -212,11 +216,14 @@ def _fill(files: CacheFiles, tokenizer: Tokenizer, stretches: Iterator[Stretch])
             "train": asdict(extents[0]),
             "held_out": asdict(extents[1]),
             "fingerprint": hashlib.sha256(json.dumps(seen).encode()).hexdigest(),
+            "left_out": None if tally is None else asdict(tally.result()),
         }
     )
 
 
-def _encoded(tokenizer: Tokenizer, stretches: Iterator[Stretch]) -> Iterator[tuple[NDArray[np.int64], Extent, bool]]:
+def _encoded(
+    tokenizer: Tokenizer, stretches: Iterator[Stretch], tally: Tally | None
+) -> Iterator[tuple[NDArray[np.int64], Extent, bool]]:
     """Tokens, how much text they stand for, and whether they are held out.
 
     Characters are counted as the tokenizer writes them: for "chars" each token is one.
@@ -224,6 +231,8 @@ def _encoded(tokenizer: Tokenizer, stretches: Iterator[Stretch]) -> Iterator[tup
     after_space = False
     for stretch in stretches:
         tokens = tokenizer.encode(stretch.text)
+        if tally is not None:
+            tally.add(stretch.text)
         if not len(tokens):
             continue
         if isinstance(tokenizer, CharacterTokenizer):
@@ -274,6 +283,7 @@ def _read_cache(folder: Path) -> StoredTokens:
         train=train,
         held_out=held_out,
         fingerprint=fingerprint,
+        left_out=read_left_out(meta.get("left_out")),
     )
 
 
