@@ -15,7 +15,7 @@ BRIEF = ("--set", "hold_out=0.05", "--set", "sample_steps=4")
 def test_a_network_larger_than_the_budget_is_created_trained_and_sampled(tmp_path):
     """68 million parameters (683 MB of state) train and sample with some 140 MB beyond the interpreter's own size."""
     settings = ["--steps", "2", "--batch", "4", "--set", "width=512", "--set", "heads=8", "--set", "sample_grids=1"]
-    settings += ["--set", "sample_steps=12", "--set", "patch=4", "--set", "hold_out=0.05"]
+    settings += ["--set", "sample_steps=12", "--set", "patch=4", "--set", "hold_out=0.01"]
     refused = measured(*EDGEBLOCKS, "plan", *settings, "--mem-budget", "50MB")
     assert refused["code"] == 3
     smallest = int(refused["err"].split("use --mem-budget ")[1].split("MB")[0])
@@ -40,7 +40,7 @@ def test_a_network_larger_than_the_budget_is_created_trained_and_sampled(tmp_pat
 def test_text_is_trained_on_and_written_at_the_smallest_budget(tmp_path, family):
     """Under the cap nothing is loaded for the first time, nor given scratch memory: not by numpy either."""
     settings = [family, "--steps", "2", "--batch", "2"]
-    for setting in ("width=64", "length=32", "hold_out=0.05", "sample_grids=1"):
+    for setting in ("width=64", "length=32", "hold_out=0.0005", "sample_grids=1"):
         settings += ["--set", setting]
     assert measured(*EDGEBLOCKS, "plan", *settings, "--mem-budget", "500MB")["code"] == 0  # the text is in the cache
     refused = measured(*EDGEBLOCKS, "plan", *settings, "--mem-budget", "50MB")
