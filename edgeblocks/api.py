@@ -21,6 +21,7 @@ from edgeblocks.checkpoint import (
 from edgeblocks.config import Settings, read_yaml, resolve_settings
 from edgeblocks.data.dataset import DataSet
 from edgeblocks.errors import ConfigError, InterruptedRunError, RunError
+from edgeblocks.exact_trainer import ExactTrainer
 from edgeblocks.guard import Guard, refusals_explained
 from edgeblocks.host_tier import HostTier
 from edgeblocks.listener import Listener, Silent
@@ -42,6 +43,9 @@ from edgeblocks.registry import build_profile, build_target, family_type, profil
 from edgeblocks.run import Run
 from edgeblocks.run_files import check_resumable
 from edgeblocks.scheduler import Scheduler
+from edgeblocks.stage_slots import StageSlots, SwapFiles
+from edgeblocks.staged_ema import StagedEma
+from edgeblocks.store import BlockStore, NextBlocks
 from edgeblocks.summary import summary_of
 from edgeblocks.trainer import Interrupted, Interruption, Trainer, create_blocks
 from edgeblocks.units import format_bytes
@@ -149,9 +153,9 @@ def train(
             create_blocks(
                 run.family(),
                 run.store(),
-                run.layers,
+                run.sections,
                 prepared.settings.run.seed,
-                on_block=lambda done: listener.advance(done, len(run.layers), "creating blocks"),
+                on_block=lambda done: listener.advance(done, len(run.file_layers), "creating blocks"),
             )
             seal_run(run)
             return _train(run, prepared.data_set, listener, resumed_from=None)
@@ -200,7 +204,7 @@ def resume(
         if run.blocks_folder == run.away_folder:
             check_work_dir(run.settings.run.work_dir)
         if not reinit_blocks and not changes and _is_finished(run):
-            listener.note(f"{run.path} is finished: every block has made its {run.settings.run.steps} steps")
+            listener.note(f"{run.path} is finished: it has made its {run.settings.run.steps} steps")
             return Run(run)
         with locked_away(run, listener.note):
             return _resume(run, mem_budget is not None or ram_budget is not None, reinit_blocks, listener)
@@ -211,12 +215,14 @@ def _is_finished(run: RunDirectory) -> bool:
     if Run(run).summary is None or not (run.path / "blocks").is_dir():
         return False
     store = run.store()
-    return all(store.header(block).step >= run.settings.run.steps for block in range(len(run.layers)))
+    return all(store.header(block).step >= run.settings.run.steps for block in range(len(run.file_layers)))
 
 
 def _resume(run: RunDirectory, other_budget: bool, reinit_blocks: Sequence[int], listener: Listener) -> "Run":
     """Go on with a locked run; its settings are written down when everything has proved sound."""
     remove_leftovers(run)
+    if run.is_exact:
+        NextBlocks(run.store()).recover()
     target = build_target(run.settings.run.target)
     target.prepare()
     budget_bytes = budget_of_this_process(run.settings.run, target)
@@ -228,10 +234,10 @@ def _resume(run: RunDirectory, other_budget: bool, reinit_blocks: Sequence[int],
         )
     run = _replanned_if_needed(run, data_set, other_budget, target, listener)
     _reinitialise(run, reinit_blocks, listener)
-    saved = [run.store().header(block).step for block in range(len(run.layers))]
+    saved = [run.store().header(block).step for block in range(len(run.file_layers))]
     run.save_settings()
     run.drop_metrics_after(saved)
-    listener.note(f"resuming {run.path}: blocks at steps {', '.join(map(str, saved))} of {run.settings.run.steps}")
+    listener.note(f"resuming {run.path}: {_at_steps(run, saved)} of {run.settings.run.steps}")
     return _train(run, data_set, listener, resumed_from=saved)
 
 
@@ -251,18 +257,28 @@ def _replanned_if_needed(
         f"planned again for {format_bytes(plan.budget_bytes)}: predicted peak "
         f"{format_bytes(chosen.predicted_peak_bytes)}, batch {run.settings.run.batch} = {chosen.accumulation} x "
         f"{chosen.micro_batch}, checkpointing {'on' if chosen.checkpointing else 'off'}, {chosen.slots} of "
-        f"{chosen.blocks} blocks in memory"
+        f"{chosen.blocks} {'stages' if run.is_exact else 'blocks'} in memory"
     )
     return run
 
 
+def _at_steps(run: RunDirectory, steps: Sequence[int]) -> str:
+    """How far the blocks are, or the stages that are trained together."""
+    return f"step {steps[0]}" if run.is_exact else f"steps {', '.join(map(str, steps))}"
+
+
 def _reinitialise(run: RunDirectory, blocks: Sequence[int], listener: Listener) -> None:
-    wrong = [block for block in blocks if not 0 <= block < len(run.layers)]
+    if blocks and run.is_exact:
+        raise ConfigError(
+            f"--reinit-block {blocks[0]}: the stages of {run.path} were trained together, so one of them cannot be "
+            f"trained again alone; put its file back from a copy, or start a new run"
+        )
+    wrong = [block for block in blocks if not 0 <= block < len(run.file_layers)]
     if wrong:
-        raise ConfigError(f"--reinit-block {wrong[0]}: {run.path} has the blocks 0 to {len(run.layers) - 1}")
+        raise ConfigError(f"--reinit-block {wrong[0]}: {run.path} has the blocks 0 to {len(run.file_layers) - 1}")
     if blocks:
         run.forget_summary()
-        create_blocks(run.family(), run.store(), run.layers, run.settings.run.seed, only=sorted(set(blocks)))
+        create_blocks(run.family(), run.store(), run.sections, run.settings.run.seed, only=sorted(set(blocks)))
         listener.note(f"made again from the beginning: {', '.join(f'block {block}' for block in sorted(set(blocks)))}")
 
 
@@ -280,38 +296,82 @@ def _train(run: RunDirectory, data_set: DataSet, listener: Listener, resumed_fro
     )
     with refusals_explained(target, budget_bytes, breakdown):
         store = run.store()
-        store.continue_meter(store.header(block) for block in range(len(run.layers)))
+        store.continue_meter(store.header(block) for block in range(len(run.file_layers)))
         store.hold_folder()
-        host = None
-        if target.host_bytes() is not None:
-            host = HostTier(store, target, ram_blocks=run.plan.get("ram_blocks", 0))
-        scheduler = Scheduler(store, slots=run.plan["slots"], host=host)
+        method = _Exact(run, store) if run.is_exact else _Diffusion(run, store, target)
         finished = Run(run)
         try:
-            trainer = Trainer(run, data_set, scheduler, guard)
+            trainer = method.trainer(data_set, guard)
             with target.capped(budget_bytes), Interruption().listening() as interruption:
-                looks = Looks(run, scheduler, guard, interruption)
+                looks = Looks(run, method.ema, guard, interruption, residents=method.residents)
                 listener.stage("training")
-                looks.after_visit([store.header(block).step for block in range(len(run.layers))])
+                looks.after_visit([store.header(block).step for block in range(len(run.file_layers))])
                 steps = trainer.train(interruption, on_step=listener.step, between_visits=looks.after_visit)
                 if interruption.signal_name is None:
                     listener.stage("evaluating")
                     evaluation = looks.evaluation(data_set, listener)
         except Interrupted:
-            steps = [store.header(block).step for block in range(len(run.layers))]
+            steps = [store.header(block).step for block in range(len(run.file_layers))]
         finally:
-            scheduler.close()
+            method.close()
     if interruption.signal_name is not None:
         raise InterruptedRunError(
-            f"stopped by {interruption.signal_name}; saved at steps {', '.join(map(str, steps))} of "
+            f"stopped by {interruption.signal_name}; saved at {_at_steps(run, steps)} of "
             f"{run.settings.run.steps}. Go on with: edgeblocks train --resume {run.path}"
         )
     bring_blocks_home(run)
     summary = summary_of(
-        run, trainer, scheduler, looks.seconds, evaluation, data_set, target, budget_bytes, resumed_from
+        run,
+        trainer,
+        method.times,
+        method.bytes_written,
+        looks.seconds,
+        evaluation,
+        data_set,
+        target,
+        budget_bytes,
+        resumed_from,
     )
     run.write_json("summary.json", summary)
     return finished
+
+
+class _Diffusion:
+    """What trains blocks alone, and where a look at the network finds their EMA."""
+
+    def __init__(self, run: RunDirectory, store: BlockStore, target: Any) -> None:
+        host = None
+        if target.host_bytes() is not None:
+            host = HostTier(store, target, ram_blocks=run.plan.get("ram_blocks", 0))
+        self._run = run
+        self.ema = Scheduler(store, slots=run.plan["slots"], host=host)
+        self.times, self.close, self.residents = self.ema.times, self.ema.close, self.ema.num_slots
+
+    def trainer(self, data_set: DataSet, guard: Guard) -> Trainer:
+        return Trainer(self._run, data_set, self.ema, guard)
+
+    @property
+    def bytes_written(self) -> int:
+        return self.ema.store.run_bytes_written
+
+
+class _Exact:
+    """The same for stages that are trained together."""
+
+    residents = 1
+
+    def __init__(self, run: RunDirectory, store: BlockStore) -> None:
+        self._run = run
+        self._slots = StageSlots(store, SwapFiles(run.blocks_folder, store.layouts), slots=run.plan["slots"])
+        self.ema = StagedEma(self._slots, run.file_layers)
+        self.times, self.close = self._slots.times, self._slots.close
+
+    def trainer(self, data_set: DataSet, guard: Guard) -> ExactTrainer:
+        return ExactTrainer(self._run, data_set, self._slots, guard)
+
+    @property
+    def bytes_written(self) -> int:
+        return self._slots.store.run_bytes_written
 
 
 def load(path: Path | str) -> Run:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from edgeblocks.layers import AdaLnZeroLayer, RotaryAttention, modulated_norm
+from edgeblocks.layers import AdaLnZeroLayer, PreNormLayer, RotaryAttention, modulated_norm
 
 Past = Float[Tensor, "2 sequences heads past head_width"]
 """Keys, already turned by their positions, and values; of two streams those of the clean one."""
@@ -118,6 +118,23 @@ class CausalLayer(AdaLnZeroLayer):
         """x with what attention adds, and with what the MLP adds to that."""
         x = torch.addcmul(x, gate_a.unsqueeze(1), attended)
         return torch.addcmul(x, gate_m.unsqueeze(1), self.mlp(modulated_norm(x, shift_m, scale_m)))
+
+
+class PlainCausalLayer(PreNormLayer):
+    """A layer of an ordinary language model: its attention is causal."""
+
+    attention: CausalAttention
+
+    def __init__(self, *, width: int, heads: int) -> None:
+        super().__init__(width=width, attention=CausalAttention(width=width, heads=heads))
+
+    def cached(
+        self, x: Float[Tensor, "batch tokens width"], condition: Tensor, past: Past | None
+    ) -> tuple[Float[Tensor, "batch tokens width"], Present]:
+        """The output for tokens that follow those of the past, and their keys and values."""
+        attended, present = self.attention.attend(self.attention_norm(x), past)
+        x = x + attended
+        return x + self.mlp(self.mlp_norm(x)), present
 
 
 class TwoStreamLayer(CausalLayer):

@@ -20,16 +20,24 @@ from edgeblocks.generation import TokenChain
 from edgeblocks.noise import NoisePartition
 from edgeblocks.scheduler import slot_of
 from edgeblocks.solver import classes_in_turn, guide
-from edgeblocks.store import BlockBuffer, bind_parameters_
 
 Denoise = Callable[[Tensor, float], Tensor]
+
+
+class EmaWeights(Protocol):
+    """What a network is bound to."""
+
+    @property
+    def device(self) -> torch.device: ...
+
+    def bind_(self, network: nn.Module) -> None: ...
 
 
 @runtime_checkable
 class EmaSource(Protocol):
     """Whatever can put one block's EMA weights into memory: a scheduler while training, a loader otherwise."""
 
-    def ema_weights(self, block: int) -> AbstractContextManager[BlockBuffer]: ...
+    def ema_weights(self, block: int) -> AbstractContextManager[EmaWeights]: ...
 
 
 class BlockRunner:
@@ -65,9 +73,9 @@ class BlockRunner:
             self._residents[slot] = None
             with torch.device("meta"):
                 network = self._family.block(num_layers=self._layers[block], checkpointing=False)
-            with self._source.ema_weights(block) as buffer:
-                bind_parameters_(network, buffer.tensors("ema"))
-                self.device = buffer.device
+            with self._source.ema_weights(block) as weights:
+                weights.bind_(network)
+                self.device = weights.device
             with self.device:
                 network.reset_tables_()
             resident = self._residents[slot] = (block, network.eval())

@@ -43,6 +43,7 @@ from edgeblocks.run_files import (
     read_records,
     with_checksum,
 )
+from edgeblocks.sections import Section, blocks_of, network_of, stages_of
 from edgeblocks.store import BlockLayout, BlockStore, storage_error
 from edgeblocks.untrusted import shown
 
@@ -66,8 +67,24 @@ class RunDirectory:
     """How text becomes tokens; None for a family that reads images."""
 
     @property
-    def layers(self) -> tuple[int, ...]:
+    def file_layers(self) -> tuple[int, ...]:
+        """Layers in each block file."""
         return tuple(self.plan["layers_per_block"])
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """Layers of each denoiser: of each block, or of the one that stages trained end to end make together."""
+        return (sum(self.file_layers),) if self.is_exact else self.file_layers
+
+    @property
+    def sections(self) -> tuple[Section, ...]:
+        """What is in each block file."""
+        return (stages_of if self.is_exact else blocks_of)(self.file_layers)
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether the block files hold stages of one network."""
+        return self.settings.run.method == "exact"
 
     @property
     def partition(self) -> NoisePartition:
@@ -77,18 +94,20 @@ class RunDirectory:
         )
 
     def family(self) -> Any:
-        return build_family(self.settings.run.family, asdict(self.settings.family), asdict(self.data))
+        run = self.settings.run
+        return build_family(run.family, asdict(self.settings.family), asdict(self.data), run.method)
 
     def store(self) -> BlockStore:
         """The block files of this run."""
         import torch
 
         family, layouts = self.family(), {}
-        for num_layers in set(self.layers):
+        for section in set(self.sections):
             with torch.device("meta"):
-                block = family.block(num_layers=num_layers, checkpointing=False)
-            layouts[num_layers] = BlockLayout.of(block, self.settings.run.optimizer)
-        return BlockStore(self.blocks_folder, [layouts[count] for count in self.layers], self.run_id)
+                network = network_of(family, section)
+            layouts[section] = BlockLayout.of(network, self.settings.run.optimizer)
+        of_blocks = [layouts[section] for section in self.sections]
+        return BlockStore(self.blocks_folder, of_blocks, self.run_id, trained_together=self.is_exact)
 
     @property
     def blocks_folder(self) -> Path:
@@ -146,7 +165,7 @@ class RunDirectory:
 
     def planned_again(self, plan: dict[str, Any]) -> "RunDirectory":
         """The run with another plan for the same blocks, here and in its plan.json."""
-        assert plan["layers_per_block"] == list(self.layers)
+        assert plan["layers_per_block"] == list(self.file_layers)
         self.write_json("plan.json", plan)
         return replace(self, plan=plan)
 
@@ -394,7 +413,7 @@ def open_run(path: Path) -> RunDirectory:
         data_type = family_type(manifest.family).data_type
         known = {field.name for field in fields(data_type)}
         data = data_type(**manifest.data.model_dump(include=known))
-        family = build_family(manifest.family, asdict(settings.family), asdict(data))
+        family = build_family(manifest.family, asdict(settings.family), asdict(data), settings.run.method)
     except ConfigError as error:
         raise RunError(
             f"{path} is damaged: {error}; put config.yaml back from a copy, or train again with a new --out"

@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationIn
 
 from edgeblocks.bounds import LONGEST_SEQUENCE, MOST_LAYERS, MOST_SAMPLES, MOST_STEPS, MOST_TOKENS
 from edgeblocks.errors import ConfigError
+from edgeblocks.plans import Method
 from edgeblocks.units import parse_size
 from edgeblocks.untrusted import MalformedFileError, read_text, shown
 
@@ -55,6 +56,7 @@ class RunSettings(BaseModel):
     steps: int = Field(default=1000, ge=1, le=MOST_STEPS)
     batch: int = Field(default=64, ge=1, le=MOST_SAMPLES)
     seed: int = Field(default=0, ge=0, lt=2**63)
+    method: Method = "diffusion"
     blocks: int | Literal["auto"] = "auto"
     partition: Literal["equal-probability", "uniform"] = "equal-probability"
     overlap: float = Field(default=0.05, ge=0, le=1)

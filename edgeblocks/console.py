@@ -76,11 +76,14 @@ class ConsoleListener:
         to_do = progress.steps_total - progress.steps_done
         remaining = f"  {format_duration((now - start_time) / done * to_do)} left" if done else ""
         losses = "  ".join(f"{block}:{loss:.3f}" for block, loss in sorted(progress.losses.items()))
+        where = f"block {progress.block} step {progress.step}  loss {losses}"
+        if progress.block is None:
+            where = f"step {progress.step}  loss {progress.losses[0]:.3f}"
         elapsed = max(time.perf_counter() - progress.started, 1e-6)
         memory = f"{format_bytes(progress.used_bytes)}/{format_bytes(progress.budget_bytes)}"
         share = progress.steps_done / max(progress.steps_total, 1)
         self._line(
-            f"{_bar(share)} {share:4.0%}  block {progress.block} step {progress.step}  loss {losses}  "
+            f"{_bar(share)} {share:4.0%}  {where}  "
             f"{progress.examples_per_s:.0f} {progress.example}/s  {memory}  stall {progress.stall_s / elapsed:.1%}  "
             f"{format_bytes(progress.bytes_written)} written{remaining}",
             final=finished,
@@ -113,14 +116,21 @@ def banner(prepared: "Prepared") -> str:
     """What will be trained, and how it fits the budget."""
     run, data, plan = prepared.settings.run, prepared.data_set, prepared.plan
     chosen = plan.chosen
+    unit = _unit(run.method)
     lines = [
-        f"edgeblocks: {run.family} {run.preset}, {format_count(plan.parameters)} parameters in {chosen.blocks} blocks "
-        f"of {'/'.join(str(count) for count in sorted(set(plan.layers), reverse=True))} layers",
+        f"edgeblocks: {run.family} {run.preset}, {format_count(plan.parameters)} parameters in {chosen.blocks} "
+        f"{unit}{'s' if chosen.blocks > 1 else ''} "
+        f"of {'/'.join(str(count) for count in sorted(set(plan.layers), reverse=True))} layers"
+        f"{', trained end to end' if run.method == 'exact' else ''}",
         f"data: {data.source}, {data.describe()}",
         *([] if prepared.profile is None else [f"machine: {prepared.profile.name}, {prepared.profile.description}"]),
         f"plan: batch {run.batch} = {chosen.accumulation} x {chosen.micro_batch}, "
-        f"checkpointing {'on' if chosen.checkpointing else 'off'}, {run.optimizer}, visits of {chosen.visit_steps} "
-        f"steps, {_where(chosen)}",
+        f"checkpointing {'on' if chosen.checkpointing else 'off'}, {run.optimizer}, "
+        + (
+            f"saved every {chosen.visit_steps} steps, {_where(chosen, unit)}"
+            if run.method == "exact"
+            else f"visits of {chosen.visit_steps} steps, {_where(chosen, unit)}"
+        ),
         *_memory_lines(plan),
         _time_line(prepared),
         _disk_line(plan),
@@ -128,31 +138,39 @@ def banner(prepared: "Prepared") -> str:
     return "\n".join([*lines, *(f"note: {warning}" for warning in plan.warnings)])
 
 
-def _where(chosen: "Candidate") -> str:
+def _unit(method: str) -> str:
+    """What the layers are cut into."""
+    return "stage" if method == "exact" else "block"
+
+
+def _where(chosen: "Candidate", unit: str) -> str:
     """What lives where between its visits."""
     moving = " (one trained, one on its way)" if chosen.slots > 1 else ""
     tiers = chosen.tiers
     if "device" in tiers:
         if not tiers["ram"] and not tiers["disk"]:
-            return "all blocks stay on the device"
-        places = f"{chosen.slots} of {chosen.blocks} blocks at a time on the device{moving}"
+            return f"all {unit}s stay on the device"
+        places = f"{chosen.slots} of {chosen.blocks} {unit}s at a time on the device{moving}"
         names = {"ram": "in RAM", "disk": "on disk"}
-        waiting = [f"{_numbers(tiers[tier])} {name}" for tier, name in names.items() if tiers[tier]]
+        waiting = [f"{_numbers(tiers[tier], unit)} {name}" for tier, name in names.items() if tiers[tier]]
         return f"{places}, between visits {' and '.join(waiting)}"
     if not tiers["disk"]:
-        return "all blocks stay in memory"
+        return f"all {unit}s stay in memory"
+    if unit == "stage":
+        return f"{chosen.slots} of {chosen.blocks} stages in memory at a time, the others on disk"
     if not tiers["ram"]:
         return f"blocks on disk, {chosen.slots} in memory{moving}"
-    return f"{_numbers(tiers['ram'])} in memory, {_numbers(tiers['disk'])} on disk, two of them in memory{moving}"
+    in_memory, on_disk = (_numbers(tiers[tier], unit) for tier in ("ram", "disk"))
+    return f"{in_memory} in memory, {on_disk} on disk, two of them in memory{moving}"
 
 
-def _numbers(blocks: Sequence[int]) -> str:
+def _numbers(blocks: Sequence[int], unit: str) -> str:
     """Consecutive blocks in words.
 
-    >>> _numbers([2]), _numbers([0, 1, 2])
+    >>> _numbers([2], "block"), _numbers([0, 1, 2], "block")
     ('block 2', 'blocks 0-2')
     """
-    return f"block {blocks[0]}" if len(blocks) == 1 else f"blocks {blocks[0]}-{blocks[-1]}"
+    return f"{unit} {blocks[0]}" if len(blocks) == 1 else f"{unit}s {blocks[0]}-{blocks[-1]}"
 
 
 def _memory_lines(plan: "Plan") -> list[str]:
@@ -175,12 +193,14 @@ def _time_line(prepared: "Prepared") -> str:
     """An estimate from measured speeds, or a bound from those of a profile."""
     plan, steps = prepared.plan, prepared.settings.run.steps
     total, written = format_duration(plan.predicted_s), format_bytes(plan.chosen.bytes_written)
+    which = f"{steps} steps" if plan.method == "exact" else f"{steps} steps of each block"
+    moving = f"{plan.stall_share:.1%} of it moving {_unit(plan.method)}s, " if plan.chosen.tier == "disk" else ""
     if prepared.profile is None:
-        return f"time: about {total} for {steps} steps of each block, about {written} written to disk"
+        return f"time: about {total} for {which}, {moving}about {written} written to disk"
     step = format_duration(plan.chosen.step_s + plan.chosen.streaming_s)
     return (
-        f"time: at most about {step} a step, {total} for {steps} steps of each block (a bound from the profile's "
-        f"sustained speeds, not a measurement), about {written} written to disk"
+        f"time: at most about {step} a step, {total} for {which} (a bound from the profile's "
+        f"sustained speeds, not a measurement), {moving}about {written} written to disk"
     )
 
 
@@ -188,15 +208,29 @@ def _disk_line(plan: "Plan") -> str:
     """What lies on disk, and what wears it."""
     shorter = " (in all: the run takes less)" if plan.predicted_s < DAY_S else ""
     return (
-        f"on disk: {format_bytes(plan.chosen.disk_bytes)} (every block, and one being written); about "
+        f"on disk: {format_bytes(plan.chosen.disk_bytes)} (every {_unit(plan.method)}, and {_spare(plan)}); about "
         f"{format_bytes(plan.written_a_day_bytes)} written a day{shorter}"
     )
+
+
+def _spare(plan: "Plan") -> str:
+    """What lies on disk for a moment beside the files of all blocks."""
+    if plan.method == "diffusion":
+        return "one being written"
+    return "while they are saved every one again" + ("" if plan.chosen.tier == "ram" else ", and while they wait")
 
 
 def plan_table(prepared: "Prepared") -> str:
     """The candidates, one line each; the chosen one is marked. Memory is in MB."""
     parts = {"runtime": "runtime", "weights": "weights", "gradients": "grads", "optimizer": "optim", "ema": "ema"}
-    parts |= {"activations": "activ", "data": "data", "evaluation": "eval", "slack": "slack", "planning": "planning"}
+    parts |= {
+        "activations": "activ",
+        "boundaries": "bound",
+        "data": "data",
+        "evaluation": "eval",
+        "slack": "slack",
+        "planning": "planning",
+    }
     rows_with = {part for row in prepared.plan.candidates for part, size in row.breakdown.items() if size}
     parts = {part: title for part, title in parts.items() if part in rows_with}
     with_host = prepared.machine.host is not None
@@ -204,6 +238,8 @@ def plan_table(prepared: "Prepared") -> str:
     rows = [
         ["", "blocks", "layers", "micro-batch", "ckpt", *on_device, "visit", "fits", "peak MB", "=", *parts.values()]
     ]
+    if prepared.plan.method == "exact":
+        rows[0][1], rows[0][rows[0].index("visit")] = "stages", "saved"
     rows[0] += [*(["host MB"] if with_host else []), "step", "written"]
     for row in prepared.plan.candidates:
         rows.append(
@@ -234,7 +270,8 @@ def training_report(summary: dict[str, Any], path: Any) -> str:
     """Planned beside measured, and what to type next."""
     loss = summary["metrics"]
     by_block = ", ".join("-" if value is None else f"{value:.3f}" for value in loss["validation_loss_by_block"])
-    split = summary["time_split"]
+    by_block = f" (by block, high noise first: {by_block})" if summary["method"] == "diffusion" else ""
+    unit, split = _unit(summary["method"]), summary["time_split"]
     total = max(summary["seconds"], 1e-9)
     memories = [("peak memory", summary["predicted_peak_bytes"], summary["peak_bytes"])]
     if summary["predicted_ram_peak_bytes"] is not None:
@@ -242,15 +279,19 @@ def training_report(summary: dict[str, Any], path: Any) -> str:
     rows = [
         *((name, format_bytes(planned), format_bytes(measured)) for name, planned, measured in memories),
         ("budget", "", format_bytes(summary["budget_bytes"])),
-        ("step of a block", format_duration(summary["predicted_step_s"]), format_duration(summary["step_s"])),
+        (
+            "step" if unit == "stage" else "step of a block",
+            format_duration(summary["predicted_step_s"]),
+            format_duration(summary["step_s"]),
+        ),
     ]
     lines = [f"{'':<18}{'planned':>12}{'measured':>12}"]
     lines += [f"{name:<18}{planned:>12}{measured:>12}" for name, planned, measured in rows]
     lines += [
-        f"time: {format_duration(total)}; compute {split['compute'] / total:.1%}, waiting for blocks "
+        f"time: {format_duration(total)}; compute {split['compute'] / total:.1%}, waiting for {unit}s "
         f"{split['stall'] / total:.1%}, data {split['data'] / total:.1%}; "
         f"{format_bytes(summary['disk_bytes_written'])} written to disk",
-        f"validation loss {loss['validation_loss']:.4f} (by block, high noise first: {by_block})",
+        f"validation loss {loss['validation_loss']:.4f}{by_block}",
         "",
         *_next_commands(summary["makes"], path),
     ]
@@ -307,20 +348,23 @@ def evaluation_report(result: dict[str, Any]) -> str:
     lines = [
         f"validation loss {result['validation_loss']:.4f}{spread} "
         f"({validation['images']} {examples} of the {validation['part']} part, EMA weights)",
-        *_level_lines(validation["levels"]),
+        *(_level_lines(validation["levels"]) if len(validation["levels"]) > 1 else ()),
     ]
     if "text" in result:
         lines.append(_bits_line(result["text"]))
     if "bounds" in result:
         lines += _continuation_lines(result)
     found = result.get("classification")
+    end_to_end = result["method"] == "exact"
     if found is not None:
         by_block = ", ".join("-" if share is None else f"{share:.1%}" for share in result["top1_by_block"])
         lines += [
-            f"chain on {found['images']} images: top-1 {found['top1']:.2%}, top-5 {found['top5']:.2%}, "
+            f"{'' if end_to_end else 'chain on '}{found['images']} images: "
+            f"top-1 {found['top1']:.2%}, top-5 {found['top5']:.2%}, "
             f"cross-entropy {found['cross_entropy']:.4f}, calibration error {found['calibration_error']:.3f}",
-            f"top-1 of one block alone, over its noise levels: {by_block}",
         ]
+        if not end_to_end:
+            lines.append(f"top-1 of one block alone, over its noise levels: {by_block}")
     frechet = result.get("frechet")
     if frechet is not None:
         floor = (
@@ -338,11 +382,13 @@ def evaluation_report(result: dict[str, Any]) -> str:
 
 def _continuation_lines(result: dict[str, Any]) -> list[str]:
     """What is told of text that is written token by token, beside its bound."""
-    lines = [
-        f"with {row['noises']} noise{'' if row['noises'] == 1 else 's'} a token: {_with_error(row)}"
-        for row in result["bounds"]
-    ]
-    lines.append(f"cross-entropy at the highest noise level: {result['cross_entropy_at_top']:.4f} nats a token")
+    lines = []
+    if result["method"] == "diffusion":
+        lines += [
+            f"with {row['noises']} noise{'' if row['noises'] == 1 else 's'} a token: {_with_error(row)}"
+            for row in result["bounds"]
+        ]
+        lines.append(f"cross-entropy at the highest noise level: {result['cross_entropy_at_top']:.4f} nats a token")
     lines += [f"over {row['steps']:>2} levels: {_with_error(row)}" for row in result.get("curve", ())]
     for name, found in (("samples", result["variety"]["samples"]), ("hold-out", result["variety"]["held_out"])):
         distinct = ", ".join(_share(found[f"distinct_{count}"]) for count in (1, 2, 3))

@@ -37,6 +37,7 @@ def trace_in_subprocess(
     data: dict[str, Any],
     sample_counts: Sequence[int],
     *,
+    method: str = "diffusion",
     cache: Path | None = None,
 ) -> tuple[LayerCosts, int]:
     """`LayerCosts` of a family, traced by a child process that leaves nothing behind in this one; and the child's peak.
@@ -46,7 +47,7 @@ def trace_in_subprocess(
         sample_counts: micro-batches to trace.
         cache: a folder of former answers, looked up and added to; None traces in any case.
     """
-    request: dict[str, Any] = {"family": family_name, "settings": settings, "data": data}
+    request: dict[str, Any] = {"family": family_name, "settings": settings, "data": data, "method": method}
     request |= {"sample_counts": list(sample_counts), "own_family": own_family(family_name)}
     kept = None if cache is None else cache / f"costs-{_fingerprint(request)}.json"
     if kept is not None:
@@ -117,6 +118,7 @@ def trace(family: Any, sample_counts: Sequence[int]) -> LayerCosts:
         kind: tuple(_trace_growth(family, samples, kind) for samples in sorted(set(sample_counts)))
         for kind in ("plain", "checkpointed", "forward")
     }
+    hidden_bytes, condition_bytes = _carried_bytes(family)
     return LayerCosts(
         num_layers=family.num_layers,
         ends_parameters=2 * one - two,
@@ -128,8 +130,24 @@ def trace(family: Any, sample_counts: Sequence[int]) -> LayerCosts:
         batch_bytes_per_sample=sum(_num_bytes(shape, dtype) for shape, dtype in family.batch_spec(1).values()),
         ends_flops_per_sample=2 * flops[0] - flops[1],
         layer_flops_per_sample=flops[1] - flops[0],
+        hidden_bytes_per_sample=hidden_bytes,
+        condition_bytes_per_sample=condition_bytes,
         **kinds,
     )
+
+
+def _carried_bytes(family: Any) -> tuple[int, int]:
+    """Of one sample's hidden values and condition, which go from stage to stage."""
+    import torch
+
+    if not hasattr(family, "enter"):
+        return 0, 0
+    with torch.device("meta"), torch.no_grad():
+        block = family.block(num_layers=1, checkpointing=False)
+        block.reset_tables_()
+        batch = {name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in family.batch_spec(1).items()}
+        hidden, condition = family.enter(block, batch)
+    return _num_bytes(hidden.shape, hidden.dtype), _num_bytes(condition.shape, condition.dtype)
 
 
 def _count_parameters(family: Any, num_layers: int) -> tuple[int, int]:
@@ -273,7 +291,7 @@ def main() -> None:
     request = json.load(sys.stdin)
     if request["own_family"] is not None:
         import_own_family(request["own_family"])
-    family = build_family(request["family"], request["settings"], request["data"])
+    family = build_family(request["family"], request["settings"], request["data"], request["method"])
     costs = asdict(trace(family, request["sample_counts"]))
     print(json.dumps({**costs, "planning_bytes": build_target("cpu").peak_bytes() + RUN_TO_RUN_BYTES}))
 

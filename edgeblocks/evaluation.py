@@ -17,13 +17,13 @@ from edgeblocks.listener import Listener
 from edgeblocks.preparation import device_budget_bytes, open_run_data
 from edgeblocks.registry import build_target
 from edgeblocks.sampling import (
-    DEFAULT_STEPS,
     Runners,
     always,
     class_probabilities,
     sample_images,
     sample_texts,
     token_chain_of,
+    usual_steps,
 )
 from edgeblocks.text_quality import variety
 
@@ -51,7 +51,7 @@ def evaluate(
     if samples is None:
         samples = DEFAULT_SAMPLES[task]
     samples = len(data_set.evaluation_indices(samples)) if data_set.has_held_out else samples
-    steps = max(DEFAULT_STEPS[task] if steps is None else steps, len(directory.layers))
+    steps = usual_steps(directory) if steps is None else max(steps, len(directory.layers))
     chain = token_chain_of(directory, max(steps, *CURVE_STEPS)) if task == "continuation" else None
     with runners(samples=max(samples, metrics.MOST_EXAMPLES[task]), chain=chain) as runner:
         return Evaluation(
@@ -122,8 +122,9 @@ class Evaluation:
         )
         result: dict[str, Any] = {
             "run": str(directory.path),
-            "blocks": len(directory.layers),
-            "steps": [store.header(block).step for block in range(len(directory.layers))],
+            "method": directory.settings.run.method,
+            "blocks": len(directory.file_layers),
+            "steps": [store.header(block).step for block in range(len(directory.file_layers))],
             "validation_loss": loss["total"],
             "validation_loss_by_block": metrics.mean_by_block(loss["levels"], directory.partition),
             "validation": loss,

@@ -3,9 +3,10 @@
 from edgeblocks.layer_costs import LayerCosts, at_samples, heap_bytes_at
 from edgeblocks.plans import Machine, Wishes
 
-GAPS_SHARE = {"plain": 0.36, "checkpointed": 0.85, "forward": 0.3}
+GAPS_SHARE = {"plain": 0.36, "checkpointed": 0.85, "staged": 0.7, "forward": 0.3}
 """Memory that the allocator keeps beyond live tensors, measured (tests/bench/budget_grid.py): as a share of those on
-the heap; with checkpointing, which takes and frees in another order and peaks at another time, as a share of all."""
+the heap; with checkpointing, which takes and frees in another order and peaks at another time, as a share of all; and
+so between stages, which take and free tensors of different sizes in turn (two text families, a few shapes)."""
 LARGEST_GAPS_BYTES = 75_000_000
 LARGEST_GAPS_SHARE = 0.07
 """Gaps stop growing there, but for a share of all activations: more layers repeat the same pattern on the heap."""
@@ -29,6 +30,7 @@ def device_memory(
     wishes: Wishes,
     num_layers: int,
     *,
+    blocks: int,
     micro_batch: int,
     checkpointing: bool,
     slots: int,
@@ -36,12 +38,14 @@ def device_memory(
     """Bytes of the device's memory by its parts; where the device is the host, of all memory.
 
     Args:
-        num_layers: of a block.
+        num_layers: of a block, or of a stage.
         slots: blocks that are in memory at a time.
     """
     parameters = costs.parameters(num_layers)
     moments = costs.moment_bytes(num_layers, wishes.optimizer)
     activations, gaps = step_memory(costs, machine, num_layers, micro_batch, checkpointing)
+    if wishes.method == "exact" and blocks > 1:
+        gaps = max(gaps, int(GAPS_SHARE["staged"] * activations))
     drawn_bytes = batch_bytes(costs, wishes)
     breakdown = {
         "runtime": machine.runtime_bytes,
@@ -50,15 +54,36 @@ def device_memory(
         "optimizer": moments * slots + _workspace_bytes(costs, machine, wishes),
         "ema": 4 * parameters * slots,
         "activations": activations,
+        "boundaries": _boundary_bytes(costs, wishes, blocks, micro_batch),
         "data": (wishes.data_bytes if machine.host is None else 0) + drawn_bytes,
         "evaluation": max(
-            0, _look_bytes(costs, machine, wishes, num_layers, micro_batch) - activations - gaps - drawn_bytes
+            0,
+            look_bytes(costs, machine, wishes, num_layers, micro_batch) - activations - gaps - drawn_bytes,
         ),
         "slack": gaps + SLACK_BYTES,
     }
+    if wishes.method != "exact":
+        del breakdown["boundaries"]
     breakdown["slack"] += int(SLACK_SHARE * (sum(breakdown.values()) - machine.runtime_bytes))
     breakdown["planning"] = max(0, machine.planning_bytes - sum(breakdown.values())) if machine.host is None else 0
     return breakdown
+
+
+def _boundary_bytes(costs: LayerCosts, wishes: Wishes, stages: int, micro_batch: int) -> int:
+    """What a batch leaves at the stages' boundaries on its way forward, and one of them more on the way back.
+
+    On the way back a micro-batch has its gradient, and its product with what leaves a stage, beside; see `exact.Pass`.
+    These live on the heap, with gaps as the tensors of a step.
+    """
+    if wishes.method != "exact" or stages == 1:
+        return 0
+    hidden = (stages * wishes.batch + 3 * micro_batch) * costs.hidden_bytes_per_sample
+    return int((1 + GAPS_SHARE["plain"]) * (hidden + 3 * wishes.batch * costs.condition_bytes_per_sample))
+
+
+def _ends_bytes(costs: LayerCosts, wishes: Wishes) -> int:
+    """The copies of stem and readout that a look at a network holds, while its stages come and go."""
+    return 4 * costs.parameters(0) if wishes.method == "exact" else 0
 
 
 def host_memory(
@@ -125,12 +150,12 @@ def step_memory(
     )
 
 
-def _look_bytes(costs: LayerCosts, machine: Machine, wishes: Wishes, num_layers: int, micro_batch: int) -> int:
-    """Bytes of evaluating and sampling between visits: a forward pass, and the samples at the solver's stages.
+def look_bytes(costs: LayerCosts, machine: Machine, wishes: Wishes, num_layers: int, micro_batch: int) -> int:
+    """Bytes of evaluating and sampling between visits: a forward pass, and the samples at the solver's levels.
 
     Beside a host the samples are there, and a micro-batch of them on the device.
     """
-    forward = forward_bytes(costs, machine, num_layers, micro_batch)
+    forward = forward_bytes(costs, machine, num_layers, micro_batch) + _ends_bytes(costs, wishes)
     if machine.host is not None:
         return forward + micro_batch * (costs.batch_bytes_per_sample + wishes.sample_bytes)
     return forward + _grid_bytes(costs, wishes, micro_batch)

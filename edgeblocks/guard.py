@@ -147,7 +147,7 @@ def out_of_budget(budget_bytes: int, used_bytes: int, breakdown: dict[str, int],
     return OutOfBudgetError(
         f"the budget of {format_bytes(budget_bytes)} is used up: {why}; {format_bytes(used_bytes)} are in use. "
         f"The largest planned item is {item} ({format_bytes(breakdown[item])}){grown}. "
-        f"Give more with --mem-budget {int(budget_bytes * 1.25 / 1e6)}MB; what was trained is saved, --resume goes on"
+        f"Give more with --mem-budget {int(budget_bytes * 1.25 / 1e6)}MB; --resume goes on from what is saved"
     )
 
 

@@ -28,14 +28,15 @@ def _describe_run(path: Path) -> dict[str, Any]:
 
     run = open_run(path)
     store = run.store()
-    steps = [store.header(block).step for block in range(len(run.layers))]
+    steps = [store.header(block).step for block in range(len(run.file_layers))]
     described = {
         "kind": "run",
         "family": run.settings.run.family,
         "preset": run.settings.run.preset,
+        "method": run.settings.run.method,
         "parameters": _told(run.plan.get("parameters"), format_count),
-        "blocks": len(run.layers),
-        "layers_per_block": list(run.layers),
+        "blocks": len(run.file_layers),
+        "layers_per_block": list(run.file_layers),
         "steps": steps,
         "steps_wanted": run.settings.run.steps,
         "finished": min(steps) >= run.settings.run.steps,

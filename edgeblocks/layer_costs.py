@@ -45,7 +45,9 @@ class StepCost:
 class LayerCosts:
     """A family with its settings, as the planner sees it.
 
-    `ends` are a block's stem and readout together. `*_moments` are bytes of optimizer state by optimizer, and
+    `hidden` are the values that go from layer to layer, `condition` what all layers are told; 0 for a family that is
+    not trained in stages. `ends` are a block's stem and readout together. `*_moments` are bytes of optimizer state by
+    optimizer, and
     `workspace_bytes` what an optimizer step needs beside it on a processor, `gpu_workspace_bytes` on a GPU. Steps are
     traced at several sample counts, ascending:
     training with all activations kept, with activation checkpointing, and a forward pass alone.
@@ -61,6 +63,8 @@ class LayerCosts:
     batch_bytes_per_sample: int
     ends_flops_per_sample: int
     layer_flops_per_sample: int
+    hidden_bytes_per_sample: int
+    condition_bytes_per_sample: int
     plain: tuple[StepCost, ...]
     checkpointed: tuple[StepCost, ...]
     forward: tuple[StepCost, ...]

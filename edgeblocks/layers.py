@@ -196,6 +196,25 @@ class RotaryAdaLnLayer(AdaLnZeroLayer):
         self.attention = RotaryAttention(width=width, heads=heads)
 
 
+class PreNormLayer(nn.Module):
+    """A transformer layer of a network that is told of nothing; the condition is passed over.
+
+    Source: Xiong et al. 2020, arXiv 2002.04745 (pre-LN).
+    """
+
+    def __init__(self, *, width: int, attention: SelfAttention) -> None:
+        super().__init__()
+        self.attention_norm = nn.LayerNorm(width)
+        self.attention = attention
+        self.mlp_norm = nn.LayerNorm(width)
+        self.mlp = Mlp(width=width)
+
+    def forward(self, x: Float[Tensor, "batch tokens width"], condition: Tensor) -> Float[Tensor, "batch tokens width"]:
+        x = x + self.attention(self.attention_norm(x))
+        out: Tensor = x + self.mlp(self.mlp_norm(x))
+        return out
+
+
 def noise_features(c_noise: Float[Tensor, " batch"], num_features: int) -> Float[Tensor, "batch features"]:
     """Sines and cosines of c_noise = ln(sigma)/4, which spans about [-1.6, 1.1].
 
@@ -225,19 +244,19 @@ def sincos_positions(rows: int, columns: int, width: int) -> Float[Tensor, "toke
 class WithPositions(nn.Module):
     """A network on patches with `positions`, a fixed table and no parameter: it is never stored.
 
-    A subclass has `patch`, `height`, `width` and `patch_embedding`.
+    A subclass has `patch`, the image's `height` and `width`, and layers of width `hidden`.
     """
 
     positions: Tensor
     patch: int
     height: int
     width: int
-    patch_embedding: Linear
+    hidden: int
 
     def reset_tables_(self) -> None:
         """Make the fixed tables on torch's default device; needed before use."""
         rows, columns = self.height // self.patch, self.width // self.patch
-        table = sincos_positions(rows, columns, self.patch_embedding.out_features)
+        table = sincos_positions(rows, columns, self.hidden)
         self.register_buffer("positions", table, persistent=False)
 
 
@@ -276,6 +295,18 @@ def init_linear_(linear: nn.Linear, generator: torch.Generator) -> None:
     """Xavier-uniform weights and zero bias (DiT)."""
     nn.init.xavier_uniform_(linear.weight, generator=generator)
     nn.init.zeros_(linear.bias)
+
+
+def init_plain_(network: nn.Module, generator: torch.Generator) -> None:
+    """Linear maps as `init_linear_` has them, embeddings small, norms as the identity."""
+    for module in network.modules():
+        if isinstance(module, nn.Linear):
+            init_linear_(module, generator)
+        elif isinstance(module, nn.Embedding):
+            nn.init.normal_(module.weight, std=0.02, generator=generator)
+        elif isinstance(module, nn.LayerNorm):
+            nn.init.ones_(module.weight)
+            nn.init.zeros_(module.bias)
 
 
 def init_zero_(linear: nn.Linear) -> None:

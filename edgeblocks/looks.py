@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from edgeblocks import metrics, pictures
-from edgeblocks.chain import BlockRunner
+from edgeblocks.chain import BlockRunner, EmaSource
 from edgeblocks.checkpoint import RunDirectory, write_text
 from edgeblocks.data.dataset import DataSet
 from edgeblocks.drawing import TEXT_TASKS
@@ -14,7 +14,6 @@ from edgeblocks.guard import Guard, is_refusal
 from edgeblocks.listener import Listener
 from edgeblocks.preparation import GRID_SAMPLES, GRID_TOKENS
 from edgeblocks.run import Run
-from edgeblocks.scheduler import Scheduler
 from edgeblocks.trainer import Interrupted, Interruption
 from edgeblocks.unmasking import texts_as_file
 
@@ -25,8 +24,15 @@ class Looks:
     A signal stops a look at its next noise level.
     """
 
-    def __init__(self, run: RunDirectory, scheduler: Scheduler, guard: Guard, interruption: Interruption) -> None:
-        self._run, self._scheduler, self._guard, self._interruption = run, scheduler, guard, interruption
+    def __init__(
+        self, run: RunDirectory, source: EmaSource, guard: Guard, interruption: Interruption, *, residents: int
+    ) -> None:
+        """
+        Args:
+            residents: blocks that the source has in memory anyway.
+        """
+        self._run, self._source, self._guard, self._interruption = run, source, guard, interruption
+        self._residents = residents
         self._task = run.family().task
         self._grids = run.settings.run.sample_grids if GRID_SAMPLES[self._task] else 0
         self._total = run.settings.run.steps
@@ -73,13 +79,17 @@ class Looks:
         )
         pictures.save_png(path.with_suffix(".png"), pictures.image_grid(images, columns=10))
 
+    def _micro_batch(self) -> int:
+        """As planned, or as small as a step had to become since."""
+        plan, step = self._run.plan, self._guard.shape.micro_batch
+        return int(plan.get("look_micro_batch", step)) if step == plan["micro_batch"] else step
+
     def _runner(self) -> BlockRunner:
-        """With all blocks, where the scheduler has them all anyway."""
-        blocks = len(self._run.layers)
+        """With all blocks, where they are in memory anyway."""
         return Run(self._run).runner(
-            self._scheduler,
-            micro_batch=self._guard.shape.micro_batch,
-            residents=blocks if self._scheduler.num_slots >= blocks else 1,
+            self._source,
+            micro_batch=self._micro_batch(),
+            residents=self._residents if self._residents >= len(self._run.layers) else 1,
         )
 
     def evaluation(self, data_set: DataSet, listener: Listener) -> dict[str, Any]:

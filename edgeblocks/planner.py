@@ -17,10 +17,21 @@ from edgeblocks.footprint import (
     forward_bytes,
     host_budget_bytes,
     host_memory,
+    look_bytes,
     step_memory,
 )
 from edgeblocks.layer_costs import LayerCosts, at_samples
-from edgeblocks.plans import Candidate, Machine, Plan, StepShape, Wishes, kept_blocks, micro_batches, split_layers
+from edgeblocks.plans import (
+    Candidate,
+    Machine,
+    Plan,
+    StepShape,
+    Wishes,
+    kept_blocks,
+    micro_batches,
+    split_layers,
+    swapped_stages,
+)
 from edgeblocks.units import format_bytes
 
 FEWEST_GOOD_LAYERS = 4
@@ -29,6 +40,8 @@ STREAMING_SHARE = 0.02
 USUAL_VISIT_S = 300.0
 """A visit is the most that a power cut can undo; shorter ones write more to the disk."""
 FEWEST_ROUNDS = 4
+ABOUT_AS_FAST = 1.1
+"""Of two ways to train end to end, one that takes so many times as long is still preferred where it writes less."""
 
 
 def make_plan(costs: LayerCosts, machine: Machine, wishes: Wishes) -> Plan:
@@ -49,34 +62,58 @@ def make_plan(costs: LayerCosts, machine: Machine, wishes: Wishes) -> Plan:
         options = _options(costs, machine, wishes, blocks)
         fitting = [option for option in options if option.fits]
         if fitting:
-            # Streaming is part of the time; the largest micro-batch wins where times are equal.
-            rows.append(min(fitting, key=lambda option: (option.step_s + option.streaming_s, -option.micro_batch)))
+            rows.append(_best(fitting, wishes))
         else:
             rows.append(min(options, key=lambda option: option.predicted_peak_bytes))
-    chosen = next((row for row in rows if row.fits), None)
-    if chosen is None:
+    fitting_rows = [row for row in rows if row.fits]
+    if not fitting_rows:
         raise _does_not_fit(costs, machine, wishes)
+    chosen = _best(fitting_rows, wishes) if wishes.method == "exact" else fitting_rows[0]
     layers = split_layers(costs.num_layers, chosen.blocks)
     return Plan(
         chosen=chosen,
         candidates=tuple(rows),
         layers=layers,
         shapes=_shapes(costs, machine, wishes, chosen),
+        look_micro_batch=_look_micro_batch(costs, machine, wishes, chosen),
         steps=wishes.steps,
         budget_bytes=wishes.budget_bytes,
-        parameters=sum(costs.parameters(count) for count in layers),
+        parameters=_parameters(costs, wishes, layers),
         optimizer=wishes.optimizer,
         machine=machine,
+        method=wishes.method,
         warnings=_warnings(costs.num_layers, chosen, wishes),
         ram_budget_bytes=None if machine.host is None else host_budget_bytes(machine, wishes),
     )
+
+
+def _best(options: Sequence[Candidate], wishes: Wishes) -> Candidate:
+    """The one that takes least time, of which streaming is a part; the largest micro-batch where times are equal.
+
+    A cut into stages changes no number, and moving stages wears the disk: among ways that are about as fast as the
+    fastest, the one that writes least.
+    """
+
+    def time(option: Candidate) -> tuple[float, int]:
+        return option.step_s + option.streaming_s, -option.micro_batch
+
+    if wishes.method == "diffusion":
+        return min(options, key=time)
+    longest_s = ABOUT_AS_FAST * min(time(option)[0] for option in options)
+    fast = [option for option in options if time(option)[0] <= longest_s]
+    return min(fast, key=lambda option: (option.bytes_written, *time(option)))
+
+
+def _parameters(costs: LayerCosts, wishes: Wishes, layers: Sequence[int]) -> int:
+    """Of all blocks, each with a stem and a readout of its own; or of the one network that is cut into stages."""
+    return sum(map(costs.parameters, layers)) if wishes.method == "diffusion" else costs.parameters(costs.num_layers)
 
 
 def _block_counts(num_layers: int, wishes: Wishes) -> list[int]:
     """Numbers of blocks worth comparing: the forced one, or the smallest for each size of the largest block."""
     if wishes.blocks is not None:
         return [wishes.blocks]
-    start = min(wishes.preferred_blocks, num_layers)
+    start = 1 if wishes.method == "exact" else min(wishes.preferred_blocks, num_layers)
     counts: dict[int, int] = {}
     for blocks in range(start, num_layers + 1):
         counts.setdefault(math.ceil(num_layers / blocks), blocks)
@@ -115,16 +152,37 @@ def _candidate(
     block_bytes = 8 * parameters + moments
     accumulation = math.ceil(wishes.batch / micro_batch)
     breakdown = device_memory(
-        costs, machine, wishes, num_layers, micro_batch=micro_batch, checkpointing=checkpointing, slots=slots
+        costs,
+        machine,
+        wishes,
+        num_layers,
+        blocks=blocks,
+        micro_batch=micro_batch,
+        checkpointing=checkpointing,
+        slots=slots,
     )
     host_breakdown, ram_blocks = host_memory(costs, machine, wishes, blocks, slots, block_bytes, micro_batch)
     step_s = predicted_step_s(costs, machine, num_layers, wishes.batch, micro_batch, checkpointing)
     load_s, store_s = _moving_s(machine, blocks, slots, ram_blocks, block_bytes)
-    visit_steps = wishes.visit_steps or _visit_steps(
-        wishes.steps, step_s, load_s + store_s, most_rounds=_most_rounds(wishes, blocks * block_bytes)
-    )
-    rounds = math.ceil(wishes.steps / visit_steps)
     hidden = 0.25 if slots > 1 else 1.0  # beside compute, streaming still takes a share of the processor
+    swapped_bytes, spare = 0, blocks if wishes.method == "exact" else 1
+    if wishes.method == "exact":
+        step_s *= blocks  # all of them, and of all but the last one the forward pass again
+        step_s += (blocks - 1) / blocks * _forward_s(costs, machine, wishes.batch)
+        swapped = swapped_stages(blocks, slots)
+        spare += swapped
+        swapped_bytes = swapped * block_bytes
+        moving_s = (
+            swapped * block_bytes + (blocks - slots) * 4 * parameters
+        ) / machine.disk_read_bytes_per_s + swapped_bytes / machine.disk_write_bytes_per_s
+        stall_s = max(hidden * moving_s, moving_s - step_s)
+        visit_steps = wishes.visit_steps or max(1, min(math.ceil(USUAL_VISIT_S / (step_s + stall_s)), wishes.steps))
+        load_s, store_s = stall_s * visit_steps / hidden, blocks * store_s
+    else:
+        visit_steps = wishes.visit_steps or _visit_steps(
+            wishes.steps, step_s, load_s + store_s, most_rounds=_most_rounds(wishes, blocks * block_bytes)
+        )
+    rounds = math.ceil(wishes.steps / visit_steps)
     return Candidate(
         blocks=blocks,
         layers_per_block=num_layers,
@@ -137,7 +195,8 @@ def _candidate(
         step_s=step_s,
         streaming_s=hidden * (load_s + store_s) / visit_steps,
         block_bytes=block_bytes,
-        bytes_written=blocks * block_bytes * (rounds + 1),
+        disk_bytes=(blocks + spare) * block_bytes,
+        bytes_written=blocks * block_bytes * (rounds + 1) + swapped_bytes * wishes.steps,
         fits=sum(breakdown.values()) <= wishes.budget_bytes
         and sum(host_breakdown.values()) <= host_budget_bytes(machine, wishes),
         host_breakdown=host_breakdown,
@@ -176,6 +235,22 @@ def _shapes(costs: LayerCosts, machine: Machine, wishes: Wishes, chosen: Candida
     return tuple(found)
 
 
+def _look_micro_batch(costs: LayerCosts, machine: Machine, wishes: Wishes, chosen: Candidate) -> int:
+    """Samples that go through the network together when it is looked at.
+
+    Stages come from the disk for every micro-batch, so of them there should be few: as many samples as take no more
+    memory than a training step. A block stays for all micro-batches, and there the step's own will do.
+    """
+    found = chosen.micro_batch
+    if wishes.method == "diffusion":
+        return found
+    room = chosen.breakdown["activations"] + chosen.breakdown["evaluation"]
+    for size in micro_batches(wishes.batch):
+        if size > found and look_bytes(costs, machine, wishes, chosen.layers_per_block, size) <= room:
+            return size
+    return found
+
+
 def predicted_step_s(
     costs: LayerCosts, machine: Machine, num_layers: int, batch: int, micro_batch: int, checkpointing: bool
 ) -> float:
@@ -197,6 +272,12 @@ def predicted_step_s(
     return arithmetic_s + traffic_s + operators * machine.operator_s + update_s
 
 
+def _forward_s(costs: LayerCosts, machine: Machine, batch: int) -> float:
+    """Seconds of a forward pass through all layers."""
+    flops = costs.num_layers * costs.layer_flops_per_sample
+    return batch * flops / machine.flops_per_s
+
+
 def _most_rounds(wishes: Wishes, round_bytes: int) -> int:
     """Rounds over all blocks that the user's limit of disk writes allows, after the one that creates them."""
     if wishes.max_disk_writes is None:
@@ -213,7 +294,8 @@ def _visit_steps(steps: int, step_s: float, streaming_s: float, *, most_rounds: 
 
 def _warnings(num_layers: int, chosen: Candidate, wishes: Wishes) -> tuple[str, ...]:
     found = []
-    if chosen.layers_per_block < min(FEWEST_GOOD_LAYERS, num_layers):
+    exact = wishes.method == "exact"
+    if not exact and chosen.layers_per_block < min(FEWEST_GOOD_LAYERS, num_layers):
         found.append(
             f"{chosen.layers_per_block} layer(s) a block: fewer than {FEWEST_GOOD_LAYERS} cost quality, because a "
             f"block denoises alone with the layers it has (ImageNet FID in the paper: 3 blocks 11.1, 6 blocks 14.4). "
@@ -223,13 +305,13 @@ def _warnings(num_layers: int, chosen: Candidate, wishes: Wishes) -> tuple[str, 
                 else "More layers (--set depth=..) or fewer --blocks give deeper ones"
             )
         )
-    if wishes.blocks is None and chosen.blocks > wishes.preferred_blocks:
+    if not exact and wishes.blocks is None and chosen.blocks > wishes.preferred_blocks:
         found.append(f"{chosen.blocks} blocks instead of the preferred {wishes.preferred_blocks}: fewer do not fit")
     if wishes.max_disk_writes is not None and chosen.bytes_written > wishes.max_disk_writes:
         found.append(
             f"the run would write {format_bytes(chosen.bytes_written)} to disk and will end, saved, before it has "
             f"written {format_bytes(wishes.max_disk_writes)}, as --max-disk-writes asks; fewer --steps, or a larger "
-            f"visit_steps, write less"
+            f"{'--mem-budget that holds more stages' if exact and chosen.tier == 'disk' else 'visit_steps'}, write less"
         )
     return tuple(found)
 

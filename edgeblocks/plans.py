@@ -6,6 +6,9 @@ from typing import Any, Literal
 
 from edgeblocks.noise import NoisePartition
 
+Method = Literal["diffusion", "exact"]
+"""Each block alone as a denoiser, or the whole network end to end, stage by stage."""
+
 DAY_S = 86_400.0
 UPDATE_S_PER_PARAMETER = 4e-9
 """Clipping, 8-bit AdamW and EMA, measured on two cores."""
@@ -56,6 +59,7 @@ class Wishes:
     steps: int
     optimizer: Literal["adamw8bit", "adamw"]
     preferred_blocks: int
+    method: Method = "diffusion"
     blocks: int | None = None
     micro_batch: int | None = None
     checkpointing: bool | None = None
@@ -101,6 +105,8 @@ class Candidate:
     step_s: float
     streaming_s: float
     block_bytes: int
+    disk_bytes: int
+    """The files of all blocks, wherever these live, and what is there beside them while some are written."""
     bytes_written: int
     fits: bool
     host_breakdown: dict[str, int] = field(default_factory=dict)
@@ -113,11 +119,6 @@ class Candidate:
     @property
     def predicted_host_peak_bytes(self) -> int:
         return sum(self.host_breakdown.values())
-
-    @property
-    def disk_bytes(self) -> int:
-        """The files of all blocks and of one that is being written: every block is on disk, wherever it lives."""
-        return (self.blocks + 1) * self.block_bytes
 
     @property
     def tiers(self) -> dict[str, list[int]]:
@@ -147,19 +148,32 @@ class Plan:
     """Number of layers of each block, from high noise to low noise."""
     shapes: tuple[StepShape, ...]
     """The chosen step first, then what a run may fall back to while it is running, each smaller than the one before."""
+    look_micro_batch: int
+    """Samples that go through the network together when it is evaluated or sampled."""
     steps: int
     budget_bytes: int
     parameters: int
     optimizer: str
     machine: Machine
+    method: Method = "diffusion"
     warnings: tuple[str, ...] = field(default=())
     ram_budget_bytes: int | None = None
     """None where the device is the host."""
 
     @property
+    def computing_s(self) -> float:
+        """Of all steps, those of each block or those of the whole network."""
+        return (1 if self.method == "exact" else self.chosen.blocks) * self.steps * self.chosen.step_s
+
+    @property
     def predicted_s(self) -> float:
-        """Of all steps of all blocks, with loading and storing."""
-        return self.chosen.blocks * self.steps * (self.chosen.step_s + self.chosen.streaming_s)
+        """Of all steps, with loading and storing."""
+        return self.computing_s / (1 - self.stall_share)
+
+    @property
+    def stall_share(self) -> float:
+        """The part of the time that loading and storing are expected to take."""
+        return self.chosen.streaming_s / (self.chosen.step_s + self.chosen.streaming_s)
 
     @property
     def written_a_day_bytes(self) -> float:
@@ -184,9 +198,11 @@ class Plan:
             "checkpointing": chosen.checkpointing,
             "optimizer": self.optimizer,
             "precision": "fp32",
+            "method": self.method,
             "tiers": chosen.tiers,
             "slots": chosen.slots,
             "shapes": [asdict(shape) for shape in self.shapes],
+            "look_micro_batch": self.look_micro_batch,
             "visit_steps": chosen.visit_steps,
             "budget_bytes": self.budget_bytes,
             "parameters": self.parameters,
@@ -217,6 +233,18 @@ def kept_blocks(blocks: int, slots: int) -> int:
     [0, 0, 1, 3, 8]
     """
     return blocks if slots >= blocks else max(0, slots - 2)
+
+
+def swapped_stages(stages: int, slots: int) -> int:
+    """How many of a network's stages are written away in a step of end-to-end training, each once.
+
+    A step goes through the stages and back, and the one that was used longest ago gives way. A stage that is in memory
+    from its update to its next one must be among the first and among the last `slots`.
+
+    >>> [swapped_stages(6, slots) for slots in (1, 2, 3, 4, 5, 6)]
+    [6, 6, 6, 4, 2, 0]
+    """
+    return min(stages, 2 * max(0, stages - slots))
 
 
 def tiers(blocks: int, slots: int, *, ram_blocks: int | None = None) -> dict[str, list[int]]:

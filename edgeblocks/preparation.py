@@ -62,8 +62,9 @@ class Prepared:
     @property
     def partition(self) -> NoisePartition:
         run = self.settings.run
-        noise = build_family(run.family, asdict(self.settings.family), asdict(self.data)).noise
-        return partition_noise(noise, num_blocks=self.plan.chosen.blocks, kind=run.partition, overlap=run.overlap)
+        noise = build_family(run.family, asdict(self.settings.family), asdict(self.data), run.method).noise
+        blocks = 1 if run.method == "exact" else self.plan.chosen.blocks
+        return partition_noise(noise, num_blocks=blocks, kind=run.partition, overlap=run.overlap)
 
     def to_json(self) -> dict[str, Any]:
         """What `plan --json` prints: the content of plan.json, and what only a plan that is not carried out needs."""
@@ -116,7 +117,7 @@ def _open_data(settings: Settings, listener: Listener, *, budget_bytes: int, tar
     run = settings.run
     data_set = open_run_data(settings, listener, budget_bytes=budget_bytes, target=target)
     data = family_type(run.family).data_info(data_set)
-    build_family(run.family, asdict(settings.family), asdict(data))
+    build_family(run.family, asdict(settings.family), asdict(data), run.method)
     return data_set, data
 
 
@@ -247,9 +248,10 @@ def _wishes(settings: Settings, data_set: DataSet, data: Any, budgets: tuple[int
         steps=run.steps,
         optimizer=run.optimizer,
         preferred_blocks=family_type(run.family).preferred_blocks,
+        method=run.method,
         data_bytes=data_set.batch_resident_bytes(run.batch),
         grid_samples=GRID_SAMPLES[family_type(run.family).task],
-        sample_bytes=grid_sample_bytes(build_family(run.family, asdict(settings.family), asdict(data))),
+        sample_bytes=grid_sample_bytes(build_family(run.family, asdict(settings.family), asdict(data), run.method)),
         max_disk_writes=None if run.max_disk_writes is None else parse_size(run.max_disk_writes),
         ram_budget_bytes=ram_budget_bytes,
         **fixed,
@@ -277,27 +279,32 @@ def check_disk(prepared: Prepared, out: Path) -> None:
         StorageError: with the bytes that are needed.
     """
     chosen, machine, work_dir = prepared.plan.chosen, prepared.plan.machine, prepared.settings.run.work_dir
+    exact = prepared.plan.method == "exact"
+    unit, longer = (
+        ("stage", "") if exact else ("block", f"longer visits with --set visit_steps={4 * chosen.visit_steps}, ")
+    )
     blocks_bytes = chosen.blocks * chosen.block_bytes
-    wanted = {Path(work_dir) if work_dir else out: blocks_bytes + chosen.block_bytes}
+    wanted = {Path(work_dir) if work_dir else out: chosen.disk_bytes}
     if work_dir:
         wanted[out] = blocks_bytes
     for path, needed in wanted.items():
         free = shutil.disk_usage(existing_folder(path)).free
         if needed > free:
             raise StorageError(
-                f"{path} needs {format_bytes(needed)} of disk for {chosen.blocks} blocks of "
-                f"{format_bytes(chosen.block_bytes)} and one being written, {format_bytes(free)} are free there; "
+                f"{path} needs {format_bytes(needed)} of disk for {chosen.blocks} {unit}s of "
+                f"{format_bytes(chosen.block_bytes)} and what is written beside them, {format_bytes(free)} are free "
+                f"there; "
                 f"choose another disk with {'--work-dir' if path != out else '--out'}, or a smaller network"
             )
-    steps = chosen.blocks * prepared.settings.run.steps
-    moving_s, computing_s = steps * chosen.streaming_s, steps * chosen.step_s
+    computing_s = prepared.plan.computing_s
+    moving_s = prepared.plan.predicted_s - computing_s
     if moving_s > max(computing_s, LONGEST_MOVING_S):
         raise StorageError(
             f"{Path(work_dir) if work_dir else out} reads {format_bytes(machine.disk_read_bytes_per_s)} and writes "
-            f"{format_bytes(machine.disk_write_bytes_per_s)} a second: moving {chosen.blocks} blocks of "
+            f"{format_bytes(machine.disk_write_bytes_per_s)} a second: moving {chosen.blocks} {unit}s of "
             f"{format_bytes(chosen.block_bytes)} would take {format_duration(moving_s)} beside "
-            f"{format_duration(computing_s)} of computing; choose a faster disk with --work-dir, longer visits with "
-            f"--set visit_steps={4 * chosen.visit_steps}, or a larger --mem-budget"
+            f"{format_duration(computing_s)} of computing; choose a faster disk with --work-dir, {longer}or a larger "
+            f"--mem-budget"
         )
 
 
@@ -339,7 +346,7 @@ def trace_costs(settings: Settings, data: Any) -> tuple[LayerCosts, int]:
     if settings.run.micro_batch != "auto":
         counts.add(min(settings.run.micro_batch, settings.run.batch))
     fields = (settings.run.family, asdict(settings.family), asdict(data), sorted(counts))
-    return cost.trace_in_subprocess(*fields, cache=cache_folder())
+    return cost.trace_in_subprocess(*fields, method=settings.run.method, cache=cache_folder())
 
 
 def data_of(run: RunSettings, progress: Progress, *, room_bytes: int | None = None) -> DataSet:

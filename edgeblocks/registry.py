@@ -17,6 +17,11 @@ _FAMILIES = {
     "mdlm": "edgeblocks.families.mdlm:Mdlm",
     "vit": "edgeblocks.families.vit:Vit",
 }
+_END_TO_END = {
+    "ar": "edgeblocks.families.ar:PlainAr",
+    "vit": "edgeblocks.families.vit:PlainVit",
+}
+"""Families that are another network where they are trained end to end."""
 _TARGETS = {"cpu": "edgeblocks.targets.cpu:CpuTarget", "cuda": "edgeblocks.targets.cuda:CudaTarget"}
 _OWN_FAMILIES: set[str] = set()
 _PROFILES = "edgeblocks.targets.profile"
@@ -76,18 +81,27 @@ def target_names() -> tuple[str, ...]:
     return tuple(_TARGETS)
 
 
-def family_type(name: str) -> Any:
-    """The class of a family.
+def family_type(name: str, method: str = "diffusion") -> Any:
+    """The class of a family, for a method of training.
 
     Raises:
-        ConfigError: there is no such family.
+        ConfigError: there is no such family, or it has no end-to-end form.
     """
-    return _load(_FAMILIES, name, "family")
+    if method != "exact":
+        return _load(_FAMILIES, name, "family")
+    cls = _load(_END_TO_END if name in _END_TO_END else _FAMILIES, name, "family")
+    if not hasattr(cls, "loss_after"):
+        raise ConfigError(
+            f"--method exact: the family '{name}' has no end-to-end form in stages"
+            + (" yet" if name not in _OWN_FAMILIES else " (it needs `enter` and `loss_after`)")
+            + "; use --method diffusion"
+        )
+    return cls
 
 
-def build_family(name: str, settings: dict[str, Any], data: dict[str, Any]) -> Any:
+def build_family(name: str, settings: dict[str, Any], data: dict[str, Any], method: str = "diffusion") -> Any:
     """A family from plain values: the fields of its settings, and those of what it knows of the data."""
-    cls = family_type(name)
+    cls = family_type(name, method)
     return cls(cls.settings_type(**settings), cls.data_type(**data))
 
 

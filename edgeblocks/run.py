@@ -24,6 +24,7 @@ from edgeblocks.run_files import read_summary
 from edgeblocks.sampling import Runners
 from edgeblocks.scheduler import EmaLoader
 from edgeblocks.solver import Solver
+from edgeblocks.staged_ema import loaded_stages
 from edgeblocks.units import format_bytes
 
 
@@ -75,7 +76,8 @@ class Run:
 
         Args:
             chain: of text that is written token by token: its keys and values are counted, and because every token runs
-                all blocks, as many of these stay in memory as there is room for.
+                all blocks, as many of these stay in memory as there is room for. So do stages that were trained
+                together, because every noise level runs them all.
 
         Raises:
             DoesNotFitError: one sample at a time does not fit.
@@ -93,18 +95,17 @@ class Run:
                 inference_micro_batch,
                 costs,
                 machine,
-                layers=directory.layers,
+                layers=directory.file_layers,
                 samples=samples,
                 budget_bytes=budget_bytes,
-                held_bytes=8 * samples * directory.data.example_bytes,
+                held_bytes=8 * samples * directory.data.example_bytes
+                + (4 * costs.parameters(0) if directory.is_exact else 0),
                 sample_bytes=0 if chain is None else chain.sample_bytes,
             ),
-            most_residents=1 if chain is None else len(directory.layers),
+            most_residents=1 if chain is None and not directory.is_exact else len(directory.file_layers),
         )
-        store = directory.store()
-        host = None if target.host_bytes() is None else HostTier(store, target, parts=EmaLoader.PARTS)
-        loader = EmaLoader(store, host=host, slots=residents)
-        runner = self.runner(loader, micro_batch=micro_batch, residents=residents)
+        ema, blocks = self._ema(target, residents), 1 if directory.is_exact else residents
+        runner = self.runner(ema, micro_batch=micro_batch, residents=blocks)
         try:
             with target.capped(budget_bytes):
                 yield runner
@@ -116,6 +117,13 @@ class Run:
                 f"{format_bytes(target.used_bytes())} are in use; give more with "
                 f"--mem-budget {int(budget_bytes * 1.25 / 1e6)}MB, or ask for fewer samples"
             ) from error
+
+    def _ema(self, target: Any, residents: int) -> EmaSource:
+        if self.directory.is_exact:
+            return loaded_stages(self.directory, slots=residents)
+        store = self.directory.store()
+        host = None if target.host_bytes() is None else HostTier(store, target, parts=EmaLoader.PARTS)
+        return EmaLoader(store, host=host, slots=residents)
 
     def _runners(self, runner: BlockRunner | None, mem_budget: str | None) -> Runners:
         """The runner that is given, or those that fit."""

@@ -113,6 +113,7 @@ class PlanFields(_Checked):
     blocks: Layers | None = None
     visit_steps: Steps | None = None
     checkpointing: bool | None = None
+    look_micro_batch: Samples | None = None
     shapes: Annotated[list[StepShapeFields], Field(min_length=1, max_length=256)] | None = None
     parameters: Count | None = None
     predicted_peak_bytes: Count | None = None

@@ -30,6 +30,12 @@ DEFAULT_STEPS = {
 """Of a chain, by the family's task."""
 
 
+def usual_steps(directory: RunDirectory) -> int:
+    """Of a run's chain: what is usual for the family's task, one where there is no chain, at least one a block."""
+    family = directory.family()
+    return max(getattr(family, "chain_steps", DEFAULT_STEPS[family.task]), len(directory.layers))
+
+
 class Runners(Protocol):
     """Where a runner comes from once it is known for how many samples; see `Run.fitting_runner`."""
 
@@ -95,7 +101,7 @@ def sample_texts(
     if family.task not in TEXT_TASKS:
         raise ConfigError(f"{directory.path} is of the family {family.name}, which makes no text")
     drawing.check_options(family.task, fill=fill, prompt=prompt, top_p=top_p, length=length)
-    steps = max(DEFAULT_STEPS[family.task], len(directory.layers)) if steps is None else steps
+    steps = usual_steps(directory) if steps is None else steps
     common: dict[str, Any] = {
         "n": n,
         "steps": steps,
@@ -202,7 +208,7 @@ def classify_images(
     shape = (data.height, data.width, data.channels)
     if pixels.shape[1:] != shape or pixels.dtype != np.uint8:
         raise ConfigError(f"images are {pixels.dtype} {pixels.shape[1:]}; the run takes uint8 {shape}")
-    steps = max(DEFAULT_STEPS[family.task] if steps is None else steps, len(directory.layers))
+    steps = usual_steps(directory) if steps is None else max(steps, len(directory.layers))
     with runners(samples=len(pixels)) as runner:
         return class_probabilities(directory, runner, pixels, steps=steps, noises=noises, seed=seed)
 

@@ -24,7 +24,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from edgeblocks.durable import write_atomically
+from edgeblocks.durable import sync, write_atomically
 from edgeblocks.errors import RunError, StorageError
 from edgeblocks.units import format_bytes
 from edgeblocks.untrusted import open_regular, parse_json, shown
@@ -176,6 +176,10 @@ class BlockBuffer:
                 view = memory[start : start + entry.num_bytes].view(entry.dtype).view(entry.shape)
                 yield entry.name.removeprefix(f"{part}."), view
 
+    def bind_(self, network: nn.Module) -> None:
+        """Make a block's parameters views of the EMA weights."""
+        bind_parameters_(network, self.tensors("ema"))
+
     def flat(self, part: Literal["weights", "ema"]) -> Tensor:
         """All parameters of a part as one fp32 vector [num_parameters]."""
         return self.part_bytes(part).view(torch.float32)
@@ -213,8 +217,14 @@ class BlockHeader:
 class BlockStore:
     """The files of a run's blocks, in one folder."""
 
-    def __init__(self, folder: Path, layouts: Sequence[BlockLayout], run_id: str) -> None:
-        self.folder = folder
+    def __init__(
+        self, folder: Path, layouts: Sequence[BlockLayout], run_id: str, *, trained_together: bool = False
+    ) -> None:
+        """
+        Args:
+            trained_together: as stages of one network, of which none can be trained again alone.
+        """
+        self.folder, self._together = folder, trained_together
         self.layouts = tuple(layouts)
         self.run_id = run_id
         self.bytes_written = 0
@@ -225,6 +235,18 @@ class BlockStore:
     def buffer(self, parts: Sequence[Part] = PARTS) -> BlockBuffer:
         """Memory for these parts of any of the blocks."""
         return BlockBuffer(max(self.layouts, key=lambda layout: layout.num_bytes), parts)
+
+    def _kept(self, block: int) -> str:
+        """What is not lost with a damaged file, and what to do."""
+        if self._together:
+            return (
+                "the others are not touched, but all were trained together. Put the file back from a copy, or train "
+                "again from the beginning, with another --out"
+            )
+        return (
+            f"the other blocks are not touched. Put the file back from a copy, or train this block alone again with "
+            f"edgeblocks train --resume RUN --reinit-block {block}"
+        )
 
     def path(self, block: int) -> Path:
         return self.folder / f"block_{block:03d}.safetensors"
@@ -251,7 +273,7 @@ class BlockStore:
             StorageError: the disk refused, or the folder is not the one that was written before; the former file is
                 untouched.
         """
-        self._check_folder()
+        self.check_folder()
         layout = self.layouts[block]
         digests = {part: _digest(buffer.part_bytes(part)) for part in PARTS}
         meter = self.run_bytes_written + self.file_bytes(block)
@@ -259,7 +281,7 @@ class BlockStore:
             layout,
             BlockHeader(run_id=self.run_id, block=block, step=step, digests=digests, run_bytes_written=meter),
         )
-        payload: list[bytes | memoryview] = [header, *(_memory(buffer.part_bytes(part)) for part in PARTS)]
+        payload: list[bytes | memoryview] = [header, *(bytes_of(buffer.part_bytes(part)) for part in PARTS)]
         total = sum(len(piece) for piece in payload)
         path = self.path(block)
         try:
@@ -273,7 +295,7 @@ class BlockStore:
         self._held_folder = os.open(self.folder, os.O_RDONLY)
         weakref.finalize(self, os.close, self._held_folder)
 
-    def _check_folder(self) -> None:
+    def check_folder(self) -> None:
         """A folder that was deleted and made anew belongs to another run, whose lock this process does not hold."""
         if self._held_folder is None:
             return
@@ -295,12 +317,12 @@ class BlockStore:
             with open_regular(path) as file:
                 return self._read_header(block, file)[0]
         except FileNotFoundError as error:
-            raise RunError(f"block {block} is missing: there is no file {path}; {_kept(block)}") from error
+            raise RunError(f"block {block} is missing: there is no file {path}; {self._kept(block)}") from error
         except OSError as error:
             raise storage_error(f"cannot read block {block}", path, error) from error
 
-    def read(self, block: int, buffer: BlockBuffer) -> int:
-        """Fill the buffer with the parts it holds and return the block's step.
+    def read(self, block: int, buffer: BlockBuffer, parts: Sequence[Part] | None = None) -> int:
+        """Fill the buffer with the parts it holds, or with some of them, and return the block's step.
 
         Raises:
             RunError: as `header`, or the bytes do not match their checksum.
@@ -308,22 +330,23 @@ class BlockStore:
         """
         layout, path = self.layouts[block], self.path(block)
         buffer.adopt_(layout)
+        wanted = buffer.parts if parts is None else parts
         try:
             with open_regular(path) as file:
                 header, data_start = self._read_header(block, file)
-                for part in buffer.parts:
+                for part in wanted:
                     start, num_bytes = layout.part_span(part)
                     file.seek(data_start + start)
-                    _read_exactly(file, _memory(buffer.part_bytes(part)))
+                    _read_exactly(file, bytes_of(buffer.part_bytes(part)))
                     self.bytes_read += num_bytes
         except OSError as error:
             if isinstance(error, FileNotFoundError) and self.folder.is_dir():
-                raise RunError(f"block {block} is missing: there is no file {path}; {_kept(block)}") from error
+                raise RunError(f"block {block} is missing: there is no file {path}; {self._kept(block)}") from error
             raise storage_error(f"cannot read block {block}", path, error) from error
-        for part in buffer.parts:
+        for part in wanted:
             if _digest(buffer.part_bytes(part)) != header.digests[part]:
                 raise RunError(
-                    f"block {block} is damaged: the {part} in {path} do not match their checksum; {_kept(block)}"
+                    f"block {block} is damaged: the {part} in {path} do not match their checksum; {self._kept(block)}"
                 )
         return header.step
 
@@ -333,7 +356,7 @@ class BlockStore:
         size = os.fstat(file.fileno()).st_size
         length = int.from_bytes(file.read(8), "little") if size >= 8 else 0
         if not 2 <= length <= min(_HEADER_LIMIT_BYTES, size - 8):
-            raise RunError(f"{damaged} is not a safetensors file or is cut short ({size} bytes); {_kept(block)}")
+            raise RunError(f"{damaged} is not a safetensors file or is cut short ({size} bytes); {self._kept(block)}")
         try:
             table = parse_json(file.read(length).decode("utf-8"))
             metadata = table.pop("__metadata__")
@@ -345,7 +368,7 @@ class BlockStore:
                 )
             claimed = metadata.pop("header_sha256")
             if claimed != _header_digest(table, metadata):
-                raise RunError(f"{damaged} has a header that does not match its checksum; {_kept(block)}")
+                raise RunError(f"{damaged} has a header that does not match its checksum; {self._kept(block)}")
             header = BlockHeader(
                 run_id=metadata["run_id"],
                 block=_count(metadata["block"]),
@@ -356,7 +379,7 @@ class BlockStore:
             if not isinstance(header.run_id, str):
                 raise TypeError(f"run_id={shown(header.run_id)}")
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise RunError(f"{damaged} has an unreadable header; {_kept(block)}") from error
+            raise RunError(f"{damaged} has an unreadable header; {self._kept(block)}") from error
         if header.run_id != self.run_id or header.block != block:
             raise RunError(
                 f"{path} is block {header.block} of run {header.run_id[:8]}, but block {block} of run "
@@ -365,9 +388,9 @@ class BlockStore:
         layout = self.layouts[block]
         expected = 8 + length + layout.num_bytes
         if table != _table(layout):
-            raise RunError(f"{path} holds tensors of another network than config.yaml describes; {_kept(block)}")
+            raise RunError(f"{path} holds tensors of another network than config.yaml describes; {self._kept(block)}")
         if size != expected:
-            raise RunError(f"{damaged} has {size} bytes where {expected} belong: it was cut short; {_kept(block)}")
+            raise RunError(f"{damaged} has {size} bytes where {expected} belong: it was cut short; {self._kept(block)}")
         return header, 8 + length
 
 
@@ -376,13 +399,6 @@ def _count(text: str) -> int:
     if not isinstance(text, str) or not (text.isascii() and text.isdigit() and len(text) <= 19):
         raise ValueError(f"{shown(text)} is no count")
     return int(text)
-
-
-def _kept(block: int) -> str:
-    return (
-        f"the other blocks are not touched. Put the file back from a copy, or train this block alone again with "
-        f"edgeblocks train --resume RUN --reinit-block {block}"
-    )
 
 
 def _table(layout: BlockLayout) -> dict[str, Any]:
@@ -417,13 +433,13 @@ def _encode_header(layout: BlockLayout, header: BlockHeader) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
-def _memory(data: Tensor) -> memoryview:
+def bytes_of(data: Tensor) -> memoryview:
     """A uint8 tensor's bytes, without a copy."""
     return memoryview(data.numpy())  # type: ignore[arg-type]  # numpy's stubs promise no buffer before Python 3.12
 
 
 def _digest(data: Tensor) -> str:
-    return hashlib.sha256(_memory(data)).hexdigest()
+    return hashlib.sha256(bytes_of(data)).hexdigest()
 
 
 def _read_exactly(file: Any, view: memoryview) -> None:
@@ -445,3 +461,60 @@ def storage_error(what: str, path: Path, error: OSError) -> StorageError:
     if not path.parent.is_dir():
         ending = f"{path.parent} was deleted or its disk is gone; put it back from a copy, or start a new run"
     return StorageError(f"{what}: {path}: {error.strerror or error}{free}. {ending}")
+
+
+class NextBlocks:
+    """New files for all blocks of a run, which replace the former ones together or not at all, whatever happens.
+
+    The new files lie beside the former ones under other names until all are complete. Then one small file says so: from
+    that instant on they are the run's, and what is left of the renaming is done by whoever comes next.
+    """
+
+    _COMPLETE = ".next_blocks_are_complete"
+
+    def __init__(self, store: BlockStore) -> None:
+        self._store = store
+        self._new = _NextStore(store.folder, store.layouts, store.run_id)
+
+    def write(self, block: int, buffer: BlockBuffer, step: int) -> None:
+        """Write a block's new file; see `BlockStore.write`."""
+        self._store.check_folder()
+        self._new.count_from(self._store.run_bytes_written)
+        self._new.write(block, buffer, step)
+        self._store.bytes_written += self._new.bytes_written
+
+    def commit(self) -> None:
+        """Put the new files in the place of the former ones."""
+        marker = self._store.folder / self._COMPLETE
+        try:
+            write_atomically(marker, [b""])
+        except OSError as error:
+            raise storage_error("cannot complete a checkpoint", marker, error) from error
+        self.recover()
+
+    def recover(self) -> None:
+        """Finish a replacement that was interrupted, or remove what there is of an incomplete one.
+
+        Raises:
+            StorageError: the folder cannot be written.
+        """
+        marker = self._store.folder / self._COMPLETE
+        try:
+            complete = marker.exists()
+            for block in range(len(self._store.layouts)):
+                if complete and self._new.path(block).exists():
+                    self._new.path(block).replace(self._store.path(block))
+                self._new.path(block).unlink(missing_ok=True)
+            sync(self._store.folder)
+            marker.unlink(missing_ok=True)
+        except OSError as error:
+            raise storage_error("cannot replace the blocks", marker, error) from error
+
+
+class _NextStore(BlockStore):
+    def path(self, block: int) -> Path:
+        return self.folder / f".block_{block:03d}.next"
+
+    def count_from(self, bytes_written: int) -> None:
+        """What the run had written when the next file is complete is told in its header."""
+        self._former_bytes_written, self.bytes_written = bytes_written, 0

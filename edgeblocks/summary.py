@@ -7,14 +7,16 @@ from edgeblocks import metrics
 from edgeblocks.checkpoint import RunDirectory
 from edgeblocks.data.dataset import DataSet
 from edgeblocks.drawing import TEXT_TASKS
-from edgeblocks.scheduler import Scheduler
+from edgeblocks.exact_trainer import ExactTrainer
+from edgeblocks.scheduler import StreamTimes
 from edgeblocks.trainer import Trainer
 
 
 def summary_of(
     run: RunDirectory,
-    trainer: Trainer,
-    scheduler: Scheduler,
+    trainer: Trainer | ExactTrainer,
+    times: StreamTimes,
+    bytes_written: int,
     looking_s: float,
     evaluation: dict[str, Any],
     data_set: DataSet,
@@ -24,12 +26,13 @@ def summary_of(
 ) -> dict[str, Any]:
     progress = trainer.progress
     seconds = time.perf_counter() - progress.started
-    done_here = progress.steps_done - (sum(resumed_from) if resumed_from else 0)
+    former = resumed_from or [0]
+    done_here = progress.steps_done - (former[0] if run.is_exact else sum(former))
     split = {
         "compute": progress.compute_s,
-        "load": scheduler.times.load_s,
-        "store": scheduler.times.store_s,
-        "stall": scheduler.times.stall_s,
+        "load": times.load_s,
+        "store": times.store_s,
+        "stall": times.stall_s,
         "data": progress.data_s,
     }
     split["other"] = max(0.0, seconds - split["compute"] - split["data"] - split["stall"])
@@ -38,9 +41,9 @@ def summary_of(
     return {
         "family": run.settings.run.family,
         "makes": run.family().task,
-        "method": "diffusion",
-        "blocks": len(run.layers),
-        "layers_per_block": list(run.layers),
+        "method": run.settings.run.method,
+        "blocks": len(run.file_layers),
+        "layers_per_block": list(run.file_layers),
         "parameters": run.plan["parameters"],
         "steps": run.settings.run.steps,
         "budget_bytes": budget_bytes,
@@ -49,7 +52,7 @@ def summary_of(
         "ram_peak_bytes": target.host_peak_bytes(),
         "predicted_ram_peak_bytes": run.plan.get("predicted_host_peak_bytes"),
         "disk_bytes": sum(path.stat().st_size for path in run.blocks_folder.glob("*.safetensors")),
-        "disk_bytes_written": scheduler.store.run_bytes_written,
+        "disk_bytes_written": bytes_written,
         "memory_changes": trainer.guard.changes,
         "seconds": seconds,
         "images_or_tokens_per_s": per_example * done_here * run.settings.run.batch / max(working_s, 1e-9),
@@ -58,7 +61,7 @@ def summary_of(
         "time_split": {name: round(value, 3) for name, value in split.items()},
         "sampling_s": round(looking_s, 3),
         "metrics": {
-            "train_loss_by_block": [progress.losses.get(block) for block in range(len(run.layers))],
+            "train_loss_by_block": [progress.losses.get(block) for block in range(len(run.file_layers))],
             "validation_loss": evaluation["total"],
             "validation_loss_by_block": metrics.mean_by_block(evaluation["levels"], run.partition),
             "validation": evaluation,

@@ -22,12 +22,13 @@ from edgeblocks.data.dataset import DataSet, Order
 from edgeblocks.errors import EdgeblocksError, OutOfBudgetError, WriteLimitError
 from edgeblocks.generators import generator_at
 from edgeblocks.guard import Guard, is_refusal
-from edgeblocks.optim import Workspace, adamw_8bit_step_, adamw_step_
+from edgeblocks.optim import Workspace
 from edgeblocks.scheduler import ResidentBlock, Scheduler
+from edgeblocks.sections import Section, init_section_
 from edgeblocks.store import BlockBuffer, BlockStore, bind_parameters_
 from edgeblocks.units import format_bytes, parse_size
+from edgeblocks.update import adamw_, clip_, ema_exponent, follow_, learning_rate_at
 
-BETA1, BETA2, EPS = 0.9, 0.99, 1e-8
 METRICS_RECORDS = 1000
 """About so many records of each block go into metrics.jsonl."""
 
@@ -49,7 +50,8 @@ class Progress:
     """Smoothed training loss of each block."""
     steps_done: int = 0
     steps_total: int = 0
-    block: int = 0
+    block: int | None = 0
+    """The one that is trained; None where all are trained together, whose loss is that of block 0."""
     step: int = 0
     examples_per_s: float = 0.0
     example: str = "img"
@@ -83,7 +85,7 @@ def plan_visits(saved_steps: Sequence[int], *, steps: int, visit_steps: int) -> 
 def create_blocks(
     family: Any,
     store: BlockStore,
-    layers: Sequence[int],
+    sections: Sequence[Section],
     seed: int,
     *,
     only: Sequence[int] | None = None,
@@ -94,47 +96,15 @@ def create_blocks(
     A block that is made again and trained again gets the weights it had: its numbers depend on no other block.
     """
     buffer = store.buffer()
-    for done, block in enumerate(range(len(layers)) if only is None else only):
+    for done, block in enumerate(range(len(sections)) if only is None else only):
         buffer.adopt_(store.layouts[block])
         for part in buffer.parts:
             buffer.part_bytes(part).zero_()
-        with torch.device("meta"):
-            network = family.block(num_layers=layers[block], checkpointing=False)
-        bind_parameters_(network, buffer.tensors("weights"))
-        network.init_(generator_at(seed, "init", block))
+        init_section_(family, sections[block], buffer.tensors("weights"), generator_at(seed, "init", block))
         buffer.flat("ema").copy_(buffer.flat("weights"))
         store.write(block, buffer, step=0)
         if on_block is not None:
             on_block(done + 1)
-
-
-def learning_rate_at(step: int, *, steps: int, warmup: int, peak: float) -> float:
-    """Linear warm-up, then a cosine to zero. `step` counts from 0; the last step still learns.
-
-    >>> [round(learning_rate_at(s, steps=10, warmup=2, peak=1.0), 3) for s in (0, 1, 2, 6, 9)]
-    [0.5, 1.0, 1.0, 0.5, 0.038]
-    """
-    warmup = min(warmup, steps // 2)
-    if step < warmup:
-        return peak * (step + 1) / warmup
-    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(steps - warmup, 1)))
-
-
-def ema_exponent(length: float) -> float:
-    """gamma of a power-function EMA whose profile has the relative width `length`.
-
-    The averaged time grows with training, so one number serves short and long runs. It solves
-    length^2 = (gamma+1) / ((gamma+2)^2 (gamma+3)). Source: Karras et al. 2024, arXiv 2312.02696, section 3.1.
-
-    >>> round(ema_exponent(0.1), 2)
-    6.94
-    """
-    low, high = 0.0, 1e6
-    for _ in range(200):
-        middle = (low + high) / 2
-        wide = (middle + 1) / ((middle + 2) ** 2 * (middle + 3)) > length**2
-        low, high = (middle, high) if wide else (low, middle)
-    return low
 
 
 class Interrupted(Exception):
@@ -337,49 +307,19 @@ class Trainer:
             step, steps=settings.steps, warmup=settings.warmup, peak=settings.learning_rate
         )
         self._updating = True  # from here on the step cannot be made again
-        self._optimize_(resident.buffer, gradients, step, learning_rate)
+        adamw_(
+            resident.buffer,
+            gradients,
+            step=step,
+            learning_rate=learning_rate,
+            weight_decay=settings.weight_decay,
+            workspace=self._workspace,
+        )
         gradients.zero_()
-        decay = (1 - 1 / (step + 1)) ** (self._ema_exponent + 1)
-        resident.buffer.flat("ema").lerp_(resident.buffer.flat("weights"), 1 - decay)
+        follow_(resident.buffer, step=step, exponent=self._ema_exponent)
         resident.step = step + 1
         self._updating = False
         self._note(block, step, loss_sum, gradient_norm, learning_rate, drawn - started, started)
-
-    def _optimize_(self, buffer: BlockBuffer, gradients: Tensor, step: int, learning_rate: float) -> None:
-        """AdamW over the flat block: 8-bit moments first, then fp32 ones, of which vectors get no weight decay."""
-        layout, weights = buffer.layout, buffer.flat("weights")
-        state = dict(buffer.tensors("optimizer"))
-        common = {"learning_rate": learning_rate, "beta1": BETA1, "beta2": BETA2, "eps": EPS}
-        if layout.num_quantized:
-            assert self._workspace is not None
-            eight_bit = slice(0, layout.num_quantized)
-            adamw_8bit_step_(
-                weights[eight_bit],
-                gradients[eight_bit],
-                state["exp_avg_codes"],
-                state["exp_avg_scales"],
-                state["exp_avg_sq_codes"],
-                state["exp_avg_sq_scales"],
-                step=step + 1,
-                weight_decay=self.settings.weight_decay,
-                workspace=self._workspace,
-                **common,
-            )
-        for first, last, weight_decay in (
-            (layout.num_quantized, layout.num_decayed, self.settings.weight_decay),
-            (layout.num_decayed, layout.num_parameters, 0.0),
-        ):
-            if last > first:
-                moments = slice(first - layout.num_quantized, last - layout.num_quantized)
-                adamw_step_(
-                    weights[first:last],
-                    gradients[first:last],
-                    state["exp_avg"][moments],
-                    state["exp_avg_sq"][moments],
-                    step=step + 1,
-                    weight_decay=weight_decay,
-                    **common,
-                )
 
     def _note(
         self,
@@ -413,11 +353,3 @@ class Trainer:
                 "examples_per_s": round(speed, 2),
             }
         )
-
-
-def clip_(gradients: Tensor, largest_norm: float) -> float:
-    """Scale the flat gradient to at most `largest_norm` (2-norm over the block) and return the norm it had."""
-    norm = float(torch.linalg.vector_norm(gradients))
-    if norm > largest_norm:
-        gradients.mul_(largest_norm / norm)
-    return norm

@@ -8,7 +8,7 @@ from typing import Any
 import onnx
 
 from edgeblocks import classification
-from edgeblocks.chain import BlockRunner, token_chain
+from edgeblocks.chain import BlockRunner, EmaSource, token_chain
 from edgeblocks.checkpoint import RunDirectory
 from edgeblocks.data.tokenizer import TOKENIZER_FILE
 from edgeblocks.export.comparison import NUM_OUTPUTS
@@ -30,6 +30,7 @@ from edgeblocks.export.opening import open_chain
 from edgeblocks.export.verify import Listener, verify_export
 from edgeblocks.noise import sampler_levels
 from edgeblocks.scheduler import EmaLoader
+from edgeblocks.staged_ema import loaded_stages
 
 EXTERNAL_ABOVE_BYTES = 10**9  # a protobuf file ends at 2 GB, and reading one takes twice its size
 
@@ -51,14 +52,14 @@ def export_run(
     """
     out = out.resolve()
     check_destination(out)
-    steps = [run.store().header(block).step for block in range(len(run.layers))]
+    steps = [run.store().header(block).step for block in range(len(run.file_layers))]
     if min(steps) < run.settings.run.steps:
         listener.note(
             f"the run is not finished: exporting its blocks as saved, at steps {', '.join(map(str, steps))} of "
             f"{run.settings.run.steps}"
         )
     micro_batch = min(NUM_OUTPUTS, run.plan["micro_batch"])
-    runner = BlockRunner(run.family(), run.layers, run.partition, EmaLoader(run.store()), micro_batch=micro_batch)
+    runner = BlockRunner(run.family(), run.layers, run.partition, _ema(run), micro_batch=micro_batch)
     with staged(out) as folder:
         files = _write_blocks(run, runner, folder, listener, external_above_bytes)
         manifest = _describe(run, files, folder)
@@ -166,3 +167,10 @@ def _write_block(
         data_sha256=None if data_path is None else sha256_of(data_path),
         bytes=path.stat().st_size + (0 if data_path is None else data_path.stat().st_size),
     )
+
+
+def _ema(run: RunDirectory) -> EmaSource:
+    """Where the blocks' EMA weights come from; stages that were trained together are one block, all of it in memory."""
+    if run.is_exact:
+        return loaded_stages(run, slots=len(run.file_layers))
+    return EmaLoader(run.store())

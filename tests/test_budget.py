@@ -91,8 +91,9 @@ def test_a_picture_too_large_for_the_budget_is_refused_and_a_larger_budget_decod
             "--set",
             "optimizer=adamw",
         ],
+        ["--method", "exact", "--blocks", "4", "--batch", "16", "--set", "width=384", "--set", "tier=disk"],
     ],
-    ids=["narrow", "checkpointed", "deep"],
+    ids=["narrow", "checkpointed", "deep", "end to end"],
 )
 def test_prediction_is_close_to_the_measured_peak(tmp_path, settings):
     """For different shapes the peak measured from outside is at most the budget and close to the prediction."""

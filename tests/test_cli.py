@@ -397,7 +397,7 @@ def test_a_finished_run_that_is_resumed_stays_as_it_is(copy):
     """Its measurements too; a block that is made again is trained, and other settings are kept."""
     before = {path: path.read_bytes() for path in copy.rglob("*") if path.is_file() and path.name != "lock"}
     done = invoke("train", "--resume", copy)
-    assert done.exit_code == 0 and "is finished: every block has made its 2 steps" in done.output
+    assert done.exit_code == 0 and "is finished: it has made its 2 steps" in done.output
     assert {path: path.read_bytes() for path in before} == before
     assert invoke("train", "--resume", copy, "--reinit-block", "1").exit_code == 0
     assert (copy / "summary.json").read_bytes() != before[copy / "summary.json"]

@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edgeblocks.data.order import BatchOrder
-from edgeblocks.trainer import Interruption, clip_, ema_exponent, learning_rate_at, plan_visits
+from edgeblocks.trainer import Interruption, plan_visits
+from edgeblocks.update import clip_, ema_exponent, learning_rate_at
 
 
 @given(st.lists(st.integers(0, 40), min_size=1, max_size=6), st.integers(1, 40), st.integers(1, 50))

@@ -224,23 +224,21 @@ def _plan_preset(name: str, request: Mapping[str, Any]) -> dict[str, Any]:
         return asdict(replace(fit, fits=False, sensible=False))
     chosen = plan.chosen
     step_s = chosen.step_s + chosen.streaming_s
-    total_s = chosen.blocks * wishes.steps * step_s
-    disk_bytes = (chosen.blocks + 1) * chosen.block_bytes
     return asdict(
         replace(
             fit,
             parameters=plan.parameters,
             fits=True,
-            sensible=total_s <= PATIENCE_S and disk_bytes <= request["free_disk_bytes"],
+            sensible=plan.predicted_s <= PATIENCE_S and chosen.disk_bytes <= request["free_disk_bytes"],
             blocks=chosen.blocks,
             layers_per_block=chosen.layers_per_block,
             micro_batch=chosen.micro_batch,
             checkpointing=chosen.checkpointing,
             tier=chosen.tier,
             predicted_peak_bytes=chosen.predicted_peak_bytes,
-            disk_bytes=disk_bytes,
+            disk_bytes=chosen.disk_bytes,
             step_s=step_s,
-            total_s=total_s,
+            total_s=plan.predicted_s,
         )
     )
 

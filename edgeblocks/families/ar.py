@@ -6,12 +6,17 @@ level: its keys and values hold for every step of the chain that a block runs, a
 """
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
 
-from edgeblocks.causal_layers import CausalLayer, TwoStreamLayer
+from edgeblocks.causal_layers import CausalLayer, PlainCausalLayer, TwoStreamLayer
+from edgeblocks.families.base import Batch, Level, TextInfo
 from edgeblocks.families.token_block import TokenDenoiserBlock
 from edgeblocks.families.token_denoiser import TokenDenoiser
+from edgeblocks.layers import Linear, TokenEmbedding, init_plain_, init_zero_, rotary_table
+from edgeblocks.noise import NoisePartition
+from edgeblocks.token_loss import token_losses
 
 
 class ArBlock(TokenDenoiserBlock):
@@ -49,3 +54,97 @@ class Ar(TokenDenoiser):
     def cache_key(self, step: int, block: int) -> int:
         """The block: the clean stream is the same at all its levels."""
         return block
+
+
+class PlainArBlock(TokenDenoiserBlock):
+    """An ordinary causal language model, or some of its layers: one stream of clean tokens, no noise, no condition."""
+
+    stem_parts = ("token_embedding",)
+    readout_parts = ("readout_norm", "readout")
+
+    def __init__(self, *, width: int, heads: int, data: TextInfo, num_layers: int, checkpointing: bool) -> None:
+        nn.Module.__init__(self)
+        self.heads, self.length, self.vocabulary = heads, data.length, data.vocabulary
+        self.width, self.checkpointing = width, checkpointing
+        self.token_embedding = TokenEmbedding(data.vocabulary + 1, width)
+        self.layers = nn.ModuleList(PlainCausalLayer(width=width, heads=heads) for _ in range(num_layers))
+        self.readout_norm = nn.LayerNorm(width)
+        self.readout = Linear(width, data.vocabulary)
+
+    @torch.no_grad()
+    def init_(self, generator: torch.Generator) -> None:
+        """Initialise all parameters in place."""
+        init_plain_(self, generator)
+        init_zero_(self.readout)
+
+    def reset_tables_(self) -> None:
+        """Make the table of positions, one for all layers, on torch's default device; needed before use."""
+        table = rotary_table(self.length, self.width // self.heads)
+        for layer in self.layers:
+            assert isinstance(layer, PlainCausalLayer)
+            layer.attention.set_rotary_(table)
+
+    def enter(self, tokens: Int[Tensor, "batch tokens"]) -> tuple[Float[Tensor, "batch tokens width"], Tensor]:
+        """What the first layer is given of the token before each position, and a condition that says nothing."""
+        x = self.token_embedding(tokens)
+        return x, x.new_zeros(x.shape[0], 1)
+
+    def through_layers(
+        self,
+        clean: Float[Tensor, "batch tokens width"],
+        noised: Tensor,
+        condition: Tensor,
+        past: Tensor | None,
+        present: list[Tensor] | None,
+    ) -> Float[Tensor, "batch tokens width"]:
+        """The last layer's output."""
+        return self.run(range(len(self.layers)), clean, condition, past, present)
+
+    def _states(
+        self, z: Tensor, sigma: Tensor, tokens: Tensor, past: Tensor | None, present: list[Tensor] | None
+    ) -> Tensor:
+        x, nothing = self.enter(tokens)
+        out: Tensor = self.readout_norm(self.through_layers(x, x, nothing, past, present))
+        return out
+
+
+class PlainAr(Ar):
+    """What `ar` is where it is trained end to end: an ordinary language model, one pass a token, without a chain."""
+
+    chain_steps = 1
+
+    def block(self, *, num_layers: int, checkpointing: bool) -> PlainArBlock:
+        """The network, or some of its layers, on torch's default device, parameters not initialised."""
+        return PlainArBlock(
+            width=self.settings.width,
+            heads=self.settings.heads,
+            data=self.data,
+            num_layers=num_layers,
+            checkpointing=checkpointing,
+        )
+
+    def evaluation_levels(self, partition: NoisePartition) -> tuple[Level, ...]:
+        """One, as no noise level differs from another."""
+        return (Level.at(self.settings.sigma_max),)
+
+    def enter(self, block: PlainArBlock, batch: Batch) -> tuple[Tensor, Tensor]:
+        """What the first layer is given, and a condition that says nothing."""
+        return block.enter(F.pad(batch["tokens"][:, :-1], (1, 0), value=self.begin))
+
+    def loss_after(self, block: PlainArBlock, hidden: Tensor, condition: Tensor, batch: Batch) -> Tensor:
+        """`loss` from what the last layer gives."""
+        return (
+            token_losses(*self._read_from(block, block.readout_norm(hidden), batch)).view(batch["tokens"].shape).mean(1)
+        )
+
+    def _readout_inputs(self, block: nn.Module, batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        assert isinstance(block, PlainArBlock)
+        x, nothing = self.enter(block, batch)
+        return self._read_from(block, block.readout_norm(block.through_layers(x, x, nothing, None, None)), batch)
+
+    def _read_from(
+        self, block: PlainArBlock, states: Tensor, batch: Batch
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        answers = batch["tokens"].flatten()
+        every = torch.ones_like(answers, dtype=torch.bool)
+        return states.flatten(0, 1), block.readout.weight, block.readout.bias, answers, every

@@ -55,11 +55,35 @@ class DenoiserSettings:
 
 
 class EdmBlock(nn.Module, ABC):
-    """A block between EDM's preconditioning; `raw` is the network itself."""
+    """A block between EDM's preconditioning: `begun`, its layers, `ended`."""
+
+    layers: nn.ModuleList
+    checkpointing: bool
 
     @abstractmethod
+    def begun(self, x: Tensor, c_noise: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor]:
+        """What the first layer is given of x [batch, channels, height, width], and what all layers are told."""
+
+    @abstractmethod
+    def ended(self, hidden: Tensor, condition: Tensor) -> Tensor:
+        """F(x, c_noise), of the shape of x, from what the last layer gives."""
+
     def raw(self, x: Tensor, c_noise: Tensor, labels: Tensor | None) -> Tensor:
-        """F(x, c_noise), of the shape of x [batch, channels, height, width]."""
+        """F(x, c_noise): the network itself."""
+        hidden, condition = self.begun(x, c_noise, labels)
+        return self.ended(run_layers(self.layers, hidden, condition, checkpointing=self.checkpointing), condition)
+
+    def enter(self, z: Tensor, sigma: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor]:
+        """`begun` for a noised image."""
+        c_in = (sigma**2 + SIGMA_DATA**2).view(-1, 1, 1, 1).rsqrt()
+        return self.begun(c_in * z, sigma.log() / 4, labels)
+
+    def leave(self, hidden: Tensor, condition: Tensor, z: Tensor, sigma: Tensor) -> Tensor:
+        """The denoised image D(z, sigma) = c_skip z + c_out F(c_in z, c_noise) (EDM, equation 7)."""
+        total = (sigma**2 + SIGMA_DATA**2).view(-1, 1, 1, 1)
+        c_skip = SIGMA_DATA**2 / total
+        c_out = sigma.view(-1, 1, 1, 1) * SIGMA_DATA * total.rsqrt()
+        return torch.addcmul(c_skip * z, c_out, self.ended(hidden, condition))
 
     def forward(
         self,
@@ -67,13 +91,10 @@ class EdmBlock(nn.Module, ABC):
         sigma: Float[Tensor, " batch"],
         labels: Int[Tensor, " batch"] | None = None,
     ) -> Float[Tensor, "batch channels height width"]:
-        """The denoised image D(z, sigma) = c_skip z + c_out F(c_in z, c_noise) (EDM, equation 7)."""
-        total = (sigma**2 + SIGMA_DATA**2).view(-1, 1, 1, 1)
-        c_skip = SIGMA_DATA**2 / total
-        c_out = sigma.view(-1, 1, 1, 1) * SIGMA_DATA * total.rsqrt()
-        c_in = total.rsqrt()
-        raw = self.raw(c_in * z, sigma.log() / 4, labels)
-        return torch.addcmul(c_skip * z, c_out, raw)
+        """The denoised image D(z, sigma)."""
+        hidden, condition = self.enter(z, sigma, labels)
+        hidden = run_layers(self.layers, hidden, condition, checkpointing=self.checkpointing)
+        return self.leave(hidden, condition, z, sigma)
 
 
 class ResidualBlock(EdmBlock):
@@ -82,6 +103,9 @@ class ResidualBlock(EdmBlock):
     The stem makes hidden values of a noised image, a layer takes (hidden, condition) and gives hidden, the readout
     takes the same and gives an image; `condition` [batch, width] is of noise level and class, and has passed SiLU.
     """
+
+    stem_parts = ("stem", "noise_up", "noise_down", "label_embedding")
+    readout_parts = ("readout",)
 
     def __init__(
         self,
@@ -104,7 +128,7 @@ class ResidualBlock(EdmBlock):
 
     def reset_tables_(self) -> None:
         """Make fixed tables (buffers that are not stored) on torch's default device, where a part has some."""
-        for part in (self.stem, *self.layers, self.readout):
+        for part in (getattr(self, "stem", None), *self.layers, getattr(self, "readout", None)):
             if hasattr(part, "reset_tables_"):
                 part.reset_tables_()
 
@@ -126,10 +150,13 @@ class ResidualBlock(EdmBlock):
             if hasattr(part, "init_"):
                 part.init_(generator)
 
-    def raw(self, x: Tensor, c_noise: Tensor, labels: Tensor | None) -> Tensor:
-        """Stem, layers and readout, told of noise level and class."""
+    def begun(self, x: Tensor, c_noise: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The stem's output, and noise level and class."""
         condition = noise_and_class(self.noise_up, self.noise_down, self.label_embedding, c_noise, labels)
-        hidden = run_layers(self.layers, self.stem(x), condition, checkpointing=self.checkpointing)
+        return self.stem(x), condition
+
+    def ended(self, hidden: Tensor, condition: Tensor) -> Tensor:
+        """The readout's output."""
         out: Tensor = self.readout(hidden, condition)
         return out
 
@@ -243,11 +270,23 @@ class ImageDenoiser(ImageFamily):
 
     def loss(self, block: nn.Module, batch: Batch) -> Float[Tensor, " batch"]:
         """w(sigma) ||D(clean + sigma eps, sigma) - clean||^2 averaged over an image's components, per sample."""
-        sigma = batch["sigma"]
         z, labels = self.inputs(batch)
-        denoised = block(z, sigma, labels)
+        return self._weighted_error(block(z, batch["sigma"], labels), batch)
+
+    def enter(self, block: Any, batch: Batch) -> tuple[Tensor, Tensor]:
+        """What the block's first layer is given, and what all layers are told."""
+        z, labels = self.inputs(batch)
+        entered: tuple[Tensor, Tensor] = block.enter(z, batch["sigma"], labels)
+        return entered
+
+    def loss_after(self, block: Any, hidden: Tensor, condition: Tensor, batch: Batch) -> Float[Tensor, " batch"]:
+        """`loss` from what the last layer gives."""
+        denoised = block.leave(hidden, condition, self.inputs(batch)[0], batch["sigma"])
+        return self._weighted_error(denoised, batch)
+
+    def _weighted_error(self, denoised: Tensor, batch: Batch) -> Float[Tensor, " batch"]:
         error = (denoised - batch["clean"]).square().flatten(1).mean(1)
-        weight: Tensor = loss_weight(sigma, SIGMA_DATA)
+        weight: Tensor = loss_weight(batch["sigma"], SIGMA_DATA)
         weighted: Tensor = error * weight
         return weighted
 

@@ -27,7 +27,6 @@ from edgeblocks.layers import (
     init_zero_,
     modulated_norm,
     patchify,
-    run_layers,
     unpatchify,
 )
 
@@ -50,12 +49,15 @@ class DitSettings(DenoiserSettings):
 class DitBlock(WithPositions, EdmBlock):
     """One block: stem, `num_layers` layers, readout."""
 
+    stem_parts = ("patch_embedding", "noise_up", "noise_down", "label_embedding")
+    readout_parts = ("readout_modulation", "readout")
+
     def __init__(self, *, settings: DitSettings, data: ImageInfo, num_layers: int, checkpointing: bool) -> None:
         super().__init__()
         self.patch, self.height, self.width = settings.patch, data.height, data.width
         self.checkpointing = checkpointing
         features = data.channels * settings.patch**2
-        hidden = settings.width
+        hidden = self.hidden = settings.width
         self.patch_embedding = Linear(features, hidden)
         self.noise_up = Linear(NOISE_FEATURES, hidden)
         self.noise_down = Linear(hidden, hidden)
@@ -77,13 +79,15 @@ class DitBlock(WithPositions, EdmBlock):
         init_zero_(self.readout_modulation)
         init_zero_(self.readout)
 
-    def raw(self, x: Tensor, c_noise: Tensor, labels: Tensor | None) -> Tensor:
-        """Patches, layers and readout, told of noise level and class."""
+    def begun(self, x: Tensor, c_noise: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Patches with their positions, and noise level and class."""
         condition = noise_and_class(self.noise_up, self.noise_down, self.label_embedding, c_noise, labels)
-        tokens = self.patch_embedding(patchify(x, self.patch)) + self.positions
-        tokens = run_layers(self.layers, tokens, condition, checkpointing=self.checkpointing)
+        return self.patch_embedding(patchify(x, self.patch)) + self.positions, condition
+
+    def ended(self, hidden: Tensor, condition: Tensor) -> Tensor:
+        """An image of the patches."""
         shift, scale = self.readout_modulation(condition).chunk(2, dim=-1)
-        tokens = self.readout(modulated_norm(tokens, shift, scale))
+        tokens = self.readout(modulated_norm(hidden, shift, scale))
         return unpatchify(tokens, patch=self.patch, height=self.height, width=self.width)
 
 

@@ -87,9 +87,14 @@ class MdlmBlock(TextBlock):
 
     def hidden(self, z: Int[Tensor, "batch length"], t: Float[Tensor, " batch"]) -> Float[Tensor, "batch length width"]:
         """What the readout is applied to."""
-        condition = self.condition(2 * t - 1)
-        x = run_layers(self.layers, self.token_embedding(z), condition, checkpointing=self.checkpointing)
-        return self.normalised(x, condition)
+        x, condition = self.enter(z, t)
+        return self.normalised(run_layers(self.layers, x, condition, checkpointing=self.checkpointing), condition)
+
+    def enter(
+        self, z: Int[Tensor, "batch length"], t: Float[Tensor, " batch"]
+    ) -> tuple[Float[Tensor, "batch length width"], Float[Tensor, "batch width"]]:
+        """What the first layer is given, and what all layers are told."""
+        return self.token_embedding(z), self.condition(2 * t - 1)
 
 
 class Mdlm(TextFamily):
@@ -170,6 +175,14 @@ class Mdlm(TextFamily):
         """The sequence's share of the bound at its t, in nats a token: cross-entropy of masked tokens, times 1/t."""
         return _weighted(token_losses(*_readout_inputs(block, self.inputs(batch)[0], batch)), batch)
 
+    def enter(self, block: MdlmBlock, batch: Batch) -> tuple[Tensor, Tensor]:
+        """What the block's first layer is given, and what all layers are told."""
+        return block.enter(self.inputs(batch)[0], batch["t"])
+
+    def loss_after(self, block: MdlmBlock, hidden: Tensor, condition: Tensor, batch: Batch) -> Float[Tensor, " batch"]:
+        """`loss` from what the last layer gives."""
+        return _weighted(token_losses(*_read_from(block, block.normalised(hidden, condition), batch)), batch)
+
     def scores(self, block: nn.Module, batch: Batch) -> dict[str, Float[Tensor, " batch"]]:
         """The loss, and the share of masked tokens that the likeliest answers get right.
 
@@ -182,7 +195,11 @@ class Mdlm(TextFamily):
 def _readout_inputs(block: nn.Module, z: Tensor, batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Hidden states, the readout's weight and bias, answers, and which of them count: those that are masked."""
     assert isinstance(block, MdlmBlock)
-    x = block.hidden(z, batch["t"]).flatten(0, 1)
+    return _read_from(block, block.hidden(z, batch["t"]), batch)
+
+
+def _read_from(block: MdlmBlock, states: Tensor, batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    x = states.flatten(0, 1)
     return x, block.readout.weight, block.readout.bias, batch["tokens"].flatten(), batch["masked"].flatten()
 
 

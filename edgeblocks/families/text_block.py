@@ -22,6 +22,8 @@ from edgeblocks.layers import (
 class TextBlock(nn.Module):
     """A subclass makes the parts, in the order in which `init_` is to draw them, and says how tokens go through."""
 
+    stem_parts: tuple[str, ...] = ("token_embedding", "noise_up", "noise_down")
+    readout_parts: tuple[str, ...] = ("readout_modulation", "readout")
     heads: int
     length: int
     token_embedding: TokenEmbedding
@@ -47,9 +49,11 @@ class TextBlock(nn.Module):
 
     def reset_tables_(self) -> None:
         """Make the table of positions, one for all layers, on torch's default device; needed before use."""
-        table = rotary_table(self.length, self.token_embedding.embedding_dim // self.heads)
+        table = None
         for layer in self.layers:
             assert isinstance(layer, AdaLnZeroLayer) and isinstance(layer.attention, RotaryAttention)
+            if table is None:
+                table = rotary_table(self.length, layer.modulation.in_features // self.heads)
             layer.attention.set_rotary_(table)
 
     def condition(self, level: Float[Tensor, " batch"]) -> Float[Tensor, "batch width"]:

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from edgeblocks.causal_layers import CausalLayer
+from edgeblocks.causal_layers import CausalLayer, PlainCausalLayer
 from edgeblocks.codebook import code_rows
 from edgeblocks.families.base import NOISE_FEATURES, TextInfo
 from edgeblocks.families.text_block import TextBlock
@@ -130,7 +130,7 @@ class TokenDenoiserBlock(TextBlock, ABC):
         self,
         numbers: range,
         x: Float[Tensor, "batch tokens width"],
-        condition: Float[Tensor, "batch width"],
+        condition: Float[Tensor, "batch told"],
         past: Tensor | None,
         present: list[Tensor] | None,
     ) -> Float[Tensor, "answered tokens width"]:
@@ -140,7 +140,7 @@ class TokenDenoiserBlock(TextBlock, ABC):
             return run_layers(layers, x, condition, checkpointing=self.checkpointing)
         for number in numbers:
             layer = self.layers[number]
-            assert isinstance(layer, CausalLayer)
+            assert isinstance(layer, CausalLayer | PlainCausalLayer)
             x, kept = layer.cached(x, condition, None if past is None else past[2 * number : 2 * number + 2])
             present += kept
         return x

@@ -34,15 +34,19 @@ from edgeblocks.families.base import (
 from edgeblocks.layers import (
     AdaLnZeroLayer,
     Linear,
+    PreNormLayer,
+    SelfAttention,
+    TokenEmbedding,
     WithPositions,
     init_linear_,
+    init_plain_,
     init_zero_,
     modulated_norm,
     noise_features,
     patchify,
     run_layers,
 )
-from edgeblocks.noise import NoiseRange
+from edgeblocks.noise import NoisePartition, NoiseRange
 
 SIGMA_DATA = 0.5
 """Of the preconditioning of z, and of the pixels."""
@@ -102,7 +106,7 @@ class VitBlock(WithPositions):
         super().__init__()
         self.patch, self.height, self.width = settings.patch, data.height, data.width
         self.checkpointing = checkpointing
-        hidden = settings.width
+        hidden = self.hidden = settings.width
         self.patch_embedding = Linear(data.channels * settings.patch**2, hidden)
         self.label_embedding = Linear(data.num_classes, hidden)
         self.noise_up = Linear(NOISE_FEATURES, hidden)
@@ -146,15 +150,80 @@ class VitBlock(WithPositions):
         images: Float[Tensor, "batch channels height width"],
     ) -> Float[Tensor, "batch classes"]:
         """The logarithms of the classes' probabilities, but for a constant."""
+        tokens, condition = self.enter(z, sigma, images)
+        return self.leave(run_layers(self.layers, tokens, condition, checkpointing=self.checkpointing), condition)
+
+    def enter(
+        self,
+        z: Float[Tensor, "batch classes"],
+        sigma: Float[Tensor, " batch"],
+        images: Float[Tensor, "batch channels height width"],
+    ) -> tuple[Float[Tensor, "batch tokens width"], Float[Tensor, "batch width"]]:
+        """The class token and the patches, and what all layers are told."""
         noise = noise_features(sigma.log() / 4, NOISE_FEATURES)
         condition = F.silu(self.noise_down(F.silu(self.noise_up(noise))))
         c_in = (sigma**2 + SIGMA_DATA**2).rsqrt().unsqueeze(1)
         class_token = self.label_embedding(c_in * z).unsqueeze(1)
         tokens = self.patch_embedding(patchify(images, self.patch)) + self.positions
-        tokens = torch.cat([class_token, tokens], dim=1)
-        tokens = run_layers(self.layers, tokens, condition, checkpointing=self.checkpointing)
+        return torch.cat([class_token, tokens], dim=1), condition
+
+    def leave(
+        self, tokens: Float[Tensor, "batch tokens width"], condition: Float[Tensor, "batch width"]
+    ) -> Float[Tensor, "batch classes"]:
+        """The classes' logits from the class token that the last layer gives."""
         shift, scale = self.readout_modulation(condition).chunk(2, dim=-1)
         out: Tensor = self.readout(modulated_norm(tokens[:, :1], shift, scale)[:, 0])
+        return out
+
+
+class PlainVitBlock(WithPositions):
+    """A vision transformer as classifiers are, or some of its layers: told of images alone."""
+
+    stem_parts = ("patch_embedding", "class_token")
+    readout_parts = ("readout_norm", "readout")
+
+    def __init__(self, *, settings: VitSettings, data: ImageInfo, num_layers: int, checkpointing: bool) -> None:
+        super().__init__()
+        self.patch, self.height, self.width = settings.patch, data.height, data.width
+        self.checkpointing = checkpointing
+        hidden = self.hidden = settings.width
+        self.patch_embedding = Linear(data.channels * settings.patch**2, hidden)
+        self.class_token = TokenEmbedding(1, hidden)
+        self.layers = nn.ModuleList(
+            PreNormLayer(width=hidden, attention=SelfAttention(width=hidden, heads=settings.heads))
+            for _ in range(num_layers)
+        )
+        self.readout_norm = nn.LayerNorm(hidden)
+        self.readout = Linear(hidden, data.num_classes)
+
+    @torch.no_grad()
+    def init_(self, generator: torch.Generator) -> None:
+        """Initialise all parameters in place."""
+        init_plain_(self, generator)
+        init_zero_(self.readout)
+
+    def forward(
+        self,
+        z: Float[Tensor, "batch classes"],
+        sigma: Float[Tensor, " batch"],
+        images: Float[Tensor, "batch channels height width"],
+    ) -> Float[Tensor, "batch classes"]:
+        """The probabilities of the classes, whatever z and sigma are."""
+        tokens, nothing = self.enter(images)
+        tokens = run_layers(self.layers, tokens, nothing, checkpointing=self.checkpointing)
+        return self.leave(tokens).softmax(dim=-1)
+
+    def enter(
+        self, images: Float[Tensor, "batch channels height width"]
+    ) -> tuple[Float[Tensor, "batch tokens width"], Tensor]:
+        """The class token and the patches, and a condition that says nothing."""
+        tokens = self.patch_embedding(patchify(images, self.patch)) + self.positions
+        token = self.class_token(torch.zeros(images.shape[0], 1, dtype=torch.int64, device=images.device))
+        return torch.cat([token, tokens], dim=1), images.new_zeros(images.shape[0], 1)
+
+    def leave(self, tokens: Float[Tensor, "batch tokens width"]) -> Float[Tensor, "batch classes"]:
+        """The classes' logits."""
+        out: Tensor = self.readout(self.readout_norm(tokens[:, 0]))
         return out
 
 
@@ -262,3 +331,31 @@ class Vit(ImageFamily):
         z, images = self.inputs(batch)
         assert isinstance(block, VitBlock)
         return block.logits(z, batch["sigma"], images)
+
+
+class PlainVit(Vit):
+    """What `vit` is where it is trained end to end: an ordinary classifier, without noise and without a chain."""
+
+    chain_steps = 1
+
+    def block(self, *, num_layers: int, checkpointing: bool) -> PlainVitBlock:  # type: ignore[override]
+        """The network, or some of its layers, on torch's default device, parameters not initialised."""
+        return PlainVitBlock(settings=self.settings, data=self.data, num_layers=num_layers, checkpointing=checkpointing)
+
+    def evaluation_levels(self, partition: NoisePartition) -> tuple[Level, ...]:
+        """One, as no noise level differs from another."""
+        return (Level.at(self.settings.sigma_max),)
+
+    def enter(self, block: PlainVitBlock, batch: Batch) -> tuple[Tensor, Tensor]:
+        """What the first layer is given, and a condition that says nothing."""
+        return block.enter(batch["images"])
+
+    def loss_after(self, block: PlainVitBlock, hidden: Tensor, condition: Tensor, batch: Batch) -> Tensor:
+        """`loss` from what the last layer gives."""
+        smoothing = self.settings.label_smoothing if block.training else 0.0
+        return F.cross_entropy(block.leave(hidden), batch["labels"], reduction="none", label_smoothing=smoothing)
+
+    def _logits(self, block: nn.Module, batch: Batch) -> Float[Tensor, "batch classes"]:
+        assert isinstance(block, PlainVitBlock)
+        tokens, nothing = block.enter(batch["images"])
+        return block.leave(run_layers(block.layers, tokens, nothing, checkpointing=block.checkpointing))

@@ -46,9 +46,21 @@ WorkDir = Annotated[str | None, typer.Option(help="Folder on a fast disk for the
 MaxDiskWrites = Annotated[
     str | None, typer.Option(help="End, saved, before the run has written more than this to disk, such as 200GB.")
 ]
-Steps = Annotated[int | None, typer.Option(help="Optimizer steps of each block.")]
+Steps = Annotated[
+    int | None, typer.Option(help="Optimizer steps of each block; with --method exact of the whole network.")
+]
 BatchSize = Annotated[int | None, typer.Option("--batch", help="Images or sequences a step.")]
-Blocks = Annotated[str | None, typer.Option(help="Number of blocks; auto lets the budget decide.")]
+Blocks = Annotated[
+    str | None, typer.Option(help="Number of blocks, or of stages with --method exact; auto lets the budget decide.")
+]
+Method = Annotated[
+    str | None,
+    typer.Option(
+        help="diffusion trains each block alone, as a denoiser of its own noise levels; exact trains the network end "
+        "to end with true gradients, one stage of layers in memory at a time.",
+        show_default="diffusion",
+    ),
+]
 Partition = Annotated[
     str | None, typer.Option(help="Noise ranges: equal-probability or uniform (in log sigma, or in time).")
 ]

@@ -17,6 +17,7 @@ from edgeblocks.verbs.options import (
     Json,
     MaxDiskWrites,
     MemBudget,
+    Method,
     Partition,
     PlanTarget,
     Preset,
@@ -47,6 +48,7 @@ SETTING_FLAGS = frozenset(
         "steps",
         "batch",
         "blocks",
+        "method",
         "partition",
         "target",
         "work_dir",
@@ -68,6 +70,7 @@ def plan(
     steps: Steps = None,
     batch: BatchSize = None,
     blocks: Blocks = None,
+    method: Method = None,
     partition: Partition = None,
     target: PlanTarget = None,
     work_dir: WorkDir = None,
@@ -106,6 +109,7 @@ def train(
     steps: Steps = None,
     batch: BatchSize = None,
     blocks: Blocks = None,
+    method: Method = None,
     partition: Partition = None,
     target: Target = None,
     work_dir: WorkDir = None,
@@ -129,7 +133,7 @@ def train(
     as_json: Json = False,
     verbose: Verbose = False,
 ) -> None:
-    """Train a network block by block inside the memory budget.
+    """Train a network inside the memory budget, block by block, or with --method exact end to end.
 
     With no arguments: a small dit on the built-in digits. Ctrl-C saves and stops; --resume goes on.
     """

@@ -25,7 +25,7 @@ from edgeblocks.data.cache import cache_folder
 from edgeblocks.data.text import TextSet, open_text
 from edgeblocks.generators import generator_at
 from edgeblocks.layers import Linear, TokenEmbedding, init_linear_, init_zero_, rotary_table
-from edgeblocks.trainer import BETA1, BETA2, EPS, learning_rate_at
+from edgeblocks.update import BETA1, BETA2, EPS, learning_rate_at
 
 SPREAD = 0.5
 """Standard deviation of the logarithm of the mean number of iterations."""

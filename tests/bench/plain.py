@@ -20,7 +20,7 @@ from edgeblocks.families.vit import Vit
 from edgeblocks.generators import generator_at
 from edgeblocks.layers import Linear, TokenEmbedding, init_linear_, init_zero_, rotary_table, run_layers
 from edgeblocks.noise import partition_noise
-from edgeblocks.trainer import BETA1, BETA2, EPS, ema_exponent, learning_rate_at
+from edgeblocks.update import BETA1, BETA2, EPS, ema_exponent, learning_rate_at
 
 
 class PlainDenoiser(nn.Module):

@@ -1,0 +1,240 @@
+"""End-to-end training, stage by stage: steps, updates, checkpoints."""
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import torch
+from torch import nn
+
+from edgeblocks.checkpoint import RunDirectory
+from edgeblocks.data.dataset import DataSet
+from edgeblocks.errors import EdgeblocksError, OutOfBudgetError, WriteLimitError
+from edgeblocks.exact import Pass
+from edgeblocks.generators import generator_at
+from edgeblocks.guard import Guard, is_refusal
+from edgeblocks.optim import Workspace
+from edgeblocks.plans import StepShape, swapped_stages
+from edgeblocks.sections import network_of
+from edgeblocks.stage_slots import StageSlots, needs_of_a_step
+from edgeblocks.store import BlockBuffer, NextBlocks, bind_parameters_
+from edgeblocks.trainer import METRICS_RECORDS, Interruption, Progress
+from edgeblocks.units import format_bytes, parse_size
+from edgeblocks.update import adamw_, clip_, ema_exponent, follow_, learning_rate_at
+
+
+class ExactTrainer:
+    """Trains all stages of one run together."""
+
+    def __init__(self, run: RunDirectory, data: DataSet, slots: StageSlots, guard: Guard) -> None:
+        self.run, self.data, self.slots, self.guard = run, data, slots, guard
+        self.settings, self.family = run.settings.run, run.family()
+        (self.range,) = run.partition.ranges
+        self.store, self.layouts = slots.store, slots.store.layouts
+        self.device = slots.device
+        most = max(layout.num_parameters for layout in self.layouts)
+        self._gradients = torch.empty(most, device=self.device).zero_()  # touched at once
+        quantized = any(layout.num_quantized for layout in self.layouts)
+        self._workspace = Workspace.for_device(self.device) if quantized else None
+        self._ema_exponent = ema_exponent(self.settings.ema_length)
+        self._metrics_every = max(1, self.settings.steps // METRICS_RECORDS)
+        self._squares = 0.0
+        self._changing = False
+        """Whether some stages have made a step that others have not."""
+        self._networks: dict[tuple[int, int], nn.Module] = {}
+        self.progress = Progress(
+            block=None,
+            budget_bytes=int(run.plan["budget_bytes"]),
+            bytes_written=self.store.run_bytes_written,
+            example="img" if self.family.reads == "images" else "seq",
+        )
+        self._saved = self.progress.step = self.store.header(0).step
+
+    def train(
+        self,
+        interruption: Interruption,
+        *,
+        on_step: Callable[[Progress], None],
+        between_visits: Callable[[Sequence[int]], None],
+    ) -> list[int]:
+        """Train to the last step, or until interrupted; returns the step of each stage.
+
+        Args:
+            on_step: called after every step.
+            between_visits: called with the steps of all stages when they have been written.
+
+        Raises:
+            EdgeblocksError: the loss is no longer finite; the run is as it was at its last checkpoint.
+            OutOfBudgetError: memory ran out and nothing was left to shrink; the same.
+        """
+        settings, store, every = self.settings, self.store, self.run.plan["visit_steps"]
+        number, count = self._saved, len(store.layouts)
+        self.progress.steps_total, self.progress.steps_done = settings.steps, number
+        while number < settings.steps and interruption.signal_name is None:
+            self._check_writes(number)
+            self._step(number)
+            number += 1
+            self._tell(on_step, number)
+            if number % every == 0 or number == settings.steps or interruption.signal_name is not None:
+                self._checkpoint(number)
+                if interruption.signal_name is None:
+                    between_visits([number] * count)
+        return [number] * count
+
+    def _checkpoint(self, number: int) -> None:
+        """Save all stages, which have made so many steps; once."""
+        if self._saved == number:
+            return
+        files = NextBlocks(self.store)
+        try:
+            self.slots.checkpoint(files, number)
+        except FloatingPointError as error:
+            files.recover()
+            raise self._diverged(f"{error} has weights that are no numbers", number) from error
+        except BaseException:
+            files.recover()
+            raise
+        files.commit()
+        self._saved, self.progress.bytes_written = number, self.store.run_bytes_written
+
+    def _tell(self, on_step: Callable[[Progress], None], number: int) -> None:
+        """Report a step; what the listener meets there ends the run, saved."""
+        try:
+            on_step(self.progress)
+        except BaseException as error:
+            self._checkpoint(number)
+            if isinstance(error, MemoryError | RuntimeError) and is_refusal(error):
+                raise self.guard.refused("what hears of each step") from error
+            raise
+
+    def _check_writes(self, number: int) -> None:
+        """End the run, saved, before a step and a checkpoint after it would write more than the user allows."""
+        allowed = self.settings.max_disk_writes
+        if allowed is None:
+            return
+        written, sizes = self.store.run_bytes_written, [self.store.file_bytes(n) for n in range(len(self.layouts))]
+        swapped = swapped_stages(len(sizes), self.slots.num_slots) * max(sizes)
+        # A checkpoint puts the stages that it brings in the place of others once more.
+        most = written + 2 * swapped + sum(sizes)
+        if most > parse_size(allowed):
+            self._checkpoint(number)
+            raise WriteLimitError(
+                f"the run has written {format_bytes(self.store.run_bytes_written)} to disk; the next step and saving "
+                f"it could pass --max-disk-writes {allowed}. Everything is saved; go on with a larger limit: "
+                f"edgeblocks train --resume {self.run.path} --max-disk-writes {math.ceil(2 * most / 1e9)}GB"
+            )
+
+    def _diverged(self, what: str, number: int) -> EdgeblocksError:
+        rate = self.settings.learning_rate / 3
+        return EdgeblocksError(
+            f"{what} at step {number}; a smaller --set learning_rate={rate:.2g} or --set optimizer=adamw usually mends "
+            f"it. The last checkpoint, of step {self._saved}, is intact"
+        )
+
+    def _step(self, number: int) -> None:
+        """Make the step of that number, counted from 0."""
+        settings, started = self.settings, time.perf_counter()
+        order = self.data.order(batch=settings.batch, seed=settings.seed, block=0)
+        examples, labels = self.data.gather(order.indices(number))
+        batch = self.family.draw(examples, labels, self.range, generator_at(settings.seed, "train", 0, number))
+        batch = {name: tensor.to(self.device) for name, tensor in batch.items()}
+        drawn = time.perf_counter()
+        needs = needs_of_a_step(len(self.layouts))
+        going = Pass(self.family, batch, num_stages=len(self.layouts))
+        for need, then in zip(needs, [*needs[1:], needs[0]], strict=True):
+            with self.slots.use(need, then=then) as buffer:
+                if not need.changes:
+                    self._go(partial(self._forward, going, need.stage, buffer))
+                    continue
+                self._go(partial(self._backward, going, need.stage, buffer))
+                if need.stage == len(self.layouts) - 1 and not math.isfinite(going.loss):
+                    raise self._diverged(f"the loss is {going.loss}", number)
+                self._update(buffer, number)
+                self._changing = need.stage > 0
+        self._note(number, going.loss, drawn - started, started)
+
+    def _go(self, through: Callable[[StepShape], None]) -> None:
+        """Through a stage; what memory is refused to is done again with fewer samples at a time.
+
+        Raises:
+            OutOfBudgetError: nothing is left to shrink. The run is saved as it is where no stage has made the step yet,
+                else as it was at its last checkpoint.
+        """
+        try:
+            while True:
+                try:
+                    through(self.guard.before_step())
+                    return
+                except (MemoryError, RuntimeError) as error:
+                    if not is_refusal(error):
+                        raise
+                self.guard.after_refusal()
+        except OutOfBudgetError:
+            if not self._changing:
+                self._checkpoint(self.progress.step)
+            raise
+
+    def _forward(self, going: Pass, stage: int, buffer: BlockBuffer, shape: StepShape) -> None:
+        going.forward(stage, self._network(stage, buffer), micro_batch=shape.micro_batch)
+
+    def _backward(self, going: Pass, stage: int, buffer: BlockBuffer, shape: StepShape) -> None:
+        self._gradients[: buffer.layout.num_parameters].zero_()
+        network = self._network(stage, buffer)
+        going.backward(stage, network, micro_batch=shape.micro_batch, checkpointing=shape.checkpointing)
+
+    def _update(self, buffer: BlockBuffer, number: int) -> None:
+        settings = self.settings
+        gradients = self._gradients[: buffer.layout.num_parameters]
+        norm = clip_(gradients, settings.clip)
+        if not math.isfinite(norm):
+            raise self._diverged(f"the gradient's norm is {norm}", number)
+        self._squares += norm**2
+        rate = learning_rate_at(number, steps=settings.steps, warmup=settings.warmup, peak=settings.learning_rate)
+        adamw_(
+            buffer,
+            gradients,
+            step=number,
+            learning_rate=rate,
+            weight_decay=settings.weight_decay,
+            workspace=self._workspace,
+        )
+        follow_(buffer, step=number, exponent=self._ema_exponent)
+
+    def _network(self, stage: int, buffer: BlockBuffer) -> nn.Module:
+        """A stage as a module on a buffer that has it; made once for each buffer that it comes to lie in."""
+        key = stage, id(buffer)
+        if key not in self._networks:
+            self._networks[key] = self._new_network(stage, buffer)
+        return self._networks[key]
+
+    def _new_network(self, stage: int, buffer: BlockBuffer) -> nn.Module:
+        with torch.device("meta"):
+            network = network_of(self.family, self.run.sections[stage])
+        with self.device:
+            network.reset_tables_()  # type: ignore[operator]
+        bind_parameters_(network, buffer.tensors("weights"), self._gradients)
+        return network.train()
+
+    def _note(self, number: int, loss: float, data_s: float, started: float) -> None:
+        progress, step_s = self.progress, time.perf_counter() - started
+        progress.step, progress.steps_done = number + 1, number + 1
+        progress.used_bytes, progress.stall_s = self.guard.used_bytes, self.slots.times.stall_s
+        progress.bytes_written = self.store.run_bytes_written
+        progress.data_s += data_s
+        progress.compute_s += step_s - data_s
+        former = progress.losses.get(0, loss)
+        progress.losses[0] = former + 0.05 * (loss - former)
+        speed = self.settings.batch / step_s
+        progress.examples_per_s += (0.1 if progress.examples_per_s else 1.0) * (speed - progress.examples_per_s)
+        norm, self._squares = math.sqrt(self._squares), 0.0
+        if progress.step % self._metrics_every == 0 or progress.step == self.settings.steps:
+            self.run.append_metrics(
+                {
+                    "block": 0,
+                    "step": number + 1,
+                    "loss": loss,
+                    "gradient_norm": norm,
+                    "examples_per_s": round(speed, 2),
+                }
+            )

@@ -1,0 +1,229 @@
+"""Which stage is in memory when a network is trained end to end, and where the others wait.
+
+A step goes through the stages forward and back, so the stage that was used longest ago is the one that is needed last,
+and it gives way. While one stage is used, a single I/O thread puts away the one that leaves and fetches the next. With
+as many slots as stages nothing is ever moved.
+
+Stages that changed wait in files of their own (`SwapFiles`), which are overwritten in place again and again and are
+worth nothing after a crash. What survives one are the run's block files, which `checkpoint` writes for all stages.
+"""
+
+import contextlib
+import math
+import os
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from edgeblocks.scheduler import StreamTimes
+from edgeblocks.store import PARTS, BlockBuffer, BlockLayout, BlockStore, NextBlocks, Part, bytes_of, storage_error
+
+
+@dataclass(frozen=True, kw_only=True)
+class Need:
+    """What a use of a stage needs of it, and whether it changes it."""
+
+    stage: int
+    parts: tuple[Part, ...]
+    changes: bool
+
+
+def needs_of_a_step(num_stages: int) -> list[Need]:
+    """Forward through the weights of all stages but the last, then backward through all.
+
+    >>> [(need.stage, need.changes) for need in needs_of_a_step(3)]
+    [(0, False), (1, False), (2, True), (1, True), (0, True)]
+    """
+    forward = [Need(stage=stage, parts=("weights",), changes=False) for stage in range(num_stages - 1)]
+    return forward + [Need(stage=stage, parts=PARTS, changes=True) for stage in reversed(range(num_stages))]
+
+
+class SwapFiles:
+    """The bytes of stages, one file each, without checksums and not synced."""
+
+    def __init__(self, folder: Path, layouts: Sequence[BlockLayout]) -> None:
+        self._folder, self._layouts = folder, tuple(layouts)
+
+    def path(self, stage: int) -> Path:
+        return self._folder / f".stage_{stage:03d}.tmp"
+
+    def write(self, stage: int, buffer: BlockBuffer) -> None:
+        """Put all of a stage's bytes into its file.
+
+        Raises:
+            StorageError: the disk refused.
+        """
+        path, done, content = self.path(stage), 0, bytes_of(buffer.content)
+        try:
+            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            try:
+                while done < len(content):
+                    done += os.pwrite(descriptor, content[done:], done)
+            finally:
+                os.close(descriptor)
+        except OSError as error:
+            raise storage_error(f"cannot put stage {stage} away", path, error) from error
+
+    def read(self, stage: int, buffer: BlockBuffer, parts: Sequence[Part]) -> None:
+        """Fill some parts of a buffer.
+
+        Raises:
+            StorageError: the disk refused.
+        """
+        path = self.path(stage)
+        buffer.adopt_(self._layouts[stage])
+        try:
+            with path.open("rb", buffering=0) as file:
+                for part in parts:
+                    start = sum(buffer.layout.part_span(former)[1] for former in PARTS[: PARTS.index(part)])
+                    view, done = bytes_of(buffer.part_bytes(part)), 0
+                    while done < len(view):
+                        count = os.preadv(file.fileno(), [view[done:]], start + done)
+                        if not count:
+                            raise OSError(f"the file ended {len(view) - done} bytes early")
+                        done += count
+        except OSError as error:
+            raise storage_error(f"cannot fetch stage {stage}", path, error) from error
+
+    def remove(self) -> None:
+        for stage in range(len(self._layouts)):
+            self.path(stage).unlink(missing_ok=True)
+
+
+@dataclass
+class _Slot:
+    buffer: BlockBuffer
+    stage: int | None = None
+    parts: tuple[Part, ...] = ()
+    """What of the stage is there, or will be when `pending` is done."""
+    changed: bool = False
+    """Whether the stage's bytes elsewhere are older."""
+    pending: Future[None] | None = None
+    last_used: int = field(default=0)
+
+
+class StageSlots:
+    """Gives stages for their uses. Not thread-safe: one training thread uses it."""
+
+    def __init__(self, store: BlockStore, swap: SwapFiles, *, slots: int) -> None:
+        """Stages as the run's block files have them."""
+        self.times = StreamTimes()
+        self.store, self._swap = store, swap
+        self._swapped: set[int] = set()
+        """Stages whose newest bytes are in their swap file, as far as they are not in a slot."""
+        self._slots = [_Slot(store.buffer().touched()) for _ in range(slots)]
+        self._io = ThreadPoolExecutor(max_workers=1, thread_name_prefix="edgeblocks-io")
+        self._io.submit(int).result()  # the thread runs before memory can be short
+        self._clock = 0
+
+    @property
+    def num_slots(self) -> int:
+        """Stages that are in memory at a time."""
+        return len(self._slots)
+
+    @property
+    def device(self) -> torch.device:
+        """Where a stage is trained."""
+        return self._slots[0].buffer.device
+
+    @contextmanager
+    def use(self, need: Need, *, then: Need | None) -> Iterator[BlockBuffer]:
+        """A buffer with what is needed of a stage.
+
+        Args:
+            then: the next use, fetched early when a slot is free for it.
+        """
+        slot = self._slot_for(need, keep=None)
+        self._wait(slot)
+        if then is not None and len(self._slots) > 1 and then.stage != need.stage:
+            self._slot_for(then, keep=slot)
+        yield slot.buffer
+        slot.changed |= need.changes
+
+    @contextmanager
+    def ema_weights(self, block: int) -> Iterator[BlockBuffer]:
+        """A buffer with a stage's EMA weights, until another stage is used; the next stage is fetched early."""
+        need, then = (
+            Need(stage=stage % len(self.store.layouts), parts=("ema",), changes=False) for stage in (block, block + 1)
+        )
+        with self.use(need, then=then) as buffer:
+            yield buffer
+
+    def flush(self) -> None:
+        """Wait until everything handed to the I/O thread is done; raises what it met."""
+        for slot in self._slots:
+            self._wait(slot)
+
+    def checkpoint(self, files: NextBlocks, step: int) -> None:
+        """Write every stage into its new file; every stage has made `step` steps.
+
+        Raises:
+            FloatingPointError: a stage has weights that are no numbers.
+        """
+        for stage in range(len(self.store.layouts)):
+            with self.use(Need(stage=stage, parts=PARTS, changes=False), then=None) as buffer:
+                if not math.isfinite(buffer.flat("weights").sum() + buffer.flat("ema").sum()):
+                    raise FloatingPointError(f"stage {stage}")
+                files.write(stage, buffer, step)
+
+    def close(self) -> None:
+        """Stop the I/O thread and remove the swap files."""
+        self._io.shutdown(wait=True)
+        with contextlib.suppress(OSError):  # what is left goes when the run goes on; the error that ends it is told
+            self._swap.remove()
+
+    def _slot_for(self, need: Need, keep: _Slot | None) -> _Slot:
+        """The slot that has what is needed of a stage, or is about to."""
+        self._clock += 1
+        slot = next((slot for slot in self._slots if slot.stage == need.stage), None)
+        if slot is None:
+            slot = min((slot for slot in self._slots if slot is not keep), key=lambda slot: slot.last_used)
+            self._hand_over(slot, slot.stage if slot.changed else None, need, need.parts)
+            slot.stage, slot.parts, slot.changed = need.stage, need.parts, False
+        elif missing := tuple(part for part in need.parts if part not in slot.parts):
+            self._hand_over(slot, None, need, missing)
+            slot.parts = tuple(part for part in PARTS if part in (*slot.parts, *missing))
+        slot.last_used = self._clock
+        return slot
+
+    def _hand_over(self, slot: _Slot, leaves: int | None, need: Need, parts: tuple[Part, ...]) -> None:
+        """Have the I/O thread put away the stage that leaves, and then fetch parts of another one."""
+        if leaves is not None:
+            self.store.bytes_written += slot.buffer.content.numel()
+        former, slot.pending = slot.pending, None
+        slot.pending = self._io.submit(self._move, former, slot.buffer, leaves, need.stage, parts)
+
+    def _move(
+        self,
+        former: "Future[None] | None",
+        buffer: BlockBuffer,
+        leaves: int | None,
+        comes: int,
+        parts: tuple[Part, ...],
+    ) -> None:
+        if former is not None:
+            former.result()
+        started = time.perf_counter()
+        if leaves is not None:
+            self._swap.write(leaves, buffer)
+            self._swapped.add(leaves)
+        written = time.perf_counter()
+        if comes in self._swapped:
+            self._swap.read(comes, buffer, parts)
+        else:
+            self.store.read(comes, buffer, parts)
+        self.times.store_s += written - started
+        self.times.load_s += time.perf_counter() - written
+
+    def _wait(self, slot: _Slot) -> None:
+        if slot.pending is None:
+            return
+        started = time.perf_counter()
+        pending, slot.pending = slot.pending, None
+        pending.result()
+        self.times.stall_s += time.perf_counter() - started

@@ -1,0 +1,323 @@
+"""End-to-end training in stages: ordinary back-propagation, whatever is in memory."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.numpy import load_file
+from small_blocks import all_bytes, filled_buffer, layout_of, store_in
+from test_equality import StopAfter, assert_same_bits
+
+import edgeblocks
+from edgeblocks.console import evaluation_report
+from edgeblocks.errors import EdgeblocksError, InterruptedRunError, RunError, WriteLimitError
+from edgeblocks.exact import Pass
+from edgeblocks.generators import generator_at
+from edgeblocks.listener import Silent
+from edgeblocks.plans import swapped_stages
+from edgeblocks.preparation import data_of
+from edgeblocks.sections import init_section_, network_of, stages_of, whole_name
+from edgeblocks.stage_slots import Need, StageSlots, SwapFiles, needs_of_a_step
+from edgeblocks.store import PARTS, NextBlocks
+from edgeblocks.update import BETA1, BETA2, EPS, learning_rate_at
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+IMAGES = {"family": "dit", "data": "digits", "width": 32, "heads": 2, "depth": 6, "batch": 16}
+TEXT = {"family": "mdlm", "data": "moby-dick", "width": 32, "heads": 2, "depth": 6, "batch": 8, "length": 16}
+KINDS = {"dit": {**IMAGES, "hold_out": 0.02}, "mdlm": {**TEXT, "hold_out": 0.0001}}
+KINDS |= {"vit": {**KINDS["dit"], "family": "vit"}, "ar": {**KINDS["mdlm"], "family": "ar"}}
+EXACT = {"method": "exact", "sample_grids": 0, "mem_budget": "4GB", "steps": 20, "warmup": 5}
+
+
+def trained(kind, out, listener=None, **settings):
+    return edgeblocks.train(out=out, listener=listener or Silent(), **{**KINDS[kind], **EXACT, **settings})
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def resident(request, tmp_path_factory):
+    """A run of four stages that are all in memory; two micro-batches, fp32 optimizer state, no clipping."""
+    out = tmp_path_factory.mktemp(request.param) / "run"
+    micro_batch = KINDS[request.param]["batch"] // 2
+    made = {"blocks": 4, "tier": "ram", "micro_batch": micro_batch, "optimizer": "adamw", "clip": 1e9}
+    return request.param, made, trained(request.param, out, **made)
+
+
+def plain_training(run, steps):
+    """The loop as users write it, on the run's draws: the network's parameters by name, and the losses."""
+    directory = run.directory
+    told, family, sections = directory.settings.run, directory.family(), directory.sections
+    network = family.block(num_layers=family.num_layers, checkpointing=False)
+    network.reset_tables_()
+    named = dict(network.named_parameters())
+    for stage, section in enumerate(sections):
+        with torch.device("meta"):
+            names = [name for name, _ in network_of(family, section).named_parameters()]
+        own = [(name, named[whole_name(name, directory.file_layers, stage)].data) for name in names]
+        init_section_(family, section, own, generator_at(told.seed, "init", stage))
+    vectors = [parameter for parameter in named.values() if parameter.ndim < 2]
+    matrices = [parameter for parameter in named.values() if parameter.ndim >= 2]
+    groups = [{"params": matrices, "weight_decay": told.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, betas=(BETA1, BETA2), eps=EPS, fused=True)
+    data = data_of(told, lambda *_: None)
+    order, losses = data.order(batch=told.batch, seed=told.seed, block=0), []
+    for step in range(steps):
+        examples, labels = data.gather(order.indices(step))
+        noise = directory.partition.ranges[0]
+        batch = family.draw(examples, labels, noise, generator_at(told.seed, "train", 0, step))
+        optimizer.zero_grad(set_to_none=False)
+        losses.append(0.0)
+        for start in range(0, told.batch, told.micro_batch):
+            part = {name: tensor[start : start + told.micro_batch] for name, tensor in batch.items()}
+            loss = family.loss(network, part).sum() / told.batch
+            loss.backward()
+            losses[-1] += loss.item()
+        rate = learning_rate_at(step, steps=told.steps, warmup=told.warmup, peak=told.learning_rate)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        optimizer.step()
+    return named, losses
+
+
+def whole_weights(run):
+    found = {}
+    for stage in range(len(run.directory.file_layers)):
+        path = run.path / "blocks" / f"block_{stage:03d}.safetensors"
+        for name, value in load_file(path).items():
+            if name.startswith("weights."):
+                found[whole_name(name.removeprefix("weights."), run.directory.file_layers, stage)] = value
+    return found
+
+
+def test_losses_and_weights_are_those_of_plain_pytorch(resident):
+    """After 20 steps bit for bit: torch.optim.AdamW, the same batches in the same micro-batches."""
+    _, _, run = resident
+    named, losses = plain_training(run, steps=20)
+    told = [record["loss"] for record in run.directory.metrics()]
+    assert told == losses and len(set(losses)) == 20
+    weights = whole_weights(run)
+    assert weights.keys() == named.keys()
+    for name, parameter in named.items():
+        np.testing.assert_array_equal(weights[name], parameter.detach().numpy(), err_msg=name)
+
+
+@pytest.mark.parametrize("slots", [1, 2, 3])
+def test_streamed_stages_give_the_bits_of_resident_ones(resident, tmp_path, slots):
+    """With one, two or three of four stages in memory, activation checkpointing, and a checkpoint every seven steps.
+
+    The look at the end, which brings the stages in turn, gives the same as well.
+    """
+    kind, made, run = resident
+    settings = {**made, "tier": "disk", "checkpointing": True, "visit_steps": 7}
+    with pytest.raises(InterruptedRunError):
+        trained(kind, tmp_path / "run", listener=StopAfter(1), **settings)
+    plan = json.loads((tmp_path / "run/plan.json").read_text())
+    del plan["sha256"]
+    looks = run.directory.plan["look_micro_batch"]
+    (tmp_path / "run/plan.json").write_text(json.dumps({**plan, "slots": slots, "look_micro_batch": looks}))
+    again = edgeblocks.resume(tmp_path / "run")
+    assert_same_bits(run.path, again.path, blocks=4)
+    assert again.summary["metrics"]["validation"] == run.summary["metrics"]["validation"]
+    assert not list((again.path / "blocks").glob(".*"))
+
+
+def test_it_is_exported_and_evaluated(resident, tmp_path):
+    """As one graph, whose output `export` compares with torch's; and what `eval` says has no word of noise levels."""
+    kind, _, run = resident
+    run.export(tmp_path / "onnx")
+    assert len(list((tmp_path / "onnx").glob("*.onnx"))) == 1
+    if kind in ("vit", "ar"):
+        text = evaluation_report(run.evaluate(samples=2))
+        assert "noise" not in text and "chain" not in text
+
+
+def test_the_limit_of_writes_holds_and_everything_is_saved(tmp_path):
+    """Stages that are swapped count, as checkpoints do; the meter goes on where it was when the run goes on."""
+    settings = {"blocks": 4, "tier": "disk", "steps": 200, "max_disk_writes": "12MB"}
+    with pytest.raises(WriteLimitError, match="Everything is saved"):
+        trained("dit", tmp_path / "run", **settings)
+    store = edgeblocks.load(tmp_path / "run").directory.store()
+    headers = [store.header(stage) for stage in range(4)]
+    assert len({header.step for header in headers}) == 1 and 0 < headers[0].step < 200
+    written = max(header.run_bytes_written for header in headers)
+    assert 6e6 < written <= 12e6
+    with pytest.raises(WriteLimitError):
+        edgeblocks.resume(tmp_path / "run")
+    assert store.header(0).step == headers[0].step
+
+
+def test_a_listener_that_fails_ends_the_run_saved(tmp_path):
+    class Broken(Silent):
+        def step(self, progress):
+            if progress.step == 5:
+                raise BrokenPipeError
+
+    with pytest.raises(BrokenPipeError):
+        trained("dit", tmp_path / "run", listener=Broken(), blocks=2)
+    store = edgeblocks.load(tmp_path / "run").directory.store()
+    assert [store.header(stage).step for stage in range(2)] == [5, 5]
+
+
+def test_weights_that_are_no_numbers_are_not_saved(tmp_path):
+    """A step whose loss was a number can still ruin them; the checkpoint before it stays, and can be used."""
+    ruinous = {"learning_rate": 1e9, "warmup": 0, "clip": 1e30, "visit_steps": 1, "blocks": 2}
+    with pytest.raises(EdgeblocksError, match="intact"):
+        trained("dit", tmp_path / "run", **ruinous)
+    run = edgeblocks.load(tmp_path / "run")
+    assert all(np.isfinite(value).all() for value in whole_weights(run).values())
+
+
+def test_stages_that_all_stay_in_memory_are_preferred_to_fewer_that_do_not():
+    """The cut changes no number, so the plan may cut where nothing has to be moved."""
+    wanted = {**KINDS["vit"], "method": "exact", "width": 512, "depth": 8, "heads": 8, "batch": 64}
+    whole = edgeblocks.plan(**wanted, mem_budget="4GB").plan.chosen
+    assert whole.slots == whole.blocks == 1
+    cut = edgeblocks.plan(**wanted, mem_budget="4GB", blocks=8, tier="ram", micro_batch=32).plan.chosen
+    budget_bytes = cut.predicted_peak_bytes + 20_000_000  # the interpreter is measured again
+    assert budget_bytes < whole.predicted_peak_bytes
+    chosen = edgeblocks.plan(**wanted, mem_budget=str(budget_bytes)).plan.chosen
+    assert chosen.slots == chosen.blocks > 1
+
+
+def test_a_finished_run_that_lost_a_stage_is_not_called_finished(resident, tmp_path):
+    _, _, run = resident
+    shutil.copytree(run.path, tmp_path / "run")
+    (tmp_path / "run/blocks/block_002.safetensors").unlink()
+    with pytest.raises(RunError, match=r"block 2 is missing.*trained together"):
+        edgeblocks.resume(tmp_path / "run")
+
+
+def test_a_resumed_run_gives_the_bits_of_an_uninterrupted_one(resident, tmp_path):
+    kind, made, run = resident
+    with pytest.raises(InterruptedRunError, match="saved at step 9 of 20"):
+        trained(kind, tmp_path / "run", listener=StopAfter(9), **made)
+    edgeblocks.resume(tmp_path / "run")
+    assert_same_bits(run.path, tmp_path / "run", blocks=4)
+
+
+def test_the_cut_changes_no_gradient(resident):
+    """One stage or six: the same bits. A gradient that was not carried to the stem would show in its parameters."""
+    _, _, run = resident
+    family = run.directory.family()
+    whole = family.block(num_layers=6, checkpointing=False)
+    whole.reset_tables_()
+    named = dict(whole.named_parameters())
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in named.values():
+            parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
+    data = data_of(run.directory.settings.run, lambda *_: None)
+    batch = family.draw(*data.gather(np.arange(8)), run.directory.partition.ranges[0], generator)
+    family.loss(whole, batch).mean().backward()
+    assert all(parameter.grad.abs().max() > 0 for parameter in named.values())
+    for layers in ((6,), (3, 3), (1, 1, 1, 1, 1, 1)):
+        stages = [network_of(family, section) for section in stages_of(layers)]
+        for number, stage in enumerate(stages):
+            stage.reset_tables_()
+            with torch.no_grad():
+                for name, parameter in stage.named_parameters():
+                    parameter.copy_(named[whole_name(name, layers, number)])
+        going = Pass(family, batch, num_stages=len(layers))
+        for number in range(len(layers) - 1):
+            going.forward(number, stages[number], micro_batch=8)
+        for number in reversed(range(len(layers))):
+            going.backward(number, stages[number], micro_batch=8, checkpointing=number % 2 == 0)
+        for number, stage in enumerate(stages):
+            for name, parameter in stage.named_parameters():
+                assert torch.equal(parameter.grad, named[whole_name(name, layers, number)].grad), (layers, name)
+
+
+LAYOUTS = [layout_of(width=width) for width in (64, 32, 64, 16)]
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    slots=st.integers(1, 4),
+    uses=st.lists(st.tuples(st.integers(0, 3), st.booleans()), max_size=20),
+    ahead=st.booleans(),
+)
+def test_a_stage_is_what_it_was_when_it_was_used_last(tmp_path_factory, slots, uses, ahead):
+    """Whatever the order of uses, with and without a look ahead; a use that changes nothing needs weights alone."""
+    folder = tmp_path_factory.mktemp("slots")
+    store = store_in(folder, LAYOUTS)
+    expected = []
+    for stage, layout in enumerate(LAYOUTS):
+        expected.append(filled_buffer(layout, seed=stage))
+        store.write(stage, expected[stage], step=0)
+    given_out = StageSlots(store, SwapFiles(folder, LAYOUTS), slots=slots)
+    needs = [Need(stage=stage, parts=PARTS if changes else ("weights",), changes=changes) for stage, changes in uses]
+    for number, need in enumerate(needs):
+        then = needs[number + 1] if ahead and number + 1 < len(needs) else None
+        with given_out.use(need, then=then) as buffer:
+            for part in need.parts:
+                assert torch.equal(buffer.part_bytes(part), expected[need.stage].part_bytes(part))
+            if need.changes:
+                for held in (buffer, expected[need.stage]):
+                    held.content.add_(number + 1)
+    files = NextBlocks(store)
+    given_out.checkpoint(files, step=3)
+    files.commit()
+    given_out.close()
+    assert sorted(path.name for path in folder.iterdir()) == [f"block_{stage:03d}.safetensors" for stage in range(4)]
+    again = store.buffer()
+    for stage in range(4):
+        assert store.read(stage, again) == 3 and all_bytes(again) == all_bytes(expected[stage])
+
+
+@pytest.mark.parametrize("stages", [1, 2, 3, 6])
+def test_a_step_writes_away_as_many_stages_as_the_plan_counts(tmp_path, stages):
+    """Measured in the fourth step, when all have begun to change places."""
+    layouts = [layout_of(width=16)] * stages
+    for slots in range(1, stages + 1):
+        folder = tmp_path / str(slots)
+        folder.mkdir()
+        store = store_in(folder, layouts)
+        for stage, layout in enumerate(layouts):
+            store.write(stage, filled_buffer(layout, seed=stage), step=0)
+        given_out, needs, written = (
+            StageSlots(store, SwapFiles(folder, layouts), slots=slots),
+            needs_of_a_step(stages),
+            [],
+        )
+        for _ in range(4):
+            for need, then in zip(needs, [*needs[1:], needs[0]], strict=True):
+                with given_out.use(need, then=then) as buffer:
+                    block_bytes = buffer.content.numel()
+            given_out.flush()  # waits for what is on its way
+            written.append(store.bytes_written)
+        given_out.close()
+        assert (written[3] - written[2]) / block_bytes == swapped_stages(stages, slots)
+
+
+@pytest.mark.parametrize("written", [0, 1, 2, 3])
+def test_a_checkpoint_that_was_cut_short_is_whole_or_not_at_all(tmp_path, monkeypatch, written):
+    """Killed while new files are written the former ones count; killed while they are renamed, the new ones."""
+    layouts = LAYOUTS[:3]
+    store = store_in(tmp_path, layouts)
+    for stage, layout in enumerate(layouts):
+        store.write(stage, filled_buffer(layout, seed=stage), step=1)
+    files = NextBlocks(store)
+    for stage, layout in enumerate(layouts[:written]):
+        files.write(stage, filled_buffer(layout, seed=10 + stage), step=2)
+    if written == 3:
+        renamed = []
+
+        usual = type(tmp_path).replace
+
+        def replace(path, target):
+            if len(renamed) == 2:
+                raise KeyboardInterrupt
+            renamed.append(path)
+            return usual(path, target)
+
+        monkeypatch.setattr(type(tmp_path), "replace", replace)
+        with pytest.raises(KeyboardInterrupt):
+            files.commit()
+        monkeypatch.undo()
+    NextBlocks(store).recover()
+    assert [store.header(stage).step for stage in range(3)] == [2 if written == 3 else 1] * 3
+    assert all(path.suffix == ".safetensors" for path in tmp_path.iterdir())
