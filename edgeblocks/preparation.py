@@ -81,6 +81,7 @@ def prepare(settings: Settings, out: Path, listener: Listener) -> Prepared:
     check_work_dir(settings.run.work_dir)
     target = build_target(settings.run.target)
     target.prepare()
+    _check_method(settings.run, beside_a_host=target.host_bytes() is not None)
     settings = _with_budgets(settings, beside_a_host=target.host_bytes() is not None)
     run = settings.run
     budgets = _budgets_here(run, target)
@@ -99,6 +100,16 @@ def prepare(settings: Settings, out: Path, listener: Listener) -> Prepared:
         machine=machine,
         plan=_told_of_gpus(plan),
     )
+
+
+def _check_method(run: RunSettings, *, beside_a_host: bool) -> None:
+    """That a network can be trained this way there.
+
+    Raises:
+        ConfigError: end to end on a GPU.
+    """
+    if run.method == "exact" and beside_a_host:
+        raise ConfigError("--method exact trains on the processor only as yet; use --target cpu, or --method diffusion")
 
 
 def torch_sees_a_gpu() -> bool:
@@ -128,6 +139,7 @@ def prepare_elsewhere(settings: Settings, profile: Any, listener: Listener) -> P
         profile: a `targets.profile.Profile`.
     """
     machine = profile.machine()
+    _check_method(settings.run, beside_a_host=machine.host is not None)
     settings = _with_budgets(settings, beside_a_host=machine.host is not None)
     host_bytes = None if machine.host is None else machine.host.memory_bytes
     budgets = _budgets(settings.run, profile.memory_bytes, host_bytes, profile.name)

@@ -195,6 +195,7 @@ def test_a_ram_budget_without_a_host_is_refused():
 @pytest.mark.parametrize(
     ("budgets", "message"),
     [
+        (["--method", "exact"], r"--method exact trains on the processor only as yet; use --target cpu"),
         (["--mem-budget", "5GB"], r"--mem-budget 5GB is 5 GB, but the GPU of rtx3050-4gb has 3.95 GB; use at most"),
         (["--ram-budget", "9GB"], r"--ram-budget 9GB is 9 GB, but the host of rtx3050-4gb has 7.7 GB; use at most"),
         (["--ram-budget", "much"], r"ram_budget='much': 'much' is not a size"),
