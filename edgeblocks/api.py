@@ -26,14 +26,13 @@ from edgeblocks.guard import Guard, refusals_explained
 from edgeblocks.host_tier import HostTier
 from edgeblocks.listener import Listener, Silent
 from edgeblocks.looks import Looks
+from edgeblocks.next_blocks import NextBlocks
 from edgeblocks.plans import StepShape
 from edgeblocks.preparation import (
     Prepared,
     budget_of_this_process,
     check_disk,
-    check_vocab,
     check_work_dir,
-    open_run_data,
     prepare,
     prepare_elsewhere,
     replan,
@@ -41,11 +40,12 @@ from edgeblocks.preparation import (
 )
 from edgeblocks.registry import build_profile, build_target, family_type, profile_names, register_family, target_names
 from edgeblocks.run import Run
+from edgeblocks.run_data import check_vocab, open_run_data
 from edgeblocks.run_files import check_resumable
 from edgeblocks.scheduler import Scheduler
 from edgeblocks.stage_slots import StageSlots, SwapFiles
 from edgeblocks.staged_ema import StagedEma
-from edgeblocks.store import BlockStore, NextBlocks
+from edgeblocks.store import BlockStore
 from edgeblocks.summary import summary_of
 from edgeblocks.trainer import Interrupted, Interruption, Trainer, create_blocks
 from edgeblocks.units import format_bytes
@@ -324,7 +324,7 @@ def _train(run: RunDirectory, data_set: DataSet, listener: Listener, resumed_fro
         run,
         trainer,
         method.times,
-        method.bytes_written,
+        store.run_bytes_written,
         looks.seconds,
         evaluation,
         data_set,
@@ -350,10 +350,6 @@ class _Diffusion:
     def trainer(self, data_set: DataSet, guard: Guard) -> Trainer:
         return Trainer(self._run, data_set, self.ema, guard)
 
-    @property
-    def bytes_written(self) -> int:
-        return self.ema.store.run_bytes_written
-
 
 class _Exact:
     """The same for stages that are trained together."""
@@ -368,10 +364,6 @@ class _Exact:
 
     def trainer(self, data_set: DataSet, guard: Guard) -> ExactTrainer:
         return ExactTrainer(self._run, data_set, self._slots, guard)
-
-    @property
-    def bytes_written(self) -> int:
-        return self._slots.store.run_bytes_written
 
 
 def load(path: Path | str) -> Run:

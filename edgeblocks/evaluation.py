@@ -14,8 +14,9 @@ from edgeblocks.data.text import TextSet
 from edgeblocks.drawing import TEXT_TASKS
 from edgeblocks.errors import ConfigError, RunError
 from edgeblocks.listener import Listener
-from edgeblocks.preparation import device_budget_bytes, open_run_data
+from edgeblocks.preparation import device_budget_bytes
 from edgeblocks.registry import build_target
+from edgeblocks.run_data import open_run_data
 from edgeblocks.sampling import (
     Runners,
     always,

@@ -1,6 +1,6 @@
 """Streamed back-propagation: end-to-end training with true gradients, of which one stage is in memory at a time.
 
-A network is cut into stages (`families.whole`). A step sends all its micro-batches forward through one stage after the
+A network is cut into stages (`sections`). A step sends all its micro-batches forward through one stage after the
 other, keeping what enters each, and then backward from the last stage to the first: a stage is run again from what
 entered it, now followed by autograd, and updated as soon as its gradient is complete. A stage is needed twice a step,
 the last one once.
@@ -38,14 +38,16 @@ class Pass:
 
     def forward(self, number: int, stage: nn.Module, *, micro_batch: int) -> None:
         """Send all samples through a stage that is not the last one, a micro-batch at a time."""
-        leaving, conditions = _Rows(self._size), _Rows(self._size)
+        leaving, told = _Rows(self._size), _Rows(self._size)
         with torch.no_grad():
             for part in self._parts(micro_batch):
                 hidden, condition = self._entered(number, stage, part)
-                conditions.put(part, condition)
+                if number == 0:
+                    told.put(part, condition)
                 leaving.put(part, _through(stage, hidden, condition, checkpointing=False))
         self._entering[number + 1] = leaving.all()
-        self._condition = conditions.all() if number == 0 else self._condition
+        if number == 0:
+            self._condition = told.all()
 
     def backward(self, number: int, stage: nn.Module, *, micro_batch: int, checkpointing: bool) -> None:
         """Run a stage again and add the gradient of all samples to its parameters' gradients."""

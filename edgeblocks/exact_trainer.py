@@ -14,11 +14,12 @@ from edgeblocks.errors import EdgeblocksError, OutOfBudgetError, WriteLimitError
 from edgeblocks.exact import Pass
 from edgeblocks.generators import generator_at
 from edgeblocks.guard import Guard, is_refusal
+from edgeblocks.next_blocks import NextBlocks
 from edgeblocks.optim import Workspace
 from edgeblocks.plans import StepShape, swapped_stages
 from edgeblocks.sections import network_of
 from edgeblocks.stage_slots import StageSlots, needs_of_a_step
-from edgeblocks.store import BlockBuffer, NextBlocks, bind_parameters_
+from edgeblocks.store import BlockBuffer, bind_parameters_
 from edgeblocks.trainer import METRICS_RECORDS, Interruption, Progress
 from edgeblocks.units import format_bytes, parse_size
 from edgeblocks.update import adamw_, clip_, ema_exponent, follow_, learning_rate_at

@@ -3,7 +3,6 @@
 import math
 import os
 import shutil
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,13 +10,10 @@ from typing import Any
 from PIL import Image
 
 from edgeblocks import cost
-from edgeblocks.config import TOKENIZERS, RunSettings, Settings
+from edgeblocks.config import RunSettings, Settings
 from edgeblocks.data.cache import cache_folder
 from edgeblocks.data.dataset import DataSet
-from edgeblocks.data.images import Progress, open_images
-from edgeblocks.data.text import open_text
-from edgeblocks.data.tokenizer import build_tokenizer
-from edgeblocks.errors import ConfigError, DoesNotFitError, NoRoomToReadError, StorageError
+from edgeblocks.errors import ConfigError, DoesNotFitError, StorageError
 from edgeblocks.generation import DEFAULT_STEPS, writing_bytes
 from edgeblocks.layer_costs import LayerCosts
 from edgeblocks.listener import Listener
@@ -25,14 +21,13 @@ from edgeblocks.noise import NoisePartition, partition_noise
 from edgeblocks.planner import make_plan
 from edgeblocks.plans import Machine, Plan, Wishes, micro_batches
 from edgeblocks.registry import build_family, build_target, family_type
+from edgeblocks.run_data import open_run_data
 from edgeblocks.units import format_bytes, format_duration, parse_size
 
 GRID_SAMPLES = {"images": 40, "classes": 0, "text": 4, "continuation": 4}
 """Samples made together during training, by what the family's chain makes."""
 GRID_TOKENS = 64
 """Of such a sample that is written token by token: where blocks are on disk each token loads them all."""
-DECODING_SLACK_BYTES = 12_000_000
-"""Beside a picture: pieces of it on their way to the cache, code of Pillow's decoders."""
 LONGEST_MOVING_S = 600.0
 """A slow disk is refused when it takes longer than this, and longer than the computing."""
 GPU_BUDGET = "90%"
@@ -359,108 +354,6 @@ def trace_costs(settings: Settings, data: Any) -> tuple[LayerCosts, int]:
         counts.add(min(settings.run.micro_batch, settings.run.batch))
     fields = (settings.run.family, asdict(settings.family), asdict(data), sorted(counts))
     return cost.trace_in_subprocess(*fields, method=settings.run.method, cache=cache_folder())
-
-
-def data_of(run: RunSettings, progress: Progress, *, room_bytes: int | None = None) -> DataSet:
-    """The data that a run's settings name; see `open_images` and `open_text`.
-
-    Raises:
-        ConfigError: settings of images for a family that reads text, or the other way round.
-    """
-    reads = family_type(run.family).reads
-    check_data_settings(run, reads)
-    if reads == "text":
-        return open_text(
-            run.data,
-            tokenizer=run.tokenizer,
-            vocabulary=run.vocab,
-            length=run.length,
-            hold_out=run.hold_out,
-            cache_dir=cache_folder(),
-            progress=progress,
-            room_bytes=room_bytes,
-        )
-    return open_images(
-        run.data,
-        image_size=run.image_size,
-        hold_out=run.hold_out,
-        seed=run.seed,
-        cache_dir=cache_folder(),
-        progress=progress,
-        room_bytes=room_bytes,
-    )
-
-
-def check_data_settings(run: RunSettings, reads: str) -> None:
-    """That a family is given settings of the kind of data that it reads.
-
-    Raises:
-        ConfigError: with all that are of the other kind.
-    """
-    others = {"images": ("tokenizer", "vocab", "length"), "text": ("image_size",)}[reads]
-    usual = RunSettings()
-    problems = [
-        f"{name}={getattr(run, name)}: {run.family} reads {reads}, and {name} is for families that do not; leave it out"
-        for name in others
-        if getattr(run, name) != getattr(usual, name)
-    ]
-    if problems:
-        raise ConfigError(*problems)
-
-
-def check_vocab(run: RunSettings, typed: Mapping[str, Any], from_file: Mapping[str, Any]) -> None:
-    """That a number of byte pairs is asked for only where some are learned.
-
-    A file may hold one all the same: for the tokenizer that the command line replaces, or the usual one, as the
-    config.yaml of every run does.
-
-    Args:
-        typed: settings of the command line.
-        from_file: settings of a file, under those.
-
-    Raises:
-        ConfigError: it is asked for, and would mean nothing.
-    """
-    asked = typed.get("vocab")
-    if asked is None and typed.get("tokenizer") is None and from_file.get("vocab") != RunSettings().vocab:
-        asked = from_file.get("vocab")
-    if asked is None or run.tokenizer == "bpe" or family_type(run.family).reads != "text":
-        return
-    own = "the tokens in that file"
-    if run.tokenizer in TOKENIZERS:
-        own = f"{build_tokenizer(run.tokenizer, None).vocabulary} tokens of its own"
-    raise ConfigError(
-        f"vocab is {asked}, which is how many byte pairs are learned, and the tokenizer is '{run.tokenizer}', which "
-        f"has {own}; learn byte pairs with --tokenizer bpe, or leave vocab out"
-    )
-
-
-def open_run_data(settings: Settings, listener: Listener, *, budget_bytes: int, target: Any) -> DataSet:
-    """The data of a run; pictures are decoded first, inside the budget of the memory that this process is in.
-
-    Raises:
-        DoesNotFitError: decoding a picture would pass the budget.
-    """
-    taken_bytes = target.host_used_bytes() + DECODING_SLACK_BYTES
-    room_bytes = max(0, budget_bytes - taken_bytes)
-    try:
-        data_set = data_of(settings.run, listener.advance, room_bytes=room_bytes)
-    except NoRoomToReadError as error:
-        smallest_bytes = taken_bytes + error.needed_bytes
-        flag = "--mem-budget" if target.host_bytes() is None else "--ram-budget"
-        raise DoesNotFitError(
-            f"{error.what} takes up to {format_bytes(error.needed_bytes)} to read, and the budget of "
-            f"{format_bytes(budget_bytes)} leaves {format_bytes(room_bytes)} beside the interpreter and its libraries "
-            f"({format_bytes(taken_bytes)}); use {flag} "
-            f"{math.ceil(smallest_bytes / 1e6)}MB or more the first time (then it is in the cache), or make it smaller",
-            smallest_bytes,
-        ) from error
-    if data_set.unreadable:
-        shown = ", ".join(data_set.unreadable[:5]) + (", .." if len(data_set.unreadable) > 5 else "")
-        listener.note(f"skipped {len(data_set.unreadable)} unreadable files: {shown}")
-    for warning in data_set.warnings:
-        listener.note(f"note: {warning}")
-    return data_set
 
 
 def device_budget_bytes(text: str, target: Any) -> int:

@@ -20,8 +20,9 @@ from pathlib import Path
 
 import torch
 
+from edgeblocks.next_blocks import NextBlocks
 from edgeblocks.scheduler import StreamTimes
-from edgeblocks.store import PARTS, BlockBuffer, BlockLayout, BlockStore, NextBlocks, Part, bytes_of, storage_error
+from edgeblocks.store import PARTS, BlockBuffer, BlockLayout, BlockStore, Part, bytes_of, storage_error
 
 
 @dataclass(frozen=True, kw_only=True)

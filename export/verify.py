@@ -29,8 +29,8 @@ from edgeblocks.families.base import Level
 from edgeblocks.generators import generator_at
 from edgeblocks.noise import sampler_levels, unmasking_steps
 from edgeblocks.pictures import to_uint8
-from edgeblocks.preparation import data_of
 from edgeblocks.randomness import start_noise
+from edgeblocks.run_data import data_of
 from edgeblocks.solver import integrate
 from edgeblocks.unmasking import unmask
 

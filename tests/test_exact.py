@@ -18,11 +18,12 @@ from edgeblocks.errors import EdgeblocksError, InterruptedRunError, RunError, Wr
 from edgeblocks.exact import Pass
 from edgeblocks.generators import generator_at
 from edgeblocks.listener import Silent
+from edgeblocks.next_blocks import NextBlocks
 from edgeblocks.plans import swapped_stages
-from edgeblocks.preparation import data_of
+from edgeblocks.run_data import data_of
 from edgeblocks.sections import init_section_, network_of, stages_of, whole_name
 from edgeblocks.stage_slots import Need, StageSlots, SwapFiles, needs_of_a_step
-from edgeblocks.store import PARTS, NextBlocks
+from edgeblocks.store import PARTS
 from edgeblocks.update import BETA1, BETA2, EPS, learning_rate_at
 
 pytestmark = pytest.mark.usefixtures("one_thread")

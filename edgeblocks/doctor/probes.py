@@ -159,7 +159,8 @@ def _probe_presets() -> dict[str, dict[str, Any]]:
     """
     from edgeblocks.config import DEFAULT_PRESETS, preset_names, resolve_settings
     from edgeblocks.families.base import ImageInfo, TextInfo
-    from edgeblocks.preparation import GRID_SAMPLES, grid_sample_bytes, open_run_data
+    from edgeblocks.preparation import GRID_SAMPLES, grid_sample_bytes
+    from edgeblocks.run_data import open_run_data
 
     requests = {}
     for name in preset_names():

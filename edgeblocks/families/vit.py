@@ -209,9 +209,12 @@ class PlainVitBlock(WithPositions):
         images: Float[Tensor, "batch channels height width"],
     ) -> Float[Tensor, "batch classes"]:
         """The probabilities of the classes, whatever z and sigma are."""
+        return self.logits(images).softmax(dim=-1)
+
+    def logits(self, images: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch classes"]:
+        """The logarithms of the classes' probabilities, but for a constant."""
         tokens, nothing = self.enter(images)
-        tokens = run_layers(self.layers, tokens, nothing, checkpointing=self.checkpointing)
-        return self.leave(tokens).softmax(dim=-1)
+        return self.leave(run_layers(self.layers, tokens, nothing, checkpointing=self.checkpointing))
 
     def enter(
         self, images: Float[Tensor, "batch channels height width"]
@@ -357,5 +360,4 @@ class PlainVit(Vit):
 
     def _logits(self, block: nn.Module, batch: Batch) -> Float[Tensor, "batch classes"]:
         assert isinstance(block, PlainVitBlock)
-        tokens, nothing = block.enter(batch["images"])
-        return block.leave(run_layers(block.layers, tokens, nothing, checkpointing=block.checkpointing))
+        return block.logits(batch["images"])

@@ -34,7 +34,7 @@ import edgeblocks
 from edgeblocks.classification import classification_scores
 from edgeblocks.config import RunSettings
 from edgeblocks.families.vit import Vit, VitSettings
-from edgeblocks.preparation import data_of
+from edgeblocks.run_data import data_of
 
 LEARNING = {"learning_rate": 1e-3, "warmup": 50, "weight_decay": 0.01, "clip": 1.0, "ema_length": 0.1}
 IMAGE = {"width": 96, "depth": 6, "heads": 4, "patch": 4, "batch": 64}

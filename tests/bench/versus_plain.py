@@ -36,8 +36,8 @@ from edgeblocks.guard import Guard
 from edgeblocks.layer_costs import LARGEST_HEAP_BYTES
 from edgeblocks.optim import Workspace, adamw_8bit_step_, adamw_step_
 from edgeblocks.plans import StepShape
-from edgeblocks.preparation import data_of
 from edgeblocks.registry import family_type
+from edgeblocks.run_data import data_of
 from edgeblocks.scheduler import Scheduler
 from edgeblocks.store import BlockBuffer, BlockLayout, bind_parameters_
 from edgeblocks.targets.cpu import CpuTarget
