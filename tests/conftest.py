@@ -11,6 +11,9 @@ from jaxtyping import install_import_hook
 # Before torch is loaded: threads that spin while they wait make small steps ten times slower and more as soon as
 # another program needs a core.
 os.environ.setdefault("GOMP_SPINCOUNT", "5000")
+# Two processes test at once, each with a core of its own.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 _CHECKED = ("layers", "causal_layers", "chain", "token_loss", "trainer", "frechet")
 _CHECKED += tuple(
