@@ -303,13 +303,13 @@ def _train(run: RunDirectory, data_set: DataSet, listener: Listener, resumed_fro
         try:
             trainer = method.trainer(data_set, guard)
             with target.capped(budget_bytes), Interruption().listening() as interruption:
-                looks = Looks(run, method.ema, guard, interruption, residents=method.residents)
+                looks = Looks(run, data_set, method.ema, guard, interruption, residents=method.residents)
                 listener.stage("training")
                 looks.after_visit([store.header(block).step for block in range(len(run.file_layers))])
                 steps = trainer.train(interruption, on_step=listener.step, between_visits=looks.after_visit)
                 if interruption.signal_name is None:
                     listener.stage("evaluating")
-                    evaluation = looks.evaluation(data_set, listener)
+                    evaluation = looks.evaluation(listener)
         except Interrupted:
             steps = [store.header(block).step for block in range(len(run.file_layers))]
         finally:

@@ -1,7 +1,7 @@
 """The run directory: what is in it, how a run is created in it and found again.
 
     config.yaml  plan.json  env.json  manifest.json  metrics.jsonl  summary.json  blocks/*.safetensors
-    samples/*.png or *.txt  tokenizer.json (of a vocabulary that was trained or given)
+    samples/*.png or *.txt  tokenizer.json (of a vocabulary that was trained or given)  quality.jsonl (`evaluations`)
 
 `manifest.json` is written last when a run is created, so a directory with a manifest is whole. Each block file knows
 its own step; there is no second place that could disagree with it, and so nothing to repair after a crash. While a run
@@ -38,6 +38,7 @@ from edgeblocks.run_files import (
     check_manifest,
     check_plan,
     config_with_checksum,
+    is_quality,
     is_up_to,
     read_json,
     read_records,
@@ -170,7 +171,13 @@ class RunDirectory:
         return replace(self, plan=plan)
 
     def append_metrics(self, record: dict[str, Any]) -> None:
-        path = self.path / "metrics.jsonl"
+        self._append("metrics.jsonl", record)
+
+    def append_quality(self, record: dict[str, Any]) -> None:
+        self._append("quality.jsonl", record)
+
+    def _append(self, name: str, record: dict[str, Any]) -> None:
+        path = self.path / name
         try:
             with path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(record) + "\n")
@@ -182,6 +189,11 @@ class RunDirectory:
         path = self.path / "metrics.jsonl"
         if path.exists():
             yield from read_records(path)
+
+    def quality(self) -> list[dict[str, Any]]:
+        """The records of quality.jsonl that are whole; none where the quality was not measured on the way."""
+        path = self.path / "quality.jsonl"
+        return [record for record in read_records(path) if is_quality(record)] if path.exists() else []
 
     def drop_metrics_after(self, steps: list[int]) -> None:
         """Forget records of steps that a crash undid, given each block's saved step."""

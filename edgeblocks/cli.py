@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from edgeblocks.verbs import inspection, trained, training
+from edgeblocks.verbs import comparing, inspection, trained, training
 
 app = typer.Typer(
     add_completion=False,
@@ -42,6 +42,7 @@ app.command("eval")(trained.evaluate)
 app.command()(trained.sample)
 app.command()(trained.export)
 app.command()(trained.run)
+app.command()(comparing.compare)
 app.command()(inspection.info)
 app.command()(inspection.doctor)
 

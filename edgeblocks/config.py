@@ -72,6 +72,7 @@ class RunSettings(BaseModel):
     visit_steps: int | Literal["auto"] = "auto"
     tier: Literal["auto", "ram", "disk"] = "auto"
     sample_grids: int = Field(default=4, ge=0, le=10_000)
+    evaluations: int = Field(default=0, ge=0, le=10_000)
     sample_steps: int = Field(default=18, ge=1, le=10_000)
 
     @field_validator("*", mode="before")

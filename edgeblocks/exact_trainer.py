@@ -219,11 +219,12 @@ class ExactTrainer:
 
     def _note(self, number: int, loss: float, data_s: float, started: float) -> None:
         progress, step_s = self.progress, time.perf_counter() - started
+        stalled = self.slots.times.stall_s - progress.stall_s
         progress.step, progress.steps_done = number + 1, number + 1
         progress.used_bytes, progress.stall_s = self.guard.used_bytes, self.slots.times.stall_s
         progress.bytes_written = self.store.run_bytes_written
         progress.data_s += data_s
-        progress.compute_s += step_s - data_s
+        progress.compute_s += max(0.0, step_s - data_s - stalled)
         former = progress.losses.get(0, loss)
         progress.losses[0] = former + 0.05 * (loss - former)
         speed = self.settings.batch / step_s

@@ -1,8 +1,9 @@
-"""Looks at a network while it is trained: grids of samples between visits, and the evaluation at the end."""
+"""Looks at a network while it is trained: grids of samples and its quality between visits, evaluation at the end."""
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from edgeblocks import metrics, pictures
@@ -13,6 +14,7 @@ from edgeblocks.drawing import TEXT_TASKS
 from edgeblocks.guard import Guard, is_refusal
 from edgeblocks.listener import Listener
 from edgeblocks.preparation import GRID_SAMPLES, GRID_TOKENS
+from edgeblocks.quality import run_quality
 from edgeblocks.run import Run
 from edgeblocks.trainer import Interrupted, Interruption
 from edgeblocks.unmasking import texts_as_file
@@ -25,43 +27,63 @@ class Looks:
     """
 
     def __init__(
-        self, run: RunDirectory, source: EmaSource, guard: Guard, interruption: Interruption, *, residents: int
+        self,
+        run: RunDirectory,
+        data_set: DataSet,
+        source: EmaSource,
+        guard: Guard,
+        interruption: Interruption,
+        *,
+        residents: int,
     ) -> None:
         """
         Args:
             residents: blocks that the source has in memory anyway.
         """
-        self._run, self._source, self._guard, self._interruption = run, source, guard, interruption
+        self._run, self._data_set, self._source = run, data_set, source
+        self._guard, self._interruption = guard, interruption
         self._residents = residents
         self._task = run.family().task
-        self._grids = run.settings.run.sample_grids if GRID_SAMPLES[self._task] else 0
         self._total = run.settings.run.steps
-        self._next = self._due(self._newest())
+        self._grids = _Marks(
+            run.settings.run.sample_grids if GRID_SAMPLES[self._task] else 0, self._total, made=self._newest_grid()
+        )
+        told = run.quality()
+        self._evaluations = _Marks(
+            run.settings.run.evaluations, self._total, made=max((record["step"] for record in told), default=0)
+        )
+        self._started = time.perf_counter()
+        self._trained_before_s = told[-1]["seconds"] if told else 0.0
         self.seconds = 0.0
 
-    def _newest(self) -> int:
+    def _newest_grid(self) -> int:
         """The steps of the newest grid that was made: one that a crash prevented is due, one that exists is not."""
         numbers = (path.stem.removeprefix("step_") for path in (self._run.path / "samples").glob("step_*.*"))
         return max((int(number) for number in numbers if number.isdecimal()), default=0)
 
-    def _due(self, made: int) -> int | None:
-        """The next number of steps, the same for all blocks, at which a grid is wanted."""
-        marks = [math.ceil(self._total * (i + 1) / self._grids) for i in range(self._grids)]
-        return next((mark for mark in marks if mark > made), None)
-
     def after_visit(self, steps: Sequence[int]) -> None:
+        """Look where a look is due, at blocks that have made so many steps."""
         done = min(steps)
-        if self._next is None or done < self._next:
-            return
+        if self._evaluations.are_due(done):
+            self._look(done, self._note_quality, "the measure of quality")
+        if self._grids.are_due(done):
+            self._look(done, self._make_grid, "the grid of samples")
+
+    def _look(self, done: int, look: Callable[[int], None], what: str) -> None:
         started = time.perf_counter()
         try:
-            self._make_grid(done)
+            look(done)
         except (MemoryError, RuntimeError) as error:
             if not is_refusal(error):
                 raise
-            self._guard.go_on_without(f"the grid of samples at step {done}, which is left out")
-        self._next = self._due(done)
+            self._guard.go_on_without(f"{what} at step {done}, which is left out")
         self.seconds += time.perf_counter() - started
+
+    def _note_quality(self, done: int) -> None:
+        trained_s = self._trained_before_s + time.perf_counter() - self._started - self.seconds
+        found = run_quality(self._run, self._runner(), self._data_set)
+        self._go_on(done)
+        self._run.append_quality({"step": done, "seconds": trained_s, **asdict(found)})
 
     def _make_grid(self, done: int) -> None:
         run, path = Run(self._run), self._run.path / "samples" / f"step_{done:07d}"
@@ -92,7 +114,7 @@ class Looks:
             residents=self._residents if self._residents >= len(self._run.layers) else 1,
         )
 
-    def evaluation(self, data_set: DataSet, listener: Listener) -> dict[str, Any]:
+    def evaluation(self, listener: Listener) -> dict[str, Any]:
         def on_level(done: int, total: int) -> None:
             listener.advance(done, total, "evaluating")
             self._go_on(done)
@@ -100,7 +122,7 @@ class Looks:
         return metrics.validation_loss(
             self._run.family(),
             self._runner(),
-            data_set,
+            self._data_set,
             seed=self._run.settings.run.seed,
             most_examples=metrics.MOST_EXAMPLES[self._run.family().task],
             on_level=on_level,
@@ -109,3 +131,21 @@ class Looks:
     def _go_on(self, _done: int, _total: int | None = None) -> None:
         if self._interruption.signal_name is not None:
             raise Interrupted
+
+
+class _Marks:
+    """Numbers of steps, the same for all blocks and evenly spaced, of which the last is the training's end."""
+
+    def __init__(self, count: int, total: int, *, made: int) -> None:
+        """
+        Args:
+            made: the steps of the newest mark that is done with.
+        """
+        self._marks = [math.ceil(total * (i + 1) / count) for i in range(count)]
+        self._made = made
+
+    def are_due(self, done: int) -> bool:
+        """Whether a mark was reached since the last time; it is done with then."""
+        reached = any(self._made < mark <= done for mark in self._marks)
+        self._made = max(self._made, done)
+        return reached

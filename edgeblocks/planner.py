@@ -176,11 +176,12 @@ def _candidate(
             swapped * block_bytes + (blocks - slots) * 4 * parameters
         ) / machine.disk_read_bytes_per_s + swapped_bytes / machine.disk_write_bytes_per_s
         stall_s = max(hidden * moving_s, moving_s - step_s)
-        visit_steps = wishes.visit_steps or max(1, min(math.ceil(USUAL_VISIT_S / (step_s + stall_s)), wishes.steps))
+        usual = min(math.ceil(USUAL_VISIT_S / (step_s + stall_s)), math.ceil(wishes.steps / max(wishes.looks, 1)))
+        visit_steps = wishes.visit_steps or max(1, usual)
         load_s, store_s = stall_s * visit_steps / hidden, blocks * store_s
     else:
         visit_steps = wishes.visit_steps or _visit_steps(
-            wishes.steps, step_s, load_s + store_s, most_rounds=_most_rounds(wishes, blocks * block_bytes)
+            wishes, step_s, load_s + store_s, most_rounds=_most_rounds(wishes, blocks * block_bytes)
         )
     rounds = math.ceil(wishes.steps / visit_steps)
     return Candidate(
@@ -285,10 +286,11 @@ def _most_rounds(wishes: Wishes, round_bytes: int) -> int:
     return max(1, wishes.max_disk_writes // round_bytes - 1)
 
 
-def _visit_steps(steps: int, step_s: float, streaming_s: float, *, most_rounds: int) -> int:
+def _visit_steps(wishes: Wishes, step_s: float, streaming_s: float, *, most_rounds: int) -> int:
     """Long enough that streaming stays below its share; else some minutes, but several rounds over all blocks."""
+    steps, rounds = wishes.steps, max(FEWEST_ROUNDS, wishes.looks)
     needed = max(math.ceil(streaming_s / (STREAMING_SHARE * step_s)), math.ceil(steps / most_rounds))
-    pleasant = min(math.ceil(USUAL_VISIT_S / step_s), math.ceil(steps / FEWEST_ROUNDS))
+    pleasant = min(math.ceil(USUAL_VISIT_S / step_s), math.ceil(steps / rounds))
     return max(1, min(max(needed, pleasant), steps))
 
 

@@ -71,6 +71,8 @@ class Wishes:
     """Samples that are made together during training."""
     sample_bytes: int = 0
     """What one that is written token by token keeps: its keys and values."""
+    looks: int = 0
+    """Times that the network is looked at on the way; blocks are saved then."""
     max_disk_writes: int | None = None
     """Bytes that the run may write to disk."""
     ram_budget_bytes: int | None = None

@@ -259,6 +259,7 @@ def _wishes(settings: Settings, data_set: DataSet, data: Any, budgets: tuple[int
         data_bytes=data_set.batch_resident_bytes(run.batch),
         grid_samples=GRID_SAMPLES[family_type(run.family).task],
         sample_bytes=grid_sample_bytes(build_family(run.family, asdict(settings.family), asdict(data), run.method)),
+        looks=max(run.sample_grids, run.evaluations),
         max_disk_writes=None if run.max_disk_writes is None else parse_size(run.max_disk_writes),
         ram_budget_bytes=ram_budget_bytes,
         **fixed,

@@ -308,6 +308,12 @@ def is_up_to(record: dict[str, Any], steps: list[int]) -> bool:
     return type(block) is int and type(step) is int and 0 <= block < len(steps) and step <= steps[block]
 
 
+def is_quality(record: dict[str, Any]) -> bool:
+    """Whether a record of quality.jsonl is whole: at which step, after how much training, which figure."""
+    numbers = [record.get(name) for name in ("seconds", "value")]
+    return type(record.get("step")) is int and all(type(number) is float for number in numbers)
+
+
 def _checked(model: type[Fields], path: Path, content: dict[str, Any]) -> Fields:
     try:
         return model.model_validate(content)

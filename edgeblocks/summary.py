@@ -36,7 +36,8 @@ def summary_of(
         "data": progress.data_s,
     }
     split["other"] = max(0.0, seconds - split["compute"] - split["data"] - split["stall"])
-    working_s = progress.compute_s + progress.data_s
+    # Blocks that are trained alone are waited for between steps, stages within them.
+    working_s = progress.compute_s + progress.data_s + (times.stall_s if run.is_exact else 0.0)
     per_example = run.data.length if run.family().reads == "text" else 1
     return {
         "family": run.settings.run.family,
@@ -56,7 +57,7 @@ def summary_of(
         "memory_changes": trainer.guard.changes,
         "seconds": seconds,
         "images_or_tokens_per_s": per_example * done_here * run.settings.run.batch / max(working_s, 1e-9),
-        "step_s": (progress.compute_s + progress.data_s) / max(done_here, 1),
+        "step_s": working_s / max(done_here, 1),
         "predicted_step_s": run.plan["predicted_step_s"],
         "time_split": {name: round(value, 3) for name, value in split.items()},
         "sampling_s": round(looking_s, 3),

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -132,3 +132,13 @@ SampleSeed = Annotated[int, typer.Option("--seed", help="Decides the noise; samp
 def as_flags(names: Iterable[str]) -> str:
     """Names of options as they are typed."""
     return ", ".join(f"--{name.replace('_', '-')}" for name in sorted(names))
+
+
+def given_settings(set_values: list[str] | None, flags: dict[str, Any]) -> dict[str, Any]:
+    """The settings that the user typed, flags over `--set`."""
+    from edgeblocks.config import parse_assignments
+
+    typed = {name: value for name, value in flags.items() if value is not None}
+    if str(typed.get("blocks", "")).isdigit():
+        typed["blocks"] = int(typed["blocks"])
+    return {**parse_assignments(set_values or []), **typed}

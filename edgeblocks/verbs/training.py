@@ -31,6 +31,7 @@ from edgeblocks.verbs.options import (
     Vocab,
     WorkDir,
     as_flags,
+    given_settings,
 )
 
 RESUME_SETTINGS = frozenset({"mem_budget", "ram_budget", "target", "data", "work_dir", "max_disk_writes"})
@@ -92,7 +93,7 @@ def plan(
     typed = {name: value for name, value in locals().items() if name in SETTING_FLAGS}
 
     def work() -> None:
-        given = _given(set_values, typed)
+        given = given_settings(set_values, typed)
         _print_plan(given, config, out, as_json=as_json)
 
     guarded(work, verbose=verbose)
@@ -141,7 +142,7 @@ def train(
     typed = {name: value for name, value in locals().items() if name in SETTING_FLAGS}
 
     def work() -> None:
-        given = _given(set_values, typed)
+        given = given_settings(set_values, typed)
         others = sorted(set(given) - RESUME_SETTINGS)
         if resume is not None and (others or config or out):
             raise ConfigError(
@@ -177,16 +178,6 @@ def _left_out(names: list[str], given: dict[str, Any]) -> str:
     """Settings as the user typed them; a family has no flag."""
     family = f"'{given['family']}'" if "family" in names else ""
     return ", ".join(part for part in (family, as_flags([name for name in names if name != "family"])) if part)
-
-
-def _given(set_values: list[str] | None, flags: dict[str, Any]) -> dict[str, Any]:
-    """The settings that the user typed, flags over `--set`."""
-    from edgeblocks.config import parse_assignments
-
-    typed = {name: value for name, value in flags.items() if value is not None}
-    if str(typed.get("blocks", "")).isdigit():
-        typed["blocks"] = int(typed["blocks"])
-    return {**parse_assignments(set_values or []), **typed}
 
 
 def _print_plan(given: dict[str, Any], config: Path | None, out: Path, *, as_json: bool) -> None:
