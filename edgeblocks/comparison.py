@@ -211,9 +211,9 @@ class _Training:
 
     def _settings_file(self, path: Path, steps: int) -> Path:
         method = "diffusion" if self.arm.is_plain else self.arm.method
-        marks = {"evaluations": EVALUATIONS, "sample_grids": 0} if path == self.path else {"sample_grids": 0}
-        changed = {"method": method, "seed": self.seed, "steps": steps, **marks}
         settings = self.wanted.settings
+        marks = (settings.run.evaluations or EVALUATIONS) if path == self.path else 0
+        changed = {"method": method, "seed": self.seed, "steps": steps, "evaluations": marks, "sample_grids": 0}
         settings = replace(settings, run=settings.run.model_copy(update=changed))
         file = path.with_name(f"{path.name}.yaml")
         write_text(file, settings.to_yaml())

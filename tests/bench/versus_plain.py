@@ -3,6 +3,7 @@
     python tests/bench/versus_plain.py memory                      # every arm in its own process
     python tests/bench/versus_plain.py memory --family mdlm --vocab 32768
     python tests/bench/versus_plain.py time                        # both in one process, in turns
+    python tests/bench/versus_plain.py exact --tier disk           # the same for --method exact
 
 The networks have 12 layers of width 384; images are random, 32x32x3, texts are random words. Memory is the peak
 resident set above the process's size before training (interpreter, libraries, one small warm-up). `plain` is an
@@ -34,6 +35,7 @@ from edgeblocks.errors import DoesNotFitError
 from edgeblocks.generators import generator_at
 from edgeblocks.guard import Guard
 from edgeblocks.layer_costs import LARGEST_HEAP_BYTES
+from edgeblocks.listener import Silent
 from edgeblocks.optim import Workspace, adamw_8bit_step_, adamw_step_
 from edgeblocks.plans import StepShape
 from edgeblocks.registry import family_type
@@ -41,7 +43,7 @@ from edgeblocks.run_data import data_of
 from edgeblocks.scheduler import Scheduler
 from edgeblocks.store import BlockBuffer, BlockLayout, bind_parameters_
 from edgeblocks.targets.cpu import CpuTarget
-from edgeblocks.trainer import Interruption, Trainer, Visit
+from edgeblocks.trainer import Interruption, Progress, Trainer, Visit
 
 LAYERS = {"depth": 12, "width": 384, "heads": 6}
 SHAPES: dict[str, dict[str, int]] = {
@@ -260,9 +262,58 @@ def measure_time(
             )
 
 
+class InTurns(Silent):
+    """Times each step of a training, and after it a step of an ordinary loop."""
+
+    def __init__(self, plain: PlainLoop) -> None:
+        self._plain, self._since = plain, time.perf_counter()
+        self.ratios: list[float] = []
+
+    def step(self, progress: Progress) -> None:
+        now = time.perf_counter()
+        ours_s = now - self._since
+        self._plain.step(self._plain.batch)
+        self._since = time.perf_counter()
+        if progress.step > 1:  # the first one waits for stages and fetches memory
+            self.ratios.append(ours_s / (self._since - now))
+            print(json.dumps({"exact": round(ours_s, 3), "plain": round(self._since - now, 3)}), flush=True)
+
+
+def measure_exact_time(
+    family: str, vocab: int, shape: dict[str, int], stages: int, rounds: int, tier: str, micro_batch: int
+) -> None:
+    """A step of --method exact against a plain step, in turns; 8-bit optimizer state and an EMA on our side alone."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        settings = data_settings(family, make_data(folder, family_type(family).reads), vocab)
+        turns = InTurns(PlainLoop(settings, shape, checkpointing=False, eight_bit=False))
+        edgeblocks.train(
+            out=folder / "run",
+            listener=turns,
+            mem_budget="90%",
+            method="exact",
+            steps=rounds + 1,
+            visit_steps=rounds + 1,
+            sample_grids=0,
+            blocks=stages,
+            tier=tier,
+            micro_batch=micro_batch,
+            checkpointing=False,
+            **settings,
+            **shape,
+        )
+        plan = json.loads((folder / "run/plan.json").read_text())
+        print(
+            f"{family} {shape}: {stages} stages, {plan['slots']} in memory, micro-batch {micro_batch}: a step of exact "
+            f"/ a plain step: median {statistics.median(turns.ratios):.3f} "
+            f"(of {[round(ratio, 3) for ratio in turns.ratios]})",
+            flush=True,
+        )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["memory", "time", "arm"])
+    parser.add_argument("what", choices=["memory", "time", "exact", "arm"])
     parser.add_argument("--arm")
     parser.add_argument("--family", choices=sorted(SHAPES), default="dit")
     parser.add_argument("--vocab", type=int, default=CHARACTERS, help="of byte pairs; else characters")
@@ -270,6 +321,7 @@ def main() -> None:
     parser.add_argument("--micro-batch", type=int, help="as large as the batch unless given")
     parser.add_argument("--blocks", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--tier", choices=["ram", "disk"], default="ram", help="of the stages of exact")
     parser.add_argument("--default-malloc", action="store_true", help="glibc's default allocator settings")
     arguments = parser.parse_args()
     changed = (setting.partition("=") for setting in arguments.given)
@@ -278,6 +330,8 @@ def main() -> None:
     common = (arguments.family, arguments.vocab)
     if arguments.what == "memory":
         memory(*common, arguments.given, micro_batch, arguments.blocks)
+    elif arguments.what == "exact":
+        measure_exact_time(*common, shape, arguments.blocks, arguments.rounds, arguments.tier, micro_batch)
     elif arguments.what == "time":
         kept_heap_bytes = None if arguments.default_malloc else 2**31 - 1
         measure_time(*common, shape, arguments.blocks, arguments.rounds, kept_heap_bytes=kept_heap_bytes)
