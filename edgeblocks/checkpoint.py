@@ -32,11 +32,13 @@ from edgeblocks.errors import ConfigError, RunError
 from edgeblocks.noise import NoisePartition, partition_noise
 from edgeblocks.registry import build_family, family_type
 from edgeblocks.run_files import (
+    RecordFields,
     TextManifestFields,
     check_checksum,
     check_config,
     check_manifest,
     check_plan,
+    checked_record,
     config_with_checksum,
     is_up_to,
     read_json,
@@ -170,6 +172,7 @@ class RunDirectory:
         return replace(self, plan=plan)
 
     def append_metrics(self, record: dict[str, Any]) -> None:
+        """Add a line to metrics.jsonl: `run_files.RecordFields` says what is in it."""
         path = self.path / "metrics.jsonl"
         try:
             with path.open("a", encoding="utf-8") as file:
@@ -182,6 +185,22 @@ class RunDirectory:
         path = self.path / "metrics.jsonl"
         if path.exists():
             yield from read_records(path)
+
+    def records(self) -> Iterator[RecordFields]:
+        """The same, checked; what is no record of a step is passed over."""
+        for content in self.metrics():
+            record = checked_record(content)
+            if record is not None:
+                yield record
+
+    def trained_s(self) -> float | None:
+        """How long the run has been trained, as its records tell; None where one of them does not."""
+        longest = 0.0
+        for record in self.records():
+            if record.seconds is None:
+                return None
+            longest = max(longest, record.seconds)
+        return longest
 
     def drop_metrics_after(self, steps: list[int]) -> None:
         """Forget records of steps that a crash undid, given each block's saved step."""

@@ -43,6 +43,7 @@ app.command()(trained.sample)
 app.command()(trained.export)
 app.command()(trained.run)
 app.command()(inspection.info)
+app.command()(inspection.report)
 app.command()(inspection.doctor)
 
 
