@@ -32,13 +32,15 @@ from edgeblocks.errors import ConfigError, RunError
 from edgeblocks.noise import NoisePartition, partition_noise
 from edgeblocks.registry import build_family, family_type
 from edgeblocks.run_files import (
+    QualityFields,
+    RecordFields,
     TextManifestFields,
     check_checksum,
     check_config,
     check_manifest,
     check_plan,
+    checked_record,
     config_with_checksum,
-    is_quality,
     is_up_to,
     read_json,
     read_records,
@@ -171,9 +173,11 @@ class RunDirectory:
         return replace(self, plan=plan)
 
     def append_metrics(self, record: dict[str, Any]) -> None:
+        """Add a line to metrics.jsonl: `run_files.RecordFields` says what is in it."""
         self._append("metrics.jsonl", record)
 
     def append_quality(self, record: dict[str, Any]) -> None:
+        """Add a line to quality.jsonl: `run_files.QualityFields` says what is in it."""
         self._append("quality.jsonl", record)
 
     def _append(self, name: str, record: dict[str, Any]) -> None:
@@ -190,10 +194,27 @@ class RunDirectory:
         if path.exists():
             yield from read_records(path)
 
-    def quality(self) -> list[dict[str, Any]]:
-        """The records of quality.jsonl that are whole; none where the quality was not measured on the way."""
+    def quality(self) -> list[QualityFields]:
+        """The records of quality.jsonl; none where the quality was not measured on the way."""
         path = self.path / "quality.jsonl"
-        return [record for record in read_records(path) if is_quality(record)] if path.exists() else []
+        found = (checked_record(QualityFields, content) for content in read_records(path)) if path.exists() else ()
+        return [record for record in found if record is not None]
+
+    def records(self) -> Iterator[RecordFields]:
+        """The same, checked; what is no record of a step is passed over."""
+        for content in self.metrics():
+            record = checked_record(RecordFields, content)
+            if record is not None:
+                yield record
+
+    def trained_s(self) -> float | None:
+        """How long the run has been trained, as its records tell; None where one of them does not."""
+        longest = 0.0
+        for record in self.records():
+            if record.seconds is None:
+                return None
+            longest = max(longest, record.seconds)
+        return longest
 
     def drop_metrics_after(self, steps: list[int]) -> None:
         """Forget records of steps that a crash undid, given each block's saved step."""

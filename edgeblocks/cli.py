@@ -44,6 +44,7 @@ app.command()(trained.export)
 app.command()(trained.run)
 app.command()(comparing.compare)
 app.command()(inspection.info)
+app.command()(inspection.report)
 app.command()(inspection.doctor)
 
 

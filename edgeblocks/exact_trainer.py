@@ -49,6 +49,7 @@ class ExactTrainer:
             budget_bytes=int(run.plan["budget_bytes"]),
             bytes_written=self.store.run_bytes_written,
             example="img" if self.family.reads == "images" else "seq",
+            earlier_s=run.trained_s(),
         )
         self._saved = self.progress.step = self.store.header(0).step
 
@@ -238,5 +239,7 @@ class ExactTrainer:
                     "loss": loss,
                     "gradient_norm": norm,
                     "examples_per_s": round(speed, 2),
+                    "seconds": progress.seconds,
+                    "used_bytes": progress.used_bytes,
                 }
             )

@@ -50,10 +50,10 @@ class Looks:
         )
         told = run.quality()
         self._evaluations = _Marks(
-            run.settings.run.evaluations, self._total, made=max((record["step"] for record in told), default=0)
+            run.settings.run.evaluations, self._total, made=max((mark.step for mark in told), default=0)
         )
         self._started = time.perf_counter()
-        self._trained_before_s = told[-1]["seconds"] if told else 0.0
+        self._trained_before_s = told[-1].seconds if told else 0.0
         self.seconds = 0.0
 
     def _newest_grid(self) -> int:

@@ -33,13 +33,13 @@ Seconds = Annotated[float, Field(ge=0)]
 Text = Annotated[str, Field(max_length=2**15)]
 
 
-class _Checked(BaseModel):
+class Checked(BaseModel):
     """Values as JSON gives them, none converted: "1" and true are not 1, and NaN is no number."""
 
     model_config = ConfigDict(strict=True, frozen=True, extra="ignore", allow_inf_nan=False)
 
 
-class ImageFields(_Checked):
+class ImageFields(Checked):
     """`data` in manifest.json: the images that the run is trained on."""
 
     channels: Annotated[int, Field(ge=1, le=MOST_CHANNELS)]
@@ -58,7 +58,7 @@ class ImageFields(_Checked):
         return self
 
 
-class TextFields(_Checked):
+class TextFields(Checked):
     """`data` in manifest.json: the text that the run is trained on. tokenizer.json is there exactly for bpe."""
 
     vocabulary: Annotated[int, Field(ge=2, le=MOST_TOKENS)]
@@ -69,7 +69,7 @@ class TextFields(_Checked):
     fingerprint: Text
 
 
-class ManifestFields(_Checked):
+class ManifestFields(Checked):
     """manifest.json."""
 
     run_id: Annotated[str, Field(pattern=r"^[0-9a-f]{8,64}$")]
@@ -95,7 +95,7 @@ class TextManifestFields(ManifestFields):
     data: TextFields
 
 
-class StepShapeFields(_Checked):
+class StepShapeFields(Checked):
     """One of `shapes` in plan.json: how a training step may be cut."""
 
     micro_batch: Samples
@@ -103,7 +103,7 @@ class StepShapeFields(_Checked):
     step_bytes: Count
 
 
-class PlanFields(_Checked):
+class PlanFields(Checked):
     """plan.json, as far as a run needs it for sampling, evaluation and export."""
 
     layers_per_block: Annotated[list[Layers], Field(min_length=1, max_length=MOST_LAYERS)]
@@ -148,26 +148,61 @@ class ResumablePlanFields(PlanFields):
     breakdown: Annotated[dict[str, Count], Field(max_length=64)]
 
 
-class _Diverging(_Checked):
+class Diverging(Checked):
     """Measured values, which may be NaN where training diverged."""
 
     model_config = ConfigDict(allow_inf_nan=True)
 
 
-class MetricFields(_Diverging):
+class MetricFields(Diverging):
     """`metrics` in summary.json."""
 
     validation_loss: float
 
 
-class SummaryFields(_Diverging):
+class SummaryFields(Diverging):
     """summary.json, as far as it is read again."""
 
     peak_bytes: Count
     metrics: MetricFields
 
 
-Fields = TypeVar("Fields", bound=_Checked)
+class RecordFields(Diverging):
+    """A line of metrics.jsonl: one training step of a block, or of the whole network, which is block 0 then.
+
+    `loss` is of that step's batch, `examples_per_s` of that step alone.
+    """
+
+    block: Annotated[int, Field(ge=0, lt=MOST_LAYERS)]
+    step: Steps
+    """Counted from 1."""
+    loss: float
+    gradient_norm: float | None = None
+    """Before clipping."""
+    learning_rate: float | None = None
+    examples_per_s: float | None = None
+    seconds: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
+    """Wall time that the run had been trained: waiting for blocks and sample grids count, starting and planning do not.
+
+    A resumed run goes on from the last record that it keeps. None where an earlier record has none, as those of an
+    earlier edgeblocks.
+    """
+    used_bytes: Count | None = None
+    """Of the device's memory, as measured before the step: on a processor the process's resident set."""
+
+
+class QualityFields(Diverging):
+    """A line of quality.jsonl: how good the network was after some training, see `quality`."""
+
+    step: Steps
+    """Made by every block."""
+    seconds: Annotated[float, Field(ge=0, allow_inf_nan=False)]
+    """Of training until then, without looking."""
+    value: float
+    standard_error: float | None = None
+
+
+Fields = TypeVar("Fields", bound=Checked)
 
 
 def read_json(path: Path, *, finite: bool = True) -> dict[str, Any]:
@@ -237,8 +272,8 @@ def check_manifest(
         RunError: names the file and the values.
     """
     if reads == "text":
-        return _checked(TextManifestFields, path, content)
-    return _checked(ImageManifestFields, path, content)
+        return checked(TextManifestFields, path, content)
+    return checked(ImageManifestFields, path, content)
 
 
 def check_plan(path: Path, content: dict[str, Any], *, num_layers: int) -> dict[str, Any]:
@@ -250,7 +285,7 @@ def check_plan(path: Path, content: dict[str, Any], *, num_layers: int) -> dict[
     Raises:
         RunError: names the file and the values.
     """
-    plan = _checked(PlanFields, path, content)
+    plan = checked(PlanFields, path, content)
     if sum(plan.layers_per_block) != num_layers:
         raise RunError(
             f"{path} is damaged: its blocks have {sum(plan.layers_per_block)} layers, the network {num_layers} "
@@ -265,7 +300,7 @@ def check_resumable(path: Path, content: dict[str, Any]) -> None:
     Raises:
         RunError: names the file and the values.
     """
-    _checked(ResumablePlanFields, path, content)
+    checked(ResumablePlanFields, path, content)
 
 
 def read_summary(path: Path) -> dict[str, Any]:
@@ -275,7 +310,7 @@ def read_summary(path: Path) -> dict[str, Any]:
         RunError: unreadable or damaged.
     """
     content = read_json(path, finite=False)
-    _checked(SummaryFields, path, content)
+    checked(SummaryFields, path, content)
     return content
 
 
@@ -302,19 +337,26 @@ def read_records(path: Path) -> Iterator[dict[str, Any]]:
         raise RunError(f"cannot read {path}: {error.strerror}") from error
 
 
+def checked_record(model: type[Fields], record: dict[str, Any]) -> Fields | None:
+    """A line of a file of records, as `model` describes it; None where it is something else."""
+    try:
+        return model.model_validate(record)
+    except ValidationError:
+        return None
+
+
 def is_up_to(record: dict[str, Any], steps: list[int]) -> bool:
     """Whether a record of metrics.jsonl tells of a step that its block has made, given each block's saved step."""
     block, step = record.get("block"), record.get("step")
     return type(block) is int and type(step) is int and 0 <= block < len(steps) and step <= steps[block]
 
 
-def is_quality(record: dict[str, Any]) -> bool:
-    """Whether a record of quality.jsonl is whole: at which step, after how much training, which figure."""
-    numbers = [record.get(name) for name in ("seconds", "value")]
-    return type(record.get("step")) is int and all(type(number) is float for number in numbers)
+def checked(model: type[Fields], path: Path, content: dict[str, Any]) -> Fields:
+    """The content of a file as `model` describes it.
 
-
-def _checked(model: type[Fields], path: Path, content: dict[str, Any]) -> Fields:
+    Raises:
+        RunError: names the file and the values.
+    """
     try:
         return model.model_validate(content)
     except ValidationError as error:

@@ -66,6 +66,13 @@ class Progress:
     compute_s: float = 0.0
     data_s: float = 0.0
     started: float = field(default_factory=time.perf_counter)
+    earlier_s: float | None = 0.0
+    """Seconds of training before this process; None where the run's records do not tell them."""
+
+    @property
+    def seconds(self) -> float | None:
+        """Seconds that the run has been trained until now, for its records; None as `earlier_s` is."""
+        return None if self.earlier_s is None else round(self.earlier_s + time.perf_counter() - self.started, 3)
 
 
 def plan_visits(saved_steps: Sequence[int], *, steps: int, visit_steps: int) -> Iterator[Visit]:
@@ -159,6 +166,7 @@ class Trainer:
             bytes_written=scheduler.store.run_bytes_written,
             budget_bytes=int(self.plan["budget_bytes"]),
             example="img" if self.family.reads == "images" else "seq",
+            earlier_s=run.trained_s(),
         )
 
     def train(
@@ -351,5 +359,7 @@ class Trainer:
                 "gradient_norm": gradient_norm,
                 "learning_rate": learning_rate,
                 "examples_per_s": round(speed, 2),
+                "seconds": progress.seconds,
+                "used_bytes": progress.used_bytes,
             }
         )

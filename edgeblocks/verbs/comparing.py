@@ -76,7 +76,9 @@ def compare(
 
     def work() -> None:
         from edgeblocks import comparison
+        from edgeblocks.checkpoint import write_text
         from edgeblocks.console import ConsoleListener
+        from edgeblocks.report.comparison_page import comparison_page
 
         given = given_settings(set_values, typed)
         if minutes is not None and "steps" in given:
@@ -86,6 +88,7 @@ def compare(
             run = wanted.settings.run
             folder = out or comparison.free_path(run.family, run.data)
             content = comparison.compare(wanted, folder, listener)
+            write_text(folder / "report.html", comparison_page(content))
         print(json.dumps(content) if as_json else comparison_table(content, folder))
 
     guarded(work, verbose=verbose)
@@ -116,7 +119,7 @@ def comparison_table(content: dict[str, Any], folder: Path) -> str:
     rows += [_cells(name, rows_of) for name, rows_of in by_arm(content["arms"]).items()]
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = ["  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    return "\n".join([*lines, "", f"{folder / 'compare.json'}: curves, memory over time, settings"])
+    return "\n".join([*lines, "", f"{folder / 'report.html'}: curves, memory over time; compare.json: the figures"])
 
 
 def by_arm(rows: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:

@@ -1,4 +1,4 @@
-"""`info` and `doctor`: what is there."""
+"""`info`, `report` and `doctor`: what is there."""
 
 import json
 from pathlib import Path
@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from edgeblocks.verbs.guarded import guarded
-from edgeblocks.verbs.options import Json, Verbose
+from edgeblocks.verbs.options import Json, RunArgument, Verbose
 
 
 def info(
@@ -25,6 +25,29 @@ def info(
         print(
             json.dumps(description) if as_json else facts([(key, _told(value)) for key, value in description.items()])
         )
+
+    guarded(work, verbose=verbose)
+
+
+def report(
+    run: RunArgument,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="The file that is written.", show_default="RUN/report.html")
+    ] = None,
+    as_json: Json = False,
+    verbose: Verbose = False,
+) -> None:
+    """Write one HTML page of a run: plan against measured, losses, memory against the budget, time, samples.
+
+    The file needs no network and no other file. A run that is being trained, or was interrupted, is shown as far as it
+    is, and is not disturbed.
+    """
+
+    def work() -> None:
+        from edgeblocks.report.run_report import write_report
+
+        written = write_report(run, out)
+        print(json.dumps(written.to_json()) if as_json else written.line())
 
     guarded(work, verbose=verbose)
 

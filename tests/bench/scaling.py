@@ -133,12 +133,12 @@ def page(rows: list[dict[str, Any]], steps: int) -> str:
         "run to run.",
         "",
     ]
-    for axis in AXES:
+    for axis, sizes in AXES.items():
         others = ", ".join(f"{name} {value}" for name, value in USUAL.items() if name != axis)
         lines += [f"## {axis.capitalize()} ({others})", "", f"![{axis}](scaling_{axis}.png)", ""]
         lines += [f"| {axis} | arm | blocks or stages | peak MB | of it libraries | seconds a step |"]
         lines += ["|---|---|---|---|---|---|"]
-        for value in AXES[axis]:
+        for value in sizes:
             for arm in ARMS:
                 for _, row in (pair for pair in along(axis, rows, arm) if pair[0] == value):
                     peak, runtime = row["peak_bytes"] / 1e6, row["runtime_bytes"] / 1e6

@@ -1,0 +1,125 @@
+"""A run's figures: losses against steps, validation against noise levels, memory against time."""
+
+import math
+from collections.abc import Sequence
+
+from markupsafe import Markup
+
+from edgeblocks.report import page
+from edgeblocks.report.facts import LevelFields, RunFacts
+from edgeblocks.report.figures import Reference, Series, line_figure
+
+SCORES = {"accuracy": "share of tokens guessed right", "top1": "share of images classified right (top 1)"}
+"""What families tell of a noise level beside the loss."""
+
+
+def loss_figure(facts: RunFacts) -> Markup:
+    """Training loss against steps, a line for each block."""
+    count = 1 if facts.directory.is_exact else len(facts.directory.file_layers)
+    series = []
+    for block in range(count):
+        records = facts.of_block(block)
+        label = "the whole network" if facts.directory.is_exact else f"block {block}"
+        x, y = [record.step for record in records], [record.loss for record in records]
+        if records:
+            series.append(Series(label=label, x=x, y=y, smooth=True))
+    order = "Block 0 has the highest noise. " if count > 1 else ""
+    return line_figure(
+        series,
+        title="Training loss",
+        x_label="steps of the network" if facts.directory.is_exact else "steps of the block",
+        y_label="loss of a step's batch",
+        log_y=_spans_a_decade(series),
+        caption=f"{order}Faint: single steps; strong: their moving mean. Losses at different noise are not comparable."
+        if count > 1
+        else "Faint: single steps; strong: their moving mean.",
+    )
+
+
+def _spans_a_decade(series: Sequence[Series]) -> bool:
+    """Whether a logarithmic axis shows more: all values are above zero, and their middle halves lie far apart."""
+    values = sorted(value for one in series for value in one.y if math.isfinite(value))
+    if not values or values[0] <= 0:
+        return False
+    return values[-1 - len(values) // 50] > 8 * values[len(values) // 50]
+
+
+def validation_figures(facts: RunFacts) -> list[Markup]:
+    """Validation loss, and each score of the family, against the noise level; none where there is one level only."""
+    if facts.summary is None:
+        return []
+    levels = facts.summary.metrics.validation.levels
+    if len({level.sigma for level in levels}) < 2:
+        return []
+    scores = sorted({name for level in levels for name in level.scores})
+    of_loss = _level_figure(facts, levels, "loss", title="Validation loss per noise level", y_label="validation loss")
+    return [
+        of_loss,
+        *(
+            _level_figure(
+                facts, levels, name, title=f"Validation {name} per noise level", y_label=SCORES.get(name, name)
+            )
+            for name in scores
+        ),
+    ]
+
+
+def _level_figure(facts: RunFacts, levels: Sequence[LevelFields], name: str, *, title: str, y_label: str) -> Markup:
+    found = facts.summary.metrics.validation if facts.summary is not None else None
+    series = []
+    for block in sorted({level.block for level in levels}):
+        own = sorted((level for level in levels if level.block == block), key=lambda level: level.sigma)
+        y = [level.loss if name == "loss" else level.scores.get(name, float("nan")) for level in own]
+        label = "the whole network" if facts.directory.is_exact else f"block {block}"
+        series.append(Series(label=label, x=[level.sigma for level in own], y=y, marks=True))
+    masked = facts.directory.family().task == "text"
+    examples = "" if found is None or found.images is None else f"{found.images} examples"
+    part = "" if found is None or not found.part else f" of the {found.part} part"
+    return line_figure(
+        series,
+        title=title,
+        x_label="share of tokens that is masked" if masked else "noise level sigma",
+        y_label=y_label,
+        x_unit="share" if masked else "number",
+        y_unit="share" if name in SCORES else "number",
+        log_x=not masked,
+        log_y=name == "loss" and _spans_a_decade(series),
+        caption=f"{examples}{part}, EMA weights; noise falls from right to left." if examples else "EMA weights.",
+    )
+
+
+def memory_figure(facts: RunFacts) -> Markup:
+    """Memory against time, below the budget."""
+    run = facts.directory
+    told = sorted(
+        (record.seconds, record.used_bytes)
+        for record in facts.records
+        if record.seconds is not None and record.used_bytes is not None
+    )
+    title = "Memory against the budget over time"
+    if not told:
+        reason = (
+            "There are no records yet."
+            if not facts.records
+            else "The records of this run have no time and no memory: it was trained by an earlier edgeblocks. Its "
+            "losses are shown against steps, its peak in the table above."
+        )
+        return page.card(title, reason)
+    references = [Reference(label="budget", value=run.plan["budget_bytes"])]
+    if run.plan.get("predicted_peak_bytes") is not None:
+        references.append(Reference(label="predicted peak", value=run.plan["predicted_peak_bytes"]))
+    if facts.summary is not None:
+        references.append(Reference(label="measured peak", value=facts.summary.peak_bytes))
+    where = "device" if "ram_budget_bytes" in run.plan else "process's resident"
+    return line_figure(
+        [Series(label="in use before a step", x=[seconds for seconds, _ in told], y=[used for _, used in told])],
+        title=title,
+        x_label="time of training",
+        y_label=f"{where} memory",
+        x_unit="seconds",
+        y_unit="bytes",
+        from_zero=True,
+        references=references,
+        caption="Measured before each step, so what a step takes for a moment is in the measured peak alone. Time is "
+        "that of all sessions together.",
+    )

@@ -1,0 +1,115 @@
+"""What stands above a run's page: the verdict, the few numbers that are looked for first, and remarks."""
+
+from markupsafe import Markup
+
+from edgeblocks.report import page
+from edgeblocks.report.facts import RunFacts, TrainedFields
+from edgeblocks.units import format_bytes, format_count, format_duration
+
+_SCORES = {"accuracy": "tokens guessed right", "top1": "accuracy (top 1)"}
+
+
+def headline(facts: RunFacts) -> Markup:
+    """The verdict, the numbers that are looked for first, and remarks."""
+    remarks = [*facts.doubts, *facts.planned.warnings, *_memory_changes(facts)]
+    return Markup().join(
+        [
+            page.verdict(_verdict(facts), good=_is_good(facts)),
+            page.tiles(_tiles(facts)),
+            *([page.notes(remarks)] if remarks else []),
+        ]
+    )
+
+
+def _is_good(facts: RunFacts) -> bool:
+    budget_bytes = facts.directory.plan["budget_bytes"]
+    return facts.summary is not None and facts.summary.peak_bytes <= (facts.summary.budget_bytes or budget_bytes)
+
+
+def _verdict(facts: RunFacts) -> str:
+    """Finished inside its budget, or how far it is."""
+    run, wanted = facts.directory, f"{facts.num_steps:,}"
+    count = len(run.file_layers)
+    what = "the network, end to end," if run.is_exact else "each block" if count > 1 else "the block"
+    if facts.summary is not None:
+        budget_bytes = facts.summary.budget_bytes or run.plan["budget_bytes"]
+        peak, budget = format_bytes(facts.summary.peak_bytes), format_bytes(budget_bytes)
+        if facts.summary.peak_bytes <= budget_bytes:
+            return f"Finished: {what} made {wanted} steps; peak memory {peak}, inside the budget of {budget}"
+        return f"Finished, over its budget: {what} made {wanted} steps; peak memory {peak}, the budget was {budget}"
+    if min(facts.steps) >= facts.num_steps:
+        return f"Not finished: {what} made {wanted} steps, the evaluation at the end is missing"
+    if run.is_exact or len(set(facts.steps)) == 1:
+        return f"Not finished: saved at step {facts.steps[0]:,} of {wanted}"
+    steps = ", ".join(f"{step:,}" for step in facts.steps)
+    return f"Not finished: the blocks are saved at steps {steps} of {wanted}"
+
+
+def _tiles(facts: RunFacts) -> list[tuple[str, str, str]]:
+    run, summary = facts.directory, facts.summary
+    parameters = run.plan.get("parameters")
+    count, unit = len(run.file_layers), facts.unit
+    network = (
+        "network",
+        f"{count} {unit}{'s' if count > 1 else ''}",
+        f"{sum(run.file_layers)} layers" + ("" if parameters is None else f", {format_count(parameters)} parameters"),
+    )
+    trained_s = max((record.seconds for record in facts.records if record.seconds is not None), default=None)
+    if summary is None:
+        time = [] if trained_s is None else [("trained so far", format_duration(trained_s), "")]
+        return [network, _progress_tile(facts), *time]
+    budget_bytes = summary.budget_bytes or run.plan["budget_bytes"]
+    share = f"{summary.peak_bytes / budget_bytes:.0%} of {format_bytes(budget_bytes)}"
+    return [
+        network,
+        ("peak memory", format_bytes(summary.peak_bytes), share),
+        *_quality_tiles(summary),
+        *_time_tiles(facts, summary),
+    ]
+
+
+def _progress_tile(facts: RunFacts) -> tuple[str, str, str]:
+    """Of an unfinished run, counted over all blocks, which may be at different steps."""
+    done, wanted, unit = sum(facts.steps), facts.num_steps * len(facts.steps), "block steps"
+    if facts.directory.is_exact:
+        done, wanted, unit = facts.steps[0], facts.num_steps, "steps"
+    return ("saved so far", f"{done / wanted:.0%}", f"{done:,} of {wanted:,} {unit}")
+
+
+def _quality_tiles(summary: TrainedFields) -> list[tuple[str, str, str]]:
+    """The validation loss, and what says more of the family's task."""
+    found = summary.metrics.validation
+    error = "" if found.standard_error is None else f"± {found.standard_error:.2g}"
+    tiles = [("validation loss", f"{summary.metrics.validation_loss:.4g}", error)]
+    text = summary.metrics.text
+    if text is not None:
+        error = "" if text.bits_per_character_error is None else f"± {text.bits_per_character_error:.3f}, "
+        tiles.append(("bits a character", f"{text.bits_per_character:.3f}", f"{error}at most"))
+    for name in sorted({name for level in found.levels for name in level.scores}):
+        of_levels = [(level.share, level.scores.get(name)) for level in found.levels]
+        whole = sum(share or 0.0 for share, _ in of_levels)
+        if whole > 0:
+            mean = sum((share or 0.0) * (score or 0.0) for share, score in of_levels) / whole
+            where = "" if len(of_levels) == 1 else "mean over noise levels"
+            tiles.append((_SCORES.get(name, name), f"{mean:.1%}", where))
+    return tiles
+
+
+def _time_tiles(facts: RunFacts, summary: TrainedFields) -> list[tuple[str, str, str]]:
+    if summary.seconds is None:
+        return []
+    per_s = summary.images_or_tokens_per_s
+    unit = "images" if facts.directory.tokenizer is None else "tokens"
+    speed = "" if per_s is None else f"{format_count(per_s)} {unit} a second"
+    where = "in the last session" if summary.resumed_from is not None else "in all"
+    return [(f"time {where}", format_duration(summary.seconds), speed)]
+
+
+def _memory_changes(facts: RunFacts) -> list[str]:
+    """What the run did to stay inside its budget."""
+    changes = facts.summary.memory_changes if facts.summary is not None else []
+    return [
+        f"To stay inside the budget the micro-batch became {change.micro_batch}, with activation checkpointing "
+        f"{'on' if change.checkpointing else 'off'}."
+        for change in changes
+    ]

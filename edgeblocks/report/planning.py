@@ -1,0 +1,164 @@
+"""What was planned beside what was measured: memory and its parts, a step's time, the disk, the blocks."""
+
+import math
+from collections.abc import Callable
+
+from markupsafe import Markup
+
+from edgeblocks.report import page
+from edgeblocks.report.bars import Part, stacked_bar
+from edgeblocks.report.facts import RunFacts
+from edgeblocks.units import format_bytes, format_duration, parse_size
+
+_NOTHING = "\N{EN DASH}"
+_PARTS = {
+    "runtime": "interpreter and libraries",
+    "weights": "weights",
+    "gradients": "gradients",
+    "optimizer": "optimizer state",
+    "ema": "moving average of weights",
+    "activations": "activations",
+    "boundaries": "activations between stages",
+    "data": "data",
+    "evaluation": "evaluation and samples",
+    "slack": "allocator's gaps",
+    "planning": "planning, before the start",
+}
+"""The items of plan.json's breakdown in words; one that is not here is shown by its own name."""
+
+
+def plan_table(facts: RunFacts) -> Markup:
+    """Predicted against measured; of a run that is not finished, what is known so far."""
+    run, summary, chosen = facts.directory, facts.summary, facts.chosen
+    plan = run.plan
+    highest = max((record.used_bytes for record in facts.records if record.used_bytes is not None), default=None)
+    peak = highest if summary is None else summary.peak_bytes
+    memory = "peak memory" if summary is not None else "memory so far"
+    rows = [_row(memory, plan.get("predicted_peak_bytes"), peak, format_bytes, limit=plan["budget_bytes"])]
+    if "ram_budget_bytes" in plan:
+        planned, host = plan.get("predicted_host_peak_bytes"), None if summary is None else summary.ram_peak_bytes
+        rows.append(_row("peak of the host", planned, host, format_bytes, limit=plan["ram_budget_bytes"]))
+    step = "step" if run.is_exact else "step of a block"
+    rows.append(_row(step, plan.get("predicted_step_s"), _step_s(facts), format_duration))
+    planned, allowed = None if chosen is None else chosen.bytes_written, run.settings.run.max_disk_writes
+    limit = None if allowed is None else parse_size(allowed)
+    rows.append(_row("written to disk", planned, facts.bytes_written, format_bytes, limit=limit))
+    if summary is not None:
+        rows.append(_row("on disk", None if chosen is None else chosen.disk_bytes, summary.disk_bytes, format_bytes))
+    return page.table(["", "predicted", "measured", "ratio", "budget"], rows, caption=_conditions(facts))
+
+
+def _row(
+    name: str,
+    predicted: float | None,
+    measured: float | None,
+    write: Callable[[float], str],
+    *,
+    limit: float | None = None,
+) -> list[str]:
+    def told(value: float | None) -> str:
+        return _NOTHING if value is None else write(value)
+
+    ratio = f"{measured / predicted:.2f}" if predicted and measured is not None else _NOTHING
+    return [name, told(predicted), told(measured), ratio, told(limit)]
+
+
+def _step_s(facts: RunFacts) -> float | None:
+    """The mean of all steps, or the median of those that there are records of."""
+    if facts.summary is not None:
+        return facts.summary.step_s
+    speeds = sorted(record.examples_per_s for record in facts.records if record.examples_per_s)
+    return facts.directory.settings.run.batch / speeds[len(speeds) // 2] if speeds else None
+
+
+def _conditions(facts: RunFacts) -> str:
+    run = facts.directory
+    plan, batch, count = run.plan, run.settings.run.batch, len(run.file_layers)
+    parts = [
+        f"Batch {batch} in micro-batches of {plan['micro_batch']}",
+        f"{run.settings.run.optimizer}",
+        *([f"checkpointing {'on' if plan['checkpointing'] else 'off'}"] if "checkpointing" in plan else []),
+        f"{plan['slots']} of {count} {facts.unit}s in memory",
+    ]
+    more = ""
+    if facts.summary is None:
+        more = " Not finished: memory is the largest amount before a step, a step's time the median of those recorded."
+    elif facts.summary.resumed_from is not None:
+        more = " Resumed: memory and times are of the last session, what was written is of all."
+    if facts.chosen is not None and facts.chosen.disk_bytes is not None and facts.summary is not None:
+        more += " The prediction for the disk holds what is there for a moment while files are written."
+    return f"{', '.join(parts)}.{more}"
+
+
+def breakdown_bars(facts: RunFacts) -> list[Markup]:
+    """The predicted peak in parts, up to the budget; the host's, too, beside a device with its own memory."""
+    run = facts.directory
+    bars = []
+    if run.plan.get("breakdown"):
+        bars.append(_breakdown_bar("Predicted peak, in parts", run.plan["breakdown"], run.plan["budget_bytes"]))
+    if facts.planned.host_breakdown and run.plan.get("ram_budget_bytes"):
+        host = facts.planned.host_breakdown
+        bars.append(_breakdown_bar("Predicted peak of the host, in parts", host, run.plan["ram_budget_bytes"]))
+    return bars
+
+
+def _breakdown_bar(title: str, breakdown: dict[str, int], budget_bytes: int) -> Markup:
+    parts = [
+        Part(label=_PARTS.get(name, name), value=size, quiet=name == "runtime") for name, size in breakdown.items()
+    ]
+    left = budget_bytes - sum(breakdown.values())
+    return stacked_bar(
+        [*parts, Part(label="left of the budget", value=left, free=True)],
+        title=title,
+        write=format_bytes,
+        caption=f"As the plan itemises it; the whole bar is the budget, {format_bytes(budget_bytes)}.",
+    )
+
+
+def time_bar(facts: RunFacts) -> Markup:
+    """How the time was spent. Reading and writing go on beside the computing, so they are words and no parts."""
+    title, summary = "Time", facts.summary
+    if summary is None or not summary.time_split:
+        return page.card(title, "How the time was spent is known when the run is finished.")
+    split = {name: max(0.0, value) for name, value in summary.time_split.items() if math.isfinite(value)}
+    sampling_s = min(max(0.0, summary.sampling_s), split.get("other", 0.0))
+    parts = [
+        Part(label="compute", value=split.get("compute", 0.0)),
+        Part(label=f"stall: waiting for {facts.unit}s", value=split.get("stall", 0.0)),
+        Part(label="data", value=split.get("data", 0.0)),
+        Part(label="samples", value=sampling_s),
+        Part(label="other: evaluation, saving", value=split.get("other", 0.0) - sampling_s),
+    ]
+    beside = (
+        f"Reading {facts.unit}s (load) took {format_duration(split.get('load', 0.0))} and writing them (store) "
+        f"{format_duration(split.get('store', 0.0))}, beside the computing as far as it is no stall."
+    )
+    of = "" if summary.resumed_from is None else " Of the last session only: the run was resumed."
+    return stacked_bar(parts, title=title, write=format_duration, caption=beside + of)
+
+
+def block_table(facts: RunFacts, *, wide: bool) -> list[Markup]:
+    """A line for each block: where it works, how far it is, and how good; none for stages, which are one network."""
+    run, summary = facts.directory, facts.summary
+    if run.is_exact:
+        return []
+    rows = []
+    for block, (layers, noise) in enumerate(zip(run.file_layers, run.partition.ranges, strict=True)):
+        row = [str(block), f"{noise.low:.3g} to {noise.high:.3g}", str(layers), f"{facts.steps[block]:,}"]
+        if summary is not None:
+            row.append(_loss_at(summary.metrics.train_loss_by_block, block))
+            row.append(_loss_at(summary.metrics.validation_loss_by_block, block))
+        rows.append(row)
+    head = ["block", "share masked" if run.family().task == "text" else "sigma", "layers", "steps"]
+    caption = "Not finished: no validation yet."
+    if summary is not None:
+        head += ["training loss", "validation loss"]
+        caption = (
+            "Training loss: running mean at the end. Validation loss: EMA weights, mean over a block's noise levels."
+        )
+    return [page.table(head, rows, caption=caption, wide=wide)]
+
+
+def _loss_at(values: list[float | None], block: int) -> str:
+    value = values[block] if block < len(values) else None
+    return _NOTHING if value is None else f"{value:.4g}"

@@ -1,0 +1,57 @@
+"""What a result depends on: the settings, the data, the machine and the versions."""
+
+from collections.abc import Iterator
+from dataclasses import asdict
+from typing import Any
+
+from markupsafe import Markup
+
+from edgeblocks.report import page
+from edgeblocks.report.facts import RunFacts
+
+_MOST_CHARACTERS = 400
+
+
+def settings_table(facts: RunFacts) -> Markup:
+    """Every setting with its value."""
+    settings = facts.directory.settings
+    values = {**settings.run.model_dump(), **asdict(settings.family)}
+    return page.table([], [[name, _told(value)] for name, value in values.items()])
+
+
+def environment_table(facts: RunFacts) -> Markup:
+    """The data, and what env.json and plan.json say of the machine."""
+    run = facts.directory
+    values = {
+        "data": run.data_source,
+        "fingerprint of the data": run.data_fingerprint,
+        **{f"data: {name}": value for name, value in asdict(run.data).items()},
+        **({"classes": ", ".join(run.class_names)} if run.class_names else {}),
+        **({"tokenizer": run.tokenizer.kind} if run.tokenizer is not None else {}),
+        "run": run.run_id,
+        **facts.environment,
+        "machine": run.plan.get("machine", {}),
+    }
+    leave_out = {"sha256", "run_id"}
+    return values_table({name: value for name, value in values.items() if name not in leave_out})
+
+
+def values_table(values: dict[str, Any]) -> Markup:
+    """Names and values; what lies in a value has its name behind."""
+    return page.table([], [[name, value] for name, value in _flat(values)])
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{name}: ")
+        elif value is not None:
+            yield f"{prefix}{name}", _told(value)
+
+
+def _told(value: Any) -> str:
+    """A value as people read it, not longer than a paragraph."""
+    if value is None:
+        return "\N{EN DASH}"
+    text = f"{value:.4g}" if isinstance(value, float) else str(value)
+    return text if len(text) <= _MOST_CHARACTERS else f"{text[:_MOST_CHARACTERS]} .."
