@@ -1,6 +1,7 @@
 """`plan` and `train`."""
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -181,16 +182,27 @@ def _left_out(names: list[str], given: dict[str, Any]) -> str:
 
 
 def _print_plan(given: dict[str, Any], config: Path | None, out: Path, *, as_json: bool) -> None:
-    from edgeblocks import api
+    from edgeblocks import api, plans
     from edgeblocks.console import ConsoleListener, banner, plan_table
+    from edgeblocks.recommendation import Option, measured, option, recommendation
 
     with ConsoleListener() as listener:
         prepared = api.plan(config=config, out=out, listener=listener, **given)
+        run = prepared.settings.run
+        other: plans.Method = "diffusion" if run.method == "exact" else "exact"
+        listener.stage(f"planning with --method {other} as well")
+        options: dict[plans.Method, Option] = {
+            run.method: Option(seconds=prepared.plan.predicted_s),
+            other: option(lambda: api.plan(config=config, out=out, **{**given, "method": other})),
+        }
+        advice = recommendation(measured(run.family), options)
     if as_json:
-        print(json.dumps(prepared.to_json()))
+        print(json.dumps({**prepared.to_json(), "recommendation": None if advice is None else asdict(advice)}))
         return
     print(banner(prepared))
     print(plan_table(prepared))
+    if advice is not None:
+        print(advice.line())
 
 
 def _free_run_path(given: dict[str, Any]) -> Path:
