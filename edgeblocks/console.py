@@ -389,7 +389,8 @@ def _continuation_lines(result: dict[str, Any]) -> list[str]:
             for row in result["bounds"]
         ]
         lines.append(f"cross-entropy at the highest noise level: {result['cross_entropy_at_top']:.4f} nats a token")
-    lines += [f"over {row['steps']:>2} levels: {_with_error(row)}" for row in result.get("curve", ())]
+    unit = "iterations" if result["method"] == "exact" else "levels"
+    lines += [f"over {row['steps']:>2} {unit}: {_with_error(row)}" for row in result.get("curve", ())]
     for name, found in (("samples", result["variety"]["samples"]), ("hold-out", result["variety"]["held_out"])):
         distinct = ", ".join(_share(found[f"distinct_{count}"]) for count in (1, 2, 3))
         lines.append(

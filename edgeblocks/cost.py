@@ -11,6 +11,7 @@ import contextlib
 import functools
 import hashlib
 import json
+import math
 import os
 import platform
 import subprocess
@@ -106,6 +107,7 @@ def trace(family: Any, sample_counts: Sequence[int]) -> LayerCosts:
     from edgeblocks.optim import GPU_CHUNK_SIZE, workspace_bytes
     from edgeblocks.store import Optimizer, state_bytes
 
+    period = getattr(family, "layer_period", 1)
     (one, one_quantizable), (two, two_quantizable) = (_count_parameters(family, count) for count in (1, 2))
     moments = {
         optimizer: [
@@ -113,7 +115,8 @@ def trace(family: Any, sample_counts: Sequence[int]) -> LayerCosts:
         ]
         for optimizer in get_args(Optimizer)
     }
-    flops = [_flops(family, num_layers) for num_layers in (1, 2)]
+    flops = [_flops(family, num_layers) for num_layers in (period, 2 * period)]
+    layer_flops = (flops[1] - flops[0]) // period
     kinds = {
         kind: tuple(_trace_growth(family, samples, kind) for samples in sorted(set(sample_counts)))
         for kind in ("plain", "checkpointed", "forward")
@@ -128,8 +131,8 @@ def trace(family: Any, sample_counts: Sequence[int]) -> LayerCosts:
         workspace_bytes={"adamw8bit": workspace_bytes(num_threads=torch.get_num_threads()), "adamw": 0},
         gpu_workspace_bytes={"adamw8bit": workspace_bytes(num_threads=1, chunk_size=GPU_CHUNK_SIZE), "adamw": 0},
         batch_bytes_per_sample=sum(_num_bytes(shape, dtype) for shape, dtype in family.batch_spec(1).values()),
-        ends_flops_per_sample=2 * flops[0] - flops[1],
-        layer_flops_per_sample=flops[1] - flops[0],
+        ends_flops_per_sample=flops[0] - period * layer_flops,
+        layer_flops_per_sample=layer_flops,
         hidden_bytes_per_sample=hidden_bytes,
         condition_bytes_per_sample=condition_bytes,
         **kinds,
@@ -162,13 +165,23 @@ def _count_parameters(family: Any, num_layers: int) -> tuple[int, int]:
 
 
 def _trace_growth(family: Any, samples: int, kind: str) -> StepCost:
-    traces = [_trace_step(family, num_layers, samples, kind) for num_layers in (1, 2, 3)]
-    one, two, three = traces
+    """From blocks of one, two and three layers, or as many periods of a structure that repeats after some layers."""
+    period = getattr(family, "layer_period", 1)
+    traces = [_trace_step(family, period * count, samples, kind) for count in (1, 2, 3)]
     growths = {
-        name: Growth(one=getattr(one, name), two=getattr(two, name), three=getattr(three, name))
+        name: _growth(*(getattr(found, name) for found in traces), period=period)
         for name in ("peak_bytes", "heap_bytes", "touched_bytes", "operators")
     }
     return StepCost(samples=samples, **growths)
+
+
+def _growth(one: int, two: int, three: int, *, period: int) -> Growth:
+    """Of a quantity at one, two and three periods; the line through the last two, where a period is several layers."""
+    if period == 1:
+        return Growth(one=one, two=two, three=three)
+    a_layer = math.ceil((three - two) / period)
+    start = three - 3 * period * a_layer
+    return Growth(one=start + a_layer, two=start + 2 * a_layer, three=start + 3 * a_layer)
 
 
 def _num_bytes(shape: Sequence[int], dtype: Any) -> int:

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 
 from edgeblocks import classification, likelihood, metrics
 from edgeblocks.chain import BlockRunner
@@ -13,6 +14,7 @@ from edgeblocks.data.images import ImageSet
 from edgeblocks.data.text import TextSet
 from edgeblocks.drawing import TEXT_TASKS
 from edgeblocks.errors import ConfigError, RunError
+from edgeblocks.generators import generator_at
 from edgeblocks.listener import Listener
 from edgeblocks.preparation import device_budget_bytes
 from edgeblocks.registry import build_target
@@ -174,6 +176,8 @@ class Evaluation:
         }
         if chain.caches_per == "step":
             result["curve"] = self._curve(text, tokens[:CURVE_TEXTS])
+        elif hasattr(self.directory.family(), "with_iterations"):
+            result["curve"] = self._iterations_curve(text)
         written = sample_texts(
             self.directory,
             always(self.runner),
@@ -198,6 +202,22 @@ class Evaluation:
                 nats, error = likelihood.bound(self.runner, chain, tokens, seed=self.seed, noises=(1,))[1]
                 rows.append({"steps": steps, **metrics.bits(nats, error, text)})
             self.listener.advance(done + 1, len(CURVE_STEPS), "levels")
+        return rows
+
+    def _iterations_curve(self, text: TextSet) -> list[dict[str, Any]]:
+        """Bits against the number of iterations of a core that was trained unrolled."""
+        family, rows = self.directory.family(), []
+        indices, network = text.evaluation_indices(CURVE_TEXTS), self.runner.network(0)
+        level = family.evaluation_levels(self.directory.partition)[0]
+        batch = family.at_level(*text.gather(indices), level, generator_at(0))
+        for done, count in enumerate(CURVE_STEPS):
+            nats = []
+            for start in range(0, len(indices), self.runner.micro_batch):
+                part = {name: tensor[start : start + self.runner.micro_batch] for name, tensor in batch.items()}
+                with torch.no_grad():
+                    nats.append(family.scores(network, family.with_iterations(part, count))["loss"])
+            rows.append({"steps": count, **metrics.bits(float(torch.cat(nats).mean()), None, text)})
+            self.listener.advance(done + 1, len(CURVE_STEPS), "iterations")
         return rows
 
     def _classification(self) -> dict[str, Any]:

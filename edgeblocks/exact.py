@@ -120,4 +120,8 @@ class _Rows:
 
 
 def _through(stage: Any, hidden: Tensor, condition: Tensor, *, checkpointing: bool) -> Tensor:
+    """Through a stage's layers, one after the other unless the network goes another way (`through_stage`)."""
+    if hasattr(stage, "through_stage"):
+        out: Tensor = stage.through_stage(hidden, condition, checkpointing=checkpointing)
+        return out
     return run_layers(stage.layers, hidden, condition, checkpointing=checkpointing)

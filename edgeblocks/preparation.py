@@ -101,10 +101,20 @@ def _check_method(run: RunSettings, *, beside_a_host: bool) -> None:
     """That a network can be trained this way there.
 
     Raises:
-        ConfigError: end to end on a GPU.
+        ConfigError: end to end on a GPU, or in stages that the family does not have.
     """
     if run.method == "exact" and beside_a_host:
         raise ConfigError("--method exact trains on the processor only as yet; use --target cpu, or --method diffusion")
+    if _is_one_stage(run) and run.blocks not in ("auto", 1):
+        raise ConfigError(
+            f"--blocks {run.blocks}: all layers of a {run.family} that is trained end to end are one stage; leave "
+            f"--blocks out"
+        )
+
+
+def _is_one_stage(run: RunSettings) -> bool:
+    """Whether the family's network cannot be cut where it is trained end to end."""
+    return run.method == "exact" and getattr(family_type(run.family, run.method), "one_stage", False)
 
 
 def torch_sees_a_gpu() -> bool:
@@ -249,6 +259,8 @@ def _wishes(settings: Settings, data_set: DataSet, data: Any, budgets: tuple[int
         name: None if getattr(run, name) == "auto" else getattr(run, name)
         for name in ("blocks", "micro_batch", "checkpointing", "visit_steps", "tier")
     }
+    if _is_one_stage(run):
+        fixed["blocks"] = 1
     return Wishes(
         budget_bytes=budget_bytes,
         batch=run.batch,

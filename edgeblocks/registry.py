@@ -19,6 +19,7 @@ _FAMILIES = {
 }
 _END_TO_END = {
     "ar": "edgeblocks.families.ar:PlainAr",
+    "looped": "edgeblocks.families.looped:PlainLooped",
     "vit": "edgeblocks.families.vit:PlainVit",
 }
 """Families that are another network where they are trained end to end."""
@@ -93,8 +94,7 @@ def family_type(name: str, method: str = "diffusion") -> Any:
     if not hasattr(cls, "loss_after"):
         raise ConfigError(
             f"--method exact: the family '{name}' has no end-to-end form in stages"
-            + (" yet" if name not in _OWN_FAMILIES else " (it needs `enter` and `loss_after`)")
-            + "; use --method diffusion"
+            + " (it needs `enter` and `loss_after`); use --method diffusion"
         )
     return cls
 

@@ -59,8 +59,8 @@ class Ar(TokenDenoiser):
 class PlainArBlock(TokenDenoiserBlock):
     """An ordinary causal language model, or some of its layers: one stream of clean tokens, no noise, no condition."""
 
-    stem_parts = ("token_embedding",)
-    readout_parts = ("readout_norm", "readout")
+    stem_parts: tuple[str, ...] = ("token_embedding",)
+    readout_parts: tuple[str, ...] = ("readout_norm", "readout")
 
     def __init__(self, *, width: int, heads: int, data: TextInfo, num_layers: int, checkpointing: bool) -> None:
         nn.Module.__init__(self)

@@ -6,14 +6,49 @@ back through many iterations. Here an iteration is a step of a denoising chain, 
 token: training draws one noise level and makes one pass, and inference makes as many iterations as levels are walked.
 
 Source: arXiv 2506.14202, section 4.5.
+
+Trained end to end it is what Geiping et al. train: `PlainLooped`.
 """
 
-import torch
-from jaxtyping import Float
-from torch import Tensor
+import math
+from dataclasses import dataclass
 
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from edgeblocks.errors import ConfigError
+from edgeblocks.families.ar import PlainAr, PlainArBlock
+from edgeblocks.families.base import Batch, BatchSpec, Level, TextInfo
 from edgeblocks.families.token_block import TokenDenoiserBlock
-from edgeblocks.families.token_denoiser import TokenDenoiser
+from edgeblocks.families.token_denoiser import TokenDenoiser, TokenDenoiserSettings
+from edgeblocks.layers import Linear
+from edgeblocks.noise import NoiseRange
+
+MOST_ITERATIONS = 64
+SPREAD = 0.5
+"""Standard deviation of the logarithm of the mean number of iterations."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoopedSettings(TokenDenoiserSettings):
+    """Those of a denoiser; and, where the network is trained end to end, its core's iterations.
+
+    `iterations` is their mean number in training and their number afterwards, `truncation` the number of the last ones
+    that gradients go back through.
+    """
+
+    iterations: int = 8
+    truncation: int = 8
+
+    def problems(self) -> list[str]:
+        """What is wrong with these values, one sentence each."""
+        return super().problems() + [
+            f"{name}={getattr(self, name)} must lie between 1 and {MOST_ITERATIONS}"
+            for name in ("iterations", "truncation")
+            if not 1 <= getattr(self, name) <= MOST_ITERATIONS
+        ]
 
 
 class LoopedBlock(TokenDenoiserBlock):
@@ -47,8 +82,144 @@ class Looped(TokenDenoiser):
 
     name = "looped"
     preferred_blocks = 1
+    settings_type = LoopedSettings
     block_type = LoopedBlock
 
     def cache_key(self, step: int, block: int) -> int:
         """The step: states, and so keys and values, differ from level to level."""
         return step
+
+
+class PlainLoopedBlock(PlainArBlock):
+    """A recurrent-depth network: a prelude reads the tokens, a core improves a state, a coda answers.
+
+    The core is given the state and what the prelude read in every iteration. A state begins with zeros, where the
+    paper's begins at random: what is written does not depend on chance then.
+    """
+
+    stem_parts = ("token_embedding", "adapter")
+    readout_parts = ("state_norm", "readout_norm", "readout")
+
+    def __init__(
+        self,
+        *,
+        width: int,
+        heads: int,
+        data: TextInfo,
+        num_layers: int,
+        checkpointing: bool,
+        iterations: int,
+        truncation: int,
+    ) -> None:
+        super().__init__(width=width, heads=heads, data=data, num_layers=num_layers, checkpointing=checkpointing)
+        self.iterations, self.truncation = iterations, truncation
+        self.adapter = Linear(2 * width, width)
+        self.state_norm = nn.LayerNorm(width)
+
+    def enter(self, tokens: Int[Tensor, "batch tokens"]) -> tuple[Float[Tensor, "batch tokens width"], Tensor]:
+        """What the first layer is given of the token before each position, and a row as long as there are iterations.
+
+        The row is the condition that goes from stage to stage; nothing but its length is looked at.
+        """
+        x = self.token_embedding(tokens)
+        return x, x.new_zeros(x.shape[0], self.iterations)
+
+    def through_layers(
+        self,
+        clean: Float[Tensor, "batch tokens width"],
+        noised: Tensor,
+        condition: Tensor,
+        past: Tensor | None,
+        present: list[Tensor] | None,
+    ) -> Float[Tensor, "batch tokens width"]:
+        """The coda's output after as many iterations as the condition is long."""
+        total, count = len(self.layers), condition.shape[1]
+        ends, followed = total // 4, torch.is_grad_enabled()
+        read = self.run(range(ends), clean, condition, past, present)
+        state = torch.zeros_like(read)
+        for iteration in range(count):
+            with torch.set_grad_enabled(followed and iteration >= count - self.truncation):
+                state = self.adapter(torch.cat([state, read], dim=-1))
+                state = self.state_norm(self.run(range(ends, total - ends), state, condition, past, present))
+        return self.run(range(total - ends, total), state, condition, past, present)
+
+    def through_stage(self, hidden: Tensor, condition: Tensor, *, checkpointing: bool) -> Tensor:
+        """`through_layers` as a stage of end-to-end training is run."""
+        self.checkpointing = checkpointing
+        return self.through_layers(hidden, hidden, condition, None, None)
+
+
+class PlainLooped(PlainAr):
+    """What `looped` is where it is trained end to end: the core is unrolled, a random number of times in each step.
+
+    The number is one and a Poisson number whose mean is log-normal, at most `MOST_ITERATIONS`; gradients go back
+    through the last `truncation` iterations. All layers are one stage, because the core is needed in every iteration.
+
+    Source: Geiping et al. 2025, arXiv 2502.05171 (Huginn), sections 3.1 and 3.3.
+    """
+
+    name = "looped"
+    preferred_blocks = 1
+    one_stage = True
+    layer_period = 4
+    """Layers after which the structure repeats: one of the prelude, two of the core, one of the coda."""
+    settings_type = LoopedSettings
+    settings: LoopedSettings
+
+    def __init__(self, settings: LoopedSettings, data: TextInfo) -> None:
+        """A family of these settings on this text.
+
+        Raises:
+            ConfigError: with everything that is impossible.
+        """
+        super().__init__(settings, data)
+        if settings.depth % self.layer_period:
+            raise ConfigError(
+                f"depth={settings.depth}: a looped network that is trained end to end has a multiple of "
+                f"{self.layer_period} layers, a quarter of them prelude and a quarter coda"
+            )
+
+    def block(self, *, num_layers: int, checkpointing: bool) -> PlainLoopedBlock:
+        """The network on torch's default device, parameters not initialised."""
+        return PlainLoopedBlock(
+            width=self.settings.width,
+            heads=self.settings.heads,
+            data=self.data,
+            num_layers=num_layers,
+            checkpointing=checkpointing,
+            iterations=self.settings.iterations,
+            truncation=self.settings.truncation,
+        )
+
+    def num_caches(self, num_layers: int) -> int:
+        """Tensors of keys and of values: of a layer of the core, one of each for every iteration."""
+        ends = num_layers // 4
+        return 2 * (2 * ends + (num_layers - 2 * ends) * self.settings.iterations)
+
+    def batch_spec(self, batch: int) -> BatchSpec:
+        """Shape and dtype of each tensor that `draw` gives; iterations without gradients cost no memory."""
+        return {**super().batch_spec(batch), "iterations": ((batch, self.settings.truncation), torch.float32)}
+
+    def draw(
+        self, tokens: np.ndarray, labels: np.ndarray | None, noise_range: NoiseRange, generator: torch.Generator
+    ) -> Batch:
+        """One training step's batch."""
+        batch = super().draw(tokens, labels, noise_range, generator)
+        log_mean = math.log(self.settings.iterations) - SPREAD**2 / 2
+        mean = (log_mean + SPREAD * torch.randn((), generator=generator)).exp()
+        count = min(1 + int(torch.poisson(mean, generator=generator)), MOST_ITERATIONS)
+        return self.with_iterations(batch, count)
+
+    def at_level(
+        self, tokens: np.ndarray, labels: np.ndarray | None, level: Level, generator: torch.Generator
+    ) -> Batch:
+        """A batch for evaluation, of as many iterations as the network is used with."""
+        return self.with_iterations(super().at_level(tokens, labels, level, generator), self.settings.iterations)
+
+    def with_iterations(self, batch: Batch, count: int) -> Batch:
+        """The batch, asking for so many iterations."""
+        return {**batch, "iterations": torch.zeros(len(batch["tokens"]), count)}
+
+    def enter(self, block: PlainArBlock, batch: Batch) -> tuple[Tensor, Tensor]:
+        """What the first layer is given, and a row as long as there are iterations."""
+        return super().enter(block, batch)[0], batch["iterations"]

@@ -141,6 +141,7 @@ class TokenDenoiserBlock(TextBlock, ABC):
         for number in numbers:
             layer = self.layers[number]
             assert isinstance(layer, CausalLayer | PlainCausalLayer)
-            x, kept = layer.cached(x, condition, None if past is None else past[2 * number : 2 * number + 2])
+            first = len(present)  # not 2 * number: a layer that is run again has keys and values of each time
+            x, kept = layer.cached(x, condition, None if past is None else past[first : first + 2])
             present += kept
         return x
