@@ -48,7 +48,8 @@ def validation_figures(facts: RunFacts) -> list[Markup]:
     """Validation loss, and each score of the family, against the noise level; none where there is one level only."""
     if facts.summary is None:
         return []
-    levels = facts.summary.metrics.validation.levels
+    count = len(facts.directory.file_layers)
+    levels = [level for level in facts.summary.metrics.validation.levels if level.block < count]
     if len({level.sigma for level in levels}) < 2:
         return []
     scores = sorted({name for level in levels for name in level.scores})

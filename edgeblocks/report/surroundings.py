@@ -10,6 +10,7 @@ from edgeblocks.report import page
 from edgeblocks.report.facts import RunFacts
 
 _MOST_CHARACTERS = 400
+_MOST_ROWS = 200
 
 
 def settings_table(facts: RunFacts) -> Markup:
@@ -34,7 +35,8 @@ def environment_table(facts: RunFacts) -> Markup:
     }
     leave_out = {"sha256", "run_id"}
     rows = [[name, value] for name, value in _flat(values) if name not in leave_out]
-    return page.table([], rows)
+    more = f"The first {_MOST_ROWS} of {len(rows)} values." if len(rows) > _MOST_ROWS else ""
+    return page.table([], rows[:_MOST_ROWS], caption=more)
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
@@ -42,7 +44,7 @@ def _flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]
         if isinstance(value, dict):
             yield from _flat(value, f"{prefix}{name}: ")
         elif value is not None:
-            yield f"{prefix}{name}", _told(value)
+            yield _told(f"{prefix}{name}"), _told(value)
 
 
 def _told(value: Any) -> str:
