@@ -330,7 +330,10 @@ def test_records_tell_the_time_of_all_sessions_and_the_memory(tmp_path, kind):
     times = [record.seconds for record in records]
     assert times == sorted(times) and times[len(first)] > times[len(first) - 1] > 0
     assert times[-1] <= times[len(first) - 1] + run.summary["seconds"]
-    assert all(10**8 < record.used_bytes <= run.summary["peak_bytes"] for record in records)
+    assert all(10**8 < record.used_bytes <= run.summary["peak_bytes"] for record in records[len(first) :])
+    words = words_of(page_of(run.path, tmp_path))
+    assert f"peak memory {format_bytes(run.summary['peak_bytes'])} in the last session" in words
+    assert f"time of training {format_duration(times[-1])}" in words and "the run was resumed" in words
 
 
 def test_of_many_looks_the_newest_and_some_others_are_shown(tmp_path):

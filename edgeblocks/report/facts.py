@@ -149,6 +149,11 @@ class RunFacts:
         return "stage" if self.directory.is_exact else "block"
 
     @property
+    def is_resumed(self) -> bool:
+        """Whether what the summary measured is of the last of several sessions."""
+        return self.summary is not None and self.summary.resumed_from is not None
+
+    @property
     def chosen(self) -> CandidateFields | None:
         """The candidate that was planned with; None where the plan has none like it."""
         plan = self.directory.plan

@@ -29,7 +29,7 @@ _INCHES = (5.5, 3.4)
 _LETTERS = 12.0
 _INK, _GRID, _OF_SERIES = "#020001", "#020002", "#01%04x"
 _FIXED = {_INK: "var(--muted)", _GRID: "var(--line)"}
-_DASHES = ("--", ":", "-.")
+_DASHES = ("--", ":", "-")
 _MOST_POINTS = 600
 """Of a line: more are not seen, and each takes some 20 bytes of the page."""
 _LARGEST = 1e30
