@@ -80,12 +80,12 @@ def format_duration(duration_s: float) -> str:
 
 
 def format_count(count: float) -> str:
-    """A count of parameters for people.
+    """A count for people.
 
-    >>> format_count(3_531_000), format_count(1_500_000_000)
-    ('3.53M', '1.5B')
+    >>> format_count(3_531_000), format_count(1_500_000_000), format_count(999.7)
+    ('3.53M', '1.5B', '1k')
     """
     for factor, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if count >= factor:
+        if count >= 0.9995 * factor:
             return f"{count / factor:.3g}{unit}"
     return f"{count:.3g}"

@@ -25,6 +25,7 @@ def test_the_built_wheel_holds_everything_and_works_elsewhere(tmp_path):
         "edgeblocks/targets/profiles/rtx3060-12gb.yaml",
         "edgeblocks/data/digits.npz",
         "edgeblocks/data/moby_dick.txt.xz",
+        "edgeblocks/report/templates/page.html",
         "edgeblocks/py.typed",
     ):
         assert expected in names

@@ -48,7 +48,8 @@ def validation_figures(facts: RunFacts) -> list[Markup]:
     """Validation loss, and each score of the family, against the noise level; none where there is one level only."""
     if facts.summary is None:
         return []
-    levels = facts.summary.metrics.validation.levels
+    count = len(facts.directory.file_layers)
+    levels = [level for level in facts.summary.metrics.validation.levels if level.block < count]
     if len({level.sigma for level in levels}) < 2:
         return []
     scores = sorted({name for level in levels for name in level.scores})
@@ -109,7 +110,8 @@ def memory_figure(facts: RunFacts) -> Markup:
     if run.plan.get("predicted_peak_bytes") is not None:
         references.append(Reference(label="predicted peak", value=run.plan["predicted_peak_bytes"]))
     if facts.summary is not None:
-        references.append(Reference(label="measured peak", value=facts.summary.peak_bytes))
+        peak = "measured peak of the last session" if facts.is_resumed else "measured peak"
+        references.append(Reference(label=peak, value=facts.summary.peak_bytes))
     where = "device" if "ram_budget_bytes" in run.plan else "process's resident"
     return line_figure(
         [Series(label="in use before a step", x=[seconds for seconds, _ in told], y=[used for _, used in told])],
@@ -120,6 +122,6 @@ def memory_figure(facts: RunFacts) -> Markup:
         y_unit="bytes",
         from_zero=True,
         references=references,
-        caption="Measured before each step, so what a step takes for a moment is in the measured peak alone. Time is "
-        "that of all sessions together.",
+        caption="Measured before each step, so what a step takes for a moment is in the measured peak alone."
+        + (" Time is that of all sessions; the budget is the last one's." if facts.is_resumed else ""),
     )

@@ -13,7 +13,18 @@ from pydantic import ConfigDict, Field
 
 from edgeblocks.checkpoint import RunDirectory, open_run
 from edgeblocks.errors import RunError, StorageError
-from edgeblocks.run_files import Checked, Count, Diverging, Layers, RecordFields, Samples, Text, checked, read_json
+from edgeblocks.run_files import (
+    Checked,
+    Count,
+    Diverging,
+    Layers,
+    RecordFields,
+    Samples,
+    Seconds,
+    Text,
+    checked,
+    read_json,
+)
 
 MOST_RECORDS = 400_000
 """Of metrics.jsonl: one has about a thousand for each block."""
@@ -75,18 +86,18 @@ class MemoryChangeFields(Checked):
     checkpointing: bool
 
 
-class TrainedFields(Diverging):
+class TrainedFields(Checked):
     """summary.json, as far as a report shows it. What an earlier edgeblocks did not write is None or empty."""
 
     peak_bytes: Count
-    budget_bytes: Count | None = None
+    budget_bytes: Annotated[int, Field(ge=1)] | None = None
     ram_peak_bytes: Count | None = None
     disk_bytes: Count | None = None
     disk_bytes_written: Count | None = None
-    seconds: Measured = None
-    step_s: Measured = None
-    sampling_s: float = 0.0
-    images_or_tokens_per_s: Measured = None
+    seconds: Seconds | None = None
+    step_s: Seconds | None = None
+    sampling_s: Seconds = 0.0
+    images_or_tokens_per_s: Annotated[float, Field(ge=0)] | None = None
     time_split: dict[str, float] = Field(default_factory=dict)
     memory_changes: list[MemoryChangeFields] = Field(default_factory=list)
     resumed_from: list[int] | None = None
@@ -96,10 +107,10 @@ class TrainedFields(Diverging):
 class CandidateFields(Checked):
     """One of `candidates` in plan.json."""
 
-    blocks: Layers
-    micro_batch: Samples
-    slots: Layers
-    bytes_written: Count
+    blocks: Layers | None = None
+    micro_batch: Samples | None = None
+    slots: Layers | None = None
+    bytes_written: Count | None = None
     disk_bytes: Count | None = None
 
 
@@ -136,6 +147,11 @@ class RunFacts:
     def unit(self) -> str:
         """What the layers are cut into."""
         return "stage" if self.directory.is_exact else "block"
+
+    @property
+    def is_resumed(self) -> bool:
+        """Whether what the summary measured is of the last of several sessions."""
+        return self.summary is not None and self.summary.resumed_from is not None
 
     @property
     def chosen(self) -> CandidateFields | None:

@@ -29,9 +29,11 @@ _INCHES = (5.5, 3.4)
 _LETTERS = 12.0
 _INK, _GRID, _OF_SERIES = "#020001", "#020002", "#01%04x"
 _FIXED = {_INK: "var(--muted)", _GRID: "var(--line)"}
-_DASHES = ("--", ":", "-.")
+_DASHES = ("--", ":", "-")
 _MOST_POINTS = 600
 """Of a line: more are not seen, and each takes some 20 bytes of the page."""
+_LARGEST = 1e30
+"""A larger number, or on a logarithmic axis a smaller one than its inverse, is no measurement."""
 _SMOOTHING = 50
 """The moving mean reaches over so small a part of a line's points to each side."""
 
@@ -95,7 +97,11 @@ def line_figure(
         for number, reference in enumerate(references):
             dash = _DASHES[number % len(_DASHES)]
             axes.axhline(reference.value, color=_INK, linestyle=dash, linewidth=1.4, zorder=1.5)
-        _set_limits(axes, lines, references, log_y=log_y, from_zero=from_zero)
+        heights = np.concatenate([*(y for _, y in lines), [one.value for one in references]])
+        axes.set_xlim(limits(np.concatenate([x for x, _ in lines]) / x_scale, log=log_x))
+        axes.set_ylim(limits(np.append(heights, 0.0) if from_zero else heights, log=log_y))
+        if from_zero:
+            axes.set_ylim(bottom=0)
         _write_axis(axes.xaxis, "number" if x_unit == "seconds" else x_unit, log=log_x)
         _write_axis(axes.yaxis, y_unit, log=log_y)
         axes.set_xlabel(f"{x_label}{x_name}", color=_INK, parse_math=False)
@@ -115,11 +121,11 @@ def line_figure(
 
 def _drawable(one: Series, *, log_x: bool, log_y: bool) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     x, y = np.asarray(one.x, dtype=np.float64), np.asarray(one.y, dtype=np.float64)
-    good = np.isfinite(x) & np.isfinite(y) & (np.abs(y) < 1e300)
+    good = np.isfinite(x) & np.isfinite(y) & (np.abs(x) < _LARGEST) & (np.abs(y) < _LARGEST)
     if log_x:
-        good &= x > 0
+        good &= x > 1 / _LARGEST
     if log_y:
-        good &= y > 0
+        good &= y > 1 / _LARGEST
     return x[good], y[good]
 
 
@@ -189,18 +195,19 @@ def _thinned(x: NDArray[np.float64], y: NDArray[np.float64]) -> tuple[NDArray[np
     return x[places], y[places]
 
 
-def _set_limits(
-    axes: Any,
-    lines: Sequence[tuple[NDArray[np.float64], NDArray[np.float64]]],
-    references: Sequence[Reference],
-    *,
-    log_y: bool,
-    from_zero: bool,
-) -> None:
-    """From zero to a little above what is drawn, where that is wanted; else matplotlib's own limits are good."""
-    if from_zero and not log_y:
-        most = max([*(float(y.max()) for _, y in lines if len(y)), *(one.value for one in references)])
-        axes.set_ylim(0, 1.06 * most if most > 0 else 1)
+def limits(values: NDArray[np.float64], *, log: bool) -> tuple[float, float]:
+    """The ends of an axis on which all values, of which there is one at least, have a little room.
+
+    >>> limits(np.array([0.0, 100.0]), log=False), limits(np.array([5.0]), log=False)
+    ((-4.0, 104.0), (4.5, 5.5))
+    """
+    low, high = float(values.min()), float(values.max())
+    if log:
+        room = max((high / low) ** 0.04, 1.0 if high > 1.01 * low else 1.5)
+        return low / room, high * room
+    span = high - low
+    room = 0.04 * span if span > 1e-6 * max(abs(low), abs(high)) else 0.1 * max(abs(low), abs(high))
+    return low - max(room, 1e-12), high + max(room, 1e-12)
 
 
 def _write_axis(axis: Any, unit: Unit, *, log: bool) -> None:
@@ -257,6 +264,11 @@ def _svg_of(figure: Any) -> str:
     return written.getvalue()
 
 
+def _shortened(path: re.Match[str]) -> str:
+    """A path with one decimal a number: a tenth of a unit is a tenth of a pixel."""
+    return re.sub(r"(\.\d)\d+", r"\1", path[0])
+
+
 _drawings: Iterator[int] = itertools.count()
 """Names inside a drawing must differ from those of the other drawings of a page."""
 
@@ -267,7 +279,7 @@ def _themed(svg: str, *, num_series: int) -> str:
     box = re.search(r'viewBox="[^"]+"', body)
     assert box is not None, "matplotlib wrote an SVG without a viewBox"
     body = re.sub(r"<metadata>.*?</metadata>\s*", "", body[body.index(">") + 1 :], flags=re.DOTALL)
-    body = re.sub(r"(?<=\d)\.(\d)\d{3,}", r".\1", body)  # a tenth of a unit is a tenth of a pixel
+    body = re.sub(r'\bd="[^"]*"', _shortened, body)
     for stand_in, colour in _FIXED.items():
         body = body.replace(stand_in, colour)
     for number in range(num_series):

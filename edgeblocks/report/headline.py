@@ -34,6 +34,7 @@ def _verdict(facts: RunFacts) -> str:
     if facts.summary is not None:
         budget_bytes = facts.summary.budget_bytes or run.plan["budget_bytes"]
         peak, budget = format_bytes(facts.summary.peak_bytes), format_bytes(budget_bytes)
+        peak += " in the last session" if facts.is_resumed else ""
         if facts.summary.peak_bytes <= budget_bytes:
             return f"Finished: {what} made {wanted} steps; peak memory {peak}, inside the budget of {budget}"
         return f"Finished, over its budget: {what} made {wanted} steps; peak memory {peak}, the budget was {budget}"
@@ -54,8 +55,8 @@ def _tiles(facts: RunFacts) -> list[tuple[str, str, str]]:
         f"{count} {unit}{'s' if count > 1 else ''}",
         f"{sum(run.file_layers)} layers" + ("" if parameters is None else f", {format_count(parameters)} parameters"),
     )
-    trained_s = max((record.seconds for record in facts.records if record.seconds is not None), default=None)
     if summary is None:
+        trained_s = _trained_s(facts)
         time = [] if trained_s is None else [("trained so far", format_duration(trained_s), "")]
         return [network, _progress_tile(facts), *time]
     budget_bytes = summary.budget_bytes or run.plan["budget_bytes"]
@@ -96,13 +97,22 @@ def _quality_tiles(summary: TrainedFields) -> list[tuple[str, str, str]]:
 
 
 def _time_tiles(facts: RunFacts, summary: TrainedFields) -> list[tuple[str, str, str]]:
-    if summary.seconds is None:
-        return []
+    """Of all sessions where the records tell it, else of the last one."""
     per_s = summary.images_or_tokens_per_s
     unit = "images" if facts.directory.tokenizer is None else "tokens"
     speed = "" if per_s is None else f"{format_count(per_s)} {unit} a second"
-    where = "in the last session" if summary.resumed_from is not None else "in all"
-    return [(f"time {where}", format_duration(summary.seconds), speed)]
+    trained_s = _trained_s(facts)
+    if facts.is_resumed and trained_s is not None:
+        return [("time of training", format_duration(trained_s), f"{speed} at the end")]
+    if summary.seconds is None:
+        return []
+    name = "time of the last session" if facts.is_resumed else "time in all"
+    return [(name, format_duration(summary.seconds), speed)]
+
+
+def _trained_s(facts: RunFacts) -> float | None:
+    """Of the last record that tells it."""
+    return max((record.seconds for record in facts.records if record.seconds is not None), default=None)
 
 
 def _memory_changes(facts: RunFacts) -> list[str]:

@@ -1,13 +1,12 @@
 """What was planned beside what was measured: memory and its parts, a step's time, the disk, the blocks."""
 
-import math
 from collections.abc import Callable
 
 from markupsafe import Markup
 
 from edgeblocks.report import page
 from edgeblocks.report.bars import Part, stacked_bar
-from edgeblocks.report.facts import RunFacts
+from edgeblocks.report.facts import RunFacts, TrainedFields
 from edgeblocks.units import format_bytes, format_duration, parse_size
 
 _NOTHING = "\N{EN DASH}"
@@ -78,12 +77,14 @@ def _conditions(facts: RunFacts) -> str:
         f"Batch {batch} in micro-batches of {plan['micro_batch']}",
         f"{run.settings.run.optimizer}",
         *([f"checkpointing {'on' if plan['checkpointing'] else 'off'}"] if "checkpointing" in plan else []),
-        f"{plan['slots']} of {count} {facts.unit}s in memory",
+        f"all {facts.unit}s in memory"
+        if plan["slots"] >= count
+        else f"{plan['slots']} of {count} {facts.unit}s in memory",
     ]
     more = ""
     if facts.summary is None:
         more = " Not finished: memory is the largest amount before a step, a step's time the median of those recorded."
-    elif facts.summary.resumed_from is not None:
+    elif facts.is_resumed:
         more = " Resumed: memory and times are of the last session, what was written is of all."
     if facts.chosen is not None and facts.chosen.disk_bytes is not None and facts.summary is not None:
         more += " The prediction for the disk holds what is there for a moment while files are written."
@@ -120,8 +121,8 @@ def time_bar(facts: RunFacts) -> Markup:
     title, summary = "Time", facts.summary
     if summary is None or not summary.time_split:
         return page.card(title, "How the time was spent is known when the run is finished.")
-    split = {name: max(0.0, value) for name, value in summary.time_split.items() if math.isfinite(value)}
-    sampling_s = min(max(0.0, summary.sampling_s), split.get("other", 0.0))
+    split = {name: max(0.0, value) for name, value in summary.time_split.items()}
+    sampling_s = min(summary.sampling_s, split.get("other", 0.0))
     parts = [
         Part(label="compute", value=split.get("compute", 0.0)),
         Part(label=f"stall: waiting for {facts.unit}s", value=split.get("stall", 0.0)),
@@ -133,15 +134,19 @@ def time_bar(facts: RunFacts) -> Markup:
         f"Reading {facts.unit}s (load) took {format_duration(split.get('load', 0.0))} and writing them (store) "
         f"{format_duration(split.get('store', 0.0))}, beside the computing as far as it is no stall."
     )
-    of = "" if summary.resumed_from is None else " Of the last session only: the run was resumed."
+    of = " Of the last session only: the run was resumed." if facts.is_resumed else ""
     return stacked_bar(parts, title=title, write=format_duration, caption=beside + of)
 
 
 def block_table(facts: RunFacts, *, wide: bool) -> list[Markup]:
-    """A line for each block: where it works, how far it is, and how good; none for stages, which are one network."""
+    """A line for each block: where it works, how far it is, and how good; of stages, which are one network, the scores.
+
+    Args:
+        wide: whether it stands alone in its row.
+    """
     run, summary = facts.directory, facts.summary
     if run.is_exact:
-        return []
+        return [] if summary is None else [_score_table(summary, wide=wide)]
     rows = []
     for block, (layers, noise) in enumerate(zip(run.file_layers, run.partition.ranges, strict=True)):
         row = [str(block), f"{noise.low:.3g} to {noise.high:.3g}", str(layers), f"{facts.steps[block]:,}"]
@@ -157,6 +162,24 @@ def block_table(facts: RunFacts, *, wide: bool) -> list[Markup]:
             "Training loss: running mean at the end. Validation loss: EMA weights, mean over a block's noise levels."
         )
     return [page.table(head, rows, caption=caption, wide=wide)]
+
+
+def _score_table(summary: TrainedFields, *, wide: bool) -> Markup:
+    found, text = summary.metrics.validation, summary.metrics.text
+    rows = [["validation loss", _with_error(summary.metrics.validation_loss, found.standard_error)]]
+    if len(found.levels) == 1:
+        rows += [[f"validation {name}", f"{value:.1%}"] for name, value in found.levels[0].scores.items()]
+    if text is not None:
+        rows.append(["bits a character", _with_error(text.bits_per_character, text.bits_per_character_error)])
+        rows.append(["bits a token", f"{text.bits_per_token:.4g}"])
+    examples = "" if found.images is None else f"{found.images} examples of the {found.part} part, "
+    return page.table(
+        ["", "after training"], rows, caption=f"{examples}EMA weights; ± is the standard error.", wide=wide
+    )
+
+
+def _with_error(value: float, error: float | None) -> str:
+    return f"{value:.4g}" if error is None else f"{value:.4g} ± {error:.2g}"
 
 
 def _loss_at(values: list[float | None], block: int) -> str:

@@ -35,7 +35,7 @@ def _sections(facts: RunFacts) -> list[Section]:
         Section(title="Plan against measured", pieces=[plan_table(facts), *breakdown_bars(facts)]),
         Section(title="Training", pieces=[*figures, *blocks]),
         Section(title="Memory and time", pieces=[memory_figure(facts), time_bar(facts)]),
-        _samples(facts),
+        *([] if facts.directory.family().task == "classes" else [_samples(facts)]),
         Section(title="Settings", pieces=[settings_table(facts)], wide=True, folded=True),
         Section(title="Data and environment", pieces=[environment_table(facts)], wide=True, folded=True),
     ]

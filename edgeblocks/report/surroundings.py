@@ -10,6 +10,7 @@ from edgeblocks.report import page
 from edgeblocks.report.facts import RunFacts
 
 _MOST_CHARACTERS = 400
+_MOST_ROWS = 200
 
 
 def settings_table(facts: RunFacts) -> Markup:
@@ -38,7 +39,9 @@ def environment_table(facts: RunFacts) -> Markup:
 
 def values_table(values: dict[str, Any]) -> Markup:
     """Names and values; what lies in a value has its name behind."""
-    return page.table([], [[name, value] for name, value in _flat(values)])
+    rows = [[name, value] for name, value in _flat(values)]
+    more = f"The first {_MOST_ROWS} of {len(rows)} values." if len(rows) > _MOST_ROWS else ""
+    return page.table([], rows[:_MOST_ROWS], caption=more)
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
@@ -46,7 +49,7 @@ def _flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]
         if isinstance(value, dict):
             yield from _flat(value, f"{prefix}{name}: ")
         elif value is not None:
-            yield f"{prefix}{name}", _told(value)
+            yield _told(f"{prefix}{name}"), _told(value)
 
 
 def _told(value: Any) -> str:

@@ -39,8 +39,7 @@ def report(
 ) -> None:
     """Write one HTML page of a run: plan against measured, losses, memory against the budget, time, samples.
 
-    The file needs no network and no other file. A run that is being trained, or was interrupted, is shown as far as it
-    is, and is not disturbed.
+    The file needs no network and no other file. A run that is not finished is shown as far as it is, undisturbed.
     """
 
     def work() -> None:

@@ -12,6 +12,8 @@ from text_mutations import changed_definition
 from edgeblocks.errors import EdgeblocksError
 from fuzz_targets.reader import Reader
 
+SOUND_RECORD = {"block": 0, "step": 1, "loss": 0.5, "examples_per_s": 9.5, "seconds": 1.5, "used_bytes": 10**8}
+
 
 class RunReader(Reader):
     """One file of a run directory is mutated, and everything is asked that is told without the data."""
@@ -21,6 +23,7 @@ class RunReader(Reader):
     def __init__(self, folder):
         from edgeblocks import cost  # noqa: F401 - imported before memory is measured
         from edgeblocks.info import describe
+        from edgeblocks.report.run_page import run_page  # noqa: F401 - the same
         from edgeblocks.run_files import check_resumable
 
         self._describe, self._check_resumable = describe, check_resumable
@@ -30,9 +33,12 @@ class RunReader(Reader):
         self.plan = sound_plan()
         (self.path / "plan.json").write_text(json.dumps(self.plan))
         (self.path / "metrics.jsonl").write_text(
-            "".join(json.dumps({"block": n % 2, "step": n, "loss": 0.5}) + "\n" for n in range(6))
+            "".join(json.dumps({**SOUND_RECORD, "block": n % 2, "step": n}) + "\n" for n in range(6))
         )
-        self.summary = {"peak_bytes": 10**8, "metrics": {"validation_loss": 0.5}, "blocks": 2}
+        levels = [{"sigma": 1.0, "block": block, "share": 0.5, "loss": 0.5, "top1": 0.5} for block in (0, 1)]
+        losses = {"validation_loss": 0.5, "validation_loss_by_block": [0.5, None], "validation": {"levels": levels}}
+        self.summary = {"peak_bytes": 10**8, "metrics": losses, "blocks": 2, "seconds": 1.5, "resumed_from": [1, 0]}
+        self.summary |= {"time_split": {"compute": 1.0, "other": 0.5}, "disk_bytes_written": 10**6, "step_s": 0.1}
         (self.path / "summary.json").write_text(json.dumps(self.summary))
         self.manifest = json.loads((self.path / "manifest.json").read_text())
         self.sound = {name: (self.path / name).read_bytes() for name in self.files}
@@ -60,7 +66,21 @@ class RunReader(Reader):
         json.dumps(self._describe(self.path))
         json.dumps(Run(run).summary)
         assert len(list(run.metrics())) <= 10**6
+        run.trained_s()
+        with contextlib.suppress(EdgeblocksError):  # a report shows more of a summary and a plan than others read
+            self._report()
         run.drop_metrics_after([1] * len(run.layers))
+
+    def _report(self):
+        """What a page tells in words; drawings take numbers that are checked already."""
+        from edgeblocks.report import planning
+        from edgeblocks.report.facts import read_facts
+        from edgeblocks.report.headline import headline
+        from edgeblocks.report.surroundings import environment_table
+
+        facts = read_facts(self.path)
+        headline(facts), planning.plan_table(facts), planning.breakdown_bars(facts), planning.time_bar(facts)
+        planning.block_table(facts, wide=True), environment_table(facts)
 
     def mutated_json(self, rng, name, value):
         if rng.random() < 0.3:
@@ -137,7 +157,7 @@ class RecordsReader(RunReader):
             return {"summary.json": self.mutated_json(rng, "summary.json", self.summary)}
         lines = [self.sound["metrics.jsonl"]]
         for _ in range(rng.choice((1, 3, 10))):
-            record = mutated_value(rng, {"block": 0, "step": 1, "loss": 0.5})
+            record = mutated_value(rng, SOUND_RECORD)
             lines.append(json_text(rng, record).replace("\n", " ").encode() + b"\n")
         content = b"".join(lines)
         return {"metrics.jsonl": content if rng.random() < 0.5 else mutated_bytes(rng, content)}
