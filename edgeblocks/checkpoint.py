@@ -32,6 +32,7 @@ from edgeblocks.errors import ConfigError, RunError
 from edgeblocks.noise import NoisePartition, partition_noise
 from edgeblocks.registry import build_family, family_type
 from edgeblocks.run_files import (
+    InitFields,
     TextManifestFields,
     check_checksum,
     check_config,
@@ -43,7 +44,7 @@ from edgeblocks.run_files import (
     read_records,
     with_checksum,
 )
-from edgeblocks.sections import Section, blocks_of, network_of, stages_of
+from edgeblocks.sections import Section, blocks_of, network_of, stages_of, tensor_name
 from edgeblocks.store import BlockLayout, BlockStore, storage_error
 from edgeblocks.untrusted import shown
 
@@ -65,6 +66,8 @@ class RunDirectory:
     class_names: tuple[str, ...]
     tokenizer: Tokenizer | None = None
     """How text becomes tokens; None for a family that reads images."""
+    init: InitFields | None = None
+    """The file that the weights began with; None where they came from the seed."""
 
     @property
     def file_layers(self) -> tuple[int, ...]:
@@ -85,6 +88,10 @@ class RunDirectory:
     def is_exact(self) -> bool:
         """Whether the block files hold stages of one network."""
         return self.settings.run.method == "exact"
+
+    def tensor_name(self, block: int, name: str) -> str:
+        """What a block's parameter is called in a file of all weights."""
+        return tensor_name(block, name, self.file_layers, end_to_end=self.is_exact)
 
     @property
     def partition(self) -> NoisePartition:
@@ -211,6 +218,7 @@ def create_run(
     data_fingerprint: str,
     class_names: tuple[str, ...],
     tokenizer: Tokenizer | None = None,
+    init: InitFields | None = None,
 ) -> RunDirectory:
     """Lay out a new run directory; `seal_run` makes it valid once its blocks exist.
 
@@ -231,6 +239,7 @@ def create_run(
         data_fingerprint=data_fingerprint,
         class_names=class_names,
         tokenizer=tokenizer,
+        init=init,
     )
     if settings.run.work_dir is not None and (path / "blocks").exists():
         raise ConfigError(f"{path} has a folder `blocks` already, which --work-dir replaces; choose another --out")
@@ -378,6 +387,7 @@ def seal_run(run: RunDirectory) -> None:
             "family": run.settings.run.family,
             "data": data,
             "class_names": list(run.class_names),
+            **({} if run.init is None else {"init": run.init.model_dump()}),
         },
     )
 
@@ -428,6 +438,7 @@ def open_run(path: Path) -> RunDirectory:
         data_fingerprint=manifest.data.fingerprint,
         class_names=tuple(manifest.class_names),
         tokenizer=_tokenizer_of(path, manifest) if isinstance(manifest, TextManifestFields) else None,
+        init=manifest.init,
     )
     # Checksums come last: what the other checks find they say better.
     check_checksum(path / "manifest.json", content)

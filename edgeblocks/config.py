@@ -58,6 +58,8 @@ class RunSettings(BaseModel):
     seed: int = Field(default=0, ge=0, lt=2**63)
     method: Method = "diffusion"
     blocks: int | Literal["auto"] = "auto"
+    init: str | None = None
+    init_fresh: str | None = None
     partition: Literal["equal-probability", "uniform"] = "equal-probability"
     overlap: float = Field(default=0.05, ge=0, le=1)
     target: Literal["auto", "cpu", "cuda"] = "auto"
@@ -119,7 +121,7 @@ class RunSettings(BaseModel):
             raise ValueError(f"a size of at most {_MOST_DIGITS} characters is needed, for example 6GB")
         return value
 
-    @field_validator("work_dir")
+    @field_validator("work_dir", "init")
     @classmethod
     def _is_path(cls, text: str | None) -> str | None:
         if text is not None and "\0" in text:
@@ -130,10 +132,10 @@ class RunSettings(BaseModel):
             raise ValueError(f"{error}; write the whole path") from error
         return text
 
-    @field_validator("data", "family", "preset", "tokenizer")
+    @field_validator("data", "family", "preset", "tokenizer", "init", "init_fresh")
     @classmethod
-    def _is_not_empty(cls, text: str) -> str:
-        if not text:
+    def _is_not_empty(cls, text: str | None) -> str | None:
+        if text is not None and not text.strip():
             raise ValueError("it must not be empty")
         return text
 
@@ -154,6 +156,7 @@ class Settings:
                 ("data", self.run.data, BUILT_IN_DATA),
                 ("tokenizer", self.run.tokenizer, TOKENIZERS),
                 ("work_dir", self.run.work_dir, (None,)),
+                ("init", self.run.init, (None,)),
             )
             if text is not None and text not in known
         }

@@ -40,6 +40,7 @@ def _describe_run(path: Path) -> dict[str, Any]:
         "steps": steps,
         "steps_wanted": run.settings.run.steps,
         "finished": min(steps) >= run.settings.run.steps,
+        **({} if run.init is None else {"init": f"{run.init.file}, sha256 {run.init.sha256[:16]}.."}),
         "data": run.data_source,
         **_data_facts(run),
         "budget": format_bytes(run.plan["budget_bytes"]),

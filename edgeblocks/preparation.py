@@ -15,6 +15,7 @@ from edgeblocks.data.cache import cache_folder
 from edgeblocks.data.dataset import DataSet
 from edgeblocks.errors import ConfigError, DoesNotFitError, StorageError
 from edgeblocks.generation import DEFAULT_STEPS, writing_bytes
+from edgeblocks.initial_weights import InitialWeights, initial_weights_of
 from edgeblocks.layer_costs import LayerCosts
 from edgeblocks.listener import Listener
 from edgeblocks.noise import NoisePartition, partition_noise
@@ -51,6 +52,8 @@ class Prepared:
     costs: LayerCosts
     machine: Machine
     plan: Plan
+    initial: InitialWeights | None = None
+    """The file that the weights begin with; None where they come from the seed."""
     profile: Any = None
     """The machine that the plan is for (a `targets.profile.Profile`) where it is not this one."""
 
@@ -86,6 +89,7 @@ def prepare(settings: Settings, out: Path, listener: Listener) -> Prepared:
     plan = make_plan(costs, machine, _wishes(settings, data_set, data, budgets))
     if run.target == "auto" and torch_sees_a_gpu():
         plan = replace(plan, warnings=(A_GPU_IS_HERE, *plan.warnings))
+    initial = _initial_weights(settings, data, plan, listener)
     return Prepared(
         settings=settings,
         budget_bytes=budgets[0],
@@ -94,6 +98,7 @@ def prepare(settings: Settings, out: Path, listener: Listener) -> Prepared:
         costs=costs,
         machine=machine,
         plan=_told_of_gpus(plan),
+        initial=initial,
     )
 
 
@@ -127,6 +132,16 @@ def _open_data(settings: Settings, listener: Listener, *, budget_bytes: int, tar
     return data_set, data
 
 
+def _initial_weights(settings: Settings, data: Any, plan: Plan, listener: Listener) -> InitialWeights | None:
+    """The file that the plan's blocks begin with, after a look at all of it."""
+    run = settings.run
+    if run.init is not None:
+        listener.stage(f"reading {run.init}")
+    return initial_weights_of(
+        run, build_family(run.family, asdict(settings.family), asdict(data), run.method), plan.layers
+    )
+
+
 def prepare_elsewhere(settings: Settings, profile: Any, listener: Listener) -> Prepared:
     """The same for a machine that is not this one: memory and speeds are its profile's, nothing is measured.
 
@@ -142,6 +157,7 @@ def prepare_elsewhere(settings: Settings, profile: Any, listener: Listener) -> P
     listener.stage("planning")
     costs, planning_bytes = trace_costs(settings, data)
     machine = replace(machine, planning_bytes=planning_bytes)
+    plan = make_plan(costs, machine, _wishes(settings, data_set, data, budgets))
     return Prepared(
         settings=settings,
         budget_bytes=budgets[0],
@@ -149,7 +165,8 @@ def prepare_elsewhere(settings: Settings, profile: Any, listener: Listener) -> P
         data=data,
         costs=costs,
         machine=machine,
-        plan=_told_of_gpus(make_plan(costs, machine, _wishes(settings, data_set, data, budgets))),
+        plan=_told_of_gpus(plan),
+        initial=_initial_weights(settings, data, plan, listener),
         profile=profile,
     )
 

@@ -67,6 +67,7 @@ def summary_of(
             "validation": evaluation,
             **_text_metrics(run, evaluation, data_set),
         },
+        "init": None if run.init is None else run.init.model_dump(),
         "resumed_from": resumed_from,
     }
 

@@ -61,6 +61,13 @@ Method = Annotated[
         show_default="diffusion",
     ),
 ]
+Init = Annotated[
+    str | None,
+    typer.Option(
+        help="A .safetensors file that the weights begin with instead of random ones: of `edgeblocks weights`, or of "
+        "plain PyTorch. --set init_fresh=readout lets parts of the network begin with random ones all the same."
+    ),
+]
 Partition = Annotated[
     str | None, typer.Option(help="Noise ranges: equal-probability or uniform (in log sigma, or in time).")
 ]
