@@ -225,8 +225,7 @@ def _is_finished(run: RunDirectory) -> bool:
     """Whether there is nothing left to do: trained, evaluated, and its blocks at home."""
     if Run(run).summary is None or not (run.path / "blocks").is_dir():
         return False
-    store = run.store()
-    return all(store.header(block).step >= run.settings.run.steps for block in range(len(run.file_layers)))
+    return min(run.saved_steps(run.store())) >= run.settings.run.steps
 
 
 def _resume(run: RunDirectory, other_budget: bool, reinit_blocks: Sequence[int], listener: Listener) -> "Run":
@@ -245,7 +244,7 @@ def _resume(run: RunDirectory, other_budget: bool, reinit_blocks: Sequence[int],
         )
     run = _replanned_if_needed(run, data_set, other_budget, target, listener)
     _reinitialise(run, reinit_blocks, listener)
-    saved = [run.store().header(block).step for block in range(len(run.file_layers))]
+    saved = run.saved_steps(run.store())
     run.save_settings()
     run.drop_metrics_after(saved)
     listener.note(f"resuming {run.path}: {_at_steps(run, saved)} of {run.settings.run.steps}")
@@ -344,13 +343,13 @@ def _train(run: RunDirectory, data_set: DataSet, listener: Listener, resumed_fro
             with target.capped(budget_bytes), Interruption().listening() as interruption:
                 looks = Looks(run, method.ema, guard, interruption, residents=method.residents)
                 listener.stage("training")
-                looks.after_visit([store.header(block).step for block in range(len(run.file_layers))])
+                looks.after_visit(run.saved_steps(store))
                 steps = trainer.train(interruption, on_step=listener.step, between_visits=looks.after_visit)
                 if interruption.signal_name is None:
                     listener.stage("evaluating")
                     evaluation = looks.evaluation(data_set, listener)
         except Interrupted:
-            steps = [store.header(block).step for block in range(len(run.file_layers))]
+            steps = run.saved_steps(store)
         finally:
             method.close()
     if interruption.signal_name is not None:

@@ -5,6 +5,7 @@ resolved settings are written to the run directory as config.yaml.
 """
 
 import difflib
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from importlib import resources
@@ -60,6 +61,7 @@ class RunSettings(BaseModel):
     blocks: int | Literal["auto"] = "auto"
     init: str | None = None
     init_fresh: str | None = None
+    train_blocks: str | None = None
     partition: Literal["equal-probability", "uniform"] = "equal-probability"
     overlap: float = Field(default=0.05, ge=0, le=1)
     target: Literal["auto", "cpu", "cuda"] = "auto"
@@ -89,6 +91,15 @@ class RunSettings(BaseModel):
         if isinstance(value, str) and value.encode(errors="replace").decode() != value:
             raise ValueError("it holds halves of characters")
         return value
+
+    @field_validator("train_blocks", mode="before")
+    @classmethod
+    def _is_list_of_numbers(cls, value: Any) -> Any:
+        """One number, which YAML reads as such, is a list as well."""
+        text = str(value) if isinstance(value, int) else value
+        if isinstance(text, str) and not re.fullmatch(r"\d{1,6}( *, *\d{1,6})*", text):
+            raise ValueError("numbers of blocks are needed, the first being 0, for example 2,3")
+        return text
 
     @field_validator("mem_budget", "ram_budget")
     @classmethod
@@ -138,6 +149,13 @@ class RunSettings(BaseModel):
         if text is not None and not text.strip():
             raise ValueError("it must not be empty")
         return text
+
+    @property
+    def trained_blocks(self) -> tuple[int, ...] | None:
+        """Numbers of the blocks that are trained, ascending; None: all."""
+        if self.train_blocks is None:
+            return None
+        return tuple(sorted({int(number) for number in self.train_blocks.split(",")}))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -28,7 +28,7 @@ def _describe_run(path: Path) -> dict[str, Any]:
 
     run = open_run(path)
     store = run.store()
-    steps = [store.header(block).step for block in range(len(run.file_layers))]
+    steps = run.saved_steps(store)
     described = {
         "kind": "run",
         "family": run.settings.run.family,
@@ -40,6 +40,7 @@ def _describe_run(path: Path) -> dict[str, Any]:
         "steps": steps,
         "steps_wanted": run.settings.run.steps,
         "finished": min(steps) >= run.settings.run.steps,
+        **({} if all(run.trained) else {"trained_stages": list(run.settings.run.trained_blocks or ())}),
         **({} if run.init is None else {"init": f"{run.init.file}, sha256 {run.init.sha256[:16]}.."}),
         "data": run.data_source,
         **_data_facts(run),

@@ -106,10 +106,16 @@ def _check_method(run: RunSettings, *, beside_a_host: bool) -> None:
     """That a network can be trained this way there.
 
     Raises:
-        ConfigError: end to end on a GPU.
+        ConfigError: end to end on a GPU; or some blocks alone, where each is alone anyway.
     """
     if run.method == "exact" and beside_a_host:
         raise ConfigError("--method exact trains on the processor only as yet; use --target cpu, or --method diffusion")
+    if run.method != "exact" and run.train_blocks is not None:
+        raise ConfigError(
+            f"--train-blocks {run.train_blocks} freezes the rest of a network that is trained end to end, with "
+            f"--method exact; with --method {run.method} no block hears of another, and all are trained. To train one "
+            f"again: edgeblocks train --resume RUN --reinit-block N"
+        )
 
 
 def torch_sees_a_gpu() -> bool:
@@ -273,6 +279,7 @@ def _wishes(settings: Settings, data_set: DataSet, data: Any, budgets: tuple[int
         optimizer=run.optimizer,
         preferred_blocks=family_type(run.family).preferred_blocks,
         method=run.method,
+        trained=run.trained_blocks,
         data_bytes=data_set.batch_resident_bytes(run.batch),
         grid_samples=GRID_SAMPLES[family_type(run.family).task],
         sample_bytes=grid_sample_bytes(build_family(run.family, asdict(settings.family), asdict(data), run.method)),

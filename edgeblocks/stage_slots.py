@@ -22,6 +22,7 @@ import torch
 
 from edgeblocks.next_blocks import NextBlocks
 from edgeblocks.scheduler import StreamTimes
+from edgeblocks.stage_order import Use
 from edgeblocks.store import PARTS, BlockBuffer, BlockLayout, BlockStore, Part, bytes_of, storage_error
 
 
@@ -33,15 +34,10 @@ class Need:
     parts: tuple[Part, ...]
     changes: bool
 
-
-def needs_of_a_step(num_stages: int) -> list[Need]:
-    """Forward through the weights of all stages but the last, then backward through all.
-
-    >>> [(need.stage, need.changes) for need in needs_of_a_step(3)]
-    [(0, False), (1, False), (2, True), (1, True), (0, True)]
-    """
-    forward = [Need(stage=stage, parts=("weights",), changes=False) for stage in range(num_stages - 1)]
-    return forward + [Need(stage=stage, parts=PARTS, changes=True) for stage in reversed(range(num_stages))]
+    @classmethod
+    def of(cls, use: Use) -> "Need":
+        """All of a stage that is changed, else its weights."""
+        return cls(stage=use.stage, parts=PARTS if use.changes else ("weights",), changes=use.changes)
 
 
 class SwapFiles:
@@ -160,13 +156,13 @@ class StageSlots:
         for slot in self._slots:
             self._wait(slot)
 
-    def checkpoint(self, files: NextBlocks, step: int) -> None:
-        """Write every stage into its new file; every stage has made `step` steps.
+    def checkpoint(self, files: NextBlocks, step: int, trained: Sequence[bool]) -> None:
+        """Write every trained stage into its new file; they have made `step` steps. The others never change.
 
         Raises:
             FloatingPointError: a stage has weights that are no numbers.
         """
-        for stage in range(len(self.store.layouts)):
+        for stage in (stage for stage, one in enumerate(trained) if one):
             with self.use(Need(stage=stage, parts=PARTS, changes=False), then=None) as buffer:
                 if not math.isfinite(buffer.flat("weights").sum() + buffer.flat("ema").sum()):
                     raise FloatingPointError(f"stage {stage}")

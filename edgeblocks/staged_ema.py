@@ -41,7 +41,7 @@ def check_whole(run: RunDirectory, store: BlockStore) -> None:
     Raises:
         RunError: a checkpoint was cut short while its files were put in place.
     """
-    steps = {store.header(stage).step for stage in range(len(run.file_layers))}
+    steps = set(run.saved_steps(store))
     if len(steps) > 1:
         raise RunError(
             f"the stages of {run.path} are of different steps ({', '.join(map(str, sorted(steps)))}): saving them was "

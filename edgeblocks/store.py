@@ -94,8 +94,8 @@ class BlockLayout:
         return inside[0].start, sum(entry.num_bytes for entry in inside)
 
     @classmethod
-    def of(cls, block: nn.Module, optimizer: Optimizer) -> "BlockLayout":
-        """The layout of a block's parameters (which may be on the meta device)."""
+    def of(cls, block: nn.Module, optimizer: Optimizer, *, frozen: bool = False) -> "BlockLayout":
+        """The layout of a block's parameters (which may be on the meta device); a frozen one has no moments."""
         named = [(name, tuple(parameter.shape)) for name, parameter in block.named_parameters()]
 
         def region(shape: tuple[int, ...]) -> int:
@@ -105,22 +105,22 @@ class BlockLayout:
 
         ordered = sorted(named, key=lambda item: region(item[1]))
         sizes = [sum(math.prod(shape) for _, shape in named if region(shape) == number) for number in range(3)]
-        plain = sizes[1] + sizes[2]
+        plain, quantized = (0, 0) if frozen else (sizes[1] + sizes[2], sizes[0])
         wanted: list[tuple[str, Part, torch.dtype, tuple[int, ...]]] = []
         wanted += [(f"weights.{name}", "weights", torch.float32, shape) for name, shape in ordered]
         wanted += [(f"ema.{name}", "ema", torch.float32, shape) for name, shape in ordered]
         for moment in ("exp_avg", "exp_avg_sq"):
             wanted.append((f"optimizer.{moment}", "optimizer", torch.float32, (plain,)))
         for moment in ("exp_avg", "exp_avg_sq"):
-            wanted.append((f"optimizer.{moment}_scales", "optimizer", torch.float32, (sizes[0] // GROUP_SIZE,)))
+            wanted.append((f"optimizer.{moment}_scales", "optimizer", torch.float32, (quantized // GROUP_SIZE,)))
         for moment in ("exp_avg", "exp_avg_sq"):
-            wanted.append((f"optimizer.{moment}_codes", "optimizer", torch.uint8, (sizes[0],)))
+            wanted.append((f"optimizer.{moment}_codes", "optimizer", torch.uint8, (quantized,)))
         entries, start = [], 0
         for name, part, dtype, shape in wanted:
             entries.append(Entry(name=name, part=part, dtype=dtype, shape=shape, start=start))
             start += entries[-1].num_bytes
         return cls(
-            entries=tuple(entries), num_parameters=sum(sizes), num_quantized=sizes[0], num_decayed=sizes[0] + sizes[1]
+            entries=tuple(entries), num_parameters=sum(sizes), num_quantized=quantized, num_decayed=sizes[0] + sizes[1]
         )
 
 

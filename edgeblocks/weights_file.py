@@ -60,8 +60,10 @@ def _table(run: RunDirectory, entries: list[tuple[int, Entry]], part: Part) -> d
 def _pieces(run: RunDirectory, store: BlockStore, header: bytes, part: Part) -> Iterator[bytes | memoryview]:
     yield header
     buffer, steps = store.buffer((part,)), set()
-    for block in range(len(store.layouts)):
-        steps.add(store.read(block, buffer))
+    for block, trained in enumerate(run.trained):
+        step = store.read(block, buffer)
+        if trained:
+            steps.add(step)
         yield bytes_of(buffer.content)
     if run.is_exact and len(steps) > 1:
         raise RunError(f"{run.path} was saved while its weights were read, and they do not belong together; try again")

@@ -19,10 +19,10 @@ from edgeblocks.exact import Pass
 from edgeblocks.generators import generator_at
 from edgeblocks.listener import Silent
 from edgeblocks.next_blocks import NextBlocks
-from edgeblocks.plans import swapped_stages
 from edgeblocks.run_data import data_of
 from edgeblocks.sections import init_section_, network_of, stages_of, whole_name
-from edgeblocks.stage_slots import Need, StageSlots, SwapFiles, needs_of_a_step
+from edgeblocks.stage_order import traffic_of_a_step, uses_of_a_step
+from edgeblocks.stage_slots import Need, StageSlots, SwapFiles
 from edgeblocks.store import PARTS
 from edgeblocks.update import BETA1, BETA2, EPS, learning_rate_at
 
@@ -60,8 +60,11 @@ def plain_training(run, steps):
             names = [name for name, _ in network_of(family, section).named_parameters()]
         own = [(name, named[whole_name(name, directory.file_layers, stage)].data) for name in names]
         init_section_(family, section, own, generator_at(told.seed, "init", stage))
-    vectors = [parameter for parameter in named.values() if parameter.ndim < 2]
-    matrices = [parameter for parameter in named.values() if parameter.ndim >= 2]
+        for name, _ in own if not directory.trained[stage] else ():
+            named[whole_name(name, directory.file_layers, stage)].requires_grad_(False)
+    learning = [parameter for parameter in named.values() if parameter.requires_grad]
+    vectors = [parameter for parameter in learning if parameter.ndim < 2]
+    matrices = [parameter for parameter in learning if parameter.ndim >= 2]
     groups = [{"params": matrices, "weight_decay": told.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, betas=(BETA1, BETA2), eps=EPS, fused=True)
     data = data_of(told, lambda *_: None)
@@ -260,7 +263,7 @@ def test_a_stage_is_what_it_was_when_it_was_used_last(tmp_path_factory, slots, u
                 for held in (buffer, expected[need.stage]):
                     held.content.add_(number + 1)
     files = NextBlocks(store)
-    given_out.checkpoint(files, step=3)
+    given_out.checkpoint(files, step=3, trained=(True,) * 4)
     files.commit()
     given_out.close()
     assert sorted(path.name for path in folder.iterdir()) == [f"block_{stage:03d}.safetensors" for stage in range(4)]
@@ -269,11 +272,13 @@ def test_a_stage_is_what_it_was_when_it_was_used_last(tmp_path_factory, slots, u
         assert store.read(stage, again) == 3 and all_bytes(again) == all_bytes(expected[stage])
 
 
-@pytest.mark.parametrize("stages", [1, 2, 3, 6])
-def test_a_step_writes_away_as_many_stages_as_the_plan_counts(tmp_path, stages):
-    """Measured in the fourth step, when all have begun to change places."""
-    layouts = [layout_of(width=16)] * stages
-    for slots in range(1, stages + 1):
+@pytest.mark.parametrize(
+    "trained", [(True,), (True,) * 2, (True,) * 3, (True,) * 6, (False, True, False, True), (True, False, False, False)]
+)
+def test_a_step_moves_as_many_stages_as_the_plan_counts(tmp_path, trained):
+    """Measured in the fourth step, when all have begun to change places; with one slot nothing is fetched early."""
+    layouts = [layout_of(width=16)] * len(trained)
+    for slots in range(1, len(trained) + 1):
         folder = tmp_path / str(slots)
         folder.mkdir()
         store = store_in(folder, layouts)
@@ -281,7 +286,7 @@ def test_a_step_writes_away_as_many_stages_as_the_plan_counts(tmp_path, stages):
             store.write(stage, filled_buffer(layout, seed=stage), step=0)
         given_out, needs, written = (
             StageSlots(store, SwapFiles(folder, layouts), slots=slots),
-            needs_of_a_step(stages),
+            [Need.of(use) for use in uses_of_a_step(trained)],
             [],
         )
         for _ in range(4):
@@ -291,7 +296,7 @@ def test_a_step_writes_away_as_many_stages_as_the_plan_counts(tmp_path, stages):
             given_out.flush()  # waits for what is on its way
             written.append(store.bytes_written)
         given_out.close()
-        assert (written[3] - written[2]) / block_bytes == swapped_stages(stages, slots)
+        assert (written[3] - written[2]) / block_bytes == traffic_of_a_step(trained, slots).put_away
 
 
 @pytest.mark.parametrize("written", [0, 1, 2, 3])

@@ -68,6 +68,13 @@ Init = Annotated[
         "plain PyTorch. --set init_fresh=readout lets parts of the network begin with random ones all the same."
     ),
 ]
+TrainBlocks = Annotated[
+    str | None,
+    typer.Option(
+        help="With --method exact: train these stages, such as 2,3 (the first one is 0), and freeze the rest.",
+        show_default="all",
+    ),
+]
 Partition = Annotated[
     str | None, typer.Option(help="Noise ranges: equal-probability or uniform (in log sigma, or in time).")
 ]
