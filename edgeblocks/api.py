@@ -44,7 +44,7 @@ from edgeblocks.run import Run
 from edgeblocks.run_data import check_vocab, open_run_data
 from edgeblocks.run_files import InitFields, check_resumable
 from edgeblocks.scheduler import Scheduler
-from edgeblocks.stage_slots import StageSlots, SwapFiles
+from edgeblocks.stage_slots import StageSlots, SwapFile
 from edgeblocks.staged_ema import StagedEma
 from edgeblocks.store import BlockStore
 from edgeblocks.summary import summary_of
@@ -396,7 +396,7 @@ class _Exact:
 
     def __init__(self, run: RunDirectory, store: BlockStore) -> None:
         self._run = run
-        self._slots = StageSlots(store, SwapFiles(run.blocks_folder, store.layouts), slots=run.plan["slots"])
+        self._slots = StageSlots(store, SwapFile(run.blocks_folder, store.layouts), slots=run.plan["slots"])
         self.ema = StagedEma(self._slots, run.file_layers)
         self.times, self.close = self._slots.times, self._slots.close
 

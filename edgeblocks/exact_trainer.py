@@ -119,8 +119,7 @@ class ExactTrainer:
         written = self.store.run_bytes_written
         sizes = [self.store.file_bytes(stage) for stage, one in enumerate(self._trained) if one]
         swapped = traffic_of_a_step(self._trained, self.slots.num_slots).put_away * max(sizes)
-        # A checkpoint puts the stages that it brings in the place of others once more.
-        most = written + 2 * swapped + sum(sizes)
+        most = written + swapped + sum(sizes)
         if most > parse_size(allowed):
             self._checkpoint(number)
             raise WriteLimitError(
