@@ -24,6 +24,7 @@ from edgeblocks.errors import ConfigError, InterruptedRunError, RunError
 from edgeblocks.exact_trainer import ExactTrainer
 from edgeblocks.guard import Guard, refusals_explained
 from edgeblocks.host_tier import HostTier
+from edgeblocks.initial_weights import InitialWeights, initial_weights_of
 from edgeblocks.listener import Listener, Silent
 from edgeblocks.looks import Looks
 from edgeblocks.next_blocks import NextBlocks
@@ -41,9 +42,9 @@ from edgeblocks.preparation import (
 from edgeblocks.registry import build_profile, build_target, family_type, profile_names, register_family, target_names
 from edgeblocks.run import Run
 from edgeblocks.run_data import check_vocab, open_run_data
-from edgeblocks.run_files import check_resumable
+from edgeblocks.run_files import InitFields, check_resumable
 from edgeblocks.scheduler import Scheduler
-from edgeblocks.stage_slots import StageSlots, SwapFiles
+from edgeblocks.stage_slots import StageSlots, SwapFile
 from edgeblocks.staged_ema import StagedEma
 from edgeblocks.store import BlockStore
 from edgeblocks.summary import summary_of
@@ -146,6 +147,7 @@ def train(
             data_fingerprint=prepared.data_set.fingerprint,
             class_names=prepared.data_set.class_names,
             tokenizer=prepared.data_set.tokenizer,
+            init=_origin(prepared.initial),
         )
         with locked_away(run, listener.note):
             listener.planned(prepared, run)
@@ -155,10 +157,19 @@ def train(
                 run.store(),
                 run.sections,
                 prepared.settings.run.seed,
+                initial=prepared.initial,
                 on_block=lambda done: listener.advance(done, len(run.file_layers), "creating blocks"),
             )
             seal_run(run)
             return _train(run, prepared.data_set, listener, resumed_from=None)
+
+
+def _origin(initial: InitialWeights | None) -> InitFields | None:
+    """What a run remembers of the file that its weights began with."""
+    if initial is None:
+        return None
+    file = initial.file
+    return InitFields(file=file.path.name, bytes=file.num_bytes, sha256=initial.sha256)
 
 
 def resume(
@@ -214,8 +225,7 @@ def _is_finished(run: RunDirectory) -> bool:
     """Whether there is nothing left to do: trained, evaluated, and its blocks at home."""
     if Run(run).summary is None or not (run.path / "blocks").is_dir():
         return False
-    store = run.store()
-    return all(store.header(block).step >= run.settings.run.steps for block in range(len(run.file_layers)))
+    return min(run.saved_steps(run.store())) >= run.settings.run.steps
 
 
 def _resume(run: RunDirectory, other_budget: bool, reinit_blocks: Sequence[int], listener: Listener) -> "Run":
@@ -234,7 +244,7 @@ def _resume(run: RunDirectory, other_budget: bool, reinit_blocks: Sequence[int],
         )
     run = _replanned_if_needed(run, data_set, other_budget, target, listener)
     _reinitialise(run, reinit_blocks, listener)
-    saved = [run.store().header(block).step for block in range(len(run.file_layers))]
+    saved = run.saved_steps(run.store())
     run.save_settings()
     run.drop_metrics_after(saved)
     listener.note(f"resuming {run.path}: {_at_steps(run, saved)} of {run.settings.run.steps}")
@@ -277,9 +287,37 @@ def _reinitialise(run: RunDirectory, blocks: Sequence[int], listener: Listener) 
     if wrong:
         raise ConfigError(f"--reinit-block {wrong[0]}: {run.path} has the blocks 0 to {len(run.file_layers) - 1}")
     if blocks:
+        initial = _initial_again(run)
         run.forget_summary()
-        create_blocks(run.family(), run.store(), run.sections, run.settings.run.seed, only=sorted(set(blocks)))
+        create_blocks(
+            run.family(),
+            run.store(),
+            run.sections,
+            run.settings.run.seed,
+            only=sorted(set(blocks)),
+            initial=initial,
+        )
         listener.note(f"made again from the beginning: {', '.join(f'block {block}' for block in sorted(set(blocks)))}")
+
+
+def _initial_again(run: RunDirectory) -> InitialWeights | None:
+    """The file that the run began with, for a block that is made again.
+
+    Raises:
+        RunError: it is not there any more, or is another one now.
+    """
+    if run.init is None:
+        return None
+    try:
+        initial = initial_weights_of(run.settings.run, run.family(), run.file_layers)
+    except ConfigError as error:
+        raise RunError(f"a block of {run.path} begins with the file of --init, and {error}") from error
+    if initial is None or initial.sha256 != run.init.sha256:
+        raise RunError(
+            f"a block of {run.path} begins with {run.init.file} as it was when the run was created (sha256 "
+            f"{run.init.sha256[:16]}..), and {run.settings.run.init} is another file now; put it back from a copy"
+        )
+    return initial
 
 
 def _train(run: RunDirectory, data_set: DataSet, listener: Listener, resumed_from: list[int] | None) -> "Run":
@@ -305,13 +343,13 @@ def _train(run: RunDirectory, data_set: DataSet, listener: Listener, resumed_fro
             with target.capped(budget_bytes), Interruption().listening() as interruption:
                 looks = Looks(run, data_set, method.ema, guard, interruption, residents=method.residents)
                 listener.stage("training")
-                looks.after_visit([store.header(block).step for block in range(len(run.file_layers))])
+                looks.after_visit(run.saved_steps(store))
                 steps = trainer.train(interruption, on_step=listener.step, between_visits=looks.after_visit)
                 if interruption.signal_name is None:
                     listener.stage("evaluating")
                     evaluation = looks.evaluation(listener)
         except Interrupted:
-            steps = [store.header(block).step for block in range(len(run.file_layers))]
+            steps = run.saved_steps(store)
         finally:
             method.close()
     if interruption.signal_name is not None:
@@ -358,7 +396,7 @@ class _Exact:
 
     def __init__(self, run: RunDirectory, store: BlockStore) -> None:
         self._run = run
-        self._slots = StageSlots(store, SwapFiles(run.blocks_folder, store.layouts), slots=run.plan["slots"])
+        self._slots = StageSlots(store, SwapFile(run.blocks_folder, store.layouts), slots=run.plan["slots"])
         self.ema = StagedEma(self._slots, run.file_layers)
         self.times, self.close = self._slots.times, self._slots.close
 

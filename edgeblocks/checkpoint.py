@@ -30,8 +30,10 @@ from edgeblocks.data.tokenizer import TOKENIZER_FILE, Tokenizer, stored_tokenize
 from edgeblocks.durable import sync, write_atomically
 from edgeblocks.errors import ConfigError, RunError
 from edgeblocks.noise import NoisePartition, partition_noise
+from edgeblocks.plans import trained_stages
 from edgeblocks.registry import build_family, family_type
 from edgeblocks.run_files import (
+    InitFields,
     QualityFields,
     RecordFields,
     TextManifestFields,
@@ -46,7 +48,7 @@ from edgeblocks.run_files import (
     read_records,
     with_checksum,
 )
-from edgeblocks.sections import Section, blocks_of, network_of, stages_of
+from edgeblocks.sections import Section, blocks_of, network_of, stages_of, tensor_name
 from edgeblocks.store import BlockLayout, BlockStore, storage_error
 from edgeblocks.untrusted import shown
 
@@ -68,6 +70,8 @@ class RunDirectory:
     class_names: tuple[str, ...]
     tokenizer: Tokenizer | None = None
     """How text becomes tokens; None for a family that reads images."""
+    init: InitFields | None = None
+    """The file that the weights began with; None where they came from the seed."""
 
     @property
     def file_layers(self) -> tuple[int, ...]:
@@ -85,9 +89,29 @@ class RunDirectory:
         return (stages_of if self.is_exact else blocks_of)(self.file_layers)
 
     @property
+    def trained(self) -> tuple[bool, ...]:
+        """Of each block whether it is trained; the others are frozen."""
+        return trained_stages(self.settings.run.trained_blocks, len(self.file_layers))
+
+    def saved_steps(self, store: BlockStore) -> list[int]:
+        """The step of each block as its file has it; a frozen one is what it is at every step, and counts as far as the
+        least of the others.
+
+        Raises:
+            RunError: a file is missing or damaged.
+        """
+        steps = [store.header(block).step for block in range(len(self.file_layers))]
+        least = min(step for step, trained in zip(steps, self.trained, strict=True) if trained)
+        return [step if trained else least for step, trained in zip(steps, self.trained, strict=True)]
+
+    @property
     def is_exact(self) -> bool:
         """Whether the block files hold stages of one network."""
         return self.settings.run.method == "exact"
+
+    def tensor_name(self, block: int, name: str) -> str:
+        """What a block's parameter is called in a file of all weights."""
+        return tensor_name(block, name, self.file_layers, end_to_end=self.is_exact)
 
     @property
     def partition(self) -> NoisePartition:
@@ -105,11 +129,12 @@ class RunDirectory:
         import torch
 
         family, layouts = self.family(), {}
-        for section in set(self.sections):
+        kinds = list(zip(self.sections, self.trained, strict=True))
+        for section, trained in set(kinds):
             with torch.device("meta"):
                 network = network_of(family, section)
-            layouts[section] = BlockLayout.of(network, self.settings.run.optimizer)
-        of_blocks = [layouts[section] for section in self.sections]
+            layouts[section, trained] = BlockLayout.of(network, self.settings.run.optimizer, frozen=not trained)
+        of_blocks = [layouts[kind] for kind in kinds]
         return BlockStore(self.blocks_folder, of_blocks, self.run_id, trained_together=self.is_exact)
 
     @property
@@ -244,6 +269,7 @@ def create_run(
     data_fingerprint: str,
     class_names: tuple[str, ...],
     tokenizer: Tokenizer | None = None,
+    init: InitFields | None = None,
 ) -> RunDirectory:
     """Lay out a new run directory; `seal_run` makes it valid once its blocks exist.
 
@@ -264,6 +290,7 @@ def create_run(
         data_fingerprint=data_fingerprint,
         class_names=class_names,
         tokenizer=tokenizer,
+        init=init,
     )
     if settings.run.work_dir is not None and (path / "blocks").exists():
         raise ConfigError(f"{path} has a folder `blocks` already, which --work-dir replaces; choose another --out")
@@ -411,6 +438,7 @@ def seal_run(run: RunDirectory) -> None:
             "family": run.settings.run.family,
             "data": data,
             "class_names": list(run.class_names),
+            **({} if run.init is None else {"init": run.init.model_dump()}),
         },
     )
 
@@ -461,7 +489,13 @@ def open_run(path: Path) -> RunDirectory:
         data_fingerprint=manifest.data.fingerprint,
         class_names=tuple(manifest.class_names),
         tokenizer=_tokenizer_of(path, manifest) if isinstance(manifest, TextManifestFields) else None,
+        init=manifest.init,
     )
+    if max(settings.run.trained_blocks or (0,)) >= len(run.file_layers):
+        raise RunError(
+            f"{path} is damaged: config.yaml trains the blocks {settings.run.train_blocks} and plan.json has "
+            f"{len(run.file_layers)}; put both back from a copy, or train again with a new --out"
+        )
     # Checksums come last: what the other checks find they say better.
     check_checksum(path / "manifest.json", content)
     check_checksum(path / "plan.json", run.plan)

@@ -5,6 +5,7 @@ resolved settings are written to the run directory as config.yaml.
 """
 
 import difflib
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from importlib import resources
@@ -58,6 +59,9 @@ class RunSettings(BaseModel):
     seed: int = Field(default=0, ge=0, lt=2**63)
     method: Method = "diffusion"
     blocks: int | Literal["auto"] = "auto"
+    init: str | None = None
+    init_fresh: str | None = None
+    train_blocks: str | None = None
     partition: Literal["equal-probability", "uniform"] = "equal-probability"
     overlap: float = Field(default=0.05, ge=0, le=1)
     target: Literal["auto", "cpu", "cuda"] = "auto"
@@ -88,6 +92,15 @@ class RunSettings(BaseModel):
         if isinstance(value, str) and value.encode(errors="replace").decode() != value:
             raise ValueError("it holds halves of characters")
         return value
+
+    @field_validator("train_blocks", mode="before")
+    @classmethod
+    def _is_list_of_numbers(cls, value: Any) -> Any:
+        """One number, which YAML reads as such, is a list as well."""
+        text = str(value) if isinstance(value, int) else value
+        if isinstance(text, str) and not re.fullmatch(r"\d{1,6}( *, *\d{1,6})*", text):
+            raise ValueError("numbers of blocks are needed, the first being 0, for example 2,3")
+        return text
 
     @field_validator("mem_budget", "ram_budget")
     @classmethod
@@ -120,7 +133,7 @@ class RunSettings(BaseModel):
             raise ValueError(f"a size of at most {_MOST_DIGITS} characters is needed, for example 6GB")
         return value
 
-    @field_validator("work_dir")
+    @field_validator("work_dir", "init")
     @classmethod
     def _is_path(cls, text: str | None) -> str | None:
         if text is not None and "\0" in text:
@@ -131,12 +144,19 @@ class RunSettings(BaseModel):
             raise ValueError(f"{error}; write the whole path") from error
         return text
 
-    @field_validator("data", "family", "preset", "tokenizer")
+    @field_validator("data", "family", "preset", "tokenizer", "init", "init_fresh")
     @classmethod
-    def _is_not_empty(cls, text: str) -> str:
-        if not text:
+    def _is_not_empty(cls, text: str | None) -> str | None:
+        if text is not None and not text.strip():
             raise ValueError("it must not be empty")
         return text
+
+    @property
+    def trained_blocks(self) -> tuple[int, ...] | None:
+        """Numbers of the blocks that are trained, ascending; None: all."""
+        if self.train_blocks is None:
+            return None
+        return tuple(sorted({int(number) for number in self.train_blocks.split(",")}))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,6 +175,7 @@ class Settings:
                 ("data", self.run.data, BUILT_IN_DATA),
                 ("tokenizer", self.run.tokenizer, TOKENIZERS),
                 ("work_dir", self.run.work_dir, (None,)),
+                ("init", self.run.init, (None,)),
             )
             if text is not None and text not in known
         }

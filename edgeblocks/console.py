@@ -121,7 +121,7 @@ def banner(prepared: "Prepared") -> str:
         f"edgeblocks: {run.family} {run.preset}, {format_count(plan.parameters)} parameters in {chosen.blocks} "
         f"{unit}{'s' if chosen.blocks > 1 else ''} "
         f"of {'/'.join(str(count) for count in sorted(set(plan.layers), reverse=True))} layers"
-        f"{', trained end to end' if run.method == 'exact' else ''}",
+        f"{_how_trained(plan)}",
         f"data: {data.source}, {data.describe()}",
         *([] if prepared.profile is None else [f"machine: {prepared.profile.name}, {prepared.profile.description}"]),
         f"plan: batch {run.batch} = {chosen.accumulation} x {chosen.micro_batch}, "
@@ -136,6 +136,15 @@ def banner(prepared: "Prepared") -> str:
         _disk_line(plan),
     ]
     return "\n".join([*lines, *(f"note: {warning}" for warning in plan.warnings)])
+
+
+def _how_trained(plan: "Plan") -> str:
+    """What is said of stages behind their number."""
+    if plan.method == "diffusion":
+        return ""
+    if plan.trained is None or len(plan.trained) == plan.chosen.blocks:
+        return ", trained end to end"
+    return f", of which {', '.join(map(str, plan.trained))} (the first is 0) trained end to end, the others frozen"
 
 
 def _unit(method: str) -> str:

@@ -127,7 +127,7 @@ class Evaluation:
             "run": str(directory.path),
             "method": directory.settings.run.method,
             "blocks": len(directory.file_layers),
-            "steps": [store.header(block).step for block in range(len(directory.file_layers))],
+            "steps": directory.saved_steps(store),
             "validation_loss": loss["total"],
             "validation_loss_by_block": metrics.mean_by_block(loss["levels"], directory.partition),
             "validation": loss,

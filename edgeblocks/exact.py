@@ -3,7 +3,7 @@
 A network is cut into stages (`sections`). A step sends all its micro-batches forward through one stage after the
 other, keeping what enters each, and then backward from the last stage to the first: a stage is run again from what
 entered it, now followed by autograd, and updated as soon as its gradient is complete. A stage is needed twice a step,
-the last one once.
+the last one once; where some are frozen, those below the lowest trained one once, forward.
 
 The gradients are those of ordinary back-propagation. What a condition contributes to the stem is summed in the order in
 which autograd sums it when all stages are one graph: from the last layer to the first, one at a time.
@@ -25,8 +25,12 @@ class Pass:
     all samples are through nothing changes.
     """
 
-    def __init__(self, family: Any, batch: Batch, *, num_stages: int) -> None:
-        self._family, self._batch, self._last = family, batch, num_stages - 1
+    def __init__(self, family: Any, batch: Batch, *, num_stages: int, lowest: int = 0) -> None:
+        """
+        Args:
+            lowest: the stage at which the way back ends.
+        """
+        self._family, self._batch, self._last, self._lowest = family, batch, num_stages - 1, lowest
         self._size = len(next(iter(batch.values())))
         self._entering: dict[int, Tensor] = {}
         """By stage, of all samples; the first stage is given the batch itself."""
@@ -46,6 +50,8 @@ class Pass:
                     told.put(part, condition)
                 leaving.put(part, _through(stage, hidden, condition, checkpointing=False))
         self._entering[number + 1] = leaving.all()
+        if number < self._lowest:
+            self._entering.pop(number, None)
         if number == 0:
             self._condition = told.all()
 
@@ -64,14 +70,14 @@ class Pass:
                 loss += mean.item()
             else:
                 self._continue_backward(out, condition, part)
-            if number > 0:
+            if number > self._lowest:
                 assert hidden.grad is not None
                 by_hidden.put(part, hidden.grad)
                 by_condition.put(part, torch.zeros_like(condition) if condition.grad is None else condition.grad)
         self.loss = loss if number == self._last else self.loss
-        if number > 0:
+        if number > self._lowest:
             self._gradients = by_hidden.all(), by_condition.all()
-            del self._entering[number]
+        self._entering.pop(number, None)
 
     def _parts(self, micro_batch: int) -> list[slice]:
         return [slice(start, start + micro_batch) for start in range(0, self._size, micro_batch)]

@@ -16,9 +16,10 @@ from edgeblocks.generators import generator_at
 from edgeblocks.guard import Guard, is_refusal
 from edgeblocks.next_blocks import NextBlocks
 from edgeblocks.optim import Workspace
-from edgeblocks.plans import StepShape, swapped_stages
+from edgeblocks.plans import StepShape
 from edgeblocks.sections import network_of
-from edgeblocks.stage_slots import StageSlots, needs_of_a_step
+from edgeblocks.stage_order import traffic_of_a_step, uses_of_a_step
+from edgeblocks.stage_slots import Need, StageSlots
 from edgeblocks.store import BlockBuffer, bind_parameters_
 from edgeblocks.trainer import METRICS_RECORDS, Interruption, Progress
 from edgeblocks.units import format_bytes, parse_size
@@ -34,7 +35,8 @@ class ExactTrainer:
         (self.range,) = run.partition.ranges
         self.store, self.layouts = slots.store, slots.store.layouts
         self.device = slots.device
-        most = max(layout.num_parameters for layout in self.layouts)
+        self._trained, self._uses = run.trained, uses_of_a_step(run.trained)
+        most = max(layout.num_parameters for layout, one in zip(self.layouts, self._trained, strict=True) if one)
         self._gradients = torch.empty(most, device=self.device).zero_()  # touched at once
         quantized = any(layout.num_quantized for layout in self.layouts)
         self._workspace = Workspace.for_device(self.device) if quantized else None
@@ -51,7 +53,7 @@ class ExactTrainer:
             example="img" if self.family.reads == "images" else "seq",
             earlier_s=run.trained_s(),
         )
-        self._saved = self.progress.step = self.store.header(0).step
+        self._saved = self.progress.step = min(run.saved_steps(self.store))
 
     def train(
         self,
@@ -60,7 +62,7 @@ class ExactTrainer:
         on_step: Callable[[Progress], None],
         between_visits: Callable[[Sequence[int]], None],
     ) -> list[int]:
-        """Train to the last step, or until interrupted; returns the step of each stage.
+        """Train to the last step, or until interrupted; returns the step of each stage, frozen or not.
 
         Args:
             on_step: called after every step.
@@ -90,7 +92,7 @@ class ExactTrainer:
             return
         files = NextBlocks(self.store)
         try:
-            self.slots.checkpoint(files, number)
+            self.slots.checkpoint(files, number, self._trained)
         except FloatingPointError as error:
             files.recover()
             raise self._diverged(f"{error} has weights that are no numbers", number) from error
@@ -115,10 +117,10 @@ class ExactTrainer:
         allowed = self.settings.max_disk_writes
         if allowed is None:
             return
-        written, sizes = self.store.run_bytes_written, [self.store.file_bytes(n) for n in range(len(self.layouts))]
-        swapped = swapped_stages(len(sizes), self.slots.num_slots) * max(sizes)
-        # A checkpoint puts the stages that it brings in the place of others once more.
-        most = written + 2 * swapped + sum(sizes)
+        written = self.store.run_bytes_written
+        sizes = [self.store.file_bytes(stage) for stage, one in enumerate(self._trained) if one]
+        swapped = traffic_of_a_step(self._trained, self.slots.num_slots).put_away * max(sizes)
+        most = written + swapped + sum(sizes)
         if most > parse_size(allowed):
             self._checkpoint(number)
             raise WriteLimitError(
@@ -142,18 +144,19 @@ class ExactTrainer:
         batch = self.family.draw(examples, labels, self.range, generator_at(settings.seed, "train", 0, number))
         batch = {name: tensor.to(self.device) for name, tensor in batch.items()}
         drawn = time.perf_counter()
-        needs = needs_of_a_step(len(self.layouts))
-        going = Pass(self.family, batch, num_stages=len(self.layouts))
-        for need, then in zip(needs, [*needs[1:], needs[0]], strict=True):
-            with self.slots.use(need, then=then) as buffer:
-                if not need.changes:
-                    self._go(partial(self._forward, going, need.stage, buffer))
+        last, lowest = len(self.layouts) - 1, self._trained.index(True)
+        going = Pass(self.family, batch, num_stages=len(self.layouts), lowest=lowest)
+        for use, then in zip(self._uses, [*self._uses[1:], self._uses[0]], strict=True):
+            with self.slots.use(Need.of(use), then=Need.of(then)) as buffer:
+                if not use.backward:
+                    self._go(partial(self._forward, going, use.stage, buffer))
                     continue
-                self._go(partial(self._backward, going, need.stage, buffer))
-                if need.stage == len(self.layouts) - 1 and not math.isfinite(going.loss):
+                self._go(partial(self._backward, going, use.stage, buffer))
+                if use.stage == last and not math.isfinite(going.loss):
                     raise self._diverged(f"the loss is {going.loss}", number)
-                self._update(buffer, number)
-                self._changing = need.stage > 0
+                if use.changes:
+                    self._update(buffer, number)
+                    self._changing = use.stage > lowest
         self._note(number, going.loss, drawn - started, started)
 
     def _go(self, through: Callable[[StepShape], None]) -> None:
@@ -181,7 +184,8 @@ class ExactTrainer:
         going.forward(stage, self._network(stage, buffer), micro_batch=shape.micro_batch)
 
     def _backward(self, going: Pass, stage: int, buffer: BlockBuffer, shape: StepShape) -> None:
-        self._gradients[: buffer.layout.num_parameters].zero_()
+        if self._trained[stage]:
+            self._gradients[: buffer.layout.num_parameters].zero_()
         network = self._network(stage, buffer)
         going.backward(stage, network, micro_batch=shape.micro_batch, checkpointing=shape.checkpointing)
 
@@ -215,7 +219,7 @@ class ExactTrainer:
             network = network_of(self.family, self.run.sections[stage])
         with self.device:
             network.reset_tables_()  # type: ignore[operator]
-        bind_parameters_(network, buffer.tensors("weights"), self._gradients)
+        bind_parameters_(network, buffer.tensors("weights"), self._gradients if self._trained[stage] else None)
         return network.train()
 
     def _note(self, number: int, loss: float, data_s: float, started: float) -> None:

@@ -77,7 +77,9 @@ def _boundary_bytes(costs: LayerCosts, wishes: Wishes, stages: int, micro_batch:
     """
     if wishes.method != "exact" or stages == 1:
         return 0
-    hidden = (stages * wishes.batch + 3 * micro_batch) * costs.hidden_bytes_per_sample
+    lowest = wishes.trained_stages(stages).index(True)
+    kept = stages - max(0, lowest - 1)  # what enters a stage below the lowest trained one is not needed again
+    hidden = (kept * wishes.batch + 3 * micro_batch) * costs.hidden_bytes_per_sample
     return int((1 + GAPS_SHARE["plain"]) * (hidden + 3 * wishes.batch * costs.condition_bytes_per_sample))
 
 

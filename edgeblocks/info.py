@@ -28,18 +28,21 @@ def _describe_run(path: Path) -> dict[str, Any]:
 
     run = open_run(path)
     store = run.store()
-    steps = [store.header(block).step for block in range(len(run.file_layers))]
+    steps = run.saved_steps(store)
+    unit = "stage" if run.is_exact else "block"
     described = {
         "kind": "run",
         "family": run.settings.run.family,
         "preset": run.settings.run.preset,
         "method": run.settings.run.method,
         "parameters": _told(run.plan.get("parameters"), format_count),
-        "blocks": len(run.file_layers),
-        "layers_per_block": list(run.file_layers),
+        f"{unit}s": len(run.file_layers),
+        f"layers_per_{unit}": list(run.file_layers),
         "steps": steps,
         "steps_wanted": run.settings.run.steps,
         "finished": min(steps) >= run.settings.run.steps,
+        **({} if all(run.trained) else {"trained_stages": list(run.settings.run.trained_blocks or ())}),
+        **({} if run.init is None else {"init": f"{run.init.file}, sha256 {run.init.sha256[:16]}.."}),
         "data": run.data_source,
         **_data_facts(run),
         "budget": format_bytes(run.plan["budget_bytes"]),

@@ -6,7 +6,7 @@ the family's preferred one, that fits. Within it, the plan that takes least time
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, dataclass, replace
 
 from edgeblocks.errors import ConfigError, DoesNotFitError
 from edgeblocks.footprint import (
@@ -20,7 +20,7 @@ from edgeblocks.footprint import (
     look_bytes,
     step_memory,
 )
-from edgeblocks.layer_costs import LayerCosts, at_samples
+from edgeblocks.layer_costs import LayerCosts
 from edgeblocks.plans import (
     Candidate,
     Machine,
@@ -30,8 +30,9 @@ from edgeblocks.plans import (
     kept_blocks,
     micro_batches,
     split_layers,
-    swapped_stages,
+    streaming_share,
 )
+from edgeblocks.step_times import predicted_step_s, staged_step
 from edgeblocks.units import format_bytes
 
 FEWEST_GOOD_LAYERS = 4
@@ -57,6 +58,7 @@ def make_plan(costs: LayerCosts, machine: Machine, wishes: Wishes) -> Plan:
             f"least one; use 1 to {costs.num_layers}"
         )
     assert machine.host is not None or wishes.ram_budget_bytes is None, "a RAM budget needs a machine with a host"
+    cut_by_budget, wishes = wishes.blocks is None, _with_a_cut(costs, machine, wishes)
     rows = []
     for blocks in _block_counts(costs.num_layers, wishes):
         options = _options(costs, machine, wishes, blocks)
@@ -82,9 +84,32 @@ def make_plan(costs: LayerCosts, machine: Machine, wishes: Wishes) -> Plan:
         optimizer=wishes.optimizer,
         machine=machine,
         method=wishes.method,
-        warnings=_warnings(costs.num_layers, chosen, wishes),
+        trained=wishes.trained,
+        warnings=_warnings(costs.num_layers, chosen, wishes, cut_by_budget=cut_by_budget),
         ram_budget_bytes=None if machine.host is None else host_budget_bytes(machine, wishes),
     )
+
+
+def _with_a_cut(costs: LayerCosts, machine: Machine, wishes: Wishes) -> Wishes:
+    """The wishes, with the number of stages that numbers of trained ones are counted in.
+
+    Where the user does not fix it, it is that of a plan that trains all of them: else the fastest plan would be the one
+    that trains least.
+
+    Raises:
+        ConfigError: there are no stages of these numbers.
+    """
+    if wishes.trained is None:
+        return wishes
+    whole = wishes.blocks or make_plan(costs, machine, replace(wishes, trained=None)).chosen.blocks
+    wrong = [stage for stage in wishes.trained if stage >= whole]
+    if wrong:
+        there = "1 stage, stage 0" if whole == 1 else f"{whole} stages, 0 to {whole - 1}"
+        raise ConfigError(
+            f"--train-blocks {','.join(map(str, wishes.trained))}: the network is cut into {there}; name these, or cut "
+            f"it into more with --blocks {max(wrong) + 1}"
+        )
+    return replace(wishes, blocks=whole)
 
 
 def _best(options: Sequence[Candidate], wishes: Wishes) -> Candidate:
@@ -162,28 +187,9 @@ def _candidate(
         slots=slots,
     )
     host_breakdown, ram_blocks = host_memory(costs, machine, wishes, blocks, slots, block_bytes, micro_batch)
-    step_s = predicted_step_s(costs, machine, num_layers, wishes.batch, micro_batch, checkpointing)
-    load_s, store_s = _moving_s(machine, blocks, slots, ram_blocks, block_bytes)
-    hidden = 0.25 if slots > 1 else 1.0  # beside compute, streaming still takes a share of the processor
-    swapped_bytes, spare = 0, blocks if wishes.method == "exact" else 1
-    if wishes.method == "exact":
-        step_s *= blocks  # all of them, and of all but the last one the forward pass again
-        step_s += (blocks - 1) / blocks * _forward_s(costs, machine, wishes.batch)
-        swapped = swapped_stages(blocks, slots)
-        spare += swapped
-        swapped_bytes = swapped * block_bytes
-        moving_s = (
-            swapped * block_bytes + (blocks - slots) * 4 * parameters
-        ) / machine.disk_read_bytes_per_s + swapped_bytes / machine.disk_write_bytes_per_s
-        stall_s = max(hidden * moving_s, moving_s - step_s)
-        usual = min(math.ceil(USUAL_VISIT_S / (step_s + stall_s)), math.ceil(wishes.steps / max(wishes.looks, 1)))
-        visit_steps = wishes.visit_steps or max(1, usual)
-        load_s, store_s = stall_s * visit_steps / hidden, blocks * store_s
-    else:
-        visit_steps = wishes.visit_steps or _visit_steps(
-            wishes, step_s, load_s + store_s, most_rounds=_most_rounds(wishes, blocks * block_bytes)
-        )
-    rounds = math.ceil(wishes.steps / visit_steps)
+    pace = (_pace_of_stages if wishes.method == "exact" else _pace_of_blocks)(
+        costs, machine, wishes, blocks, micro_batch, checkpointing, slots, ram_blocks, block_bytes
+    )
     return Candidate(
         blocks=blocks,
         layers_per_block=num_layers,
@@ -191,17 +197,86 @@ def _candidate(
         accumulation=accumulation,
         checkpointing=checkpointing,
         slots=slots,
-        visit_steps=visit_steps,
         breakdown=breakdown,
-        step_s=step_s,
-        streaming_s=hidden * (load_s + store_s) / visit_steps,
         block_bytes=block_bytes,
-        disk_bytes=(blocks + spare) * block_bytes,
-        bytes_written=blocks * block_bytes * (rounds + 1) + swapped_bytes * wishes.steps,
+        **asdict(pace),
         fits=sum(breakdown.values()) <= wishes.budget_bytes
         and sum(host_breakdown.values()) <= host_budget_bytes(machine, wishes),
         host_breakdown=host_breakdown,
         ram_blocks=ram_blocks,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Pace:
+    """How long a candidate's steps and visits are, and what it asks of the disk; see `Candidate`."""
+
+    visit_steps: int
+    step_s: float
+    streaming_s: float
+    disk_bytes: int
+    bytes_written: int
+
+
+def _pace_of_blocks(
+    costs: LayerCosts,
+    machine: Machine,
+    wishes: Wishes,
+    blocks: int,
+    micro_batch: int,
+    checkpointing: bool,
+    slots: int,
+    ram_blocks: int,
+    block_bytes: int,
+) -> _Pace:
+    """Of blocks that are trained alone: every visit writes one, and brings one unless it is in memory anyway."""
+    num_layers = math.ceil(costs.num_layers / blocks)
+    step_s = predicted_step_s(costs, machine, num_layers, wishes.batch, micro_batch, checkpointing)
+    load_s, store_s = _moving_s(machine, blocks, slots, ram_blocks, block_bytes)
+    visit_steps = wishes.visit_steps or _visit_steps(
+        wishes, step_s, load_s + store_s, most_rounds=_most_rounds(wishes, blocks * block_bytes)
+    )
+    return _Pace(
+        visit_steps=visit_steps,
+        step_s=step_s,
+        streaming_s=streaming_share(slots) * (load_s + store_s) / visit_steps,
+        disk_bytes=(blocks + 1) * block_bytes,
+        bytes_written=blocks * block_bytes * (math.ceil(wishes.steps / visit_steps) + 1),
+    )
+
+
+def _pace_of_stages(
+    costs: LayerCosts,
+    machine: Machine,
+    wishes: Wishes,
+    blocks: int,
+    micro_batch: int,
+    checkpointing: bool,
+    slots: int,
+    ram_blocks: int,
+    block_bytes: int,
+) -> _Pace:
+    """Of stages that are trained together: every step moves some, a checkpoint writes all that are trained.
+
+    Frozen stages have no optimizer state and are written once, when the run is created.
+    """
+    step = staged_step(
+        costs, machine, wishes, blocks=blocks, slots=slots, micro_batch=micro_batch, checkpointing=checkpointing
+    )
+    trained = sum(wishes.trained_stages(blocks))
+    frozen_bytes = 8 * costs.parameters(math.ceil(costs.num_layers / blocks))
+    files_bytes, saved_bytes = trained * block_bytes + (blocks - trained) * frozen_bytes, trained * block_bytes
+    usual = min(math.ceil(USUAL_VISIT_S / (step.step_s + step.stall_s)), math.ceil(wishes.steps / max(wishes.looks, 1)))
+    visit_steps = wishes.visit_steps or max(1, usual)
+    _, store_s = _moving_s(machine, blocks, slots, ram_blocks, block_bytes)
+    return _Pace(
+        visit_steps=visit_steps,
+        step_s=step.step_s,
+        streaming_s=step.stall_s + streaming_share(slots) * trained * store_s / visit_steps,
+        disk_bytes=files_bytes + saved_bytes + step.put_away_bytes,
+        bytes_written=files_bytes
+        + saved_bytes * math.ceil(wishes.steps / visit_steps)
+        + step.put_away_bytes * wishes.steps,
     )
 
 
@@ -252,33 +327,6 @@ def _look_micro_batch(costs: LayerCosts, machine: Machine, wishes: Wishes, chose
     return found
 
 
-def predicted_step_s(
-    costs: LayerCosts, machine: Machine, num_layers: int, batch: int, micro_batch: int, checkpointing: bool
-) -> float:
-    """Seconds of one optimizer step of a block: arithmetic, memory traffic and kernel starts.
-
-    A backward pass costs twice a forward pass; activation checkpointing adds one more forward pass through the layers.
-    A kernel reads about twice what it writes; clipping, optimizer and EMA pass over the parameters. No speed is known
-    better than to a factor of 1.5 on a machine that others use too.
-    """
-    traces = costs.checkpointed if checkpointing else costs.plain
-    flops = 3 * costs.forward_flops_per_sample(num_layers)
-    flops += num_layers * costs.layer_flops_per_sample if checkpointing else 0
-    accumulation = math.ceil(batch / micro_batch)
-    touched = accumulation * at_samples(traces, micro_batch, lambda cost: cost.touched_bytes.at(num_layers))
-    operators = accumulation * at_samples(traces, micro_batch, lambda cost: cost.operators.at(num_layers))
-    arithmetic_s = batch * flops / machine.flops_per_s
-    traffic_s = 3 * touched / machine.memory_bytes_per_s
-    update_s = costs.parameters(num_layers) * machine.update_s_per_parameter
-    return arithmetic_s + traffic_s + operators * machine.operator_s + update_s
-
-
-def _forward_s(costs: LayerCosts, machine: Machine, batch: int) -> float:
-    """Seconds of a forward pass through all layers."""
-    flops = costs.num_layers * costs.layer_flops_per_sample
-    return batch * flops / machine.flops_per_s
-
-
 def _most_rounds(wishes: Wishes, round_bytes: int) -> int:
     """Rounds over all blocks that the user's limit of disk writes allows, after the one that creates them."""
     if wishes.max_disk_writes is None:
@@ -294,7 +342,7 @@ def _visit_steps(wishes: Wishes, step_s: float, streaming_s: float, *, most_roun
     return max(1, min(max(needed, pleasant), steps))
 
 
-def _warnings(num_layers: int, chosen: Candidate, wishes: Wishes) -> tuple[str, ...]:
+def _warnings(num_layers: int, chosen: Candidate, wishes: Wishes, *, cut_by_budget: bool) -> tuple[str, ...]:
     found = []
     exact = wishes.method == "exact"
     if not exact and chosen.layers_per_block < min(FEWEST_GOOD_LAYERS, num_layers):
@@ -309,6 +357,11 @@ def _warnings(num_layers: int, chosen: Candidate, wishes: Wishes) -> tuple[str, 
         )
     if not exact and wishes.blocks is None and chosen.blocks > wishes.preferred_blocks:
         found.append(f"{chosen.blocks} blocks instead of the preferred {wishes.preferred_blocks}: fewer do not fit")
+    if wishes.trained is not None and cut_by_budget:
+        found.append(
+            f"--train-blocks counts the {chosen.blocks} stages that the budget chose, and another budget may cut the "
+            f"network elsewhere; --blocks {chosen.blocks} fixes the cut"
+        )
     if wishes.max_disk_writes is not None and chosen.bytes_written > wishes.max_disk_writes:
         found.append(
             f"the run would write {format_bytes(chosen.bytes_written)} to disk and will end, saved, before it has "

@@ -1,6 +1,7 @@
 """What planning takes and gives, as values: a machine, the user's wishes, the candidates, the plan."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -61,6 +62,8 @@ class Wishes:
     preferred_blocks: int
     method: Method = "diffusion"
     blocks: int | None = None
+    trained: tuple[int, ...] | None = None
+    """Numbers of the stages that are trained end to end, the others being frozen; None: all."""
     micro_batch: int | None = None
     checkpointing: bool | None = None
     visit_steps: int | None = None
@@ -77,6 +80,10 @@ class Wishes:
     """Bytes that the run may write to disk."""
     ram_budget_bytes: int | None = None
     """Bound of the host's memory; None leaves all of it. Only for a machine with a host."""
+
+    def trained_stages(self, blocks: int) -> tuple[bool, ...]:
+        """Of each of so many stages, whether it is trained."""
+        return trained_stages(self.trained, blocks)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,6 +165,8 @@ class Plan:
     optimizer: str
     machine: Machine
     method: Method = "diffusion"
+    trained: tuple[int, ...] | None = None
+    """Stages that are trained, where others are frozen."""
     warnings: tuple[str, ...] = field(default=())
     ram_budget_bytes: int | None = None
     """None where the device is the host."""
@@ -201,6 +210,7 @@ class Plan:
             "optimizer": self.optimizer,
             "precision": "fp32",
             "method": self.method,
+            **({} if self.trained is None else {"trained_blocks": list(self.trained)}),
             "tiers": chosen.tiers,
             "slots": chosen.slots,
             "shapes": [asdict(shape) for shape in self.shapes],
@@ -228,6 +238,15 @@ def split_layers(num_layers: int, blocks: int) -> tuple[int, ...]:
     return tuple(size + (block < extra) for block in range(blocks))
 
 
+def trained_stages(trained: Sequence[int] | None, stages: int) -> tuple[bool, ...]:
+    """Of each stage whether it is trained, given their numbers or None for all.
+
+    >>> trained_stages((2, 3), 4), trained_stages(None, 2)
+    ((False, False, True, True), (True, True))
+    """
+    return tuple(trained is None or stage in trained for stage in range(stages))
+
+
 def kept_blocks(blocks: int, slots: int) -> int:
     """How many blocks, from the first one on, stay in memory; the others share the last two slots.
 
@@ -237,16 +256,9 @@ def kept_blocks(blocks: int, slots: int) -> int:
     return blocks if slots >= blocks else max(0, slots - 2)
 
 
-def swapped_stages(stages: int, slots: int) -> int:
-    """How many of a network's stages are written away in a step of end-to-end training, each once.
-
-    A step goes through the stages and back, and the one that was used longest ago gives way. A stage that is in memory
-    from its update to its next one must be among the first and among the last `slots`.
-
-    >>> [swapped_stages(6, slots) for slots in (1, 2, 3, 4, 5, 6)]
-    [6, 6, 6, 4, 2, 0]
-    """
-    return min(stages, 2 * max(0, stages - slots))
+def streaming_share(slots: int) -> float:
+    """The part of moving that is waited for: beside compute, streaming still takes a share of the processor."""
+    return 0.25 if slots > 1 else 1.0
 
 
 def tiers(blocks: int, slots: int, *, ram_blocks: int | None = None) -> dict[str, list[int]]:

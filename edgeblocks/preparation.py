@@ -15,6 +15,7 @@ from edgeblocks.data.cache import cache_folder
 from edgeblocks.data.dataset import DataSet
 from edgeblocks.errors import ConfigError, DoesNotFitError, StorageError
 from edgeblocks.generation import DEFAULT_STEPS, writing_bytes
+from edgeblocks.initial_weights import InitialWeights, initial_weights_of
 from edgeblocks.layer_costs import LayerCosts
 from edgeblocks.listener import Listener
 from edgeblocks.noise import NoisePartition, partition_noise
@@ -51,6 +52,8 @@ class Prepared:
     costs: LayerCosts
     machine: Machine
     plan: Plan
+    initial: InitialWeights | None = None
+    """The file that the weights begin with; None where they come from the seed."""
     profile: Any = None
     """The machine that the plan is for (a `targets.profile.Profile`) where it is not this one."""
 
@@ -86,6 +89,7 @@ def prepare(settings: Settings, out: Path, listener: Listener) -> Prepared:
     plan = make_plan(costs, machine, _wishes(settings, data_set, data, budgets))
     if run.target == "auto" and torch_sees_a_gpu():
         plan = replace(plan, warnings=(A_GPU_IS_HERE, *plan.warnings))
+    initial = _initial_weights(settings, data, plan, listener)
     return Prepared(
         settings=settings,
         budget_bytes=budgets[0],
@@ -94,6 +98,7 @@ def prepare(settings: Settings, out: Path, listener: Listener) -> Prepared:
         costs=costs,
         machine=machine,
         plan=_told_of_gpus(plan),
+        initial=initial,
     )
 
 
@@ -101,7 +106,8 @@ def _check_method(run: RunSettings, *, beside_a_host: bool) -> None:
     """That a network can be trained this way there.
 
     Raises:
-        ConfigError: end to end on a GPU, or in stages that the family does not have.
+        ConfigError: end to end on a GPU, or in stages that the family does not have; some blocks alone, where each
+            is alone anyway.
     """
     if run.method == "exact" and beside_a_host:
         raise ConfigError("--method exact trains on the processor only as yet; use --target cpu, or --method diffusion")
@@ -109,6 +115,12 @@ def _check_method(run: RunSettings, *, beside_a_host: bool) -> None:
         raise ConfigError(
             f"--blocks {run.blocks}: all layers of a {run.family} that is trained end to end are one stage; leave "
             f"--blocks out"
+        )
+    if run.method != "exact" and run.train_blocks is not None:
+        raise ConfigError(
+            f"--train-blocks {run.train_blocks} freezes the rest of a network that is trained end to end, with "
+            f"--method exact; with --method {run.method} no block hears of another, and all are trained. To train one "
+            f"again: edgeblocks train --resume RUN --reinit-block N"
         )
 
 
@@ -137,6 +149,16 @@ def _open_data(settings: Settings, listener: Listener, *, budget_bytes: int, tar
     return data_set, data
 
 
+def _initial_weights(settings: Settings, data: Any, plan: Plan, listener: Listener) -> InitialWeights | None:
+    """The file that the plan's blocks begin with, after a look at all of it."""
+    run = settings.run
+    if run.init is not None:
+        listener.stage(f"reading {run.init}")
+    return initial_weights_of(
+        run, build_family(run.family, asdict(settings.family), asdict(data), run.method), plan.layers
+    )
+
+
 def prepare_elsewhere(settings: Settings, profile: Any, listener: Listener) -> Prepared:
     """The same for a machine that is not this one: memory and speeds are its profile's, nothing is measured.
 
@@ -152,6 +174,7 @@ def prepare_elsewhere(settings: Settings, profile: Any, listener: Listener) -> P
     listener.stage("planning")
     costs, planning_bytes = trace_costs(settings, data)
     machine = replace(machine, planning_bytes=planning_bytes)
+    plan = make_plan(costs, machine, _wishes(settings, data_set, data, budgets))
     return Prepared(
         settings=settings,
         budget_bytes=budgets[0],
@@ -159,7 +182,8 @@ def prepare_elsewhere(settings: Settings, profile: Any, listener: Listener) -> P
         data=data,
         costs=costs,
         machine=machine,
-        plan=_told_of_gpus(make_plan(costs, machine, _wishes(settings, data_set, data, budgets))),
+        plan=_told_of_gpus(plan),
+        initial=_initial_weights(settings, data, plan, listener),
         profile=profile,
     )
 
@@ -268,6 +292,7 @@ def _wishes(settings: Settings, data_set: DataSet, data: Any, budgets: tuple[int
         optimizer=run.optimizer,
         preferred_blocks=family_type(run.family).preferred_blocks,
         method=run.method,
+        trained=run.trained_blocks,
         data_bytes=data_set.batch_resident_bytes(run.batch),
         grid_samples=GRID_SAMPLES[family_type(run.family).task],
         sample_bytes=grid_sample_bytes(build_family(run.family, asdict(settings.family), asdict(data), run.method)),

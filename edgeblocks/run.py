@@ -26,6 +26,7 @@ from edgeblocks.scheduler import EmaLoader
 from edgeblocks.solver import Solver
 from edgeblocks.staged_ema import loaded_stages
 from edgeblocks.units import format_bytes
+from edgeblocks.weights_file import write_weights
 
 
 def _fitting(micro_batch_of: Callable[..., int], *, most_residents: int) -> tuple[int, int]:
@@ -272,3 +273,16 @@ class Run:
         """
         manifest: dict[str, Any] = build_exporter()(self.directory, Path(out), listener or Silent())
         return manifest
+
+    def save_weights(self, out: Path | str, *, last: bool = False) -> dict[str, Any]:
+        """Write the weights as one safetensors file, that another run can begin with and torch can load.
+
+        Args:
+            last: as the last step left them; else their average (EMA), which all else uses.
+
+        Raises:
+            ConfigError: the file's name does not end in .safetensors.
+            RunError: a block is damaged, or the run is trained meanwhile.
+            StorageError: the disk refused.
+        """
+        return write_weights(self.directory, Path(out), last=last)

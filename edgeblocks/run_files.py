@@ -69,12 +69,21 @@ class TextFields(Checked):
     fingerprint: Text
 
 
+class InitFields(Checked):
+    """`init` in manifest.json: the file that the weights began with. The run needs it no more."""
+
+    file: Text
+    bytes: Count
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
 class ManifestFields(Checked):
     """manifest.json."""
 
     run_id: Annotated[str, Field(pattern=r"^[0-9a-f]{8,64}$")]
     family: Text
     class_names: Annotated[list[Text], Field(max_length=MOST_CLASSES)]
+    init: InitFields | None = None
 
 
 class ImageManifestFields(ManifestFields):

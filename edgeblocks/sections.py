@@ -87,3 +87,16 @@ def whole_name(name: str, layers: Sequence[int], stage: int) -> str:
         return name
     number, _, rest = rest.partition(".")
     return f"layers.{int(number) + sum(layers[:stage])}.{rest}"
+
+
+def tensor_name(block: int, name: str, layers: Sequence[int], *, end_to_end: bool) -> str:
+    """What a block's parameter is called in a file of the whole network's weights.
+
+    Args:
+        layers: of each block, or stage.
+        end_to_end: whether these are stages of one network; else each is a network of its own.
+
+    >>> tensor_name(1, "layers.0.mlp.up.weight", (3, 3), end_to_end=False)
+    'block_1.layers.0.mlp.up.weight'
+    """
+    return whole_name(name, layers, block) if end_to_end else f"block_{block}.{name}"

@@ -4,25 +4,26 @@ A step goes through the stages forward and back, so the stage that was used long
 and it gives way. While one stage is used, a single I/O thread puts away the one that leaves and fetches the next. With
 as many slots as stages nothing is ever moved.
 
-Stages that changed wait in files of their own (`SwapFiles`), which are overwritten in place again and again and are
-worth nothing after a crash. What survives one are the run's block files, which `checkpoint` writes for all stages.
+Stages that changed wait in a file of their own (`SwapFile`), which is overwritten in place again and again and is worth
+nothing after a crash. What survives one are the run's block files, which `checkpoint` writes for all stages.
 """
 
-import contextlib
 import math
-import os
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import accumulate
 from pathlib import Path
 
 import torch
 
 from edgeblocks.next_blocks import NextBlocks
 from edgeblocks.scheduler import StreamTimes
-from edgeblocks.store import PARTS, BlockBuffer, BlockLayout, BlockStore, Part, bytes_of, storage_error
+from edgeblocks.scratch import ScratchFile
+from edgeblocks.stage_order import Use
+from edgeblocks.store import PARTS, BlockBuffer, BlockLayout, BlockStore, Part, bytes_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,42 +34,26 @@ class Need:
     parts: tuple[Part, ...]
     changes: bool
 
-
-def needs_of_a_step(num_stages: int) -> list[Need]:
-    """Forward through the weights of all stages but the last, then backward through all.
-
-    >>> [(need.stage, need.changes) for need in needs_of_a_step(3)]
-    [(0, False), (1, False), (2, True), (1, True), (0, True)]
-    """
-    forward = [Need(stage=stage, parts=("weights",), changes=False) for stage in range(num_stages - 1)]
-    return forward + [Need(stage=stage, parts=PARTS, changes=True) for stage in reversed(range(num_stages))]
+    @classmethod
+    def of(cls, use: Use) -> "Need":
+        """All of a stage that is changed, else its weights."""
+        return cls(stage=use.stage, parts=PARTS if use.changes else ("weights",), changes=use.changes)
 
 
-class SwapFiles:
-    """The bytes of stages, one file each, without checksums and not synced."""
+class SwapFile:
+    """The bytes of stages, each at its place in a scratch file."""
 
     def __init__(self, folder: Path, layouts: Sequence[BlockLayout]) -> None:
-        self._folder, self._layouts = folder, tuple(layouts)
-
-    def path(self, stage: int) -> Path:
-        return self._folder / f".stage_{stage:03d}.tmp"
+        self._file, self._layouts = ScratchFile(folder, "a stage"), tuple(layouts)
+        self._starts = [0, *accumulate(layout.num_bytes for layout in self._layouts)]
 
     def write(self, stage: int, buffer: BlockBuffer) -> None:
-        """Put all of a stage's bytes into its file.
+        """Put all of a stage's bytes away.
 
         Raises:
             StorageError: the disk refused.
         """
-        path, done, content = self.path(stage), 0, bytes_of(buffer.content)
-        try:
-            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o644)
-            try:
-                while done < len(content):
-                    done += os.pwrite(descriptor, content[done:], done)
-            finally:
-                os.close(descriptor)
-        except OSError as error:
-            raise storage_error(f"cannot put stage {stage} away", path, error) from error
+        self._file.write(self._starts[stage], bytes_of(buffer.content))
 
     def read(self, stage: int, buffer: BlockBuffer, parts: Sequence[Part]) -> None:
         """Fill some parts of a buffer.
@@ -76,24 +61,13 @@ class SwapFiles:
         Raises:
             StorageError: the disk refused.
         """
-        path = self.path(stage)
         buffer.adopt_(self._layouts[stage])
-        try:
-            with path.open("rb", buffering=0) as file:
-                for part in parts:
-                    start = sum(buffer.layout.part_span(former)[1] for former in PARTS[: PARTS.index(part)])
-                    view, done = bytes_of(buffer.part_bytes(part)), 0
-                    while done < len(view):
-                        count = os.preadv(file.fileno(), [view[done:]], start + done)
-                        if not count:
-                            raise OSError(f"the file ended {len(view) - done} bytes early")
-                        done += count
-        except OSError as error:
-            raise storage_error(f"cannot fetch stage {stage}", path, error) from error
+        for part in parts:
+            self._file.read(self._starts[stage] + buffer.layout.part_span(part)[0], bytes_of(buffer.part_bytes(part)))
 
-    def remove(self) -> None:
-        for stage in range(len(self._layouts)):
-            self.path(stage).unlink(missing_ok=True)
+    def close(self) -> None:
+        """Give the file's room back."""
+        self._file.close()
 
 
 @dataclass
@@ -111,12 +85,12 @@ class _Slot:
 class StageSlots:
     """Gives stages for their uses. Not thread-safe: one training thread uses it."""
 
-    def __init__(self, store: BlockStore, swap: SwapFiles, *, slots: int) -> None:
+    def __init__(self, store: BlockStore, swap: SwapFile, *, slots: int) -> None:
         """Stages as the run's block files have them."""
         self.times = StreamTimes()
         self.store, self._swap = store, swap
         self._swapped: set[int] = set()
-        """Stages whose newest bytes are in their swap file, as far as they are not in a slot."""
+        """Stages whose newest bytes are in the swap file, as far as they are not in a slot."""
         self._slots = [_Slot(store.buffer().touched()) for _ in range(slots)]
         self._io = ThreadPoolExecutor(max_workers=1, thread_name_prefix="edgeblocks-io")
         self._io.submit(int).result()  # the thread runs before memory can be short
@@ -160,23 +134,30 @@ class StageSlots:
         for slot in self._slots:
             self._wait(slot)
 
-    def checkpoint(self, files: NextBlocks, step: int) -> None:
-        """Write every stage into its new file; every stage has made `step` steps.
+    def checkpoint(self, files: NextBlocks, step: int, trained: Sequence[bool]) -> None:
+        """Write every trained stage into its new file; they have made `step` steps. The others never change.
+
+        These files must become the run's before a stage is used again: from then on they have its newest bytes. Stages
+        in memory come first, so that none of them has to be put away for another.
 
         Raises:
             FloatingPointError: a stage has weights that are no numbers.
         """
-        for stage in range(len(self.store.layouts)):
+        here = {slot.stage for slot in self._slots}
+        stages = [stage for stage, one in enumerate(trained) if one]
+        for stage in sorted(stages, key=lambda stage: stage not in here):
             with self.use(Need(stage=stage, parts=PARTS, changes=False), then=None) as buffer:
                 if not math.isfinite(buffer.flat("weights").sum() + buffer.flat("ema").sum()):
                     raise FloatingPointError(f"stage {stage}")
                 files.write(stage, buffer, step)
+            self._swapped.discard(stage)
+            for slot in self._slots:
+                slot.changed &= slot.stage != stage
 
     def close(self) -> None:
-        """Stop the I/O thread and remove the swap files."""
+        """Stop the I/O thread and give the swap file's room back."""
         self._io.shutdown(wait=True)
-        with contextlib.suppress(OSError):  # what is left goes when the run goes on; the error that ends it is told
-            self._swap.remove()
+        self._swap.close()
 
     def _slot_for(self, need: Need, keep: _Slot | None) -> _Slot:
         """The slot that has what is needed of a stage, or is about to."""

@@ -13,7 +13,7 @@ from edgeblocks.checkpoint import RunDirectory
 from edgeblocks.errors import RunError
 from edgeblocks.scheduler import EmaLoader
 from edgeblocks.sections import whole_name
-from edgeblocks.store import BlockBuffer, bind_parameters_
+from edgeblocks.store import BlockBuffer, BlockStore, bind_parameters_
 
 
 class StageSource(Protocol):
@@ -31,13 +31,22 @@ def loaded_stages(run: RunDirectory, *, slots: int) -> "StagedEma":
         RunError: a checkpoint was cut short while its files were put in place.
     """
     store = run.store()
-    steps = {store.header(stage).step for stage in range(len(run.file_layers))}
+    check_whole(run, store)
+    return StagedEma(EmaLoader(store, slots=slots), run.file_layers)
+
+
+def check_whole(run: RunDirectory, store: BlockStore) -> None:
+    """That the stages of a run have made the same steps.
+
+    Raises:
+        RunError: a checkpoint was cut short while its files were put in place.
+    """
+    steps = set(run.saved_steps(store))
     if len(steps) > 1:
         raise RunError(
             f"the stages of {run.path} are of different steps ({', '.join(map(str, sorted(steps)))}): saving them was "
             f"cut short; edgeblocks train --resume {run.path} completes it"
         )
-    return StagedEma(EmaLoader(store, slots=slots), run.file_layers)
 
 
 class StagedEma:

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from edgeblocks.durable import write_atomically
 from edgeblocks.errors import RunError, StorageError
+from edgeblocks.tensor_file import HEADER_LIMIT_BYTES, encode_header
 from edgeblocks.units import format_bytes
 from edgeblocks.untrusted import open_regular, parse_json, shown
 
@@ -36,7 +37,6 @@ Optimizer = Literal["adamw8bit", "adamw"]
 Part = Literal["weights", "ema", "optimizer"]
 PARTS: tuple[Part, ...] = ("weights", "ema", "optimizer")
 _DTYPES = {torch.float32: "F32", torch.uint8: "U8"}
-_HEADER_LIMIT_BYTES = 16 * 2**20
 
 
 def is_quantizable(shape: Sequence[int]) -> bool:
@@ -84,14 +84,18 @@ class BlockLayout:
     def num_bytes(self) -> int:
         return self.entries[-1].start + self.entries[-1].num_bytes
 
+    def of_part(self, part: Part) -> list[Entry]:
+        """A part's tensors, in the file's order."""
+        return [entry for entry in self.entries if entry.part == part]
+
     def part_span(self, part: Part) -> tuple[int, int]:
         """First byte and number of bytes of a part in the data section."""
-        inside = [entry for entry in self.entries if entry.part == part]
+        inside = self.of_part(part)
         return inside[0].start, sum(entry.num_bytes for entry in inside)
 
     @classmethod
-    def of(cls, block: nn.Module, optimizer: Optimizer) -> "BlockLayout":
-        """The layout of a block's parameters (which may be on the meta device)."""
+    def of(cls, block: nn.Module, optimizer: Optimizer, *, frozen: bool = False) -> "BlockLayout":
+        """The layout of a block's parameters (which may be on the meta device); a frozen one has no moments."""
         named = [(name, tuple(parameter.shape)) for name, parameter in block.named_parameters()]
 
         def region(shape: tuple[int, ...]) -> int:
@@ -101,22 +105,22 @@ class BlockLayout:
 
         ordered = sorted(named, key=lambda item: region(item[1]))
         sizes = [sum(math.prod(shape) for _, shape in named if region(shape) == number) for number in range(3)]
-        plain = sizes[1] + sizes[2]
+        plain, quantized = (0, 0) if frozen else (sizes[1] + sizes[2], sizes[0])
         wanted: list[tuple[str, Part, torch.dtype, tuple[int, ...]]] = []
         wanted += [(f"weights.{name}", "weights", torch.float32, shape) for name, shape in ordered]
         wanted += [(f"ema.{name}", "ema", torch.float32, shape) for name, shape in ordered]
         for moment in ("exp_avg", "exp_avg_sq"):
             wanted.append((f"optimizer.{moment}", "optimizer", torch.float32, (plain,)))
         for moment in ("exp_avg", "exp_avg_sq"):
-            wanted.append((f"optimizer.{moment}_scales", "optimizer", torch.float32, (sizes[0] // GROUP_SIZE,)))
+            wanted.append((f"optimizer.{moment}_scales", "optimizer", torch.float32, (quantized // GROUP_SIZE,)))
         for moment in ("exp_avg", "exp_avg_sq"):
-            wanted.append((f"optimizer.{moment}_codes", "optimizer", torch.uint8, (sizes[0],)))
+            wanted.append((f"optimizer.{moment}_codes", "optimizer", torch.uint8, (quantized,)))
         entries, start = [], 0
         for name, part, dtype, shape in wanted:
             entries.append(Entry(name=name, part=part, dtype=dtype, shape=shape, start=start))
             start += entries[-1].num_bytes
         return cls(
-            entries=tuple(entries), num_parameters=sum(sizes), num_quantized=sizes[0], num_decayed=sizes[0] + sizes[1]
+            entries=tuple(entries), num_parameters=sum(sizes), num_quantized=quantized, num_decayed=sizes[0] + sizes[1]
         )
 
 
@@ -355,7 +359,7 @@ class BlockStore:
         damaged = f"block {block} is damaged: {path}"
         size = os.fstat(file.fileno()).st_size
         length = int.from_bytes(file.read(8), "little") if size >= 8 else 0
-        if not 2 <= length <= min(_HEADER_LIMIT_BYTES, size - 8):
+        if not 2 <= length <= min(HEADER_LIMIT_BYTES, size - 8):
             raise RunError(f"{damaged} is not a safetensors file or is cut short ({size} bytes); {self._kept(block)}")
         try:
             table = parse_json(file.read(length).decode("utf-8"))
@@ -428,9 +432,7 @@ def _encode_header(layout: BlockLayout, header: BlockHeader) -> bytes:
         **{f"{part}_sha256": digest for part, digest in header.digests.items()},
     }
     metadata["header_sha256"] = _header_digest(table, metadata)
-    text = json.dumps({"__metadata__": metadata, **table}, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text
+    return encode_header(table, metadata)
 
 
 def bytes_of(data: Tensor) -> memoryview:

@@ -45,6 +45,7 @@ def summary_of(
         "method": run.settings.run.method,
         "blocks": len(run.file_layers),
         "layers_per_block": list(run.file_layers),
+        "trained_blocks": [block for block, trained in enumerate(run.trained) if trained],
         "parameters": run.plan["parameters"],
         "steps": run.settings.run.steps,
         "budget_bytes": budget_bytes,
@@ -68,6 +69,7 @@ def summary_of(
             "validation": evaluation,
             **_text_metrics(run, evaluation, data_set),
         },
+        "init": None if run.init is None else run.init.model_dump(),
         "resumed_from": resumed_from,
     }
 

@@ -22,6 +22,7 @@ from edgeblocks.data.dataset import DataSet, Order
 from edgeblocks.errors import EdgeblocksError, OutOfBudgetError, WriteLimitError
 from edgeblocks.generators import generator_at
 from edgeblocks.guard import Guard, is_refusal
+from edgeblocks.initial_weights import InitialWeights
 from edgeblocks.optim import Workspace
 from edgeblocks.scheduler import ResidentBlock, Scheduler
 from edgeblocks.sections import Section, init_section_
@@ -96,18 +97,23 @@ def create_blocks(
     seed: int,
     *,
     only: Sequence[int] | None = None,
+    initial: InitialWeights | None = None,
     on_block: Callable[[int], None] | None = None,
 ) -> None:
-    """Initialise the blocks (all, or `only` these) one at a time, each from its own seed, and write each to its file.
+    """Initialise the blocks (all, or `only` these) one at a time and write each to its file.
 
-    A block that is made again and trained again gets the weights it had: its numbers depend on no other block.
+    What `initial` does not give comes from the block's own seed. A block that is made again and trained again gets the
+    weights it had: its numbers depend on no other block.
     """
     buffer = store.buffer()
     for done, block in enumerate(range(len(sections)) if only is None else only):
         buffer.adopt_(store.layouts[block])
         for part in buffer.parts:
             buffer.part_bytes(part).zero_()
-        init_section_(family, sections[block], buffer.tensors("weights"), generator_at(seed, "init", block))
+        if initial is None or not initial.cover(block, (name for name, _ in buffer.tensors("weights"))):
+            init_section_(family, sections[block], buffer.tensors("weights"), generator_at(seed, "init", block))
+        if initial is not None:
+            initial.fill_(block, buffer.tensors("weights"))
         buffer.flat("ema").copy_(buffer.flat("weights"))
         store.write(block, buffer, step=0)
         if on_block is not None:

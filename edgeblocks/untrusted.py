@@ -11,8 +11,9 @@ import os
 import re
 import reprlib
 import stat
+from io import BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO, NoReturn
+from typing import Any, NoReturn
 
 MOST_JSON_BYTES = 16 * 2**20
 MOST_JSON_VALUES = 500_000
@@ -29,13 +30,13 @@ class MalformedFileError(ValueError):
     """What is wrong with a file's content. Whoever asked for the file says which it is and what to do."""
 
 
-def open_regular(path: Path) -> BinaryIO:
+def open_regular(path: Path) -> BufferedReader:
     """The file, open for reading, if it is a regular one.
 
     Raises:
         OSError: it cannot be opened, or is a pipe, a device, a socket or a folder.
     """
-    file: BinaryIO = open(path, "rb", opener=_without_waiting)  # noqa: SIM115 - closed by the caller; no opener there
+    file = open(path, "rb", opener=_without_waiting)  # noqa: SIM115 - closed by the caller; no opener there
     if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
         file.close()
         raise OSError(None, "it is a pipe or a device, not a regular file", str(path))

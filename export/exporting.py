@@ -52,7 +52,7 @@ def export_run(
     """
     out = out.resolve()
     check_destination(out)
-    steps = [run.store().header(block).step for block in range(len(run.file_layers))]
+    steps = run.saved_steps(run.store())
     if min(steps) < run.settings.run.steps:
         listener.note(
             f"the run is not finished: exporting its blocks as saved, at steps {', '.join(map(str, steps))} of "

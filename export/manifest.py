@@ -158,7 +158,7 @@ def sha256_of(path: Path) -> str:
     """SHA-256 of a file in hexadecimal, a megabyte at a time."""
     digest, chunk = hashlib.sha256(), memoryview(bytearray(_CHUNK_BYTES))
     with open_regular(path) as file:
-        while count := file.readinto(chunk):  # type: ignore[attr-defined]  # typeshed's BinaryIO lacks it
+        while count := file.readinto(chunk):
             digest.update(chunk[:count])
     return digest.hexdigest()
 

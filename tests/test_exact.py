@@ -19,10 +19,10 @@ from edgeblocks.exact import Pass
 from edgeblocks.generators import generator_at
 from edgeblocks.listener import Silent
 from edgeblocks.next_blocks import NextBlocks
-from edgeblocks.plans import swapped_stages
 from edgeblocks.run_data import data_of
 from edgeblocks.sections import init_section_, network_of, stages_of, whole_name
-from edgeblocks.stage_slots import Need, StageSlots, SwapFiles, needs_of_a_step
+from edgeblocks.stage_order import traffic_of_a_step, uses_of_a_step
+from edgeblocks.stage_slots import Need, StageSlots, SwapFile
 from edgeblocks.store import PARTS
 from edgeblocks.update import BETA1, BETA2, EPS, learning_rate_at
 
@@ -60,8 +60,11 @@ def plain_training(run, steps):
             names = [name for name, _ in network_of(family, section).named_parameters()]
         own = [(name, named[whole_name(name, directory.file_layers, stage)].data) for name in names]
         init_section_(family, section, own, generator_at(told.seed, "init", stage))
-    vectors = [parameter for parameter in named.values() if parameter.ndim < 2]
-    matrices = [parameter for parameter in named.values() if parameter.ndim >= 2]
+        for name, _ in own if not directory.trained[stage] else ():
+            named[whole_name(name, directory.file_layers, stage)].requires_grad_(False)
+    learning = [parameter for parameter in named.values() if parameter.requires_grad]
+    vectors = [parameter for parameter in learning if parameter.ndim < 2]
+    matrices = [parameter for parameter in learning if parameter.ndim >= 2]
     groups = [{"params": matrices, "weight_decay": told.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, betas=(BETA1, BETA2), eps=EPS, fused=True)
     data = data_of(told, lambda *_: None)
@@ -249,7 +252,7 @@ def test_a_stage_is_what_it_was_when_it_was_used_last(tmp_path_factory, slots, u
     for stage, layout in enumerate(LAYOUTS):
         expected.append(filled_buffer(layout, seed=stage))
         store.write(stage, expected[stage], step=0)
-    given_out = StageSlots(store, SwapFiles(folder, LAYOUTS), slots=slots)
+    given_out = StageSlots(store, SwapFile(folder, LAYOUTS), slots=slots)
     needs = [Need(stage=stage, parts=PARTS if changes else ("weights",), changes=changes) for stage, changes in uses]
     for number, need in enumerate(needs):
         then = needs[number + 1] if ahead and number + 1 < len(needs) else None
@@ -259,9 +262,16 @@ def test_a_stage_is_what_it_was_when_it_was_used_last(tmp_path_factory, slots, u
             if need.changes:
                 for held in (buffer, expected[need.stage]):
                     held.content.add_(number + 1)
-    files = NextBlocks(store)
-    given_out.checkpoint(files, step=3)
-    files.commit()
+    for step in (2, 3):  # the second finds stages that nothing has changed since the first
+        files = NextBlocks(store)
+        given_out.checkpoint(files, step=step, trained=(True,) * 4)
+        files.commit()
+        for stage in range(4 if step == 2 else 0):
+            with given_out.use(Need(stage=stage, parts=PARTS, changes=stage == 1), then=None) as buffer:
+                assert all_bytes(buffer) == all_bytes(expected[stage])
+                if stage == 1:
+                    for held in (buffer, expected[stage]):
+                        held.content.add_(1)
     given_out.close()
     assert sorted(path.name for path in folder.iterdir()) == [f"block_{stage:03d}.safetensors" for stage in range(4)]
     again = store.buffer()
@@ -269,19 +279,21 @@ def test_a_stage_is_what_it_was_when_it_was_used_last(tmp_path_factory, slots, u
         assert store.read(stage, again) == 3 and all_bytes(again) == all_bytes(expected[stage])
 
 
-@pytest.mark.parametrize("stages", [1, 2, 3, 6])
-def test_a_step_writes_away_as_many_stages_as_the_plan_counts(tmp_path, stages):
-    """Measured in the fourth step, when all have begun to change places."""
-    layouts = [layout_of(width=16)] * stages
-    for slots in range(1, stages + 1):
+@pytest.mark.parametrize(
+    "trained", [(True,), (True,) * 2, (True,) * 3, (True,) * 6, (False, True, False, True), (True, False, False, False)]
+)
+def test_a_step_moves_as_many_stages_as_the_plan_counts(tmp_path, trained):
+    """Measured in the fourth step, when all have begun to change places; with one slot nothing is fetched early."""
+    layouts = [layout_of(width=16)] * len(trained)
+    for slots in range(1, len(trained) + 1):
         folder = tmp_path / str(slots)
         folder.mkdir()
         store = store_in(folder, layouts)
         for stage, layout in enumerate(layouts):
             store.write(stage, filled_buffer(layout, seed=stage), step=0)
         given_out, needs, written = (
-            StageSlots(store, SwapFiles(folder, layouts), slots=slots),
-            needs_of_a_step(stages),
+            StageSlots(store, SwapFile(folder, layouts), slots=slots),
+            [Need.of(use) for use in uses_of_a_step(trained)],
             [],
         )
         for _ in range(4):
@@ -291,7 +303,46 @@ def test_a_step_writes_away_as_many_stages_as_the_plan_counts(tmp_path, stages):
             given_out.flush()  # waits for what is on its way
             written.append(store.bytes_written)
         given_out.close()
-        assert (written[3] - written[2]) / block_bytes == swapped_stages(stages, slots)
+        assert (written[3] - written[2]) / block_bytes == traffic_of_a_step(trained, slots).put_away
+
+
+def test_a_checkpoint_puts_nothing_away(tmp_path):
+    """It begins with the stages in memory; and what it has written does not wait anywhere else afterwards."""
+    store = store_in(tmp_path, LAYOUTS)
+    for stage, layout in enumerate(LAYOUTS):
+        store.write(stage, filled_buffer(layout, seed=stage), step=0)
+    given_out = StageSlots(store, SwapFile(tmp_path, LAYOUTS), slots=2)
+    uses = [Need.of(use) for use in uses_of_a_step((True,) * 4)]
+    for need, then in zip(uses, [*uses[1:], uses[0]], strict=True):
+        with given_out.use(need, then=then):
+            pass
+    given_out.flush()
+    before, files = store.bytes_written, NextBlocks(store)
+    given_out.checkpoint(files, step=1, trained=(True,) * 4)
+    files.commit()
+    saved = store.bytes_written
+    assert saved - before == sum(store.path(stage).stat().st_size for stage in range(4))
+    for stage in range(4):
+        with given_out.use(Need(stage=stage, parts=PARTS, changes=False), then=None):
+            pass
+    assert store.bytes_written == saved
+    given_out.close()
+
+
+def test_a_run_that_is_killed_leaves_no_swap_file(tmp_path):
+    """Stages wait in a file without a name, so that nothing stays behind even if the run is never resumed."""
+
+    class Killed(Silent):
+        def __init__(self):
+            self.seen = set()
+
+        def step(self, progress):
+            self.seen |= {path.name for path in (tmp_path / "run/blocks").iterdir()}
+            assert progress.bytes_written > 0
+
+    listener = Killed()
+    trained("dit", tmp_path / "run", listener=listener, blocks=4, tier="disk", steps=3)
+    assert listener.seen == {f"block_{stage:03d}.safetensors" for stage in range(4)}
 
 
 @pytest.mark.parametrize("written", [0, 1, 2, 3])

@@ -318,7 +318,7 @@ class _BoundedReader(io.BufferedReader):
     def __init__(self, path: Path) -> None:
         file = open_regular(path)
         self._num_bytes = os.fstat(file.fileno()).st_size
-        super().__init__(file.detach())  # type: ignore[attr-defined]
+        super().__init__(file.detach())
 
     def read(self, size: int | None = -1, /) -> bytes:
         left = self._num_bytes - self.tell()

@@ -61,6 +61,20 @@ Method = Annotated[
         show_default="diffusion",
     ),
 ]
+Init = Annotated[
+    str | None,
+    typer.Option(
+        help="A .safetensors file that the weights begin with instead of random ones: of `edgeblocks weights`, or of "
+        "plain PyTorch. --set init_fresh=readout lets parts of the network begin with random ones all the same."
+    ),
+]
+TrainBlocks = Annotated[
+    str | None,
+    typer.Option(
+        help="With --method exact: train these stages, such as 2,3 (the first one is 0), and freeze the rest.",
+        show_default="all",
+    ),
+]
 Partition = Annotated[
     str | None, typer.Option(help="Noise ranges: equal-probability or uniform (in log sigma, or in time).")
 ]

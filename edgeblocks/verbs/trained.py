@@ -1,4 +1,4 @@
-"""`eval`, `sample`, `export` and `run`: what a trained network is for."""
+"""`eval`, `sample`, `export`, `weights` and `run`: what a trained network is for."""
 
 import json
 from functools import partial
@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from edgeblocks.errors import ConfigError
+from edgeblocks.units import format_bytes
 from edgeblocks.verbs.guarded import guarded
 from edgeblocks.verbs.options import (
     ClassChoice,
@@ -146,6 +147,27 @@ def export(
             print(json.dumps(manifest))
         else:
             print(export_report(manifest, out))
+
+    guarded(work, verbose=verbose)
+
+
+def weights(
+    run: RunArgument,
+    out: Annotated[Path, typer.Option("--out", "-o", help="A file that ends in .safetensors.", show_default=False)],
+    last: Annotated[bool, typer.Option("--last", help="As the last step left them, instead of their average.")] = False,
+    as_json: Json = False,
+    verbose: Verbose = False,
+) -> None:
+    """Write a run's weights as one .safetensors file: for --init of another run, or for PyTorch."""
+
+    def work() -> None:
+        from edgeblocks import api
+
+        written = api.load(run).save_weights(out, last=last)
+        if as_json:
+            print(json.dumps(written))
+        else:
+            print(f"wrote {written['tensors']} tensors, {format_bytes(written['bytes'])}, to {out}")
 
     guarded(work, verbose=verbose)
 

@@ -1,0 +1,84 @@
+"""In which order a step of end-to-end training uses the stages of a network, and what it moves where some are on disk.
+
+Forward through all stages but the last, then backward from the last one to the lowest that is trained. Stages below
+that one are frozen and run forward only; frozen ones above it pass the gradient on and do not change.
+"""
+
+import functools
+from collections import OrderedDict
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class Use:
+    """One use of a stage: on the way forward or back, and whether it changes the stage."""
+
+    stage: int
+    backward: bool
+    changes: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Traffic:
+    """Stages that a step moves: put away whole, weights fetched, and the rest (EMA, optimizer state) fetched."""
+
+    put_away: int
+    weights_fetched: int
+    rest_fetched: int
+
+
+def uses_of_a_step(trained: tuple[bool, ...]) -> list[Use]:
+    """The uses of a step, in order.
+
+    Args:
+        trained: of each stage whether it is; one at least.
+
+    >>> [(use.stage, use.changes) for use in uses_of_a_step((True, True, True))]
+    [(0, False), (1, False), (2, True), (1, True), (0, True)]
+    >>> [(use.stage, use.backward, use.changes) for use in uses_of_a_step((False, True, False))]
+    [(0, False, False), (1, False, False), (2, True, False), (1, True, True)]
+    """
+    last, lowest = len(trained) - 1, trained.index(True)
+    forward = [Use(stage=stage, backward=False, changes=False) for stage in range(last)]
+    return forward + [Use(stage=stage, backward=True, changes=trained[stage]) for stage in range(last, lowest - 1, -1)]
+
+
+@functools.cache
+def traffic_of_a_step(trained: tuple[bool, ...], slots: int) -> Traffic:
+    """What a step moves with so many stages in memory, when all have begun to change places.
+
+    The stage that was used longest ago gives way. If all are trained, one that is in memory from its update to its next
+    one must be among the first and among the last `slots`; else the uses are gone through.
+
+    >>> [traffic_of_a_step((True,) * 6, slots).put_away for slots in (1, 2, 3, 4, 5, 6)]
+    [6, 6, 6, 4, 2, 0]
+    >>> [traffic_of_a_step((False, False, True, True), slots).put_away for slots in (1, 2, 3, 4)]
+    [2, 2, 1, 0]
+    """
+    stages = len(trained)
+    if slots >= stages:
+        return Traffic(put_away=0, weights_fetched=0, rest_fetched=0)
+    if all(trained):
+        swapped = min(stages, 2 * (stages - slots))
+        return Traffic(put_away=swapped, weights_fetched=2 * (stages - slots), rest_fetched=swapped)
+    held: OrderedDict[int, tuple[bool, bool]] = OrderedDict()
+    """Of each stage in memory, the one that was used longest ago first: whether it changed, and whether it is whole."""
+    for _ in range(3):
+        _gone_through(trained, slots, held)
+    return _gone_through(trained, slots, held)
+
+
+def _gone_through(trained: tuple[bool, ...], slots: int, held: OrderedDict[int, tuple[bool, bool]]) -> Traffic:
+    """What one step moves; `held` is as the step before it left it, and is changed."""
+    put_away = weights_fetched = rest_fetched = 0
+    for use in uses_of_a_step(trained):
+        if use.stage not in held:
+            if len(held) == slots:
+                put_away += held.popitem(last=False)[1][0]
+            weights_fetched += 1
+            held[use.stage] = (False, False)
+        changed, whole = held[use.stage]
+        rest_fetched += use.changes and not whole
+        held[use.stage] = (changed or use.changes, whole or use.changes)
+        held.move_to_end(use.stage)
+    return Traffic(put_away=put_away, weights_fetched=weights_fetched, rest_fetched=rest_fetched)

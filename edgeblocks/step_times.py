@@ -1,0 +1,73 @@
+"""How long a step takes: of one block alone, or of a network that is trained end to end, stage by stage."""
+
+import math
+from dataclasses import dataclass
+
+from edgeblocks.layer_costs import LayerCosts, at_samples
+from edgeblocks.plans import Machine, Wishes, streaming_share
+from edgeblocks.stage_order import traffic_of_a_step
+
+
+def predicted_step_s(
+    costs: LayerCosts, machine: Machine, num_layers: int, batch: int, micro_batch: int, checkpointing: bool
+) -> float:
+    """Seconds of one optimizer step of a block: arithmetic, memory traffic and kernel starts.
+
+    A backward pass costs twice a forward pass; activation checkpointing adds one more forward pass through the layers.
+    A kernel reads about twice what it writes; clipping, optimizer and EMA pass over the parameters. No speed is known
+    better than to a factor of 1.5 on a machine that others use too.
+    """
+    traces = costs.checkpointed if checkpointing else costs.plain
+    flops = 3 * costs.forward_flops_per_sample(num_layers)
+    flops += num_layers * costs.layer_flops_per_sample if checkpointing else 0
+    accumulation = math.ceil(batch / micro_batch)
+    touched = accumulation * at_samples(traces, micro_batch, lambda cost: cost.touched_bytes.at(num_layers))
+    operators = accumulation * at_samples(traces, micro_batch, lambda cost: cost.operators.at(num_layers))
+    arithmetic_s = batch * flops / machine.flops_per_s
+    traffic_s = 3 * touched / machine.memory_bytes_per_s
+    update_s = costs.parameters(num_layers) * machine.update_s_per_parameter
+    return arithmetic_s + traffic_s + operators * machine.operator_s + update_s
+
+
+@dataclass(frozen=True, kw_only=True)
+class StagedStep:
+    """A step of all stages: seconds of computing, seconds beyond them that it waits for stages, bytes it puts away."""
+
+    step_s: float
+    stall_s: float
+    put_away_bytes: int
+
+
+def staged_step(
+    costs: LayerCosts,
+    machine: Machine,
+    wishes: Wishes,
+    *,
+    blocks: int,
+    slots: int,
+    micro_batch: int,
+    checkpointing: bool,
+) -> StagedStep:
+    """A step of end-to-end training in `blocks` stages, of which `slots` are in memory.
+
+    A trained stage takes as long as a block; a frozen one above the lowest trained one passes a gradient on, which is
+    half of a backward pass, without an update; and all but the last one run forward once more.
+    """
+    num_layers = math.ceil(costs.num_layers / blocks)
+    trained = wishes.trained_stages(blocks)
+    stage_s = predicted_step_s(costs, machine, num_layers, wishes.batch, micro_batch, checkpointing)
+    parameters = costs.parameters(num_layers)
+    passed = sum(not one for one in trained[trained.index(True) :])
+    forward_s = wishes.batch * costs.num_layers * costs.layer_flops_per_sample / machine.flops_per_s
+    step_s = sum(trained) * stage_s + passed * 2 / 3 * (stage_s - parameters * machine.update_s_per_parameter)
+    step_s += (blocks - 1) / blocks * forward_s
+    traffic = traffic_of_a_step(trained, slots)
+    rest_bytes = 4 * parameters + costs.moment_bytes(num_layers, wishes.optimizer)
+    fetched_bytes = 4 * parameters * traffic.weights_fetched + rest_bytes * traffic.rest_fetched
+    put_away_bytes = (4 * parameters + rest_bytes) * traffic.put_away
+    moving_s = fetched_bytes / machine.disk_read_bytes_per_s + put_away_bytes / machine.disk_write_bytes_per_s
+    return StagedStep(
+        step_s=step_s,
+        stall_s=max(streaming_share(slots) * moving_s, moving_s - step_s),
+        put_away_bytes=put_away_bytes,
+    )
