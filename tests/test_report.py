@@ -371,6 +371,7 @@ def test_any_numbers_give_a_figure(lines, log_x, log_y, smooth, from_zero):
         for n, line in enumerate(lines)
     ]
     options = {"log_x": log_x, "log_y": log_y, "from_zero": from_zero and not log_y}
+    options["references"] = [Reference(label="none", value=0), Reference(label="one", value=1)]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         figure = line_figure(series, title="any", x_label="x", y_label="y", **options)
