@@ -319,8 +319,8 @@ def test_wrong_names_of_the_page_are_refused(runs, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["dit", "exact"])
-def test_records_tell_the_time_of_all_sessions_and_the_memory(tmp_path, kind):
-    """The seconds of a resumed run go on from those of its records, and no session's waiting in between counts."""
+def test_records_tell_the_time_of_the_whole_run_and_the_memory(tmp_path, kind):
+    """The seconds of a resumed run go on from those of its records, and no waiting in between counts."""
     with pytest.raises(InterruptedRunError):
         edgeblocks.train(out=tmp_path / "run", listener=StopAfter(8), **KINDS[kind])
     first = list(edgeblocks.load(tmp_path / "run").directory.records())
@@ -332,8 +332,8 @@ def test_records_tell_the_time_of_all_sessions_and_the_memory(tmp_path, kind):
     assert times[-1] <= times[len(first) - 1] + run.summary["seconds"]
     assert all(10**8 < record.used_bytes <= run.summary["peak_bytes"] for record in records[len(first) :])
     words = words_of(page_of(run.path, tmp_path))
-    assert f"peak memory {format_bytes(run.summary['peak_bytes'])} in the last session" in words
-    assert f"time of training {format_duration(times[-1])}" in words and "the run was resumed" in words
+    assert f"peak memory {format_bytes(run.summary['peak_bytes'])} since it was resumed" in words
+    assert f"time of training {format_duration(times[-1])}" in words and "Measured since the run was resumed." in words
 
 
 def test_of_many_looks_the_newest_and_some_others_are_shown(tmp_path):
@@ -371,6 +371,7 @@ def test_any_numbers_give_a_figure(lines, log_x, log_y, smooth, from_zero):
         for n, line in enumerate(lines)
     ]
     options = {"log_x": log_x, "log_y": log_y, "from_zero": from_zero and not log_y}
+    options["references"] = [Reference(label="none", value=0), Reference(label="one", value=1)]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         figure = line_figure(series, title="any", x_label="x", y_label="y", **options)

@@ -110,7 +110,7 @@ def memory_figure(facts: RunFacts) -> Markup:
     if run.plan.get("predicted_peak_bytes") is not None:
         references.append(Reference(label="predicted peak", value=run.plan["predicted_peak_bytes"]))
     if facts.summary is not None:
-        peak = "measured peak of the last session" if facts.is_resumed else "measured peak"
+        peak = "measured peak since it was resumed" if facts.is_resumed else "measured peak"
         references.append(Reference(label=peak, value=facts.summary.peak_bytes))
     where = "device" if "ram_budget_bytes" in run.plan else "process's resident"
     return line_figure(
@@ -123,5 +123,5 @@ def memory_figure(facts: RunFacts) -> Markup:
         from_zero=True,
         references=references,
         caption="Measured before each step, so what a step takes for a moment is in the measured peak alone."
-        + (" Time is that of all sessions; the budget is the last one's." if facts.is_resumed else ""),
+        + (" Time is that of the whole run; the budget is the one since it was resumed." if facts.is_resumed else ""),
     )

@@ -150,7 +150,7 @@ class RunFacts:
 
     @property
     def is_resumed(self) -> bool:
-        """Whether what the summary measured is of the last of several sessions."""
+        """Whether what the summary measured is of the time since the run was resumed last."""
         return self.summary is not None and self.summary.resumed_from is not None
 
     @property

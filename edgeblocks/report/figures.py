@@ -23,6 +23,7 @@ from edgeblocks.report.page import fragment
 from edgeblocks.units import format_bytes
 
 Unit = Literal["number", "bytes", "seconds", "share"]
+Points = tuple[NDArray[np.float64], NDArray[np.float64]]
 
 _INCHES = (5.5, 3.4)
 """72 units of the drawing each: with letters of 12 units, 14 pixels high on a desktop and 10 on a phone."""
@@ -55,7 +56,10 @@ class Series:
 
 @dataclass(frozen=True, kw_only=True)
 class Reference:
-    """A level that the lines are seen against, such as a budget: a dashed line across the figure."""
+    """A level that the lines are seen against, such as a budget: a grey line across the figure, dashed the first.
+
+    On a logarithmic axis one that is not above zero is left out.
+    """
 
     label: str
     value: float
@@ -82,26 +86,21 @@ def line_figure(
     Args:
         x_label: what x is, with its unit; seconds are drawn in a fitting unit, which is put behind it.
         y_label: the same for y; it also says to a screen reader what is drawn.
-        x_unit: how the numbers along the axis are written.
+        x_unit: how the numbers along the axis are written; those along the y axis are never changed for it.
         log_x: whether the axis is logarithmic; values of zero and less are left out then.
         from_zero: whether the y axis begins at zero.
         caption: conditions and units, as far as the title does not say them.
     """
     lines = [_drawable(one, log_x=log_x, log_y=log_y) for one in series]
+    references = [one for one in references if one.value > 0 or not log_y]
     x_scale, x_name = _time_scale(lines) if x_unit == "seconds" else (1.0, "")
+    lines = [(x / x_scale, y) for x, y in lines]
     svg = ""
     if any(len(x) for x, _ in lines):
         figure, axes = _empty_axes(log_x=log_x, log_y=log_y)
-        for number, (one, (x, y)) in enumerate(zip(series, lines, strict=True)):
-            _draw(axes, one, x / x_scale, y, colour=_OF_SERIES % number, over=number)
-        for number, reference in enumerate(references):
-            dash = _DASHES[number % len(_DASHES)]
-            axes.axhline(reference.value, color=_INK, linestyle=dash, linewidth=1.4, zorder=1.5)
-        heights = np.concatenate([*(y for _, y in lines), [one.value for one in references]])
-        axes.set_xlim(limits(np.concatenate([x for x, _ in lines]) / x_scale, log=log_x))
-        axes.set_ylim(limits(np.append(heights, 0.0) if from_zero else heights, log=log_y))
-        if from_zero:
-            axes.set_ylim(bottom=0)
+        _draw_all(axes, series, lines, references)
+        axes.set_xlim(limits(np.concatenate([x for x, _ in lines]), log=log_x))
+        axes.set_ylim(_height(lines, references, log_y=log_y, from_zero=from_zero and not log_y))
         _write_axis(axes.xaxis, "number" if x_unit == "seconds" else x_unit, log=log_x)
         _write_axis(axes.yaxis, y_unit, log=log_y)
         axes.set_xlabel(f"{x_label}{x_name}", color=_INK, parse_math=False)
@@ -119,7 +118,7 @@ def line_figure(
     )
 
 
-def _drawable(one: Series, *, log_x: bool, log_y: bool) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+def _drawable(one: Series, *, log_x: bool, log_y: bool) -> Points:
     x, y = np.asarray(one.x, dtype=np.float64), np.asarray(one.y, dtype=np.float64)
     good = np.isfinite(x) & np.isfinite(y) & (np.abs(x) < _LARGEST) & (np.abs(y) < _LARGEST)
     if log_x:
@@ -129,7 +128,7 @@ def _drawable(one: Series, *, log_x: bool, log_y: bool) -> tuple[NDArray[np.floa
     return x[good], y[good]
 
 
-def _time_scale(lines: Sequence[tuple[NDArray[np.float64], NDArray[np.float64]]]) -> tuple[float, str]:
+def _time_scale(lines: Sequence[Points]) -> tuple[float, str]:
     """Seconds of the unit that the longest line is told in, and its name."""
     longest = max((float(x.max()) for x, _ in lines if len(x)), default=0.0)
     for unit_s, name in ((86_400.0, "days"), (3600.0, "hours"), (60.0, "minutes")):
@@ -159,6 +158,14 @@ def _empty_axes(*, log_x: bool, log_y: bool) -> tuple[Any, Any]:
     return figure, axes
 
 
+def _draw_all(axes: Any, series: Sequence[Series], lines: Sequence[Points], references: Sequence[Reference]) -> None:
+    for number, (one, (x, y)) in enumerate(zip(series, lines, strict=True)):
+        _draw(axes, one, x, y, colour=_OF_SERIES % number, over=number)
+    for number, reference in enumerate(references):
+        dash = _DASHES[number % len(_DASHES)]
+        axes.axhline(reference.value, color=_INK, linestyle=dash, linewidth=1.4, zorder=1.5)
+
+
 def _draw(axes: Any, one: Series, x: NDArray[np.float64], y: NDArray[np.float64], *, colour: str, over: int) -> None:
     marks = {"marker": "o", "markersize": 4.5} if one.marks or len(x) == 1 else {}
     if not one.smooth or len(x) < 8:
@@ -183,7 +190,7 @@ def moving_mean(values: NDArray[np.float64]) -> NDArray[np.float64]:
     return means
 
 
-def _thinned(x: NDArray[np.float64], y: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+def _thinned(x: NDArray[np.float64], y: NDArray[np.float64]) -> Points:
     """The smallest and the largest value of each of many short stretches: what an eye sees of all of them."""
     if len(x) <= _MOST_POINTS:
         return x, y
@@ -193,6 +200,16 @@ def _thinned(x: NDArray[np.float64], y: NDArray[np.float64]) -> tuple[NDArray[np
         kept |= {int(start + y[start:end].argmin()), int(start + y[start:end].argmax())}
     places = np.array(sorted(kept))
     return x[places], y[places]
+
+
+def _height(
+    lines: Sequence[Points], references: Sequence[Reference], *, log_y: bool, from_zero: bool
+) -> tuple[float, float]:
+    """The ends of the y axis."""
+    values = np.concatenate([*(y for _, y in lines), [one.value for one in references]])
+    if from_zero:
+        return 0.0, limits(np.append(values, 0.0), log=False)[1]
+    return limits(values, log=log_y)
 
 
 def limits(values: NDArray[np.float64], *, log: bool) -> tuple[float, float]:

@@ -34,7 +34,7 @@ def _verdict(facts: RunFacts) -> str:
     if facts.summary is not None:
         budget_bytes = facts.summary.budget_bytes or run.plan["budget_bytes"]
         peak, budget = format_bytes(facts.summary.peak_bytes), format_bytes(budget_bytes)
-        peak += " in the last session" if facts.is_resumed else ""
+        peak += " since it was resumed" if facts.is_resumed else ""
         if facts.summary.peak_bytes <= budget_bytes:
             return f"Finished: {what} made {wanted} steps; peak memory {peak}, inside the budget of {budget}"
         return f"Finished, over its budget: {what} made {wanted} steps; peak memory {peak}, the budget was {budget}"
@@ -97,7 +97,7 @@ def _quality_tiles(summary: TrainedFields) -> list[tuple[str, str, str]]:
 
 
 def _time_tiles(facts: RunFacts, summary: TrainedFields) -> list[tuple[str, str, str]]:
-    """Of all sessions where the records tell it, else of the last one."""
+    """Of the whole run where the records tell it, else since it was resumed last."""
     per_s = summary.images_or_tokens_per_s
     unit = "images" if facts.directory.tokenizer is None else "tokens"
     speed = "" if per_s is None else f"{format_count(per_s)} {unit} a second"
@@ -106,7 +106,7 @@ def _time_tiles(facts: RunFacts, summary: TrainedFields) -> list[tuple[str, str,
         return [("time of training", format_duration(trained_s), f"{speed} at the end")]
     if summary.seconds is None:
         return []
-    name = "time of the last session" if facts.is_resumed else "time in all"
+    name = "time since it was resumed" if facts.is_resumed else "time in all"
     return [(name, format_duration(summary.seconds), speed)]
 
 

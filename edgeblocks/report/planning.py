@@ -85,7 +85,7 @@ def _conditions(facts: RunFacts) -> str:
     if facts.summary is None:
         more = " Not finished: memory is the largest amount before a step, a step's time the median of those recorded."
     elif facts.is_resumed:
-        more = " Resumed: memory and times are of the last session, what was written is of all."
+        more = " Resumed: memory and times are measured since then, what was written is of the whole run."
     if facts.chosen is not None and facts.chosen.disk_bytes is not None and facts.summary is not None:
         more += " The prediction for the disk holds what is there for a moment while files are written."
     return f"{', '.join(parts)}.{more}"
@@ -134,7 +134,7 @@ def time_bar(facts: RunFacts) -> Markup:
         f"Reading {facts.unit}s (load) took {format_duration(split.get('load', 0.0))} and writing them (store) "
         f"{format_duration(split.get('store', 0.0))}, beside the computing as far as it is no stall."
     )
-    of = " Of the last session only: the run was resumed." if facts.is_resumed else ""
+    of = " Measured since the run was resumed." if facts.is_resumed else ""
     return stacked_bar(parts, title=title, write=format_duration, caption=beside + of)
 
 
