@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 from jaxtyping import install_import_hook
 
 # Before torch is loaded: threads that spin while they wait make small steps ten times slower and more as soon as
@@ -14,6 +15,9 @@ os.environ.setdefault("GOMP_SPINCOUNT", "5000")
 # Two processes test at once, each with a core of its own.
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+settings.register_profile("untimed", deadline=None)  # machines are shared
+settings.load_profile("untimed")
 
 _CHECKED = ("layers", "causal_layers", "chain", "token_loss", "trainer", "frechet")
 _CHECKED += tuple(

@@ -197,7 +197,7 @@ def test_a_preset_of_another_family_is_refused(monkeypatch, tmp_path):
     sigma_min=st.floats(1e-8, 1.0),
     blocks=st.one_of(st.just("auto"), st.integers(1, 12)),
     checkpointing=st.sampled_from([True, False, "auto"]),
-    data=st.text(min_size=1),
+    data=st.text(min_size=1).filter(str.strip),
     flip=st.booleans(),
 )
 def test_settings_survive_their_yaml(**values):
