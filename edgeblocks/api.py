@@ -7,17 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from edgeblocks.checkpoint import (
-    RunDirectory,
-    bring_blocks_home,
-    check_free,
-    create_run,
-    locked,
-    locked_away,
-    open_run,
-    remove_leftovers,
-    seal_run,
-)
+from edgeblocks.checkpoint import RunDirectory, bring_blocks_home, open_run, remove_leftovers
 from edgeblocks.config import Settings, read_yaml, resolve_settings
 from edgeblocks.data.dataset import DataSet
 from edgeblocks.errors import ConfigError, InterruptedRunError, RunError
@@ -41,8 +31,10 @@ from edgeblocks.preparation import (
 )
 from edgeblocks.registry import build_profile, build_target, family_type, profile_names, register_family, target_names
 from edgeblocks.run import Run
+from edgeblocks.run_creation import check_free, create_run, seal_run
 from edgeblocks.run_data import check_vocab, open_run_data
 from edgeblocks.run_files import InitFields, check_resumable
+from edgeblocks.run_locks import locked, locked_away
 from edgeblocks.scheduler import Scheduler
 from edgeblocks.stage_slots import StageSlots, SwapFile
 from edgeblocks.staged_ema import StagedEma

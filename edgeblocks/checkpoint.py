@@ -8,18 +8,9 @@ its own step; there is no second place that could disagree with it, and so nothi
 with a `work_dir` is being trained its block files lie there; when it is finished they are brought home.
 """
 
-import contextlib
-import errno
-import fcntl
-import hashlib
 import json
-import os
-import platform
-import re
 import shutil
-import sys
-import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from importlib import metadata
 from pathlib import Path
@@ -259,130 +250,6 @@ def write_text(path: Path, text: str) -> None:
         raise storage_error("cannot write", path, error) from error
 
 
-def create_run(
-    path: Path,
-    settings: Settings,
-    plan: dict[str, Any],
-    data: Any,
-    *,
-    data_source: str,
-    data_fingerprint: str,
-    class_names: tuple[str, ...],
-    tokenizer: Tokenizer | None = None,
-    init: InitFields | None = None,
-) -> RunDirectory:
-    """Lay out a new run directory; `seal_run` makes it valid once its blocks exist.
-
-    What a process left that was killed while it created a run here is used again or removed.
-
-    Raises:
-        ConfigError: there is a run already.
-        StorageError: the disk refused.
-    """
-    check_free(path)
-    run = RunDirectory(
-        path=path,
-        run_id=_unfinished_id(path) or uuid.uuid4().hex,
-        settings=settings,
-        plan=plan,
-        data=data,
-        data_source=data_source,
-        data_fingerprint=data_fingerprint,
-        class_names=class_names,
-        tokenizer=tokenizer,
-        init=init,
-    )
-    if settings.run.work_dir is not None and (path / "blocks").exists():
-        raise ConfigError(f"{path} has a folder `blocks` already, which --work-dir replaces; choose another --out")
-    try:
-        (path / "samples").mkdir(parents=True, exist_ok=True)
-        run.write_json("env.json", {"run_id": run.run_id, **environment()})  # first: it tells whose the blocks are
-        run.blocks_folder.mkdir(parents=True, exist_ok=True)
-        for stale in run.blocks_folder.glob("block_*.safetensors"):
-            stale.unlink()
-    except OSError as error:
-        raise storage_error("cannot create the run directory", path, error) from error
-    remove_leftovers(run)
-    run.save_settings()
-    run.write_json("plan.json", plan)
-    if tokenizer is not None and (definition := tokenizer.to_json()) is not None:
-        write_text(path / TOKENIZER_FILE, definition)
-    return run
-
-
-def check_free(path: Path) -> None:
-    """That a new run may be created in a directory.
-
-    Raises:
-        ConfigError: there is a run already, or what was one before it lost its manifest.
-    """
-    if (path / "manifest.json").exists():
-        raise ConfigError(f"{path} holds a run already; go on with --resume {path}, or choose another --out")
-    if (path / "metrics.jsonl").exists():  # which is written when the manifest exists
-        raise ConfigError(
-            f"{path} holds trained blocks, but no manifest.json; put that file back from a copy and go on with "
-            f"--resume {path}, or choose another --out"
-        )
-
-
-def _unfinished_id(path: Path) -> str | None:
-    """The identity of a run whose creation was interrupted: its folder in a work directory is used again."""
-    with contextlib.suppress(RunError):
-        run_id = read_json(path / "env.json").get("run_id")
-        return run_id if isinstance(run_id, str) and re.fullmatch(r"[0-9a-f]{32}", run_id) else None
-    return None
-
-
-@contextlib.contextmanager
-def locked(path: Path, note: Callable[[str], None]) -> Iterator[None]:
-    """Keeps a second training process out of a run directory.
-
-    The kernel holds the lock and drops it when the process ends in whatever way, so none survives a crash or a reboot.
-
-    Raises:
-        RunError: another process trains this run.
-        StorageError: the directory cannot be written.
-    """
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-    except OSError as error:
-        raise storage_error("cannot write in the run directory", path, error) from error
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            holder = os.read(descriptor, 200).decode(errors="replace").strip() or "an unknown process"
-            raise RunError(
-                f"{path} is being trained by {holder}; wait until it ends, or stop it (Ctrl-C saves), then start again"
-            ) from error
-        except OSError as error:
-            if error.errno not in (errno.ENOTSUP, errno.ENOLCK, errno.EINVAL):
-                raise storage_error("cannot lock the run directory", path, error) from error
-            note(f"{path} is on a file system without locks: take care that only one process trains this run")
-        with contextlib.suppress(OSError):  # the text is for people; a full disk must not stop a run here
-            os.ftruncate(descriptor, 0)
-            os.pwrite(descriptor, f"process {os.getpid()} on {platform.node()}\n".encode(), 0)
-        yield
-    finally:
-        os.close(descriptor)
-
-
-@contextlib.contextmanager
-def locked_away(run: RunDirectory, note: Callable[[str], None]) -> Iterator[None]:
-    """Keeps copies of a run directory, which name the same work directory, from using it at the same time.
-
-    Raises:
-        RunError: another process trains there.
-    """
-    away = run.away_folder
-    if away is None or not away.is_dir():
-        yield
-        return
-    with locked(away, note):
-        yield
-
-
 def remove_leftovers(run: RunDirectory) -> None:
     """Delete the temporary files that killed processes left behind. The run must be locked.
 
@@ -420,27 +287,6 @@ def bring_blocks_home(run: RunDirectory) -> None:
             cause = error if isinstance(error, OSError) else OSError(str(error))
             raise storage_error(f"cannot move the blocks from {away}, where they stay,", home, cause) from error
     shutil.rmtree(away, ignore_errors=True)
-
-
-def seal_run(run: RunDirectory) -> None:
-    """Write the manifest: from now on the directory is a run that can be resumed."""
-    data = {**asdict(run.data), "source": run.data_source, "fingerprint": run.data_fingerprint}
-    if run.tokenizer is not None:
-        definition = run.tokenizer.to_json()
-        digest = None if definition is None else hashlib.sha256(definition.encode()).hexdigest()
-        data |= {"tokenizer": run.tokenizer.kind, "tokenizer_sha256": digest}
-    run.write_json(
-        "manifest.json",
-        {
-            "format_version": RUN_FORMAT_VERSION,
-            "edgeblocks": metadata.version("edgeblocks"),
-            "run_id": run.run_id,
-            "family": run.settings.run.family,
-            "data": data,
-            "class_names": list(run.class_names),
-            **({} if run.init is None else {"init": run.init.model_dump()}),
-        },
-    )
 
 
 def open_run(path: Path) -> RunDirectory:
@@ -501,20 +347,6 @@ def open_run(path: Path) -> RunDirectory:
     check_checksum(path / "plan.json", run.plan)
     check_config(path / "config.yaml")
     return run
-
-
-def environment() -> dict[str, Any]:
-    """Versions and machine, so that a result can be reproduced."""
-    import torch
-
-    packages = ("edgeblocks", "torch", "numpy", "safetensors")
-    return {
-        "python": sys.version.split()[0],
-        "platform": platform.platform(),
-        "processor": platform.machine(),
-        "threads": torch.get_num_threads(),
-        "packages": {name: metadata.version(name) for name in packages},
-    }
 
 
 def _tokenizer_of(path: Path, manifest: TextManifestFields) -> Tokenizer:

@@ -20,12 +20,13 @@ from pathlib import Path
 from typing import Any
 
 from edgeblocks import api
-from edgeblocks.checkpoint import environment, open_run, write_text
+from edgeblocks.checkpoint import open_run, write_text
 from edgeblocks.config import Settings
 from edgeblocks.errors import ConfigError, DoesNotFitError, EdgeblocksError, RunError
 from edgeblocks.listener import Listener
 from edgeblocks.quality import EXAMPLES, MEASURES
 from edgeblocks.registry import family_type
+from edgeblocks.run_creation import environment
 from edgeblocks.run_files import read_records
 
 DEFAULT_ARMS = ("diffusion", "exact", "plain", "plain+ckpt+8bit")

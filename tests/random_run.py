@@ -3,12 +3,12 @@
 import numpy as np
 import torch
 
-from edgeblocks.checkpoint import create_run, seal_run
 from edgeblocks.config import resolve_settings
 from edgeblocks.data.images import open_images
 from edgeblocks.data.text import open_text
 from edgeblocks.registry import family_type
 from edgeblocks.run import Run
+from edgeblocks.run_creation import create_run, seal_run
 from edgeblocks.scheduler import EmaLoader
 from edgeblocks.store import BlockBuffer
 

@@ -20,13 +20,13 @@ from test_equality import StopAfter
 from typer.testing import CliRunner
 
 import edgeblocks
-from edgeblocks.checkpoint import locked
 from edgeblocks.cli import app
 from edgeblocks.errors import InterruptedRunError
 from edgeblocks.listener import Silent
 from edgeblocks.report.bars import Part, stacked_bar
 from edgeblocks.report.figures import Reference, Series, line_figure, moving_mean
 from edgeblocks.report.looks import MOST_LOOKS, read_looks
+from edgeblocks.run_locks import locked
 from edgeblocks.units import format_bytes, format_duration
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -71,7 +71,8 @@ def lay_out(path, like, cache, *, fails_at=None, limit=0, **changes):
     Args:
         fails_at: the part before which the size of files is limited to `limit` bytes.
     """
-    from edgeblocks.checkpoint import create_run, open_run, seal_run
+    from edgeblocks.checkpoint import open_run
+    from edgeblocks.run_creation import create_run, seal_run
     from edgeblocks.trainer import create_blocks
 
     os.environ["EDGEBLOCKS_CACHE"] = str(cache)
@@ -117,7 +118,7 @@ def allow_writes(folder):
 
 def hold_lock(path, connection):
     """Hold a run's lock until killed."""
-    from edgeblocks.checkpoint import locked
+    from edgeblocks.run_locks import locked
 
     with locked(path, print):
         connection.send(os.getpid())
