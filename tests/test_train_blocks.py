@@ -96,6 +96,15 @@ def test_streamed_stages_give_the_bits_of_resident_ones(run, tmp_path, slots):
     assert edgeblocks.resume(again.path).summary == again.summary  # it is finished, though frozen stages made no step
 
 
+def test_what_was_trained_in_part_is_used_as_any_other(run, tmp_path):
+    """Its files have different sizes, and the one with most bytes need not be the one with most weights."""
+    _, _, made = run
+    assert made.evaluate(samples=2)["steps"] == [8] * 4
+    made.export(tmp_path / "onnx")
+    written = made.save_weights(tmp_path / "weights.safetensors")
+    assert written["tensors"] == len(whole_weights(made))
+
+
 @given(
     trained=st.lists(st.booleans(), min_size=1, max_size=7).filter(any).map(tuple),
     slots=st.integers(1, 7),
