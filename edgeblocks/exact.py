@@ -2,8 +2,8 @@
 
 A network is cut into stages (`sections`). A step sends all its micro-batches forward through one stage after the
 other, keeping what enters each, and then backward from the last stage to the first: a stage is run again from what
-entered it, now followed by autograd, and updated as soon as its gradient is complete. A stage is needed twice a step,
-the last one once; where some are frozen, those below the lowest trained one once, forward.
+entered it, now followed by autograd, and updated when its gradient is complete, or later (`stage_updates`). A stage is
+needed twice a step, the last one once; where some are frozen, those below the lowest trained one once, forward.
 
 The gradients are those of ordinary back-propagation. What a condition contributes to the stem is summed in the order in
 which autograd sums it when all stages are one graph: from the last layer to the first, one at a time.

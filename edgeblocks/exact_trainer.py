@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from edgeblocks.checkpoint import RunDirectory
 from edgeblocks.data.dataset import DataSet
@@ -20,10 +20,11 @@ from edgeblocks.plans import StepShape
 from edgeblocks.sections import network_of
 from edgeblocks.stage_order import traffic_of_a_step, uses_of_a_step
 from edgeblocks.stage_slots import Need, StageSlots
+from edgeblocks.stage_updates import StageUpdates, UpdatedAtOnce, UpdatedLater
 from edgeblocks.store import BlockBuffer, bind_parameters_
 from edgeblocks.trainer import METRICS_RECORDS, Interruption, Progress
 from edgeblocks.units import format_bytes, parse_size
-from edgeblocks.update import adamw_, clip_, ema_exponent, follow_, learning_rate_at
+from edgeblocks.update import adamw_, ema_exponent, follow_, learning_rate_at
 
 
 class ExactTrainer:
@@ -35,14 +36,15 @@ class ExactTrainer:
         (self.range,) = run.partition.ranges
         self.store, self.layouts = slots.store, slots.store.layouts
         self.device = slots.device
-        self._trained, self._uses = run.trained, uses_of_a_step(run.trained)
+        self._trained, self._late = run.trained, self.settings.clip_by == "network"
+        self._uses = uses_of_a_step(self._trained, late=self._late)
         most = max(layout.num_parameters for layout, one in zip(self.layouts, self._trained, strict=True) if one)
         self._gradients = torch.empty(most, device=self.device).zero_()  # touched at once
         quantized = any(layout.num_quantized for layout in self.layouts)
         self._workspace = Workspace.for_device(self.device) if quantized else None
         self._ema_exponent = ema_exponent(self.settings.ema_length)
         self._metrics_every = max(1, self.settings.steps // METRICS_RECORDS)
-        self._squares = 0.0
+        self._updates = self._updates_of(self._gradients)
         self._changing = False
         """Whether some stages have made a step that others have not."""
         self._networks: dict[tuple[int, int], nn.Module] = {}
@@ -92,7 +94,7 @@ class ExactTrainer:
             return
         files = NextBlocks(self.store)
         try:
-            self.slots.checkpoint(files, number, self._trained)
+            self.slots.checkpoint(files, number, self._trained, self._updates.finish)
         except FloatingPointError as error:
             files.recover()
             raise self._diverged(f"{error} has weights that are no numbers", number) from error
@@ -119,8 +121,8 @@ class ExactTrainer:
             return
         written = self.store.run_bytes_written
         sizes = [self.store.file_bytes(stage) for stage, one in enumerate(self._trained) if one]
-        swapped = traffic_of_a_step(self._trained, self.slots.num_slots).put_away * max(sizes)
-        most = written + swapped + sum(sizes)
+        swapped = traffic_of_a_step(self._trained, self.slots.num_slots, late=self._late).put_away * max(sizes)
+        most = written + swapped + self._updates.step_bytes + sum(sizes)
         if most > parse_size(allowed):
             self._checkpoint(number)
             raise WriteLimitError(
@@ -148,16 +150,17 @@ class ExactTrainer:
         going = Pass(self.family, batch, num_stages=len(self.layouts), lowest=lowest)
         for use, then in zip(self._uses, [*self._uses[1:], self._uses[0]], strict=True):
             with self.slots.use(Need.of(use), then=Need.of(then)) as buffer:
+                self._updates.finish(use.stage, buffer)
                 if not use.backward:
                     self._go(partial(self._forward, going, use.stage, buffer))
                     continue
                 self._go(partial(self._backward, going, use.stage, buffer))
                 if use.stage == last and not math.isfinite(going.loss):
                     raise self._diverged(f"the loss is {going.loss}", number)
-                if use.changes:
-                    self._update(buffer, number)
-                    self._changing = use.stage > lowest
-        self._note(number, going.loss, drawn - started, started)
+                if self._trained[use.stage]:
+                    self._learn_from(use.stage, buffer, number)
+                    self._changing = use.stage > lowest and not self._late
+        self._note(number, going.loss, self._norm(number), drawn - started, started)
 
     def _go(self, through: Callable[[StepShape], None]) -> None:
         """Through a stage; what memory is refused to is done again with fewer samples at a time.
@@ -189,13 +192,38 @@ class ExactTrainer:
         network = self._network(stage, buffer)
         going.backward(stage, network, micro_batch=shape.micro_batch, checkpointing=shape.checkpointing)
 
-    def _update(self, buffer: BlockBuffer, number: int) -> None:
+    def _updates_of(self, gradients: Tensor) -> StageUpdates:
+        """How stages learn, as the settings have it."""
+        clip = self.settings.clip
+        if not self._late:
+            return UpdatedAtOnce(gradients, self._learn, clip=clip)
+        return UpdatedLater(
+            gradients,
+            self._learn,
+            clip=clip,
+            folder=self.store.folder,
+            layouts=self.layouts,
+            trained=self._trained,
+            times=self.slots.times,
+        )
+
+    def _learn_from(self, stage: int, buffer: BlockBuffer, number: int) -> None:
+        try:
+            self._updates.complete(stage, self._network(stage, buffer), buffer, number)
+        except FloatingPointError as error:
+            raise self._diverged(str(error), number) from error
+
+    def _norm(self, number: int) -> float:
+        """Of the whole gradient, when it is complete."""
+        try:
+            norm = self._updates.end_step(number)
+        except FloatingPointError as error:
+            raise self._diverged(str(error), number) from error
+        self.store.bytes_written += self._updates.step_bytes
+        return norm
+
+    def _learn(self, buffer: BlockBuffer, gradients: Tensor, number: int) -> None:
         settings = self.settings
-        gradients = self._gradients[: buffer.layout.num_parameters]
-        norm = clip_(gradients, settings.clip)
-        if not math.isfinite(norm):
-            raise self._diverged(f"the gradient's norm is {norm}", number)
-        self._squares += norm**2
         rate = learning_rate_at(number, steps=settings.steps, warmup=settings.warmup, peak=settings.learning_rate)
         adamw_(
             buffer,
@@ -222,7 +250,7 @@ class ExactTrainer:
         bind_parameters_(network, buffer.tensors("weights"), self._gradients if self._trained[stage] else None)
         return network.train()
 
-    def _note(self, number: int, loss: float, data_s: float, started: float) -> None:
+    def _note(self, number: int, loss: float, norm: float, data_s: float, started: float) -> None:
         progress, step_s = self.progress, time.perf_counter() - started
         stalled = self.slots.times.stall_s - progress.stall_s
         progress.step, progress.steps_done = number + 1, number + 1
@@ -234,7 +262,6 @@ class ExactTrainer:
         progress.losses[0] = former + 0.05 * (loss - former)
         speed = self.settings.batch / step_s
         progress.examples_per_s += (0.1 if progress.examples_per_s else 1.0) * (speed - progress.examples_per_s)
-        norm, self._squares = math.sqrt(self._squares), 0.0
         if progress.step % self._metrics_every == 0 or progress.step == self.settings.steps:
             self.run.append_metrics(
                 {

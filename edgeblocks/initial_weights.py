@@ -146,6 +146,10 @@ def _in_its_block(name: str) -> str:
     return re.sub(r"^block_\d+\.", "", name)
 
 
+def _is_of_blocks(names: Iterable[str]) -> bool:
+    return any(_in_its_block(name) != name for name in names)
+
+
 def _parts(names: Iterable[str]) -> list[str]:
     return list(dict.fromkeys(_in_its_block(name).partition(".")[0] for name in names))
 
@@ -155,6 +159,9 @@ def _differences(
 ) -> list[str]:
     """In what a file differs from what is wanted of it; `shapes` are those of the whole network."""
     there = file.tensors
+    if wanted and _is_of_blocks(there) != _is_of_blocks(wanted):
+        other = ("exact", "one network") if _is_of_blocks(wanted) else ("diffusion", "blocks that are trained alone")
+        return [f"it has the names of {other[1]}; use --method {other[0]}, or write the tensors under other names"]
     missing = [name for name in wanted if name not in there]
     extra = [name for name in there if name not in shapes]
     reshaped = [name for name, shape in wanted.items() if name in there and there[name].shape != shape]

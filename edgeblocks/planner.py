@@ -357,6 +357,11 @@ def _warnings(num_layers: int, chosen: Candidate, wishes: Wishes, *, cut_by_budg
         )
     if not exact and wishes.blocks is None and chosen.blocks > wishes.preferred_blocks:
         found.append(f"{chosen.blocks} blocks instead of the preferred {wishes.preferred_blocks}: fewer do not fit")
+    if wishes.clip_by == "network":
+        found.append(
+            "clip_by=network: every step writes the gradients of all trained stages to disk and reads them, 4 bytes a "
+            "parameter, because the norm of all is known at its end; clip_by=stage does not"
+        )
     if wishes.trained is not None and cut_by_budget:
         found.append(
             f"--train-blocks counts the {chosen.blocks} stages that the budget chose, and another budget may cut the "

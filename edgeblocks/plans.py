@@ -10,6 +10,9 @@ from edgeblocks.noise import NoisePartition
 Method = Literal["diffusion", "exact"]
 """Each block alone as a denoiser, or the whole network end to end, stage by stage."""
 
+Clipping = Literal["stage", "network"]
+"""By which norm a gradient is clipped: each block's or stage's by its own, or all stages' by the whole network's."""
+
 DAY_S = 86_400.0
 UPDATE_S_PER_PARAMETER = 4e-9
 """Clipping, 8-bit AdamW and EMA, measured on two cores."""
@@ -64,6 +67,7 @@ class Wishes:
     blocks: int | None = None
     trained: tuple[int, ...] | None = None
     """Numbers of the stages that are trained end to end, the others being frozen; None: all."""
+    clip_by: Clipping = "stage"
     micro_batch: int | None = None
     checkpointing: bool | None = None
     visit_steps: int | None = None

@@ -37,6 +37,10 @@ RAM_BUDGET = "50%"
 NEVER_RUN_ON_A_GPU = (
     "not yet run on a GPU: what trains there was exercised on processors only, and the device's figures are predictions"
 )
+NOTHING_LEARNED = (
+    "stage {stage}, which has the readout, is frozen and begins as a new network does: in the families that come with "
+    "edgeblocks a new readout is zero, so that nothing is learned; give the weights with --init, or train it too"
+)
 A_GPU_IS_HERE = "torch sees a GPU here and training uses the processor; --target cuda uses the GPU (not yet run on one)"
 
 
@@ -89,6 +93,8 @@ def prepare(settings: Settings, out: Path, listener: Listener) -> Prepared:
     plan = make_plan(costs, machine, _wishes(settings, data_set, data, budgets))
     if run.target == "auto" and torch_sees_a_gpu():
         plan = replace(plan, warnings=(A_GPU_IS_HERE, *plan.warnings))
+    if run.init is None and plan.trained is not None and plan.chosen.blocks - 1 not in plan.trained:
+        plan = replace(plan, warnings=(*plan.warnings, NOTHING_LEARNED.format(stage=plan.chosen.blocks - 1)))
     initial = _initial_weights(settings, data, plan, listener)
     return Prepared(
         settings=settings,
@@ -106,8 +112,8 @@ def _check_method(run: RunSettings, *, beside_a_host: bool) -> None:
     """That a network can be trained this way there.
 
     Raises:
-        ConfigError: end to end on a GPU, or in stages that the family does not have; some blocks alone, where each
-            is alone anyway.
+        ConfigError: end to end on a GPU, or in stages that the family does not have; or what only stages have,
+            where blocks are trained alone.
     """
     if run.method == "exact" and beside_a_host:
         raise ConfigError("--method exact trains on the processor only as yet; use --target cpu, or --method diffusion")
@@ -115,6 +121,11 @@ def _check_method(run: RunSettings, *, beside_a_host: bool) -> None:
         raise ConfigError(
             f"--blocks {run.blocks}: all layers of a {run.family} that is trained end to end are one stage; leave "
             f"--blocks out"
+        )
+    if run.method != "exact" and run.clip_by == "network":
+        raise ConfigError(
+            f"clip_by=network clips by the norm of a whole network's gradient, and with --method {run.method} there is "
+            f"none: each block is trained alone and clipped by its own; leave clip_by out, or use --method exact"
         )
     if run.method != "exact" and run.train_blocks is not None:
         raise ConfigError(
@@ -293,6 +304,7 @@ def _wishes(settings: Settings, data_set: DataSet, data: Any, budgets: tuple[int
         preferred_blocks=family_type(run.family).preferred_blocks,
         method=run.method,
         trained=run.trained_blocks,
+        clip_by=run.clip_by,
         data_bytes=data_set.batch_resident_bytes(run.batch),
         grid_samples=GRID_SAMPLES[family_type(run.family).task],
         sample_bytes=grid_sample_bytes(build_family(run.family, asdict(settings.family), asdict(data), run.method)),

@@ -31,6 +31,16 @@ class StreamTimes:
     load_s: float = 0.0
     store_s: float = 0.0
 
+    def waited_for_loading(self, started: float) -> None:
+        """The training thread itself read something from then until now, by `time.perf_counter`."""
+        waited_s = time.perf_counter() - started
+        self.load_s, self.stall_s = self.load_s + waited_s, self.stall_s + waited_s
+
+    def waited_for_storing(self, started: float) -> None:
+        """The same of something that it wrote."""
+        waited_s = time.perf_counter() - started
+        self.store_s, self.stall_s = self.store_s + waited_s, self.stall_s + waited_s
+
 
 @dataclass
 class ResidentBlock:

@@ -6,6 +6,7 @@ that one are frozen and run forward only; frozen ones above it pass the gradient
 
 import functools
 from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 
@@ -27,24 +28,30 @@ class Traffic:
     rest_fetched: int
 
 
-def uses_of_a_step(trained: tuple[bool, ...]) -> list[Use]:
+def uses_of_a_step(trained: tuple[bool, ...], *, late: bool = False) -> list[Use]:
     """The uses of a step, in order.
 
     Args:
         trained: of each stage whether it is; one at least.
+        late: whether a stage is updated when it is used next, not when its gradient is complete (`stage_updates`).
 
     >>> [(use.stage, use.changes) for use in uses_of_a_step((True, True, True))]
     [(0, False), (1, False), (2, True), (1, True), (0, True)]
     >>> [(use.stage, use.backward, use.changes) for use in uses_of_a_step((False, True, False))]
     [(0, False, False), (1, False, False), (2, True, False), (1, True, True)]
+    >>> [(use.stage, use.backward, use.changes) for use in uses_of_a_step((True, True), late=True)]
+    [(0, False, True), (1, True, True), (0, True, False)]
     """
     last, lowest = len(trained) - 1, trained.index(True)
-    forward = [Use(stage=stage, backward=False, changes=False) for stage in range(last)]
-    return forward + [Use(stage=stage, backward=True, changes=trained[stage]) for stage in range(last, lowest - 1, -1)]
+    forward = [Use(stage=stage, backward=False, changes=late and trained[stage]) for stage in range(last)]
+    return forward + [
+        Use(stage=stage, backward=True, changes=trained[stage] and (stage == last or not late))
+        for stage in range(last, lowest - 1, -1)
+    ]
 
 
 @functools.cache
-def traffic_of_a_step(trained: tuple[bool, ...], slots: int) -> Traffic:
+def traffic_of_a_step(trained: tuple[bool, ...], slots: int, *, late: bool = False) -> Traffic:
     """What a step moves with so many stages in memory, when all have begun to change places.
 
     The stage that was used longest ago gives way. If all are trained, one that is in memory from its update to its next
@@ -58,20 +65,21 @@ def traffic_of_a_step(trained: tuple[bool, ...], slots: int) -> Traffic:
     stages = len(trained)
     if slots >= stages:
         return Traffic(put_away=0, weights_fetched=0, rest_fetched=0)
-    if all(trained):
+    if all(trained) and not late:
         swapped = min(stages, 2 * (stages - slots))
         return Traffic(put_away=swapped, weights_fetched=2 * (stages - slots), rest_fetched=swapped)
     held: OrderedDict[int, tuple[bool, bool]] = OrderedDict()
     """Of each stage in memory, the one that was used longest ago first: whether it changed, and whether it is whole."""
+    uses = uses_of_a_step(trained, late=late)
     for _ in range(3):
-        _gone_through(trained, slots, held)
-    return _gone_through(trained, slots, held)
+        _gone_through(uses, slots, held)
+    return _gone_through(uses, slots, held)
 
 
-def _gone_through(trained: tuple[bool, ...], slots: int, held: OrderedDict[int, tuple[bool, bool]]) -> Traffic:
+def _gone_through(uses: Sequence[Use], slots: int, held: OrderedDict[int, tuple[bool, bool]]) -> Traffic:
     """What one step moves; `held` is as the step before it left it, and is changed."""
     put_away = weights_fetched = rest_fetched = 0
-    for use in uses_of_a_step(trained):
+    for use in uses:
         if use.stage not in held:
             if len(held) == slots:
                 put_away += held.popitem(last=False)[1][0]

@@ -10,7 +10,7 @@ nothing after a crash. What survives one are the run's block files, which `check
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -134,11 +134,16 @@ class StageSlots:
         for slot in self._slots:
             self._wait(slot)
 
-    def checkpoint(self, files: NextBlocks, step: int, trained: Sequence[bool]) -> None:
+    def checkpoint(
+        self, files: NextBlocks, step: int, trained: Sequence[bool], finish: Callable[[int, BlockBuffer], None]
+    ) -> None:
         """Write every trained stage into its new file; they have made `step` steps. The others never change.
 
         These files must become the run's before a stage is used again: from then on they have its newest bytes. Stages
         in memory come first, so that none of them has to be put away for another.
+
+        Args:
+            finish: called with each stage before it is written, and may change it.
 
         Raises:
             FloatingPointError: a stage has weights that are no numbers.
@@ -147,6 +152,7 @@ class StageSlots:
         stages = [stage for stage, one in enumerate(trained) if one]
         for stage in sorted(stages, key=lambda stage: stage not in here):
             with self.use(Need(stage=stage, parts=PARTS, changes=False), then=None) as buffer:
+                finish(stage, buffer)
                 if not math.isfinite(buffer.flat("weights").sum() + buffer.flat("ema").sum()):
                     raise FloatingPointError(f"stage {stage}")
                 files.write(stage, buffer, step)

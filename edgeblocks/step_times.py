@@ -31,7 +31,7 @@ def predicted_step_s(
 
 @dataclass(frozen=True, kw_only=True)
 class StagedStep:
-    """A step of all stages: seconds of computing, seconds beyond them that it waits for stages, bytes it puts away."""
+    """A step of all stages: seconds of computing, seconds that it waits for the disk beyond them, bytes put away."""
 
     step_s: float
     stall_s: float
@@ -51,7 +51,8 @@ def staged_step(
     """A step of end-to-end training in `blocks` stages, of which `slots` are in memory.
 
     A trained stage takes as long as a block; a frozen one above the lowest trained one passes a gradient on, which is
-    half of a backward pass, without an update; and all but the last one run forward once more.
+    half of a backward pass, without an update; and all but the last one run forward once more. Gradients that wait for
+    the norm of all are written and read while nothing is computed.
     """
     num_layers = math.ceil(costs.num_layers / blocks)
     trained = wishes.trained_stages(blocks)
@@ -61,13 +62,16 @@ def staged_step(
     forward_s = wishes.batch * costs.num_layers * costs.layer_flops_per_sample / machine.flops_per_s
     step_s = sum(trained) * stage_s + passed * 2 / 3 * (stage_s - parameters * machine.update_s_per_parameter)
     step_s += (blocks - 1) / blocks * forward_s
-    traffic = traffic_of_a_step(trained, slots)
+    late = wishes.clip_by == "network"
+    traffic = traffic_of_a_step(trained, slots, late=late)
     rest_bytes = 4 * parameters + costs.moment_bytes(num_layers, wishes.optimizer)
     fetched_bytes = 4 * parameters * traffic.weights_fetched + rest_bytes * traffic.rest_fetched
     put_away_bytes = (4 * parameters + rest_bytes) * traffic.put_away
+    waiting_bytes = 4 * parameters * sum(trained) * late
+    waiting_s = waiting_bytes / machine.disk_read_bytes_per_s + waiting_bytes / machine.disk_write_bytes_per_s
     moving_s = fetched_bytes / machine.disk_read_bytes_per_s + put_away_bytes / machine.disk_write_bytes_per_s
     return StagedStep(
         step_s=step_s,
-        stall_s=max(streaming_share(slots) * moving_s, moving_s - step_s),
-        put_away_bytes=put_away_bytes,
+        stall_s=max(streaming_share(slots) * moving_s, moving_s - step_s) + waiting_s,
+        put_away_bytes=put_away_bytes + waiting_bytes,
     )

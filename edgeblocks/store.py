@@ -238,7 +238,7 @@ class BlockStore:
 
     def buffer(self, parts: Sequence[Part] = PARTS) -> BlockBuffer:
         """Memory for these parts of any of the blocks."""
-        return BlockBuffer(max(self.layouts, key=lambda layout: layout.num_bytes), parts)
+        return BlockBuffer(max(self.layouts, key=lambda one: sum(one.part_span(part)[1] for part in parts)), parts)
 
     def _kept(self, block: int) -> str:
         """What is not lost with a damaged file, and what to do."""

@@ -62,6 +62,9 @@ def plain_training(run, steps):
         init_section_(family, section, own, generator_at(told.seed, "init", stage))
         for name, _ in own if not directory.trained[stage] else ():
             named[whole_name(name, directory.file_layers, stage)].requires_grad_(False)
+    if told.init is not None:
+        for name, value in load_file(told.init).items():
+            named[name].data.copy_(torch.from_numpy(value))
     learning = [parameter for parameter in named.values() if parameter.requires_grad]
     vectors = [parameter for parameter in learning if parameter.ndim < 2]
     matrices = [parameter for parameter in learning if parameter.ndim >= 2]
@@ -80,6 +83,8 @@ def plain_training(run, steps):
             loss = family.loss(network, part).sum() / told.batch
             loss.backward()
             losses[-1] += loss.item()
+        if told.clip_by == "network":
+            torch.nn.utils.clip_grad_norm_(named.values(), told.clip)
         rate = learning_rate_at(step, steps=told.steps, warmup=told.warmup, peak=told.learning_rate)
         for group in optimizer.param_groups:
             group["lr"] = rate
@@ -264,7 +269,7 @@ def test_a_stage_is_what_it_was_when_it_was_used_last(tmp_path_factory, slots, u
                     held.content.add_(number + 1)
     for step in (2, 3):  # the second finds stages that nothing has changed since the first
         files = NextBlocks(store)
-        given_out.checkpoint(files, step=step, trained=(True,) * 4)
+        given_out.checkpoint(files, step=step, trained=(True,) * 4, finish=lambda stage, buffer: None)
         files.commit()
         for stage in range(4 if step == 2 else 0):
             with given_out.use(Need(stage=stage, parts=PARTS, changes=stage == 1), then=None) as buffer:
@@ -318,7 +323,7 @@ def test_a_checkpoint_puts_nothing_away(tmp_path):
             pass
     given_out.flush()
     before, files = store.bytes_written, NextBlocks(store)
-    given_out.checkpoint(files, step=1, trained=(True,) * 4)
+    given_out.checkpoint(files, step=1, trained=(True,) * 4, finish=lambda stage, buffer: None)
     files.commit()
     saved = store.bytes_written
     assert saved - before == sum(store.path(stage).stat().st_size for stage in range(4))

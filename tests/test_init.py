@@ -176,6 +176,16 @@ def test_everything_that_is_wrong_is_told_together(weights, tmp_path):
         assert re.search(told, str(refused.value)), told
 
 
+def test_names_of_the_other_method_are_told_in_a_word(weights, tmp_path):
+    alone = {**SMALL, "method": "diffusion"}
+    with pytest.raises(ConfigError, match="it has the names of one network; use --method exact"):
+        edgeblocks.plan(init=str(weights), **alone)
+    tensors = {f"block_0.{name}": torch.from_numpy(value) for name, value in load_file(weights).items()}
+    save_file(tensors, tmp_path / "alone.safetensors")
+    with pytest.raises(ConfigError, match="names of blocks that are trained alone; use --method diffusion"):
+        edgeblocks.plan(init=str(tmp_path / "alone.safetensors"), **SMALL)
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_values_that_are_no_numbers_are_refused(weights, tmp_path, value):
     """Wherever they stand, and only where they are used."""

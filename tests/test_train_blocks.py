@@ -1,30 +1,44 @@
 """Some stages are trained end to end while the others are frozen."""
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from made_up_plans import MACHINE, WISHES, costs
 from safetensors.numpy import load_file
+from safetensors.torch import save_file
 from test_equality import StopAfter, assert_same_bits
 from test_exact import KINDS, plain_training, trained, whole_weights
 
 import edgeblocks
 from edgeblocks.errors import ConfigError, InterruptedRunError, RunError
 from edgeblocks.planner import make_plan
+from edgeblocks.registry import build_family
 from edgeblocks.stage_order import traffic_of_a_step, uses_of_a_step
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 MADE = {"blocks": 4, "tier": "ram", "micro_batch": 8, "optimizer": "adamw", "clip": 1e9, "steps": 8}
-CASES = [("dit", "0,2"), ("vit", "2,3"), ("mdlm", "1")]
+CASES = [("dit", "0,3"), ("vit", "2,3"), ("mdlm", "1")]
 
 
 def made_of(kind):
     return {**MADE, "micro_batch": KINDS[kind]["batch"] // 2}
+
+
+def random_weights(kind, path):
+    """A file of random weights, no part of which is zero."""
+    prepared = edgeblocks.plan(**KINDS[kind], method="exact", mem_budget="4GB")
+    told = prepared.settings
+    family = build_family(told.run.family, asdict(told.family), asdict(prepared.data), "exact")
+    network, generator = family.block(num_layers=6, checkpointing=False), torch.Generator().manual_seed(0)
+    named = network.named_parameters()
+    save_file({name: 0.1 * torch.randn(parameter.shape, generator=generator) for name, parameter in named}, path)
+    return str(path)
 
 
 @pytest.fixture(scope="module", params=CASES, ids=lambda case: f"{case[0]}-{case[1]}")
@@ -32,7 +46,10 @@ def run(request, tmp_path_factory):
     """A run with some of its four stages trained, all in memory."""
     kind, numbers = request.param
     out = tmp_path_factory.mktemp(kind) / "run"
-    return kind, numbers, trained(kind, out, train_blocks=numbers, **made_of(kind))
+    made = made_of(kind)
+    if "3" not in numbers:  # a frozen readout of zeros would let nothing be learned
+        made["init"] = random_weights(kind, out.with_name("init.safetensors"))
+    return kind, {**made, "train_blocks": numbers}, trained(kind, out, train_blocks=numbers, **made)
 
 
 def test_it_is_plain_pytorch_with_frozen_parameters(run):
@@ -40,9 +57,12 @@ def test_it_is_plain_pytorch_with_frozen_parameters(run):
 
     The frozen ones are what they were, and what their average is.
     """
-    _, numbers, made = run
+    _, settings, made = run
+    numbers = settings["train_blocks"]
     named, losses = plain_training(made, steps=8)
-    assert [record["loss"] for record in made.directory.metrics()] == losses and len(set(losses)) == 8
+    records = list(made.directory.metrics())
+    assert [record["loss"] for record in records] == losses and len(set(losses)) == 8
+    assert all(record["gradient_norm"] > 0 for record in records)
     weights = whole_weights(made)
     for name, parameter in named.items():
         np.testing.assert_array_equal(weights[name], parameter.detach().numpy(), err_msg=name)
@@ -58,8 +78,8 @@ def test_it_is_plain_pytorch_with_frozen_parameters(run):
 @pytest.mark.parametrize("slots", [1, 2, 3])
 def test_streamed_stages_give_the_bits_of_resident_ones(run, tmp_path, slots):
     """With checkpoints every three steps, and activation checkpointing; frozen files are never written again."""
-    kind, numbers, made = run
-    settings = {**made_of(kind), "tier": "disk", "checkpointing": True, "visit_steps": 3, "train_blocks": numbers}
+    kind, settings, made = run
+    settings = {**settings, "tier": "disk", "checkpointing": True, "visit_steps": 3}
     with pytest.raises(InterruptedRunError):
         trained(kind, tmp_path / "run", listener=StopAfter(1), **settings)
     plan = json.loads((tmp_path / "run/plan.json").read_text())
@@ -72,8 +92,17 @@ def test_streamed_stages_give_the_bits_of_resident_ones(run, tmp_path, slots):
     assert_same_bits(made.path, again.path, blocks=4)
     assert again.summary["metrics"]["validation"] == made.summary["metrics"]["validation"]
     written = [path.stat().st_mtime_ns != before for path, before in zip(files, born, strict=True)]
-    assert written == [str(stage) in numbers for stage in range(4)]
+    assert written == list(made.directory.trained)
     assert edgeblocks.resume(again.path).summary == again.summary  # it is finished, though frozen stages made no step
+
+
+def test_what_was_trained_in_part_is_used_as_any_other(run, tmp_path):
+    """Its files have different sizes, and the one with most bytes need not be the one with most weights."""
+    _, _, made = run
+    assert made.evaluate(samples=2)["steps"] == [8] * 4
+    made.export(tmp_path / "onnx")
+    written = made.save_weights(tmp_path / "weights.safetensors")
+    assert written["tensors"] == len(whole_weights(made))
 
 
 @given(
@@ -124,8 +153,17 @@ def test_stages_that_are_not_there_are_refused(settings, told):
         edgeblocks.plan(**wanted)
 
 
+@pytest.mark.parametrize(("numbers", "told"), [("0,1", True), ("1,2", False)])
+def test_a_readout_that_stays_zero_is_told(numbers, told):
+    """A readout begins with zeros, and while it is frozen nothing below it can learn; a file may have another one."""
+    wanted = {**KINDS["vit"], "method": "exact", "mem_budget": "4GB", "blocks": 3, "train_blocks": numbers}
+    warnings = edgeblocks.plan(**wanted).plan.warnings
+    assert any("stage 2, which has the readout, is frozen" in warning for warning in warnings) == told
+
+
 def test_stages_that_a_plan_does_not_have_are_a_damaged_run(run, tmp_path):
-    _, numbers, made = run
+    _, settings, made = run
+    numbers = settings["train_blocks"]
     (tmp_path / "run").mkdir()
     for name in ("plan.json", "manifest.json", "config.yaml", "tokenizer.json"):
         if (made.path / name).exists():

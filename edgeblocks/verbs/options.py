@@ -57,7 +57,8 @@ Method = Annotated[
     str | None,
     typer.Option(
         help="diffusion trains each block alone, as a denoiser of its own noise levels; exact trains the network end "
-        "to end with true gradients, one stage of layers in memory at a time.",
+        "to end with true gradients, one stage of layers in memory at a time. --set clip_by=network then clips by the "
+        "whole gradient's norm instead of each stage's.",
         show_default="diffusion",
     ),
 ]

@@ -135,10 +135,11 @@ def train(out, cache, settings, folder):
 
 def lay_out_resized(path, like, cache, changes):
     """`lay_out` for images of another size, which have another fingerprint."""
-    from edgeblocks import checkpoint
+    from edgeblocks.checkpoint import open_run
     from edgeblocks.data.images import open_images
+    from edgeblocks.run_creation import seal_run
 
-    former = checkpoint.open_run(like)
+    former = open_run(like)
     images = open_images(
         former.data_source,
         image_size=changes["image_size"],
@@ -149,7 +150,7 @@ def lay_out_resized(path, like, cache, changes):
     resized = replace(former, data_fingerprint=images.fingerprint)
     sealed = Path(path).with_name("resized")
     shutil.copytree(like, sealed)
-    checkpoint.seal_run(replace(resized, path=sealed))
+    seal_run(replace(resized, path=sealed))
     lay_out(path, sealed, cache, **changes)
 
 

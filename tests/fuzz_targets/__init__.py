@@ -6,9 +6,11 @@ from fuzz_targets.images import ArchiveReader, CacheReader, FolderReader
 from fuzz_targets.run_files import ConfigReader, ManifestReader, PlanReader, RecordsReader, TextRunReader
 from fuzz_targets.texts import LinesReader, TableReader, TextFileReader, TextFolderReader
 from fuzz_targets.tokens import TokenCacheReader, TokenizerReader
+from fuzz_targets.weights import InitialWeightsReader
 
 READERS = {
     "block file": BlockReader,
+    "initial weights": InitialWeightsReader,
     "run manifest": ManifestReader,
     "plan": PlanReader,
     "config": ConfigReader,
