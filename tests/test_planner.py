@@ -21,10 +21,11 @@ from made_up_plans import (
     total_s,
 )
 
-from edgeblocks import footprint, layer_costs, planner
+from edgeblocks import footprint, layer_costs
 from edgeblocks.errors import ConfigError, DoesNotFitError
 from edgeblocks.noise import NoiseDistribution, partition_noise
-from edgeblocks.planner import STREAMING_SHARE, inference_micro_batch, make_plan
+from edgeblocks.pace import STREAMING_SHARE, USUAL_VISIT_S
+from edgeblocks.planner import inference_micro_batch, make_plan
 from edgeblocks.plans import micro_batches, split_layers
 
 
@@ -150,7 +151,7 @@ def test_visits_leave_several_rounds_where_the_disk_is_fast():
     short = make_plan(costs(), fast, replace(WISHES, steps=100)).chosen
     assert short.visit_steps == 25
     long = make_plan(costs(), fast, replace(WISHES, steps=10**7)).chosen
-    assert long.visit_steps * long.step_s == pytest.approx(planner.USUAL_VISIT_S, rel=0.05)
+    assert long.visit_steps * long.step_s == pytest.approx(USUAL_VISIT_S, rel=0.05)
 
 
 def test_the_budget_sets_the_number_of_blocks():
