@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationIn
 
 from edgeblocks.bounds import LONGEST_SEQUENCE, MOST_LAYERS, MOST_SAMPLES, MOST_STEPS, MOST_TOKENS
 from edgeblocks.errors import ConfigError
-from edgeblocks.plans import Clipping, Method
+from edgeblocks.plans import BoundaryDtype, Clipping, Method
 from edgeblocks.units import parse_size
 from edgeblocks.untrusted import MalformedFileError, read_text, shown
 
@@ -71,6 +71,8 @@ class RunSettings(BaseModel):
     weight_decay: float = Field(default=0.01, ge=0)
     clip: float = Field(default=1.0, gt=0)
     clip_by: Clipping = "stage"
+    boundaries: Literal["auto", "ram", "disk"] = "auto"
+    boundary_dtype: BoundaryDtype = "float32"
     ema_length: float = Field(default=0.1, gt=0, lt=0.28)
     micro_batch: int | Literal["auto"] = "auto"
     checkpointing: bool | Literal["auto"] = "auto"

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from edgeblocks.boundaries import Boundaries, InMemory
 from edgeblocks.families.base import Batch
 from edgeblocks.layers import run_layers
 
@@ -25,15 +26,24 @@ class Pass:
     all samples are through nothing changes.
     """
 
-    def __init__(self, family: Any, batch: Batch, *, num_stages: int, lowest: int = 0) -> None:
+    def __init__(
+        self,
+        family: Any,
+        batch: Batch,
+        *,
+        num_stages: int,
+        lowest: int = 0,
+        boundaries: Boundaries | None = None,
+    ) -> None:
         """
         Args:
+            boundaries: where what enters the stages is kept; None: in memory, as it is.
             lowest: the stage at which the way back ends.
         """
         self._family, self._batch, self._last, self._lowest = family, batch, num_stages - 1, lowest
         self._size = len(next(iter(batch.values())))
-        self._entering: dict[int, Tensor] = {}
-        """By stage, of all samples; the first stage is given the batch itself."""
+        self._entering = boundaries or InMemory(self._size)
+        """The first stage is given the batch itself."""
         self._condition: Tensor | None = None
         self._gradients: tuple[Tensor, Tensor] | None = None
         """The loss's, by what entered the stage behind on the way back, and by the condition of all stages behind."""
@@ -42,16 +52,15 @@ class Pass:
 
     def forward(self, number: int, stage: nn.Module, *, micro_batch: int) -> None:
         """Send all samples through a stage that is not the last one, a micro-batch at a time."""
-        leaving, told = _Rows(self._size), _Rows(self._size)
+        told = _Rows(self._size)
         with torch.no_grad():
             for part in self._parts(micro_batch):
                 hidden, condition = self._entered(number, stage, part)
                 if number == 0:
                     told.put(part, condition)
-                leaving.put(part, _through(stage, hidden, condition, checkpointing=False))
-        self._entering[number + 1] = leaving.all()
+                self._entering.put(number + 1, part, _through(stage, hidden, condition, checkpointing=False))
         if number < self._lowest:
-            self._entering.pop(number, None)
+            self._entering.forget(number)
         if number == 0:
             self._condition = told.all()
 
@@ -77,7 +86,7 @@ class Pass:
         self.loss = loss if number == self._last else self.loss
         if number > self._lowest:
             self._gradients = by_hidden.all(), by_condition.all()
-        self._entering.pop(number, None)
+        self._entering.forget(number)
 
     def _parts(self, micro_batch: int) -> list[slice]:
         return [slice(start, start + micro_batch) for start in range(0, self._size, micro_batch)]
@@ -91,7 +100,7 @@ class Pass:
             entered: tuple[Tensor, Tensor] = self._family.enter(stage, self._samples(part))
             return entered
         assert self._condition is not None
-        return self._entering[number][part], self._condition[part]
+        return self._entering.of(number, part), self._condition[part]
 
     def _continue_backward(self, out: Tensor, condition: Tensor, part: slice) -> None:
         """From what leaves a stage to its parameters and to what entered it.

@@ -8,6 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from edgeblocks.boundaries import InMemory, OnDisk
 from edgeblocks.checkpoint import RunDirectory
 from edgeblocks.data.dataset import DataSet
 from edgeblocks.errors import EdgeblocksError, OutOfBudgetError, WriteLimitError
@@ -45,6 +46,9 @@ class ExactTrainer:
         self._ema_exponent = ema_exponent(self.settings.ema_length)
         self._metrics_every = max(1, self.settings.steps // METRICS_RECORDS)
         self._updates = self._updates_of(self._gradients)
+        self._boundary_bytes = int(run.plan.get("boundary_disk_bytes", 0))
+        """Written in every step of what enters the stages."""
+        self._boundaries = self._boundaries_on_disk() if self._boundary_bytes else None
         self._changing = False
         """Whether some stages have made a step that others have not."""
         self._networks: dict[tuple[int, int], nn.Module] = {}
@@ -122,7 +126,8 @@ class ExactTrainer:
         written = self.store.run_bytes_written
         sizes = [self.store.file_bytes(stage) for stage, one in enumerate(self._trained) if one]
         swapped = traffic_of_a_step(self._trained, self.slots.num_slots, late=self._late).put_away * max(sizes)
-        most = written + swapped + self._updates.step_bytes + sum(sizes)
+        waiting = self._updates.step_bytes + self._boundary_bytes
+        most = written + swapped + waiting + sum(sizes)
         if most > parse_size(allowed):
             self._checkpoint(number)
             raise WriteLimitError(
@@ -147,7 +152,8 @@ class ExactTrainer:
         batch = {name: tensor.to(self.device) for name, tensor in batch.items()}
         drawn = time.perf_counter()
         last, lowest = len(self.layouts) - 1, self._trained.index(True)
-        going = Pass(self.family, batch, num_stages=len(self.layouts), lowest=lowest)
+        boundaries = self._boundaries or InMemory(settings.batch, dtype=settings.boundary_dtype)
+        going = Pass(self.family, batch, num_stages=len(self.layouts), lowest=lowest, boundaries=boundaries)
         for use, then in zip(self._uses, [*self._uses[1:], self._uses[0]], strict=True):
             with self.slots.use(Need.of(use), then=Need.of(then)) as buffer:
                 self._updates.finish(use.stage, buffer)
@@ -207,6 +213,10 @@ class ExactTrainer:
             times=self.slots.times,
         )
 
+    def _boundaries_on_disk(self) -> OnDisk:
+        settings = self.settings
+        return OnDisk(settings.batch, self.store.folder, self.slots.times, dtype=settings.boundary_dtype)
+
     def _learn_from(self, stage: int, buffer: BlockBuffer, number: int) -> None:
         try:
             self._updates.complete(stage, self._network(stage, buffer), buffer, number)
@@ -219,7 +229,7 @@ class ExactTrainer:
             norm = self._updates.end_step(number)
         except FloatingPointError as error:
             raise self._diverged(str(error), number) from error
-        self.store.bytes_written += self._updates.step_bytes
+        self.store.bytes_written += self._updates.step_bytes + self._boundary_bytes
         return norm
 
     def _learn(self, buffer: BlockBuffer, gradients: Tensor, number: int) -> None:

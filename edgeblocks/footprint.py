@@ -73,13 +73,19 @@ def _boundary_bytes(costs: LayerCosts, wishes: Wishes, stages: int, micro_batch:
     """What a batch leaves at the stages' boundaries on its way forward, and one of them more on the way back.
 
     On the way back a micro-batch has its gradient, and its product with what leaves a stage, beside; see `exact.Pass`.
-    These live on the heap, with gaps as the tensors of a step.
+    These live on the heap, with gaps as the tensors of a step. Where they wait on disk there is the gradient alone, as
+    it comes and as it goes.
     """
     if wishes.method != "exact" or stages == 1:
         return 0
     lowest = wishes.trained_stages(stages).index(True)
     kept = stages - max(0, lowest - 1)  # what enters a stage below the lowest trained one is not needed again
-    hidden = (kept * wishes.batch + 3 * micro_batch) * costs.hidden_bytes_per_sample
+    of_batch, beside = float(kept), 3
+    if wishes.boundaries == "disk":
+        of_batch, beside = 2.0, 5
+    elif wishes.boundary_dtype == "bfloat16":
+        of_batch, beside = (kept - 1) / 2 + 1.5, 4
+    hidden = (of_batch * wishes.batch + beside * micro_batch) * costs.hidden_bytes_per_sample
     return int((1 + GAPS_SHARE["plain"]) * (hidden + 3 * wishes.batch * costs.condition_bytes_per_sample))
 
 

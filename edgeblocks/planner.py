@@ -4,6 +4,7 @@ Plain arithmetic on `LayerCosts` and `Machine`; no torch. Quality comes first: t
 the family's preferred one, that fits. Within it, the plan that takes least time.
 """
 
+import contextlib
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -31,6 +32,7 @@ from edgeblocks.plans import (
     micro_batches,
     split_layers,
 )
+from edgeblocks.step_times import boundary_disk_bytes
 from edgeblocks.units import format_bytes
 
 FEWEST_GOOD_LAYERS = 4
@@ -51,6 +53,10 @@ def make_plan(costs: LayerCosts, machine: Machine, wishes: Wishes) -> Plan:
             f"least one; use 1 to {costs.num_layers}"
         )
     assert machine.host is not None or wishes.ram_budget_bytes is None, "a RAM budget needs a machine with a host"
+    if wishes.method == "exact" and wishes.boundaries is None:
+        with contextlib.suppress(DoesNotFitError):
+            return make_plan(costs, machine, replace(wishes, boundaries="ram"))
+        wishes = replace(wishes, boundaries="disk")
     cut_by_budget, wishes = wishes.blocks is None, _with_a_cut(costs, machine, wishes)
     rows = []
     for blocks in _block_counts(costs.num_layers, wishes):
@@ -78,6 +84,7 @@ def make_plan(costs: LayerCosts, machine: Machine, wishes: Wishes) -> Plan:
         machine=machine,
         method=wishes.method,
         trained=wishes.trained,
+        boundary_disk_bytes=boundary_disk_bytes(costs, wishes, chosen.blocks),
         warnings=_warnings(costs.num_layers, chosen, wishes, cut_by_budget=cut_by_budget),
         ram_budget_bytes=None if machine.host is None else host_budget_bytes(machine, wishes),
     )
@@ -250,6 +257,11 @@ def _warnings(num_layers: int, chosen: Candidate, wishes: Wishes, *, cut_by_budg
         found.append(
             "clip_by=network: every step writes the gradients of all trained stages to disk and reads them, 4 bytes a "
             "parameter, because the norm of all is known at its end; clip_by=stage does not"
+        )
+    if wishes.boundaries == "disk" and chosen.blocks > 1:
+        found.append(
+            "what enters each stage waits on disk: it is written once and read twice in every step; a larger "
+            "--mem-budget keeps it in memory, --set boundary_dtype=bfloat16 halves it"
         )
     if wishes.trained is not None and cut_by_budget:
         found.append(

@@ -13,6 +13,12 @@ Method = Literal["diffusion", "exact"]
 Clipping = Literal["stage", "network"]
 """By which norm a gradient is clipped: each block's or stage's by its own, or all stages' by the whole network's."""
 
+BoundaryTier = Literal["ram", "disk"]
+"""Where it waits what enters each stage on the way forward."""
+
+BoundaryDtype = Literal["float32", "bfloat16"]
+"""As what it is kept."""
+
 DAY_S = 86_400.0
 UPDATE_S_PER_PARAMETER = 4e-9
 """Clipping, 8-bit AdamW and EMA, measured on two cores."""
@@ -68,6 +74,9 @@ class Wishes:
     trained: tuple[int, ...] | None = None
     """Numbers of the stages that are trained end to end, the others being frozen; None: all."""
     clip_by: Clipping = "stage"
+    boundaries: BoundaryTier | None = None
+    """None: in memory where that fits."""
+    boundary_dtype: BoundaryDtype = "float32"
     micro_batch: int | None = None
     checkpointing: bool | None = None
     visit_steps: int | None = None
@@ -171,6 +180,8 @@ class Plan:
     method: Method = "diffusion"
     trained: tuple[int, ...] | None = None
     """Stages that are trained, where others are frozen."""
+    boundary_disk_bytes: int = 0
+    """What every step writes to disk of what enters the stages; 0 where that stays in memory."""
     warnings: tuple[str, ...] = field(default=())
     ram_budget_bytes: int | None = None
     """None where the device is the host."""
@@ -215,6 +226,7 @@ class Plan:
             "precision": "fp32",
             "method": self.method,
             **({} if self.trained is None else {"trained_blocks": list(self.trained)}),
+            **({"boundary_disk_bytes": self.boundary_disk_bytes} if self.boundary_disk_bytes else {}),
             "tiers": chosen.tiers,
             "slots": chosen.slots,
             "shapes": [asdict(shape) for shape in self.shapes],

@@ -127,6 +127,11 @@ def _check_method(run: RunSettings, *, beside_a_host: bool) -> None:
             f"clip_by=network clips by the norm of a whole network's gradient, and with --method {run.method} there is "
             f"none: each block is trained alone and clipped by its own; leave clip_by out, or use --method exact"
         )
+    if run.method != "exact" and (run.boundaries != "auto" or run.boundary_dtype != "float32"):
+        raise ConfigError(
+            f"boundaries and boundary_dtype are of what goes from stage to stage of a network that is trained end to "
+            f"end; with --method {run.method} nothing goes from block to block: leave them out, or use --method exact"
+        )
     if run.method != "exact" and run.train_blocks is not None:
         raise ConfigError(
             f"--train-blocks {run.train_blocks} freezes the rest of a network that is trained end to end, with "
@@ -305,6 +310,8 @@ def _wishes(settings: Settings, data_set: DataSet, data: Any, budgets: tuple[int
         method=run.method,
         trained=run.trained_blocks,
         clip_by=run.clip_by,
+        boundaries=None if run.boundaries == "auto" else run.boundaries,
+        boundary_dtype=run.boundary_dtype,
         data_bytes=data_set.batch_resident_bytes(run.batch),
         grid_samples=GRID_SAMPLES[family_type(run.family).task],
         sample_bytes=grid_sample_bytes(build_family(run.family, asdict(settings.family), asdict(data), run.method)),

@@ -152,6 +152,7 @@ class ResumablePlanFields(PlanFields):
     checkpointing: bool
     shapes: Annotated[list[StepShapeFields], Field(min_length=1, max_length=256)]
     parameters: Count
+    boundary_disk_bytes: Count = 0
     predicted_peak_bytes: Count
     predicted_step_s: Seconds
     breakdown: Annotated[dict[str, Count], Field(max_length=64)]

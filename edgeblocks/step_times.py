@@ -69,9 +69,19 @@ def staged_step(
     put_away_bytes = (4 * parameters + rest_bytes) * traffic.put_away
     waiting_bytes = 4 * parameters * sum(trained) * late
     waiting_s = waiting_bytes / machine.disk_read_bytes_per_s + waiting_bytes / machine.disk_write_bytes_per_s
+    boundary_bytes = boundary_disk_bytes(costs, wishes, blocks)
+    waiting_s += 2 * boundary_bytes / machine.disk_read_bytes_per_s + boundary_bytes / machine.disk_write_bytes_per_s
     moving_s = fetched_bytes / machine.disk_read_bytes_per_s + put_away_bytes / machine.disk_write_bytes_per_s
     return StagedStep(
         step_s=step_s,
         stall_s=max(streaming_share(slots) * moving_s, moving_s - step_s) + waiting_s,
-        put_away_bytes=put_away_bytes + waiting_bytes,
+        put_away_bytes=put_away_bytes + waiting_bytes + boundary_bytes,
     )
+
+
+def boundary_disk_bytes(costs: LayerCosts, wishes: Wishes, stages: int) -> int:
+    """What a step writes of what enters the stages, all but the first; it is read on the way on and on the way back."""
+    if wishes.boundaries != "disk" or wishes.method != "exact":
+        return 0
+    hidden_bytes = costs.hidden_bytes_per_sample // (2 if wishes.boundary_dtype == "bfloat16" else 1)
+    return (stages - 1) * wishes.batch * hidden_bytes
