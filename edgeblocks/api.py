@@ -333,7 +333,9 @@ def _train(run: RunDirectory, data_set: DataSet, listener: Listener, resumed_fro
         try:
             trainer = method.trainer(data_set, guard)
             with target.capped(budget_bytes), Interruption().listening() as interruption:
-                looks = Looks(run, data_set, method.ema, guard, interruption, residents=method.residents)
+                looks = Looks(
+                    run, data_set, method.ema, guard, interruption, trainer.progress, residents=method.residents
+                )
                 listener.stage("training")
                 looks.after_visit(run.saved_steps(store))
                 steps = trainer.train(interruption, on_step=listener.step, between_visits=looks.after_visit)
@@ -355,7 +357,7 @@ def _train(run: RunDirectory, data_set: DataSet, listener: Listener, resumed_fro
         trainer,
         method.times,
         store.run_bytes_written,
-        looks.seconds,
+        trainer.progress.looking_s,
         evaluation,
         data_set,
         target,

@@ -7,11 +7,12 @@ budget; ordinary training (`plain_training`) has none, and its peak is told what
 A comparison lies in a folder with one run a method and seed. The same comparison again goes on with what is missing.
 """
 
+import contextlib
 import importlib.util
 import json
 import math
-import os
 import re
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -21,19 +22,22 @@ from typing import Any
 
 from edgeblocks import api
 from edgeblocks.checkpoint import open_run, write_text
-from edgeblocks.config import Settings
+from edgeblocks.config import Settings, read_yaml
 from edgeblocks.errors import ConfigError, DoesNotFitError, EdgeblocksError, RunError
 from edgeblocks.listener import Listener
+from edgeblocks.preparation import check_method
 from edgeblocks.quality import EXAMPLES, MEASURES
 from edgeblocks.registry import family_type
 from edgeblocks.run_creation import environment
+from edgeblocks.run_data import data_of
 from edgeblocks.run_files import read_records
+from edgeblocks.trainer import Interruption
 
 DEFAULT_ARMS = ("diffusion", "exact", "plain", "plain+ckpt+8bit")
 MEANINGS = {
     "diffusion": "each block alone, as a denoiser of its noise levels, inside the budget",
-    "exact": "end to end, one stage in memory at a time, inside the budget",
-    "plain": "an ordinary loop, everything in memory, AdamW",
+    "exact": "end to end, some stages in memory at a time, inside the budget",
+    "plain": "an ordinary loop, everything in memory: weights, their mean, gradients, 32-bit moments of AdamW",
     "ckpt": "activations recomputed",
     "8bit": "bitsandbytes' AdamW8bit",
 }
@@ -114,10 +118,11 @@ def compare(wanted: Wanted, out: Path, listener: Listener) -> dict[str, Any]:
         "measure": MEASURES[_task(wanted)].name,
         "higher_is_better": MEASURES[_task(wanted)].higher_is_better,
         "examples": EXAMPLES[_task(wanted)],
-        "equal": "layer evaluations" if wanted.minutes is None else "time",
+        "equal": _what_is_equal(wanted),
+        "evaluations_a_step": None
+        if _is_unrolled(wanted)
+        else wanted.settings.family.depth * wanted.settings.run.batch,
         "minutes": wanted.minutes,
-        "layers": wanted.settings.family.depth,
-        "batch": wanted.settings.run.batch,
         "settings": {**wanted.settings.run.model_dump(), **vars(wanted.settings.family)},
         "environment": environment(),
         "arms": rows,
@@ -133,27 +138,59 @@ def product_of(wanted: Wanted) -> Iterator[tuple[Arm, int]]:
             yield arm, seed
 
 
+def _is_unrolled(wanted: Wanted) -> bool:
+    """Whether end-to-end training runs some layers several times a step, so that steps differ in layer evaluations."""
+    return hasattr(family_type(wanted.settings.run.family, "exact"), "with_iterations")
+
+
+def _what_is_equal(wanted: Wanted) -> str:
+    if wanted.minutes is not None:
+        return "time"
+    return "steps" if _is_unrolled(wanted) else "layer evaluations"
+
+
 def _task(wanted: Wanted) -> str:
     return str(family_type(wanted.settings.run.family).task)
 
 
 def _check(wanted: Wanted) -> None:
-    """That every arm can train this family, before one begins."""
-    run = wanted.settings.run
-    if any(arm.method != "diffusion" for arm in wanted.arms):
-        family_type(run.family, "exact")
+    """That every arm can train this family on these data, before one begins.
+
+    Raises:
+        ConfigError, DataError: with the reasons.
+    """
+    run, problems = wanted.settings.run, []
     if wanted.minutes is not None and not 0 < wanted.minutes < math.inf:
-        raise ConfigError(f"--minutes {wanted.minutes}: a time above 0 is needed")
+        problems.append(f"--minutes {wanted.minutes}: a number above 0 is needed")
     if run.target == "cuda":
-        raise ConfigError("compare trains on the processor only as yet; use --target cpu")
+        problems.append("compare trains on the processor only as yet; use --target cpu")
+    if run.method != "diffusion":
+        problems.append(f"method={run.method}: compare trains with several methods; name them with --arms")
+    begun = [name for name in ("init", "init_fresh", "train_blocks") if getattr(run, name) is not None]
+    if begun and any(arm.is_plain for arm in wanted.arms):
+        problems.append(
+            f"{', '.join(begun)}: ordinary training begins with random weights and trains all of them, which would "
+            f"compare different things; use --arms diffusion,exact"
+        )
+    if problems:
+        raise ConfigError(*problems)
+    for method in dict.fromkeys("exact" if arm.is_plain else arm.method for arm in wanted.arms):
+        family_type(run.family, method)
+        if any(arm.method == method for arm in wanted.arms):
+            check_method(run.model_copy(update={"method": method}), beside_a_host=False)
+    data_of(run, lambda *_: None)
 
 
 def _check_folder(wanted: Wanted, out: Path) -> None:
     """That the folder is new, or holds this comparison; it may be asked for other arms and seeds."""
-    path, text = out / "settings.yaml", wanted.settings.to_yaml()
+    path, text = out / "settings.yaml", f"# minutes of each arm: {wanted.minutes}\n{wanted.settings.to_yaml()}"
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"{out} is no folder; choose another -o")
     if path.exists():
         if path.read_text(encoding="utf-8") != text:
-            raise ConfigError(f"{out} holds a comparison with other settings ({path}); choose another -o")
+            raise ConfigError(
+                f"{out} holds a comparison with other settings or for another time ({path}); choose another -o"
+            )
         return
     if out.exists() and any(out.iterdir()):
         raise ConfigError(f"{out} is not empty and holds no comparison; choose another -o")
@@ -172,13 +209,12 @@ class _Training:
         """Train what is not trained yet; the figures, or why there are none."""
         told = {"arm": self.arm.name, "meaning": self.arm.meaning, "seed": self.seed, "path": str(self.path)}
         try:
-            steps = self._steps()
             if not (self.path / "summary.json").exists():
-                self._train(self.path, steps)
+                self._train(self.path, self._steps())
         except _FailedError as error:
             self.listener.note(f"{self.arm.name} has no result: {error}")
             return {**told, "failure": str(error)}
-        return {**told, "failure": None, "steps": steps, **self._figures()}
+        return {**told, "failure": None, **self._figures()}
 
     def _steps(self) -> int:
         """Of the training: as set, or as many as a short trial shows to fill the time."""
@@ -222,21 +258,19 @@ class _Training:
 
     def _run(self, *arguments: str) -> None:
         """Run a module of ours; its progress is shown, its result is in its files."""
-        child = subprocess.Popen([sys.executable, "-m", *arguments], stdout=subprocess.DEVNULL, env=os.environ)
-        try:
-            code = child.wait()
-        except KeyboardInterrupt:
-            child.wait()  # it was told as well, and saves what it has
-            raise
+        code = _exit_code([sys.executable, "-m", *arguments])
         if code == DoesNotFitError.exit_code:
-            budget = self.wanted.settings.run.mem_budget
-            raise _FailedError(f"it does not fit the budget of {budget} (the message above names one that would do)")
+            run = self.wanted.settings.run
+            raise _FailedError(
+                f"it does not fit the budget of {run.mem_budget}; edgeblocks plan {run.family} --method "
+                f"{self.arm.method} with the same settings names one that would do"
+            )
         if code == _SIGKILL:
             raise _FailedError("the system killed it, most likely because memory ran out")
         if code == 130:
             raise KeyboardInterrupt
         if code != 0:
-            raise _FailedError(f"it ended with exit code {code} (its message is above)")
+            raise _FailedError(f"it ended with exit code {code}; its message is on standard error")
 
     def _figures(self) -> dict[str, Any]:
         summary = json.loads((self.path / "summary.json").read_text())
@@ -245,6 +279,7 @@ class _Training:
             raise RunError(f"{self.path} has no figures of quality; remove it and compare again")
         split = summary.get("time_split")
         return {
+            "steps": summary["steps"],
             "blocks": summary.get("blocks", 1),
             "peak_bytes": summary["peak_bytes"],
             "budget_bytes": None if self.arm.is_plain else summary["budget_bytes"],
@@ -265,6 +300,32 @@ class _Training:
         if self.arm.is_plain:
             return int(summary["runtime_bytes"])
         return int(open_run(self.path).plan["breakdown"]["runtime"])
+
+
+def _exit_code(command: list[str]) -> int:
+    """Of a process that is told of Ctrl-C, SIGTERM and a closed terminal, saves what it has and is waited for.
+
+    Raises:
+        KeyboardInterrupt: there was one of these.
+    """
+    with Interruption().listening() as interruption:
+        # In a session of its own a terminal does not tell it too: a second Ctrl-C would not wait for the step.
+        child = subprocess.Popen(command, stdout=subprocess.DEVNULL, start_new_session=True)
+        told = False
+        try:
+            while child.poll() is None:
+                if interruption.signal_name is not None and not told:
+                    child.send_signal(signal.SIGINT)
+                    told = True
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    child.wait(timeout=0.2)
+        except KeyboardInterrupt:
+            child.kill()
+            child.wait()
+            raise
+    if interruption.signal_name is not None:
+        raise KeyboardInterrupt
+    return child.returncode
 
 
 class _FailedError(EdgeblocksError):
@@ -316,6 +377,8 @@ def wanted_of(
         raise ConfigError("--arms: 8bit needs bitsandbytes, which is not installed: pip install 'edgeblocks[compare]'")
     if seeds < 1:
         raise ConfigError(f"--seeds {seeds}: at least one is needed")
+    if minutes is not None and config is not None and "steps" in read_yaml(Path(config)):
+        raise ConfigError(f"--minutes and the steps of {config}: either each arm trains for so long, or so many steps")
     resolved = api.settings_for_here(config=config, **settings).with_whole_paths()
     first = resolved.run.seed
     return Wanted(settings=resolved, arms=parsed, seeds=tuple(range(first, first + seeds)), minutes=minutes)

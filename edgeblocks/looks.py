@@ -16,7 +16,7 @@ from edgeblocks.listener import Listener
 from edgeblocks.preparation import GRID_SAMPLES, GRID_TOKENS
 from edgeblocks.quality import run_quality
 from edgeblocks.run import Run
-from edgeblocks.trainer import Interrupted, Interruption
+from edgeblocks.trainer import Interrupted, Interruption, Progress
 from edgeblocks.unmasking import texts_as_file
 
 
@@ -33,13 +33,16 @@ class Looks:
         source: EmaSource,
         guard: Guard,
         interruption: Interruption,
+        progress: Progress,
         *,
         residents: int,
     ) -> None:
         """
         Args:
+            progress: hears of the time that looks take.
             residents: blocks that the source has in memory anyway.
         """
+        self._progress = progress
         self._run, self._data_set, self._source = run, data_set, source
         self._guard, self._interruption = guard, interruption
         self._residents = residents
@@ -48,13 +51,9 @@ class Looks:
         self._grids = _Marks(
             run.settings.run.sample_grids if GRID_SAMPLES[self._task] else 0, self._total, made=self._newest_grid()
         )
-        told = run.quality()
         self._evaluations = _Marks(
-            run.settings.run.evaluations, self._total, made=max((mark.step for mark in told), default=0)
+            run.settings.run.evaluations, self._total, made=max((mark.step for mark in run.quality()), default=0)
         )
-        self._started = time.perf_counter()
-        self._trained_before_s = told[-1].seconds if told else 0.0
-        self.seconds = 0.0
 
     def _newest_grid(self) -> int:
         """The steps of the newest grid that was made: one that a crash prevented is due, one that exists is not."""
@@ -77,13 +76,14 @@ class Looks:
             if not is_refusal(error):
                 raise
             self._guard.go_on_without(f"{what} at step {done}, which is left out")
-        self.seconds += time.perf_counter() - started
+        self._progress.looking_s += time.perf_counter() - started
 
     def _note_quality(self, done: int) -> None:
-        trained_s = self._trained_before_s + time.perf_counter() - self._started - self.seconds
+        trained_s = self._progress.seconds
         found = run_quality(self._run, self._runner(), self._data_set)
         self._go_on(done)
-        self._run.append_quality({"step": done, "seconds": trained_s, **asdict(found)})
+        if trained_s is not None:
+            self._run.append_quality({"step": done, "seconds": trained_s, **asdict(found)})
 
     def _make_grid(self, done: int) -> None:
         run, path = Run(self._run), self._run.path / "samples" / f"step_{done:07d}"

@@ -11,6 +11,7 @@ import importlib
 import json
 import logging
 import math
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -24,6 +25,7 @@ from torch.optim.swa_utils import AveragedModel
 from edgeblocks.api import settings_for_here
 from edgeblocks.console import ConsoleListener
 from edgeblocks.data.dataset import DataSet
+from edgeblocks.errors import EdgeblocksError
 from edgeblocks.generators import generator_at
 from edgeblocks.listener import Listener
 from edgeblocks.noise import NoisePartition, partition_noise
@@ -34,11 +36,14 @@ from edgeblocks.trainer import METRICS_RECORDS
 from edgeblocks.update import BETA1, BETA2, EPS, ema_exponent, learning_rate_at
 
 
-def train(family: Any, data: DataSet, run: Any, *, eight_bit: bool, on_step: Callable[..., None]) -> None:
+def train(
+    family: Any, data: DataSet, run: Any, *, eight_bit: bool, on_start: Callable[[], None], on_step: Callable[..., None]
+) -> None:
     """The network of a family, end to end.
 
     Args:
         run: `config.RunSettings`.
+        on_start: called before the first step.
         on_step: called after every step with the number of steps, the loss, and the mean of the weights.
     """
     network = family.block(num_layers=family.num_layers, checkpointing=run.checkpointing is True)
@@ -52,6 +57,7 @@ def train(family: Any, data: DataSet, run: Any, *, eight_bit: bool, on_step: Cal
     others = [parameter for parameter in network.parameters() if parameter.ndim < 2]
     groups = [{"params": decayed, "weight_decay": run.weight_decay}, {"params": others, "weight_decay": 0.0}]
     optimizer = adamw(groups, eight_bit=eight_bit)
+    on_start()
     order, noise = data.order(batch=run.batch, seed=run.seed, block=0), whole_range(family).ranges[0]
     for step in range(run.steps):
         examples, labels = data.gather(order.indices(step))
@@ -104,11 +110,15 @@ class Recorder:
         self.target = build_target("cpu")
         self.runtime_bytes = self.target.used_bytes()
         self.partition = whole_range(family)
-        self.looking_s, self.started = 0.0, time.perf_counter()
+        self.looking_s = self.started = 0.0
         self._first_s = 0.0
         """Of the first step, which loads libraries and fetches memory."""
         self._every = max(1, run.steps // METRICS_RECORDS)
         self._marks = {math.ceil(run.steps * (i + 1) / run.evaluations) for i in range(run.evaluations)}
+
+    def start(self) -> None:
+        """Time counts from now on."""
+        self.started = time.perf_counter()
 
     @property
     def seconds(self) -> float:
@@ -119,10 +129,10 @@ class Recorder:
         """Hear of a step.
 
         Raises:
-            FloatingPointError: the loss is no longer finite.
+            EdgeblocksError: the loss is no longer finite.
         """
         if not math.isfinite(loss):
-            raise FloatingPointError(f"the loss is {loss} at step {step}; a smaller --set learning_rate=.. helps")
+            raise EdgeblocksError(f"the loss is {loss} at step {step}; a smaller --set learning_rate=.. helps")
         seconds = self.seconds
         self._first_s = self._first_s or seconds
         self.listener.advance(step, self.run.steps, f"training, loss {loss:.3f}")
@@ -173,9 +183,15 @@ def main() -> None:
         former.unlink()
     with ConsoleListener() as listener:
         recorder = Recorder(wanted.out, family, data, run, listener)
-        train(family, data, run, eight_bit=wanted.eight_bit, on_step=recorder.note)
+        train(family, data, run, eight_bit=wanted.eight_bit, on_start=recorder.start, on_step=recorder.note)
         recorder.finish()
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except EdgeblocksError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -83,7 +83,7 @@ def prepare(settings: Settings, out: Path, listener: Listener) -> Prepared:
     check_work_dir(settings.run.work_dir)
     target = build_target(settings.run.target)
     target.prepare()
-    _check_method(settings.run, beside_a_host=target.host_bytes() is not None)
+    check_method(settings.run, beside_a_host=target.host_bytes() is not None)
     settings = _with_budgets(settings, beside_a_host=target.host_bytes() is not None)
     run = settings.run
     budgets = _budgets_here(run, target)
@@ -108,7 +108,7 @@ def prepare(settings: Settings, out: Path, listener: Listener) -> Prepared:
     )
 
 
-def _check_method(run: RunSettings, *, beside_a_host: bool) -> None:
+def check_method(run: RunSettings, *, beside_a_host: bool) -> None:
     """That a network can be trained this way there.
 
     Raises:
@@ -182,7 +182,7 @@ def prepare_elsewhere(settings: Settings, profile: Any, listener: Listener) -> P
         profile: a `targets.profile.Profile`.
     """
     machine = profile.machine()
-    _check_method(settings.run, beside_a_host=machine.host is not None)
+    check_method(settings.run, beside_a_host=machine.host is not None)
     settings = _with_budgets(settings, beside_a_host=machine.host is not None)
     host_bytes = None if machine.host is None else machine.host.memory_bytes
     budgets = _budgets(settings.run, profile.memory_bytes, host_bytes, profile.name)

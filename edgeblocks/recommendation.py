@@ -23,7 +23,7 @@ MUCH_SLOWER = 3.0
 class Measured:
     """What both methods reached with one family: means over seeds on hold-out examples.
 
-    `error` is what a difference must exceed twice to say anything.
+    `error` is the standard error of their difference.
     """
 
     measure: str
@@ -51,13 +51,15 @@ class Option:
 
 @dataclass(frozen=True, kw_only=True)
 class Recommendation:
-    """A method and why."""
+    """A method and why; None where nothing speaks for one."""
 
-    method: Method
+    method: Method | None
     reason: str
 
     def line(self) -> str:
         """For people."""
+        if self.method is None:
+            return f"method: none is recommended: {self.reason}"
         return f"method: {self.method} is recommended: {self.reason}"
 
 
@@ -94,7 +96,7 @@ def recommendation(found: Measured | None, options: dict[Method, Option]) -> Rec
     faster: Method = min(possible, key=lambda method: possible[method])
     if found is None:
         return Recommendation(
-            method="diffusion", reason="nothing was measured of this family; compare with edgeblocks compare"
+            method=None, reason="nothing was measured of this family; see for yourself with edgeblocks compare"
         )
     method = found.better or faster
     other = "exact" if method == "diffusion" else "diffusion"

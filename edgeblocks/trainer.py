@@ -67,13 +67,17 @@ class Progress:
     compute_s: float = 0.0
     data_s: float = 0.0
     started: float = field(default_factory=time.perf_counter)
+    looking_s: float = 0.0
+    """Spent on looks at the network between its steps."""
     earlier_s: float | None = 0.0
     """Seconds of training before this process; None where the run's records do not tell them."""
 
     @property
     def seconds(self) -> float | None:
         """Seconds that the run has been trained until now, for its records; None as `earlier_s` is."""
-        return None if self.earlier_s is None else round(self.earlier_s + time.perf_counter() - self.started, 3)
+        if self.earlier_s is None:
+            return None
+        return round(self.earlier_s + time.perf_counter() - self.started - self.looking_s, 3)
 
 
 def plan_visits(saved_steps: Sequence[int], *, steps: int, visit_steps: int) -> Iterator[Visit]:

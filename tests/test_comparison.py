@@ -1,11 +1,17 @@
 """`edgeblocks compare`: several ways to train one network, side by side."""
 
 import json
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 
+import edgeblocks
 from edgeblocks.comparison import Arm
 from edgeblocks.errors import ConfigError
+from edgeblocks.run_locks import locked
 
 SMALL = ["--set", "depth=3", "--set", "width=32", "--set", "heads=2", "--set", "hold_out=0.02", "--batch", "16"]
 IMAGES = ["dit", "--data", "digits", *SMALL, "--mem-budget", "1GB"]
@@ -95,8 +101,12 @@ def test_what_does_not_fit_has_no_result_and_the_others_have(tmp_path, edgeblock
         (["--arms", "diffusion,exakt"], "there is no arm 'exakt'"),
         (["--arms", "exact+8bit"], "there is no arm 'exact+8bit'"),
         (["--minutes", "1", "--steps", "5"], "either"),
-        (["--minutes", "-1"], "a time above 0"),
+        (["--minutes", "-1"], "a number above 0"),
         (["--seeds", "0"], "at least one"),
+        (["--set", "method=exact"], "name them with --arms"),
+        (["--set", "train_blocks=1"], "compare different things"),
+        (["--set", "clip_by=network"], "each block is trained alone"),
+        (["--data", "nowhere"], "nowhere"),
     ],
 )
 def test_what_cannot_be_compared_is_refused_before_anything_is_trained(tmp_path, edgeblocks_command, asked, said):
@@ -119,3 +129,41 @@ def test_extras_have_one_order():
     assert Arm.parse("plain+8bit+ckpt").name == "plain+ckpt+8bit"
     with pytest.raises(ConfigError):
         Arm.parse("plain+8bit+8bit")
+
+
+def test_other_minutes_are_another_comparison(tmp_path, edgeblocks_command):
+    """Figures of one length of training are not told as those of another."""
+    asked = [*IMAGES, "--steps", "3", "-o", tmp_path / "out", "--arms", "plain"]
+    assert edgeblocks_command("compare", *asked).returncode == 0
+    (tmp_path / "steps.yaml").write_text("steps: 3\n")
+    again = [part for part in asked if part not in ("--steps", "3")]
+    other = edgeblocks_command("compare", *again, "--config", tmp_path / "steps.yaml", "--minutes", "1")
+    assert other.returncode == 2 and "either each arm" in other.stderr
+    other = edgeblocks_command("compare", *again, "--minutes", "1")
+    assert other.returncode == 2 and "for another time" in other.stderr
+
+
+def test_it_fails_where_no_arm_has_a_result(tmp_path, edgeblocks_command):
+    """Exit code 1; the table says why."""
+    asked = [*IMAGES, "--steps", "3", "--mem-budget", "50MB", "-o", tmp_path / "out", "--arms", "diffusion"]
+    done = edgeblocks_command("compare", *asked)
+    assert done.returncode == 1 and "no arm has a result" in done.stderr and "does not fit" in done.stdout
+
+
+def test_a_signal_ends_the_training_and_the_same_command_goes_on(tmp_path):
+    """SIGTERM reaches the process that trains: it saves, nothing is left running, and nothing is trained twice."""
+    command = [Path(sys.executable).with_name("edgeblocks"), "compare", *IMAGES, "--steps", "4000", "--blocks", "1"]
+    command = [str(part) for part in (*command, "--arms", "diffusion", "-o", tmp_path / "out")]
+    run = tmp_path / "out/diffusion-seed0"
+    comparing = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    until = time.monotonic() + 120
+    while not (run / "metrics.jsonl").exists() and time.monotonic() < until:
+        time.sleep(0.1)
+    comparing.terminate()
+    assert comparing.wait(timeout=120) == 130
+    (path,) = (run / "blocks").glob("block_*.safetensors")
+    saved = edgeblocks.load(run).directory.store().header(0).step
+    assert 0 < saved < 4000
+    with locked(run, print):  # nobody trains it any more
+        pass
+    assert path.exists()

@@ -51,6 +51,11 @@ def test_a_method_that_cannot_be_taken_is_not_recommended():
     assert recommendation(None, {name: Option(obstacle="no") for name in BOTH}) is None
 
 
+def test_nothing_is_recommended_where_nothing_was_measured():
+    advice = recommendation(None, BOTH)
+    assert advice is not None and advice.method is None and "edgeblocks compare" in advice.line()
+
+
 def test_what_is_better_but_much_slower_here_is_said_to_be():
     """Moving stages can take most of the time under a small budget."""
     advice = recommendation(found(0.8, 0.9), {"diffusion": Option(seconds=10.0), "exact": Option(seconds=100.0)})
@@ -88,4 +93,5 @@ def test_plan_tells_a_method(edgeblocks_command):
     assert done.returncode == 0, done.stderr
     assert sum(line.startswith("method: ") for line in done.stdout.splitlines()) == 1
     advice = json.loads(edgeblocks_command("plan", *asked, "--json").stdout)["recommendation"]
-    assert advice["method"] in ("diffusion", "exact") and f"{advice['method']} is recommended" in done.stdout
+    assert advice["method"] in ("diffusion", "exact", None)
+    assert f"{advice['method'] or 'none'} is recommended" in done.stdout

@@ -1,5 +1,6 @@
 """The page of a comparison: which way of training gave what, for how much time and memory."""
 
+import math
 import statistics
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
@@ -69,10 +70,17 @@ def _verdict(content: dict[str, Any], arms: dict[str, list[Row]]) -> str:
         return told
     first, second = arms[order[0]], arms[order[1]]
     difference = abs(final_value(first) - final_value(second))
-    errors = [row["quality"][-1]["standard_error"] or 0.0 for rows in (first, second) for row in rows[:1]]
-    if difference < 2 * max(errors):
+    if difference < 2 * math.hypot(_error(first), _error(second)):
         return f"{told}, but {order[1]} is as good as far as {content['examples']} examples can tell"
     return f"{told}, before {order[1]} by {difference:.3g}"
+
+
+def _error(rows: Sequence[Row]) -> float:
+    """Of the mean over the seeds: from the examples' standard error, or from the seeds' spread where that is more."""
+    values = [row["quality"][-1]["value"] for row in rows]
+    errors = [row["quality"][-1]["standard_error"] or 0.0 for row in rows]
+    of_examples = math.sqrt(statistics.mean(error**2 for error in errors))
+    return max(of_examples, statistics.stdev(values) if len(values) > 1 else 0.0) / math.sqrt(len(values))
 
 
 def _tile(content: dict[str, Any], name: str, rows: Sequence[Row]) -> tuple[str, str, str]:
@@ -86,7 +94,8 @@ def _sections(content: dict[str, Any]) -> list[Section]:
     better = "Higher" if content["higher_is_better"] else "Lower"
     note = (
         f"{better} is better; measured on {content['examples']} hold-out examples with the mean of the weights. Time "
-        f"is that of training alone, on a machine that may have had other things to do."
+        f"is that of training alone, on a machine that may have had other things to do. By default diffusion and exact "
+        f"have moments of 8 bits; exact clips each stage's gradient by itself (clip_by), an ordinary loop the whole."
     )
     return [
         Section(title="Results", pieces=[_table(content, arms)], wide=True, note=note),
@@ -125,10 +134,10 @@ def _table(content: dict[str, Any], arms: dict[str, list[Row]]) -> Markup:
 
 def _quality_figures(content: dict[str, Any], arms: dict[str, list[Row]]) -> list[Markup]:
     """Quality against layer evaluations, and against time."""
-    samples = content["layers"] * content["batch"]
+    evaluations = content["evaluations_a_step"]
 
     def against_evaluations(row: Row) -> list[tuple[float, float]]:
-        return [(mark["step"] * samples, mark["value"]) for mark in row["quality"]]
+        return [(mark["step"] * (evaluations or 1), mark["value"]) for mark in row["quality"]]
 
     def against_time(row: Row) -> list[tuple[float, float]]:
         return [(mark["seconds"], mark["value"]) for mark in row["quality"]]
@@ -136,10 +145,12 @@ def _quality_figures(content: dict[str, Any], arms: dict[str, list[Row]]) -> lis
     return [
         line_figure(
             _lines(arms, against_evaluations, marks=True),
-            title="Quality against layer evaluations",
-            x_label="samples through a layer",
+            title=f"Quality against {'steps' if evaluations is None else 'layer evaluations'}",
+            x_label="steps" if evaluations is None else "samples through a layer",
             y_label=content["measure"],
-            caption="Forward and backward count as one evaluation; what exact runs again is not counted.",
+            caption="End to end the core is run several times in a step: steps are not equally much work."
+            if evaluations is None
+            else "Forward and backward count as one evaluation; what exact runs again is not counted.",
         ),
         line_figure(
             _lines(arms, against_time, marks=True),
@@ -147,7 +158,7 @@ def _quality_figures(content: dict[str, Any], arms: dict[str, list[Row]]) -> lis
             x_label="time of training",
             y_label=content["measure"],
             x_unit="seconds",
-            caption="Without evaluation, which is the same for all.",
+            caption="Without evaluation.",
         ),
     ]
 

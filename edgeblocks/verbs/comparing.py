@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from edgeblocks.errors import ConfigError
+from edgeblocks.errors import ConfigError, EdgeblocksError
 from edgeblocks.units import format_bytes, format_duration
 from edgeblocks.verbs.guarded import guarded
 from edgeblocks.verbs.options import (
@@ -90,6 +90,8 @@ def compare(
             content = comparison.compare(wanted, folder, listener)
             write_text(folder / "report.html", comparison_page(content))
         print(json.dumps(content) if as_json else comparison_table(content, folder))
+        if all(row["failure"] is not None for row in content["arms"]):
+            raise EdgeblocksError("no arm has a result")
 
     guarded(work, verbose=verbose)
 
@@ -137,7 +139,9 @@ def _cells(name: str, rows: Sequence[dict[str, Any]]) -> list[str]:
     spread = spread or ("" if error is None else f" ± {error:.4f}")
     budget = done[0]["budget_bytes"]
     return [
-        name + (f", {done[0]['blocks']} blocks" if name == "diffusion" else ""),
+        name
+        + (f", {done[0]['blocks']} blocks" if done[0]["blocks"] > 1 and name == "diffusion" else "")
+        + (f" ({len(rows) - len(done)} of {len(rows)} seeds failed)" if len(done) < len(rows) else ""),
         f"{statistics.mean(mark['value'] for mark in final):.4f}{spread}",
         "/".join(dict.fromkeys(str(row["steps"]) for row in done)),
         format_duration(statistics.mean(row["seconds"] for row in done)),

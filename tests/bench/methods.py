@@ -8,6 +8,7 @@ is not among them keeps what it has.
 """
 
 import json
+import math
 import statistics
 import sys
 from pathlib import Path
@@ -32,10 +33,10 @@ def entry(content: dict[str, Any]) -> dict[str, Any]:
     """What is kept of a comparison."""
     assert content["equal"] == "layer evaluations", "the table is at equal layer evaluations"
     values: dict[str, list[float]] = {}
-    errors = []
+    errors: dict[str, list[float]] = {}
     for row in content["arms"]:
         values.setdefault(row["arm"], []).append(row["quality"][-1]["value"])
-        errors.append(row["quality"][-1]["standard_error"])
+        errors.setdefault(row["arm"], []).append(row["quality"][-1]["standard_error"])
     settings, means = content["settings"], {arm: statistics.mean(found) for arm, found in values.items()}
     seeds = len(values["exact"])
     blocks = next(row["blocks"] for row in content["arms"] if row["arm"] == "diffusion")
@@ -48,9 +49,15 @@ def entry(content: dict[str, Any]) -> dict[str, Any]:
         "higher_is_better": content["higher_is_better"],
         "diffusion": round(means["diffusion"], 5),
         "exact": round(means["exact"], 5),
-        "error": round(max(errors) / seeds**0.5, 5),
+        "error": round(math.hypot(*(_error(found, errors[arm]) for arm, found in values.items())), 5),
         "conditions": conditions,
     }
+
+
+def _error(values: list[float], errors: list[float]) -> float:
+    """Of a mean over seeds: from the examples' standard error, or from the seeds' spread where that is more."""
+    of_examples = statistics.mean(error**2 for error in errors) ** 0.5
+    return max(of_examples, statistics.stdev(values) if len(values) > 1 else 0.0) / len(values) ** 0.5
 
 
 def page(found: dict[str, dict[str, Any]]) -> str:
@@ -59,8 +66,8 @@ def page(found: dict[str, dict[str, Any]]) -> str:
         "",
         "`edgeblocks plan` recommends a method from this table and from what each would take under the budget.",
         "Made by `tests/bench/methods.py` from `edgeblocks compare --arms diffusion,exact`: equal layer evaluations,",
-        "the same data and batches, EMA weights, hold-out examples. The error is the standard error over examples; a",
-        "difference below twice of it counts as none. These are small networks and short trainings on one kind of",
+        "the same data and batches, EMA weights, hold-out examples. The error is the standard error of the difference;",
+        "one below twice of it counts as none. These are small networks and short trainings on one kind of",
         "data: compare on your own with `edgeblocks compare` before a long run.",
         "",
         "| family | measure | diffusion | exact | error | better | conditions |",
