@@ -150,7 +150,7 @@ def test_costs_are_those_of_whole_networks(kind):
 
 def test_what_it_cannot_be_is_refused():
     """Layers that are no multiple of four, stages, and numbers of iterations out of bounds."""
-    wanted = {"family": "looped", "method": "exact", "mem_budget": "1GB"}
+    wanted = {"family": "looped", "method": "exact", "mem_budget": "4GB"}
     with pytest.raises(ConfigError, match="multiple of 4"):
         edgeblocks.plan(**wanted, depth=6)
     with pytest.raises(ConfigError, match="one stage"):
