@@ -117,7 +117,7 @@ def _table(content: dict[str, Any], arms: dict[str, list[Row]]) -> Markup:
         budget = own[0]["budget_bytes"]
         rows.append(
             [
-                f"{name}: {own[0]['meaning']}",
+                name,
                 f"{final_value(own):.4f}{spread}"
                 + (f" ({', '.join(f'{value:.4f}' for value in values)})" if len(own) > 1 else ""),
                 "/".join(dict.fromkeys(f"{row['steps']:,}" for row in own)),
@@ -129,7 +129,8 @@ def _table(content: dict[str, Any], arms: dict[str, list[Row]]) -> Markup:
             ]
         )
     caption = "A step is one of all layers: where blocks are trained alone, one step of each block."
-    return page.table(head, rows, caption=caption, wide=True)
+    meanings = page.table([], [[name, own[0]["meaning"]] for name, own in arms.items()], wide=True)
+    return Markup().join([page.table(head, rows, caption=caption, wide=True), meanings])
 
 
 def _quality_figures(content: dict[str, Any], arms: dict[str, list[Row]]) -> list[Markup]:
