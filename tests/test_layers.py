@@ -72,14 +72,14 @@ def rotary_attention(*, causal=False, table=None):
 
 
 def turned(heads, length):
-    """Features (i, i + half) as a complex number, times exp(i position frequency)."""
+    """Features (2 i, 2 i + 1) as a complex number, times exp(i position frequency)."""
     half = heads.shape[-1] // 2
-    numbers = torch.complex(heads[..., :half], heads[..., half:])
+    numbers = torch.complex(heads[..., 0::2], heads[..., 1::2])
     for position in range(length):
         for pair in range(half):
             angle = position / 10_000 ** (pair / half)
             numbers[:, position, pair] *= complex(math.cos(angle), math.sin(angle))
-    return torch.cat([numbers.real, numbers.imag], dim=-1)
+    return torch.stack([numbers.real, numbers.imag], dim=-1).flatten(-2)
 
 
 @pytest.mark.parametrize("causal", [False, True])

@@ -126,7 +126,11 @@ def block_wise(family: str, data: str, steps: int, seed: int, *, blocks: int, de
         shutil.rmtree(folder)
     found = {"loss": result["validation_loss"], **result.get("classification", {}), **result.get("text", {})}
     levels = [round(level["loss"], 4) for level in result["validation"]["levels"]]
-    return {**{name: found[name] for name in MEASURES[family]}, "levels": levels}
+    return {
+        **{name: found[name] for name in MEASURES[family]},
+        "error": found.get("bits_per_character_error", result["validation"]["standard_error"]),
+        "levels": levels,
+    }
 
 
 def end_to_end(family: str, data: str, steps: int, seed: int, *, depth: int) -> dict[str, Any]:
