@@ -185,14 +185,8 @@ class Window:
                     stop = min(start + PROMPT_SEGMENT, last)
                     predict(step, sigma, self._inputs[:, start:stop], self._known(start, stop, sigma), start)
 
-    def shares_at(
-        self, predict: Predict, position: int, on_shares: Callable[[int, Values], None] | None = None
-    ) -> Shares:
-        """The probabilities [samples, vocabulary] of a position's token, given those before.
-
-        Args:
-            on_shares: called with each level's number and its probabilities.
-        """
+    def shares_at(self, predict: Predict, position: int) -> Shares:
+        """The probabilities [samples, vocabulary] of a position's token, given those before."""
         chain, start = self._chain, max(0, position - self._restated)
         inputs = self._inputs[:, start : position + 1]
         wanted = read_levels(chain.levels)
@@ -205,8 +199,6 @@ class Window:
             shares = softmax(predict(step, sigma, inputs, states, start))
             if step in wanted:
                 np.add(total, shares, out=total)
-            if on_shares is not None:
-                on_shares(step, shares)
             denoised: Values = shares @ chain.codes
             return denoised
 

@@ -5,9 +5,8 @@ by itself, and the mean of its -log p(token) an exact figure of it. Averaged ove
 the model that averages the probabilities over all noises (Jensen); averaging over several noises before taking the
 logarithm comes closer.
 
-Where keys and values come from tokens alone all positions of a text are read at once, as in training. Where they come
-from noised codes, position i needs those of the known positions before it and a state of its own that does not know its
-token: the text is read position by position, just as one is written.
+All positions of a text are read at once, as in training. Each has a state of its own that does not know its token;
+where keys and values come from noised codes, those of the known positions before it go beside it as a second stream.
 """
 
 import math
@@ -16,13 +15,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float
 from numpy.typing import NDArray
-from torch import Tensor
 
 from edgeblocks.chain import BlockRunner
 from edgeblocks.drawing import Tokens, Values
-from edgeblocks.generation import CachedPredict, TokenChain, Window, read_levels
+from edgeblocks.generation import TokenChain, read_levels
 from edgeblocks.randomness import seed_at
 from edgeblocks.token_loss import token_estimates
 
@@ -41,7 +38,6 @@ def log_shares(runner: BlockRunner, chain: TokenChain, tokens: Tokens, *, seed: 
         tokens: [texts, length].
     """
     found = np.empty((len(chain.levels), *tokens.shape))
-    read = _at_once if chain.caches_per == "block" else _one_by_one
     size = runner.micro_batch
     for start in range(0, len(tokens), size):
         part = slice(start, start + size)
@@ -53,50 +49,29 @@ def log_shares(runner: BlockRunner, chain: TokenChain, tokens: Tokens, *, seed: 
                 for index in range(len(tokens))[part]
             ]
         )
-        found[:, part] = read(runner, chain, tokens[part], noise)
+        found[:, part] = _read(runner, chain, tokens[part], noise)
     return found
 
 
 @torch.no_grad()
-def _at_once(runner: BlockRunner, chain: TokenChain, tokens: Tokens, noise: Values) -> LogShares:
-    """All positions together: no position's keys and values depend on its noise."""
+def _read(runner: BlockRunner, chain: TokenChain, tokens: Tokens, noise: Values) -> LogShares:
+    """`log_shares` of some texts with a noise [texts, length, code_width]."""
     runner.network(chain.blocks[0])
     device = runner.device
-    known = torch.from_numpy(tokens).to(device)
-    inputs = torch.nn.functional.pad(known[:, :-1], (1, 0), value=len(chain.codes))
+    answers, eps = torch.from_numpy(tokens).to(device), torch.from_numpy(noise).to(device)
+    inputs = torch.nn.functional.pad(answers[:, :-1], (1, 0), value=len(chain.codes))
     codes = torch.from_numpy(chain.codes).to(device)
-    z = torch.from_numpy(noise).to(device) * chain.levels[0]
+    clean, z = torch.nn.functional.embedding(answers, codes), eps * chain.levels[0]
     found = np.empty((len(chain.levels), *tokens.shape))
     for step, sigma in enumerate(chain.levels):
-        denoised, logarithms = _estimates(runner.network(chain.blocks[step]), z, sigma, inputs, known, codes)
-        found[step] = logarithms.cpu().numpy()
+        network: Any = runner.network(chain.blocks[step])
+        sigmas = torch.full((len(z),), sigma, device=device)
+        states = network.reading_states(z, torch.add(clean, eps, alpha=sigma), sigmas, inputs).flatten(0, 1)
+        readout = network.readout
+        denoised, logarithms = token_estimates(states, readout.weight, readout.bias, answers.flatten(), codes)
+        found[step] = logarithms.view(answers.shape).cpu().numpy()
         sigma_next = chain.levels[step + 1] if step + 1 < len(chain.levels) else 0.0
-        z = z + (z - denoised) / sigma * (sigma_next - sigma)
-    return found
-
-
-def _estimates(
-    network: Any, z: Tensor, sigma: float, inputs: Tensor, known: Tensor, codes: Tensor
-) -> tuple[Float[Tensor, "texts length code"], Float[Tensor, "texts length"]]:
-    """Denoised codes, and log p(token)."""
-    states = network.window_states(z, torch.full((len(z),), sigma, device=z.device), inputs)
-    readout = network.readout
-    denoised, logarithms = token_estimates(states.flatten(0, 1), readout.weight, readout.bias, known.flatten(), codes)
-    return denoised.view(z.shape), logarithms.view(known.shape)
-
-
-def _one_by_one(runner: BlockRunner, chain: TokenChain, tokens: Tokens, noise: Values) -> LogShares:
-    """Position by position, with the keys and values of the known tokens before."""
-    found = np.empty((len(chain.levels), *tokens.shape))
-    predict, window = CachedPredict(runner.continued, chain), Window(chain, noise)
-    rows = np.arange(len(tokens))
-    for position in range(chain.length):
-
-        def keep(step: int, shares: Values, position: int = position) -> None:
-            found[step, :, position] = np.log(np.maximum(shares[rows, tokens[:, position]], np.finfo(np.float32).tiny))
-
-        window.shares_at(predict, position, keep)
-        window.tokens[:, position] = tokens[:, position]
+        z = z + (z - denoised.view(z.shape)) / sigma * (sigma_next - sigma)
     return found
 
 

@@ -45,11 +45,7 @@ class Quality:
 
 
 def run_quality(directory: RunDirectory, runner: BlockRunner, data: DataSet) -> Quality:
-    """Of a run, with the weights that the runner has.
-
-    A chain whose keys and values differ from level to level is asked for one level: it would have to read every text
-    position by position.
-    """
+    """Of a run, with the weights that the runner has."""
     family, seed = directory.family(), directory.settings.run.seed
     if directory.is_exact or family.task in ("images", "text"):
         return network_quality(family, runner, data, seed=seed)
@@ -62,8 +58,6 @@ def run_quality(directory: RunDirectory, runner: BlockRunner, data: DataSet) -> 
         return _accuracy(float((probabilities.argmax(axis=1) == labels).mean()), len(labels))
     assert isinstance(data, TextSet)
     chain = token_chain_of(directory, usual_steps(directory))
-    if chain.caches_per == "step":
-        return network_quality(family, runner, data, seed=seed)
     return _bits(*likelihood.bound(runner, chain, examples, seed=seed, noises=(1,))[1], data)
 
 

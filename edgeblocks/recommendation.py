@@ -1,7 +1,7 @@
 """Which method of training to take for a family under a budget: what was measured of both, and what each would cost.
 
 The figures are those of comparisons at equal layer evaluations, kept in measured.json; docs/methods.md shows them with
-their conditions, and tests/bench/methods.py makes both.
+their conditions, and tests/bench/four_arms.py makes both.
 """
 
 import json

@@ -16,7 +16,7 @@ from edgeblocks.console import evaluation_report
 from edgeblocks.drawing import softmax
 from edgeblocks.errors import ConfigError
 from edgeblocks.export.opening import open_chain
-from edgeblocks.generation import DEFAULT_STEPS, read_levels
+from edgeblocks.generation import DEFAULT_STEPS, CachedPredict, Window, read_levels
 from edgeblocks.preparation import GRID_TOKENS, grid_sample_bytes
 from edgeblocks.randomness import seed_at
 from edgeblocks.sampling import token_chain_of
@@ -193,10 +193,26 @@ def test_the_bound_is_that_of_the_texts_own_probabilities(run):
     chain = token_chain_of(run.directory, 4)
     tokens = np.random.default_rng(0).integers(0, 27, (3, LENGTH))
     found = likelihood.log_shares(runner, chain, tokens, seed=1)
-    again = likelihood._one_by_one(runner, chain, tokens, _bound_noise(chain, seed=1, count=3))
+    again = _read_as_written(runner, chain, tokens, _bound_noise(chain, seed=1, count=3))
     np.testing.assert_allclose(found, again, atol=2e-4)
     alone = likelihood.log_shares(runner_of(run, micro_batch=1), chain, tokens, seed=1)
     np.testing.assert_allclose(found, alone, atol=2e-4)
+
+
+def _read_as_written(runner, chain, tokens, noise):
+    """Position by position, with the keys and values of the known tokens before."""
+    found = np.empty((len(chain.levels), *tokens.shape))
+    network, window = CachedPredict(runner.continued, chain), Window(chain, noise)
+    for position in range(chain.length):
+
+        def predict(step, *given, position=position):
+            logits = network(step, *given)
+            found[step, :, position] = np.log(softmax(logits)[np.arange(len(tokens)), tokens[:, position]])
+            return logits
+
+        window.shares_at(predict, position)
+        window.tokens[:, position] = tokens[:, position]
+    return found
 
 
 def _bound_noise(chain, *, seed, count):

@@ -18,6 +18,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from edgeblocks.causal_layers import CausalLayer, halves
 from edgeblocks.errors import ConfigError
 from edgeblocks.families.ar import PlainAr, PlainArBlock
 from edgeblocks.families.base import Batch, BatchSpec, Level, TextInfo
@@ -70,11 +71,37 @@ class LoopedBlock(TokenDenoiserBlock):
         present: list[Tensor] | None,
     ) -> Float[Tensor, "batch tokens width"]:
         """The coda's output."""
+        prelude, core, coda = self._parts()
+        steady = torch.zeros_like(condition)
+        x = self.run(prelude, clean, steady, past, present)
+        x = self.run(core, x + noised, condition, past, present)
+        return self.run(coda, x, steady, past, present)
+
+    def _parts(self) -> tuple[range, range, range]:
+        """The layers of prelude, core and coda."""
         total = len(self.layers)
-        ends, steady = total // 4, torch.zeros_like(condition)
-        x = self.run(range(ends), clean, steady, past, present)
-        x = self.run(range(ends, total - ends), x + noised, condition, past, present)
-        return self.run(range(total - ends, total), x, steady, past, present)
+        ends = total // 4
+        return range(ends), range(ends, total - ends), range(total - ends, total)
+
+    def reading_states(
+        self,
+        z: Float[Tensor, "batch tokens code"],
+        known: Float[Tensor, "batch tokens code"],
+        sigma: Float[Tensor, " batch"],
+        tokens: Int[Tensor, "batch tokens"],
+    ) -> Float[Tensor, "batch tokens width"]:
+        """See there. Behind the prelude, which sees tokens alone, there are two streams: of `known` and of z."""
+        prelude, core, coda = self._parts()
+        condition = self.condition(sigma.log() / 4)
+        steady = torch.zeros_like(condition)
+        x = self.run(prelude, self.token_embedding(tokens), steady, None, None)
+        streams = torch.cat([x + self.noised(known, sigma), x + self.noised(z, sigma)])
+        for numbers, told in ((core, condition), (coda, steady)):
+            for number in numbers:
+                layer = self.layers[number]
+                assert isinstance(layer, CausalLayer)
+                streams = layer.read(streams, torch.cat([told, told]))
+        return self.normalised(halves(streams)[1], condition)
 
 
 class Looped(TokenDenoiser):

@@ -110,10 +110,31 @@ class TokenDenoiserBlock(TextBlock, ABC):
         self, z: Tensor, sigma: Tensor, tokens: Tensor, past: Tensor | None, present: list[Tensor] | None
     ) -> Tensor:
         condition = self.condition(sigma.log() / 4)
-        c_in = (sigma**2 + 1 / z.shape[-1]).rsqrt()
-        noised = self.code_embedding(c_in[:, None, None] * z)
-        x = self.through_layers(self.token_embedding(tokens), noised, condition, past, present)
+        x = self.through_layers(self.token_embedding(tokens), self.noised(z, sigma), condition, past, present)
         return self.normalised(x, condition)
+
+    def noised(
+        self, z: Float[Tensor, "batch tokens code"], sigma: Float[Tensor, " batch"]
+    ) -> Float[Tensor, "batch tokens width"]:
+        """What the layers are given of noised codes."""
+        c_in = (sigma**2 + 1 / z.shape[-1]).rsqrt()
+        out: Tensor = self.code_embedding(c_in[:, None, None] * z)
+        return out
+
+    def reading_states(
+        self,
+        z: Float[Tensor, "batch tokens code"],
+        known: Float[Tensor, "batch tokens code"],
+        sigma: Float[Tensor, " batch"],
+        tokens: Int[Tensor, "batch tokens"],
+    ) -> Float[Tensor, "batch tokens width"]:
+        """What the readout is applied to, of a known text, all positions at once: each as if it were to be written.
+
+        Args:
+            z: states that do not know the token at their position.
+            known: its noised code, which later positions may see.
+        """
+        return self.window_states(z, sigma, tokens)
 
     @abstractmethod
     def through_layers(

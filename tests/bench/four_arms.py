@@ -1,19 +1,23 @@
 """What block-wise training costs in quality: four arms of a family at equal layer evaluations.
 
     python tests/bench/fashion_mnist.py fashion.npz
-    python tests/bench/four_arms.py fashion.npz arms.jsonl --family vit --steps 1500 --seeds 0 1
-    python tests/bench/four_arms.py moby-dick arms.jsonl --family mdlm --steps 1500 --seeds 0 1
-    python tests/bench/four_arms.py - arms.jsonl --table docs/four_arms.md
+    python tests/bench/four_arms.py fashion.npz --family vit
+    python tests/bench/four_arms.py moby-dick --family ar --seeds 0 1
 
 With L layers, the family's preferred number of blocks B, and K steps of each block:
   blocks        B blocks of L/B layers, K steps each
-  one block     the same method with B = 1: one block of L layers, K steps (for dit and mdlm: end-to-end training)
-  plain         end-to-end training of L layers, K steps
+  one block     the same method with B = 1: one block of L layers, K steps
+  plain         end-to-end training of L layers, K steps; for dit and mdlm that is one block
   plain, short  end-to-end training of L/B layers, B K steps: shows whether depth is used at all
-A chain that writes text token by token is told by its bound with 8 noises, a plain network by its cross-entropy. The
-classical training of a looped network is in looped_classical.py.
-Batch, learning rate, schedule, clipping, EMA and the hold-out part are the same; all are evaluated with EMA weights.
-The same command again goes on with the arms that the results do not have.
+and for looped, whose B is 1:
+  unrolled      end-to-end training of its own form, K steps: the core several times a step, which takes more layer
+                evaluations
+Text that is written token by token is told by the bound with 8 noises, or by the cross-entropy of a network that was
+trained end to end. Batch, learning rate, schedule, clipping, EMA and the hold-out part are the same.
+
+Trainings are kept in docs/four_arms.jsonl: what is there is not trained again. Two tables follow from them:
+docs/four_arms.md, and with docs/methods.md (and edgeblocks/measured.json) the one behind `edgeblocks plan`'s
+recommendation, where the plain arm (of looped the unrolled one) stands for --method exact.
 """
 
 import argparse
@@ -27,30 +31,24 @@ import time
 from pathlib import Path
 from typing import Any
 
-import plain
 import torch
 
 import edgeblocks
-from edgeblocks.classification import classification_scores
-from edgeblocks.config import RunSettings
-from edgeblocks.families.vit import Vit, VitSettings
-from edgeblocks.run_data import data_of
+
+HERE = Path(__file__).parents[2]
+TRAININGS = HERE / "docs/four_arms.jsonl"
+PAGE = HERE / "docs/four_arms.md"
+METHODS = HERE / "docs/methods.md"
+PACKAGED = HERE / "edgeblocks/measured.json"
 
 LEARNING = {"learning_rate": 1e-3, "warmup": 50, "weight_decay": 0.01, "clip": 1.0, "ema_length": 0.1}
 IMAGE = {"width": 96, "depth": 6, "heads": 4, "patch": 4, "batch": 64}
-TEXT = {"width": 128, "depth": 6, "heads": 4, "length": 128, "batch": 32}
-SETTINGS: dict[str, dict[str, Any]] = {
-    "dit": IMAGE,
-    "vit": IMAGE,
-    "mdlm": {**TEXT, "overlap": 0.1},
-    "ar": {**TEXT, "depth": 8, "overlap": 0.1},
-    "looped": {**TEXT, "depth": 8, "overlap": 0.1},
-}
-PLAIN = ("vit", "ar", "looped")
-"""Families whose end-to-end form is another network than one block; see `plain`."""
-EXAMPLES = {"dit": 0, "vit": 1024, "mdlm": 256, "ar": 64, "looped": 16}
-"""Of the hold-out part: classified, or sequences of the bound; the loss of images is that of 512."""
+TEXT = {"width": 64, "depth": 12, "heads": 4, "length": 128, "batch": 16, "overlap": 0.1}
+SETTINGS: dict[str, dict[str, Any]] = {"dit": IMAGE, "vit": IMAGE, "mdlm": TEXT, "ar": TEXT, "looped": TEXT}
+STEPS = {"dit": 1000, "vit": 800, "mdlm": 600, "ar": 400, "looped": 400}
 BLOCKS = {"dit": 3, "vit": 2, "mdlm": 3, "ar": 4, "looped": 1}
+EXAMPLES = {"dit": 0, "vit": 1024, "mdlm": 64, "ar": 64, "looped": 16}
+"""Of the hold-out part: classified, or sequences of the bound; the loss of images is that of 512."""
 MEASURES = {
     "dit": ("loss",),
     "vit": ("top1", "cross_entropy", "calibration_error"),
@@ -58,141 +56,193 @@ MEASURES = {
     "ar": ("bits_per_character",),
     "looped": ("bits_per_character",),
 }
+SHOWN = {"loss": "denoising loss", "top1": "top-1 accuracy"}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data")
-    parser.add_argument("results", type=Path)
-    parser.add_argument("--family", choices=sorted(BLOCKS))
-    parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--family", choices=sorted(BLOCKS), required=True)
+    parser.add_argument("--steps", type=int)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
-    parser.add_argument("--table", type=Path)
     wanted = parser.parse_args()
-    former = [json.loads(line) for line in wanted.results.read_text().splitlines()] if wanted.results.exists() else []
-    done = {(row["family"], row["arm"], row["steps"], row["seed"]) for row in former}
-    if wanted.family is not None:
-        for seed in wanted.seeds:
-            for arm in arms(wanted.family, wanted.data, wanted.steps, seed, done):
-                with wanted.results.open("a") as file:
-                    file.write(json.dumps(arm) + "\n")
-                print(json.dumps(arm), flush=True)
-    if wanted.table is not None:
-        wanted.table.write_text(table([json.loads(line) for line in wanted.results.read_text().splitlines()]))
+    for seed in wanted.seeds:
+        for training in arms(wanted.family, wanted.steps or STEPS[wanted.family]).values():
+            if not found(training, seed):
+                row = {**training, "seed": seed, **trained(training, wanted.data, seed)}
+                with TRAININGS.open("a") as file:
+                    file.write(json.dumps(row) + "\n")
+                print(json.dumps(row), flush=True)
+    PAGE.write_text(page())
+    entries = {family: entry(family) for family in SETTINGS if is_measured(family)}
+    PACKAGED.write_text(json.dumps(entries, indent=1) + "\n")
+    METHODS.write_text(methods_page(entries))
 
 
-def arms(family: str, data: str, steps: int, seed: int, done: set[tuple[str, str, int, int]]) -> Any:
-    """The four arms, one after the other, without those that are done."""
+def arms(family: str, steps: int) -> dict[str, dict[str, Any]]:
+    """What is trained for each arm. An ordinary network of looped's layers is that of ar."""
     blocks, depth = BLOCKS[family], SETTINGS[family]["depth"]
-    common = {"family": family, "steps": steps, "seed": seed, **SETTINGS[family]}
-
-    def whole(steps: int, depth: int) -> dict[str, Any]:
-        if family in PLAIN:
-            return end_to_end(family, data, steps, seed, depth=depth)
-        return block_wise(family, data, steps, seed, blocks=1, depth=depth)
-
-    ways: list[tuple[str, Any]] = [
-        ("one block", lambda: block_wise(family, data, steps, seed, blocks=1, depth=depth)),
-    ]
-    if family in PLAIN:
-        ways.append(("plain", lambda: whole(steps, depth)))
-    if blocks > 1:
-        ways.insert(0, ("blocks", lambda: block_wise(family, data, steps, seed, blocks=blocks, depth=depth)))
-        ways.append(("plain, short", lambda: whole(steps * blocks, depth // blocks)))
-    for name, train in ways:
-        if (family, name, steps, seed) in done:
-            continue
-        started = time.perf_counter()
-        yield {**common, "blocks": blocks, "arm": name, **train(), "seconds": round(time.perf_counter() - started)}
+    whole = {"family": family, "method": "diffusion", "blocks": 1, "depth": depth, "steps": steps}
+    plain = whole
+    if family in ("vit", "ar", "looped"):
+        plain = {**whole, "family": "ar" if family == "looped" else family, "method": "exact"}
+    if family == "looped":
+        return {"one block": whole, "unrolled": {**whole, "method": "exact"}, "plain": plain}
+    trainings = {"blocks": {**whole, "blocks": blocks}, "one block": whole, "plain": plain}
+    trainings["plain, short"] = {**plain, "depth": depth // blocks, "steps": steps * blocks}
+    return trainings
 
 
-def block_wise(family: str, data: str, steps: int, seed: int, *, blocks: int, depth: int) -> dict[str, Any]:
-    folder = Path(tempfile.mkdtemp(prefix="edgeblocks-bench-"))
+def trainings() -> list[dict[str, Any]]:
+    """All that there are."""
+    return [json.loads(line) for line in TRAININGS.read_text().splitlines()] if TRAININGS.exists() else []
+
+
+def found(training: dict[str, Any], seed: int | None = None) -> list[dict[str, Any]]:
+    """Trainings of this kind, of each seed in turn, or of one."""
+    rows = [row for row in trainings() if all(row[name] == value for name, value in training.items())]
+    return sorted((row for row in rows if seed in (None, row["seed"])), key=lambda row: int(row["seed"]))
+
+
+def trained(training: dict[str, Any], data: str, seed: int) -> dict[str, Any]:
+    """Train and evaluate."""
+    folder, started = Path(tempfile.mkdtemp(prefix="edgeblocks-bench-")), time.perf_counter()
+    family, exact = training["family"], training["method"] == "exact"
+    given = {**SETTINGS[family], **LEARNING, **training, "blocks": None if exact else training["blocks"]}
     try:
         run = edgeblocks.train(
-            family=family,
-            out=folder / "run",
-            data=data,
-            mem_budget="4GB",
-            steps=steps,
-            seed=seed,
-            blocks=blocks,
-            sample_grids=0,
-            **LEARNING,
-            **{**SETTINGS[family], "depth": depth},
+            out=folder / "run", data=data, mem_budget="4GB", seed=seed, sample_grids=0, **without_none(given)
         )
         result = run.evaluate(samples=EXAMPLES[family])
     finally:
         shutil.rmtree(folder)
-    found = {"loss": result["validation_loss"], **result.get("classification", {}), **result.get("text", {})}
-    levels = [round(level["loss"], 4) for level in result["validation"]["levels"]]
+    measured = {"loss": result["validation_loss"], **result.get("classification", {}), **result.get("text", {})}
+    error = measured.get("bits_per_character_error", result["validation"]["standard_error"])
+    if "top1" in measured:
+        error = math.sqrt(measured["top1"] * (1 - measured["top1"]) / EXAMPLES[family])
     return {
-        **{name: found[name] for name in MEASURES[family]},
-        "error": found.get("bits_per_character_error", result["validation"]["standard_error"]),
-        "levels": levels,
+        **{name: measured[name] for name in MEASURES[family]},
+        "error": error,
+        "levels": [round(level["loss"], 4) for level in result["validation"]["levels"]],
+        "curve": result.get("curve"),
+        "data": Path(data).stem,
+        "seconds": round(time.perf_counter() - started),
     }
 
 
-def end_to_end(family: str, data: str, steps: int, seed: int, *, depth: int) -> dict[str, Any]:
-    """An ordinary training loop of an ordinary network, see `plain`."""
-    shape = {**SETTINGS[family], "depth": depth}
-    given = {name: shape[name] for name in ("length",) if name in shape}
-    data_set = data_of(RunSettings(family=family, data=data, seed=seed, **given), lambda *_: None)
-    model: Any
-    if family == "vit":
-        sizes = {name: shape[name] for name in ("width", "depth", "heads", "patch")}
-        model = plain.PlainClassifier(Vit(VitSettings(**sizes), Vit.data_info(data_set)))
-    else:
-        sizes = {name: shape[name] for name in ("width", "heads", "length")}
-        model = plain.PlainCausal(vocabulary=data_set.vocabulary, num_layers=depth, **sizes)
-    averaged = plain.train(model, data_set, steps=steps, batch=shape["batch"], seed=seed, **LEARNING)
-    if family == "vit":
-        probabilities, labels = plain.over_hold_out(
-            lambda pixels, _: averaged(pixels).softmax(1), data_set, EXAMPLES[family]
-        )
-        assert labels is not None
-        found = classification_scores(probabilities, labels)
-        return {name: found[name] for name in MEASURES[family]}
-    losses, _ = plain.over_hold_out(averaged.losses, data_set, EXAMPLES[family])
-    return {name: float(losses.mean()) / math.log(2) / data_set.characters_per_token for name in MEASURES[family]}
+def without_none(given: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in given.items() if value is not None}
 
 
-def table(rows: list[dict[str, Any]]) -> str:
+def is_measured(family: str) -> bool:
+    return all(found(training) for training in arms(family, STEPS[family]).values())
+
+
+def page() -> str:
     lines = [
         "# Four arms at equal layer evaluations",
         "",
-        "Made by `tests/bench/four_arms.py`, whose first lines say what the arms are. Mean over the seeds, and in",
-        "brackets each seed, on the hold-out part, EMA weights. Images are Fashion-MNIST's (28x28), the text is the",
-        "built-in Moby-Dick in characters. Seconds (evaluation too) are of runs beside other programs: they compare",
-        "nothing.",
+        "Made by `tests/bench/four_arms.py`, whose first lines say what the arms are, from",
+        "[four_arms.jsonl](four_arms.jsonl). Mean over the seeds, and in brackets each seed, on the hold-out part, EMA",
+        "weights; the error is the standard error over examples of one seed. Images are Fashion-MNIST's (28x28), the",
+        "text is the built-in Moby-Dick in characters. Seconds are of one core and with the evaluation, beside other",
+        "programs: they compare nothing. The end-to-end arms of vit were trained by an ordinary loop of PyTorch.",
         f"{platform.system()} {platform.machine()}, 2 cores, torch {torch.__version__}, fp32.",
         "",
     ]
-    for family in sorted({row["family"] for row in rows}):
-        measures = MEASURES[family]
-        own = [row for row in rows if row["family"] == family]
-        lines += [
-            f"## {family}: {own[0]['blocks']} blocks, {own[0]['steps']} steps of each",
-            "",
-            ", ".join(f"{name} {own[0][name]}" for name in SETTINGS[family] if name in own[0])
-            + (f"; {EXAMPLES[family]} examples evaluated" if EXAMPLES[family] else ""),
-            "",
-            "| arm | " + " | ".join(name.replace("_", " ") for name in measures) + " | seconds |",
-            "|---|" + "---|" * (len(measures) + 1),
-        ]
-        for arm in dict.fromkeys(row["arm"] for row in own):
-            runs = [row for row in own if row["arm"] == arm]
-            cells = [
-                f"{statistics.mean(run[name] for run in runs):.4f} ({', '.join(f'{run[name]:.4f}' for run in runs)})"
-                for name in measures
-            ]
-            lines.append(f"| {arm} | " + " | ".join(cells) + f" | {statistics.mean(r['seconds'] for r in runs):.0f} |")
-        lines += ["", "Loss per noise level, high noise first (first seed):", ""]
-        for row in own:
-            if "levels" in row and row["seed"] == own[0]["seed"]:
-                lines.append(f"- {row['arm']}: {', '.join(f'{level:.3f}' for level in row['levels'])}")
-        lines.append("")
+    for family in filter(is_measured, SETTINGS):
+        lines += section(family)
     return "\n".join(lines)
+
+
+def section(family: str) -> list[str]:
+    """The page's part of one family."""
+    measures, settings = MEASURES[family], SETTINGS[family]
+    told = [name for name in ("width", "depth", "heads", "patch", "length", "batch") if name in settings]
+    shown = ", ".join(f"{name} {settings[name]}" for name in told)
+    examples = f"; {EXAMPLES[family]} examples evaluated" if EXAMPLES[family] else ""
+    plural = "block" if BLOCKS[family] == 1 else "blocks"
+    lines = [
+        f"## {family}: {BLOCKS[family]} {plural}, {STEPS[family]} steps of each",
+        "",
+        f"{shown}{examples}",
+        "",
+        "| arm | " + " | ".join(SHOWN.get(name, name.replace("_", " ")) for name in measures) + " | error | seconds |",
+        "|---|" + "---|" * (len(measures) + 2),
+    ]
+    levels, curves = [], []
+    for arm, training in arms(family, STEPS[family]).items():
+        rows = found(training)
+        cells = [
+            f"{statistics.mean(row[name] for row in rows):.4f} ({', '.join(f'{row[name]:.4f}' for row in rows)})"
+            for name in measures
+        ]
+        seconds = statistics.mean(row["seconds"] for row in rows)
+        lines.append(f"| {arm} | {' | '.join(cells)} | {rows[0]['error']:.4f} | {seconds:.0f} |")
+        if len(rows[0].get("levels") or ()) > 1:
+            levels.append(f"- {arm}: {', '.join(f'{level:.3f}' for level in rows[0]['levels'])}")
+        if rows[0].get("curve"):
+            points = (f"{point['steps']}: {point['bits_per_character']:.3f}" for point in rows[0]["curve"])
+            curves.append(f"- {arm}: {', '.join(points)}")
+    if levels:
+        lines += ["", "Loss per noise level, high noise first (first seed):", "", *levels]
+    if curves:
+        lines += ["", "Bits a character after so many noise levels or iterations (first seed):", "", *curves]
+    return [*lines, ""]
+
+
+def entry(family: str) -> dict[str, Any]:
+    """What both methods reached: what `edgeblocks.recommendation` reads."""
+    measure, settings = MEASURES[family][0], SETTINGS[family]
+    kinds = arms(family, STEPS[family])
+    rows = {
+        "diffusion": found(kinds.get("blocks", kinds["one block"])),
+        "exact": found(kinds.get("unrolled", kinds["plain"])),
+    }
+    count = min(map(len, rows.values()))
+    blocks = f"{BLOCKS[family]} block{'s' if BLOCKS[family] > 1 else ''}"
+    return {
+        "measure": SHOWN.get(measure, measure.replace("_", " ")),
+        "higher_is_better": measure == "top1",
+        **{method: round(statistics.mean(row[measure] for row in of), 5) for method, of in rows.items()},
+        "error": round(math.hypot(*(error_of_mean([row[measure] for row in of], of) for of in rows.values())), 5),
+        "conditions": (
+            f"{rows['exact'][0]['data']}, {settings['depth']} layers of width {settings['width']}, {blocks}, "
+            f"{STEPS[family]} steps of batch {settings['batch']}, {count} seed{'s' if count > 1 else ''}"
+        ),
+    }
+
+
+def error_of_mean(values: list[float], rows: list[dict[str, Any]]) -> float:
+    """Of a mean over seeds: from the examples' standard error, or from the seeds' spread where that is more."""
+    of_examples = statistics.mean(row["error"] ** 2 for row in rows) ** 0.5
+    return max(of_examples, statistics.stdev(values) if len(values) > 1 else 0.0) / len(values) ** 0.5
+
+
+def methods_page(entries: dict[str, dict[str, Any]]) -> str:
+    lines = [
+        "# Which method for which family",
+        "",
+        "`edgeblocks plan` recommends a method from this table and from what each would take under the budget. Made",
+        "by `tests/bench/four_arms.py` from the trainings of [four arms](four_arms.md): the same data, equal layer",
+        "evaluations (of `looped` equal steps: end to end its core runs several times in each), EMA weights, hold-out",
+        "examples. The error is the standard error of the difference; one below twice of it counts as none. These are",
+        "small networks and short trainings on one kind of data: compare on your own with `edgeblocks compare` before",
+        "a long run.",
+        "",
+        "| family | measure | diffusion | exact | error | better | conditions |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for family, one in entries.items():
+        difference = one["diffusion"] - one["exact"]
+        better = "neither"
+        if abs(difference) > 2 * one["error"]:
+            better = "diffusion" if (difference > 0) == one["higher_is_better"] else "exact"
+        lines.append(
+            f"| {family} | {one['measure']} | {one['diffusion']:.4f} | {one['exact']:.4f} | {one['error']:.4f} "
+            f"| {better} | {one['conditions']} |"
+        )
+    return "\n".join([*lines, ""])
 
 
 if __name__ == "__main__":

@@ -1,12 +1,10 @@
-"""Ordinary end-to-end training of the families' layers in plain PyTorch: what block-wise training is compared with.
+"""The families' layers as ordinary networks for ordinary loops: what the memory of block-wise training is held against.
 
 A denoiser, of images or of masked text, is one network for all noise levels. A classifier is the network of a vit block
 that is always given the highest noise level and no label. A causal language model has the layers of an ar block in one
-stream, with nothing noised; it stands for ar and looped. All learn with torch's AdamW on whole batches.
+stream, with nothing noised; it stands for ar and looped. Logits are made whole.
 """
 
-import copy
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -15,12 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from edgeblocks.causal_layers import CausalLayer
-from edgeblocks.data.dataset import DataSet
 from edgeblocks.families.vit import Vit
 from edgeblocks.generators import generator_at
 from edgeblocks.layers import Linear, TokenEmbedding, init_linear_, init_zero_, rotary_table, run_layers
 from edgeblocks.noise import partition_noise
-from edgeblocks.update import BETA1, BETA2, EPS, ema_exponent, learning_rate_at
 
 
 class PlainDenoiser(nn.Module):
@@ -111,49 +107,3 @@ class PlainCausal(nn.Module):
         """Mean cross-entropy of each sequence's tokens, in nats."""
         answers = torch.from_numpy(tokens)
         return F.cross_entropy(self(answers).transpose(1, 2), answers, reduction="none").mean(1)
-
-
-def train(
-    model: Any,
-    data: DataSet,
-    *,
-    steps: int,
-    batch: int,
-    seed: int,
-    learning_rate: float,
-    warmup: int,
-    weight_decay: float,
-    clip: float,
-    ema_length: float,
-) -> Any:
-    """The model after so many steps, with the mean of its weights over the training."""
-    model.init_(generator_at(seed, "init", 0))
-    averaged = copy.deepcopy(model).eval()
-    matrices = [parameter for parameter in model.parameters() if parameter.ndim >= 2]
-    vectors = [parameter for parameter in model.parameters() if parameter.ndim < 2]
-    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=learning_rate, betas=(BETA1, BETA2), eps=EPS, fused=True)
-    order, exponent = data.order(batch=batch, seed=seed, block=0), ema_exponent(ema_length)
-    for step in range(steps):
-        model.losses(*data.gather(order.indices(step))).mean().backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate_at(step, steps=steps, warmup=warmup, peak=learning_rate)
-        optimizer.step()
-        optimizer.zero_grad()
-        decay = (1 - 1 / (step + 1)) ** (exponent + 1)
-        with torch.no_grad():
-            for mean, value in zip(averaged.parameters(), model.parameters(), strict=True):
-                mean.lerp_(value, 1 - decay)
-    return averaged
-
-
-@torch.no_grad()
-def over_hold_out(
-    score: Callable[[np.ndarray, np.ndarray | None], Tensor], data: DataSet, most: int, *, at_a_time: int = 64
-) -> tuple[np.ndarray, np.ndarray | None]:
-    """`score` of the hold-out examples that evaluation looks at, and their labels."""
-    indices = data.evaluation_indices(most)
-    parts = [data.gather(indices[start : start + at_a_time]) for start in range(0, len(indices), at_a_time)]
-    labels = None if parts[0][1] is None else np.concatenate([part[1] for part in parts if part[1] is not None])
-    return torch.cat([score(*part) for part in parts]).numpy(), labels
