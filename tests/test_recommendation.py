@@ -74,13 +74,14 @@ def test_obstacles_are_those_of_the_plan():
     assert other == Option(obstacle="there is none")
 
 
-def test_the_table_in_the_package_is_the_one_in_the_repository():
-    """docs/methods.md is what the bench writes for measured.json."""
-    import methods
+def test_the_tables_are_those_of_the_trainings():
+    """What the package and docs/ hold is what the bench makes of docs/four_arms.jsonl."""
+    import four_arms
 
+    for path, content in four_arms.tables().items():
+        assert path.read_text() == content, path
     content = json.loads((resources.files("edgeblocks") / "measured.json").read_text())
     assert set(content) <= set(family_names())
-    assert methods.PAGE.read_text() == methods.page(content)
     for family in content:
         assert measured(family) is not None
     assert measured("none of ours") is None
