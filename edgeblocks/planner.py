@@ -32,12 +32,14 @@ from edgeblocks.plans import (
     micro_batches,
     split_layers,
 )
-from edgeblocks.step_times import boundary_disk_bytes
+from edgeblocks.step_times import boundary_disk_bytes, staged_step
 from edgeblocks.units import format_bytes
 
 FEWEST_GOOD_LAYERS = 4
 ABOUT_AS_FAST = 1.1
 """Of two ways to train end to end, one that takes so many times as long is still preferred where it writes less."""
+TOLD_STALL = 0.25
+"""Waiting for stages, as a share of the computation, from which on the plan says what hides it."""
 
 
 def make_plan(costs: LayerCosts, machine: Machine, wishes: Wishes) -> Plan:
@@ -85,7 +87,7 @@ def make_plan(costs: LayerCosts, machine: Machine, wishes: Wishes) -> Plan:
         method=wishes.method,
         trained=wishes.trained,
         boundary_disk_bytes=boundary_disk_bytes(costs, wishes, chosen.blocks),
-        warnings=_warnings(costs.num_layers, chosen, wishes, cut_by_budget=cut_by_budget),
+        warnings=_warnings(costs, machine, wishes, chosen, cut_by_budget=cut_by_budget),
         ram_budget_bytes=None if machine.host is None else host_budget_bytes(machine, wishes),
     )
 
@@ -238,8 +240,10 @@ def _look_micro_batch(costs: LayerCosts, machine: Machine, wishes: Wishes, chose
     return found
 
 
-def _warnings(num_layers: int, chosen: Candidate, wishes: Wishes, *, cut_by_budget: bool) -> tuple[str, ...]:
-    found = []
+def _warnings(
+    costs: LayerCosts, machine: Machine, wishes: Wishes, chosen: Candidate, *, cut_by_budget: bool
+) -> tuple[str, ...]:
+    found, num_layers = [], costs.num_layers
     exact = wishes.method == "exact"
     if not exact and chosen.layers_per_block < min(FEWEST_GOOD_LAYERS, num_layers):
         found.append(
@@ -263,6 +267,13 @@ def _warnings(num_layers: int, chosen: Candidate, wishes: Wishes, *, cut_by_budg
             "what enters each stage waits on disk: it is written once and read twice in every step; a larger "
             "--mem-budget keeps it in memory, --set boundary_dtype=bfloat16 halves it"
         )
+    if exact and chosen.streaming_s > TOLD_STALL * chosen.step_s:
+        hiding = _hiding_batch(costs, machine, wishes, chosen)
+        found.append(
+            f"moving stages takes longer than computing with {wishes.batch} samples a step; "
+            + (f"with --batch {hiding} or more it would hide behind that, and " if hiding else "")
+            + "with a --mem-budget that holds more stages there would be less of it"
+        )
     if wishes.trained is not None and cut_by_budget:
         found.append(
             f"--train-blocks counts the {chosen.blocks} stages that the budget chose, and another budget may cut the "
@@ -275,6 +286,23 @@ def _warnings(num_layers: int, chosen: Candidate, wishes: Wishes, *, cut_by_budg
             f"{'--mem-budget that holds more stages' if exact and chosen.tier == 'disk' else 'visit_steps'}, write less"
         )
     return tuple(found)
+
+
+def _hiding_batch(costs: LayerCosts, machine: Machine, wishes: Wishes, chosen: Candidate) -> int | None:
+    """The batch, some doublings larger, whose computation hides most of moving stages; None: there is none."""
+    for batch in (wishes.batch * 2**doubling for doubling in range(1, 10)):
+        step = staged_step(
+            costs,
+            machine,
+            replace(wishes, batch=batch),
+            blocks=chosen.blocks,
+            slots=chosen.slots,
+            micro_batch=chosen.micro_batch,
+            checkpointing=chosen.checkpointing,
+        )
+        if step.stall_s <= TOLD_STALL / 2 * step.step_s:
+            return batch
+    return None
 
 
 def _does_not_fit(costs: LayerCosts, machine: Machine, wishes: Wishes) -> DoesNotFitError:

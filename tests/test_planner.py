@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import subprocess
 import sys
 from dataclasses import asdict, replace
@@ -182,6 +183,17 @@ def test_more_blocks_than_preferred_are_warned_about():
             break
         said = any("instead of the preferred 3" in warning for warning in plan.warnings)
         assert said == (plan.chosen.blocks > 3)
+
+
+def test_a_batch_that_hides_moving_stages_is_told():
+    """Where stages take longer to move than to compute the plan names a batch; with that one they wait for little."""
+    machine = replace(MACHINE, disk_read_bytes_per_s=2e8, disk_write_bytes_per_s=1e8)
+    wishes = replace(WISHES, method="exact", batch=8, blocks=6, tier="disk", budget_bytes=600 * MB)
+    plan = make_plan(costs(), machine, wishes)
+    told = re.search(r"with --batch (\d+) or more it would hide", " ".join(plan.warnings))
+    assert told is not None and plan.stall_share > 0.25
+    larger = make_plan(costs(), machine, replace(wishes, batch=int(told[1])))
+    assert larger.stall_share < 0.2 and "it would hide" not in " ".join(larger.warnings)
 
 
 @pytest.mark.parametrize("blocks", [0, 13, -1])
