@@ -4,18 +4,21 @@
 
 A dit on random images of 32x32x3, 64 tokens of 4x4 pixels. One of depth, width and batch changes, the others stay as
 in USUAL; every training has a process of its own (`edgeblocks compare`) and makes --steps steps. Time is that of a step
-of all layers, without the first; for blocks that are trained alone without moving them, which a long visit hides, for
-stages with it. The same command again goes on with what the results do not have.
+of all layers, the median without the first, which loads libraries and fetches memory; for blocks that are trained alone
+without moving them, which a long visit hides, for stages with it. The same command again goes on with what the results
+do not have.
 """
 
 import argparse
 import json
 import platform
 import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +28,7 @@ import torch
 
 BUDGET = "600MB"
 USUAL = {"depth": 16, "width": 256, "batch": 16}
-AXES = {"depth": (8, 16, 32, 64), "width": (128, 256, 512), "batch": (8, 32, 128)}
+AXES = {"depth": (8, 16, 24, 32, 64), "width": (128, 256, 512), "batch": (8, 32, 128)}
 ARMS = ("diffusion", "exact", "plain")
 COLOURS = {"diffusion": "#0072b2", "exact": "#d55e00", "plain": "#777777"}
 
@@ -33,7 +36,7 @@ COLOURS = {"diffusion": "#0072b2", "exact": "#d55e00", "plain": "#777777"}
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", type=Path)
-    parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--docs", type=Path, help="folder of the table and the pictures")
     wanted = parser.parse_args()
     former = read(wanted.results)
@@ -78,13 +81,23 @@ def measured(shape: dict[str, int], steps: int) -> list[dict[str, Any]]:
         command += [part for name, value in given.items() for part in ("--set", f"{name}={value}")]
         command += ["--set", "evaluations=1", "--out", str(folder / "compare")]
         done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-        kept = ("arm", "failure", "blocks", "step_s", "peak_bytes", "runtime_bytes")
-        return [
+        kept = ("arm", "failure", "blocks", "peak_bytes", "runtime_bytes")
+        rows = [
             {"shape": shape, **{name: row[name] for name in kept if name in row}}
             for row in json.loads(done.stdout)["arms"]
         ]
+        return [row | {"step_s": step_s(folder / "compare", row)} if row["failure"] is None else row for row in rows]
     finally:
         shutil.rmtree(folder)
+
+
+def step_s(compared: Path, row: dict[str, Any]) -> float:
+    """Seconds of a step of all layers: the median between the records of a block, summed over blocks trained alone."""
+    (path,) = compared.glob(f"{row['arm']}-*/metrics.jsonl")
+    seconds: dict[int, list[float]] = {}
+    for record in read(path):
+        seconds.setdefault(record.get("block", 0), []).append(record["seconds"])
+    return sum(statistics.median(later - one for one, later in pairwise(of_block)) for of_block in seconds.values())
 
 
 def along(axis: str, rows: list[dict[str, Any]], arm: str) -> list[tuple[int, dict[str, Any]]]:
