@@ -15,6 +15,8 @@ from edgeblocks.layers import (
     RotaryAttention,
     SelfAttention,
     TokenEmbedding,
+    _Turned,
+    _turned_without_complex_numbers,
     init_linear_,
     init_zero_,
     modulated_norm,
@@ -98,6 +100,26 @@ def test_rotary_attention_is_attention_of_turned_queries_and_keys(causal):
         heads.append(scores.softmax(-1) @ values[..., part])
     expected = torch.cat(heads, -1) @ attention.out.weight.T + attention.out.bias
     torch.testing.assert_close(attention(x), expected, atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("spread", [False, True])
+def test_gradients_of_turned_queries_and_keys_are_autograds(spread):
+    """Oracle: real products, differentiated by autograd; gradients that come in another layout give the same."""
+    table, qkv = rotary_table(5, 8).double(), normal(2, 5, 3, HEADS, 8).double()
+    gradients = [normal(2, HEADS, 5, 8, seed=seed).double() for seed in (1, 2, 3)]
+    if spread:
+        gradients = [gradient.mT.contiguous().mT for gradient in gradients]
+    found = []
+    for turn in (
+        lambda x: _Turned.apply(x, torch.complex(*table)),
+        lambda x: _turned_without_complex_numbers(x, table),
+    ):
+        x = qkv.clone().requires_grad_()
+        parts = turn(x)
+        torch.autograd.backward(parts, gradients)
+        found.append((*(part.detach() for part in parts), x.grad))
+    for ours, plain in zip(*found, strict=True):
+        torch.testing.assert_close(ours, plain)
 
 
 def test_rotary_attention_depends_on_relative_positions_only():

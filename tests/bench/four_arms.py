@@ -45,7 +45,7 @@ LEARNING = {"learning_rate": 1e-3, "warmup": 50, "weight_decay": 0.01, "clip": 1
 IMAGE = {"width": 96, "depth": 6, "heads": 4, "patch": 4, "batch": 64}
 TEXT = {"width": 64, "depth": 12, "heads": 4, "length": 128, "batch": 16, "overlap": 0.1}
 SETTINGS: dict[str, dict[str, Any]] = {"dit": IMAGE, "vit": IMAGE, "mdlm": TEXT, "ar": TEXT, "looped": TEXT}
-STEPS = {"dit": 1000, "vit": 800, "mdlm": 600, "ar": 400, "looped": 400}
+STEPS = {"dit": 1000, "vit": 800, "mdlm": 500, "ar": 300, "looped": 300}
 BLOCKS = {"dit": 3, "vit": 2, "mdlm": 3, "ar": 4, "looped": 1}
 EXAMPLES = {"dit": 0, "vit": 1024, "mdlm": 64, "ar": 64, "looped": 16}
 """Of the hold-out part: classified, or sequences of the bound; the loss of images is that of 512."""
