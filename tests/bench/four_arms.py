@@ -3,6 +3,7 @@
     python tests/bench/fashion_mnist.py fashion.npz
     python tests/bench/four_arms.py fashion.npz --family vit
     python tests/bench/four_arms.py moby-dick --family ar --seeds 0 1
+    python tests/bench/four_arms.py addresses.jsonl --family mdlm      # see state_of_the_union.py
 
 With L layers, the family's preferred number of blocks B, and K steps of each block:
   blocks        B blocks of L/B layers, K steps each
@@ -150,9 +151,10 @@ def page() -> str:
         "",
         "Made by `tests/bench/four_arms.py`, whose first lines say what the arms are, from",
         "[four_arms.jsonl](four_arms.jsonl). Mean over the seeds, and in brackets each seed, on the hold-out part, EMA",
-        "weights; the error is the standard error over examples of one seed. Images are Fashion-MNIST's (28x28), the",
-        "text is the built-in Moby-Dick in characters. Seconds are of one core and with the evaluation, beside other",
-        "programs: they compare nothing. The end-to-end arms of vit were trained by an ordinary loop of PyTorch.",
+        "weights; the error is the standard error over examples of one seed. `fashion` is Fashion-MNIST (28x28),",
+        "`moby-dick` the built-in novel, `addresses` the State of the Union addresses, both in characters. Seconds are",
+        "of one core and with the evaluation, beside other programs: they compare nothing. The end-to-end arms of vit",
+        "were trained by an ordinary loop of PyTorch.",
         f"Two cores, {' and '.join(sorted({row['environment'] for row in trainings()}))}, fp32.",
         "",
     ]
@@ -167,11 +169,12 @@ def section(family: str) -> list[str]:
     told = [name for name in ("width", "depth", "heads", "patch", "length", "batch") if name in settings]
     shown = ", ".join(f"{name} {settings[name]}" for name in told)
     examples = f"; {EXAMPLES[family]} examples evaluated" if EXAMPLES[family] else ""
+    data = found(next(iter(arms(family, STEPS[family]).values())))[0]["data"]
     plural = "block" if BLOCKS[family] == 1 else "blocks"
     lines = [
         f"## {family}: {BLOCKS[family]} {plural}, {STEPS[family]} steps of each",
         "",
-        f"{shown}{examples}",
+        f"{data}; {shown}{examples}",
         "",
         "| arm | " + " | ".join(SHOWN.get(name, name.replace("_", " ")) for name in measures) + " | error | seconds |",
         "|---|" + "---|" * (len(measures) + 2),
