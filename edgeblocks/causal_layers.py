@@ -1,7 +1,7 @@
 """Layers for text that is written token by token: no position sees a later one, and keys and values can be kept.
 
-A layer is used in two ways. In training it sees a whole window at once (`forward`). When text is written it sees the
-next tokens only, and the keys and values of the former ones, its `past` (`cached`): the same numbers up to rounding.
+In training a layer sees a whole window at once (`forward`). When text is written it sees the next tokens only, and the
+keys and values of the former ones, its `past` (`cached`): the same numbers up to rounding.
 
 There are two kinds of attention. `CausalAttention` has one stream of tokens. `TwoStreamAttention` has two that share
 all weights, one above the other in the batch: the clean tokens, and the noised codes that are to be denoised. A text

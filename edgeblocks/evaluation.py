@@ -55,7 +55,7 @@ def evaluate(
         samples = DEFAULT_SAMPLES[task]
     samples = len(data_set.evaluation_indices(samples)) if data_set.has_held_out else samples
     steps = usual_steps(directory) if steps is None else max(steps, len(directory.layers))
-    chain = token_chain_of(directory, max(steps, *CURVE_STEPS)) if task == "continuation" else None
+    chain = token_chain_of(directory, steps) if task == "continuation" else None
     with runners(samples=max(samples, metrics.MOST_EXAMPLES[task]), chain=chain) as runner:
         return Evaluation(
             directory=directory,

@@ -160,7 +160,7 @@ def read_levels(levels: Sequence[float]) -> tuple[int, ...]:
 
 
 class Window:
-    """Some texts that are written or read together, position by position."""
+    """Some texts that are written together, position by position."""
 
     def __init__(self, chain: TokenChain, noise: Values) -> None:
         """Texts of which nothing is known.

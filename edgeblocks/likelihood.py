@@ -38,7 +38,7 @@ def log_shares(runner: BlockRunner, chain: TokenChain, tokens: Tokens, *, seed: 
         tokens: [texts, length].
     """
     found = np.empty((len(chain.levels), *tokens.shape))
-    size = runner.micro_batch
+    size = runner.micro_batch if chain.caches_per == "block" else max(1, runner.micro_batch // 2)  # two streams
     for start in range(0, len(tokens), size):
         part = slice(start, start + size)
         noise = np.stack(

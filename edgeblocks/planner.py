@@ -32,7 +32,7 @@ from edgeblocks.plans import (
     micro_batches,
     split_layers,
 )
-from edgeblocks.step_times import boundary_disk_bytes, staged_step
+from edgeblocks.step_times import boundary_disk_bytes
 from edgeblocks.units import format_bytes
 
 FEWEST_GOOD_LAYERS = 4
@@ -267,12 +267,13 @@ def _warnings(
             "what enters each stage waits on disk: it is written once and read twice in every step; a larger "
             "--mem-budget keeps it in memory, --set boundary_dtype=bfloat16 halves it"
         )
-    if exact and chosen.streaming_s > TOLD_STALL * chosen.step_s:
+    if exact and chosen.tier == "disk" and _stall(chosen) > TOLD_STALL:
         hiding = _hiding_batch(costs, machine, wishes, chosen)
         found.append(
-            f"moving stages takes longer than computing with {wishes.batch} samples a step; "
-            + (f"with --batch {hiding} or more it would hide behind that, and " if hiding else "")
-            + "with a --mem-budget that holds more stages there would be less of it"
+            f"waiting for the disk takes {_stall(chosen):.0%} of the time of computing with {wishes.batch} samples a "
+            f"step; "
+            + (f"--batch {hiding} hides most of it behind the computation, and " if hiding else "")
+            + "a --mem-budget that holds more stages leaves less of it"
         )
     if wishes.trained is not None and cut_by_budget:
         found.append(
@@ -288,19 +289,24 @@ def _warnings(
     return tuple(found)
 
 
+def _stall(option: Candidate) -> float:
+    """Seconds of waiting for each second of computing."""
+    return option.streaming_s / option.step_s
+
+
 def _hiding_batch(costs: LayerCosts, machine: Machine, wishes: Wishes, chosen: Candidate) -> int | None:
-    """The batch, some doublings larger, whose computation hides most of moving stages; None: there is none."""
+    """The batch, some doublings larger, that fits and hides most of the waiting; None: there is none."""
     for batch in (wishes.batch * 2**doubling for doubling in range(1, 10)):
-        step = staged_step(
+        option = _candidate(
             costs,
             machine,
             replace(wishes, batch=batch),
-            blocks=chosen.blocks,
-            slots=chosen.slots,
-            micro_batch=chosen.micro_batch,
-            checkpointing=chosen.checkpointing,
+            chosen.blocks,
+            chosen.micro_batch,
+            chosen.checkpointing,
+            chosen.slots,
         )
-        if step.stall_s <= TOLD_STALL / 2 * step.step_s:
+        if option.fits and _stall(option) <= TOLD_STALL / 2:
             return batch
     return None
 

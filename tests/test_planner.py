@@ -186,14 +186,16 @@ def test_more_blocks_than_preferred_are_warned_about():
 
 
 def test_a_batch_that_hides_moving_stages_is_told():
-    """Where stages take longer to move than to compute the plan names a batch; with that one they wait for little."""
+    """Where the disk is waited for the plan names a batch that hides it, and no word of it where all is in memory."""
     machine = replace(MACHINE, disk_read_bytes_per_s=2e8, disk_write_bytes_per_s=1e8)
     wishes = replace(WISHES, method="exact", batch=8, blocks=6, tier="disk", budget_bytes=600 * MB)
     plan = make_plan(costs(), machine, wishes)
-    told = re.search(r"with --batch (\d+) or more it would hide", " ".join(plan.warnings))
+    told = re.search(r"--batch (\d+) hides most of it", " ".join(plan.warnings))
     assert told is not None and plan.stall_share > 0.25
     larger = make_plan(costs(), machine, replace(wishes, batch=int(told[1])))
-    assert larger.stall_share < 0.2 and "it would hide" not in " ".join(larger.warnings)
+    assert larger.stall_share < 0.2 and "waiting for the disk" not in " ".join(larger.warnings)
+    at_ease = make_plan(costs(), machine, replace(wishes, tier="ram", budget_bytes=4000 * MB, visit_steps=1))
+    assert at_ease.chosen.tier == "ram" and "waiting for the disk" not in " ".join(at_ease.warnings)
 
 
 @pytest.mark.parametrize("blocks", [0, 13, -1])

@@ -58,8 +58,9 @@ class LoopedBlock(TokenDenoiserBlock):
     A coda that knows it too was not better: 3.27 and 3.28 bits per character at sigma_max against 3.29 and 3.28, as
     measured in `TokenDenoiserBlock.init_`.
 
-    There is one stream: position i has the token before it and the noised code of its own token, and later positions,
-    which see it, know that token anyway. Prelude, core and coda have the same kind of layer, of the same cost.
+    In training and in writing there is one stream: position i has the token before it and the noised code of its own
+    token, and later positions, which see it, know that token anyway. Prelude, core and coda have the same kind of
+    layer, of the same cost.
     """
 
     def through_layers(

@@ -48,8 +48,9 @@ TEXT = {"width": 64, "depth": 12, "heads": 4, "length": 128, "batch": 16, "overl
 SETTINGS: dict[str, dict[str, Any]] = {"dit": IMAGE, "vit": IMAGE, "mdlm": TEXT, "ar": TEXT, "looped": TEXT}
 STEPS = {"dit": 1000, "vit": 800, "mdlm": 500, "ar": 300, "looped": 300}
 BLOCKS = {"dit": 3, "vit": 2, "mdlm": 3, "ar": 4, "looped": 1}
-EXAMPLES = {"dit": 0, "vit": 1024, "mdlm": 64, "ar": 64, "looped": 16}
+EXAMPLES = {"dit": 0, "vit": 1024, "mdlm": 64, "ar": 64, "looped": 64}
 """Of the hold-out part: classified, or sequences of the bound; the loss of images is that of 512."""
+DATA = {"dit": "fashion", "vit": "fashion", "mdlm": "addresses", "ar": "moby-dick", "looped": "moby-dick"}
 MEASURES = {
     "dit": ("loss",),
     "vit": ("top1", "cross_entropy", "calibration_error"),
@@ -67,6 +68,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     wanted = parser.parse_args()
+    if Path(wanted.data).stem != DATA[wanted.family]:
+        parser.error(f"{wanted.family} is measured on {DATA[wanted.family]}")
     for seed in wanted.seeds:
         for training in arms(wanted.family, wanted.steps or STEPS[wanted.family]).values():
             if not found(training, seed):
@@ -81,7 +84,8 @@ def main() -> None:
 def arms(family: str, steps: int) -> dict[str, dict[str, Any]]:
     """What is trained for each arm. An ordinary network of looped's layers is that of ar."""
     blocks, depth = BLOCKS[family], SETTINGS[family]["depth"]
-    whole = {"family": family, "method": "diffusion", "blocks": 1, "depth": depth, "steps": steps}
+    how = {"method": "diffusion", "blocks": 1, "steps": steps, "data": DATA[family]}
+    whole = {"family": family, **SETTINGS[family], **how}
     plain = whole
     if family in ("vit", "ar", "looped"):
         plain = {**whole, "family": "ar" if family == "looped" else family, "method": "exact"}
@@ -108,11 +112,9 @@ def trained(training: dict[str, Any], data: str, seed: int) -> dict[str, Any]:
     """Train and evaluate."""
     folder, started = Path(tempfile.mkdtemp(prefix="edgeblocks-bench-")), time.perf_counter()
     family, exact = training["family"], training["method"] == "exact"
-    given = {**SETTINGS[family], **LEARNING, **training, "blocks": None if exact else training["blocks"]}
+    given = {**LEARNING, **training, "data": data, "blocks": None if exact else training["blocks"]}
     try:
-        run = edgeblocks.train(
-            out=folder / "run", data=data, mem_budget="4GB", seed=seed, sample_grids=0, **without_none(given)
-        )
+        run = edgeblocks.train(out=folder / "run", mem_budget="4GB", seed=seed, sample_grids=0, **without_none(given))
         result = run.evaluate(samples=EXAMPLES[family])
     finally:
         shutil.rmtree(folder)
@@ -125,7 +127,6 @@ def trained(training: dict[str, Any], data: str, seed: int) -> dict[str, Any]:
         "error": error,
         "levels": [round(level["loss"], 4) for level in result["validation"]["levels"]],
         "curve": result.get("curve"),
-        "data": Path(data).stem,
         "environment": f"{platform.system()} {platform.machine()}, torch {torch.__version__}",
         "seconds": round(time.perf_counter() - started),
     }
@@ -169,12 +170,11 @@ def section(family: str) -> list[str]:
     told = [name for name in ("width", "depth", "heads", "patch", "length", "batch") if name in settings]
     shown = ", ".join(f"{name} {settings[name]}" for name in told)
     examples = f"; {EXAMPLES[family]} examples evaluated" if EXAMPLES[family] else ""
-    data = found(next(iter(arms(family, STEPS[family]).values())))[0]["data"]
     plural = "block" if BLOCKS[family] == 1 else "blocks"
     lines = [
         f"## {family}: {BLOCKS[family]} {plural}, {STEPS[family]} steps of each",
         "",
-        f"{data}; {shown}{examples}",
+        f"{DATA[family]}; {shown}{examples}",
         "",
         "| arm | " + " | ".join(SHOWN.get(name, name.replace("_", " ")) for name in measures) + " | error | seconds |",
         "|---|" + "---|" * (len(measures) + 2),
@@ -216,7 +216,7 @@ def entry(family: str) -> dict[str, Any]:
         **{method: round(statistics.mean(row[measure] for row in of), 5) for method, of in rows.items()},
         "error": round(math.hypot(*(error_of_mean([row[measure] for row in of], of) for of in rows.values())), 5),
         "conditions": (
-            f"{rows['exact'][0]['data']}, {settings['depth']} layers of width {settings['width']}, {blocks}, "
+            f"{DATA[family]}, {settings['depth']} layers of width {settings['width']}, {blocks}, "
             f"{STEPS[family]} steps of batch {settings['batch']}, {count} seed{'s' if count > 1 else ''}"
         ),
     }

@@ -39,6 +39,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--docs", type=Path, help="folder of the table and the pictures")
     wanted = parser.parse_args()
+    if wanted.steps < 3:
+        parser.error("--steps: at least 3 are needed, as the first one does not count")
     former = read(wanted.results)
     done = {json.dumps(row["shape"], sort_keys=True) for row in former}
     for shape in shapes():
