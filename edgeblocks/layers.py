@@ -143,7 +143,7 @@ class _Turned(torch.autograd.Function):
 
 def _pairs(x: Float[Tensor, "*dims features"]) -> Complex[Tensor, "*dims half"]:
     """Features (2 i, 2 i + 1) as one complex number; a view."""
-    return torch.view_as_complex(x.unflatten(-1, (-1, 2)))
+    return torch.view_as_complex(x.view(*x.shape[:-1], -1, 2))
 
 
 class RotaryAttention(SelfAttention):
@@ -182,7 +182,8 @@ def _turned_without_complex_numbers(
 ) -> tuple[Float[Tensor, "batch heads tokens head_width"], ...]:
     """The same as `_Turned` up to rounding, without a backward pass of its own."""
     cosines, sines = positions[:, :, None, None].unbind(0)
-    real, imaginary = qkv[:, :, :2].unflatten(-1, (-1, 2)).unbind(-1)
+    pairs = qkv[:, :, :2]
+    real, imaginary = pairs.reshape(*pairs.shape[:-1], -1, 2).unbind(-1)
     turned = torch.stack([real * cosines - imaginary * sines, imaginary * cosines + real * sines], dim=-1).flatten(-2)
     queries, keys = turned.permute(2, 0, 3, 1, 4).unbind(0)
     return queries, keys, qkv[:, :, 2].transpose(1, 2)

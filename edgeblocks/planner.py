@@ -296,7 +296,8 @@ def _stall(option: Candidate) -> float:
 
 def _hiding_batch(costs: LayerCosts, machine: Machine, wishes: Wishes, chosen: Candidate) -> int | None:
     """The batch, some doublings larger, that fits and hides most of the waiting; None: there is none."""
-    for batch in (wishes.batch * 2**doubling for doubling in range(1, 10)):
+    for doublings in range(1, 10):
+        batch = wishes.batch << doublings
         option = _candidate(
             costs,
             machine,
