@@ -23,7 +23,8 @@ MUCH_SLOWER = 3.0
 class Measured:
     """What both methods reached with one family: means over seeds on hold-out examples.
 
-    `error` is the standard error of their difference.
+    `error` is the standard error of their difference. `shallow` is what a block's layers reached as an ordinary network
+    with as many layer evaluations: where that is best, the training was too short for depth to be of use.
     """
 
     measure: str
@@ -32,6 +33,17 @@ class Measured:
     exact: float
     error: float
     conditions: str
+    shallow: float | None = None
+    shallow_layers: int | None = None
+
+    @property
+    def is_shallow_better(self) -> bool:
+        """Whether fewer layers were better than either method, by more than the measurement's noise."""
+        if self.shallow is None:
+            return False
+        best = (max if self.higher_is_better else min)(self.diffusion, self.exact)
+        ahead = self.shallow - best if self.higher_is_better else best - self.shallow
+        return ahead > 2 * self.error
 
     @property
     def better(self) -> Method | None:
@@ -108,4 +120,10 @@ def recommendation(found: Measured | None, options: dict[Method, Option]) -> Rec
         said = f"{found.measure} {own:.4g} against {others:.4g} of {other}"
         drawback = possible[method] > MUCH_SLOWER * possible[other]
         said += f", but slow under this budget: {times}" if drawback else f"; {times}"
-    return Recommendation(method=method, reason=f"{said} ({found.conditions}; {TABLE})")
+    reason = f"{said} ({found.conditions}; {TABLE})"
+    if found.is_shallow_better:
+        reason += (
+            f". In trainings as short as that fewer layers do better than either: {found.shallow_layers} with as many "
+            f"layer evaluations reached {found.shallow:.4g}"
+        )
+    return Recommendation(method=method, reason=reason)

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 from importlib import resources
 from pathlib import Path
 
@@ -41,6 +42,16 @@ def test_the_better_method_is_recommended_and_else_the_faster_one(figures, metho
     assert advice is not None and advice.method == method
     for told in ("0.8", "photos", "docs/methods.md"):
         assert told in advice.line()
+
+
+def test_fewer_layers_are_told_where_they_were_better_than_either_method():
+    """A training too short for depth to be of use says so; a difference within the noise says nothing."""
+    for value, told in ((0.90, True), (0.86, False), (0.70, False)):
+        advice = recommendation(replace(found(0.80, 0.85), shallow=value, shallow_layers=3), BOTH)
+        assert advice is not None and advice.method == "exact"
+        assert ("fewer layers do better than either: 3 with" in advice.reason) == told
+    lower = replace(found(0.80, 0.85, higher_is_better=False), shallow=0.7, shallow_layers=3)
+    assert lower.is_shallow_better and not replace(lower, shallow=0.9).is_shallow_better
 
 
 def test_a_method_that_cannot_be_taken_is_not_recommended():

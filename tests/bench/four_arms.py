@@ -209,6 +209,11 @@ def entry(family: str) -> dict[str, Any]:
         "exact": found(kinds.get("unrolled") or kinds.get("plain") or kinds["one block"]),
     }
     count = min(map(len, rows.values()))
+    shallow = {}
+    if "plain, short" in kinds:
+        short = kinds["plain, short"]
+        value = statistics.mean(row[measure] for row in found(short))
+        shallow = {"shallow": round(value, 5), "shallow_layers": short["depth"]}
     blocks = f"{BLOCKS[family]} block{'s' if BLOCKS[family] > 1 else ''}"
     return {
         "measure": SHOWN.get(measure, measure.replace("_", " ")),
@@ -219,6 +224,7 @@ def entry(family: str) -> dict[str, Any]:
             f"{DATA[family]}, {settings['depth']} layers of width {settings['width']}, {blocks}, "
             f"{STEPS[family]} steps of batch {settings['batch']}, {count} seed{'s' if count > 1 else ''}"
         ),
+        **shallow,
     }
 
 
@@ -235,21 +241,23 @@ def methods_page(entries: dict[str, dict[str, Any]]) -> str:
         "`edgeblocks plan` recommends a method from this table and from what each would take under the budget. Made",
         "by `tests/bench/four_arms.py` from the trainings of [four arms](four_arms.md): the same data, equal layer",
         "evaluations (of `looped` equal steps: end to end its core runs several times in each), EMA weights, hold-out",
-        "examples. The error is the standard error of the difference; one below twice of it counts as none. These are",
-        "small networks and short trainings on one kind of data: compare on your own with `edgeblocks compare` before",
-        "a long run.",
+        "examples. The error is the standard error of the difference; one below twice of it counts as none. Fewer",
+        "layers are those of one block, trained end to end with as many layer evaluations: where they are best, the",
+        "training was too short for depth to be of use, and longer ones may turn out otherwise. These are small networks",
+        "and one kind of data: compare on your own with `edgeblocks compare` before a long run.",
         "",
-        "| family | measure | diffusion | exact | error | better | conditions |",
-        "|---|---|---|---|---|---|---|",
+        "| family | measure | diffusion | exact | error | better | fewer layers | conditions |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for family, one in entries.items():
         difference = one["diffusion"] - one["exact"]
         better = "neither"
         if abs(difference) > 2 * one["error"]:
             better = "diffusion" if (difference > 0) == one["higher_is_better"] else "exact"
+        shallow = f"{one['shallow']:.4f} ({one['shallow_layers']} layers)" if "shallow" in one else "–"
         lines.append(
             f"| {family} | {one['measure']} | {one['diffusion']:.4f} | {one['exact']:.4f} | {one['error']:.4f} "
-            f"| {better} | {one['conditions']} |"
+            f"| {better} | {shallow} | {one['conditions']} |"
         )
     return "\n".join([*lines, ""])
 
