@@ -28,7 +28,7 @@ import torch
 
 BUDGET = "600MB"
 USUAL = {"depth": 16, "width": 256, "batch": 16}
-AXES = {"depth": (8, 16, 24, 32, 64), "width": (128, 256, 512), "batch": (8, 32, 128)}
+AXES = {"depth": (8, 16, 24, 32, 64), "width": (128, 256, 512), "batch": (8, 16, 32, 128)}
 ARMS = ("diffusion", "exact", "plain")
 COLOURS = {"diffusion": "#0072b2", "exact": "#d55e00", "plain": "#777777"}
 
@@ -139,13 +139,19 @@ def draw(axis: str, rows: list[dict[str, Any]], path: Path) -> None:
 
 
 def page(rows: list[dict[str, Any]], steps: int) -> str:
+    cores = torch.get_num_threads()
+    threads = f"{cores} core{'s' if cores > 1 else ''}"
     lines = [
         "# Time and memory against depth, width and batch",
         "",
         f"Made by `tests/bench/scaling.py`, whose first lines say what is measured: budget {BUDGET}, {steps} steps,",
-        f"{platform.system()} {platform.machine()}, 2 cores, torch {torch.__version__}, fp32. Peaks are the whole",
-        "process's, interpreter and libraries included. The machine was shared: times differ by a tenth or more from",
-        "run to run.",
+        f"{platform.system()} {platform.machine()}, torch {torch.__version__}, fp32, {threads}. Peaks are the whole",
+        "process's, interpreter and libraries included. The machine was shared: times differ by a fifth from run to run.",
+        "",
+        "The peak stays under the budget whatever the depth. What deeper and wider networks pay for that is time: the",
+        "planner takes few deep blocks, for quality, and then runs layers again and cuts a batch into smaller parts;",
+        "stages of `exact` come from the disk twice a step; and moments of 8 bits take 15 ns a parameter on one core,",
+        "whatever the batch (1,024 tokens a step here, which is little: 75 million parameters in 64 layers).",
         "",
     ]
     for axis, sizes in AXES.items():
