@@ -146,7 +146,7 @@ def page(rows: list[dict[str, Any]], steps: int) -> str:
         "",
         f"Made by `tests/bench/scaling.py`, whose first lines say what is measured: budget {BUDGET}, {steps} steps,",
         f"{platform.system()} {platform.machine()}, torch {torch.__version__}, fp32, {threads}. Peaks are the whole",
-        "process's, interpreter and libraries included. The machine was shared: times differ by a fifth from run to run.",
+        "process's, interpreter and libraries included. The machine was shared: times differ by a fifth between runs.",
         "",
         "The peak stays under the budget whatever the depth. What deeper and wider networks pay for that is time: the",
         "planner takes few deep blocks, for quality, and then runs layers again and cuts a batch into smaller parts;",
