@@ -4,6 +4,7 @@ Block-wise and end-to-end training make the same update.
 """
 
 import math
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -76,6 +77,8 @@ def adamw_(
             workspace=workspace,
             **common,
         )
+    sizes = [weight.numel() for _, weight in buffer.tensors("weights")]
+    starts = list(accumulate(sizes, initial=0))
     for first, last, decay in (
         (layout.num_quantized, layout.num_decayed, weight_decay),
         (layout.num_decayed, layout.num_parameters, 0.0),
@@ -89,6 +92,7 @@ def adamw_(
                 state["exp_avg_sq"][moments],
                 step=step + 1,
                 weight_decay=decay,
+                sizes=[size for start, size in zip(starts, sizes, strict=False) if first <= start < last],
                 **common,
             )
 
