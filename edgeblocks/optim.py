@@ -149,10 +149,10 @@ def adamw_step_(
     with torch.no_grad():
         given = [parameters.numel()] if sizes is None else list(sizes)
         torch._fused_adamw_(
-            parameters.split(given),
-            gradients.split(given),
-            exp_avg.split(given),
-            exp_avg_sq.split(given),
+            parameters.split_with_sizes(given),
+            gradients.split_with_sizes(given),
+            exp_avg.split_with_sizes(given),
+            exp_avg_sq.split_with_sizes(given),
             [],
             [torch.tensor(float(step), dtype=torch.float32, device=parameters.device)] * len(given),
             lr=learning_rate,
