@@ -77,7 +77,7 @@ def adamw_(
             workspace=workspace,
             **common,
         )
-    sizes = [weight.numel() for _, weight in buffer.tensors("weights")]
+    sizes = [math.prod(entry.shape) for entry in layout.of_part("weights")]
     starts = list(accumulate(sizes, initial=0))
     for first, last, decay in (
         (layout.num_quantized, layout.num_decayed, weight_decay),

@@ -43,6 +43,24 @@ def test_adamw_is_that_of_torch(numel, form, tolerance):
     torch.testing.assert_close(ours, theirs.detach(), rtol=tolerance, atol=tolerance)
 
 
+def test_tensors_that_lie_one_behind_the_other_are_stepped_as_torch_steps_each():
+    """Bit for bit, of whatever sizes: where a tensor ends its last elements are rounded in their own way (AVX-512).
+
+    Weights start as zeros, so that a step's last bit is not lost beside a weight of 1.
+    """
+    sizes = [27, 32, 5, 1003, 1, 64]
+    ours, exp_avg, exp_avg_sq = (torch.zeros(sum(sizes)) for _ in range(3))
+    theirs = [part.clone().requires_grad_() for part in ours.split(sizes)]
+    optimizer = torch.optim.AdamW(theirs, lr=1e-2, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.1, fused=True)
+    for step in range(1, 41):
+        gradients = normal(sum(sizes), seed=step)
+        for parameter, gradient in zip(theirs, gradients.split(sizes), strict=True):
+            parameter.grad = gradient.clone()
+        optimizer.step()
+        adamw_step_(ours, gradients, exp_avg, exp_avg_sq, step=step, sizes=sizes, **SETTINGS)
+    assert torch.equal(ours, torch.cat([parameter.detach() for parameter in theirs]))
+
+
 def test_leaf_parameters_can_be_stepped():
     """Both steps update a tensor that requires a gradient, on any thread, and record nothing for autograd."""
     parameters = torch.ones(4 * GROUP_SIZE, requires_grad=True)
