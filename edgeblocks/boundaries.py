@@ -11,10 +11,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from edgeblocks.block_buffer import bytes_of
 from edgeblocks.plans import BoundaryDtype
 from edgeblocks.scheduler import StreamTimes
 from edgeblocks.scratch import ScratchFile
-from edgeblocks.store import bytes_of
 
 DTYPES: dict[BoundaryDtype, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 

@@ -16,6 +16,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from edgeblocks.block_buffer import BlockLayout
 from edgeblocks.config import TOKENIZERS, Settings, read_yaml, resolve_settings
 from edgeblocks.data.tokenizer import TOKENIZER_FILE, Tokenizer, stored_tokenizer
 from edgeblocks.durable import sync, write_atomically
@@ -40,7 +41,7 @@ from edgeblocks.run_files import (
     with_checksum,
 )
 from edgeblocks.sections import Section, blocks_of, network_of, stages_of, tensor_name
-from edgeblocks.store import BlockLayout, BlockStore, storage_error
+from edgeblocks.store import BlockStore, storage_error
 from edgeblocks.untrusted import shown
 
 RUN_FORMAT_VERSION = 1

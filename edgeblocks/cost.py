@@ -104,8 +104,8 @@ def trace(family: Any, sample_counts: Sequence[int]) -> LayerCosts:
     """`LayerCosts` of a family, traced in this process on the meta device."""
     import torch
 
+    from edgeblocks.block_buffer import Optimizer, state_bytes
     from edgeblocks.optim import GPU_CHUNK_SIZE, workspace_bytes
-    from edgeblocks.store import Optimizer, state_bytes
 
     period = getattr(family, "layer_period", 1)
     (one, one_quantizable), (two, two_quantizable) = (_count_parameters(family, count) for count in (1, 2))
@@ -157,7 +157,7 @@ def _count_parameters(family: Any, num_layers: int) -> tuple[int, int]:
     """Parameters of a block, and those of them whose optimizer state may be 8-bit."""
     import torch
 
-    from edgeblocks.store import is_quantizable
+    from edgeblocks.block_buffer import is_quantizable
 
     with torch.device("meta"):
         parameters = list(family.block(num_layers=num_layers, checkpointing=False).parameters())

@@ -8,6 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from edgeblocks.block_buffer import BlockBuffer, bind_parameters_
 from edgeblocks.boundaries import InMemory, OnDisk
 from edgeblocks.checkpoint import RunDirectory
 from edgeblocks.data.dataset import DataSet
@@ -22,7 +23,6 @@ from edgeblocks.sections import network_of
 from edgeblocks.stage_order import traffic_of_a_step, uses_of_a_step
 from edgeblocks.stage_slots import Need, StageSlots
 from edgeblocks.stage_updates import StageUpdates, UpdatedAtOnce, UpdatedLater
-from edgeblocks.store import BlockBuffer, bind_parameters_
 from edgeblocks.trainer import METRICS_RECORDS, Interruption, Progress
 from edgeblocks.units import format_bytes, parse_size
 from edgeblocks.update import adamw_, ema_exponent, follow_, learning_rate_at

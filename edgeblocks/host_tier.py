@@ -10,7 +10,8 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from edgeblocks.store import PARTS, BlockBuffer, BlockStore, Part
+from edgeblocks.block_buffer import PARTS, BlockBuffer, Part
+from edgeblocks.store import BlockStore
 
 
 class Device(Protocol):

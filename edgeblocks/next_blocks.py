@@ -2,8 +2,9 @@
 
 from pathlib import Path
 
+from edgeblocks.block_buffer import BlockBuffer
 from edgeblocks.durable import sync, write_atomically
-from edgeblocks.store import BlockBuffer, BlockStore, storage_error
+from edgeblocks.store import BlockStore, storage_error
 
 
 class NextBlocks:

@@ -18,9 +18,10 @@ from dataclasses import dataclass, field
 
 import torch
 
+from edgeblocks.block_buffer import BlockBuffer, Part
 from edgeblocks.host_tier import HostTier
 from edgeblocks.plans import kept_blocks
-from edgeblocks.store import BlockBuffer, BlockStore, Part
+from edgeblocks.store import BlockStore
 
 
 @dataclass

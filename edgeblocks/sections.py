@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from edgeblocks.store import bind_parameters_
+from edgeblocks.block_buffer import bind_parameters_
 
 
 @dataclass(frozen=True, kw_only=True)

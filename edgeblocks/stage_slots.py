@@ -19,11 +19,12 @@ from pathlib import Path
 
 import torch
 
+from edgeblocks.block_buffer import PARTS, BlockBuffer, BlockLayout, Part, bytes_of
 from edgeblocks.next_blocks import NextBlocks
 from edgeblocks.scheduler import StreamTimes
 from edgeblocks.scratch import ScratchFile
 from edgeblocks.stage_order import Use
-from edgeblocks.store import PARTS, BlockBuffer, BlockLayout, BlockStore, Part, bytes_of
+from edgeblocks.store import BlockStore
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,9 +18,9 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from edgeblocks.block_buffer import BlockBuffer, BlockLayout, bytes_of
 from edgeblocks.scheduler import StreamTimes
 from edgeblocks.scratch import ScratchFile
-from edgeblocks.store import BlockBuffer, BlockLayout, bytes_of
 from edgeblocks.update import clip_
 
 Learn = Callable[[BlockBuffer, Tensor, int], None]

@@ -9,11 +9,12 @@ from typing import Any, Protocol
 
 from torch import nn
 
+from edgeblocks.block_buffer import BlockBuffer, bind_parameters_
 from edgeblocks.checkpoint import RunDirectory
 from edgeblocks.errors import RunError
 from edgeblocks.scheduler import EmaLoader
 from edgeblocks.sections import whole_name
-from edgeblocks.store import BlockBuffer, BlockStore, bind_parameters_
+from edgeblocks.store import BlockStore
 
 
 class StageSource(Protocol):

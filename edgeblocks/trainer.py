@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from edgeblocks.block_buffer import BlockBuffer, bind_parameters_
 from edgeblocks.checkpoint import RunDirectory
 from edgeblocks.data.dataset import DataSet, Order
 from edgeblocks.errors import EdgeblocksError, OutOfBudgetError, WriteLimitError
@@ -26,7 +27,7 @@ from edgeblocks.initial_weights import InitialWeights
 from edgeblocks.optim import Workspace
 from edgeblocks.scheduler import ResidentBlock, Scheduler
 from edgeblocks.sections import Section, init_section_
-from edgeblocks.store import BlockBuffer, BlockStore, bind_parameters_
+from edgeblocks.store import BlockStore
 from edgeblocks.units import format_bytes, parse_size
 from edgeblocks.update import adamw_, clip_, ema_exponent, follow_, learning_rate_at
 

@@ -9,8 +9,8 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
+from edgeblocks.block_buffer import BlockBuffer
 from edgeblocks.optim import Workspace, adamw_8bit_step_, adamw_step_
-from edgeblocks.store import BlockBuffer
 
 BETA1, BETA2, EPS = 0.9, 0.99, 1e-8
 

@@ -4,11 +4,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from edgeblocks.block_buffer import Entry, Part, bytes_of
 from edgeblocks.checkpoint import RunDirectory
 from edgeblocks.durable import write_atomically
 from edgeblocks.errors import ConfigError, RunError, StorageError
 from edgeblocks.staged_ema import check_whole
-from edgeblocks.store import BlockStore, Entry, Part, bytes_of
+from edgeblocks.store import BlockStore
 from edgeblocks.tensor_file import encode_header
 
 

@@ -3,6 +3,7 @@
 import numpy as np
 import torch
 
+from edgeblocks.block_buffer import BlockBuffer
 from edgeblocks.config import resolve_settings
 from edgeblocks.data.images import open_images
 from edgeblocks.data.text import open_text
@@ -10,7 +11,6 @@ from edgeblocks.registry import family_type
 from edgeblocks.run import Run
 from edgeblocks.run_creation import create_run, seal_run
 from edgeblocks.scheduler import EmaLoader
-from edgeblocks.store import BlockBuffer
 
 
 def make_run(path, *, layers, step=1, **settings):

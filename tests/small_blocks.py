@@ -3,12 +3,8 @@
 import torch
 from torch import nn
 
-from edgeblocks.store import (
-    PARTS,
-    BlockBuffer,
-    BlockLayout,
-    BlockStore,
-)
+from edgeblocks.block_buffer import PARTS, BlockBuffer, BlockLayout
+from edgeblocks.store import BlockStore
 
 RUN_ID = "0123456789abcdef"
 

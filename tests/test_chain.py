@@ -4,6 +4,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 
+from edgeblocks.block_buffer import BlockBuffer, BlockLayout
 from edgeblocks.chain import BlockRunner, class_labels, guided
 from edgeblocks.families.base import ImageInfo
 from edgeblocks.families.dit import Dit, DitSettings
@@ -11,7 +12,7 @@ from edgeblocks.noise import NoiseDistribution, partition_noise, sampler_levels
 from edgeblocks.randomness import start_noise
 from edgeblocks.scheduler import EmaLoader
 from edgeblocks.solver import integrate
-from edgeblocks.store import BlockBuffer, BlockLayout, BlockStore
+from edgeblocks.store import BlockStore
 
 LAYERS = (2, 1, 1)
 NO_CLASS = 4

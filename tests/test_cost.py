@@ -8,12 +8,12 @@ from dataclasses import asdict, replace
 import pytest
 import torch
 
+from edgeblocks.block_buffer import BlockLayout
 from edgeblocks.cost import _trace_step, trace, trace_in_subprocess
 from edgeblocks.errors import EdgeblocksError
 from edgeblocks.families.base import ImageInfo
 from edgeblocks.families.dit import Dit, DitSettings
 from edgeblocks.layer_costs import Growth, StepCost, at_samples
-from edgeblocks.store import BlockLayout
 
 SETTINGS = DitSettings(width=64, depth=6, heads=4, patch=2)
 DATA = ImageInfo(channels=3, height=16, width=16, num_classes=10, mean=0.5, scale=2.0)
@@ -227,7 +227,7 @@ def test_building_a_block_on_the_meta_device_imports_no_symbolic_libraries():
 import sys, torch
 from edgeblocks.families.base import ImageInfo
 from edgeblocks.families.dit import Dit, DitSettings
-from edgeblocks.store import BlockBuffer, BlockLayout, bind_parameters_
+from edgeblocks.block_buffer import BlockBuffer, BlockLayout, bind_parameters_
 family = Dit(DitSettings(**{asdict(SETTINGS)!r}), ImageInfo(**{asdict(DATA)!r}))
 with torch.device("meta"):
     block = family.block(num_layers=2, checkpointing=False)

@@ -9,12 +9,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from small_blocks import RUN_ID, filled_buffer, layout_of, store_in
 
+from edgeblocks.block_buffer import PARTS, BlockBuffer
 from edgeblocks.errors import RunError, StorageError
-from edgeblocks.store import (
-    PARTS,
-    BlockBuffer,
-    BlockStore,
-)
+from edgeblocks.store import BlockStore
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@ from small_blocks import all_bytes, filled_buffer, layout_of, store_in
 from test_equality import StopAfter, assert_same_bits
 
 import edgeblocks
+from edgeblocks.block_buffer import PARTS
 from edgeblocks.console import evaluation_report
 from edgeblocks.errors import EdgeblocksError, InterruptedRunError, RunError, WriteLimitError
 from edgeblocks.exact import Pass
@@ -23,7 +24,6 @@ from edgeblocks.run_data import data_of
 from edgeblocks.sections import init_section_, network_of, stages_of, whole_name
 from edgeblocks.stage_order import traffic_of_a_step, uses_of_a_step
 from edgeblocks.stage_slots import Need, StageSlots, SwapFile
-from edgeblocks.store import PARTS
 from edgeblocks.update import BETA1, BETA2, EPS, learning_rate_at
 
 pytestmark = pytest.mark.usefixtures("one_thread")

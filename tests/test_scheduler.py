@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch import nn
 
+from edgeblocks.block_buffer import BlockBuffer, BlockLayout
 from edgeblocks.errors import RunError, StorageError
 from edgeblocks.scheduler import EmaLoader, Scheduler
-from edgeblocks.store import BlockBuffer, BlockLayout, BlockStore
+from edgeblocks.store import BlockStore
 
 PATIENCE_S = 30
 """How long a test waits for another thread before it fails; no test waits that long when it passes."""

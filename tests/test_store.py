@@ -1,7 +1,5 @@
 """A block's file: what is written is what is read, and its layout is that of every safetensors reader."""
 
-import itertools
-import math
 import subprocess
 import sys
 
@@ -11,15 +9,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from small_blocks import RUN_ID, Small, all_bytes, filled_buffer, layout_of, store_in
 
+from edgeblocks.block_buffer import PARTS, BlockBuffer
 from edgeblocks.durable import write_atomically
 from edgeblocks.errors import StorageError
-from edgeblocks.store import (
-    GROUP_SIZE,
-    PARTS,
-    BlockBuffer,
-    is_quantizable,
-    state_bytes,
-)
 
 
 @pytest.fixture
@@ -63,72 +55,6 @@ def test_a_block_survives_its_file_bit_for_bit(tmp_path, optimizer):
     assert all_bytes(other) == all_bytes(buffer)
     assert store.bytes_written == store.path(0).stat().st_size
     assert store.bytes_read == buffer.num_bytes
-
-
-def test_the_layout_puts_quantized_matrices_first_and_vectors_last():
-    """Weights are ordered: large matrices, other matrices, vectors; ema has the same order, so one slice fits both."""
-    layout = layout_of()
-    names = [entry.name for entry in layout.entries if entry.part == "weights"]
-    assert names == [
-        "weights.first.weight",
-        "weights.inner.1.weight",
-        "weights.inner.0.weight",
-        "weights.scale",
-        "weights.first.bias",
-        "weights.inner.0.bias",
-        "weights.inner.1.bias",
-    ]
-    ema_names = [entry.name for entry in layout.entries if entry.part == "ema"]
-    assert ema_names == [name.replace("weights.", "ema.") for name in names]
-    assert layout.num_quantized == 2 * 128 * 64
-    assert layout.num_decayed == layout.num_quantized + 21
-    assert layout.num_parameters == layout.num_decayed + 5 + 128 + 3 + 64
-
-
-def test_without_8_bit_state_nothing_is_quantized():
-    """With adamw the quantized stretch is empty, and all moments are fp32."""
-    layout = layout_of("adamw")
-    assert layout.num_quantized == 0
-    assert layout.num_decayed == 2 * 128 * 64 + 21
-    assert layout.part_span("optimizer")[1] == 8 * layout.num_parameters
-
-
-@pytest.mark.parametrize("optimizer", ["adamw8bit", "adamw"])
-def test_tensors_fill_the_file_without_gaps(optimizer):
-    """Each entry begins where the former ends, aligned to its type; parts are contiguous."""
-    layout, end = layout_of(optimizer), 0
-    for entry in layout.entries:
-        assert entry.start == end
-        assert entry.start % entry.dtype.itemsize == 0
-        end += entry.num_bytes
-    assert end == layout.num_bytes
-    starts = [layout.part_span(part) for part in PARTS]
-    assert starts[0][0] == 0
-    for (start, size), (following, _) in itertools.pairwise(starts):
-        assert start + size == following
-    assert sum(size for _, size in starts) == layout.num_bytes
-
-
-def test_state_bytes_are_those_of_the_layout():
-    """state_bytes, which plans use, foretells each part; 8-bit state takes 2.03 bytes a parameter, fp32 8."""
-    for optimizer in ("adamw8bit", "adamw"):
-        layout = layout_of(optimizer)
-        quantizable = sum(p.numel() for p in Small().parameters() if is_quantizable(p.shape))
-        foretold = state_bytes(layout.num_parameters, quantizable, optimizer)
-        assert foretold == {part: layout.part_span(part)[1] for part in PARTS}
-    large = state_bytes(10**6 * GROUP_SIZE, 10**6 * GROUP_SIZE, "adamw8bit")
-    assert large["optimizer"] / (10**6 * GROUP_SIZE) == pytest.approx(2.03, abs=0.005)
-    assert large["weights"] == large["ema"] == 4 * 10**6 * GROUP_SIZE
-
-
-@pytest.mark.parametrize(
-    ("shape", "quantizable"),
-    [((64, 64), True), ((16, 16, 16), True), ((4096,), False), ((32, 64), False), ((65, 64), False), ((68, 64), True)],
-)
-def test_only_large_matrices_of_whole_groups_are_quantized(shape, quantizable):
-    """Two dimensions or more, 4,096 values or more, and a multiple of the group size."""
-    assert is_quantizable(shape) == quantizable
-    assert not quantizable or (math.prod(shape) % GROUP_SIZE == 0 and math.prod(shape) >= 4096)
 
 
 def test_ema_alone_can_be_read(written):

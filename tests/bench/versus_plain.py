@@ -28,6 +28,7 @@ import torch
 from plain import PlainCausal, PlainClassifier, PlainDenoiser
 
 import edgeblocks
+from edgeblocks.block_buffer import BlockBuffer, BlockLayout, bind_parameters_
 from edgeblocks.checkpoint import open_run
 from edgeblocks.config import RunSettings
 from edgeblocks.data.dataset import DataSet
@@ -41,7 +42,6 @@ from edgeblocks.plans import StepShape
 from edgeblocks.registry import family_type
 from edgeblocks.run_data import data_of
 from edgeblocks.scheduler import Scheduler
-from edgeblocks.store import BlockBuffer, BlockLayout, bind_parameters_
 from edgeblocks.targets.cpu import CpuTarget
 from edgeblocks.trainer import Interruption, Progress, Trainer, Visit
 

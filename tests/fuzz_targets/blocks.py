@@ -17,7 +17,8 @@ class BlockReader(Reader):
         import torch
         from torch import nn
 
-        from edgeblocks.store import PARTS, BlockBuffer, BlockLayout, BlockStore
+        from edgeblocks.block_buffer import PARTS, BlockBuffer, BlockLayout
+        from edgeblocks.store import BlockStore
 
         layout = BlockLayout.of(nn.Sequential(nn.Linear(64, 128), nn.Linear(7, 3)), "adamw8bit")
         self.store = BlockStore(folder / "blocks", [layout], "0123456789abcdef")
