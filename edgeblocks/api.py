@@ -332,7 +332,7 @@ def _train(run: RunDirectory, data_set: DataSet, listener: Listener, resumed_fro
         finished = Run(run)
         try:
             trainer = method.trainer(data_set, guard)
-            with target.capped(budget_bytes), Interruption().listening() as interruption:
+            with target.capped(budget_bytes), Interruption(listener.note).listening() as interruption:
                 looks = Looks(
                     run, data_set, method.ema, guard, interruption, trainer.progress, residents=method.residents
                 )

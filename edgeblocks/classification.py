@@ -1,5 +1,6 @@
 """Classes of images from a chain of label denoisers, and how good they are. No torch: the deployed chain runs it."""
 
+import hashlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -19,7 +20,7 @@ LEAST_PROBABILITY = 1e-12
 def classify(
     denoise: Callable[[NDArray[np.float32], float], NDArray[np.float32]],
     *,
-    num_images: int,
+    pixels: NDArray[np.uint8],
     num_classes: int,
     levels: Sequence[float],
     noises: int,
@@ -36,15 +37,17 @@ def classify(
 
     Args:
         denoise: the denoised labels [images, classes] of noised ones [images, classes] at a noise level.
+        pixels: the images, [images, height, width, channels]. An image's noise follows from its pixels, so that the
+            same image has the same answer wherever it stands and whatever stands beside it.
         levels: descending noise levels.
         noises: chains an image.
     """
+    images = [hashlib.sha256(image.tobytes()).hexdigest() for image in pixels]
     starts = [
-        start_noise((num_classes,), num_samples=num_images, seed=seed_at(seed, "chain", number))
-        for number in range(noises)
+        start_noise((num_classes,), samples=images, seed=seed_at(seed, "chain", number)) for number in range(noises)
     ]
 
-    total = np.zeros((num_images, num_classes), dtype=np.float32)
+    total = np.zeros((len(pixels), num_classes), dtype=np.float32)
 
     def denoise_all(z: NDArray[np.float32], sigma: float) -> NDArray[np.float32]:
         parts = [denoise(part, sigma) for part in np.split(z, noises)]

@@ -74,20 +74,26 @@ class ConsoleListener:
         start_time, start_steps = self._started_at
         done = progress.steps_done - start_steps
         to_do = progress.steps_total - progress.steps_done
-        remaining = f"  {format_duration((now - start_time) / done * to_do)} left" if done else ""
+        remaining = f"{format_duration((now - start_time) / done * to_do)} left" if done else ""
         losses = "  ".join(f"{block}:{loss:.3f}" for block, loss in sorted(progress.losses.items()))
-        where = f"block {progress.block} step {progress.step}  loss {losses}"
+        where = f"block {progress.block} step {progress.step}"
         if progress.block is None:
-            where = f"step {progress.step}  loss {progress.losses[0]:.3f}"
+            where, losses = f"step {progress.step}", f"{progress.losses[0]:.3f}"
         elapsed = max(time.perf_counter() - progress.started, 1e-6)
         memory = f"{format_bytes(progress.used_bytes)}/{format_bytes(progress.budget_bytes)}"
         share = progress.steps_done / max(progress.steps_total, 1)
-        self._line(
-            f"{_bar(share)} {share:4.0%}  {where}  "
-            f"{progress.examples_per_s:.0f} {progress.example}/s  {memory}  stall {progress.stall_s / elapsed:.1%}  "
-            f"{format_bytes(progress.bytes_written)} written{remaining}",
-            final=finished,
-        )
+        pieces = {  # in the order in which they are shown; the numbers say in which they are left out
+            _bar(share): 2,
+            f"{share:4.0%}": 9,
+            where: 7,
+            f"loss {losses}": 5,
+            f"{progress.examples_per_s:.0f} {progress.example}/s": 4,
+            memory: 6,
+            f"stall {progress.stall_s / elapsed:.1%}": 1,
+            f"{format_bytes(progress.bytes_written)} written": 3,
+            remaining: 8,
+        }
+        self._line(_fitting(pieces, self._console.width - 1 if self._live else None), final=finished)
 
     def close(self) -> None:
         """End a live line."""
@@ -107,6 +113,14 @@ class ConsoleListener:
             print(text, file=self._stream, flush=True)
 
 
+def _fitting(pieces: dict[str, int], width: int | None) -> str:
+    """The pieces side by side; where they are wider than the terminal, without those of the lowest numbers."""
+    shown = {piece: number for piece, number in pieces.items() if piece}
+    while width is not None and len("  ".join(shown)) > width and len(shown) > 1:
+        del shown[min(shown, key=shown.__getitem__)]
+    return "  ".join(shown)
+
+
 def _bar(share: float, width: int = 16) -> str:
     filled = round(share * width)
     return "━" * filled + "─" * (width - filled)
@@ -124,7 +138,7 @@ def banner(prepared: "Prepared") -> str:
         f"{_how_trained(plan)}",
         f"data: {data.source}, {data.describe()}",
         *([] if prepared.profile is None else [f"machine: {prepared.profile.name}, {prepared.profile.description}"]),
-        f"plan: batch {run.batch} = {chosen.accumulation} x {chosen.micro_batch}, "
+        f"plan: batch {run.batch}{_in_parts(chosen)}, "
         f"checkpointing {'on' if chosen.checkpointing else 'off'}, {run.optimizer}, "
         + (
             f"saved every {chosen.visit_steps} steps, {_where(chosen, unit)}"
@@ -136,6 +150,13 @@ def banner(prepared: "Prepared") -> str:
         _disk_line(plan),
     ]
     return "\n".join([*lines, *(f"note: {warning}" for warning in plan.warnings)])
+
+
+def _in_parts(chosen: "Candidate") -> str:
+    """How a batch goes through a block."""
+    if chosen.accumulation == 1:
+        return " at once"
+    return f" in {chosen.accumulation} micro-batches of {chosen.micro_batch}"
 
 
 def _how_trained(plan: "Plan") -> str:
@@ -373,7 +394,7 @@ def evaluation_report(result: dict[str, Any]) -> str:
             f"cross-entropy {found['cross_entropy']:.4f}, calibration error {found['calibration_error']:.3f}",
         ]
         if not end_to_end:
-            lines.append(f"top-1 of one block alone, over its noise levels: {by_block}")
+            lines.append(f"top-1 of one block alone, which is shown the right class under noise: {by_block}")
     frechet = result.get("frechet")
     if frechet is not None:
         floor = (

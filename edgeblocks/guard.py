@@ -128,7 +128,7 @@ class Guard:
         change = {"micro_batch": self.shape.micro_batch, "checkpointing": self.shape.checkpointing, "used_bytes": used}
         self.changes.append(change)
         self._note(
-            f"memory: {why}, the budget is {format_bytes(self._budget_bytes)} ({format_bytes(used)} in use); the "
+            f"{why}, the budget is {format_bytes(self._budget_bytes)} ({format_bytes(used)} in use); the "
             f"micro-batch is now {self.shape.micro_batch}, checkpointing "
             f"{'on' if self.shape.checkpointing else 'off'}. Same mathematics, slower steps"
         )

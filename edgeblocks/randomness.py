@@ -12,13 +12,13 @@ def seed_at(*position: int | str) -> int:
     return int.from_bytes(digest[:8], "little") >> 1
 
 
-def start_noise(shape: Sequence[int], *, num_samples: int, seed: int) -> np.ndarray:
-    """Standard normal noise, float32 [num_samples, *shape], one stream a sample.
+def start_noise(shape: Sequence[int], *, samples: Sequence[int | str], seed: int) -> np.ndarray:
+    """Standard normal noise, float32 [samples, *shape], one stream a sample.
 
-    Sample i is the same whatever the number of samples, and the same in torch and in the deployed chain: numpy's PCG64
-    draws it in both.
+    A sample is known by its number or name: its noise is the same whatever others there are, and the same in torch and
+    in the deployed chain, for numpy's PCG64 draws it in both.
     """
-    noise = np.empty((num_samples, *shape), dtype=np.float32)
-    for index in range(num_samples):
-        noise[index] = np.random.default_rng(seed_at(seed, "start", index)).standard_normal(shape, dtype=np.float32)
+    noise = np.empty((len(samples), *shape), dtype=np.float32)
+    for index, name in enumerate(samples):
+        noise[index] = np.random.default_rng(seed_at(seed, "start", name)).standard_normal(shape, dtype=np.float32)
     return noise

@@ -76,7 +76,7 @@ def sample_images(
     labels = class_labels(n, num_classes=directory.data.num_classes, chosen=class_number(label, directory.class_names))
     data = directory.data
     with runners(samples=n) as runner:
-        noise = torch.from_numpy(start_noise((data.channels, data.height, data.width), num_samples=n, seed=seed))
+        noise = torch.from_numpy(start_noise((data.channels, data.height, data.width), samples=range(n), seed=seed))
         denoise = guided(runner.denoise, labels, guidance=guidance, no_class=data.num_classes)
         x = integrate(denoise, noise, levels, solver=solver, on_level=on_level)
         return pictures.to_uint8(x.numpy(), mean=data.mean, scale=data.scale)
@@ -227,7 +227,7 @@ def class_probabilities(
     condition = directory.family().condition(pixels)
     return classification.classify(
         lambda z, sigma: runner.denoise(torch.from_numpy(z), sigma, condition).numpy(),
-        num_images=len(pixels),
+        pixels=pixels,
         num_classes=directory.data.num_classes,
         levels=sampler_levels(directory.partition, num_steps=steps),
         noises=noises,

@@ -54,7 +54,7 @@ class Classifier(ImageChain):
         try:
             return classify(
                 lambda z, sigma: self.denoise(z, sigma, images, micro_batch=micro_batch),
-                num_images=len(pixels),
+                pixels=pixels,
                 num_classes=self.manifest.num_classes,
                 levels=levels,
                 noises=noises,
@@ -87,6 +87,10 @@ class Classifier(ImageChain):
 
     def _read(self, path: Path) -> NDArray[np.uint8]:
         channels, height, width = self.manifest.image_shape
+        if path.is_dir():
+            raise DataError(f"{path} is a folder; name the images in it, such as {path}/*.png")
+        if not path.exists():
+            raise DataError(f"there is no image {path}")
         try:
             pixels = decode(path, image_size=height if height == width else None, grey=channels == 1)
         except UnreadableImageError as error:

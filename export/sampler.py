@@ -83,7 +83,7 @@ class Sampler(ImageChain):
                 return conditional
             return guide(conditional, self.denoise(z, sigma, no_class, micro_batch=micro_batch), guidance)
 
-        noise = start_noise(self.manifest.image_shape, num_samples=n, seed=seed)
+        noise = start_noise(self.manifest.image_shape, samples=range(n), seed=seed)
         try:
             return integrate(denoise, noise, levels, solver=solver, on_level=on_level)
         finally:

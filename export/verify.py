@@ -13,7 +13,6 @@ from numpy.typing import NDArray
 
 from edgeblocks.chain import BlockRunner, class_labels, guided
 from edgeblocks.checkpoint import RunDirectory
-from edgeblocks.classification import classify
 from edgeblocks.data.dataset import DataSet
 from edgeblocks.drawing import softmax
 from edgeblocks.errors import ConfigError, DataError, EdgeblocksError, StorageError
@@ -31,6 +30,7 @@ from edgeblocks.noise import sampler_levels, unmasking_steps
 from edgeblocks.pictures import to_uint8
 from edgeblocks.randomness import start_noise
 from edgeblocks.run_data import data_of
+from edgeblocks.sampling import class_probabilities
 from edgeblocks.solver import integrate
 from edgeblocks.unmasking import unmask
 
@@ -234,15 +234,7 @@ def _class_difference(
         pixels = np.random.default_rng(run.settings.run.seed).integers(0, 256, shape, dtype=np.uint8)
     else:
         pixels = data_set.gather(np.resize(data_set.evaluation_indices(NUM_OUTPUTS), NUM_OUTPUTS))[0]
-    condition = run.family().condition(pixels)
-    expected = classify(
-        lambda z, sigma: runner.denoise(torch.from_numpy(z), sigma, condition).numpy(),
-        num_images=len(pixels),
-        num_classes=data.num_classes,
-        levels=sampler_levels(run.partition, num_steps=settings.steps),
-        noises=settings.noises,
-        seed=0,
-    )
+    expected = class_probabilities(run, runner, pixels, steps=settings.steps, noises=settings.noises, seed=0)
     check_finite(expected, "the chain")
     found = classifier.classify(pixels, micro_batch=runner.micro_batch)
     difference = largest_difference(found, expected)
@@ -283,7 +275,7 @@ def _image_difference(run: RunDirectory, runner: BlockRunner, sampler: Sampler) 
     labels = class_labels(NUM_OUTPUTS, num_classes=data.num_classes, chosen=None)
     expected = integrate(
         guided(runner.denoise, labels, guidance=settings.guidance, no_class=data.num_classes),
-        torch.from_numpy(start_noise(run.family().state_shape, num_samples=NUM_OUTPUTS, seed=0)),
+        torch.from_numpy(start_noise(run.family().state_shape, samples=range(NUM_OUTPUTS), seed=0)),
         sampler_levels(run.partition, num_steps=settings.steps),
         solver=settings.solver,
     ).numpy()

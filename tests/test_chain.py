@@ -86,7 +86,7 @@ def runner_of(store, micro_batch=8):
 def test_every_block_is_loaded_once_and_in_order(store, solver, guidance, num_steps):
     """A chain makes each block resident exactly once, from high noise to low, with and without guidance."""
     runner = runner_of(store, micro_batch=2)
-    noise = torch.from_numpy(start_noise((1, 4, 4), num_samples=3, seed=0))
+    noise = torch.from_numpy(start_noise((1, 4, 4), samples=range(3), seed=0))
     denoise = guided(runner.denoise, torch.tensor([0, 1, 2]), guidance=guidance, no_class=NO_CLASS)
     end = integrate(denoise, noise, sampler_levels(PARTITION, num_steps=num_steps), solver=solver)
     assert runner.loads == [0, 1, 2]
@@ -112,7 +112,7 @@ def test_a_level_is_denoised_by_the_block_that_owns_it(store):
 
 def sampled(store, num_samples, micro_batch):
     runner = runner_of(store, micro_batch)
-    noise = torch.from_numpy(start_noise((1, 4, 4), num_samples=num_samples, seed=5))
+    noise = torch.from_numpy(start_noise((1, 4, 4), samples=range(num_samples), seed=5))
     labels = class_labels(num_samples, num_classes=NO_CLASS, chosen=None)
     denoise = guided(runner.denoise, labels, guidance=2.0, no_class=NO_CLASS)
     return integrate(denoise, noise, sampler_levels(PARTITION, num_steps=6), solver="heun")

@@ -1,6 +1,7 @@
 """The command line: wrong uses with their message and exit code, and what a terminal and a pipe see."""
 
 import contextlib
+import dataclasses
 import io
 import json
 import os
@@ -20,6 +21,7 @@ from typer.testing import CliRunner
 import edgeblocks
 from edgeblocks.cli import app
 from edgeblocks.console import ConsoleListener, training_report
+from edgeblocks.trainer import Progress
 
 TINY = ["--steps", "2", "--batch", "4", "--set", "depth=3", "--set", "width=16", "--set", "sample_grids=0"]
 
@@ -335,6 +337,35 @@ def test_an_error_begins_on_a_line_of_its_own(monkeypatch):
         listener.advance(1, 3, "counting")
         raise ValueError("broken")
     assert sys.stderr.getvalue().strip(" ").endswith("\n")
+
+
+def test_the_progress_line_of_a_narrow_terminal_has_what_counts(monkeypatch):
+    """How far it is, how long it takes, where it is, its memory and its loss; in a pipe everything."""
+    progress = Progress(
+        block=0,
+        step=244,
+        steps_done=156,
+        steps_total=200,
+        losses={0: 0.623, 1: 0.423},
+        used_bytes=496_000_000,
+        budget_bytes=600_000_000,
+        bytes_written=189_000_000,
+        examples_per_s=58.0,
+        started=time.perf_counter() - 60,
+    )
+    monkeypatch.setenv("COLUMNS", "80")
+    lines = {}
+    for stream in (Terminal(), io.StringIO()):
+        monkeypatch.setattr(sys, "stderr", stream)
+        listener = ConsoleListener()
+        for done in (150, 156):
+            listener._last = 0.0
+            listener.step(dataclasses.replace(progress, steps_done=done))
+        lines[stream.isatty()] = stream.getvalue().replace("\r", "\n").splitlines()[-1].rstrip()
+    assert len(lines[True]) < 80
+    for shown in (" 78%", "block 0 step 244", "loss 0:0.623  1:0.423", "496 MB/600 MB", " left"):
+        assert shown in lines[True] and shown in lines[False]
+    assert "189 MB written" in lines[False] and "stall" in lines[False]
 
 
 def test_every_verb_prints_its_result_alone(run, edgeblocks_command, tmp_path):

@@ -71,7 +71,7 @@ def torch_images(run, n, *, steps=18, solver="heun", guidance=1.0, label=None):
     labels = class_labels(n, num_classes=data.num_classes, chosen=label)
     return integrate(
         guided(torch_runner(run).denoise, labels, guidance=guidance, no_class=data.num_classes),
-        torch.from_numpy(start_noise((data.channels, data.height, data.width), num_samples=n, seed=0)),
+        torch.from_numpy(start_noise((data.channels, data.height, data.width), samples=range(n), seed=0)),
         sampler_levels(run.directory.partition, num_steps=steps),
         solver=solver,
     ).numpy()

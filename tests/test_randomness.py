@@ -13,16 +13,16 @@ from edgeblocks.randomness import seed_at, start_noise
 
 def test_start_noise_is_the_same_for_more_samples():
     """Sample i's noise is decided by (seed, i): the same among 3 and among 10, another for another seed or sample."""
-    few, many = (start_noise((2, 3, 3), num_samples=count, seed=1) for count in (3, 10))
+    few, many = (start_noise((2, 3, 3), samples=range(count), seed=1) for count in (3, 10))
     assert few.dtype == np.float32
     np.testing.assert_array_equal(few, many[:3])
     assert len({noise.tobytes() for noise in many}) == 10
-    assert not np.array_equal(few, start_noise((2, 3, 3), num_samples=3, seed=2))
+    assert not np.array_equal(few, start_noise((2, 3, 3), samples=range(3), seed=2))
 
 
 def test_start_noise_is_standard_normal():
     """Mean 0 and variance 1 over samples and components."""
-    noise = start_noise((3, 8, 8), num_samples=100, seed=0)
+    noise = start_noise((3, 8, 8), samples=range(100), seed=0)
     assert abs(noise.mean()) < 4 / math.sqrt(noise.size)
     assert noise.var() == pytest.approx(1, abs=0.05)
 
@@ -46,7 +46,7 @@ def test_a_generator_is_decided_by_its_position():
 def test_seeds_are_for_ever():
     """A seed is a fixed function of its position: runs of former versions can be resumed, samples drawn again."""
     assert seed_at(0, "train", 1, 2) == 7862477292193677372
-    assert start_noise((1,), num_samples=1, seed=0)[0, 0] == pytest.approx(-1.3040189, abs=1e-6)
+    assert start_noise((1,), samples=range(1), seed=0)[0, 0] == pytest.approx(-1.3040189, abs=1e-6)
 
 
 def test_noise_needs_no_torch():

@@ -144,13 +144,16 @@ def test_a_signal_is_noted_and_handlers_are_restored():
 
 
 def test_a_second_ctrl_c_stops_at_once():
-    """The first Ctrl-C waits for the step, the second raises KeyboardInterrupt."""
-    interruption = Interruption()
+    """The first Ctrl-C is answered and waits for the step, the second raises KeyboardInterrupt."""
+    told = []
+    interruption = Interruption(told.append)
     with interruption.listening():
         os.kill(os.getpid(), signal.SIGINT)
         assert interruption.signal_name == "SIGINT"
+        assert len(told) == 1 and told[0].startswith("SIGINT: stopping after this step")
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
+    assert len(told) == 1
 
 
 def test_off_the_main_thread_no_handler_is_set():

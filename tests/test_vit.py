@@ -155,7 +155,7 @@ def test_impossible_settings_are_named(change, message):
 def test_data_without_classes_are_refused(tmp_path):
     """There is nothing to tell apart; the message says how data have classes."""
     data = unlabelled_images(tmp_path / "set.npz", height=8, width=8)
-    with pytest.raises(ConfigError, match=r"the data have 0 classes .* sub-folder of images per class"):
+    with pytest.raises(ConfigError, match=r"the data have no classes .* sub-folder of images per class"):
         edgeblocks.train(out=tmp_path / "run", **{**SMALL, "data": data}, mem_budget="4GB", steps=1)
 
 
@@ -174,7 +174,7 @@ def test_a_perfect_denoiser_gives_the_class_and_every_block_is_run(num_blocks):
         return np.eye(5, dtype=np.float32)[labels]
 
     levels = sampler_levels(routed, num_steps=4)
-    found = classify(denoise, num_images=3, num_classes=5, levels=levels, noises=2, seed=0)
+    found = classify(denoise, pixels=pictures(3)[0], num_classes=5, levels=levels, noises=2, seed=0)
     np.testing.assert_array_equal(found, np.eye(5, dtype=np.float32)[labels])
     assert set(seen) == set(range(num_blocks)) and seen == sorted(seen)
 
@@ -187,10 +187,30 @@ def test_the_answer_is_the_mean_over_noises_and_levels():
         answers.append(np.exp(z / sigma) / np.exp(z / sigma).sum(1, keepdims=True))
         return answers[-1]
 
-    found = classify(denoise, num_images=4, num_classes=5, levels=(10.0, 3.0, 0.5), noises=2, seed=1)
+    found = classify(denoise, pixels=pictures(4)[0], num_classes=5, levels=(10.0, 3.0, 0.5), noises=2, seed=1)
     assert len(answers) == 6 and not np.array_equal(answers[0], answers[1])
     np.testing.assert_allclose(found, np.mean(answers, axis=0), rtol=1e-5)
     np.testing.assert_allclose(found.sum(1), 1, rtol=1e-5)
+
+
+def test_an_image_has_the_same_noise_wherever_it_stands():
+    """Its place and its neighbours do not count; its pixels and the seed do."""
+    images = pictures(3)[0]
+
+    def starts(pixels, seed=0):
+        seen = []
+
+        def denoise(z, sigma):
+            seen.append(z.copy())
+            return np.full_like(z, 1 / z.shape[1])
+
+        classify(denoise, pixels=pixels, num_classes=5, levels=(10.0,), noises=2, seed=seed)
+        return seen[0]
+
+    former = starts(images)
+    assert np.array_equal(starts(images[[2, 0, 2]]), former[[2, 0, 2]])
+    assert not np.isclose(former[0], former[1]).any()
+    assert not np.isclose(former, starts(images, seed=1)).any()
 
 
 def test_scores_against_a_slow_count():
@@ -260,6 +280,7 @@ def test_exported_probabilities_are_those_of_torch(exported):
     pixels = np.random.default_rng(0).integers(0, 256, (20, 8, 8, 1), dtype=np.uint8)
     found = open_chain(folder).classify(pixels)
     np.testing.assert_allclose(found, run.classify(pixels, mem_budget="4GB"), atol=1e-5)
+    np.testing.assert_allclose(found[::-1], open_chain(folder).classify(pixels[::-1]), atol=1e-5)
     np.testing.assert_allclose(found.sum(1), 1, atol=1e-5)
     assert manifest["task"] == "classes" and manifest["verified"]["real_inputs"]
     assert manifest["verified"]["output_max_abs_error"] < 1e-5
@@ -286,7 +307,9 @@ def test_run_prints_classes_of_image_files(exported, tmp_path, edgeblocks_comman
     assert written.returncode == 0 and json.loads((tmp_path / "answers.json").read_text()) == found
     for wrong, words in (
         ([], "name some image files"),
-        ([tmp_path / "none.png"], "none.png is no image that can be read"),
+        ([tmp_path / "none.png"], "there is no image"),
+        ([tmp_path], "is a folder; name the images in it"),
+        ([folder / "manifest.json"], "its content is of no kind of picture"),
         ([tmp_path / "a.png", "-o", tmp_path / "grid.png"], "ends in .json"),
     ):
         done = edgeblocks_command("run", folder, *wrong)

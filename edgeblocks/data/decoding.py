@@ -15,7 +15,7 @@ from typing import BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from edgeblocks.data.limits import (
     LONGEST_SIDE,
@@ -126,6 +126,8 @@ def _opened(path: Path) -> Iterator[Image.Image]:
                 yield picture
     except (UnreadableImageError, NoRoomToReadError):
         raise
+    except UnidentifiedImageError as error:
+        raise UnreadableImageError("its content is of no kind of picture that is known") from error
     except Exception as error:  # MemoryError too: damaged headers ask for any amount
         reason = f"{type(error).__name__}: {error}"
         raise UnreadableImageError(reason[:_MOST_REASON_CHARACTERS]) from error

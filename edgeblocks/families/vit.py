@@ -245,10 +245,11 @@ class Vit(ImageFamily):
         found = patch_problems(self.settings.patch, data)
         if data.num_classes >= 2:
             return found
+        count = "one class" if data.num_classes == 1 else "no classes"
         return [
             *found,
-            f"the data have {data.num_classes} classes and vit tells classes apart: it needs at least two; give a "
-            f"folder with one sub-folder of images per class, or an .npz with labels",
+            f"the data have {count} and vit tells classes apart: it needs at least two; give a folder with one "
+            f"sub-folder of images per class, or an .npz with labels",
         ]
 
     @property

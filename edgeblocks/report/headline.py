@@ -86,7 +86,10 @@ def _quality_tiles(summary: TrainedFields) -> list[tuple[str, str, str]]:
     if text is not None:
         error = "" if text.bits_per_character_error is None else f"± {text.bits_per_character_error:.3f}, "
         tiles.append(("bits a character", f"{text.bits_per_character:.3f}", f"{error}at most"))
-    for name in sorted({name for level in found.levels for name in level.scores}):
+    names = {name for level in found.levels for name in level.scores}
+    if len(found.levels) > 1:
+        names.discard("top1")  # a block is shown the noised right class, so its mean is not how good the chain is
+    for name in sorted(names):
         of_levels = [(level.share, level.scores.get(name)) for level in found.levels]
         whole = sum(share or 0.0 for share, _ in of_levels)
         if whole > 0:

@@ -11,7 +11,7 @@ Family = Annotated[
     typer.Argument(
         help="Kind of model: dit (makes images), vit (classifies them), mdlm (fills gaps in text), ar or looped "
         "(write on).",
-        show_default="dit",
+        show_default="the preset's, else dit",
     ),
 ]
 Preset = Annotated[
@@ -47,9 +47,14 @@ MaxDiskWrites = Annotated[
     str | None, typer.Option(help="End, saved, before the run has written more than this to disk, such as 200GB.")
 ]
 Steps = Annotated[
-    int | None, typer.Option(help="Optimizer steps of each block; with --method exact of the whole network.")
+    int | None,
+    typer.Option(
+        help="Optimizer steps of each block; with --method exact of the whole network.", show_default="the preset's"
+    ),
 ]
-BatchSize = Annotated[int | None, typer.Option("--batch", help="Images or sequences a step.")]
+BatchSize = Annotated[
+    int | None, typer.Option("--batch", help="Images or sequences a step.", show_default="the preset's")
+]
 Blocks = Annotated[
     str | None, typer.Option(help="Number of blocks, or of stages with --method exact; auto lets the budget decide.")
 ]
@@ -141,7 +146,7 @@ Guidance = Annotated[
     typer.Option(help="Classifier-free guidance; 1 is off, which runs the network once.", show_default="1"),
 ]
 ClassChoice = Annotated[str | None, typer.Option("--class", help="A class by name or number; all in turn by default.")]
-SampleSeed = Annotated[int, typer.Option("--seed", help="Decides the noise; sample and run agree on it.")]
+SampleSeed = Annotated[int, typer.Option("--seed", help="Decides the noise; sample, eval and run agree on it.")]
 
 
 def as_flags(names: Iterable[str]) -> str:
