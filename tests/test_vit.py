@@ -309,6 +309,7 @@ def test_run_prints_classes_of_image_files(exported, tmp_path, edgeblocks_comman
         ([], "name some image files"),
         ([tmp_path / "none.png"], "there is no image"),
         ([tmp_path], "is a folder; name the images in it"),
+        ([tmp_path / "a.png", "--n", "3"], "so --n means nothing to it"),
         ([folder / "manifest.json"], "its content is of no kind of picture"),
         ([tmp_path / "a.png", "-o", tmp_path / "grid.png"], "ends in .json"),
     ):

@@ -57,7 +57,7 @@ class Wish:
         Raises:
             ConfigError: one was.
         """
-        _only({}, {**self.of_images, **self.of_text}, what)
+        _only({}, {"n": self.n, **self.of_images, **self.of_text}, what)
 
 
 def say_classes(

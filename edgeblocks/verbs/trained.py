@@ -210,6 +210,7 @@ def run(
     )
 
     def work() -> None:
+        from edgeblocks.console import ConsoleListener
         from edgeblocks.drawing import TEXT_TASKS
         from edgeblocks.registry import open_exported
 
@@ -224,6 +225,15 @@ def run(
             wish.texts(partial(exported.write, steps=steps, seed=seed))
         else:
             levels = manifest.sampler.steps if steps is None else steps
-            wish.images(partial(exported.sample, steps=levels, seed=seed), num_classes=manifest.num_classes)
+            with ConsoleListener() as listener:
+                wish.images(
+                    partial(
+                        exported.sample,
+                        steps=levels,
+                        seed=seed,
+                        on_level=lambda done: listener.advance(done, levels, "sampling"),
+                    ),
+                    num_classes=manifest.num_classes,
+                )
 
     guarded(work, verbose=verbose)
