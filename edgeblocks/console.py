@@ -75,23 +75,26 @@ class ConsoleListener:
         done = progress.steps_done - start_steps
         to_do = progress.steps_total - progress.steps_done
         remaining = f"{format_duration((now - start_time) / done * to_do)} left" if done else ""
-        losses = "  ".join(f"{block}:{loss:.3f}" for block, loss in sorted(progress.losses.items()))
-        where = f"block {progress.block} step {progress.step}"
-        if progress.block is None:
-            where, losses = f"step {progress.step}", f"{progress.losses[0]:.3f}"
+        where, loss = f"step {progress.step}", f"loss {progress.losses[progress.block or 0]:.3f}"
+        other_losses = ""
+        if progress.block is not None:
+            losses = {block: f"{block}:{mean:.3f}" for block, mean in sorted(progress.losses.items())}
+            where, loss = f"block {progress.block} step {progress.step}", f"loss {losses.pop(progress.block)}"
+            other_losses = "  ".join(losses.values())
         elapsed = max(time.perf_counter() - progress.started, 1e-6)
         memory = f"{format_bytes(progress.used_bytes)}/{format_bytes(progress.budget_bytes)}"
         share = progress.steps_done / max(progress.steps_total, 1)
         pieces = {  # in the order in which they are shown; the numbers say in which they are left out
-            _bar(share): 2,
-            f"{share:4.0%}": 9,
-            where: 7,
-            f"loss {losses}": 5,
-            f"{progress.examples_per_s:.0f} {progress.example}/s": 4,
+            _bar(share): 3,
+            f"{share:4.0%}": 10,
+            where: 8,
+            loss: 7,
+            other_losses: 1,
+            f"{progress.examples_per_s:.0f} {progress.example}/s": 5,
             memory: 6,
-            f"stall {progress.stall_s / elapsed:.1%}": 1,
-            f"{format_bytes(progress.bytes_written)} written": 3,
-            remaining: 8,
+            f"stall {progress.stall_s / elapsed:.1%}": 2,
+            f"{format_bytes(progress.bytes_written)} written": 4,
+            remaining: 9,
         }
         self._line(_fitting(pieces, self._console.width - 1 if self._live else None), final=finished)
 
