@@ -135,6 +135,7 @@ def test_the_page_tells_what_the_summary_tells(runs, tmp_path, kind):
     for size in plan["breakdown"].values():
         assert not size or format_bytes(size) in words
     assert f"{summary['metrics']['validation_loss']:.4g}" in words
+    assert "accuracy (top 1)" not in words  # of single blocks, which are shown the label under noise: not the chain's
     assert "Finished: " in words and "12 steps" in words
     headings = Outline(page).headings
     for title in ("Plan against measured", "Training loss", "Memory against the budget over time", "Time", "Settings"):
