@@ -23,7 +23,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 from edgeblocks.api import settings_for_here
-from edgeblocks.console import ConsoleListener
+from edgeblocks.console_listener import ConsoleListener
 from edgeblocks.data.dataset import DataSet
 from edgeblocks.errors import EdgeblocksError
 from edgeblocks.generators import generator_at

@@ -20,7 +20,8 @@ from typer.testing import CliRunner
 
 import edgeblocks
 from edgeblocks.cli import app
-from edgeblocks.console import ConsoleListener, training_report
+from edgeblocks.console import training_report
+from edgeblocks.console_listener import ConsoleListener
 from edgeblocks.trainer import Progress
 
 TINY = ["--steps", "2", "--batch", "4", "--set", "depth=3", "--set", "width=16", "--set", "sample_grids=0"]

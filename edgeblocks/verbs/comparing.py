@@ -77,7 +77,7 @@ def compare(
     def work() -> None:
         from edgeblocks import comparison
         from edgeblocks.checkpoint import write_text
-        from edgeblocks.console import ConsoleListener
+        from edgeblocks.console_listener import ConsoleListener
         from edgeblocks.report.comparison_page import comparison_page
 
         given = given_settings(set_values, typed)

@@ -61,7 +61,7 @@ def doctor(
     """Measure this machine in half a minute: which budgets and presets are sensible, what is wrong, what mends it."""
 
     def work() -> None:
-        from edgeblocks.console import ConsoleListener
+        from edgeblocks.console_listener import ConsoleListener
         from edgeblocks.doctor.examination import examine, report_text
 
         with ConsoleListener() as listener:

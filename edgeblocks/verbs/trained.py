@@ -60,7 +60,8 @@ def evaluate(
 
     def work() -> None:
         from edgeblocks import api
-        from edgeblocks.console import ConsoleListener, evaluation_report
+        from edgeblocks.console import evaluation_report
+        from edgeblocks.console_listener import ConsoleListener
 
         with ConsoleListener() as listener:
             result = api.load(run).evaluate(
@@ -102,7 +103,7 @@ def sample(
 
     def work() -> None:
         from edgeblocks import api
-        from edgeblocks.console import ConsoleListener
+        from edgeblocks.console_listener import ConsoleListener
         from edgeblocks.drawing import TEXT_TASKS
 
         with ConsoleListener() as listener:
@@ -139,7 +140,8 @@ def export(
 
     def work() -> None:
         from edgeblocks import api
-        from edgeblocks.console import ConsoleListener, export_report
+        from edgeblocks.console import export_report
+        from edgeblocks.console_listener import ConsoleListener
 
         with ConsoleListener() as listener:
             manifest = api.load(run).export(out, listener=listener)
@@ -210,7 +212,7 @@ def run(
     )
 
     def work() -> None:
-        from edgeblocks.console import ConsoleListener
+        from edgeblocks.console_listener import ConsoleListener
         from edgeblocks.drawing import TEXT_TASKS
         from edgeblocks.registry import open_exported
 

@@ -169,7 +169,8 @@ def train(
             _print_plan(given, config, out or Path(), as_json=as_json)
             return
         from edgeblocks import api
-        from edgeblocks.console import ConsoleListener, training_report
+        from edgeblocks.console import training_report
+        from edgeblocks.console_listener import ConsoleListener
 
         with ConsoleListener() as listener:
             if resume is not None:
@@ -191,7 +192,8 @@ def _left_out(names: list[str], given: dict[str, Any]) -> str:
 
 def _print_plan(given: dict[str, Any], config: Path | None, out: Path, *, as_json: bool) -> None:
     from edgeblocks import api, plans
-    from edgeblocks.console import ConsoleListener, banner, plan_table
+    from edgeblocks.console import banner, plan_table
+    from edgeblocks.console_listener import ConsoleListener
     from edgeblocks.recommendation import Option, measured, option, recommendation
 
     with ConsoleListener() as listener:
