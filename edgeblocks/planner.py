@@ -33,7 +33,7 @@ from edgeblocks.plans import (
     split_layers,
 )
 from edgeblocks.step_times import boundary_disk_bytes
-from edgeblocks.units import format_bytes
+from edgeblocks.units import advised_budget, format_bytes
 
 FEWEST_GOOD_LAYERS = 4
 ABOUT_AS_FAST = 1.1
@@ -351,7 +351,7 @@ def _does_not_fit(costs: LayerCosts, machine: Machine, wishes: Wishes) -> DoesNo
     device_bytes = min(option.predicted_peak_bytes for option in options)
     device_too = (
         f". The device's {format_bytes(wishes.budget_bytes)} are too little as well: --mem-budget "
-        f"{math.ceil(device_bytes / 1e6)}MB or more"
+        f"{advised_budget(device_bytes)} or more"
     )
     return _refusal(
         [option.host_breakdown for option in on_device or options],
@@ -387,13 +387,13 @@ def _refusal(
     needed_bytes = sum(closest.values())
     smallest_bytes = math.ceil(min(sum(breakdown.values()) for breakdown in free_breakdowns) / 1e6) * 1_000_000
     parts = ", ".join(f"{name} {format_bytes(size)}" for name, size in closest.items() if size)
-    advice = f"use {flag} {math.ceil(needed_bytes / 1e6)}MB or more"
+    advice = f"use {flag} {advised_budget(needed_bytes)} or more"
     if closest["runtime"] > needed_bytes / 2:
         advice += f" ({runtime} {format_bytes(closest['runtime'])} of it)"
     else:
         advice += ", or a smaller network (--set width=.., --set patch=.., --set image_size=..)"
     if forced:
-        advice += f"; without {', '.join(forced)}, which you fixed, {smallest_bytes // 1_000_000}MB would do"
+        advice += f"; without {', '.join(forced)}, which you fixed, {advised_budget(smallest_bytes)} would do"
     return DoesNotFitError(
         f"no plan fits {format_bytes(budget_bytes)}{where}: the smallest needs {format_bytes(needed_bytes)} ({parts}); "
         f"{advice}{too}",
@@ -437,7 +437,7 @@ def inference_micro_batch(
     smallest_bytes = math.ceil(needed / 1e6) * 1_000_000
     raise DoesNotFitError(
         f"the chain needs {format_bytes(needed)} even for one sample at a time, the budget is "
-        f"{format_bytes(budget_bytes)}; use --mem-budget {smallest_bytes // 1_000_000}MB or more"
+        f"{format_bytes(budget_bytes)}; use --mem-budget {advised_budget(needed)} or more"
         f"{', or ask for fewer samples' if held_bytes > SLACK_BYTES else ''}",
         smallest_bytes,
     )

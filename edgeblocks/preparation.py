@@ -1,6 +1,5 @@
 """What comes before training: the budget, the data, the machine, the network's costs, and the plan made of them."""
 
-import math
 import os
 import shutil
 from dataclasses import asdict, dataclass, replace
@@ -23,7 +22,7 @@ from edgeblocks.planner import make_plan
 from edgeblocks.plans import Machine, Plan, Wishes, micro_batches
 from edgeblocks.registry import build_family, build_target, family_type
 from edgeblocks.run_data import open_run_data
-from edgeblocks.units import format_bytes, format_duration, parse_size
+from edgeblocks.units import advised_budget, format_bytes, format_duration, parse_size
 
 GRID_SAMPLES = {"images": 40, "classes": 0, "text": 4, "continuation": 4}
 """Samples made together during training, by what the family's chain makes."""
@@ -286,7 +285,7 @@ def replan(
             f"the run has {former['blocks']} blocks, which were fixed when it was created, and they do not fit "
             f"{format_bytes(budgets[0] if error.flag == '--mem-budget' else budgets[1] or 0)} here: "
             f"{format_bytes(error.as_fixed_bytes)} are needed; go on with {error.flag} "
-            f"{math.ceil(error.as_fixed_bytes / 1e6)}MB or more",
+            f"{advised_budget(error.as_fixed_bytes)} or more",
             error.as_fixed_bytes,
             flag=error.flag,
         ) from error

@@ -1,6 +1,5 @@
 """The data that a run's settings name, opened inside its budget."""
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,7 +12,7 @@ from edgeblocks.data.tokenizer import build_tokenizer
 from edgeblocks.errors import ConfigError, DoesNotFitError, NoRoomToReadError
 from edgeblocks.listener import Listener
 from edgeblocks.registry import family_type
-from edgeblocks.units import format_bytes
+from edgeblocks.units import advised_budget, format_bytes
 
 DECODING_SLACK_BYTES = 12_000_000
 """Beside a picture: pieces of it on their way to the cache, code of Pillow's decoders."""
@@ -109,8 +108,8 @@ def open_run_data(settings: Settings, listener: Listener, *, budget_bytes: int, 
         raise DoesNotFitError(
             f"{error.what} takes up to {format_bytes(error.needed_bytes)} to read, and the budget of "
             f"{format_bytes(budget_bytes)} leaves {format_bytes(room_bytes)} beside the interpreter and its libraries "
-            f"({format_bytes(taken_bytes)}); use {flag} "
-            f"{math.ceil(smallest_bytes / 1e6)}MB or more the first time (then it is in the cache), or make it smaller",
+            f"({format_bytes(taken_bytes)}); use {flag} {advised_budget(smallest_bytes)} or more the first time "
+            f"(then it is in the cache), or make it smaller",
             smallest_bytes,
         ) from error
     if data_set.unreadable:

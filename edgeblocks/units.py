@@ -1,7 +1,10 @@
 """Sizes and durations as text, at the edges only. Inside, sizes are ints of bytes."""
 
+import math
 import re
 
+PROCESSES_DIFFER_BYTES = 2_000_000
+"""Interpreter and libraries of one program take this much more or less from process to process, measured."""
 _UNITS = {
     "": 1,
     "B": 1,
@@ -46,6 +49,15 @@ def parse_size(text: str, *, whole_bytes: int | None = None) -> int:
     if size_bytes <= 0:
         raise ValueError(f"'{text}' is {size_bytes} bytes; a size must be larger than zero")
     return size_bytes
+
+
+def advised_budget(needed_bytes: int) -> str:
+    """A budget, as a flag takes it, that will still do when it is tried in the next process.
+
+    >>> advised_budget(441_200_000)
+    '444MB'
+    """
+    return f"{math.ceil((needed_bytes + PROCESSES_DIFFER_BYTES) / 1e6)}MB"
 
 
 def format_bytes(size_bytes: float) -> str:

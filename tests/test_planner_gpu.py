@@ -1,7 +1,6 @@
 """Plans for a device with a memory of its own beside the host's."""
 
 import json
-import math
 from dataclasses import asdict, replace
 
 import pytest
@@ -24,6 +23,7 @@ from edgeblocks import footprint
 from edgeblocks.errors import DoesNotFitError
 from edgeblocks.noise import NoiseDistribution, partition_noise
 from edgeblocks.planner import make_plan
+from edgeblocks.units import advised_budget
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -88,7 +88,7 @@ def test_a_refusal_for_a_gpu_names_the_memory_that_is_too_small(machine, wishes)
     flag, named, other = ("--ram-budget", "ram_budget_bytes", "budget_bytes")
     if not on_host:
         flag, named, other = ("--mem-budget", "budget_bytes", "ram_budget_bytes")
-    assert f"use {flag} {math.ceil(refusal.as_fixed_bytes / 1e6)}MB or more" in str(refusal)
+    assert f"use {flag} {advised_budget(refusal.as_fixed_bytes)} or more" in str(refusal)
     fixed = wishes if "as well" not in str(refusal) else replace(wishes, **{other: 10**12})
     make_plan(costs(), machine, replace(fixed, **{named: refusal.as_fixed_bytes}))
     with pytest.raises(DoesNotFitError):

@@ -22,13 +22,13 @@ from typing import Any
 
 import numpy as np
 
+from edgeblocks.units import PROCESSES_DIFFER_BYTES
+
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from outside import EDGEBLOCKS, measured
 
 AMPLE = "14GB"
 PREFERRED_BLOCKS = {"dit": 3, "vit": 2}
-RUNTIME_DIFFERS_BYTES = 2_000_000
-"""The interpreter's and the libraries' own size, which every process measures anew, differs by this much."""
 KEYS = ("width", "heads", "depth", "batch", "image", "channels", "patch")
 DIT_SHAPES = (
     (64, 2, 4, 1, 8, 1, 2),
@@ -114,7 +114,7 @@ def measure_shape(number: int, shape: dict[str, Any], folder: Path, results: Pat
 
     smallest = math.ceil(float(plan("1MB")["err"].split("the smallest needs ")[1].split(" ")[0]))
     ample = json.loads(str(plan(AMPLE)["out"]))
-    smallest_bytes = smallest * 1_000_000 + RUNTIME_DIFFERS_BYTES
+    smallest_bytes = smallest * 1_000_000 + PROCESSES_DIFFER_BYTES
     budgets = {"smallest": smallest_bytes, "ample": int(AMPLE.removesuffix("GB")) * 10**9}
     between = math.ceil(math.sqrt(smallest_bytes * ample["predicted_peak_bytes"]) / 1e6) * 1_000_000
     if between > 1.02 * smallest_bytes:
