@@ -27,7 +27,7 @@ from edgeblocks.errors import ConfigError, DoesNotFitError, EdgeblocksError, Run
 from edgeblocks.listener import Listener
 from edgeblocks.preparation import check_method
 from edgeblocks.quality import EXAMPLES, MEASURES
-from edgeblocks.registry import family_type
+from edgeblocks.registry import build_target, family_type
 from edgeblocks.run_creation import environment
 from edgeblocks.run_data import data_of
 from edgeblocks.run_files import read_records
@@ -162,8 +162,6 @@ def _check(wanted: Wanted) -> None:
     run, problems = wanted.settings.run, []
     if wanted.minutes is not None and not 0 < wanted.minutes < math.inf:
         problems.append(f"--minutes {wanted.minutes}: a number above 0 is needed")
-    if run.target == "cuda":
-        problems.append("compare trains on the processor only as yet; use --target cpu")
     if run.method != "diffusion":
         problems.append(f"method={run.method}: compare trains with several methods; name them with --arms")
     begun = [name for name in ("init", "init_fresh", "train_blocks") if getattr(run, name) is not None]
@@ -174,10 +172,12 @@ def _check(wanted: Wanted) -> None:
         )
     if problems:
         raise ConfigError(*problems)
+    target = build_target(run.target)
+    target.prepare()
     for method in dict.fromkeys("exact" if arm.is_plain else arm.method for arm in wanted.arms):
         family_type(run.family, method)
         if any(arm.method == method for arm in wanted.arms):
-            check_method(run.model_copy(update={"method": method}), beside_a_host=False)
+            check_method(run.model_copy(update={"method": method}), beside_a_host=target.host_bytes() is not None)
     data_of(run, lambda *_: None)
 
 

@@ -10,9 +10,11 @@ so between stages, which take and free tensors of different sizes in turn (two t
 LARGEST_GAPS_BYTES = 75_000_000
 LARGEST_GAPS_SHARE = 0.07
 """Gaps stop growing there, but for a share of all activations: more layers repeat the same pattern on the heap."""
-SEGMENTS_SHARE = 0.15
-"""What torch's caching allocator for a GPU keeps beyond live tensors, because it takes and keeps whole segments: as a
-share of all activations. Assumed, not measured: nothing here ever ran on a GPU."""
+SEGMENTS_SHARE = 0.08
+"""What torch's caching allocator for a GPU keeps beyond live tensors, as a share of all activations: 0.005 to 0.06 with
+segments that grow, measured on an H100 (docs/gpu.md)."""
+GPU_CODE_BYTES = 70_000_000
+"""Of the host's memory: code of kernels that are first launched when the network is looked at, measured 5 to 60 MB."""
 BATCH_COPIES = 1.7
 """A batch, its pixels as bytes, and what flipping some of them copies."""
 SAMPLE_COPIES = 5
@@ -111,10 +113,10 @@ def host_memory(
         return {}, 0
     needed = {
         "runtime": machine.host.runtime_bytes,
-        "data": wishes.data_bytes + batch_bytes(costs, wishes),
+        "data": wishes.data_bytes + 2 * batch_bytes(costs, wishes),  # one is drawn while the device has the other
         "evaluation": _grid_bytes(costs, wishes, micro_batch),
         "staging": block_bytes,
-        "slack": SLACK_BYTES,
+        "slack": SLACK_BYTES + GPU_CODE_BYTES,
     }
     needed["planning"] = max(0, machine.planning_bytes - sum(needed.values()))
     room = host_budget_bytes(machine, wishes) - sum(needed.values())

@@ -37,18 +37,27 @@ from edgeblocks.update import BETA1, BETA2, EPS, ema_exponent, learning_rate_at
 
 
 def train(
-    family: Any, data: DataSet, run: Any, *, eight_bit: bool, on_start: Callable[[], None], on_step: Callable[..., None]
+    family: Any,
+    data: DataSet,
+    run: Any,
+    *,
+    device: str,
+    eight_bit: bool,
+    on_start: Callable[[], None],
+    on_step: Callable[..., None],
 ) -> None:
     """The network of a family, end to end.
 
     Args:
         run: `config.RunSettings`.
+        device: torch's name of where the network is.
         on_start: called before the first step.
         on_step: called after every step with the number of steps, the loss, and the mean of the weights.
     """
     network = family.block(num_layers=family.num_layers, checkpointing=run.checkpointing is True)
     network.reset_tables_()
     network.init_(generator_at(run.seed, "init", 0))
+    network = network.to(device)
     exponent = ema_exponent(run.ema_length) + 1
     averaged = AveragedModel(
         network, avg_fn=lambda mean, value, count: mean.lerp(value, 1 - float(1 - 1 / (count + 1)) ** exponent)
@@ -62,7 +71,7 @@ def train(
     for step in range(run.steps):
         examples, labels = data.gather(order.indices(step))
         batch = family.draw(examples, labels, noise, generator_at(run.seed, "train", 0, step))
-        loss = family.loss(network, batch).mean()
+        loss = family.loss(network, {name: tensor.to(device) for name, tensor in batch.items()}).mean()
         loss.backward()
         nn.utils.clip_grad_norm_(network.parameters(), run.clip)
         for group in optimizer.param_groups:
@@ -104,10 +113,9 @@ class WholeNetwork:
 class Recorder:
     """Writes figures of a training, and has its network evaluated now and then; that time is not counted."""
 
-    def __init__(self, out: Path, family: Any, data: DataSet, run: Any, listener: Listener) -> None:
+    def __init__(self, out: Path, family: Any, data: DataSet, run: Any, target: Any, listener: Listener) -> None:
         self.out, self.family, self.data, self.run = out, family, data, run
-        self.listener = listener
-        self.target = build_target("cpu")
+        self.target, self.listener = target, listener
         self.runtime_bytes = self.target.used_bytes()
         self.partition = whole_range(family)
         self.looking_s = self.started = 0.0
@@ -142,9 +150,8 @@ class Recorder:
         if step in self._marks:
             started = time.perf_counter()
             micro_batch = min(self.run.batch, 64)
-            whole = WholeNetwork(
-                partition=self.partition, whole=mean.eval(), micro_batch=micro_batch, device=torch.device("cpu")
-            )
+            device = torch.device(self.target.torch_device)
+            whole = WholeNetwork(partition=self.partition, whole=mean.eval(), micro_batch=micro_batch, device=device)
             found = network_quality(self.family, whole, self.data, seed=self.run.seed)
             mean.train()
             self.looking_s += time.perf_counter() - started
@@ -178,12 +185,25 @@ def main() -> None:
     data = data_of(run, lambda *_: None)
     kind = family_type(run.family, "exact")
     family = kind(settings.family, kind.data_info(data))
+    target = build_target(run.target)
+    if target.host_bytes() is not None:  # on a processor ordinary training has the allocator's own settings
+        target.prepare()
+        target.warm_up()
     wanted.out.mkdir(parents=True, exist_ok=True)
     for former in wanted.out.glob("*.json*"):
         former.unlink()
     with ConsoleListener() as listener:
-        recorder = Recorder(wanted.out, family, data, run, listener)
-        train(family, data, run, eight_bit=wanted.eight_bit, on_start=recorder.start, on_step=recorder.note)
+        recorder = Recorder(wanted.out, family, data, run, target, listener)
+        device = target.torch_device
+        train(
+            family,
+            data,
+            run,
+            device=device,
+            eight_bit=wanted.eight_bit,
+            on_start=recorder.start,
+            on_step=recorder.note,
+        )
         recorder.finish()
 
 

@@ -21,6 +21,7 @@ from edgeblocks.noise import NoisePartition, partition_noise
 from edgeblocks.planner import make_plan
 from edgeblocks.plans import Machine, Plan, Wishes, micro_batches
 from edgeblocks.registry import build_family, build_target, family_type
+from edgeblocks.rehearsal import rehearse
 from edgeblocks.run_data import open_run_data
 from edgeblocks.units import advised_budget, format_bytes, format_duration, parse_size
 
@@ -33,14 +34,15 @@ LONGEST_MOVING_S = 600.0
 GPU_BUDGET = "90%"
 """Of a GPU's memory, where the user names no budget: little else needs it, while a processor's memory is everyone's."""
 RAM_BUDGET = "50%"
-NEVER_RUN_ON_A_GPU = (
-    "not yet run on a GPU: what trains there was exercised on processors only, and the device's figures are predictions"
+PREDICTED_FOR_A_GPU = (
+    "this GPU's speeds and memory are taken from what others published of it; plans were held against measurements on "
+    "one kind of GPU only, an H100 (docs/gpu.md)"
 )
 NOTHING_LEARNED = (
     "stage {stage}, which has the readout, is frozen and begins as a new network does: in the families that come with "
     "edgeblocks a new readout is zero, so that nothing is learned; give the weights with --init, or train it too"
 )
-A_GPU_IS_HERE = "torch sees a GPU here and training uses the processor; --target cuda uses the GPU (not yet run on one)"
+A_GPU_IS_HERE = "torch sees a GPU here and training uses the processor; --target cuda uses the GPU"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,7 +104,7 @@ def prepare(settings: Settings, out: Path, listener: Listener) -> Prepared:
         data=data,
         costs=costs,
         machine=machine,
-        plan=_told_of_gpus(plan),
+        plan=plan,
         initial=initial,
     )
 
@@ -150,11 +152,6 @@ def torch_sees_a_gpu() -> bool:
     return torch.cuda.is_available()
 
 
-def _told_of_gpus(plan: Plan) -> Plan:
-    """The plan, with a word on what was never run where it is for a GPU."""
-    return plan if plan.machine.host is None else replace(plan, warnings=(NEVER_RUN_ON_A_GPU, *plan.warnings))
-
-
 def _open_data(settings: Settings, listener: Listener, *, budget_bytes: int, target: Any) -> tuple[DataSet, Any]:
     """The data set, and what a network must know of it; reports shapes that are impossible for it at once."""
     run = settings.run
@@ -190,6 +187,8 @@ def prepare_elsewhere(settings: Settings, profile: Any, listener: Listener) -> P
     costs, planning_bytes = trace_costs(settings, data)
     machine = replace(machine, planning_bytes=planning_bytes)
     plan = make_plan(costs, machine, _wishes(settings, data_set, data, budgets))
+    if machine.host is not None:
+        plan = replace(plan, warnings=(PREDICTED_FOR_A_GPU, *plan.warnings))
     return Prepared(
         settings=settings,
         budget_bytes=budgets[0],
@@ -197,7 +196,7 @@ def prepare_elsewhere(settings: Settings, profile: Any, listener: Listener) -> P
         data=data,
         costs=costs,
         machine=machine,
-        plan=_told_of_gpus(plan),
+        plan=plan,
         initial=_initial_weights(settings, data, plan, listener),
         profile=profile,
     )
@@ -397,8 +396,12 @@ def measure(
     listener: Listener,
 ) -> tuple[LayerCosts, Machine]:
     """Trace the costs in a child process, then measure the machine when it is quiet again."""
+    run = settings.run
     costs, planning_bytes = trace_costs(settings, data)
     Image.init()  # what saving pictures will need belongs to the runtime's share
+    if target.host_bytes() is not None:
+        family = build_family(run.family, asdict(settings.family), asdict(data), run.method)
+        rehearse(family, run.optimizer, target.torch_device)
     return costs, replace(target.measure(folder), planning_bytes=planning_bytes)
 
 

@@ -111,7 +111,7 @@ def family_fields(name: str) -> dict[str, Any]:
 
 
 def build_target(name: str) -> Any:
-    """A target by name. `auto` is the processor, for the other one was not yet run."""
+    """A target by name. `auto` is the processor, for the other one was run on one kind of GPU only."""
     return _load(_TARGETS, "cpu" if name == "auto" else name, "target")()
 
 

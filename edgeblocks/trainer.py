@@ -17,9 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from edgeblocks.batches import Batch, Batches, helper_for
 from edgeblocks.block_buffer import BlockBuffer, bind_parameters_
 from edgeblocks.checkpoint import RunDirectory
-from edgeblocks.data.dataset import DataSet, Order
+from edgeblocks.data.dataset import DataSet
 from edgeblocks.errors import EdgeblocksError, OutOfBudgetError, WriteLimitError
 from edgeblocks.generators import generator_at
 from edgeblocks.guard import Guard, is_refusal
@@ -182,6 +183,7 @@ class Trainer:
         self._workspace = Workspace.for_device(self.device) if quantized else None
         self._ema_exponent = ema_exponent(self.settings.ema_length)
         self._metrics_every = max(1, self.settings.steps // METRICS_RECORDS)
+        self._helper = helper_for(self.device)
         self._updating = False
         self._ending: OutOfBudgetError | OSError | None = None
         self.progress = Progress(
@@ -241,7 +243,33 @@ class Trainer:
         assert resident.step == visit.first, f"block {visit.block} is at step {resident.step}, not {visit.first}"
         layout = resident.buffer.layout
         gradients = self._gradients[: layout.num_parameters].zero_()
-        order = self.data.order(batch=self.settings.batch, seed=self.settings.seed, block=visit.block)
+        batches = Batches(self._drawing(visit.block), last=visit.last, helper=self._helper)
+        try:
+            self._steps(visit, resident, interruption, on_step, gradients, batches)
+        finally:
+            batches.close()
+
+    def _drawing(self, block: int) -> Callable[[int], Batch]:
+        """Draws the batch of a block's step."""
+        seed, noise = self.settings.seed, self.partition.ranges[block]
+        order = self.data.order(batch=self.settings.batch, seed=seed, block=block)
+
+        def draw(step: int) -> Batch:
+            examples, labels = self.data.gather(order.indices(step))
+            batch: Batch = self.family.draw(examples, labels, noise, generator_at(seed, "train", block, step))
+            return batch
+
+        return draw
+
+    def _steps(
+        self,
+        visit: Visit,
+        resident: ResidentBlock,
+        interruption: Interruption,
+        on_step: Callable[[Progress], None],
+        gradients: Tensor,
+        batches: Batches,
+    ) -> None:
         shape, network = None, None
         while resident.step < visit.last and interruption.signal_name is None:
             try:
@@ -249,7 +277,7 @@ class Trainer:
                 if shape != wanted or network is None:
                     shape = wanted
                     network = self._network(visit.block, resident.buffer, gradients, wanted.checkpointing)
-                made = self._step_was_made(network, resident, order, gradients, wanted.micro_batch)
+                made = self._step_was_made(network, resident, batches, gradients, wanted.micro_batch)
             except OutOfBudgetError as error:
                 self._ending = error  # the block is whole, so it is written before the run ends
                 break
@@ -269,11 +297,11 @@ class Trainer:
         return self._ending is None
 
     def _step_was_made(
-        self, network: nn.Module, resident: ResidentBlock, order: Order, gradients: Tensor, micro_batch: int
+        self, network: nn.Module, resident: ResidentBlock, batches: Batches, gradients: Tensor, micro_batch: int
     ) -> bool:
         """Make the block's next step; False when memory was refused to it and it has to be made again, smaller."""
         try:
-            self._train_step(network, resident, order, gradients, resident.step, micro_batch)
+            self._train_step(network, resident, batches, gradients, resident.step, micro_batch)
         except (MemoryError, RuntimeError) as error:
             if self._updating or not is_refusal(error):
                 raise
@@ -308,24 +336,23 @@ class Trainer:
         self,
         network: nn.Module,
         resident: ResidentBlock,
-        order: Order,
+        batches: Batches,
         gradients: Tensor,
         step: int,
         micro_batch: int,
     ) -> None:
         settings, block = self.settings, resident.block
         started = time.perf_counter()
-        generator = generator_at(settings.seed, "train", block, step)
-        examples, labels = self.data.gather(order.indices(step))
-        batch = self.family.draw(examples, labels, self.partition.ranges[block], generator)
+        batch = batches.of(step)
         drawn = time.perf_counter()
 
-        loss_sum = 0.0
+        losses = []
         for start in range(0, settings.batch, micro_batch):
             part = {name: tensor[start : start + micro_batch].to(self.device) for name, tensor in batch.items()}
             loss = self.family.loss(network, part).sum() / settings.batch
             loss.backward()
-            loss_sum += loss.item()
+            losses.append(loss.detach())
+        loss_sum = sum(loss.item() for loss in losses)  # a device is waited for here, once
         if not math.isfinite(loss_sum):
             raise EdgeblocksError(
                 f"the loss of block {block} is {loss_sum} at step {step}; a smaller --set learning_rate="

@@ -1,4 +1,4 @@
-"""The CUDA target: the compute device is a GPU with memory of its own, beside the host's. Not yet run on a GPU.
+"""The CUDA target: the compute device is a GPU with memory of its own, beside the host's.
 
 The budget bounds what the process holds of the GPU's memory: what torch's caching allocator reserved, and the rest that
 is not free (context, kernels, libraries' workspaces). What other programs hold counts as if it were ours: it cannot be
@@ -6,6 +6,8 @@ used either.
 """
 
 import contextlib
+import gc
+import os
 import time
 import weakref
 from collections.abc import Callable, Iterator
@@ -29,7 +31,7 @@ class CudaTarget:
 
     def __init__(self) -> None:
         self._host = CpuTarget()
-        self._runtime_bytes = 0
+        self._runtime_bytes = self._scratch_bytes = 0
         self._copies: Any = None
 
     def prepare(self) -> None:
@@ -40,6 +42,10 @@ class CudaTarget:
         """
         import torch
 
+        # Before torch's allocator looks: segments that grow, of which only what is used is taken from the device. Usual
+        # ones keep up to 20 MB for each size that was once needed.
+        if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
+            os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
         if not torch.cuda.is_available():
             built = (
                 "is built without CUDA" if torch.version.cuda is None else f"(CUDA {torch.version.cuda}) sees no GPU"
@@ -86,9 +92,10 @@ class CudaTarget:
         return self._runtime_bytes + int(torch.cuda.memory_allocated())
 
     def peak_bytes(self) -> int:
+        """The largest `used_bytes` so far; what was loaded since the start counts as if it had always been there."""
         import torch
 
-        return self._runtime_bytes + int(torch.cuda.max_memory_reserved())
+        return max(self._runtime_bytes, self._outside_torch_bytes()) + int(torch.cuda.max_memory_reserved())
 
     def host_used_bytes(self) -> int:
         """The process's resident set now."""
@@ -117,10 +124,18 @@ class CudaTarget:
         self._host.warm_up()
         run_every_kernel(self.torch_device)
         torch.cuda.synchronize()
+        gc.collect()  # networks that were tried before
+        self._scratch_bytes = int(torch.cuda.memory_allocated())
         self.give_back()
-        free, total = torch.cuda.mem_get_info()
-        self._runtime_bytes = int(total - free - torch.cuda.memory_reserved())
+        self._runtime_bytes = self._outside_torch_bytes()
         torch.cuda.reset_peak_memory_stats()
+
+    def _outside_torch_bytes(self) -> int:
+        """Of the device's memory, what neither is free nor in the hands of torch's allocator."""
+        import torch
+
+        free, total = torch.cuda.mem_get_info()
+        return int(total - free - torch.cuda.memory_reserved())
 
     def measure(self, folder: Path) -> Machine:
         """Speeds of the GPU, its link and the disk, and what both memories hold before any block is loaded."""
@@ -134,7 +149,8 @@ class CudaTarget:
         torch.cuda.reset_peak_memory_stats()
         return Machine(
             name=self.name,
-            runtime_bytes=self._runtime_bytes,
+            # cuBLAS takes scratch memory from torch's allocator, for each thread that calls it, and keeps it.
+            runtime_bytes=self._runtime_bytes + self._scratch_bytes,
             flops_per_s=flops_per_s,
             memory_bytes_per_s=memory_bytes_per_s,
             operator_s=operator_s,

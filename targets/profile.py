@@ -27,9 +27,9 @@ from edgeblocks.plans import UPDATE_S_PER_PARAMETER, Host, Machine
 
 Device = Literal["cpu", "cuda"]
 
-WRITTEN_BYTES_PER_UPDATE = 16
-"""What an update on a GPU writes for a parameter, and reads as much: clipped gradient, weight and EMA in fp32, 8-bit
-moments, and something to spare. Its time is assumed to be that of this traffic; not measured."""
+WRITTEN_BYTES_PER_UPDATE = 100
+"""What an update on a GPU writes for a parameter, and reads as much. Its time is that of this traffic: an H100 that
+writes 1.37 TB/s takes 65 ps a parameter for the 8-bit step in long chunks, and 10 ps for clipping and EMA."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -97,7 +97,7 @@ def test_a_plan_for_a_gpu_says_what_lives_where_and_what_it_is():
     assert re.search(r"at a time on the device.*between visits blocks? \S+ in RAM and blocks? \S+ on disk", text)
     assert re.search(r"time: at most about \S+ m?s a step, .* \(a bound from .*, not a measurement\)", text)
     assert re.search(r"^on disk: [\d.]+ GB .* about [\d.]+ [GT]B written a day", text, re.MULTILINE)
-    assert "not yet run on a GPU" in text
+    assert "one kind of GPU only, an H100" in " ".join(text.split())
     assert re.search(r"->.*\n", text)
     assert {"on device", "in RAM", "host MB"} <= set(
         re.split(r"\s{2,}", text[text.index("    blocks") :].split("\n")[0])
@@ -118,7 +118,7 @@ def test_a_plan_for_a_gpu_is_json_too():
     )
     assert content["tiers"] == {"device": [0, 1, 2], "ram": [], "disk": []}
     assert 0 < content["gb_written_a_day"] < 1
-    assert any("not yet run on a GPU" in warning for warning in content["warnings"])
+    assert any("one kind of GPU only, an H100" in warning for warning in content["warnings"])
     assert (
         plan_json("--target", "rtx4090-24gb", "--mem-budget", "50%", *TINY)["budget_bytes"] == profile.memory_bytes // 2
     )

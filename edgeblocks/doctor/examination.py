@@ -199,7 +199,7 @@ def _machine_rows(report: Report) -> list[list[str]]:
     if not report.gpus:
         rows.append(["gpu", "not found out" if report.gpus is None else f"none ({report.gpu_note})"])
     else:
-        rows.append(["", "edgeblocks train --target cuda uses it (not yet run on a GPU)"])
+        rows.append(["", "edgeblocks train --target cuda uses it"])
     return rows
 
 

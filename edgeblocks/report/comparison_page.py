@@ -100,7 +100,7 @@ def _sections(content: dict[str, Any]) -> list[Section]:
     return [
         Section(title="Results", pieces=[_table(content, arms)], wide=True, note=note),
         Section(title="Quality", pieces=_quality_figures(content, arms)),
-        Section(title="Memory and time", pieces=[_memory_figure(arms, budget), *_time_bars(arms)]),
+        Section(title="Memory and time", pieces=[_memory_figure(content, arms, budget), *_time_bars(arms)]),
         Section(title="Settings", pieces=[values_table(content["settings"])], wide=True, folded=True),
         Section(title="Environment", pieces=[values_table(content["environment"])], wide=True, folded=True),
     ]
@@ -177,13 +177,14 @@ def _lines(
     return series
 
 
-def _memory_figure(arms: dict[str, list[Row]], budgets: Sequence[int]) -> Markup:
+def _memory_figure(content: dict[str, Any], arms: dict[str, list[Row]], budgets: Sequence[int]) -> Markup:
+    on_gpu = content["settings"].get("target") == "cuda"
     first = {name: rows[:1] for name, rows in arms.items()}
     return line_figure(
         _lines(first, lambda row: row["memory"]),
         title="Memory over time",
         x_label="time",
-        y_label="process's resident memory",
+        y_label="GPU memory" if on_gpu else "process's resident memory",
         x_unit="seconds",
         y_unit="bytes",
         from_zero=True,

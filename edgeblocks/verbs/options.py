@@ -84,9 +84,7 @@ TrainBlocks = Annotated[
 Partition = Annotated[
     str | None, typer.Option(help="Noise ranges: equal-probability or uniform (in log sigma, or in time).")
 ]
-Target = Annotated[
-    str | None, typer.Option(help="Kind of machine: cpu, cuda (not yet run on a GPU), or auto, which is cpu for now.")
-]
+Target = Annotated[str | None, typer.Option(help="Kind of machine: cpu, cuda, or auto, which is cpu for now.")]
 PlanTarget = Annotated[
     str | None,
     typer.Option(

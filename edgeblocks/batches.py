@@ -1,0 +1,47 @@
+"""The batches of steps that follow each other; beside a device the next one is drawn while it computes.
+
+A step's batch depends on nothing but the step, so it is the same whenever it is drawn.
+"""
+
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import torch
+from torch import Tensor
+
+Batch = dict[str, Tensor]
+
+
+def helper_for(device: torch.device) -> ThreadPoolExecutor | None:
+    """A thread that draws for a device; a processor that trains has no time to spare."""
+    if device.type == "cpu":
+        return None
+    return ThreadPoolExecutor(max_workers=1, thread_name_prefix="edgeblocks-data")
+
+
+class Batches:
+    """What `draw` gives for each step, for one caller."""
+
+    def __init__(self, draw: Callable[[int], Batch], *, last: int, helper: ThreadPoolExecutor | None) -> None:
+        """
+        Args:
+            last: no step from this one on is drawn.
+            helper: one thread that draws the batch of the step to come; None where the caller's processor computes.
+        """
+        self._draw, self._last, self._helper = draw, last, helper
+        self._drawn: dict[int, Future[Batch]] = {}
+
+    def of(self, step: int) -> Batch:
+        """A step's batch; raises what `draw` raises."""
+        if self._helper is None:
+            return self._draw(step)
+        wanted = [number for number in (step, step + 1) if number < self._last]
+        self._drawn = {number: self._drawn.get(number) or self._helper.submit(self._draw, number) for number in wanted}
+        return self._drawn[step].result()
+
+    def close(self) -> None:
+        """Wait for what is being drawn, which nobody will ask for."""
+        for drawn in self._drawn.values():
+            if not drawn.cancel():
+                drawn.exception()
+        self._drawn.clear()
