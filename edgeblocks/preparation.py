@@ -31,6 +31,8 @@ GRID_TOKENS = 64
 """Of such a sample that is written token by token: where blocks are on disk each token loads them all."""
 LONGEST_MOVING_S = 600.0
 """A slow disk is refused when it takes longer than this, and longer than the computing."""
+LEAST_MEANT_BYTES = 1_000_000
+"""Nobody means less by a budget: the interpreter alone takes more."""
 GPU_BUDGET = "90%"
 """Of a GPU's memory, where the user names no budget: little else needs it, while a processor's memory is everyone's."""
 RAM_BUDGET = "50%"
@@ -429,6 +431,11 @@ def _size_within(flag: str, text: str, total: int, machine: str) -> int:
         budget_bytes = parse_size(str(text), whole_bytes=total)
     except (ValueError, OverflowError) as error:
         raise ConfigError(f"{flag}: {error}") from error
+    if str(text).strip().isdigit() and budget_bytes < LEAST_MEANT_BYTES:
+        raise ConfigError(
+            f"{flag} {text} is {format_bytes(budget_bytes)}, as a number without a unit counts bytes; write {flag} "
+            f"{text}MB if you mean megabytes"
+        )
     if budget_bytes > total:
         raise ConfigError(
             f"{flag} {text} is {format_bytes(budget_bytes)}, but {machine} has {format_bytes(total)}; "

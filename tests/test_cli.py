@@ -54,6 +54,7 @@ def assert_refused(result, exit_code, message):
 
 
 WRONG_SETTINGS = {
+    "budget without a unit": (["--mem-budget", "600"], 2, r"600 is 600 B, .* write --mem-budget 600MB if you mean"),
     "budget of zero": (["--mem-budget", "0"], 2, r"'0' is 0 bytes; a size must be larger than zero"),
     "budget that is no size": (["--mem-budget", "6 potatoes"], 2, r"'potatoes' in '6 potatoes' is not a unit; use KB"),
     "negative budget": (["--mem-budget", "-5GB"], 2, r"'-5GB' is not a size; write for example 6GB"),

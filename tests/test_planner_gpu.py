@@ -109,7 +109,7 @@ def test_a_block_of_a_gpu_is_loaded_over_the_link_and_from_disk_where_it_lives_t
     """Loading costs the link, and the disk for the share of blocks that live there; storing costs both for all."""
 
     def streaming_s(ram_blocks, **fixed):
-        room = HOST.runtime_bytes + 30 * MB + (1 + ram_blocks) * block_bytes
+        room = HOST.runtime_bytes + 100 * MB + (1 + ram_blocks) * block_bytes
         chosen = make_plan(costs(), GPU, replace(wishes, ram_budget_bytes=room, **fixed)).chosen
         assert chosen.ram_blocks == (0 if chosen.slots == 4 else ram_blocks)
         return chosen.slots, chosen.streaming_s * chosen.visit_steps
@@ -117,7 +117,7 @@ def test_a_block_of_a_gpu_is_loaded_over_the_link_and_from_disk_where_it_lives_t
     wishes = replace(WISHES, blocks=4, visit_steps=10)
     block_bytes = make_plan(costs(), GPU, wishes).chosen.block_bytes
     link_s, read_s, write_s = block_bytes / 1e10, block_bytes / 1e9, block_bytes / 3e8
-    few = {"budget_bytes": 350 * MB, "micro_batch": 1, "checkpointing": True}
+    few = {"budget_bytes": 370 * MB, "micro_batch": 1, "checkpointing": True}
     for ram_blocks in range(5):
         slots, moving_s = streaming_s(ram_blocks, **few)
         assert slots == 2
@@ -139,7 +139,7 @@ def test_a_gpus_memory_is_counted_apart_from_its_hosts():
         chosen.predicted_peak_bytes - chosen.breakdown["slack"] - machine.runtime_bytes + gaps + footprint.SLACK_BYTES
     )
     assert chosen.breakdown["slack"] == gaps + footprint.SLACK_BYTES + int(footprint.SLACK_SHARE * known)
-    assert chosen.host_breakdown["data"] == 100 * MB + batch_bytes
+    assert chosen.host_breakdown["data"] == 100 * MB + 2 * batch_bytes
     assert chosen.predicted_host_peak_bytes == 1500 * MB
 
 

@@ -57,7 +57,7 @@ def test_a_machine_has_no_more_memory_than_its_name_and_description_say(profile)
     on_device, ram = stated_gb(profile.name, r"-(\d+)gb$"), stated_gb(profile.description, r"(\d+) GB RAM")
     assert 0.85 * on_device * GIB < profile.memory_bytes < on_device * GIB
     assert 0.85 * ram * GIB < profile.host_memory_bytes < ram * GIB
-    assert profile.runtime_bytes < 0.1 * profile.memory_bytes
+    assert profile.runtime_bytes < 0.15 * profile.memory_bytes
     assert profile.host_runtime_bytes < 0.2 * profile.host_memory_bytes
 
 
@@ -167,7 +167,7 @@ def test_all_problems_are_reported_at_once():
         ("rtx3060-12gb", "link_bytes_per_s: 12_000_000_000", "link_bytes_per_s: null", "link_bytes_per_s=None"),
         ("laptop-8gb", "link_bytes_per_s: null", "link_bytes_per_s: 1_000_000", "link_bytes_per_s=1e+06"),
         ("laptop-8gb", "host_memory_bytes: 7_700_000_000", "host_memory_bytes: 8_000_000_000", "host_memory_bytes="),
-        ("rtx3060-12gb", "\nruntime_bytes: 350_000_000", "\nruntime_bytes: 350_000_000_000", "runtime_bytes="),
+        ("rtx3060-12gb", "\nruntime_bytes: 600_000_000", "\nruntime_bytes: 600_000_000_000", "runtime_bytes="),
     ],
 )
 def test_figures_that_contradict_each_other_are_refused(name, old, new, key):
