@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from edgeblocks.budgets import budget_of_this_process, usual_budgets
 from edgeblocks.checkpoint import RunDirectory, bring_blocks_home, open_run, remove_leftovers
 from edgeblocks.config import Settings, read_yaml, resolve_settings
 from edgeblocks.data.dataset import DataSet
@@ -21,13 +22,11 @@ from edgeblocks.next_blocks import NextBlocks
 from edgeblocks.plans import StepShape
 from edgeblocks.preparation import (
     Prepared,
-    budget_of_this_process,
     check_disk,
     check_work_dir,
     prepare,
     prepare_elsewhere,
     replan,
-    usual_budgets,
 )
 from edgeblocks.registry import build_profile, build_target, family_type, profile_names, register_family, target_names
 from edgeblocks.run import Run

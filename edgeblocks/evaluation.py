@@ -7,6 +7,7 @@ import numpy as np
 import torch
 
 from edgeblocks import classification, likelihood, metrics
+from edgeblocks.budgets import device_budget_bytes
 from edgeblocks.chain import BlockRunner
 from edgeblocks.checkpoint import RunDirectory
 from edgeblocks.data.dataset import DataSet
@@ -16,7 +17,6 @@ from edgeblocks.drawing import TEXT_TASKS
 from edgeblocks.errors import ConfigError, RunError
 from edgeblocks.generators import generator_at
 from edgeblocks.listener import Listener
-from edgeblocks.preparation import device_budget_bytes
 from edgeblocks.registry import build_target
 from edgeblocks.run_data import open_run_data
 from edgeblocks.sampling import (

@@ -9,6 +9,7 @@ from typing import Any
 from PIL import Image
 
 from edgeblocks import cost
+from edgeblocks.budgets import budgets_here, budgets_of, with_budgets
 from edgeblocks.config import RunSettings, Settings
 from edgeblocks.data.cache import cache_folder
 from edgeblocks.data.dataset import DataSet
@@ -31,11 +32,6 @@ GRID_TOKENS = 64
 """Of such a sample that is written token by token: where blocks are on disk each token loads them all."""
 LONGEST_MOVING_S = 600.0
 """A slow disk is refused when it takes longer than this, and longer than the computing."""
-LEAST_MEANT_BYTES = 1_000_000
-"""Nobody means less by a budget: the interpreter alone takes more."""
-GPU_BUDGET = "90%"
-"""Of a GPU's memory, where the user names no budget: little else needs it, while a processor's memory is everyone's."""
-RAM_BUDGET = "50%"
 PREDICTED_FOR_A_GPU = (
     "this GPU's speeds and memory are taken from what others published of it; plans were held against measurements on "
     "one kind of GPU only, an H100 (docs/gpu.md)"
@@ -87,9 +83,9 @@ def prepare(settings: Settings, out: Path, listener: Listener) -> Prepared:
     target = build_target(settings.run.target)
     target.prepare()
     check_method(settings.run, beside_a_host=target.host_bytes() is not None)
-    settings = _with_budgets(settings, beside_a_host=target.host_bytes() is not None)
+    settings = with_budgets(settings, beside_a_host=target.host_bytes() is not None)
     run = settings.run
-    budgets = _budgets_here(run, target)
+    budgets = budgets_here(run, target)
     data_set, data = _open_data(settings, listener, budget_bytes=budgets[1] or budgets[0], target=target)
     listener.stage("planning")
     costs, machine = measure(settings, data, existing_folder(Path(run.work_dir or out)), target, listener)
@@ -181,9 +177,9 @@ def prepare_elsewhere(settings: Settings, profile: Any, listener: Listener) -> P
     """
     machine = profile.machine()
     check_method(settings.run, beside_a_host=machine.host is not None)
-    settings = _with_budgets(settings, beside_a_host=machine.host is not None)
+    settings = with_budgets(settings, beside_a_host=machine.host is not None)
     host_bytes = None if machine.host is None else machine.host.memory_bytes
-    budgets = _budgets(settings.run, profile.memory_bytes, host_bytes, profile.name)
+    budgets = budgets_of(settings.run, profile.memory_bytes, host_bytes, profile.name)
     data_set, data = _open_data(settings, listener, budget_bytes=budgets[1] or budgets[0], target=build_target("cpu"))
     listener.stage("planning")
     costs, planning_bytes = trace_costs(settings, data)
@@ -204,57 +200,6 @@ def prepare_elsewhere(settings: Settings, profile: Any, listener: Listener) -> P
     )
 
 
-def _with_budgets(settings: Settings, *, beside_a_host: bool) -> Settings:
-    """The settings, with the budgets that a GPU and its host have where the user names none."""
-    if not beside_a_host:
-        return settings
-    run = settings.run
-    usual = {"ram_budget": run.ram_budget or RAM_BUDGET}
-    if "mem_budget" not in run.model_fields_set:
-        usual["mem_budget"] = GPU_BUDGET
-    return replace(settings, run=run.model_copy(update=usual))
-
-
-def usual_budgets(target: str) -> dict[str, str | None]:
-    """The budgets of a target where the user names none, as settings."""
-    if build_target(target).host_bytes() is None:
-        return {"mem_budget": RunSettings().mem_budget, "ram_budget": None}
-    return {"mem_budget": GPU_BUDGET, "ram_budget": RAM_BUDGET}
-
-
-def _budgets_here(run: RunSettings, target: Any) -> tuple[int, int | None]:
-    """Bytes of the device's budget, and of the host's where the device has its own memory.
-
-    Raises:
-        ConfigError: not a size, or more than there is.
-    """
-    return _budgets(run, target.total_bytes(), target.host_bytes(), "this machine")
-
-
-def budget_of_this_process(run: RunSettings, target: Any) -> int:
-    """Bytes of the budget that bounds the resident set: the host's where the device has memory of its own.
-
-    Raises:
-        ConfigError: not a size, or more than there is.
-    """
-    budget_bytes, ram_budget_bytes = _budgets_here(run, target)
-    return budget_bytes if ram_budget_bytes is None else ram_budget_bytes
-
-
-def _budgets(run: RunSettings, memory_bytes: int, host_bytes: int | None, machine: str) -> tuple[int, int | None]:
-    if host_bytes is not None:
-        return (
-            _size_within("--mem-budget", run.mem_budget, memory_bytes, f"the GPU of {machine}"),
-            _size_within("--ram-budget", run.ram_budget or RAM_BUDGET, host_bytes, f"the host of {machine}"),
-        )
-    if run.ram_budget is not None:
-        raise ConfigError(
-            f"--ram-budget {run.ram_budget} bounds the host's memory beside a GPU; on {machine} training has one "
-            f"memory, and --mem-budget bounds it"
-        )
-    return _size_within("--mem-budget", run.mem_budget, memory_bytes, machine), None
-
-
 def replan(
     settings: Settings,
     data: Any,
@@ -272,7 +217,7 @@ def replan(
         DoesNotFitError: the blocks do not fit.
     """
     listener.stage("planning again")
-    budgets = _budgets_here(settings.run, target)
+    budgets = budgets_here(settings.run, target)
     costs, machine = measure(settings, data, existing_folder(Path(settings.run.work_dir or out)), target, listener)
     wishes = replace(_wishes(settings, data_set, data, budgets), blocks=int(former["blocks"]))
     try:
@@ -415,33 +360,6 @@ def trace_costs(settings: Settings, data: Any) -> tuple[LayerCosts, int]:
         counts.add(min(settings.run.micro_batch, settings.run.batch))
     fields = (settings.run.family, asdict(settings.family), asdict(data), sorted(counts))
     return cost.trace_in_subprocess(*fields, method=settings.run.method, cache=cache_folder())
-
-
-def device_budget_bytes(text: str, target: Any) -> int:
-    """Bytes of a budget for a target's memory.
-
-    Raises:
-        ConfigError: not a size, or more than there is.
-    """
-    return _size_within("--mem-budget", text, target.total_bytes(), "this machine")
-
-
-def _size_within(flag: str, text: str, total: int, machine: str) -> int:
-    try:
-        budget_bytes = parse_size(str(text), whole_bytes=total)
-    except (ValueError, OverflowError) as error:
-        raise ConfigError(f"{flag}: {error}") from error
-    if str(text).strip().isdigit() and budget_bytes < LEAST_MEANT_BYTES:
-        raise ConfigError(
-            f"{flag} {text} is {format_bytes(budget_bytes)}, as a number without a unit counts bytes; write {flag} "
-            f"{text}MB if you mean megabytes"
-        )
-    if budget_bytes > total:
-        raise ConfigError(
-            f"{flag} {text} is {format_bytes(budget_bytes)}, but {machine} has {format_bytes(total)}; "
-            f"use at most {flag} {int(total * 0.9 / 1e6)}MB"
-        )
-    return budget_bytes
 
 
 def existing_folder(path: Path) -> Path:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from edgeblocks import evaluation, sampling
+from edgeblocks.budgets import device_budget_bytes
 from edgeblocks.chain import BlockRunner, EmaSource
 from edgeblocks.checkpoint import RunDirectory
 from edgeblocks.classification import DEFAULT_NOISES
@@ -18,7 +19,7 @@ from edgeblocks.guard import is_refusal
 from edgeblocks.host_tier import HostTier
 from edgeblocks.listener import Listener, Silent
 from edgeblocks.planner import inference_micro_batch
-from edgeblocks.preparation import device_budget_bytes, measure
+from edgeblocks.preparation import measure
 from edgeblocks.registry import build_exporter, build_target
 from edgeblocks.run_files import read_summary
 from edgeblocks.sampling import Runners

@@ -1,0 +1,93 @@
+"""The budgets that a user names or leaves to us, in bytes: of a device's memory, and of its host's."""
+
+from dataclasses import replace
+from typing import Any
+
+from edgeblocks.config import RunSettings, Settings
+from edgeblocks.errors import ConfigError
+from edgeblocks.registry import build_target
+from edgeblocks.units import format_bytes, parse_size
+
+LEAST_MEANT_BYTES = 1_000_000
+"""Nobody means less by a budget: the interpreter alone takes more."""
+GPU_BUDGET = "90%"
+"""Of a GPU's memory, where the user names no budget: little else needs it, while a processor's memory is everyone's."""
+RAM_BUDGET = "50%"
+
+
+def with_budgets(settings: Settings, *, beside_a_host: bool) -> Settings:
+    """The settings, with the budgets that a GPU and its host have where the user names none."""
+    if not beside_a_host:
+        return settings
+    run = settings.run
+    usual = {"ram_budget": run.ram_budget or RAM_BUDGET}
+    if "mem_budget" not in run.model_fields_set:
+        usual["mem_budget"] = GPU_BUDGET
+    return replace(settings, run=run.model_copy(update=usual))
+
+
+def usual_budgets(target: str) -> dict[str, str | None]:
+    """The budgets of a target where the user names none, as settings."""
+    if build_target(target).host_bytes() is None:
+        return {"mem_budget": RunSettings().mem_budget, "ram_budget": None}
+    return {"mem_budget": GPU_BUDGET, "ram_budget": RAM_BUDGET}
+
+
+def budgets_here(run: RunSettings, target: Any) -> tuple[int, int | None]:
+    """Bytes of the device's budget, and of the host's where the device has its own memory.
+
+    Raises:
+        ConfigError: not a size, or more than there is.
+    """
+    return budgets_of(run, target.total_bytes(), target.host_bytes(), "this machine")
+
+
+def budget_of_this_process(run: RunSettings, target: Any) -> int:
+    """Bytes of the budget that bounds the resident set: the host's where the device has memory of its own.
+
+    Raises:
+        ConfigError: not a size, or more than there is.
+    """
+    budget_bytes, ram_budget_bytes = budgets_here(run, target)
+    return budget_bytes if ram_budget_bytes is None else ram_budget_bytes
+
+
+def budgets_of(run: RunSettings, memory_bytes: int, host_bytes: int | None, machine: str) -> tuple[int, int | None]:
+    if host_bytes is not None:
+        return (
+            _size_within("--mem-budget", run.mem_budget, memory_bytes, f"the GPU of {machine}"),
+            _size_within("--ram-budget", run.ram_budget or RAM_BUDGET, host_bytes, f"the host of {machine}"),
+        )
+    if run.ram_budget is not None:
+        raise ConfigError(
+            f"--ram-budget {run.ram_budget} bounds the host's memory beside a GPU; on {machine} training has one "
+            f"memory, and --mem-budget bounds it"
+        )
+    return _size_within("--mem-budget", run.mem_budget, memory_bytes, machine), None
+
+
+def device_budget_bytes(text: str, target: Any) -> int:
+    """Bytes of a budget for a target's memory.
+
+    Raises:
+        ConfigError: not a size, or more than there is.
+    """
+    return _size_within("--mem-budget", text, target.total_bytes(), "this machine")
+
+
+def _size_within(flag: str, text: str, total: int, machine: str) -> int:
+    try:
+        budget_bytes = parse_size(str(text), whole_bytes=total)
+    except (ValueError, OverflowError) as error:
+        raise ConfigError(f"{flag}: {error}") from error
+    if str(text).strip().isdigit() and budget_bytes < LEAST_MEANT_BYTES:
+        raise ConfigError(
+            f"{flag} {text} is {format_bytes(budget_bytes)}, as a number without a unit counts bytes; write {flag} "
+            f"{text}MB if you mean megabytes"
+        )
+    if budget_bytes > total:
+        raise ConfigError(
+            f"{flag} {text} is {format_bytes(budget_bytes)}, but {machine} has {format_bytes(total)}; "
+            f"use at most {flag} {int(total * 0.9 / 1e6)}MB"
+        )
+    return budget_bytes
