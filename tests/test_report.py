@@ -141,7 +141,9 @@ def test_the_page_tells_what_the_summary_tells(runs, tmp_path, kind):
     for title in ("Plan against measured", "Training loss", "Memory against the budget over time", "Time", "Settings"):
         assert title in headings
     assert ("Validation loss per noise level" in headings) == (len(summary["metrics"]["validation"]["levels"]) > 1)
-    if "text" in summary["metrics"]:
+    of_text = "text" in summary["metrics"]
+    assert ("vocab" in words.split(), "image_size" in words.split()) == (of_text, not of_text)
+    if of_text:
         assert f"{summary['metrics']['text']['bits_per_character']:.3f}" in words
     for look in (run / "samples").iterdir():
         assert f"after {int(look.stem.removeprefix('step_'))} steps" in headings

@@ -11,13 +11,16 @@ from edgeblocks.report.facts import RunFacts
 
 _MOST_CHARACTERS = 400
 _MOST_ROWS = 200
+_OF_DATA = {"images": ("image_size",), "text": ("tokenizer", "vocab", "length")}
+"""Settings that only one kind of data has."""
 
 
 def settings_table(facts: RunFacts) -> Markup:
-    """Every setting with its value."""
+    """Every setting that the run's kind of data has, with its value."""
     settings = facts.directory.settings
     values = {**settings.run.model_dump(), **asdict(settings.family)}
-    return page.table([], [[name, _told(value)] for name, value in values.items()])
+    others = {name for kind, names in _OF_DATA.items() if kind != facts.directory.family().reads for name in names}
+    return page.table([], [[name, _told(value)] for name, value in values.items() if name not in others])
 
 
 def environment_table(facts: RunFacts) -> Markup:
