@@ -16,9 +16,11 @@ from edgeblocks.errors import EdgeblocksError, OutOfBudgetError, WriteLimitError
 from edgeblocks.exact import Pass
 from edgeblocks.generators import generator_at
 from edgeblocks.guard import Guard, is_refusal
+from edgeblocks.host_tier import Device
 from edgeblocks.next_blocks import NextBlocks
 from edgeblocks.optim import Workspace
 from edgeblocks.plans import StepShape
+from edgeblocks.scratch import DeviceScratchFile, Scratch, ScratchFile
 from edgeblocks.sections import network_of
 from edgeblocks.stage_order import traffic_of_a_step, uses_of_a_step
 from edgeblocks.stage_slots import Need, StageSlots
@@ -31,7 +33,13 @@ from edgeblocks.update import adamw_, ema_exponent, follow_, learning_rate_at
 class ExactTrainer:
     """Trains all stages of one run together."""
 
-    def __init__(self, run: RunDirectory, data: DataSet, slots: StageSlots, guard: Guard) -> None:
+    def __init__(
+        self, run: RunDirectory, data: DataSet, slots: StageSlots, guard: Guard, *, beside_host: Device | None = None
+    ) -> None:
+        """
+        Args:
+            beside_host: the device that the slots are on, where it has memory of its own.
+        """
         self.run, self.data, self.slots, self.guard = run, data, slots, guard
         self.settings, self.family = run.settings.run, run.family()
         (self.range,) = run.partition.ranges
@@ -45,7 +53,7 @@ class ExactTrainer:
         self._workspace = Workspace.for_device(self.device) if quantized else None
         self._ema_exponent = ema_exponent(self.settings.ema_length)
         self._metrics_every = max(1, self.settings.steps // METRICS_RECORDS)
-        self._updates = self._updates_of(self._gradients)
+        self._updates = self._updates_of(self._gradients, beside_host)
         self._boundary_bytes = int(run.plan.get("boundary_disk_bytes", 0))
         """Written in every step of what enters the stages."""
         self._boundaries = self._boundaries_on_disk() if self._boundary_bytes else None
@@ -125,7 +133,9 @@ class ExactTrainer:
             return
         written = self.store.run_bytes_written
         sizes = [self.store.file_bytes(stage) for stage, one in enumerate(self._trained) if one]
-        swapped = traffic_of_a_step(self._trained, self.slots.num_slots, late=self._late).put_away * max(sizes)
+        in_ram = int(self.run.plan.get("ram_blocks", 0))
+        traffic = traffic_of_a_step(self._trained, self.slots.num_slots, late=self._late, in_ram=in_ram)
+        swapped = traffic.put_away * max(sizes)
         waiting = self._updates.step_bytes + self._boundary_bytes
         most = written + swapped + waiting + sum(sizes)
         if most > parse_size(allowed):
@@ -198,16 +208,19 @@ class ExactTrainer:
         network = self._network(stage, buffer)
         going.backward(stage, network, micro_batch=shape.micro_batch, checkpointing=shape.checkpointing)
 
-    def _updates_of(self, gradients: Tensor) -> StageUpdates:
+    def _updates_of(self, gradients: Tensor, beside_host: Device | None) -> StageUpdates:
         """How stages learn, as the settings have it."""
-        clip = self.settings.clip
+        clip, place = self.settings.clip, (self.store.folder, "a stage's gradient")
         if not self._late:
             return UpdatedAtOnce(gradients, self._learn, clip=clip)
+        file: Scratch = ScratchFile(*place)
+        if beside_host is not None:
+            file = DeviceScratchFile(*place, beside_host, largest_bytes=gradients.nbytes)
         return UpdatedLater(
             gradients,
             self._learn,
             clip=clip,
-            folder=self.store.folder,
+            file=file,
             layouts=self.layouts,
             trained=self._trained,
             times=self.slots.times,
