@@ -82,7 +82,7 @@ def prepare(settings: Settings, out: Path, listener: Listener) -> Prepared:
     check_work_dir(settings.run.work_dir)
     target = build_target(settings.run.target)
     target.prepare()
-    check_method(settings.run, beside_a_host=target.host_bytes() is not None)
+    check_method(settings.run)
     settings = _with_budgets(settings, beside_a_host=target.host_bytes() is not None)
     run = settings.run
     budgets = _budgets_here(run, target)
@@ -107,15 +107,12 @@ def prepare(settings: Settings, out: Path, listener: Listener) -> Prepared:
     )
 
 
-def check_method(run: RunSettings, *, beside_a_host: bool) -> None:
-    """That a network can be trained this way there.
+def check_method(run: RunSettings) -> None:
+    """That a network can be trained this way.
 
     Raises:
-        ConfigError: end to end on a GPU, or in stages that the family does not have; or what only stages have,
-            where blocks are trained alone.
+        ConfigError: in stages that the family does not have; or what only stages have, where blocks are trained alone.
     """
-    if run.method == "exact" and beside_a_host:
-        raise ConfigError("--method exact trains on the processor only as yet; use --target cpu, or --method diffusion")
     if _is_one_stage(run) and run.blocks not in ("auto", 1):
         raise ConfigError(
             f"--blocks {run.blocks}: all layers of a {run.family} that is trained end to end are one stage; leave "
@@ -181,7 +178,7 @@ def prepare_elsewhere(settings: Settings, profile: Any, listener: Listener) -> P
         profile: a `targets.profile.Profile`.
     """
     machine = profile.machine()
-    check_method(settings.run, beside_a_host=machine.host is not None)
+    check_method(settings.run)
     settings = _with_budgets(settings, beside_a_host=machine.host is not None)
     host_bytes = None if machine.host is None else machine.host.memory_bytes
     budgets = _budgets(settings.run, profile.memory_bytes, host_bytes, profile.name)
