@@ -1,18 +1,20 @@
 """End-to-end training on a device with memory of its own: the processor's bits, wherever its stages wait."""
 
 import json
+import time
 
 import pytest
 import torch
 from made_up_plans import MB
 from separate_memory import SeparateMemory
-from small_blocks import filled_buffer, layout_of, store_in
+from small_blocks import all_bytes, filled_buffer, layout_of, store_in
 from test_equality import StopAfter, assert_same_bits
 from test_exact import KINDS, trained, waiting_in
 
 import edgeblocks
 from edgeblocks.block_buffer import PARTS
 from edgeblocks.errors import InterruptedRunError, OutOfBudgetError
+from edgeblocks.next_blocks import NextBlocks
 from edgeblocks.scratch import DeviceScratchFile
 from edgeblocks.stage_order import traffic_of_a_step, uses_of_a_step
 from edgeblocks.stage_slots import Need, StageSlots
@@ -72,6 +74,7 @@ def assert_same_training(one, other):
         ("8 bit, one norm", 3, 0, "ram"),
         ("8 bit, one norm", 4, 0, "disk"),
         ("some frozen", 1, 0, "ram"),
+        ("some frozen", 2, 0, "ram"),
         ("some frozen", 2, 3, "disk"),
         ("text", 2, 2, "disk"),
     ],
@@ -207,6 +210,32 @@ def test_a_step_moves_what_the_plan_counts(tmp_path, trained_stages, ram_stages)
         over_link = traffic_of_a_step(trained_stages, slots)
         fetched = over_link.weights_fetched * sizes["weights"] + over_link.rest_fetched * rest_bytes
         assert copied == fetched + over_link.put_away * layout.num_bytes
+
+
+def test_a_stage_is_saved_while_another_one_is_on_its_way(tmp_path):
+    """The training thread saves a stage through the buffer through which the I/O thread fetches one, slowly."""
+
+    class Slow(SeparateMemory):
+        def copy_(self, destination, source):
+            time.sleep(0.05)
+            super().copy_(destination, source)
+
+    store = store_in(tmp_path, [layout_of()] * 2)
+    stages = [filled_buffer(layout, seed=stage) for stage, layout in enumerate(store.layouts)]
+    for stage, buffer in enumerate(stages):
+        store.write(stage, buffer, step=0)
+    given_out = StageSlots(waiting_in(tmp_path, store, 0, Slow()), slots=2)
+    needs = [Need(stage=stage, parts=PARTS, changes=False) for stage in range(2)]
+    with given_out.use(needs[0], then=needs[1]):
+        pass
+    files = NextBlocks(store)
+    given_out.checkpoint(files, 1, (True, False), lambda stage, buffer: None)
+    files.commit()
+    with given_out.use(needs[1], then=None) as buffer:
+        assert all_bytes(buffer) == all_bytes(stages[1])
+    given_out.close()
+    again = store.buffer()
+    assert store.read(0, again) == 1 and all_bytes(again) == all_bytes(stages[0])
 
 
 def test_gradients_of_a_device_pass_through_its_hosts_memory(tmp_path):
