@@ -35,12 +35,13 @@ from edgeblocks.run_data import check_vocab, open_run_data
 from edgeblocks.run_files import InitFields, check_resumable
 from edgeblocks.run_locks import locked, locked_away
 from edgeblocks.scheduler import Scheduler
-from edgeblocks.stage_slots import StageSlots, SwapFile
+from edgeblocks.stage_slots import StageSlots
 from edgeblocks.staged_ema import StagedEma
 from edgeblocks.store import BlockStore
 from edgeblocks.summary import summary_of
 from edgeblocks.trainer import Interrupted, Interruption, Trainer, create_blocks
 from edgeblocks.units import format_bytes
+from edgeblocks.waiting_stages import SwapFile, WaitingOnDisk, WaitingOnHost, WaitingStages
 
 __all__ = ["Prepared", "Run", "load", "plan", "register_family", "resume", "train"]
 
@@ -327,7 +328,7 @@ def _train(run: RunDirectory, data_set: DataSet, listener: Listener, resumed_fro
         store = run.store()
         store.continue_meter(store.header(block) for block in range(len(run.file_layers)))
         store.hold_folder()
-        method = _Exact(run, store) if run.is_exact else _Diffusion(run, store, target)
+        method = _Exact(run, store, target) if run.is_exact else _Diffusion(run, store, target)
         finished = Run(run)
         try:
             trainer = method.trainer(data_set, guard)
@@ -387,14 +388,19 @@ class _Exact:
 
     residents = 1
 
-    def __init__(self, run: RunDirectory, store: BlockStore) -> None:
+    def __init__(self, run: RunDirectory, store: BlockStore, target: Any) -> None:
         self._run = run
-        self._slots = StageSlots(store, SwapFile(run.blocks_folder, store.layouts), slots=run.plan["slots"])
+        self._device = None if target.host_bytes() is None else target
+        swap = SwapFile(run.blocks_folder, store.layouts)
+        waiting: WaitingStages = WaitingOnDisk(store, swap)
+        if self._device is not None:
+            waiting = WaitingOnHost(store, swap, self._device, ram_stages=run.plan.get("ram_blocks", 0))
+        self._slots = StageSlots(waiting, slots=run.plan["slots"])
         self.ema = StagedEma(self._slots, run.file_layers)
         self.times, self.close = self._slots.times, self._slots.close
 
     def trainer(self, data_set: DataSet, guard: Guard) -> ExactTrainer:
-        return ExactTrainer(self._run, data_set, self._slots, guard)
+        return ExactTrainer(self._run, data_set, self._slots, guard, beside_host=self._device)
 
 
 def load(path: Path | str) -> Run:

@@ -104,6 +104,11 @@ class BlockLayout:
         )
 
 
+def largest_of(layouts: Iterable[BlockLayout], parts: Sequence[Part] = PARTS) -> BlockLayout:
+    """The layout that takes most room for these parts; a frozen block is small but for its weights."""
+    return max(layouts, key=lambda layout: sum(layout.part_span(part)[1] for part in parts))
+
+
 class BlockBuffer:
     """Memory for the parts of a block, with typed views into it. One allocation for the life of a run."""
 

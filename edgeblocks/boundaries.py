@@ -11,7 +11,6 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from edgeblocks.block_buffer import bytes_of
 from edgeblocks.plans import BoundaryDtype
 from edgeblocks.scheduler import StreamTimes
 from edgeblocks.scratch import ScratchFile
@@ -59,7 +58,10 @@ class InMemory:
 
 
 class OnDisk:
-    """In a file without a name; only what a stage is given at a time is in memory."""
+    """In a file without a name; only what a stage is given at a time is in memory.
+
+    What a device's memory holds passes through its host's, a micro-batch at a time.
+    """
 
     def __init__(self, size: int, folder: Path, times: StreamTimes, *, dtype: BoundaryDtype = "float32") -> None:
         """
@@ -71,11 +73,13 @@ class OnDisk:
         self._file = ScratchFile(folder, "what enters a stage")
         self._shape: torch.Size | None = None
         """Of one sample."""
+        self._device = torch.device("cpu")
+        """Where stages are given it."""
 
     def put(self, stage: int, part: slice, hidden: Tensor) -> None:
-        self._shape, started = hidden.shape[1:], time.perf_counter()
-        content = bytes_of(hidden.detach().to(self._dtype).contiguous().view(torch.uint8))
-        self._file.write(self._start(stage, part), content)
+        self._shape, self._device, started = hidden.shape[1:], hidden.device, time.perf_counter()
+        kept = hidden.detach().to(self._dtype).contiguous().cpu()
+        self._file.write(self._start(stage, part), kept.view(torch.uint8))
         self._times.waited_for_storing(started)
 
     def of(self, stage: int, part: slice) -> Tensor:
@@ -83,9 +87,10 @@ class OnDisk:
         started = time.perf_counter()
         count = len(range(*part.indices(self._size)))
         kept = torch.empty(count, *self._shape, dtype=self._dtype)
-        self._file.read(self._start(stage, part), bytes_of(kept.view(torch.uint8)))
+        self._file.read(self._start(stage, part), kept.view(torch.uint8))
+        given = kept.to(self._device)
         self._times.waited_for_loading(started)
-        return kept.float()
+        return given.float()
 
     def forget(self, stage: int) -> None:
         """Its room is written again in the next step."""

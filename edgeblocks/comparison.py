@@ -177,7 +177,7 @@ def _check(wanted: Wanted) -> None:
     for method in dict.fromkeys("exact" if arm.is_plain else arm.method for arm in wanted.arms):
         family_type(run.family, method)
         if any(arm.method == method for arm in wanted.arms):
-            check_method(run.model_copy(update={"method": method}), beside_a_host=target.host_bytes() is not None)
+            check_method(run.model_copy(update={"method": method}))
     data_of(run, lambda *_: None)
 
 

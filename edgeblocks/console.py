@@ -68,7 +68,7 @@ def _where(chosen: "Candidate", unit: str) -> str:
         places = f"{chosen.slots} of {chosen.blocks} {unit}s at a time on the device{moving}"
         names = {"ram": "in RAM", "disk": "on disk"}
         waiting = [f"{_numbers(tiers[tier], unit)} {name}" for tier, name in names.items() if tiers[tier]]
-        return f"{places}, between visits {' and '.join(waiting)}"
+        return f"{places}, between {'their uses' if unit == 'stage' else 'visits'} {' and '.join(waiting)}"
     if not tiers["disk"]:
         return f"all {unit}s stay in memory"
     if unit == "stage":
@@ -109,7 +109,8 @@ def _time_line(prepared: "Prepared") -> str:
     plan, steps = prepared.plan, prepared.settings.run.steps
     total, written = format_duration(plan.predicted_s), format_bytes(plan.chosen.bytes_written)
     which = f"{steps} steps" if plan.method == "exact" else f"{steps} steps of each block"
-    moving = f"{plan.stall_share:.1%} of it moving {_unit(plan.method)}s, " if plan.chosen.tier == "disk" else ""
+    streamed = plan.chosen.slots < plan.chosen.blocks
+    moving = f"{plan.stall_share:.1%} of it moving {_unit(plan.method)}s, " if streamed else ""
     if prepared.profile is None:
         return f"time: about {total} for {which}, {moving}about {written} written to disk"
     step = format_duration(plan.chosen.step_s + plan.chosen.streaming_s)
@@ -132,7 +133,7 @@ def _spare(plan: "Plan") -> str:
     """What lies on disk for a moment beside the files of all blocks."""
     if plan.method == "diffusion":
         return "one being written"
-    return "while they are saved every one again" + ("" if plan.chosen.tier == "ram" else ", and while they wait")
+    return "while they are saved every one again" + (", and while they wait" if plan.chosen.tier == "disk" else "")
 
 
 def plan_table(prepared: "Prepared") -> str:

@@ -8,6 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from edgeblocks.batches import Batch, Batches, helper_for
 from edgeblocks.block_buffer import BlockBuffer, bind_parameters_
 from edgeblocks.boundaries import InMemory, OnDisk
 from edgeblocks.checkpoint import RunDirectory
@@ -16,9 +17,11 @@ from edgeblocks.errors import EdgeblocksError, OutOfBudgetError, WriteLimitError
 from edgeblocks.exact import Pass
 from edgeblocks.generators import generator_at
 from edgeblocks.guard import Guard, is_refusal
+from edgeblocks.host_tier import Device
 from edgeblocks.next_blocks import NextBlocks
 from edgeblocks.optim import Workspace
 from edgeblocks.plans import StepShape
+from edgeblocks.scratch import DeviceScratchFile, Scratch, ScratchFile
 from edgeblocks.sections import network_of
 from edgeblocks.stage_order import traffic_of_a_step, uses_of_a_step
 from edgeblocks.stage_slots import Need, StageSlots
@@ -31,7 +34,13 @@ from edgeblocks.update import adamw_, ema_exponent, follow_, learning_rate_at
 class ExactTrainer:
     """Trains all stages of one run together."""
 
-    def __init__(self, run: RunDirectory, data: DataSet, slots: StageSlots, guard: Guard) -> None:
+    def __init__(
+        self, run: RunDirectory, data: DataSet, slots: StageSlots, guard: Guard, *, beside_host: Device | None = None
+    ) -> None:
+        """
+        Args:
+            beside_host: the device that the slots are on, where it has memory of its own.
+        """
         self.run, self.data, self.slots, self.guard = run, data, slots, guard
         self.settings, self.family = run.settings.run, run.family()
         (self.range,) = run.partition.ranges
@@ -45,10 +54,11 @@ class ExactTrainer:
         self._workspace = Workspace.for_device(self.device) if quantized else None
         self._ema_exponent = ema_exponent(self.settings.ema_length)
         self._metrics_every = max(1, self.settings.steps // METRICS_RECORDS)
-        self._updates = self._updates_of(self._gradients)
+        self._updates = self._updates_of(self._gradients, beside_host)
         self._boundary_bytes = int(run.plan.get("boundary_disk_bytes", 0))
         """Written in every step of what enters the stages."""
         self._boundaries = self._boundaries_on_disk() if self._boundary_bytes else None
+        self._batches = Batches(self._draw, last=self.settings.steps, helper=helper_for(self.device))
         self._changing = False
         """Whether some stages have made a step that others have not."""
         self._networks: dict[tuple[int, int], nn.Module] = {}
@@ -87,6 +97,7 @@ class ExactTrainer:
             number += 1
             self._tell(on_step, number)
             if number % every == 0 or number == settings.steps or interruption.signal_name is not None:
+                self._batches.close()  # a look reads the same data
                 self._checkpoint(number)
                 if interruption.signal_name is None:
                     between_visits([number] * count)
@@ -125,7 +136,9 @@ class ExactTrainer:
             return
         written = self.store.run_bytes_written
         sizes = [self.store.file_bytes(stage) for stage, one in enumerate(self._trained) if one]
-        swapped = traffic_of_a_step(self._trained, self.slots.num_slots, late=self._late).put_away * max(sizes)
+        in_ram = int(self.run.plan.get("ram_blocks", 0))
+        traffic = traffic_of_a_step(self._trained, self.slots.num_slots, late=self._late, in_ram=in_ram)
+        swapped = traffic.put_away * max(sizes)
         waiting = self._updates.step_bytes + self._boundary_bytes
         most = written + swapped + waiting + sum(sizes)
         if most > parse_size(allowed):
@@ -146,10 +159,7 @@ class ExactTrainer:
     def _step(self, number: int) -> None:
         """Make the step of that number, counted from 0."""
         settings, started = self.settings, time.perf_counter()
-        order = self.data.order(batch=settings.batch, seed=settings.seed, block=0)
-        examples, labels = self.data.gather(order.indices(number))
-        batch = self.family.draw(examples, labels, self.range, generator_at(settings.seed, "train", 0, number))
-        batch = {name: tensor.to(self.device) for name, tensor in batch.items()}
+        batch = {name: tensor.to(self.device) for name, tensor in self._batches.of(number).items()}
         drawn = time.perf_counter()
         last, lowest = len(self.layouts) - 1, self._trained.index(True)
         boundaries = self._boundaries or InMemory(settings.batch, dtype=settings.boundary_dtype)
@@ -167,6 +177,15 @@ class ExactTrainer:
                     self._learn_from(use.stage, buffer, number)
                     self._changing = use.stage > lowest and not self._late
         self._note(number, going.loss, self._norm(number), drawn - started, started)
+
+    def _draw(self, number: int) -> Batch:
+        """The batch of the step of that number."""
+        settings = self.settings
+        order = self.data.order(batch=settings.batch, seed=settings.seed, block=0)
+        examples, labels = self.data.gather(order.indices(number))
+        generator = generator_at(settings.seed, "train", 0, number)
+        batch: Batch = self.family.draw(examples, labels, self.range, generator)
+        return batch
 
     def _go(self, through: Callable[[StepShape], None]) -> None:
         """Through a stage; what memory is refused to is done again with fewer samples at a time.
@@ -198,16 +217,19 @@ class ExactTrainer:
         network = self._network(stage, buffer)
         going.backward(stage, network, micro_batch=shape.micro_batch, checkpointing=shape.checkpointing)
 
-    def _updates_of(self, gradients: Tensor) -> StageUpdates:
+    def _updates_of(self, gradients: Tensor, beside_host: Device | None) -> StageUpdates:
         """How stages learn, as the settings have it."""
-        clip = self.settings.clip
+        clip, place = self.settings.clip, (self.store.folder, "a stage's gradient")
         if not self._late:
             return UpdatedAtOnce(gradients, self._learn, clip=clip)
+        file: Scratch = ScratchFile(*place)
+        if beside_host is not None:
+            file = DeviceScratchFile(*place, beside_host, largest_bytes=gradients.nbytes)
         return UpdatedLater(
             gradients,
             self._learn,
             clip=clip,
-            folder=self.store.folder,
+            file=file,
             layouts=self.layouts,
             trained=self._trained,
             times=self.slots.times,

@@ -1,5 +1,7 @@
 """How much memory a way to train takes, part by part. Plain arithmetic on `LayerCosts`; no torch."""
 
+import math
+
 from edgeblocks.layer_costs import LayerCosts, at_samples, heap_bytes_at
 from edgeblocks.plans import Machine, Wishes
 
@@ -107,7 +109,9 @@ def host_memory(
 ) -> tuple[dict[str, int], int]:
     """The host's memory by its parts, and how many blocks live in it: as many as its budget holds beside the rest.
 
-    `staging` is the page-locked memory of one block, through which blocks move between disk and device.
+    `staging` is the page-locked memory of one block, through which blocks move between disk and device. Gradients that
+    wait for the norm of all of them pass through page-locked memory of their own; what enters the stages and waits on
+    disk takes the heap's on its way.
     """
     if machine.host is None:
         return {}, 0
@@ -118,6 +122,10 @@ def host_memory(
         "staging": block_bytes,
         "slack": SLACK_BYTES + GPU_CODE_BYTES,
     }
+    if wishes.clip_by == "network":
+        needed["gradients"] = 4 * costs.parameters(math.ceil(costs.num_layers / blocks))
+    if wishes.boundaries == "disk" and blocks > 1:
+        needed["boundaries"] = int((1 + GAPS_SHARE["plain"]) * micro_batch * costs.hidden_bytes_per_sample)
     needed["planning"] = max(0, machine.planning_bytes - sum(needed.values()))
     room = host_budget_bytes(machine, wishes) - sum(needed.values())
     if slots >= blocks or wishes.tier == "disk":

@@ -65,10 +65,19 @@ def pace_of_stages(
 ) -> Pace:
     """Of stages that are trained together: every step moves some, a checkpoint writes all that are trained.
 
+    Beside a host, those that live in its memory are moved without the disk.
+
     Frozen stages have no optimizer state and are written once, when the run is created.
     """
     step = staged_step(
-        costs, machine, wishes, blocks=blocks, slots=slots, micro_batch=micro_batch, checkpointing=checkpointing
+        costs,
+        machine,
+        wishes,
+        blocks=blocks,
+        slots=slots,
+        ram_blocks=ram_blocks,
+        micro_batch=micro_batch,
+        checkpointing=checkpointing,
     )
     trained = sum(wishes.trained_stages(blocks))
     frozen_bytes = 8 * costs.parameters(math.ceil(costs.num_layers / blocks))

@@ -243,8 +243,8 @@ def _look_micro_batch(costs: LayerCosts, machine: Machine, wishes: Wishes, chose
 def _warnings(
     costs: LayerCosts, machine: Machine, wishes: Wishes, chosen: Candidate, *, cut_by_budget: bool
 ) -> tuple[str, ...]:
-    found, num_layers = [], costs.num_layers
-    exact = wishes.method == "exact"
+    found, num_layers, exact = [], costs.num_layers, wishes.method == "exact"
+    holds_stages = "--mem-budget" if machine.host is None or chosen.tier == "ram" else "--mem-budget or --ram-budget"
     if not exact and chosen.layers_per_block < min(FEWEST_GOOD_LAYERS, num_layers):
         found.append(
             f"{chosen.layers_per_block} layer(s) a block: fewer than {FEWEST_GOOD_LAYERS} cost quality, because a "
@@ -267,13 +267,14 @@ def _warnings(
             "what enters each stage waits on disk: it is written once and read twice in every step; a larger "
             "--mem-budget keeps it in memory, --set boundary_dtype=bfloat16 halves it"
         )
-    if exact and chosen.tier == "disk" and _stall(chosen) > TOLD_STALL:
+    if exact and chosen.slots < chosen.blocks and _stall(chosen) > TOLD_STALL:
         hiding = _hiding_batch(costs, machine, wishes, chosen)
+        waited_for = "the disk" if chosen.tier == "disk" else "the link to the host"
         found.append(
-            f"waiting for the disk takes {_stall(chosen):.0%} of the time of computing with {wishes.batch} samples a "
-            f"step; "
+            f"waiting for {waited_for} takes {_stall(chosen):.0%} of the time of computing with {wishes.batch} samples "
+            f"a step; "
             + (f"--batch {hiding} hides most of it behind the computation, and " if hiding else "")
-            + "a --mem-budget that holds more stages leaves less of it"
+            + f"a {holds_stages} that holds more stages leaves less of it"
         )
     if wishes.trained is not None and cut_by_budget:
         found.append(
@@ -281,10 +282,12 @@ def _warnings(
             f"network elsewhere; --blocks {chosen.blocks} fixes the cut"
         )
     if wishes.max_disk_writes is not None and chosen.bytes_written > wishes.max_disk_writes:
+        swaps = exact and chosen.tier == "disk"
+        larger = f"{holds_stages} that holds more stages" if swaps else "visit_steps"
         found.append(
             f"the run would write {format_bytes(chosen.bytes_written)} to disk and will end, saved, before it has "
             f"written {format_bytes(wishes.max_disk_writes)}, as --max-disk-writes asks; fewer --steps, or a larger "
-            f"{'--mem-budget that holds more stages' if exact and chosen.tier == 'disk' else 'visit_steps'}, write less"
+            f"{larger}, write less"
         )
     return tuple(found)
 
@@ -411,6 +414,7 @@ def inference_micro_batch(
     samples: int,
     budget_bytes: int,
     held_bytes: int,
+    ends_bytes: int = 0,
     sample_bytes: int = 0,
     residents: int = 1,
 ) -> int:
@@ -418,14 +422,16 @@ def inference_micro_batch(
 
     Args:
         held_bytes: what the caller keeps beside the network (images, features); in the host's memory if there is one.
-        sample_bytes: the same for each sample of the micro-batch, as keys and values; a device has them for a moment.
+        ends_bytes: of what is kept of a network whose stages come and go: its stem and readout.
+        sample_bytes: as `held_bytes` for each sample of the micro-batch, as keys and values; a device has them for a
+            moment.
         residents: blocks that are in memory at a time.
 
     Raises:
         DoesNotFitError: one sample does not fit.
     """
     largest = max(layers)
-    fixed = machine.runtime_bytes + 4 * residents * costs.parameters(largest) + SLACK_BYTES
+    fixed = machine.runtime_bytes + 4 * residents * costs.parameters(largest) + ends_bytes + SLACK_BYTES
     for size in micro_batches(samples):
         here = size * sample_bytes + (held_bytes if machine.host is None else size * costs.batch_bytes_per_sample)
         needed = fixed + here + forward_bytes(costs, machine, largest, size)

@@ -40,6 +40,9 @@ NOTHING_LEARNED = (
     "stage {stage}, which has the readout, is frozen and begins as a new network does: in the families that come with "
     "edgeblocks a new readout is zero, so that nothing is learned; give the weights with --init, or train it too"
 )
+EXACT_NEVER_RAN_ON_A_GPU = (
+    "--method exact was not yet run on a GPU: on processors it was, with a device's memory and its host's kept apart"
+)
 A_GPU_IS_HERE = "torch sees a GPU here and training uses the processor; --target cuda uses the GPU"
 
 
@@ -82,7 +85,7 @@ def prepare(settings: Settings, out: Path, listener: Listener) -> Prepared:
     check_work_dir(settings.run.work_dir)
     target = build_target(settings.run.target)
     target.prepare()
-    check_method(settings.run, beside_a_host=target.host_bytes() is not None)
+    check_method(settings.run)
     settings = with_budgets(settings, beside_a_host=target.host_bytes() is not None)
     run = settings.run
     budgets = budgets_here(run, target)
@@ -90,6 +93,7 @@ def prepare(settings: Settings, out: Path, listener: Listener) -> Prepared:
     listener.stage("planning")
     costs, machine = measure(settings, data, existing_folder(Path(run.work_dir or out)), target, listener)
     plan = make_plan(costs, machine, _wishes(settings, data_set, data, budgets))
+    plan = _told_of_gpus(plan, elsewhere=False)
     if run.target == "auto" and torch_sees_a_gpu():
         plan = replace(plan, warnings=(A_GPU_IS_HERE, *plan.warnings))
     if run.init is None and plan.trained is not None and plan.chosen.blocks - 1 not in plan.trained:
@@ -107,15 +111,12 @@ def prepare(settings: Settings, out: Path, listener: Listener) -> Prepared:
     )
 
 
-def check_method(run: RunSettings, *, beside_a_host: bool) -> None:
-    """That a network can be trained this way there.
+def check_method(run: RunSettings) -> None:
+    """That a network can be trained this way.
 
     Raises:
-        ConfigError: end to end on a GPU, or in stages that the family does not have; or what only stages have,
-            where blocks are trained alone.
+        ConfigError: in stages that the family does not have; or what only stages have, where blocks are trained alone.
     """
-    if run.method == "exact" and beside_a_host:
-        raise ConfigError("--method exact trains on the processor only as yet; use --target cpu, or --method diffusion")
     if _is_one_stage(run) and run.blocks not in ("auto", 1):
         raise ConfigError(
             f"--blocks {run.blocks}: all layers of a {run.family} that is trained end to end are one stage; leave "
@@ -150,6 +151,15 @@ def torch_sees_a_gpu() -> bool:
     return torch.cuda.is_available()
 
 
+def _told_of_gpus(plan: Plan, *, elsewhere: bool) -> Plan:
+    """The plan, with a word on what was never tried where it is for a GPU."""
+    if plan.machine.host is None:
+        return plan
+    told: tuple[str, ...] = (PREDICTED_FOR_A_GPU,) if elsewhere else ()
+    told += (EXACT_NEVER_RAN_ON_A_GPU,) if plan.method == "exact" else ()
+    return replace(plan, warnings=(*told, *plan.warnings))
+
+
 def _open_data(settings: Settings, listener: Listener, *, budget_bytes: int, target: Any) -> tuple[DataSet, Any]:
     """The data set, and what a network must know of it; reports shapes that are impossible for it at once."""
     run = settings.run
@@ -176,7 +186,7 @@ def prepare_elsewhere(settings: Settings, profile: Any, listener: Listener) -> P
         profile: a `targets.profile.Profile`.
     """
     machine = profile.machine()
-    check_method(settings.run, beside_a_host=machine.host is not None)
+    check_method(settings.run)
     settings = with_budgets(settings, beside_a_host=machine.host is not None)
     host_bytes = None if machine.host is None else machine.host.memory_bytes
     budgets = budgets_of(settings.run, profile.memory_bytes, host_bytes, profile.name)
@@ -185,8 +195,7 @@ def prepare_elsewhere(settings: Settings, profile: Any, listener: Listener) -> P
     costs, planning_bytes = trace_costs(settings, data)
     machine = replace(machine, planning_bytes=planning_bytes)
     plan = make_plan(costs, machine, _wishes(settings, data_set, data, budgets))
-    if machine.host is not None:
-        plan = replace(plan, warnings=(PREDICTED_FOR_A_GPU, *plan.warnings))
+    plan = _told_of_gpus(plan, elsewhere=True)
     return Prepared(
         settings=settings,
         budget_bytes=budgets[0],

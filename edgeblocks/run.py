@@ -16,7 +16,6 @@ from edgeblocks.classification import DEFAULT_NOISES
 from edgeblocks.errors import DoesNotFitError, OutOfBudgetError
 from edgeblocks.generation import TokenChain
 from edgeblocks.guard import is_refusal
-from edgeblocks.host_tier import HostTier
 from edgeblocks.listener import Listener, Silent
 from edgeblocks.planner import inference_micro_batch
 from edgeblocks.preparation import measure
@@ -100,8 +99,8 @@ class Run:
                 layers=directory.file_layers,
                 samples=samples,
                 budget_bytes=budget_bytes,
-                held_bytes=8 * samples * directory.data.example_bytes
-                + (4 * costs.parameters(0) if directory.is_exact else 0),
+                held_bytes=8 * samples * directory.data.example_bytes,
+                ends_bytes=4 * costs.parameters(0) if directory.is_exact else 0,
                 sample_bytes=0 if chain is None else chain.sample_bytes,
             ),
             most_residents=1 if chain is None and not directory.is_exact else len(directory.file_layers),
@@ -121,11 +120,10 @@ class Run:
             ) from error
 
     def _ema(self, target: Any, residents: int) -> EmaSource:
+        device = None if target.host_bytes() is None else target
         if self.directory.is_exact:
-            return loaded_stages(self.directory, slots=residents)
-        store = self.directory.store()
-        host = None if target.host_bytes() is None else HostTier(store, target, parts=EmaLoader.PARTS)
-        return EmaLoader(store, host=host, slots=residents)
+            return loaded_stages(self.directory, slots=residents, device=device)
+        return EmaLoader.of(self.directory.store(), device, slots=residents)
 
     def _runners(self, runner: BlockRunner | None, mem_budget: str | None) -> Runners:
         """The runner that is given, or those that fit."""

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 import torch
 
 from edgeblocks.block_buffer import BlockBuffer, Part
-from edgeblocks.host_tier import HostTier
+from edgeblocks.host_tier import Device, HostTier
 from edgeblocks.plans import kept_blocks
 from edgeblocks.store import BlockStore
 
@@ -191,6 +191,11 @@ class EmaLoader:
         self._blocks = store if host is None else host
         self._buffers = [(store.buffer(self.PARTS) if host is None else host.buffer()).touched() for _ in range(slots)]
         self._held: list[int | None] = [None] * slots
+
+    @classmethod
+    def of(cls, store: BlockStore, device: Device | None, *, slots: int) -> "EmaLoader":
+        """A loader for a device with memory of its own; None: for the processor's."""
+        return cls(store, host=None if device is None else HostTier(store, device, parts=cls.PARTS), slots=slots)
 
     @contextmanager
     def ema_weights(self, block: int) -> Iterator[BlockBuffer]:

@@ -5,12 +5,40 @@ import os
 import tempfile
 import weakref
 from pathlib import Path
+from typing import Protocol
 
+from torch import Tensor
+
+from edgeblocks.block_buffer import bytes_of
+from edgeblocks.host_tier import Device
 from edgeblocks.store import storage_error
 
 
+class Scratch(Protocol):
+    """Takes the bytes of uint8 tensors, and gives them back."""
+
+    def write(self, start: int, content: Tensor) -> None:
+        """Put bytes at a place.
+
+        Raises:
+            StorageError: the disk refused.
+        """
+        ...
+
+    def read(self, start: int, content: Tensor) -> None:
+        """Fetch bytes from where they were put.
+
+        Raises:
+            StorageError: the disk refused.
+        """
+        ...
+
+
 class ScratchFile:
-    """Bytes at places of one's choice, without checksums and not synced. Made when something is first written."""
+    """Bytes at places of one's choice, without checksums and not synced. Made when something is first written.
+
+    Its tensors are in the processor's memory.
+    """
 
     def __init__(self, folder: Path, what: str) -> None:
         """
@@ -21,34 +49,24 @@ class ScratchFile:
         self._descriptor: int | None = None
         self._closing: weakref.finalize[..., ScratchFile] | None = None
 
-    def write(self, start: int, content: memoryview) -> None:
-        """Put bytes at a place.
-
-        Raises:
-            StorageError: the disk refused.
-        """
-        done = 0
+    def write(self, start: int, content: Tensor) -> None:
+        view, done = bytes_of(content), 0
         try:
             if self._descriptor is None:
                 self._descriptor = self._opened()
-            while done < len(content):
-                done += os.pwrite(self._descriptor, content[done:], start + done)
+            while done < len(view):
+                done += os.pwrite(self._descriptor, view[done:], start + done)
         except OSError as error:
             raise self._error("put away", error) from error
 
-    def read(self, start: int, content: memoryview) -> None:
-        """Fetch bytes from where they were put.
-
-        Raises:
-            StorageError: the disk refused.
-        """
+    def read(self, start: int, content: Tensor) -> None:
         assert self._descriptor is not None, "what is fetched was put away"
-        done = 0
+        view, done = bytes_of(content), 0
         try:
-            while done < len(content):
-                count = os.preadv(self._descriptor, [content[done:]], start + done)
+            while done < len(view):
+                count = os.preadv(self._descriptor, [view[done:]], start + done)
                 if not count:
-                    raise OSError(f"the file ended {len(content) - done} bytes early")
+                    raise OSError(f"the file ended {len(view) - done} bytes early")
                 done += count
         except OSError as error:
             raise self._error("fetch", error) from error
@@ -66,3 +84,25 @@ class ScratchFile:
 
     def _error(self, verb: str, error: OSError) -> Exception:
         return storage_error(f"cannot {verb} {self._what}", self._folder / "(a file without a name)", error)
+
+
+class DeviceScratchFile:
+    """The same for tensors of a device, which pass through the memory of its host one at a time."""
+
+    def __init__(self, folder: Path, what: str, device: Device, *, largest_bytes: int) -> None:
+        """
+        Args:
+            largest_bytes: of a tensor.
+        """
+        self._file, self._device = ScratchFile(folder, what), device
+        self._passing = device.host_memory(largest_bytes).zero_()  # touched at once
+
+    def write(self, start: int, content: Tensor) -> None:
+        here = self._passing[: content.numel()]
+        self._device.copy_(here, content)
+        self._file.write(start, here)
+
+    def read(self, start: int, content: Tensor) -> None:
+        here = self._passing[: content.numel()]
+        self._file.read(start, here)
+        self._device.copy_(content, here)

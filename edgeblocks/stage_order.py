@@ -51,42 +51,48 @@ def uses_of_a_step(trained: tuple[bool, ...], *, late: bool = False) -> list[Use
 
 
 @functools.cache
-def traffic_of_a_step(trained: tuple[bool, ...], slots: int, *, late: bool = False) -> Traffic:
+def traffic_of_a_step(trained: tuple[bool, ...], slots: int, *, late: bool = False, in_ram: int = 0) -> Traffic:
     """What a step moves with so many stages in memory, when all have begun to change places.
 
     The stage that was used longest ago gives way. If all are trained, one that is in memory from its update to its next
     one must be among the first and among the last `slots`; else the uses are gone through.
 
+    Args:
+        in_ram: so many stages, from the first one on, are not counted: they wait in memory.
+
     >>> [traffic_of_a_step((True,) * 6, slots).put_away for slots in (1, 2, 3, 4, 5, 6)]
     [6, 6, 6, 4, 2, 0]
     >>> [traffic_of_a_step((False, False, True, True), slots).put_away for slots in (1, 2, 3, 4)]
     [2, 2, 1, 0]
+    >>> [traffic_of_a_step((True,) * 6, 2, in_ram=in_ram).weights_fetched for in_ram in (0, 1, 2, 5, 6)]
+    [8, 7, 6, 1, 0]
     """
     stages = len(trained)
     if slots >= stages:
         return Traffic(put_away=0, weights_fetched=0, rest_fetched=0)
-    if all(trained) and not late:
+    if all(trained) and not late and not in_ram:
         swapped = min(stages, 2 * (stages - slots))
         return Traffic(put_away=swapped, weights_fetched=2 * (stages - slots), rest_fetched=swapped)
     held: OrderedDict[int, tuple[bool, bool]] = OrderedDict()
     """Of each stage in memory, the one that was used longest ago first: whether it changed, and whether it is whole."""
     uses = uses_of_a_step(trained, late=late)
     for _ in range(3):
-        _gone_through(uses, slots, held)
-    return _gone_through(uses, slots, held)
+        _gone_through(uses, slots, held, in_ram)
+    return _gone_through(uses, slots, held, in_ram)
 
 
-def _gone_through(uses: Sequence[Use], slots: int, held: OrderedDict[int, tuple[bool, bool]]) -> Traffic:
+def _gone_through(uses: Sequence[Use], slots: int, held: OrderedDict[int, tuple[bool, bool]], in_ram: int) -> Traffic:
     """What one step moves; `held` is as the step before it left it, and is changed."""
     put_away = weights_fetched = rest_fetched = 0
     for use in uses:
         if use.stage not in held:
             if len(held) == slots:
-                put_away += held.popitem(last=False)[1][0]
-            weights_fetched += 1
+                leaves, (changed, _) = held.popitem(last=False)
+                put_away += changed and leaves >= in_ram
+            weights_fetched += use.stage >= in_ram
             held[use.stage] = (False, False)
         changed, whole = held[use.stage]
-        rest_fetched += use.changes and not whole
+        rest_fetched += use.changes and not whole and use.stage >= in_ram
         held[use.stage] = (changed or use.changes, whole or use.changes)
         held.move_to_end(use.stage)
     return Traffic(put_away=put_away, weights_fetched=weights_fetched, rest_fetched=rest_fetched)

@@ -4,8 +4,8 @@ A step goes through the stages forward and back, so the stage that was used long
 and it gives way. While one stage is used, a single I/O thread puts away the one that leaves and fetches the next. With
 as many slots as stages nothing is ever moved.
 
-Stages that changed wait in a file of their own (`SwapFile`), which is overwritten in place again and again and is worth
-nothing after a crash. What survives one are the run's block files, which `checkpoint` writes for all stages.
+Where they wait, on disk or in the memory beside a device's, says `waiting_stages`. What survives a crash are the run's
+block files, which `checkpoint` writes for all stages.
 """
 
 import math
@@ -14,17 +14,14 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import accumulate
-from pathlib import Path
 
 import torch
 
-from edgeblocks.block_buffer import PARTS, BlockBuffer, BlockLayout, Part, bytes_of
+from edgeblocks.block_buffer import PARTS, BlockBuffer, Part
 from edgeblocks.next_blocks import NextBlocks
 from edgeblocks.scheduler import StreamTimes
-from edgeblocks.scratch import ScratchFile
 from edgeblocks.stage_order import Use
-from edgeblocks.store import BlockStore
+from edgeblocks.waiting_stages import WaitingStages
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,36 +36,6 @@ class Need:
     def of(cls, use: Use) -> "Need":
         """All of a stage that is changed, else its weights."""
         return cls(stage=use.stage, parts=PARTS if use.changes else ("weights",), changes=use.changes)
-
-
-class SwapFile:
-    """The bytes of stages, each at its place in a scratch file."""
-
-    def __init__(self, folder: Path, layouts: Sequence[BlockLayout]) -> None:
-        self._file, self._layouts = ScratchFile(folder, "a stage"), tuple(layouts)
-        self._starts = [0, *accumulate(layout.num_bytes for layout in self._layouts)]
-
-    def write(self, stage: int, buffer: BlockBuffer) -> None:
-        """Put all of a stage's bytes away.
-
-        Raises:
-            StorageError: the disk refused.
-        """
-        self._file.write(self._starts[stage], bytes_of(buffer.content))
-
-    def read(self, stage: int, buffer: BlockBuffer, parts: Sequence[Part]) -> None:
-        """Fill some parts of a buffer.
-
-        Raises:
-            StorageError: the disk refused.
-        """
-        buffer.adopt_(self._layouts[stage])
-        for part in parts:
-            self._file.read(self._starts[stage] + buffer.layout.part_span(part)[0], bytes_of(buffer.part_bytes(part)))
-
-    def close(self) -> None:
-        """Give the file's room back."""
-        self._file.close()
 
 
 @dataclass
@@ -86,13 +53,11 @@ class _Slot:
 class StageSlots:
     """Gives stages for their uses. Not thread-safe: one training thread uses it."""
 
-    def __init__(self, store: BlockStore, swap: SwapFile, *, slots: int) -> None:
-        """Stages as the run's block files have them."""
+    def __init__(self, waiting: WaitingStages, *, slots: int) -> None:
+        """All stages wait, as the run's block files have them."""
         self.times = StreamTimes()
-        self.store, self._swap = store, swap
-        self._swapped: set[int] = set()
-        """Stages whose newest bytes are in the swap file, as far as they are not in a slot."""
-        self._slots = [_Slot(store.buffer().touched()) for _ in range(slots)]
+        self.store, self._waiting = waiting.store, waiting
+        self._slots = [_Slot(waiting.buffer().touched()) for _ in range(slots)]
         self._io = ThreadPoolExecutor(max_workers=1, thread_name_prefix="edgeblocks-io")
         self._io.submit(int).result()  # the thread runs before memory can be short
         self._clock = 0
@@ -156,15 +121,14 @@ class StageSlots:
                 finish(stage, buffer)
                 if not math.isfinite(buffer.flat("weights").sum() + buffer.flat("ema").sum()):
                     raise FloatingPointError(f"stage {stage}")
-                files.write(stage, buffer, step)
-            self._swapped.discard(stage)
+                self._waiting.save(files, stage, buffer, step)
             for slot in self._slots:
                 slot.changed &= slot.stage != stage
 
     def close(self) -> None:
-        """Stop the I/O thread and give the swap file's room back."""
+        """Stop the I/O thread and give the room on disk back."""
         self._io.shutdown(wait=True)
-        self._swap.close()
+        self._waiting.close()
 
     def _slot_for(self, need: Need, keep: _Slot | None) -> _Slot:
         """The slot that has what is needed of a stage, or is about to."""
@@ -183,7 +147,7 @@ class StageSlots:
     def _hand_over(self, slot: _Slot, leaves: int | None, need: Need, parts: tuple[Part, ...]) -> None:
         """Have the I/O thread put away the stage that leaves, and then fetch parts of another one."""
         if leaves is not None:
-            self.store.bytes_written += slot.buffer.content.numel()
+            self.store.bytes_written += self._waiting.disk_bytes(leaves)
         former, slot.pending = slot.pending, None
         slot.pending = self._io.submit(self._move, former, slot.buffer, leaves, need.stage, parts)
 
@@ -199,13 +163,9 @@ class StageSlots:
             former.result()
         started = time.perf_counter()
         if leaves is not None:
-            self._swap.write(leaves, buffer)
-            self._swapped.add(leaves)
+            self._waiting.put_away(leaves, buffer)
         written = time.perf_counter()
-        if comes in self._swapped:
-            self._swap.read(comes, buffer, parts)
-        else:
-            self.store.read(comes, buffer, parts)
+        self._waiting.fetch(comes, buffer, parts)
         self.times.store_s += written - started
         self.times.load_s += time.perf_counter() - written
 

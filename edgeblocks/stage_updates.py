@@ -12,15 +12,14 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from itertools import accumulate
-from pathlib import Path
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
-from edgeblocks.block_buffer import BlockBuffer, BlockLayout, bytes_of
+from edgeblocks.block_buffer import BlockBuffer, BlockLayout
 from edgeblocks.scheduler import StreamTimes
-from edgeblocks.scratch import ScratchFile
+from edgeblocks.scratch import Scratch
 from edgeblocks.update import clip_
 
 Learn = Callable[[BlockBuffer, Tensor, int], None]
@@ -90,7 +89,7 @@ class UpdatedLater:
         learn: Learn,
         *,
         clip: float,
-        folder: Path,
+        file: Scratch,
         layouts: Sequence[BlockLayout],
         trained: Sequence[bool],
         times: StreamTimes,
@@ -98,12 +97,12 @@ class UpdatedLater:
         """
         Args:
             gradients: as above; a gradient that waited comes back there.
-            folder: of the scratch file.
+            file: where gradients wait.
             layouts, trained: of all stages.
             times: what writing and reading takes is added to it, since nothing is computed meanwhile.
         """
         self._gradients, self._learn, self._clip, self._times = gradients, learn, clip, times
-        self._file = ScratchFile(folder, "a stage's gradient")
+        self._file = file
         sizes = [4 * layout.num_parameters * one for layout, one in zip(layouts, trained, strict=True)]
         self._starts, self.step_bytes = [0, *accumulate(sizes)], sum(sizes)
         self._trained = {stage for stage, one in enumerate(trained) if one}
@@ -118,7 +117,7 @@ class UpdatedLater:
             return
         gradients = self._gradients[: buffer.layout.num_parameters]
         started = time.perf_counter()
-        self._file.read(self._starts[stage], bytes_of(gradients.view(torch.uint8)))
+        self._file.read(self._starts[stage], gradients.view(torch.uint8))
         self._times.waited_for_loading(started)
         self._learn(buffer, gradients.mul_(self._scale), self._step)
         self._waiting.remove(stage)
@@ -129,7 +128,7 @@ class UpdatedLater:
             torch.linalg.vector_norm(parameter.grad) for parameter in network.parameters() if parameter.grad is not None
         ]
         gradients, started = self._gradients[: buffer.layout.num_parameters], time.perf_counter()
-        self._file.write(self._starts[stage], bytes_of(gradients.view(torch.uint8)))
+        self._file.write(self._starts[stage], gradients.view(torch.uint8))
         self._times.waited_for_storing(started)
 
     def end_step(self, step: int) -> float:

@@ -12,6 +12,7 @@ from torch import nn
 from edgeblocks.block_buffer import BlockBuffer, bind_parameters_
 from edgeblocks.checkpoint import RunDirectory
 from edgeblocks.errors import RunError
+from edgeblocks.host_tier import Device
 from edgeblocks.scheduler import EmaLoader
 from edgeblocks.sections import whole_name
 from edgeblocks.store import BlockStore
@@ -25,15 +26,18 @@ class StageSource(Protocol):
         ...
 
 
-def loaded_stages(run: RunDirectory, *, slots: int) -> "StagedEma":
+def loaded_stages(run: RunDirectory, *, slots: int, device: Device | None = None) -> "StagedEma":
     """The EMA weights of a run's stages as its files have them, some of them in memory.
+
+    Args:
+        device: that they are put on; None: the processor.
 
     Raises:
         RunError: a checkpoint was cut short while its files were put in place.
     """
     store = run.store()
     check_whole(run, store)
-    return StagedEma(EmaLoader(store, slots=slots), run.file_layers)
+    return StagedEma(EmaLoader.of(store, device, slots=slots), run.file_layers)
 
 
 def check_whole(run: RunDirectory, store: BlockStore) -> None:

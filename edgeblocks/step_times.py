@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from edgeblocks.layer_costs import LayerCosts, at_samples
 from edgeblocks.plans import Machine, Wishes, streaming_share
-from edgeblocks.stage_order import traffic_of_a_step
+from edgeblocks.stage_order import Traffic, traffic_of_a_step
 
 
 def predicted_step_s(
@@ -31,7 +31,8 @@ def predicted_step_s(
 
 @dataclass(frozen=True, kw_only=True)
 class StagedStep:
-    """A step of all stages: seconds of computing, seconds that it waits for the disk beyond them, bytes put away."""
+    """A step of all stages: seconds of computing, seconds that it waits for the disk and the link to the host beyond
+    them, bytes put away on disk."""
 
     step_s: float
     stall_s: float
@@ -45,6 +46,7 @@ def staged_step(
     *,
     blocks: int,
     slots: int,
+    ram_blocks: int,
     micro_batch: int,
     checkpointing: bool,
 ) -> StagedStep:
@@ -52,7 +54,8 @@ def staged_step(
 
     A trained stage takes as long as a block; a frozen one above the lowest trained one passes a gradient on, which is
     half of a backward pass, without an update; and all but the last one run forward once more. Gradients that wait for
-    the norm of all are written and read while nothing is computed.
+    the norm of all are written and read while nothing is computed. Beside a host everything that moves passes the link,
+    and the first `ram_blocks` stages come from no disk.
     """
     num_layers = math.ceil(costs.num_layers / blocks)
     trained = wishes.trained_stages(blocks)
@@ -63,20 +66,29 @@ def staged_step(
     step_s = sum(trained) * stage_s + passed * 2 / 3 * (stage_s - parameters * machine.update_s_per_parameter)
     step_s += (blocks - 1) / blocks * forward_s
     late = wishes.clip_by == "network"
-    traffic = traffic_of_a_step(trained, slots, late=late)
-    rest_bytes = 4 * parameters + costs.moment_bytes(num_layers, wishes.optimizer)
-    fetched_bytes = 4 * parameters * traffic.weights_fetched + rest_bytes * traffic.rest_fetched
-    put_away_bytes = (4 * parameters + rest_bytes) * traffic.put_away
+    weights_bytes, rest_bytes = 4 * parameters, 4 * parameters + costs.moment_bytes(num_layers, wishes.optimizer)
+    traffic = traffic_of_a_step(trained, slots, late=late, in_ram=ram_blocks)
+    fetched_bytes, put_away_bytes = _moved_bytes(traffic, weights_bytes, rest_bytes)
     waiting_bytes = 4 * parameters * sum(trained) * late
     waiting_s = waiting_bytes / machine.disk_read_bytes_per_s + waiting_bytes / machine.disk_write_bytes_per_s
     boundary_bytes = boundary_disk_bytes(costs, wishes, blocks)
     waiting_s += 2 * boundary_bytes / machine.disk_read_bytes_per_s + boundary_bytes / machine.disk_write_bytes_per_s
     moving_s = fetched_bytes / machine.disk_read_bytes_per_s + put_away_bytes / machine.disk_write_bytes_per_s
+    if machine.host is not None:
+        passing = traffic_of_a_step(trained, slots, late=late)
+        moving_s += sum(_moved_bytes(passing, weights_bytes, rest_bytes)) / machine.host.link_bytes_per_s
+        waiting_s += (2 * waiting_bytes + 3 * boundary_bytes) / machine.host.link_bytes_per_s
     return StagedStep(
         step_s=step_s,
         stall_s=max(streaming_share(slots) * moving_s, moving_s - step_s) + waiting_s,
         put_away_bytes=put_away_bytes + waiting_bytes + boundary_bytes,
     )
+
+
+def _moved_bytes(traffic: Traffic, weights_bytes: int, rest_bytes: int) -> tuple[int, int]:
+    """Bytes that a step fetches and puts away, given those of a stage's weights and of the rest of it."""
+    fetched = weights_bytes * traffic.weights_fetched + rest_bytes * traffic.rest_fetched
+    return fetched, (weights_bytes + rest_bytes) * traffic.put_away
 
 
 def boundary_disk_bytes(costs: LayerCosts, wishes: Wishes, stages: int) -> int:

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from edgeblocks.block_buffer import PARTS, BlockBuffer, BlockLayout, Part, bytes_of
+from edgeblocks.block_buffer import PARTS, BlockBuffer, BlockLayout, Part, bytes_of, largest_of
 from edgeblocks.durable import write_atomically
 from edgeblocks.errors import RunError, StorageError
 from edgeblocks.tensor_file import HEADER_LIMIT_BYTES, encode_header
@@ -66,7 +66,7 @@ class BlockStore:
 
     def buffer(self, parts: Sequence[Part] = PARTS) -> BlockBuffer:
         """Memory for these parts of any of the blocks."""
-        return BlockBuffer(max(self.layouts, key=lambda one: sum(one.part_span(part)[1] for part in parts)), parts)
+        return BlockBuffer(largest_of(self.layouts, parts), parts)
 
     def _kept(self, block: int) -> str:
         """What is not lost with a damaged file, and what to do."""

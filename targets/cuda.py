@@ -8,6 +8,7 @@ used either.
 import contextlib
 import gc
 import os
+import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator
@@ -32,7 +33,8 @@ class CudaTarget:
     def __init__(self) -> None:
         self._host = CpuTarget()
         self._runtime_bytes = self._scratch_bytes = 0
-        self._copies: Any = None
+        self._copies = threading.local()
+        """A stream for each thread that copies: one does not wait for what another one copies."""
 
     def prepare(self) -> None:
         """Settings of the process that must come before the first large allocation.
@@ -192,17 +194,18 @@ class CudaTarget:
     def copy_(self, destination: Any, source: Any) -> None:
         """Copy between the memories after all work given to the GPU before; returns when it is done.
 
-        On a stream of its own, so that a block moves while the other one is trained.
+        On a stream of its own, so that a block moves while the other one is trained. From any thread.
         """
         import torch
 
-        if self._copies is None:
-            self._copies = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        if not hasattr(self._copies, "stream"):
+            self._copies.stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        stream = self._copies.stream
         # What fills the source, or still uses the destination, was given to the default stream before.
-        self._copies.wait_stream(torch.cuda.default_stream())
-        with torch.cuda.stream(self._copies):
+        stream.wait_stream(torch.cuda.default_stream())
+        with torch.cuda.stream(stream):
             destination.copy_(source, non_blocking=True)
-        self._copies.synchronize()
+        stream.synchronize()
 
     def _measure_arithmetic(self) -> tuple[float, float, float]:
         """fp32 operations and bytes written by an element-wise kernel per second, seconds of a small kernel."""

@@ -43,6 +43,14 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
+@pytest.fixture
+def gpu_like(monkeypatch):
+    """`--target cuda` is a machine made of this processor."""
+    from edgeblocks import registry
+
+    monkeypatch.setitem(registry._TARGETS, "cuda", "separate_memory:SeparateMemory")
+
+
 @pytest.fixture(scope="session")
 def edgeblocks_command():
     """Runs `edgeblocks ...` in a process of its own and gives the finished process."""

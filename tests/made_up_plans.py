@@ -57,6 +57,15 @@ HOSTS = st.builds(
 )
 GPUS = st.builds(replace, MACHINES, host=HOSTS, planning_bytes=st.integers(0, 500 * MB))
 GPU_WISHES = st.builds(replace, ALL_WISHES, ram_budget_bytes=st.one_of(st.none(), st.integers(100 * MB, 3000 * MB)))
+EXACT_GPU_WISHES = st.builds(
+    replace,
+    GPU_WISHES,
+    method=st.just("exact"),
+    trained=st.sampled_from([None, (0,)]),
+    clip_by=st.sampled_from(["stage", "network"]),
+    boundaries=st.sampled_from([None, "ram", "disk"]),
+    boundary_dtype=st.sampled_from(["float32", "bfloat16"]),
+)
 
 
 @functools.cache

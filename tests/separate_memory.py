@@ -22,10 +22,13 @@ class SeparateMemory(CpuTarget):
     name = "cuda"
     host_growth_bytes = 0
     """What the host's resident set seems to have grown by."""
+    newest = None
+    """The target that was made last."""
 
     def __init__(self):
         self.device_buffers, self.host_buffers, self.copied_bytes = [], [], 0
-        self._on_device = set()
+        self._on_host = set()
+        SeparateMemory.newest = self
 
     def total_bytes(self):
         return DEVICE_BYTES
@@ -60,16 +63,17 @@ class SeparateMemory(CpuTarget):
 
     def empty(self, num_bytes):
         self.device_buffers.append(num_bytes)
-        memory = torch.empty(num_bytes, dtype=torch.uint8)
-        self._on_device.add(memory.untyped_storage().data_ptr())
-        return memory
+        return torch.empty(num_bytes, dtype=torch.uint8)
 
     def host_memory(self, num_bytes):
         self.host_buffers.append(num_bytes)
-        return torch.empty(num_bytes, dtype=torch.uint8)
+        memory = torch.empty(num_bytes, dtype=torch.uint8)
+        self._on_host.add(memory.untyped_storage().data_ptr())
+        return memory
 
     def copy_(self, destination, source):
-        there = [tensor.untyped_storage().data_ptr() in self._on_device for tensor in (destination, source)]
-        assert sorted(there) == [False, True], "blocks move between the two memories"
+        """What does not come from `host_memory` is on the device, a gradient as well."""
+        here = [tensor.untyped_storage().data_ptr() in self._on_host for tensor in (destination, source)]
+        assert sorted(here) == [False, True], "bytes move between the two memories"
         destination.copy_(source)
         self.copied_bytes += source.numel()

@@ -8,7 +8,7 @@ import torch
 from test_equality import SMALL, assert_same_bits
 
 import edgeblocks
-from edgeblocks import trainer
+from edgeblocks import exact_trainer, trainer
 from edgeblocks.batches import Batches
 from edgeblocks.errors import StorageError
 
@@ -64,10 +64,12 @@ def test_what_fails_is_raised_at_its_step(helper):
     batches.close()
 
 
-def test_training_with_batches_drawn_ahead_makes_the_same_bits(tmp_path, monkeypatch, helper):
+@pytest.mark.parametrize("method", ["diffusion", "exact"])
+def test_training_with_batches_drawn_ahead_makes_the_same_bits(tmp_path, monkeypatch, helper, method):
     """Three blocks, visits of three steps: the files are those of a run that draws each batch when it needs it."""
-    settings = {**SMALL, "steps": 8, "visit_steps": 3, "mem_budget": "4GB"}
+    settings = {**SMALL, "steps": 8, "visit_steps": 3, "mem_budget": "4GB", "method": method}
     usual = edgeblocks.train(out=tmp_path / "usual", **settings)
-    monkeypatch.setattr(trainer, "helper_for", lambda device: helper)
+    for module in (trainer, exact_trainer):
+        monkeypatch.setattr(module, "helper_for", lambda device: helper)
     ahead = edgeblocks.train(out=tmp_path / "ahead", **settings)
     assert_same_bits(usual.path, ahead.path)

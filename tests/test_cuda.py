@@ -1,13 +1,17 @@
 """The CUDA target: what a machine without a GPU says, and, marked `gpu`, what one with it does."""
 
+import json
+
 import pytest
 import torch
-from test_equality import SMALL, block_tensors
+from test_equality import SMALL, StopAfter, block_tensors
 
 import edgeblocks
-from edgeblocks.errors import ConfigError
+from edgeblocks.boundaries import OnDisk
+from edgeblocks.errors import ConfigError, InterruptedRunError
 from edgeblocks.optim import Workspace, adamw_8bit_step_
 from edgeblocks.quant import GROUP_SIZE
+from edgeblocks.scheduler import StreamTimes
 from edgeblocks.targets.cuda import CudaTarget
 
 on_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -97,3 +101,45 @@ def test_training_on_a_gpu_keeps_both_budgets_and_the_numbers(tmp_path, tier):
     for name in one:
         if name[1].startswith("weights."):
             assert abs(one[name] - two[name]).max() < 2e-3, name
+
+
+@pytest.mark.gpu
+@on_a_gpu
+@pytest.mark.parametrize("tier", ["ram", "disk"])
+def test_end_to_end_training_on_a_gpu_keeps_both_budgets_and_the_numbers(tmp_path, tier):
+    """Two of three stages at a time on the GPU, interrupted: weights and losses are the processor's up to rounding.
+
+    Ten steps; gradients wait for the norm of all, and what enters the stages waits on disk or on the GPU. Both peaks
+    are inside their budgets, and the EMA weights make pictures there.
+    """
+    made = {"method": "exact", "steps": 10, "visit_steps": 3, "optimizer": "adamw", "clip_by": "network"}
+    settings = {**SMALL, **made, "micro_batch": 8, "boundaries": tier}
+    on_cpu = edgeblocks.train(out=tmp_path / "cpu", mem_budget="4GB", target="cpu", **settings)
+    out, begun = tmp_path / "gpu", {**settings, "target": "cuda", "mem_budget": "2GB", "tier": "disk"}
+    with pytest.raises(InterruptedRunError):
+        edgeblocks.train(out=out, listener=StopAfter(4), **begun)
+    plan, copies = json.loads((out / "plan.json").read_text()), 3 if tier == "ram" else 0
+    del plan["sha256"]
+    (out / "plan.json").write_text(json.dumps({**plan, "ram_blocks": copies}))  # planned, all would fit the GPU
+    run = edgeblocks.resume(out)
+    assert run.directory.plan["slots"] == 2 and run.directory.plan["ram_blocks"] == copies
+    assert run.summary["peak_bytes"] <= run.summary["budget_bytes"]
+    assert run.summary["ram_peak_bytes"] <= plan["ram_budget_bytes"]
+    one, two = block_tensors(on_cpu.path), block_tensors(run.path)
+    for name in one:
+        if name[1].startswith("weights."):
+            assert abs(one[name] - two[name]).max() < 2e-3, name
+    losses = [[record["loss"] for record in each.directory.metrics()] for each in (on_cpu, run)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+    assert run.sample(n=2, steps=3).shape == (2, 8, 8, 1)
+
+
+@pytest.mark.gpu
+@on_a_gpu
+def test_what_enters_a_stage_comes_back_to_the_gpu(tmp_path):
+    """From disk, through the host's memory, bit for bit."""
+    hidden = torch.randn(6, 5, 7, device="cuda")
+    keeper = OnDisk(6, tmp_path, StreamTimes())
+    keeper.put(1, slice(0, 6), hidden)
+    back = keeper.of(1, slice(2, 6))
+    assert back.device == hidden.device and torch.equal(back, hidden[2:6])

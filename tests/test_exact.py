@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file
+from separate_memory import SeparateMemory
 from small_blocks import all_bytes, filled_buffer, layout_of, store_in
 from test_equality import StopAfter, assert_same_bits
 
@@ -23,8 +24,9 @@ from edgeblocks.next_blocks import NextBlocks
 from edgeblocks.run_data import data_of
 from edgeblocks.sections import init_section_, network_of, stages_of, whole_name
 from edgeblocks.stage_order import traffic_of_a_step, uses_of_a_step
-from edgeblocks.stage_slots import Need, StageSlots, SwapFile
+from edgeblocks.stage_slots import Need, StageSlots
 from edgeblocks.update import BETA1, BETA2, EPS, learning_rate_at
+from edgeblocks.waiting_stages import SwapFile, WaitingOnDisk, WaitingOnHost
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -243,21 +245,33 @@ def test_the_cut_changes_no_gradient(resident):
 LAYOUTS = [layout_of(width=width) for width in (64, 32, 64, 16)]
 
 
+def waiting_in(folder, store, ram_stages=None, device=None):
+    """Stages of a store that wait on disk; or, where so many wait in a host's memory, beside a device."""
+    swap = SwapFile(folder, store.layouts)
+    if ram_stages is None:
+        return WaitingOnDisk(store, swap)
+    return WaitingOnHost(store, swap, device or SeparateMemory(), ram_stages=ram_stages)
+
+
 @settings(max_examples=40, deadline=None)
 @given(
     slots=st.integers(1, 4),
     uses=st.lists(st.tuples(st.integers(0, 3), st.booleans()), max_size=20),
     ahead=st.booleans(),
+    ram_stages=st.one_of(st.none(), st.integers(0, 4)),
 )
-def test_a_stage_is_what_it_was_when_it_was_used_last(tmp_path_factory, slots, uses, ahead):
-    """Whatever the order of uses, with and without a look ahead; a use that changes nothing needs weights alone."""
+def test_a_stage_is_what_it_was_when_it_was_used_last(tmp_path_factory, slots, uses, ahead, ram_stages):
+    """Whatever the order of uses, with and without a look ahead; a use that changes nothing needs weights alone.
+
+    In the processor's memory, and on a device with so many stages in its host's.
+    """
     folder = tmp_path_factory.mktemp("slots")
     store = store_in(folder, LAYOUTS)
     expected = []
     for stage, layout in enumerate(LAYOUTS):
         expected.append(filled_buffer(layout, seed=stage))
         store.write(stage, expected[stage], step=0)
-    given_out = StageSlots(store, SwapFile(folder, LAYOUTS), slots=slots)
+    given_out = StageSlots(waiting_in(folder, store, ram_stages), slots=slots)
     needs = [Need(stage=stage, parts=PARTS if changes else ("weights",), changes=changes) for stage, changes in uses]
     for number, need in enumerate(needs):
         then = needs[number + 1] if ahead and number + 1 < len(needs) else None
@@ -297,7 +311,7 @@ def test_a_step_moves_as_many_stages_as_the_plan_counts(tmp_path, trained):
         for stage, layout in enumerate(layouts):
             store.write(stage, filled_buffer(layout, seed=stage), step=0)
         given_out, needs, written = (
-            StageSlots(store, SwapFile(folder, layouts), slots=slots),
+            StageSlots(waiting_in(folder, store), slots=slots),
             [Need.of(use) for use in uses_of_a_step(trained)],
             [],
         )
@@ -316,7 +330,7 @@ def test_a_checkpoint_puts_nothing_away(tmp_path):
     store = store_in(tmp_path, LAYOUTS)
     for stage, layout in enumerate(LAYOUTS):
         store.write(stage, filled_buffer(layout, seed=stage), step=0)
-    given_out = StageSlots(store, SwapFile(tmp_path, LAYOUTS), slots=2)
+    given_out = StageSlots(waiting_in(tmp_path, store), slots=2)
     uses = [Need.of(use) for use in uses_of_a_step((True,) * 4)]
     for need, then in zip(uses, [*uses[1:], uses[0]], strict=True):
         with given_out.use(need, then=then):

@@ -9,17 +9,10 @@ from test_equality import SMALL, assert_same_bits
 from test_scheduler import VISITS, contents, make_store, run_visits
 
 import edgeblocks
-from edgeblocks import registry
 from edgeblocks.errors import DoesNotFitError, OutOfBudgetError, StorageError
 from edgeblocks.host_tier import HostTier
 from edgeblocks.listener import Silent
 from edgeblocks.scheduler import EmaLoader, Scheduler
-
-
-@pytest.fixture
-def gpu_like(monkeypatch):
-    """`--target cuda` is a machine made of this processor."""
-    monkeypatch.setitem(registry._TARGETS, "cuda", "separate_memory:SeparateMemory")
 
 
 @pytest.fixture

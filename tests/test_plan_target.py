@@ -124,6 +124,23 @@ def test_a_plan_for_a_gpu_is_json_too():
     )
 
 
+def test_end_to_end_training_is_planned_for_a_gpu():
+    """Stages on the device, in RAM and on disk, in words and as JSON; without a budget all of them fit the device."""
+    content = plan_json("--target", "rtx3060-12gb", "--method", "exact", *TINY)
+    assert content["method"] == "exact" and content["tiers"]["ram"] == content["tiers"]["disk"] == []
+    settings = {"target": "rtx3060-12gb", "method": "exact", "width": 512, "depth": 12, "heads": 8, "blocks": 6}
+    tight = edgeblocks.plan(**settings, tier="disk").plan.chosen
+    host_bytes = sum(tight.host_breakdown.values()) + 2 * tight.block_bytes
+    prepared = edgeblocks.plan(**settings, mem_budget=str(tight.predicted_peak_bytes), ram_budget=str(host_bytes))
+    assert prepared.to_json()["tiers"] == {"device": [], "ram": [0, 1], "disk": [2, 3, 4, 5]}
+    text = console.banner(prepared)
+    places = "2 of 6 stages at a time on the device (one trained, one on its way), between their uses stages 0-1 in RAM"
+    assert f"{places} and stages 2-5 on disk" in text
+    assert "device memory: predicted peak" in text and "host memory: predicted peak" in text
+    assert "not yet run on a GPU" in text
+    assert "moving stages" in text
+
+
 def test_a_plan_for_a_laptop_is_a_processors():
     """Half of the laptop's memory, two tiers, no word of a GPU; the time is a bound there, too."""
     prepared = edgeblocks.plan(target="laptop-8gb", depth=3, width=16, steps=20)
@@ -195,7 +212,6 @@ def test_a_ram_budget_without_a_host_is_refused():
 @pytest.mark.parametrize(
     ("budgets", "message"),
     [
-        (["--method", "exact"], r"--method exact trains on the processor only as yet; use --target cpu"),
         (["--mem-budget", "5GB"], r"--mem-budget 5GB is 5 GB, but the GPU of rtx3050-4gb has 3.95 GB; use at most"),
         (["--ram-budget", "9GB"], r"--ram-budget 9GB is 9 GB, but the host of rtx3050-4gb has 7.7 GB; use at most"),
         (["--ram-budget", "much"], r"ram_budget='much': 'much' is not a size"),

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from made_up_plans import (
+    EXACT_GPU_WISHES,
     GPU,
     GPU_WISHES,
     GPUS,
@@ -32,9 +33,13 @@ def _traced_once():
     costs()
 
 
-@given(GPUS, GPU_WISHES)
+@given(GPUS, st.one_of(GPU_WISHES, EXACT_GPU_WISHES))
 def test_a_plan_for_a_gpu_keeps_both_promises(machine, wishes):
-    """Predicted peaks of device and host are within their budgets; every block lives in exactly one place."""
+    """Predicted peaks of device and host are within their budgets; every block or stage lives in exactly one place.
+
+    The host has room for one gradient where gradients wait for the norm of all, and for what enters a stage where that
+    waits on disk.
+    """
     plan = plan_or_refusal(machine, wishes)
     assume(not isinstance(plan, DoesNotFitError))
     chosen = plan.chosen
@@ -52,6 +57,10 @@ def test_a_plan_for_a_gpu_keeps_both_promises(machine, wishes):
     assert chosen.host_breakdown["blocks"] == len(tiers["ram"]) * chosen.block_bytes
     assert chosen.slots in (1, 2, chosen.blocks)
     assert bool(tiers["device"]) == (chosen.slots == chosen.blocks)
+    assert ("gradients" in chosen.host_breakdown) == (wishes.clip_by == "network")
+    if wishes.clip_by == "network":
+        assert chosen.host_breakdown["gradients"] == chosen.breakdown["gradients"]
+    assert ("boundaries" in chosen.host_breakdown) == (plan.boundary_disk_bytes > 0)
     if wishes.tier == "ram":
         assert not tiers["disk"]
     if wishes.tier == "disk":
@@ -125,6 +134,43 @@ def test_a_block_of_a_gpu_is_loaded_over_the_link_and_from_disk_where_it_lives_t
     slots, moving_s = streaming_s(0)
     assert slots == 4
     assert moving_s == pytest.approx(0.25 * (link_s + write_s))
+
+
+def test_stages_of_a_gpu_pass_the_link_and_the_disk_where_they_live_there():
+    """What moves takes the link's time; what lives in RAM no disk, whose bytes and whose time become less and less."""
+    wishes = replace(WISHES, method="exact", blocks=6, micro_batch=8, checkpointing=True, visit_steps=1000)
+    slow = replace(GPU, flops_per_s=1e9)  # so that moving hides behind the computation, but for its share
+    tight = make_plan(costs(), slow, replace(wishes, tier="disk")).chosen
+    room = sum(tight.host_breakdown.values())
+    moments = costs().moment_bytes(2, "adamw8bit")
+    weights, whole = 4 * costs().parameters(2), 8 * costs().parameters(2) + moments
+    link_bytes = 8 * weights + 6 * (whole - weights) + 6 * whole  # of two slots: `stage_order.traffic_of_a_step`
+    found = []
+    for ram_blocks in (0, 3, 6):
+        budgets = {"budget_bytes": tight.predicted_peak_bytes, "ram_budget_bytes": room + ram_blocks * whole}
+        plan = make_plan(costs(), slow, replace(wishes, **budgets))
+        chosen = plan.chosen
+        assert (chosen.slots, chosen.ram_blocks) == (2, ram_blocks)
+        assert chosen.tiers["disk"] == list(range(ram_blocks, 6))
+        found.append((chosen.streaming_s, chosen.bytes_written, chosen.disk_bytes))
+    assert found == sorted(found, reverse=True) and len(set(found)) == 3
+    saving_s = 0.25 * 6 * (whole / 1e10 + whole / 3e8) / 1000
+    assert found[2][0] == pytest.approx(0.25 * link_bytes / 1e10 + saving_s)
+    disk_s = (8 * weights + 6 * (whole - weights)) / 1e9 + 6 * whole / 3e8
+    assert found[0][0] == pytest.approx(found[2][0] + 0.25 * disk_s)
+    assert found[2][1] == 2 * 6 * whole, "created and saved once"
+    assert found[0][1] - found[2][1] == 6 * whole * wishes.steps
+
+
+def test_a_plan_says_that_the_link_is_waited_for():
+    """Where all stages wait in RAM there is no word of the disk."""
+    host = replace(HOST, link_bytes_per_s=1e8)
+    wishes = replace(WISHES, method="exact", batch=4, blocks=6, tier="disk")
+    tight = make_plan(costs(), replace(GPU, host=host), wishes).chosen
+    in_ram = replace(wishes, tier="ram", budget_bytes=tight.predicted_peak_bytes)
+    warnings = " ".join(make_plan(costs(), replace(GPU, host=host), in_ram).warnings)
+    assert "waiting for the link to the host takes" in warnings and "the disk" not in warnings
+    assert "a --mem-budget that holds more stages" in warnings
 
 
 def test_a_gpus_memory_is_counted_apart_from_its_hosts():
