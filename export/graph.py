@@ -4,8 +4,9 @@ torch's exporter takes seconds and several times a block's memory, and it folds 
 its own (a linear map on tokens becomes MatMul with a transposed copy). Blocks with the same number of layers have the
 same graph. So a graph is traced once per number of layers, with random weights in the place of the trained ones. No two
 random weights are alike, hence the graph's constants tell which parameter each came from, transposed or not; they get
-that parameter's name. A block is then written by filling in its EMA weights by name. Where a parameter cannot be found
-like that, each block is traced with its own weights instead. Every block is verified against torch in either case.
+that parameter's name, and a parameter that is used in several places is kept once. A block is then written by filling
+in its EMA weights by name. Where a parameter cannot be found like that, each block is traced with its own weights
+instead. Every block is verified against torch in either case.
 """
 
 import logging
@@ -78,8 +79,7 @@ def make_template(family: Any, num_layers: int) -> Template | None:
     matches = {key: _match(values.numpy(), probe) for key, values in _constants(program).items()}
     found = {key: match for key, match in matches.items() if match is not None}
     renamed = {key: f"{name}.transposed" if transposed else name for key, (name, transposed) in found.items()}
-    complete = {name for name, _ in found.values()} == {name for name, _ in probe.named_parameters()}
-    if not complete or len(set(renamed.values())) < len(renamed):
+    if {name for name, _ in found.values()} != {name for name, _ in probe.named_parameters()}:
         return None
     graph = _graph_without(program, set(found))
     _rename_initializers_(graph, renamed)
@@ -236,10 +236,14 @@ def _graph_without(program: Any, keys: set[str]) -> onnx.ModelProto:
 
 
 def _rename_initializers_(graph: onnx.ModelProto, names: Mapping[str, str]) -> None:
-    for tensor in graph.graph.initializer:
-        tensor.name = names.get(tensor.name, tensor.name)
-    for value in graph.graph.value_info:
-        value.name = names.get(value.name, value.name)
+    """Those that get one name are one: layers that are run several times have as many transposed copies of a weight."""
+    for parts in (graph.graph.initializer, graph.graph.value_info):
+        for part in parts:
+            part.name = names.get(part.name, part.name)
+        found = [part.name for part in parts]
+        for place in reversed(range(len(found))):
+            if found.index(found[place]) < place:
+                del parts[place]
     for node in graph.graph.node:
         node.input[:] = [names.get(name, name) for name in node.input]
 

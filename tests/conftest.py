@@ -26,10 +26,39 @@ _CHECKED += tuple(
 _hook = install_import_hook([f"edgeblocks.{name}" for name in _CHECKED], "beartype.beartype")
 
 
+LONGEST_FIRST = (
+    "test_equality.py",
+    "test_exact.py",
+    "test_continuation_runs.py",
+    "test_text_cli.py",
+    "test_killing.py",
+    "test_text_runs.py",
+    "test_comparison.py",
+    "test_examination.py",
+    "test_looped_exact.py",
+    "test_global_clip.py",
+    "test_train_blocks.py",
+    "test_waiting_stages.py",
+    "test_report.py",
+    "test_init.py",
+    "test_cli.py",
+    "test_budget.py",
+)
+"""Files that take a minute and more: a process that began one of them last would end long after the other."""
+
+
+def pytest_collection_modifyitems(items):
+    places = {name: place for place, name in enumerate(LONGEST_FIRST)}
+    items.sort(key=lambda item: places.get(item.path.name, len(places)))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _cache_folder(tmp_path_factory):
-    """Decoded images go to a folder of this test session."""
-    os.environ["EDGEBLOCKS_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+    """Decoded images and traced costs go to a folder of this test session, which its processes share."""
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent
+    os.environ["EDGEBLOCKS_CACHE"] = str(folder / "cache")
 
 
 @pytest.fixture(scope="module")

@@ -1,12 +1,14 @@
 """`edgeblocks compare`: several ways to train one network, side by side."""
 
 import json
+import re
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
+from test_cli import assert_refused, invoke
 
 import edgeblocks
 from edgeblocks.comparison import Arm
@@ -71,8 +73,7 @@ def test_the_same_comparison_goes_on_with_what_is_missing(compared, edgeblocks_c
     assert {path: path.stat().st_mtime_ns for path in before} == before
     rows = {row["arm"]: row for row in json.loads(done.stdout)["arms"]}
     assert rows["plain"] == former["plain"] and rows["plain+ckpt"]["failure"] is None
-    other = edgeblocks_command("compare", *asked, "--batch", "8")
-    assert other.returncode == 2 and "other settings" in other.stderr
+    assert_refused(invoke("compare", *asked, "--batch", "8"), 2, "other settings")
 
 
 def test_a_time_instead_of_steps(tmp_path, edgeblocks_command):
@@ -109,18 +110,16 @@ def test_what_does_not_fit_has_no_result_and_the_others_have(tmp_path, edgeblock
         (["--data", "nowhere"], "nowhere"),
     ],
 )
-def test_what_cannot_be_compared_is_refused_before_anything_is_trained(tmp_path, edgeblocks_command, asked, said):
+def test_what_cannot_be_compared_is_refused_before_anything_is_trained(tmp_path, asked, said):
     """Exit code 2, the reason, and no folder."""
-    done = edgeblocks_command("compare", *IMAGES, *asked, "-o", tmp_path / "out")
-    assert done.returncode == 2 and said in done.stderr
+    assert_refused(invoke("compare", *IMAGES, *asked, "-o", tmp_path / "out"), 2, re.escape(said))
     assert not (tmp_path / "out").exists()
 
 
-def test_a_folder_of_something_else_is_left_alone(tmp_path, edgeblocks_command):
+def test_a_folder_of_something_else_is_left_alone(tmp_path):
     """A comparison is not written among other files."""
     (tmp_path / "mine.txt").write_text("mine")
-    done = edgeblocks_command("compare", *IMAGES, "-o", tmp_path)
-    assert done.returncode == 2 and "holds no comparison" in done.stderr
+    assert_refused(invoke("compare", *IMAGES, "-o", tmp_path), 2, "holds no comparison")
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 
 
@@ -137,10 +136,9 @@ def test_other_minutes_are_another_comparison(tmp_path, edgeblocks_command):
     assert edgeblocks_command("compare", *asked).returncode == 0
     (tmp_path / "steps.yaml").write_text("steps: 3\n")
     again = [part for part in asked if part not in ("--steps", "3")]
-    other = edgeblocks_command("compare", *again, "--config", tmp_path / "steps.yaml", "--minutes", "1")
-    assert other.returncode == 2 and "either each arm" in other.stderr
-    other = edgeblocks_command("compare", *again, "--minutes", "1")
-    assert other.returncode == 2 and "for another time" in other.stderr
+    other = invoke("compare", *again, "--config", tmp_path / "steps.yaml", "--minutes", "1")
+    assert_refused(other, 2, "either each arm")
+    assert_refused(invoke("compare", *again, "--minutes", "1"), 2, "for another time")
 
 
 def test_it_fails_where_no_arm_has_a_result(tmp_path, edgeblocks_command):

@@ -45,8 +45,10 @@ def run(request, text, tmp_path_factory):
         heads=2,
         length=LENGTH,
         batch=8,
+        micro_batch=4,
         steps=40,
         sample_grids=1,
+        hold_out=0.02,
         learning_rate=1e-2,
         mem_budget="4GB",
         **KINDS[request.param],
@@ -242,8 +244,8 @@ def test_evaluation_tells_the_bound_and_how_varied_texts_are(run):
 
 def test_a_run_that_fills_gaps_refuses_a_prompt(text, tmp_path):
     """With the prompt as gaps to copy."""
-    settings = {"family": "mdlm", "width": 32, "depth": 1, "heads": 2, "length": 16, "batch": 8, "sample_grids": 0}
-    run = edgeblocks.train(out=tmp_path / "run", data=text, steps=1, mem_budget="4GB", **settings)
+    settings = {"family": "mdlm", "width": 32, "depth": 3, "heads": 2, "length": 16, "batch": 8, "micro_batch": 4}
+    run = edgeblocks.train(out=tmp_path / "run", data=text, steps=1, mem_budget="4GB", sample_grids=0, **settings)
     with pytest.raises(ConfigError, match=r"--prompt belongs to networks .* --fill 'call me ____'"):
         run.sample_text(prompt="call me")
     with pytest.raises(ConfigError, match=r"--top-p belongs to .* use --temperature"):

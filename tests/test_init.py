@@ -18,8 +18,16 @@ from edgeblocks.tensor_file import PIECE_BYTES, TensorFile
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-SMALL = {"data": "digits", "width": 32, "heads": 2, "depth": 6, "batch": 16, "hold_out": 0.02, "sample_grids": 0}
-SMALL |= {"mem_budget": "4GB", "steps": 3, "warmup": 0, "family": "vit", "method": "exact", "tier": "ram"}
+SMALL = {"data": "digits", "width": 32, "heads": 2, "depth": 6, "batch": 16, "micro_batch": 8, "hold_out": 0.02}
+SMALL |= {
+    "sample_grids": 0,
+    "mem_budget": "4GB",
+    "steps": 3,
+    "warmup": 0,
+    "family": "vit",
+    "method": "exact",
+    "tier": "ram",
+}
 
 
 def trained(out, **settings):

@@ -19,12 +19,14 @@ WORDS = ["the", "white", "whale", "swims", "under", "a", "cold", "sea", "and", "
 SMALL = {
     "family": "mdlm",
     "width": 32,
-    "depth": 6,
+    "depth": 3,
     "heads": 2,
-    "length": 24,
+    "length": 16,
     "batch": 8,
+    "micro_batch": 4,
     "blocks": 3,
     "sample_grids": 1,
+    "hold_out": 0.02,
 }
 
 
@@ -40,6 +42,13 @@ def resident(text, tmp_path_factory):
     out = tmp_path_factory.mktemp("mdlm") / "run"
     edgeblocks.train(out=out, data=text, steps=12, mem_budget="4GB", tier="ram", visit_steps=12, **SMALL)
     return out
+
+
+@pytest.fixture(scope="module")
+def exported(resident, tmp_path_factory):
+    """Where it was exported to, and the manifest."""
+    folder = tmp_path_factory.mktemp("export") / "onnx"
+    return folder, edgeblocks.load(resident).export(folder)
 
 
 def test_evaluation_tells_bits_a_character(resident):
@@ -65,10 +74,10 @@ def test_gaps_are_filled_and_what_is_given_stays(resident):
     ("asked", "message"),
     [
         ({"fill": "the sea"}, "has no gap"),
-        ({"fill": "_" * 25}, "has 25 tokens and the network was trained on texts of 24"),
+        ({"fill": "_" * 17}, "has 17 tokens and the network was trained on texts of 16"),
         ({"n": 0}, "--n 0"),
         ({"temperature": -1.0}, "--temperature -1"),
-        ({"length": 25}, r"--length 25: .* texts of 24 tokens; 1 to 24 are possible"),
+        ({"length": 17}, r"--length 17: .* texts of 16 tokens; 1 to 16 are possible"),
         ({"length": 9, "fill": "a ____ sea"}, r"--length 9 .* --fill, .* leave --length out"),
         ({"steps": 2}, "2 sampling steps cannot visit 3 blocks"),
     ],
@@ -99,12 +108,11 @@ def test_texts_are_written_during_training(resident):
     assert path.name == "step_0000012.txt" and path.read_text().count("----") == 3
 
 
-def test_an_export_writes_what_torch_writes(resident, tmp_path):
+def test_an_export_writes_what_torch_writes(resident, exported):
     """Token for token, also where gaps are filled; a shorter text is the beginning of the whole one."""
-    run = edgeblocks.load(resident)
-    manifest = run.export(tmp_path / "onnx")
+    run, (folder, manifest) = edgeblocks.load(resident), exported
     assert manifest["verified"]["real_inputs"] and manifest["verified"]["block_max_abs_error"] < 1e-5
-    writer = open_chain(tmp_path / "onnx")
+    writer = open_chain(folder)
     assert writer.write(3, seed=5) == run.sample_text(n=3, seed=5)
     assert writer.write(2, fill="a cold ___", steps=7) == run.sample_text(n=2, fill="a cold ___", steps=7)
     assert writer.loads == [0, 1, 2, 0, 1, 2]
@@ -114,7 +122,7 @@ def test_an_export_writes_what_torch_writes(resident, tmp_path):
 
 def test_a_vocabulary_that_was_trained_travels_with_the_run_and_its_export(text, tmp_path):
     """tokenizer.json lies in both; a changed one is refused, and so is another one under its checksum."""
-    settings = {**SMALL, "tokenizer": "bpe", "vocab": 300}
+    settings = {**SMALL, "tokenizer": "bpe", "vocab": 280}
     run = edgeblocks.train(out=tmp_path / "run", data=text, steps=2, mem_budget="4GB", **settings)
     run.export(tmp_path / "onnx")
     assert open_chain(tmp_path / "onnx").write(2, seed=1) == run.sample_text(n=2, seed=1)
@@ -175,13 +183,12 @@ def test_an_evaluation_that_is_impossible_is_refused(resident, asked, message):
         edgeblocks.load(resident).evaluate(**asked)
 
 
-def test_text_of_which_nothing_is_known_is_refused(resident, tmp_path):
+def test_text_of_which_nothing_is_known_is_refused(resident, exported, tmp_path):
     """In the data, where another tokenizer would do, and in what is to be filled in, by the run and by its export."""
     (tmp_path / "japanese.txt").write_text("鯨は白い。" * 3000)
     with pytest.raises(DataError, match=r"is too short: .* not a to z, .*: --tokenizer bytes keeps all"):
         edgeblocks.plan(data=str(tmp_path / "japanese.txt"), **SMALL)
-    edgeblocks.load(resident).export(tmp_path / "onnx")
-    for write in (edgeblocks.load(resident).sample_text, open_chain(tmp_path / "onnx").write):
+    for write in (edgeblocks.load(resident).sample_text, open_chain(exported[0]).write):
         with pytest.raises(
             ConfigError, match=r"--fill '鯨' has no character that this network knows; .* a to z and space"
         ):
@@ -196,7 +203,6 @@ def test_the_budget_that_reading_asks_for_holds_the_interpreter(text, tmp_path, 
     assert refused.value.smallest_bytes > CpuTarget().used_bytes()
 
 
-def test_an_export_is_not_taken_for_a_run(resident, tmp_path):
-    edgeblocks.load(resident).export(tmp_path / "onnx")
+def test_an_export_is_not_taken_for_a_run(exported):
     with pytest.raises(RunError, match="is an exported network, not a run; use it with: edgeblocks run"):
-        edgeblocks.load(tmp_path / "onnx")
+        edgeblocks.load(exported[0])
