@@ -5,11 +5,31 @@ A step's batch depends on nothing but the step, so it is the same whenever it is
 
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from edgeblocks.data.dataset import DataSet
+from edgeblocks.generators import generator_at
+
 Batch = dict[str, Tensor]
+
+
+def drawing(family: Any, data: DataSet, noise: Any, *, batch: int, seed: int, block: int) -> Callable[[int], Batch]:
+    """Draws the batch of each step of a block: examples in the block's order, the rest from (seed, block, step).
+
+    Args:
+        noise: the block's range of noise levels, as `family.draw` takes it.
+    """
+    order = data.order(batch=batch, seed=seed, block=block)
+
+    def draw(step: int) -> Batch:
+        examples, labels = data.gather(order.indices(step))
+        drawn: Batch = family.draw(examples, labels, noise, generator_at(seed, "train", block, step))
+        return drawn
+
+    return draw
 
 
 def helper_for(device: torch.device) -> ThreadPoolExecutor | None:

@@ -173,7 +173,7 @@ def _check(wanted: Wanted) -> None:
     if problems:
         raise ConfigError(*problems)
     target = build_target(run.target)
-    target.prepare()
+    target.prepare()  # says at once that there is no such device
     for method in dict.fromkeys("exact" if arm.is_plain else arm.method for arm in wanted.arms):
         family_type(run.family, method)
         if any(arm.method == method for arm in wanted.arms):

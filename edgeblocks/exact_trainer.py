@@ -8,14 +8,13 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from edgeblocks.batches import Batch, Batches, helper_for
+from edgeblocks.batches import Batches, drawing, helper_for
 from edgeblocks.block_buffer import BlockBuffer, bind_parameters_
 from edgeblocks.boundaries import InMemory, OnDisk
 from edgeblocks.checkpoint import RunDirectory
 from edgeblocks.data.dataset import DataSet
 from edgeblocks.errors import EdgeblocksError, OutOfBudgetError, WriteLimitError
 from edgeblocks.exact import Pass
-from edgeblocks.generators import generator_at
 from edgeblocks.guard import Guard, is_refusal
 from edgeblocks.host_tier import Device
 from edgeblocks.next_blocks import NextBlocks
@@ -58,7 +57,9 @@ class ExactTrainer:
         self._boundary_bytes = int(run.plan.get("boundary_disk_bytes", 0))
         """Written in every step of what enters the stages."""
         self._boundaries = self._boundaries_on_disk() if self._boundary_bytes else None
-        self._batches = Batches(self._draw, last=self.settings.steps, helper=helper_for(self.device))
+        batch, seed = self.settings.batch, self.settings.seed
+        draw = drawing(self.family, data, self.range, batch=batch, seed=seed, block=0)
+        self._batches = Batches(draw, last=self.settings.steps, helper=helper_for(self.device))
         self._changing = False
         """Whether some stages have made a step that others have not."""
         self._networks: dict[tuple[int, int], nn.Module] = {}
@@ -97,7 +98,7 @@ class ExactTrainer:
             number += 1
             self._tell(on_step, number)
             if number % every == 0 or number == settings.steps or interruption.signal_name is not None:
-                self._batches.close()  # a look reads the same data
+                self._batches.close()  # what was drawn ahead gives its memory to the look
                 self._checkpoint(number)
                 if interruption.signal_name is None:
                     between_visits([number] * count)
@@ -177,15 +178,6 @@ class ExactTrainer:
                     self._learn_from(use.stage, buffer, number)
                     self._changing = use.stage > lowest and not self._late
         self._note(number, going.loss, self._norm(number), drawn - started, started)
-
-    def _draw(self, number: int) -> Batch:
-        """The batch of the step of that number."""
-        settings = self.settings
-        order = self.data.order(batch=settings.batch, seed=settings.seed, block=0)
-        examples, labels = self.data.gather(order.indices(number))
-        generator = generator_at(settings.seed, "train", 0, number)
-        batch: Batch = self.family.draw(examples, labels, self.range, generator)
-        return batch
 
     def _go(self, through: Callable[[StepShape], None]) -> None:
         """Through a stage; what memory is refused to is done again with fewer samples at a time.

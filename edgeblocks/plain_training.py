@@ -23,6 +23,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 from edgeblocks.api import settings_for_here
+from edgeblocks.batches import Batches, drawing, helper_for
 from edgeblocks.console_listener import ConsoleListener
 from edgeblocks.data.dataset import DataSet
 from edgeblocks.errors import EdgeblocksError
@@ -67,11 +68,11 @@ def train(
     groups = [{"params": decayed, "weight_decay": run.weight_decay}, {"params": others, "weight_decay": 0.0}]
     optimizer = adamw(groups, eight_bit=eight_bit)
     on_start()
-    order, noise = data.order(batch=run.batch, seed=run.seed, block=0), whole_range(family).ranges[0]
+    draw = drawing(family, data, whole_range(family).ranges[0], batch=run.batch, seed=run.seed, block=0)
+    batches = Batches(draw, last=run.steps, helper=helper_for(torch.device(device)))
     for step in range(run.steps):
-        examples, labels = data.gather(order.indices(step))
-        batch = family.draw(examples, labels, noise, generator_at(run.seed, "train", 0, step))
-        loss = family.loss(network, {name: tensor.to(device) for name, tensor in batch.items()}).mean()
+        batch = {name: tensor.to(device) for name, tensor in batches.of(step).items()}
+        loss = family.loss(network, batch).mean()
         loss.backward()
         nn.utils.clip_grad_norm_(network.parameters(), run.clip)
         for group in optimizer.param_groups:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from edgeblocks.batches import Batch, Batches, helper_for
+from edgeblocks.batches import Batches, drawing, helper_for
 from edgeblocks.block_buffer import BlockBuffer, bind_parameters_
 from edgeblocks.checkpoint import RunDirectory
 from edgeblocks.data.dataset import DataSet
@@ -243,23 +243,13 @@ class Trainer:
         assert resident.step == visit.first, f"block {visit.block} is at step {resident.step}, not {visit.first}"
         layout = resident.buffer.layout
         gradients = self._gradients[: layout.num_parameters].zero_()
-        batches = Batches(self._drawing(visit.block), last=visit.last, helper=self._helper)
+        batch, seed, noise = self.settings.batch, self.settings.seed, self.partition.ranges[visit.block]
+        draw = drawing(self.family, self.data, noise, batch=batch, seed=seed, block=visit.block)
+        batches = Batches(draw, last=visit.last, helper=self._helper)
         try:
             self._steps(visit, resident, interruption, on_step, gradients, batches)
         finally:
             batches.close()
-
-    def _drawing(self, block: int) -> Callable[[int], Batch]:
-        """Draws the batch of a block's step."""
-        seed, noise = self.settings.seed, self.partition.ranges[block]
-        order = self.data.order(batch=self.settings.batch, seed=seed, block=block)
-
-        def draw(step: int) -> Batch:
-            examples, labels = self.data.gather(order.indices(step))
-            batch: Batch = self.family.draw(examples, labels, noise, generator_at(seed, "train", block, step))
-            return batch
-
-        return draw
 
     def _steps(
         self,
