@@ -367,7 +367,9 @@ def trace_costs(settings: Settings, data: Any) -> tuple[LayerCosts, int]:
     counts = {sizes[0], sizes[len(sizes) // 2], 1}
     if settings.run.micro_batch != "auto":
         counts.add(min(settings.run.micro_batch, settings.run.batch))
-    fields = (settings.run.family, asdict(settings.family), asdict(data), sorted(counts))
+    # An image set's mean and scale shape no tensor: sets that differ in nothing else share an answer.
+    shapes = {name: 1.0 if isinstance(value, float) else value for name, value in asdict(data).items()}
+    fields = (settings.run.family, asdict(settings.family), shapes, sorted(counts))
     return cost.trace_in_subprocess(*fields, method=settings.run.method, cache=cache_folder())
 
 

@@ -1,6 +1,6 @@
 """Classes of images with an exported directory: numpy and onnxruntime, no torch."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -64,11 +64,20 @@ class Classifier(ImageChain):
             self.close()
 
     def classify_files(
-        self, paths: Sequence[Path], *, steps: int | None = None, noises: int | None = None, seed: int = 0
+        self,
+        paths: Sequence[Path],
+        *,
+        steps: int | None = None,
+        noises: int | None = None,
+        seed: int = 0,
+        on_unreadable: Callable[[DataError], None] | None = None,
     ) -> list[dict[str, Any]]:
         """For each image file its likeliest classes: {path, classes: [{name, probability}, ..]}, likeliest first.
 
         An image is cut to its central square and resized where the network's images are square.
+
+        Args:
+            on_unreadable: told of each file that would raise `DataError`, which then has no answer; None: it raises.
 
         Raises:
             DataError: a file is no image that can be read, or has another size than a network takes that is not square.
@@ -76,9 +85,19 @@ class Classifier(ImageChain):
         """
         found = []
         for start in range(0, len(paths), _TOGETHER):
-            some = paths[start : start + _TOGETHER]
-            pixels = np.stack([self._read(path) for path in some])
-            for path, row in zip(some, self.classify(pixels, steps=steps, noises=noises, seed=seed), strict=True):
+            read: list[tuple[Path, NDArray[np.uint8]]] = []
+            for path in paths[start : start + _TOGETHER]:
+                try:
+                    read.append((path, self._read(path)))
+                except DataError as error:
+                    if on_unreadable is None:
+                        raise
+                    on_unreadable(error)
+            if not read:
+                continue
+            pixels = np.stack([image for _, image in read])
+            probabilities = self.classify(pixels, steps=steps, noises=noises, seed=seed)
+            for (path, _), row in zip(read, probabilities, strict=True):
                 order = np.argsort(-row, kind="stable")[:MOST_SHOWN]
                 names = self.manifest.class_names
                 classes = [{"name": names[number], "probability": float(row[number])} for number in order]

@@ -215,6 +215,34 @@ def test_a_kept_trace_is_taken_again_and_a_damaged_one_made_again(tmp_path, monk
     assert [path.name for path in tmp_path.iterdir()] == [kept.name]
 
 
+USES_COMPILER = """
+from edgeblocks.families.dit import Dit
+class Own(Dit):
+    name = "own"
+    def loss(self, network, batch):
+        {use}
+        return super().loss(network, batch)
+"""
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        "import torch._dynamo.config",
+        "from torch._dynamo import mark_static; mark_static(batch['eps'])",
+        "import torch; torch.compile(lambda x: x + 1, backend='eager')(torch.ones(2, device='meta'))",
+    ],
+)
+def test_a_network_that_uses_the_compiler_is_traced_with_it(use, tmp_path, monkeypatch):
+    """The module that stands for an unused compiler gives way; costs are the same as without."""
+    (tmp_path / "uses_compiler.py").write_text(USES_COMPILER.format(use=use))
+    place = {"path": "uses_compiler:Own", "folder": str(tmp_path), "sha256": ""}
+    monkeypatch.setattr("edgeblocks.cost.own_family", lambda name: place if name == "own" else None)
+    costs, _ = trace_in_subprocess("own", asdict(SETTINGS), asdict(DATA), [1])
+    usual, _ = trace_in_subprocess("dit", asdict(SETTINGS), asdict(DATA), [1])
+    assert [step.peak_bytes for step in costs.plain] == [step.peak_bytes for step in usual.plain]
+
+
 def test_a_failed_trace_says_why():
     """A family that cannot be traced is an error that names it and shows the child's own message."""
     with pytest.raises(EdgeblocksError, match=r"(?s)'dit'.*patch=5"):

@@ -306,6 +306,9 @@ def test_run_prints_classes_of_image_files(exported, tmp_path, edgeblocks_comman
     assert shares == sorted(shares, reverse=True) and {one["name"] for one in found[0]["classes"]} <= set("0123456789")
     written = edgeblocks_command("run", folder, tmp_path / "a.png", "-o", tmp_path / "answers.json")
     assert written.returncode == 0 and json.loads((tmp_path / "answers.json").read_text()) == found
+    some = edgeblocks_command("run", folder, tmp_path / "none.png", tmp_path / "a.png", tmp_path, "--json")
+    assert some.returncode == 2 and json.loads(some.stdout) == found  # one bad file takes no other's answer
+    assert "none.png" in some.stderr and "2 of 3 images have no answer" in some.stderr
     for wrong, words in (
         ([], "name some image files"),
         ([tmp_path / "none.png"], "there is no image"),

@@ -6,8 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from edgeblocks.errors import ConfigError, StorageError
+from edgeblocks.errors import ConfigError, DataError, StorageError
 from edgeblocks.verbs.options import as_flags
+
+_MOST_UNREADABLE = 10
+"""Files without an answer that are named."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,12 +66,29 @@ class Wish:
 def say_classes(
     classifier: Any, images: list[Path], out: Path | None, steps: int | None, seed: int, *, as_json: bool
 ) -> None:
-    """Classify image files; print the likeliest classes of each, or save them as JSON."""
+    """Classify image files; print the likeliest classes of each, or save them as JSON.
+
+    Raises:
+        DataError: some cannot be read. The others' answers were given before.
+    """
     if not images:
         raise ConfigError(f"{classifier.directory} tells the classes of images: name some image files after it")
     if out is not None and out.suffix.lower() != ".json":
         raise ConfigError(f"-o {out}: classes are written as JSON; give a name that ends in .json")
-    found = classifier.classify_files(images, steps=steps, seed=seed)
+    unreadable: list[DataError] = []
+    found = classifier.classify_files(images, steps=steps, seed=seed, on_unreadable=unreadable.append)
+    if found:
+        _say_answers(found, out, as_json=as_json)
+    if unreadable:
+        shown = [str(error) for error in unreadable[:_MOST_UNREADABLE]]
+        if len(unreadable) > len(shown):
+            shown.append(f"and {len(unreadable) - len(shown)} more like that")
+        if found:
+            shown.append(f"{len(unreadable)} of {len(images)} images have no answer; the others have theirs")
+        raise DataError("\n".join(shown))
+
+
+def _say_answers(found: list[dict[str, Any]], out: Path | None, *, as_json: bool) -> None:
     if out is not None:
         _write(out, json.dumps(found, indent=1) + "\n")
         print(json.dumps({"path": str(out), "n": len(found)}) if as_json else f"saved {len(found)} answers to {out}")
