@@ -47,7 +47,8 @@ class Machine:
     disk_read_bytes_per_s: float
     disk_write_bytes_per_s: float
     planning_bytes: int = 0
-    """Peak of the child process that traced the costs: what a run occupies at least."""
+    """What a run occupies at least: the peak of the child process that traced the costs, or of this one while it
+    measured the machine."""
     update_s_per_parameter: float = UPDATE_S_PER_PARAMETER
     host: Host | None = None
     """None where the device's memory is the process's own."""

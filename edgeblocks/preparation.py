@@ -358,7 +358,11 @@ def measure(
     if target.host_bytes() is not None:
         family = build_family(run.family, asdict(settings.family), asdict(data), run.method)
         rehearse(family, run.optimizer, target.torch_device)
-    return costs, replace(target.measure(folder), planning_bytes=planning_bytes)
+    former_peak_bytes = target.host_peak_bytes()
+    machine = target.measure(folder)
+    if (peak_bytes := target.host_peak_bytes()) > former_peak_bytes:
+        planning_bytes = max(planning_bytes, peak_bytes)
+    return costs, replace(machine, planning_bytes=planning_bytes)
 
 
 def trace_costs(settings: Settings, data: Any) -> tuple[LayerCosts, int]:

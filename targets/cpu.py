@@ -197,11 +197,11 @@ def _free_heap_bytes() -> int:
 
 
 def run_every_kernel(device: str = "cpu") -> None:
-    """One small step with every kind of kernel that training uses, on a torch device."""
+    """One small step with every kind of kernel that training uses, on a torch device; some 10 MB of tensors."""
     import torch
     import torch.nn.functional as F
 
-    tokens, width, hidden_width = 512, 256, 1024
+    tokens, width, hidden_width = 128, 256, 1024
     x = torch.randn(tokens, width, requires_grad=True, device=device)
     weight = torch.randn(hidden_width, width, requires_grad=True, device=device)
     for _ in range(2):

@@ -54,6 +54,27 @@ def test_text_is_trained_on_and_written_at_the_smallest_budget(tmp_path, family)
     assert (tmp_path / "run/samples/step_0000002.txt").read_text().strip()
 
 
+HUNGRY_MEASUREMENT = """
+import numpy as np
+import edgeblocks
+from edgeblocks.targets.cpu import CpuTarget
+usual = CpuTarget.measure
+def hungry(self, folder):
+    np.ones(50_000_000)
+    return usual(self, folder)
+CpuTarget.measure = hungry
+print(edgeblocks.plan(data="digits", steps=2, batch=2, mem_budget="2GB").plan.chosen.predicted_peak_bytes)
+"""
+
+
+def test_what_measuring_the_machine_takes_is_part_of_the_prediction(tmp_path):
+    """The digits need some 330 MB; a measurement that takes 400 MB for a moment is foreseen in what a run will take."""
+    planned = measured_script(HUNGRY_MEASUREMENT, cwd=tmp_path)
+    assert planned["code"] == 0, planned["err"]
+    assert planned["peak_bytes"] > 600_000_000
+    assert abs(planned["peak_bytes"] / int(planned["out"]) - 1) < 0.02
+
+
 def test_a_picture_too_large_for_the_budget_is_refused_and_a_larger_budget_decodes_it(tmp_path):
     """16 megapixels with transparency under 330 MB: exit 3 with the budget that would do, and that one does."""
     (tmp_path / "set").mkdir()
