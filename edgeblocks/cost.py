@@ -18,8 +18,7 @@ import platform
 import subprocess
 import sys
 import tempfile
-import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
@@ -27,7 +26,7 @@ from types import ModuleType
 from typing import Any, get_args
 
 from edgeblocks.errors import EdgeblocksError
-from edgeblocks.layer_costs import LARGEST_HEAP_BYTES, Growth, LayerCosts, StepCost
+from edgeblocks.layer_costs import Growth, LayerCosts, StepCost
 from edgeblocks.registry import build_family, build_target, import_own_family, own_family
 
 RUN_TO_RUN_BYTES = 3_000_000
@@ -103,7 +102,7 @@ def _step_cost(fields: dict[str, Any]) -> StepCost:
 
 
 def trace(family: Any, sample_counts: Sequence[int]) -> LayerCosts:
-    """`LayerCosts` of a family, traced in this process on the meta device."""
+    """`LayerCosts` of a family, traced in this process on the meta device (`step_trace`)."""
     import torch
 
     from edgeblocks.block_buffer import Optimizer, state_bytes
@@ -168,8 +167,10 @@ def _count_parameters(family: Any, num_layers: int) -> tuple[int, int]:
 
 def _trace_growth(family: Any, samples: int, kind: str) -> StepCost:
     """From blocks of one, two and three layers, or as many periods of a structure that repeats after some layers."""
+    from edgeblocks.step_trace import traced_step
+
     period = getattr(family, "layer_period", 1)
-    traces = [_trace_step(family, period * count, samples, kind) for count in (1, 2, 3)]
+    traces = [traced_step(family, period * count, samples, kind) for count in (1, 2, 3)]
     growths = {
         name: _growth(*(getattr(found, name) for found in traces), period=period)
         for name in ("peak_bytes", "heap_bytes", "touched_bytes", "operators")
@@ -191,101 +192,6 @@ def _num_bytes(shape: Sequence[int], dtype: Any) -> int:
     for size in shape:
         count *= size
     return count * int(dtype.itemsize)
-
-
-class _LiveStorages:
-    """Follows the storages that tensors of traced operators own."""
-
-    def __init__(self) -> None:
-        self.live_bytes = self.peak_bytes = self.touched_bytes = self.operators = 0
-        self.heap_live_bytes = self.heap_bytes = 0
-        self._known: set[int] = set()
-
-    def see(self, tensor: Any) -> None:
-        storage = tensor.untyped_storage()
-        key, size = storage._cdata, storage.nbytes()
-        if key in self._known or size == 0:
-            return
-        self._known.add(key)
-        self.live_bytes += size
-        self.touched_bytes += size
-        self.peak_bytes = max(self.peak_bytes, self.live_bytes)
-        if size < LARGEST_HEAP_BYTES:
-            self.heap_live_bytes += size
-            self.heap_bytes = max(self.heap_bytes, self.heap_live_bytes)
-        weakref.finalize(storage, self._forget, key, size)
-
-    def ignore(self, tensor: Any) -> None:
-        self._known.add(tensor.untyped_storage()._cdata)
-
-    def _forget(self, key: int, size: int) -> None:
-        self._known.discard(key)
-        self.live_bytes -= size
-        if size < LARGEST_HEAP_BYTES:
-            self.heap_live_bytes -= size
-
-
-@contextlib.contextmanager
-def _cpu_attention() -> Iterator[None]:
-    """Attention as a CPU runs it, fused; meta tensors would take the form that keeps the attention matrix.
-
-    The function itself is replaced, because a TorchFunctionMode is off while it handles `Tensor.backward`: layers that
-    are run again in the backward pass would escape it.
-    """
-    import torch
-    import torch.nn.functional as F
-
-    usual = F.scaled_dot_product_attention
-
-    def fused(*args: Any, **kwargs: Any) -> Any:
-        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*args, **kwargs)[0]
-
-    F.scaled_dot_product_attention = fused
-    try:
-        yield
-    finally:
-        F.scaled_dot_product_attention = usual
-
-
-def _trace_step(family: Any, num_layers: int, samples: int, kind: str) -> _LiveStorages:
-    """Run one step on the meta device and follow its storages; weights, gradients and the batch are not counted.
-
-    A block's fixed tables are: of 50,000 tokens the codes take 13 MB.
-    """
-    import torch
-    from torch.utils._python_dispatch import TorchDispatchMode
-    from torch.utils._pytree import tree_leaves
-
-    storages = _LiveStorages()
-
-    class Follow(TorchDispatchMode):  # type: ignore[no-untyped-call]
-        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            result = func(*args, **(kwargs or {}))
-            storages.operators += 1
-            for leaf in tree_leaves(result):
-                if isinstance(leaf, torch.Tensor):
-                    storages.see(leaf)
-            return result
-
-    with torch.device("meta"):
-        block = family.block(num_layers=num_layers, checkpointing=kind == "checkpointed")
-        block.reset_tables_()
-        for parameter in block.parameters():
-            parameter.grad = torch.empty_like(parameter)
-            storages.ignore(parameter)
-            storages.ignore(parameter.grad)
-        batch = {name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in family.batch_spec(samples).items()}
-    for tensor in batch.values():
-        storages.ignore(tensor)
-    for table in block.buffers():
-        storages.see(table)
-    with _cpu_attention(), Follow():  # type: ignore[no-untyped-call]
-        if kind == "forward":
-            with torch.no_grad():
-                family.loss(block, batch)
-        else:
-            family.loss(block, batch).sum().backward()
-    return storages
 
 
 def _flops(family: Any, num_layers: int) -> int:
@@ -318,8 +224,8 @@ class _NoCompiler(ModuleType):
         return getattr(importlib.import_module(self.__name__), name)
 
 
-def _trace_without_compiler(family: Any, sample_counts: Sequence[int]) -> LayerCosts:
-    """`trace`, which imports torch's compiler only for a network that uses it."""
+def trace_without_compiler(family: Any, sample_counts: Sequence[int]) -> LayerCosts:
+    """`trace` in a process that does nothing else: torch's compiler is imported only for a network that uses it."""
     name = "torch._dynamo"
     sys.modules[name] = _NoCompiler(name)
     try:
@@ -335,7 +241,7 @@ def main() -> None:
     if request["own_family"] is not None:
         import_own_family(request["own_family"])
     family = build_family(request["family"], request["settings"], request["data"], request["method"])
-    costs = asdict(_trace_without_compiler(family, request["sample_counts"]))
+    costs = asdict(trace_without_compiler(family, request["sample_counts"]))
     print(json.dumps({**costs, "planning_bytes": build_target("cpu").peak_bytes() + RUN_TO_RUN_BYTES}))
 
 

@@ -17,13 +17,14 @@ from torch import nn
 
 from edgeblocks import causal_layers
 from edgeblocks.codebook import code_rows
-from edgeblocks.cost import _trace_step, trace
+from edgeblocks.cost import trace
 from edgeblocks.errors import ConfigError
 from edgeblocks.families.ar import Ar
 from edgeblocks.families.base import Level, TextInfo
 from edgeblocks.families.looped import Looped
 from edgeblocks.families.token_denoiser import TokenDenoiserSettings
 from edgeblocks.noise import partition_noise, sampler_levels
+from edgeblocks.step_trace import traced_step
 
 SETTINGS = TokenDenoiserSettings(width=16, depth=4, heads=2, code_width=16)
 DATA = TextInfo(vocabulary=7, length=12)
@@ -339,7 +340,7 @@ LARGE_SETTINGS = replace(SETTINGS, code_width=64)
 )
 def test_memory_of_a_step_does_not_hold_the_logits(large, kind):
     """8 more sequences of 64 cost far less than their logits (trap 10), and the growth is a straight line."""
-    peaks = [_trace_step(large, 2, samples, kind).peak_bytes for samples in (8, 16, 24)]
+    peaks = [traced_step(large, 2, samples, kind).peak_bytes for samples in (8, 16, 24)]
     logits_bytes = 8 * 64 * 50_000 * 4
     assert 0 < peaks[1] - peaks[0] < logits_bytes / 15
     assert peaks[2] - peaks[1] == peaks[1] - peaks[0]
@@ -355,7 +356,7 @@ def test_costs_grow_linearly_with_layers(family):
     for kind in ("plain", "checkpointed", "forward"):
         (cost,) = getattr(costs, kind)
         for num_layers in (1, 2, 4, 8):
-            traced = _trace_step(family, num_layers, 3, kind)
+            traced = traced_step(family, num_layers, 3, kind)
             assert cost.peak_bytes.at(num_layers) == pytest.approx(traced.peak_bytes, rel=0.001)
     assert costs.parameters(5) == sum(
         parameter.numel() for parameter in random_block(family, num_layers=5).parameters()
@@ -370,7 +371,7 @@ def test_the_traced_peak_is_that_of_a_real_step(family):
         parameter.grad = torch.zeros_like(parameter)
     batch = family.draw(texts(4), None, partition(1).ranges[0], seeded())
     peak = live_peak_bytes(lambda: family.loss(block, batch).sum().backward())
-    traced = _trace_step(family, 4, 4, "plain").peak_bytes
+    traced = traced_step(family, 4, 4, "plain").peak_bytes
     assert 0.98 * peak <= traced <= 1.05 * peak + 4096
 
 

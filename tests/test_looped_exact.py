@@ -11,13 +11,14 @@ from test_equality import StopAfter, assert_same_bits
 from test_exact import EXACT, plain_training, whole_weights
 
 import edgeblocks
-from edgeblocks.cost import _trace_step, trace
+from edgeblocks.cost import trace
 from edgeblocks.errors import ConfigError, InterruptedRunError
 from edgeblocks.families.base import TextInfo
 from edgeblocks.families.looped import MOST_ITERATIONS, LoopedSettings, PlainLooped
 from edgeblocks.generators import generator_at
 from edgeblocks.listener import Silent
 from edgeblocks.noise import partition_noise
+from edgeblocks.step_trace import traced_step
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -145,11 +146,11 @@ def test_costs_are_those_of_whole_networks(kind):
     """Traced at 4, 8 and 12 layers they hold for 16; a core that is run again keeps its activations again."""
     (cost,) = getattr(trace(FAMILY, (3,)), kind)
     for num_layers in (8, 12, 16):
-        found = _trace_step(FAMILY, num_layers, 3, kind)
+        found = traced_step(FAMILY, num_layers, 3, kind)
         assert cost.peak_bytes.at(num_layers) == pytest.approx(found.peak_bytes, rel=0.002)
     more = PlainLooped(replace(SETTINGS, truncation=4), FAMILY.data)
     if kind == "plain":
-        assert _trace_step(more, 8, 3, kind).peak_bytes > 1.2 * _trace_step(FAMILY, 8, 3, kind).peak_bytes
+        assert traced_step(more, 8, 3, kind).peak_bytes > 1.2 * traced_step(FAMILY, 8, 3, kind).peak_bytes
 
 
 def test_what_it_cannot_be_is_refused():

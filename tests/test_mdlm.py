@@ -13,11 +13,12 @@ import torch.nn.functional as F
 from blocks import random_block, seeded
 from torch import nn
 
-from edgeblocks.cost import _trace_step, trace
+from edgeblocks.cost import trace
 from edgeblocks.errors import ConfigError
 from edgeblocks.families.base import Level, TextInfo
 from edgeblocks.families.mdlm import Mdlm, MdlmBlock, MdlmSettings
 from edgeblocks.noise import NoiseRange, partition_noise, unmasking_steps
+from edgeblocks.step_trace import traced_step
 
 SETTINGS = MdlmSettings(width=16, depth=3, heads=2)
 DATA = TextInfo(vocabulary=7, length=12)
@@ -305,7 +306,7 @@ LARGE = Mdlm(MdlmSettings(width=16, depth=3, heads=2), TextInfo(vocabulary=50_00
 @pytest.mark.parametrize("kind", ["plain", "checkpointed"])
 def test_memory_of_a_step_does_not_hold_the_logits(kind):
     """8 more sequences of 64 cost far less than their logits, and the growth is a straight line."""
-    peaks = [_trace_step(LARGE, 2, samples, kind).peak_bytes for samples in (8, 16, 24)]
+    peaks = [traced_step(LARGE, 2, samples, kind).peak_bytes for samples in (8, 16, 24)]
     logits_bytes = 8 * 64 * 50_000 * 4
     assert 0 < peaks[1] - peaks[0] < logits_bytes / 20
     assert peaks[2] - peaks[1] == peaks[1] - peaks[0]
@@ -334,7 +335,7 @@ def test_the_traced_peak_is_that_of_a_real_step(family):
         parameter.grad = torch.zeros_like(parameter)
     batch = family.draw(texts(4, data=family.data), None, partition(1).ranges[0], seeded())
     peak = live_peak_bytes(lambda: family.loss(block, batch).sum().backward())
-    traced = _trace_step(family, 2, 4, "plain").peak_bytes
+    traced = traced_step(family, 2, 4, "plain").peak_bytes
     assert 0.98 * peak <= traced <= 1.05 * peak + 4096
 
 

@@ -205,7 +205,7 @@ def _plan_preset(name: str, request: Mapping[str, Any]) -> dict[str, Any]:
     preset = request["presets"][name]
     data, wishes = preset["family"]["data"], Wishes(**preset["wishes"])
     sizes = micro_batches(wishes.batch)
-    costs = cost.trace(build_family(**preset["family"]), sorted({sizes[0], sizes[len(sizes) // 2], 1}))
+    costs = cost.trace_without_compiler(build_family(**preset["family"]), sorted({sizes[0], sizes[len(sizes) // 2], 1}))
     machine = replace(Machine(**request["machine"]), planning_bytes=build_target("cpu").peak_bytes())
     budget_bytes = int(request["budget_bytes"])
     fit = PresetFit(
