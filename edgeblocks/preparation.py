@@ -358,11 +358,16 @@ def measure(
     if target.host_bytes() is not None:
         family = build_family(run.family, asdict(settings.family), asdict(data), run.method)
         rehearse(family, run.optimizer, target.torch_device)
+    machine = measured_machine(target, folder)
+    return costs, replace(machine, planning_bytes=max(machine.planning_bytes, planning_bytes))
+
+
+def measured_machine(target: Any, folder: Path) -> Machine:
+    """The machine; what measuring it took of the process's memory is the least that planning takes."""
     former_peak_bytes = target.host_peak_bytes()
-    machine = target.measure(folder)
-    if (peak_bytes := target.host_peak_bytes()) > former_peak_bytes:
-        planning_bytes = max(planning_bytes, peak_bytes)
-    return costs, replace(machine, planning_bytes=planning_bytes)
+    machine: Machine = target.measure(folder)
+    peak_bytes = target.host_peak_bytes()
+    return replace(machine, planning_bytes=peak_bytes if peak_bytes > former_peak_bytes else 0)
 
 
 def trace_costs(settings: Settings, data: Any) -> tuple[LayerCosts, int]:

@@ -27,7 +27,7 @@ from edgeblocks.doctor.surroundings import (
 from edgeblocks.errors import ConfigError
 from edgeblocks.listener import Listener, Silent
 from edgeblocks.plans import Machine
-from edgeblocks.units import format_bytes, format_count, format_duration
+from edgeblocks.units import advised_budget, format_bytes, format_count, format_duration
 
 LIMIT_S = 28.0
 """Probes that have not answered by then are left out, with that as their reason."""
@@ -245,7 +245,7 @@ def _preset_rows(presets: Sequence[PresetFit]) -> list[list[str]]:
         "preset",
         "example",
         "parameters",
-        "least budget",
+        "about the least budget",
         "in half of the memory",
         "a step of a block",
         "all its steps",
@@ -256,7 +256,7 @@ def _preset_rows(presets: Sequence[PresetFit]) -> list[list[str]]:
             rows.append([fit.preset, f"not found out: {fit.reason}"])
             continue
         assert fit.example is not None and fit.parameters is not None and fit.smallest_bytes is not None
-        row = [fit.preset, fit.example, format_count(fit.parameters), f"{math.ceil(fit.smallest_bytes / 1e6)}MB"]
+        row = [fit.preset, fit.example, format_count(fit.parameters), advised_budget(fit.smallest_bytes)]
         if fit.fits:
             assert fit.step_s is not None and fit.total_s is not None
             where = "all in memory" if fit.tier == "ram" else "blocks on disk"
@@ -280,7 +280,9 @@ def _days(duration_s: float) -> str:
 
 def _advice(report: Report) -> list[str]:
     budgets = report.budgets
-    smallest = "" if budgets.smallest_bytes is None else f"{math.ceil(budgets.smallest_bytes / 1e6)}MB is the least, "
+    smallest = (
+        "" if budgets.smallest_bytes is None else f"about {advised_budget(budgets.smallest_bytes)} is the least, "
+    )
     lines = [
         f"--mem-budget: {smallest}{budgets.half_bytes // 10**6}MB is half of the memory (the default), more than "
         f"{budgets.largest_bytes // 10**6}MB is not free now"

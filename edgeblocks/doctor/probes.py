@@ -144,11 +144,16 @@ def _copy_s(to: Any, source: Any, device: Any) -> float:
 
 def _probe_machine(folder: Path) -> Machine:
     """The planner's view of this machine, with the libraries loaded that a training process has."""
-    importlib.import_module("edgeblocks.api")
+    from PIL import Image
+
+    from edgeblocks.preparation import measured_machine
+
+    for name in ("api", "cli", "console_listener", "verbs.training"):
+        importlib.import_module(f"edgeblocks.{name}")
+    Image.init()
     target = build_target("cpu")
     target.prepare()
-    machine: Machine = target.measure(folder)
-    return machine
+    return measured_machine(target, folder)
 
 
 def _probe_presets() -> dict[str, dict[str, Any]]:
@@ -206,7 +211,9 @@ def _plan_preset(name: str, request: Mapping[str, Any]) -> dict[str, Any]:
     data, wishes = preset["family"]["data"], Wishes(**preset["wishes"])
     sizes = micro_batches(wishes.batch)
     costs = cost.trace_without_compiler(build_family(**preset["family"]), sorted({sizes[0], sizes[len(sizes) // 2], 1}))
-    machine = replace(Machine(**request["machine"]), planning_bytes=build_target("cpu").peak_bytes())
+    machine = Machine(**request["machine"])
+    own_peak_bytes = build_target("cpu").peak_bytes() + cost.RUN_TO_RUN_BYTES
+    machine = replace(machine, planning_bytes=max(machine.planning_bytes, own_peak_bytes))
     budget_bytes = int(request["budget_bytes"])
     fit = PresetFit(
         preset=name,
