@@ -2,7 +2,7 @@
 
 Steps of blocks of one to three layers are traced on torch's meta device: operators run on shapes alone, while a
 dispatch mode follows which storages are alive. A peak grows linearly with layers, so these few traces give every block
-size. Meta operators import some 80 MB of symbolic libraries that a training process would never give back, hence the
+size. Meta operators import some 50 MB of symbolic libraries that a training process would never give back, hence the
 trace runs in a process of its own (`trace_in_subprocess`). Its answer is kept in the cache folder: it is the same until
 the network, this package's code or torch change, and planning or sampling again need not wait for it.
 """
