@@ -2,7 +2,7 @@
 
 import contextlib
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -58,22 +58,23 @@ class _KnownResults:
         """By operator and arguments: how its result is made, or that it is the first argument; None: it must be run."""
 
     def of(self, operator: Any, args: Any, kwargs: Any) -> Any:
+        key = operator, _described(args), _described(tuple(kwargs.items()))
         try:
-            key = operator, _described(args), _described(tuple(kwargs.items()))
-            if key not in self._made:
-                result = operator(*args, **kwargs)
-                if not operator._schema.is_mutable:
-                    self._made[key] = _how_made(result, (args, kwargs))
-                else:  # it may also have given its arguments another shape
-                    same = args and result is args[0] and _described(args) == key[1]
-                    self._made[key] = "first" if same else None
-                return result
+            known = self._made.get(key, "unknown")
         except TypeError:  # an argument that cannot be looked up
             return operator(*args, **kwargs)
-        known = self._made[key]
-        if known is None:
-            return operator(*args, **kwargs)
-        return args[0] if known == "first" else known.again()
+        if known == "first":
+            return args[0]
+        if isinstance(known, _Result):
+            return known.again()
+        result = operator(*args, **kwargs)
+        if known == "unknown" and operator._schema.is_mutable:
+            # It may also have given what it wrote into another shape.
+            is_first = args and result is args[0] and _described(args) == key[1]
+            self._made[key] = "first" if is_first else None
+        elif known == "unknown":
+            self._made[key] = _how_made(result, (args, kwargs))
+        return result
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,16 +103,21 @@ def _how_made(result: Any, given: Any) -> _Result | None:
     results = result if isinstance(result, tuple) else (result,)
     if not all(isinstance(tensor, torch.Tensor) and tensor.device.type == "meta" for tensor in results):
         return None
-    own, others = ({tensor.untyped_storage()._cdata for tensor in tensors} for tensors in (results, _tensors(given)))
-    if len(own) < len(results) or own & others:
+    own, others = _sizes(results), _sizes(_tensors(given))
+    if len(own) < len(results) or own.keys() & others.keys():
         return None
     found = _Result(
         tensors=tuple((tensor.shape, tensor.stride(), tensor.dtype) for tensor in results),
         is_tuple=isinstance(result, tuple),
     )
     again = _tensors(found.again())
-    sizes = ([tensor.untyped_storage().nbytes() for tensor in tensors] for tensors in (results, again))
-    return found if next(sizes) == next(sizes) else None
+    return found if [*own.values()] == [*_sizes(again).values()] else None
+
+
+def _sizes(tensors: Sequence[torch.Tensor]) -> dict[int, int]:
+    """Bytes of each storage that the tensors have, in their order."""
+    storages = [tensor.untyped_storage() for tensor in tensors]
+    return {storage._cdata: storage.nbytes() for storage in storages}
 
 
 def _tensors(values: Any) -> list[torch.Tensor]:

@@ -148,7 +148,7 @@ def _probe_machine(folder: Path) -> Machine:
 
     from edgeblocks.preparation import measured_machine
 
-    for name in ("api", "cli", "console_listener", "verbs.training"):
+    for name in ("api", "cli", "console_listener"):
         importlib.import_module(f"edgeblocks.{name}")
     Image.init()
     target = build_target("cpu")

@@ -205,7 +205,7 @@ def measure_time(
     """B block steps against one plain step, in turns; fp32 optimizer state on both sides, then 8-bit on ours.
 
     `kept_heap_bytes` gives both the allocator settings of ours with so much heap kept: at our 1 GiB the plain loop,
-    which needs more, would return and fetch pages every step. None is glibc's default for both.
+    which needs more, would return and fetch pages every step. None is glibc's default for both, -1 keeps all.
     """
     CpuTarget.prepare = lambda self: None  # type: ignore[method-assign]
     if kept_heap_bytes is not None:
@@ -323,6 +323,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--tier", choices=["ram", "disk"], default="ram", help="of the stages of exact")
     parser.add_argument("--default-malloc", action="store_true", help="glibc's default allocator settings")
+    parser.add_argument("--keep-memory", action="store_true", help="the heap is never given back")
     arguments = parser.parse_args()
     changed = (setting.partition("=") for setting in arguments.given)
     shape = {**SHAPES[arguments.family], **{name: int(value) for name, _, value in changed}}
@@ -333,7 +334,7 @@ def main() -> None:
     elif arguments.what == "exact":
         measure_exact_time(*common, shape, arguments.blocks, arguments.rounds, arguments.tier, micro_batch)
     elif arguments.what == "time":
-        kept_heap_bytes = None if arguments.default_malloc else 2**31 - 1
+        kept_heap_bytes = None if arguments.default_malloc else -1 if arguments.keep_memory else 2**31 - 1
         measure_time(*common, shape, arguments.blocks, arguments.rounds, kept_heap_bytes=kept_heap_bytes)
     else:
         memory_arm(arguments.arm, *common, shape, micro_batch, arguments.blocks)
