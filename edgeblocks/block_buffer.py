@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from edgeblocks.quant import GROUP_SIZE
+from edgeblocks.quant import GROUP_SIZE, SIGNED, UNSIGNED
 
 SMALLEST_QUANTIZED = 4096
 Optimizer = Literal["adamw8bit", "adamw"]
@@ -93,8 +93,8 @@ class BlockLayout:
             wanted.append((f"optimizer.{moment}", "optimizer", torch.float32, (plain,)))
         for moment in ("exp_avg", "exp_avg_sq"):
             wanted.append((f"optimizer.{moment}_scales", "optimizer", torch.float32, (quantized // GROUP_SIZE,)))
-        for moment in ("exp_avg", "exp_avg_sq"):
-            wanted.append((f"optimizer.{moment}_codes", "optimizer", torch.uint8, (quantized,)))
+        for moment, kind in (("exp_avg", SIGNED), ("exp_avg_sq", UNSIGNED)):
+            wanted.append((f"optimizer.{moment}_codes", "optimizer", kind, (quantized,)))
         entries, start = [], 0
         for name, part, dtype, shape in wanted:
             entries.append(Entry(name=name, part=part, dtype=dtype, shape=shape, start=start))

@@ -44,7 +44,7 @@ from edgeblocks.sections import Section, blocks_of, network_of, stages_of, tenso
 from edgeblocks.store import BlockStore, storage_error
 from edgeblocks.untrusted import shown
 
-RUN_FORMAT_VERSION = 1
+RUN_FORMAT_VERSION = 2
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,20 +4,23 @@ Both steps rest on `torch._fused_adamw_`, one pass over memory and no temporarie
 constructing any torch.optim optimizer imports dynamo: 70 MB resident and 2.4 s.
 
 The 8-bit step walks the parameters in chunks: dequantize the two moments, step, quantize them again. Its figures, in
-ns a parameter (4M parameters, 2-core AMD Zen 5, torch 2.13, chunk of 128 Ki unless said otherwise):
+ns a parameter (9M parameters, two cores of an Intel Ice Lake that others used too, torch 2.13, medians of 17 steps):
 
-    one thread                                3.2   (chunk 32 Ki: 4.2; 64 Ki: 3.6; 256 Ki: 3.0)
-    one Python thread, torch's own 2 threads  2.7   (the gathers, two fifths of the time, are serial in torch)
-    two Python threads                        2.0   (the way taken; chunk 32 Ki: 3.9; 64 Ki: 2.7; 256 Ki: 1.7)
-    fp32 on one thread, for comparison        0.5
+    chunk                                64 Ki   96 Ki   128 Ki   160 Ki   192 Ki   256 Ki
+    one thread                            9.9     9.5     9.3     10.1     10.8     11.3
+    two Python threads (the way taken)   11.8     9.0     7.6      7.0      6.9      6.6
+    the dynamic code by table lookups, 128 Ki, in the same runs: 16.0 on one thread, 9.0 on two
+    fp32: 1.5 and 1.0
 
-Chunks must be large because some thirty calls cost 40 us a chunk, and small because a thread's temporaries are 18 bytes
-a parameter of the chunk, 2.4 MB as it is. torch's own threads are switched off during the step for one more reason:
-their barriers wait actively, so where another process holds a core, each of some thousand barriers a step was seen
-to lose 4-8 ms. Python threads that fetch their next chunk when they are done meet only once.
+Chunks must be large because some sixty calls cost 60 us a chunk, more where two threads wait for the interpreter's
+lock, and small because a thread's temporaries are 12 bytes a parameter of the chunk, 2 MB as it is. torch's own threads
+are switched off during the step for one more reason: their barriers wait actively, so where another process holds a
+core, each of some thousand barriers a step was seen to lose 4-8 ms. Python threads that fetch their next chunk when
+they are done meet only once.
 
 On a GPU the same operations run in chunks of 2 Mi from one thread, so that both targets make the same step up to
-rounding: 0.1 ns on an H100, where the kernel of bitsandbytes, one pass over memory and not twenty, takes 0.03.
+rounding. With table lookups they took 0.1 ns on an H100, where the kernel of bitsandbytes, one pass over memory and not
+twenty, takes 0.03; with this code they were not yet run on a GPU.
 
 Source: Loshchilov and Hutter 2019, "Decoupled Weight Decay Regularization", arXiv 1711.05101, algorithm 2; the 8-bit
 state: `quant`.
@@ -34,25 +37,17 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from edgeblocks.quant import (
-    CODE_BYTES,
-    GROUP_SIZE,
-    Scratch,
-    dequantize_,
-    dynamic_code,
-    quantize_,
-    scratch_bytes,
-)
+from edgeblocks.quant import GROUP_SIZE, SIGNED, UNSIGNED, Scratch, dequantize_, quantize_, scratch_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-    from jaxtyping import Float32, UInt8
+    from jaxtyping import Float32, Int8, UInt8
     from torch import Tensor
 
-CHUNK_SIZE = 128 * 1024
+CHUNK_SIZE = 160 * 1024
 GPU_CHUNK_SIZE = 2 * 1024 * 1024
-"""On an H100 a step takes 194, 118, 70 and 65 ps a parameter with chunks of 1, 2, 8 and 32 Mi; of 2 Mi take 38 MB."""
+"""With table lookups a step took 194, 118, 70 and 65 ps a parameter of an H100 in chunks of 1, 2, 8 and 32 Mi."""
 _STEP_BYTES = 4
 
 
@@ -92,8 +87,6 @@ class Workspace:
     def __init__(self, *, num_threads: int, chunk_size: int = CHUNK_SIZE, device: torch.device | str = "cpu") -> None:
         self.num_bytes = workspace_bytes(num_threads=num_threads, chunk_size=chunk_size)
         self.chunk_size = chunk_size
-        self.exp_avg_code = dynamic_code(signed=True).to(device)
-        self.exp_avg_sq_code = dynamic_code(signed=False).to(device)
         self.step = torch.empty((), dtype=torch.float32, device=device)
         self.buffers = tuple(_ChunkBuffers.empty(chunk_size, device) for _ in range(num_threads))
         self.helpers = _started_threads(num_threads - 1)
@@ -107,10 +100,10 @@ class Workspace:
 
 
 def workspace_bytes(*, num_threads: int, chunk_size: int = CHUNK_SIZE) -> int:
-    """Bytes of `Workspace(num_threads=.., chunk_size=..)` and of the code tables it keeps alive, without allocating it.
+    """Bytes of `Workspace(num_threads=.., chunk_size=..)`, without allocating it.
 
     >>> workspace_bytes(num_threads=2)
-    4855812
+    3937284
 
     Raises:
         ValueError: as `Workspace`.
@@ -119,7 +112,7 @@ def workspace_bytes(*, num_threads: int, chunk_size: int = CHUNK_SIZE) -> int:
         raise ValueError(f"chunk_size is {chunk_size}; it must be a positive multiple of {GROUP_SIZE}")
     if num_threads < 1:
         raise ValueError(f"num_threads is {num_threads}; at least one thread must do the step")
-    return num_threads * (2 * 4 * chunk_size + scratch_bytes(chunk_size)) + 2 * CODE_BYTES + _STEP_BYTES
+    return num_threads * (2 * 4 * chunk_size + scratch_bytes(chunk_size)) + _STEP_BYTES
 
 
 def adamw_step_(
@@ -166,10 +159,19 @@ def adamw_step_(
         )
 
 
+def adamw_8bit_state(
+    numel: int, device: torch.device | str = "cpu"
+) -> tuple[Int8[Tensor, " numel"], Float32[Tensor, " groups"], UInt8[Tensor, " numel"], Float32[Tensor, " groups"]]:
+    """exp_avg_codes, exp_avg_scales, exp_avg_sq_codes and exp_avg_sq_scales before the first step."""
+    codes = (torch.zeros(numel, dtype=kind, device=device) for kind in (SIGNED, UNSIGNED))
+    scales = (torch.zeros(numel // GROUP_SIZE, device=device) for _ in range(2))
+    return next(codes), next(scales), next(codes), next(scales)
+
+
 def adamw_8bit_step_(
     parameters: Float32[Tensor, " numel"],
     gradients: Float32[Tensor, " numel"],
-    exp_avg_codes: UInt8[Tensor, " numel"],
+    exp_avg_codes: Int8[Tensor, " numel"],
     exp_avg_scales: Float32[Tensor, " groups"],
     exp_avg_sq_codes: UInt8[Tensor, " numel"],
     exp_avg_sq_scales: Float32[Tensor, " groups"],
@@ -182,7 +184,7 @@ def adamw_8bit_step_(
     weight_decay: float,
     workspace: Workspace,
 ) -> None:
-    """`adamw_step_` with both moments in the dynamic 8-bit code: 2.03 bytes of state a parameter instead of 8.
+    """`adamw_step_` with both moments in 8 bits (see `quant`): 2.03 bytes of state a parameter instead of 8.
 
     numel is a multiple of `GROUP_SIZE`, groups = numel / `GROUP_SIZE`. Updates `parameters` and the state, which starts
     as zeros. A NaN or infinite gradient makes its parameter NaN now and its whole group NaN at the next step. The
@@ -201,10 +203,10 @@ def adamw_8bit_step_(
         if end - start < workspace.chunk_size:
             buffers = buffers.first(end - start)
         exp_avg, exp_avg_sq, scratch = buffers.exp_avg, buffers.exp_avg_sq, buffers.scratch
-        m_codes, m_scales, m_code = exp_avg_codes[chunk], exp_avg_scales[groups], workspace.exp_avg_code
-        v_codes, v_scales, v_code = exp_avg_sq_codes[chunk], exp_avg_sq_scales[groups], workspace.exp_avg_sq_code
-        dequantize_(exp_avg, m_codes, m_scales, code=m_code, scratch=scratch)
-        dequantize_(exp_avg_sq, v_codes, v_scales, code=v_code, scratch=scratch)
+        m_codes, m_scales = exp_avg_codes[chunk], exp_avg_scales[groups]
+        v_codes, v_scales = exp_avg_sq_codes[chunk], exp_avg_sq_scales[groups]
+        dequantize_(exp_avg, m_codes, m_scales, scratch=scratch)
+        dequantize_(exp_avg_sq, v_codes, v_scales, scratch=scratch)
         torch._fused_adamw_(
             [parameters[chunk]],
             [gradients[chunk]],
@@ -220,8 +222,8 @@ def adamw_8bit_step_(
             amsgrad=False,
             maximize=False,
         )
-        quantize_(m_codes, m_scales, exp_avg, code=m_code, scratch=scratch)
-        quantize_(v_codes, v_scales, exp_avg_sq, code=v_code, scratch=scratch)
+        quantize_(m_codes, m_scales, exp_avg, scratch=scratch)
+        quantize_(v_codes, v_scales, exp_avg_sq, scratch=scratch)
 
     _for_each_chunk(step_chunk, deque(range(0, numel, workspace.chunk_size)), workspace)
 

@@ -31,7 +31,7 @@ from edgeblocks.units import format_bytes
 from edgeblocks.untrusted import open_regular, parse_json, shown
 
 FORMAT_VERSION = 1
-_DTYPES = {torch.float32: "F32", torch.uint8: "U8"}
+_DTYPES = {torch.float32: "F32", torch.int8: "I8", torch.uint8: "U8"}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -29,7 +29,7 @@ def filled_buffer(layout, seed=0):
     generator = torch.Generator().manual_seed(seed)
     for part in PARTS:
         for _, tensor in buffer.tensors(part):
-            if tensor.dtype == torch.uint8:
+            if not tensor.is_floating_point():
                 tensor.copy_(torch.randint(0, 256, tensor.shape, generator=generator))
             else:
                 tensor.copy_(torch.randn(tensor.shape, generator=generator))

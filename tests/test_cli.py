@@ -181,8 +181,8 @@ DAMAGES = {
         r"is block 0 of run .*, but block 1 .* belongs here",
     ),
     "another version": (
-        lambda run: replace_in(run / "manifest.json", '"format_version": 1', '"format_version": 7'),
-        r"has run format version 7; this edgeblocks .* reads version 1",
+        lambda run: replace_in(run / "manifest.json", '"format_version": 2', '"format_version": 7'),
+        r"has run format version 7; this edgeblocks .* reads version 2",
     ),
     "no manifest": (lambda run: (run / "manifest.json").unlink(), r"is not a run directory: it has no manifest.json"),
     "cut manifest": (lambda run: os.truncate(run / "manifest.json", 50), r"manifest.json is damaged"),

@@ -9,7 +9,7 @@ from test_equality import SMALL, StopAfter, block_tensors
 import edgeblocks
 from edgeblocks.boundaries import OnDisk
 from edgeblocks.errors import ConfigError, InterruptedRunError
-from edgeblocks.optim import Workspace, adamw_8bit_step_
+from edgeblocks.optim import Workspace, adamw_8bit_state, adamw_8bit_step_
 from edgeblocks.quant import GROUP_SIZE
 from edgeblocks.scheduler import StreamTimes
 from edgeblocks.targets.cuda import CudaTarget
@@ -77,12 +77,10 @@ def test_the_8_bit_step_is_the_processors():
     results = []
     for device in ("cpu", "cuda"):
         parameters, gradients = (tensor.clone().to(device) for tensor in drawn)
-        codes = [torch.zeros(numel, dtype=torch.uint8, device=device) for _ in range(2)]
-        scales = [torch.zeros(numel // GROUP_SIZE, device=device) for _ in range(2)]
-        state = (codes[0], scales[0], codes[1], scales[1])
+        state = adamw_8bit_state(numel, device)
         settings = {"learning_rate": 1e-3, "beta1": 0.9, "beta2": 0.99, "eps": 1e-8, "weight_decay": 0.01, "step": 1}
         adamw_8bit_step_(parameters, gradients, *state, workspace=Workspace.for_device(device), **settings)
-        results.append((parameters.cpu(), codes[0].cpu()))
+        results.append((parameters.cpu(), state[0].cpu()))
     assert torch.allclose(results[0][0], results[1][0], rtol=1e-5, atol=1e-7)
     assert (results[0][1] == results[1][1]).float().mean() > 0.99
 

@@ -3,7 +3,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edgeblocks.optim import Workspace, adamw_8bit_step_, adamw_step_, workspace_bytes
+from edgeblocks.optim import Workspace, adamw_8bit_state, adamw_8bit_step_, adamw_step_, workspace_bytes
 from edgeblocks.quant import GROUP_SIZE, Scratch, dequantize_
 
 SETTINGS = {"learning_rate": 1e-2, "beta1": 0.9, "beta2": 0.99, "eps": 1e-8, "weight_decay": 0.1}
@@ -13,15 +13,9 @@ def normal(numel: int, *, seed: int) -> torch.Tensor:
     return torch.randn(numel, generator=torch.Generator().manual_seed(seed))
 
 
-def fresh_state(numel: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """exp_avg_codes, exp_avg_scales, exp_avg_sq_codes, exp_avg_sq_scales."""
-    codes, scales = torch.zeros(numel, dtype=torch.uint8), torch.zeros(numel // GROUP_SIZE)
-    return codes, scales, codes.clone(), scales.clone()
-
-
 def train_8bit(numel, *, workspace, num_steps=4, settings=SETTINGS):
     """Parameters and state after some steps with gradients of very different sizes."""
-    parameters, state = normal(numel, seed=0), fresh_state(numel)
+    parameters, state = normal(numel, seed=0), adamw_8bit_state(numel)
     for step in range(1, num_steps + 1):
         gradients = normal(numel, seed=step) ** 5
         adamw_8bit_step_(parameters, gradients, *state, step=step, workspace=workspace, **settings)
@@ -67,7 +61,7 @@ def test_leaf_parameters_can_be_stepped():
     gradients = torch.ones(4 * GROUP_SIZE)
     adamw_step_(parameters, gradients, torch.zeros_like(gradients), torch.zeros_like(gradients), step=1, **SETTINGS)
     workspace = Workspace(num_threads=2, chunk_size=GROUP_SIZE)
-    adamw_8bit_step_(parameters, gradients, *fresh_state(4 * GROUP_SIZE), step=1, workspace=workspace, **SETTINGS)
+    adamw_8bit_step_(parameters, gradients, *adamw_8bit_state(4 * GROUP_SIZE), step=1, workspace=workspace, **SETTINGS)
     assert parameters.is_leaf
     assert (parameters < 1).all()
 
@@ -99,15 +93,12 @@ def regression_curve(update):
 
 
 def test_8bit_follows_fp32_and_bitsandbytes_on_a_regression():
-    """The 8-bit loss stays within 15 % of fp32's while it falls a thousandfold, and ends within 1 % of bitsandbytes'.
-
-    bitsandbytes' AdamW8bit parts from fp32 as far as we do: that is the price of the code, not of our quantizer.
-    """
+    """The 8-bit loss stays within 15 % of fp32's, which falls a thousandfold, and ends below bitsandbytes'."""
     bitsandbytes = pytest.importorskip("bitsandbytes")
     hyper = SETTINGS | {"learning_rate": 3e-2, "weight_decay": 0.0}
     moments, state, workspace = (
         (torch.zeros(2048), torch.zeros(2048)),
-        fresh_state(2048),
+        adamw_8bit_state(2048),
         Workspace(num_threads=1, chunk_size=1024),
     )
 
@@ -131,7 +122,7 @@ def test_8bit_follows_fp32_and_bitsandbytes_on_a_regression():
     assert optimizer.state[leaf]["state1"].dtype == torch.uint8
     assert fp32[-1] < fp32[0] / 1000
     assert max(abs(a - b) / a for a, b in zip(fp32, ours, strict=True)) < 0.15
-    assert ours[-1] == pytest.approx(theirs[-1], rel=0.01)
+    assert ours[-1] < theirs[-1]
 
 
 @pytest.mark.parametrize("first_gradient", [0.0, 1e-6, 1.0])
@@ -142,7 +133,7 @@ def test_parameters_without_gradient_do_not_explode(first_gradient):
     """
     numel, num_steps = 2 * GROUP_SIZE, 1000
     idle = torch.arange(numel) % 3 == 0
-    parameters, state, workspace = torch.zeros(numel), fresh_state(numel), Workspace(num_threads=1, chunk_size=512)
+    parameters, state, workspace = torch.zeros(numel), adamw_8bit_state(numel), Workspace(num_threads=1, chunk_size=512)
     hyper = SETTINGS | {"weight_decay": 0.0}
     for step in range(1, num_steps + 1):
         gradients = normal(numel, seed=step)
@@ -176,7 +167,7 @@ def test_large_chunks_and_slices_change_nothing():
     assert all(torch.equal(a, b) for a, b in zip(expected, got, strict=True))
     buffer = torch.zeros(numel + 3)
     buffer[3:] = normal(numel, seed=0)
-    state = fresh_state(numel)
+    state = adamw_8bit_state(numel)
     for step in range(1, 5):
         gradients = normal(numel, seed=step) ** 5
         adamw_8bit_step_(
@@ -202,7 +193,11 @@ def test_a_saved_state_goes_on_as_if_nothing_happened():
 def test_a_broken_gradient_is_loud(broken):
     """NaN, infinity and a gradient whose square overflows make the parameters of their group NaN, and of no other."""
     numel = 2 * GROUP_SIZE
-    parameters, state, workspace = torch.ones(numel), fresh_state(numel), Workspace(num_threads=1, chunk_size=numel)
+    parameters, state, workspace = (
+        torch.ones(numel),
+        adamw_8bit_state(numel),
+        Workspace(num_threads=1, chunk_size=numel),
+    )
     gradients = torch.ones(numel)
     gradients[7] = broken
     for step in (1, 2):
@@ -219,8 +214,8 @@ def test_the_number_of_torch_threads_is_left_as_found():
     workspace = Workspace(num_threads=2, chunk_size=GROUP_SIZE)
     train_8bit(numel, workspace=workspace)
     assert torch.get_num_threads() == before
-    codes, scales, *rest = fresh_state(numel)
-    with pytest.raises(RuntimeError, match="same scalar type"):
+    codes, scales, *rest = adamw_8bit_state(numel)
+    with pytest.raises(KeyError, match="int16"):
         adamw_8bit_step_(
             scales.new_zeros(numel),
             scales.new_zeros(numel),
@@ -238,7 +233,7 @@ def test_the_number_of_torch_threads_is_left_as_found():
 def test_tensors_that_do_not_match_are_refused(short):
     """A tensor too short for the others stops the step; torch's kernel would read past its end in silence."""
     numel = 4 * GROUP_SIZE
-    tensors = [torch.zeros(numel), torch.zeros(numel), *fresh_state(numel)]
+    tensors = [torch.zeros(numel), torch.zeros(numel), *adamw_8bit_state(numel)]
     tensors[short] = tensors[short][:-1]
     with pytest.raises(AssertionError, match=r"in a row|whole groups"):
         adamw_8bit_step_(*tensors, step=1, workspace=Workspace(num_threads=1, chunk_size=GROUP_SIZE), **SETTINGS)
@@ -251,10 +246,8 @@ def test_workspace_bytes_are_true(num_threads, chunk_groups):
     size = {"num_threads": num_threads, "chunk_size": chunk_groups * GROUP_SIZE}
     workspace = Workspace(**size)
     held = [workspace.step]
-    for code in (workspace.exp_avg_code, workspace.exp_avg_sq_code):
-        held += [code.values, code.nearest]
     for own in workspace.buffers:
-        held += [own.exp_avg, own.exp_avg_sq, own.scratch.index, own.scratch.half, own.scratch.inverse]
+        held += [own.exp_avg, own.exp_avg_sq, own.scratch.magnitudes, own.scratch.factors]
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in held}
     assert workspace.num_bytes == workspace_bytes(**size) == sum(storages.values())
 
@@ -262,7 +255,7 @@ def test_workspace_bytes_are_true(num_threads, chunk_groups):
 def test_a_step_allocates_nothing():
     """Beside the workspace torch allocates nothing but single numbers during a step, inside its kernels included."""
     numel, workspace = 10 * GROUP_SIZE, Workspace(num_threads=1, chunk_size=4 * GROUP_SIZE)
-    parameters, gradients, state = torch.zeros(numel), normal(numel, seed=1), fresh_state(numel)
+    parameters, gradients, state = torch.zeros(numel), normal(numel, seed=1), adamw_8bit_state(numel)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         adamw_8bit_step_(parameters, gradients, *state, step=1, workspace=workspace, **SETTINGS)
         canary = torch.empty(1000)
@@ -288,11 +281,11 @@ def test_state_decodes_to_the_moments():
     """After one step the state holds (1 - beta1) g and (1 - beta2) g^2 within the code's relative error."""
     numel = GROUP_SIZE
     gradients = torch.linspace(0.5, 1.0, numel)
-    state, scratch = fresh_state(numel), Scratch.empty(numel)
+    state, scratch = adamw_8bit_state(numel), Scratch.empty(numel)
     workspace = Workspace(num_threads=1, chunk_size=numel)
     adamw_8bit_step_(torch.zeros(numel), gradients, *state, step=1, workspace=workspace, **SETTINGS)
     exp_avg, exp_avg_sq = torch.empty(numel), torch.empty(numel)
-    dequantize_(exp_avg, state[0], state[1], code=workspace.exp_avg_code, scratch=scratch)
-    dequantize_(exp_avg_sq, state[2], state[3], code=workspace.exp_avg_sq_code, scratch=scratch)
-    torch.testing.assert_close(exp_avg, 0.1 * gradients, rtol=0.016, atol=0)
+    dequantize_(exp_avg, state[0], state[1], scratch=scratch)
+    dequantize_(exp_avg_sq, state[2], state[3], scratch=scratch)
+    torch.testing.assert_close(exp_avg, 0.1 * gradients, rtol=0.019, atol=0)
     torch.testing.assert_close(exp_avg_sq, 0.01 * gradients**2, rtol=0.016, atol=0)

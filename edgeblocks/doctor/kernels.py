@@ -91,13 +91,11 @@ def _torch_fused_adamw() -> dict[str, Any]:
 def _edgeblocks_adamw8bit() -> dict[str, Any]:
     import torch
 
-    from edgeblocks.optim import Workspace, adamw_8bit_step_
-    from edgeblocks.quant import GROUP_SIZE
+    from edgeblocks.optim import Workspace, adamw_8bit_state, adamw_8bit_step_
 
     start, gradients = _adamw_problem()
     parameters = start.clone()
-    codes, scales = torch.zeros(_NUM_PARAMETERS, dtype=torch.uint8), torch.zeros(_NUM_PARAMETERS // GROUP_SIZE)
-    state = codes, scales, codes.clone(), scales.clone()
+    state = adamw_8bit_state(_NUM_PARAMETERS)
     workspace = Workspace(num_threads=torch.get_num_threads())
 
     def one_step(gradient: Any, step: int) -> None:

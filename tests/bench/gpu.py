@@ -20,8 +20,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from edgeblocks.optim import GPU_CHUNK_SIZE, Workspace, adamw_8bit_step_, adamw_step_
-from edgeblocks.quant import GROUP_SIZE
+from edgeblocks.optim import GPU_CHUNK_SIZE, Workspace, adamw_8bit_state, adamw_8bit_step_, adamw_step_
 
 TEXT = {"depth": 12, "width": 512, "heads": 8, "length": 256, "batch": 32}
 SHAPES: dict[str, dict[str, int]] = {
@@ -76,13 +75,11 @@ def trained(family: str, target: str, mem_budget: str) -> dict[str, object]:
 def updates(device: str, numel: int) -> Iterator[tuple[str, float]]:
     """Names of optimizer steps, and seconds of one."""
     parameters, gradients = torch.randn(numel, device=device), torch.randn(numel, device=device)
-    codes = [torch.zeros(numel, dtype=torch.uint8, device=device) for _ in range(2)]
-    scales = [torch.zeros(numel // GROUP_SIZE, device=device) for _ in range(2)]
+    state = adamw_8bit_state(numel, device)
     for chunk_size in (GPU_CHUNK_SIZE // 2, GPU_CHUNK_SIZE, 4 * GPU_CHUNK_SIZE, 16 * GPU_CHUNK_SIZE):
         workspace = Workspace(num_threads=1, chunk_size=chunk_size, device=device)
 
         def eight_bit(workspace: Workspace = workspace) -> None:
-            state = (codes[0], scales[0], codes[1], scales[1])
             adamw_8bit_step_(parameters, gradients, *state, step=3, workspace=workspace, **ADAMW)
 
         yield f"8-bit, chunks of {chunk_size // 2**20} Mi", seconds_of(eight_bit, device)

@@ -5,8 +5,9 @@
 A dit on random images of 32x32x3, 64 tokens of 4x4 pixels. One of depth, width and batch changes, the others stay as
 in USUAL; every training has a process of its own (`edgeblocks compare`) and makes --steps steps. Time is that of a step
 of all layers, the median without the first, which loads libraries and fetches memory; for blocks that are trained alone
-without moving them, which a long visit hides, for stages with it. The same command again goes on with what the results
-do not have.
+without moving them, which a long visit hides, for stages with it. Along the depth one more row has blocks of 8 layers
+whatever the depth, where the planner's own are as deep as the budget allows. The same command again goes on with what
+the results do not have.
 """
 
 import argparse
@@ -30,7 +31,15 @@ BUDGET = "600MB"
 USUAL = {"depth": 16, "width": 256, "batch": 16}
 AXES = {"depth": (8, 16, 24, 32, 64), "width": (128, 256, 512), "batch": (8, 16, 32, 128)}
 ARMS = ("diffusion", "exact", "plain")
-COLOURS = {"diffusion": "#0072b2", "exact": "#d55e00", "plain": "#777777"}
+LAYERS_A_BLOCK = 8
+OF_EQUAL_BLOCKS = "diffusion, 8 layers a block"
+LABELS = {
+    "diffusion": "--method diffusion",
+    OF_EQUAL_BLOCKS: "the same, 8 layers a block",
+    "exact": "--method exact",
+    "plain": "ordinary PyTorch",
+}
+COLOURS = {"diffusion": "#0072b2", OF_EQUAL_BLOCKS: "#56b4e9", "exact": "#d55e00", "plain": "#777777"}
 
 
 def main() -> None:
@@ -45,7 +54,11 @@ def main() -> None:
     done = {json.dumps(row["shape"], sort_keys=True) for row in former}
     for shape in shapes():
         if json.dumps(shape, sort_keys=True) not in done:
-            for row in measured(shape, wanted.steps):
+            rows = measured(shape, wanted.steps)
+            if shape == {**USUAL, "depth": shape["depth"]}:
+                (row,) = measured(shape, wanted.steps, arms=("diffusion",), blocks=shape["depth"] // LAYERS_A_BLOCK)
+                rows.append({**row, "arm": OF_EQUAL_BLOCKS})
+            for row in rows:
                 with wanted.results.open("a") as file:
                     file.write(json.dumps(row) + "\n")
                 print(json.dumps(row), flush=True)
@@ -71,15 +84,17 @@ def shapes() -> Iterator[dict[str, int]]:
                 yield shape
 
 
-def measured(shape: dict[str, int], steps: int) -> list[dict[str, Any]]:
+def measured(
+    shape: dict[str, int], steps: int, *, arms: tuple[str, ...] = ARMS, **settings: int
+) -> list[dict[str, Any]]:
     """One row an arm."""
     folder = Path(tempfile.mkdtemp(prefix="edgeblocks-bench-"))
     try:
         rng = np.random.default_rng(0)
         np.savez(folder / "random.npz", images=rng.integers(0, 255, (512, 32, 32, 3), dtype=np.uint8))
         command = [sys.executable, "-m", "edgeblocks.cli", "compare", "dit", "--data", str(folder / "random.npz")]
-        command += ["--arms", ",".join(ARMS), "--steps", str(steps), "--mem-budget", BUDGET, "--json"]
-        given = {"patch": 4, "heads": 4, "hold_out": 0.01, "visit_steps": steps, **shape}
+        command += ["--arms", ",".join(arms), "--steps", str(steps), "--mem-budget", BUDGET, "--json"]
+        given = {"patch": 4, "heads": 4, "hold_out": 0.01, "visit_steps": steps, **shape, **settings}
         command += [part for name, value in given.items() for part in ("--set", f"{name}={value}")]
         command += ["--set", "evaluations=1", "--out", str(folder / "compare")]
         done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
@@ -120,10 +135,11 @@ def draw(axis: str, rows: list[dict[str, Any]], path: Path) -> None:
     from matplotlib import pyplot
 
     figure, (memory, time) = pyplot.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
-    for arm in ARMS:
-        points = along(axis, rows, arm)
+    for arm, label in LABELS.items():
+        points = along(axis, rows, arm) if axis == "depth" or arm != OF_EQUAL_BLOCKS else []
+        if not points:
+            continue
         values = [value for value, _ in points]
-        label = {"plain": "ordinary PyTorch"}.get(arm, f"--method {arm}")
         style: dict[str, Any] = {"marker": "o", "color": COLOURS[arm], "label": label}
         memory.plot(values, [row["peak_bytes"] / 1e6 for _, row in points], **style)
         time.plot(values, [row["step_s"] for _, row in points], **style)
@@ -160,7 +176,7 @@ def page(rows: list[dict[str, Any]], steps: int) -> str:
         lines += [f"| {axis} | arm | blocks or stages | peak MB | of it libraries | seconds a step |"]
         lines += ["|---|---|---|---|---|---|"]
         for value in sizes:
-            for arm in ARMS:
+            for arm in LABELS if axis == "depth" else ARMS:
                 for _, row in (pair for pair in along(axis, rows, arm) if pair[0] == value):
                     peak, runtime = row["peak_bytes"] / 1e6, row["runtime_bytes"] / 1e6
                     lines.append(

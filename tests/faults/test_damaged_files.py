@@ -130,8 +130,8 @@ SMALL_FILES = {
     "manifest.json missing": ("manifest.json", None, r"no manifest.json"),
     "manifest.json of an older version": (
         "manifest.json",
-        lambda c: re.sub(rb',\s+"sha256": "\w+"', b"", c).replace(b'"format_version": 1', b'"format_version": 0'),
-        r"has run format version 0; this edgeblocks .* reads version 1. Use the edgeblocks that wrote it",
+        lambda c: re.sub(rb',\s+"sha256": "\w+"', b"", c).replace(b'"format_version": 2', b'"format_version": 0'),
+        r"has run format version 0; this edgeblocks .* reads version 2. Use the edgeblocks that wrote it",
     ),
 }
 
