@@ -7,9 +7,11 @@ from edgeblocks.layer_costs import LayerCosts, at_samples
 from edgeblocks.plans import Machine, Wishes, streaming_share
 from edgeblocks.stage_order import Traffic, traffic_of_a_step
 
-WEIGHT_BYTES_PER_MICRO_BATCH = 20
-"""A parameter's 4 bytes are read three times, and its gradient's read and written. Thrice that, as what kernels write
-is counted, is 0.11 s for 19M parameters where the speed of 10 GB/s was measured, in a cache; 0.12 s it took (Xeon)."""
+_WEIGHT_BYTES = 20
+"""Traffic of a parameter in a micro-batch: 4 bytes are read three times, and the gradient's 4 read and written."""
+_CACHED = 3
+"""How much faster than memory a processor is measured, whose cache holds the few megabytes that this is done with; 24
+and 8 GB/s on a Xeon, where a micro-batch of 19M parameters took 0.12 s beyond its arithmetic."""
 
 
 def predicted_step_s(
@@ -26,11 +28,11 @@ def predicted_step_s(
     flops = 3 * costs.forward_flops_per_sample(num_layers)
     flops += num_layers * costs.layer_flops_per_sample if checkpointing else 0
     accumulation = math.ceil(batch / micro_batch)
-    touched = at_samples(traces, micro_batch, lambda cost: cost.touched_bytes.at(num_layers))
-    touched += WEIGHT_BYTES_PER_MICRO_BATCH * costs.parameters(num_layers)
+    touched = accumulation * at_samples(traces, micro_batch, lambda cost: cost.touched_bytes.at(num_layers))
+    weights = accumulation * _WEIGHT_BYTES * costs.parameters(num_layers)
     operators = accumulation * at_samples(traces, micro_batch, lambda cost: cost.operators.at(num_layers))
     arithmetic_s = batch * flops / machine.flops_per_s
-    traffic_s = accumulation * 3 * touched / machine.memory_bytes_per_s
+    traffic_s = (3 * touched + (_CACHED if machine.host is None else 1) * weights) / machine.memory_bytes_per_s
     update_s = costs.parameters(num_layers) * machine.update_s_per_parameter
     return arithmetic_s + traffic_s + operators * machine.operator_s + update_s
 

@@ -23,6 +23,7 @@ from made_up_plans import (
 )
 
 from edgeblocks import footprint, layer_costs
+from edgeblocks.cost import trace_in_subprocess
 from edgeblocks.errors import ConfigError, DoesNotFitError
 from edgeblocks.noise import NoiseDistribution, partition_noise
 from edgeblocks.pace import STREAMING_SHARE, USUAL_VISIT_S
@@ -235,6 +236,23 @@ def test_streaming_and_checkpointing_save_what_they_promise():
     assert most.tier == "ram"
     for change in ({"tier": "disk"}, {"checkpointing": True}, {"micro_batch": 16}):
         assert peak(**{**base, **change}).predicted_peak_bytes < most.predicted_peak_bytes
+
+
+def test_running_layers_again_is_preferred_to_a_batch_in_small_parts():
+    """Each part reads all weights and adds to all gradients, which few samples do not outweigh.
+
+    11 layers of width 256 with 64 tokens a sample, batch 16, took 1.17 s at once with checkpointing and 1.51 s in parts
+    of 4 without.
+    """
+    network = {"width": 256, "depth": 11, "heads": 4, "patch": 4}
+    data = {"channels": 3, "height": 32, "width": 32, "num_classes": 0, "mean": 0.5, "scale": 2.0}
+    shallow = trace_in_subprocess("dit", network, data, [1, 4, 16])[0]
+    machine = replace(MACHINE, flops_per_s=2e11, memory_bytes_per_s=1e10)
+    wishes = replace(WISHES, batch=16, blocks=1, budget_bytes=510 * MB)
+    chosen = make_plan(shallow, machine, wishes).chosen
+    assert (chosen.micro_batch, chosen.checkpointing) == (16, True)
+    in_parts = make_plan(shallow, machine, replace(wishes, micro_batch=4, checkpointing=False)).chosen
+    assert 1.05 < in_parts.step_s / chosen.step_s < 1.6
 
 
 def test_plan_json_has_what_readers_rely_on():
