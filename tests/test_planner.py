@@ -187,6 +187,22 @@ def test_more_blocks_than_preferred_are_warned_about():
         assert said == (plan.chosen.blocks > 3)
 
 
+def test_a_cut_that_saves_much_time_is_told():
+    """Only where more blocks take at most three quarters of the time; followed, the advice saves what it says."""
+    found = 0
+    for budget_bytes in range(280 * MB, 600 * MB, 10 * MB):
+        wishes = replace(WISHES, preferred_blocks=1, budget_bytes=budget_bytes)
+        plan = make_plan(costs(), MACHINE, wishes)
+        told = [re.match(r"(\d+) blocks \(--blocks \1\) would take (\d+)% less time", note) for note in plan.warnings]
+        for number, saved in (match.groups() for match in told if match):
+            cut = make_plan(costs(), MACHINE, replace(wishes, blocks=int(number))).chosen
+            share = cut.blocks * total_s(cut) / (plan.chosen.blocks * total_s(plan.chosen))
+            assert share <= 0.75 and round(100 * (1 - share)) == int(saved)
+            assert cut.layers_per_block >= 4
+            found += 1
+    assert 0 < found < 32
+
+
 def test_a_batch_that_hides_moving_stages_is_told():
     """Where the disk is waited for the plan names a batch that hides it, and no word of it where all is in memory."""
     machine = replace(MACHINE, disk_read_bytes_per_s=2e8, disk_write_bytes_per_s=1e8)
