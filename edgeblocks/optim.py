@@ -163,9 +163,9 @@ def adamw_8bit_state(
     numel: int, device: torch.device | str = "cpu"
 ) -> tuple[Int8[Tensor, " numel"], Float32[Tensor, " groups"], UInt8[Tensor, " numel"], Float32[Tensor, " groups"]]:
     """exp_avg_codes, exp_avg_scales, exp_avg_sq_codes and exp_avg_sq_scales before the first step."""
-    codes = (torch.zeros(numel, dtype=kind, device=device) for kind in (SIGNED, UNSIGNED))
-    scales = (torch.zeros(numel // GROUP_SIZE, device=device) for _ in range(2))
-    return next(codes), next(scales), next(codes), next(scales)
+    exp_avg_codes, exp_avg_sq_codes = (torch.zeros(numel, dtype=kind, device=device) for kind in (SIGNED, UNSIGNED))
+    exp_avg_scales, exp_avg_sq_scales = torch.zeros(2, numel // GROUP_SIZE, device=device)
+    return exp_avg_codes, exp_avg_scales, exp_avg_sq_codes, exp_avg_sq_scales
 
 
 def adamw_8bit_step_(
