@@ -164,11 +164,12 @@ def page(rows: list[dict[str, Any]], steps: int) -> str:
         f"{platform.system()} {platform.machine()}, torch {torch.__version__}, fp32, {threads}. Peaks are the whole",
         "process's, interpreter and libraries included. The machine was shared: times differ by a fifth between runs.",
         "",
-        "The peak stays under the budget whatever the depth. In blocks of 8 layers, and end to end in the planner's stages,",
-        "a layer takes about the same time at every depth. Left to itself the planner takes the fewest blocks that fit, for",
-        "quality: of 16 layers where there are 64, which are run again and leave room for two images at a time (a note of",
-        "`edgeblocks plan` names the cut that is faster). Stages of `exact` come from the disk twice a step, and moments of",
-        "8 bits take 10 ns a parameter on one core, whatever the batch (1,024 tokens a step, which is little).",
+        "The peak stays under the budget whatever the depth. In blocks of 8 layers, and end to end in the planner's",
+        "stages, a layer takes about the same time at every depth. Left to itself the planner takes the fewest blocks",
+        "that fit, for quality: of 16 layers where there are 64, which are run again and leave room for two images at a",
+        "time (a note of `edgeblocks plan` names the cut that is faster). Stages of `exact` come from the disk twice a",
+        "step, and moments of 8 bits take 10 ns a parameter on one core, whatever the batch (1,024 tokens a step here,",
+        "which is little: 75 million parameters in 64 layers).",
         "",
     ]
     for axis, sizes in AXES.items():
