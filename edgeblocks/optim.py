@@ -12,9 +12,6 @@ ns a parameter (9M parameters, two cores of an Intel Ice Lake that others used t
     the dynamic code by table lookups, 128 Ki, in the same runs: 16.0 on one thread, 9.0 on two
     fp32: 1.5 and 1.0
 
-These are for normal gradients. Where half of them are zero and the others spread widely, the same step was seen to take
-1.4 times as long as with lookups, and training on the digits 1.2 to 1.35 times; the cause is not found yet.
-
 Chunks must be large because some sixty calls cost 60 us a chunk, more where two threads wait for the interpreter's
 lock, and small because a thread's temporaries are 12 bytes a parameter of the chunk, 2 MB as it is. torch's own threads
 are switched off during the step for one more reason: their barriers wait actively, so where another process holds a
