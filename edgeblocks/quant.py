@@ -36,7 +36,7 @@ GROUP_SIZE = 256
 SIGNED, UNSIGNED = torch.int8, torch.uint8
 """What codes are kept as: -127 to 127 steps, and 1 to 255."""
 _NUM_STEPS = {SIGNED: 127, UNSIGNED: 255}
-_FLOAT32_MAX, _FLOAT32_TINY = torch.finfo(torch.float32).max, torch.finfo(torch.float32).tiny
+_FLOAT32_TINY = torch.finfo(torch.float32).tiny
 _ROUNDING = 1.5 * 2**23
 """Added to a float32 below 2^22, leaves the nearest integer in the lowest bits of the sum."""
 
@@ -82,11 +82,23 @@ def dequantize_(
     """
     # The scale is multiplied in between the two squares, as its root: neither 255^4 nor scale / 255^4 appears, of which
     # the second would be subnormal where moments are small.
-    torch.sqrt(scales, out=scratch.factors).div_(_NUM_STEPS[codes.dtype] ** 2)
+    factors = _roots_of_scales(scales, codes.dtype, scratch)
     out.copy_(codes)
     _square_(out, codes.dtype, scratch)
-    out.view(-1, GROUP_SIZE).mul_(scratch.factors.unsqueeze(1))
+    out.view(-1, GROUP_SIZE).mul_(factors.unsqueeze(1))
     _square_(out, codes.dtype, scratch)
+
+
+def _roots_of_scales(
+    scales: Float32[Tensor, " groups"], kind: torch.dtype, scratch: Scratch
+) -> Float32[Tensor, " groups"]:
+    """sqrt(scale) / steps^2, in the scratch.
+
+    As 1 / (1 / sqrt): torch leaves sqrt itself to MKL, which takes 20 times as long for zeros, of which gradients have
+    many, and once called on a second thread made the barriers of every later operation sleep (16 times the context
+    switches; a backward pass of the digits 81 ms instead of 61).
+    """
+    return torch.rsqrt(scales, out=scratch.factors).mul_(_NUM_STEPS[kind] ** 2).reciprocal_()
 
 
 def _square_(values: Float32[Tensor, " numel"], kind: torch.dtype, scratch: Scratch) -> None:
@@ -117,11 +129,10 @@ def quantize_(
     torch.amax(roots.view(-1, GROUP_SIZE), 1, out=scales)
     # Adding 0 times itself leaves a finite number as it is and makes infinity NaN; fmod took 110 ns a scale for that.
     scales.add_(torch.mul(scales, 0.0, out=scratch.factors))
-    # 1/0 is clamped to a finite number, so that a group of zeros stays zeros instead of 0 * inf = NaN.
-    torch.rsqrt(scales, out=scratch.factors).mul_(_NUM_STEPS[codes.dtype] ** 2).clamp_(max=_FLOAT32_MAX)
-    # A root of zero takes torch 20 times as long as another one (7.7 ns), and gradients have many zeros.
-    roots.clamp_(min=_FLOAT32_TINY).sqrt_().view(-1, GROUP_SIZE).mul_(scratch.factors.unsqueeze(1))
-    roots.sqrt_()
+    # x^(1/4) as 1 / sqrt(1 / sqrt(x)), 0 for 0. The factor is more than 0, so that 0 * inf makes no NaN.
+    factors = _roots_of_scales(scales, codes.dtype, scratch).clamp_(min=_FLOAT32_TINY)
+    roots.rsqrt_().view(-1, GROUP_SIZE).mul_(factors.unsqueeze(1))
+    roots.rsqrt_()
     if signed:
         roots.mul_(values.sign_())
     else:

@@ -263,6 +263,23 @@ def test_a_step_allocates_nothing():
     assert [size for size in allocations if size > 8] == [canary.nbytes]
 
 
+def test_a_step_leaves_nothing_to_mkl():
+    """torch gives roots, exponentials and the like to MKL, which starts threads of its own beside ours.
+
+    Then more threads are known than there are cores, and from that step on every operation's threads sleep where they
+    waited actively before.
+    """
+    numel = 4 * GROUP_SIZE
+    parameters, gradients, state = torch.zeros(numel), normal(numel, seed=1), adamw_8bit_state(numel)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        adamw_8bit_step_(
+            parameters, gradients, *state, step=1, workspace=Workspace(num_threads=1, chunk_size=numel), **SETTINGS
+        )
+    called = {event.name.rstrip("_") for event in profile.events()}
+    assert "aten::rsqrt" in called
+    assert not called & {f"aten::{name}" for name in ("sqrt", "exp", "log", "pow", "tanh", "erf", "sin", "cos", "ceil")}
+
+
 @pytest.mark.parametrize(
     ("size", "message"),
     [
