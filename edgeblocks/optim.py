@@ -7,9 +7,9 @@ The 8-bit step walks the parameters in chunks: dequantize the two moments, step,
 ns a parameter (9M parameters, two cores of an Intel Ice Lake that others used too, torch 2.13, medians of 17 steps):
 
     chunk                                64 Ki   96 Ki   128 Ki   160 Ki   192 Ki   256 Ki
-    one thread                            9.9     9.5     9.3     10.1     10.8     11.3
-    two Python threads (the way taken)   11.8     9.0     7.6      7.0      6.9      6.6
-    the dynamic code by table lookups, 128 Ki, in the same runs: 16.0 on one thread, 9.0 on two
+    one thread                           13.1    11.8    11.0     11.6     11.4     12.3
+    two Python threads (the way taken)   12.7    10.2     9.2      9.0      8.8      8.9
+    the dynamic code by table lookups, 128 Ki, in the same runs: 27.0 on one thread, 15.1 on two
     fp32: 1.5 and 1.0
 
 Chunks must be large because some sixty calls cost 60 us a chunk, more where two threads wait for the interpreter's

@@ -7,22 +7,21 @@ the family's preferred one, that fits. Within it, the plan that takes least time
 import contextlib
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 
+from edgeblocks.candidates import block_counts, options_of
 from edgeblocks.errors import ConfigError, DoesNotFitError
 from edgeblocks.footprint import (
     SLACK_BYTES,
     SLACK_SHARE,
     batch_bytes,
-    device_memory,
     forward_bytes,
     host_budget_bytes,
-    host_memory,
     look_bytes,
     step_memory,
 )
 from edgeblocks.layer_costs import LayerCosts
-from edgeblocks.pace import pace_of_blocks, pace_of_stages
+from edgeblocks.plan_warnings import plan_warnings
 from edgeblocks.plans import (
     Candidate,
     Machine,
@@ -35,13 +34,8 @@ from edgeblocks.plans import (
 from edgeblocks.step_times import boundary_disk_bytes
 from edgeblocks.units import advised_budget, format_bytes
 
-FEWEST_GOOD_LAYERS = 4
 ABOUT_AS_FAST = 1.1
 """Of two ways to train end to end, one that takes so many times as long is still preferred where it writes less."""
-MUCH_FASTER = 0.75
-"""The share of the time of the preferred blocks from which on the plan names a cut into more of them."""
-TOLD_STALL = 0.25
-"""Waiting for stages, as a share of the computation, from which on the plan says what hides it."""
 
 
 def make_plan(costs: LayerCosts, machine: Machine, wishes: Wishes) -> Plan:
@@ -63,8 +57,8 @@ def make_plan(costs: LayerCosts, machine: Machine, wishes: Wishes) -> Plan:
         wishes = replace(wishes, boundaries="disk")
     cut_by_budget, wishes = wishes.blocks is None, _with_a_cut(costs, machine, wishes)
     rows = []
-    for blocks in _block_counts(costs.num_layers, wishes):
-        options = _options(costs, machine, wishes, blocks)
+    for blocks in block_counts(costs.num_layers, wishes):
+        options = options_of(costs, machine, wishes, blocks)
         fitting = [option for option in options if option.fits]
         if fitting:
             rows.append(_best(fitting, wishes))
@@ -89,8 +83,7 @@ def make_plan(costs: LayerCosts, machine: Machine, wishes: Wishes) -> Plan:
         method=wishes.method,
         trained=wishes.trained,
         boundary_disk_bytes=boundary_disk_bytes(costs, wishes, chosen.blocks),
-        warnings=_warnings(costs, machine, wishes, chosen, cut_by_budget=cut_by_budget)
-        + _much_faster_cuts(fitting_rows, chosen, wishes),
+        warnings=plan_warnings(costs, machine, wishes, chosen, fitting_rows, cut_by_budget=cut_by_budget),
         ram_budget_bytes=None if machine.host is None else host_budget_bytes(machine, wishes),
     )
 
@@ -139,79 +132,6 @@ def _parameters(costs: LayerCosts, wishes: Wishes, layers: Sequence[int]) -> int
     return sum(map(costs.parameters, layers)) if wishes.method == "diffusion" else costs.parameters(costs.num_layers)
 
 
-def _block_counts(num_layers: int, wishes: Wishes) -> list[int]:
-    """Numbers of blocks worth comparing: the forced one, or the smallest for each size of the largest block."""
-    if wishes.blocks is not None:
-        return [wishes.blocks]
-    start = 1 if wishes.method == "exact" else min(wishes.preferred_blocks, num_layers)
-    counts: dict[int, int] = {}
-    for blocks in range(start, num_layers + 1):
-        counts.setdefault(math.ceil(num_layers / blocks), blocks)
-    return list(counts.values())
-
-
-def _options(costs: LayerCosts, machine: Machine, wishes: Wishes, blocks: int) -> list[Candidate]:
-    sizes = micro_batches(wishes.batch) if wishes.micro_batch is None else (min(wishes.micro_batch, wishes.batch),)
-    checkpointing = (False, True) if wishes.checkpointing is None else (wishes.checkpointing,)
-    return [
-        _candidate(costs, machine, wishes, blocks, micro_batch, keep, count)
-        for micro_batch in sizes
-        for keep in checkpointing
-        for count in _slot_counts(machine, wishes, blocks)
-    ]
-
-
-def _slot_counts(machine: Machine, wishes: Wishes, blocks: int) -> Sequence[int]:
-    """Numbers of blocks on the device at once that are worth trying, largest first.
-
-    Beside a host, blocks are kept in its memory rather than some of them on the device: all, two or one are tried.
-    """
-    if machine.host is not None:
-        few = range(min(2, blocks), 0, -1)
-        return few if wishes.tier == "disk" or blocks <= 2 else (blocks, *few)
-    most, fewest = {"ram": (blocks, blocks), "disk": (min(2, blocks), 1), None: (blocks, 1)}[wishes.tier]
-    return range(most, fewest - 1, -1)
-
-
-def _candidate(
-    costs: LayerCosts, machine: Machine, wishes: Wishes, blocks: int, micro_batch: int, checkpointing: bool, slots: int
-) -> Candidate:
-    num_layers = math.ceil(costs.num_layers / blocks)
-    parameters = costs.parameters(num_layers)
-    moments = costs.moment_bytes(num_layers, wishes.optimizer)
-    block_bytes = 8 * parameters + moments
-    accumulation = math.ceil(wishes.batch / micro_batch)
-    breakdown = device_memory(
-        costs,
-        machine,
-        wishes,
-        num_layers,
-        blocks=blocks,
-        micro_batch=micro_batch,
-        checkpointing=checkpointing,
-        slots=slots,
-    )
-    host_breakdown, ram_blocks = host_memory(costs, machine, wishes, blocks, slots, block_bytes, micro_batch)
-    pace = (pace_of_stages if wishes.method == "exact" else pace_of_blocks)(
-        costs, machine, wishes, blocks, micro_batch, checkpointing, slots, ram_blocks, block_bytes
-    )
-    return Candidate(
-        blocks=blocks,
-        layers_per_block=num_layers,
-        micro_batch=micro_batch,
-        accumulation=accumulation,
-        checkpointing=checkpointing,
-        slots=slots,
-        breakdown=breakdown,
-        block_bytes=block_bytes,
-        **asdict(pace),
-        fits=sum(breakdown.values()) <= wishes.budget_bytes
-        and sum(host_breakdown.values()) <= host_budget_bytes(machine, wishes),
-        host_breakdown=host_breakdown,
-        ram_blocks=ram_blocks,
-    )
-
-
 def _shapes(costs: LayerCosts, machine: Machine, wishes: Wishes, chosen: Candidate) -> tuple[StepShape, ...]:
     """The chosen step, then ever smaller ones: first the micro-batch is halved, then checkpointing comes on."""
     found: list[StepShape] = []
@@ -243,104 +163,14 @@ def _look_micro_batch(costs: LayerCosts, machine: Machine, wishes: Wishes, chose
     return found
 
 
-def _warnings(
-    costs: LayerCosts, machine: Machine, wishes: Wishes, chosen: Candidate, *, cut_by_budget: bool
-) -> tuple[str, ...]:
-    found, num_layers, exact = [], costs.num_layers, wishes.method == "exact"
-    holds_stages = "--mem-budget" if machine.host is None or chosen.tier == "ram" else "--mem-budget or --ram-budget"
-    if not exact and chosen.layers_per_block < min(FEWEST_GOOD_LAYERS, num_layers):
-        found.append(
-            f"{chosen.layers_per_block} layer(s) a block: fewer than {FEWEST_GOOD_LAYERS} cost quality, because a "
-            f"block denoises alone with the layers it has (ImageNet FID in the paper: 3 blocks 11.1, 6 blocks 14.4). "
-            + (
-                "A larger --mem-budget or a smaller width gives deeper blocks"
-                if wishes.blocks is None and chosen.blocks > wishes.preferred_blocks
-                else "More layers (--set depth=..) or fewer --blocks give deeper ones"
-            )
-        )
-    if not exact and wishes.blocks is None and chosen.blocks > wishes.preferred_blocks:
-        found.append(f"{chosen.blocks} blocks instead of the preferred {wishes.preferred_blocks}: fewer do not fit")
-    if wishes.clip_by == "network":
-        found.append(
-            "clip_by=network: every step writes the gradients of all trained stages to disk and reads them, 4 bytes a "
-            "parameter, because the norm of all is known at its end; clip_by=stage does not"
-        )
-    if wishes.boundaries == "disk" and chosen.blocks > 1:
-        found.append(
-            "what enters each stage waits on disk: it is written once and read twice in every step; a larger "
-            "--mem-budget keeps it in memory, --set boundary_dtype=bfloat16 halves it"
-        )
-    if exact and chosen.slots < chosen.blocks and _stall(chosen) > TOLD_STALL:
-        hiding = _hiding_batch(costs, machine, wishes, chosen)
-        waited_for = "the disk" if chosen.tier == "disk" else "the link to the host"
-        found.append(
-            f"waiting for {waited_for} takes {_stall(chosen):.0%} of the time of computing with {wishes.batch} samples "
-            f"a step; "
-            + (f"--batch {hiding} hides most of it behind the computation, and " if hiding else "")
-            + f"a {holds_stages} that holds more stages leaves less of it"
-        )
-    if wishes.trained is not None and cut_by_budget:
-        found.append(
-            f"--train-blocks counts the {chosen.blocks} stages that the budget chose, and another budget may cut the "
-            f"network elsewhere; --blocks {chosen.blocks} fixes the cut"
-        )
-    if wishes.max_disk_writes is not None and chosen.bytes_written > wishes.max_disk_writes:
-        swaps = exact and chosen.tier == "disk"
-        larger = f"{holds_stages} that holds more stages" if swaps else "visit_steps"
-        found.append(
-            f"the run would write {format_bytes(chosen.bytes_written)} to disk and will end, saved, before it has "
-            f"written {format_bytes(wishes.max_disk_writes)}, as --max-disk-writes asks; fewer --steps, or a larger "
-            f"{larger}, write less"
-        )
-    return tuple(found)
-
-
-def _much_faster_cuts(rows: Sequence[Candidate], chosen: Candidate, wishes: Wishes) -> tuple[str, ...]:
-    """A word on the fewest blocks that save much time, where the chosen ones barely fit, and are deep enough."""
-    if wishes.method == "exact" or wishes.blocks is not None:
-        return ()
-    deep = [row for row in rows if row.layers_per_block >= FEWEST_GOOD_LAYERS and row.blocks <= 2 * chosen.blocks]
-    for row in deep:
-        share = row.blocks * (row.step_s + row.streaming_s) / (chosen.blocks * (chosen.step_s + chosen.streaming_s))
-        if share <= MUCH_FASTER:
-            return (
-                f"{row.blocks} blocks (--blocks {row.blocks}) would take {1 - share:.0%} less time: the layers of each "
-                f"of {chosen.blocks} leave little memory for a batch. Fewer are preferred all the same, for quality",
-            )
-    return ()
-
-
-def _stall(option: Candidate) -> float:
-    """Seconds of waiting for each second of computing."""
-    return option.streaming_s / option.step_s
-
-
-def _hiding_batch(costs: LayerCosts, machine: Machine, wishes: Wishes, chosen: Candidate) -> int | None:
-    """The batch, some doublings larger, that fits and hides most of the waiting; None: there is none."""
-    for doublings in range(1, 10):
-        batch = wishes.batch << doublings
-        option = _candidate(
-            costs,
-            machine,
-            replace(wishes, batch=batch),
-            chosen.blocks,
-            chosen.micro_batch,
-            chosen.checkpointing,
-            chosen.slots,
-        )
-        if option.fits and _stall(option) <= TOLD_STALL / 2:
-            return batch
-    return None
-
-
 def _does_not_fit(costs: LayerCosts, machine: Machine, wishes: Wishes) -> DoesNotFitError:
     """The refusal: which of the two budgets is too small, for what, and which one would do."""
     free = replace(wishes, micro_batch=None, checkpointing=None, tier=None, blocks=None)
     options, free_options = (
         [
             option
-            for blocks in _block_counts(costs.num_layers, asked)
-            for option in _options(costs, machine, asked, blocks)
+            for blocks in block_counts(costs.num_layers, asked)
+            for option in options_of(costs, machine, asked, blocks)
         ]
         for asked in (wishes, free)
     )
