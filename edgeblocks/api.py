@@ -7,20 +7,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from edgeblocks.budgets import budget_of_this_process, usual_budgets
-from edgeblocks.checkpoint import RunDirectory, bring_blocks_home, open_run, remove_leftovers
 from edgeblocks.config import Settings, read_yaml, resolve_settings
 from edgeblocks.data.dataset import DataSet
 from edgeblocks.errors import ConfigError, InterruptedRunError, RunError
-from edgeblocks.exact_trainer import ExactTrainer
-from edgeblocks.guard import Guard, refusals_explained
-from edgeblocks.host_tier import HostTier
-from edgeblocks.initial_weights import InitialWeights, initial_weights_of
-from edgeblocks.listener import Listener, Silent
-from edgeblocks.looks import Looks
-from edgeblocks.next_blocks import NextBlocks
-from edgeblocks.plans import StepShape
-from edgeblocks.preparation import (
+from edgeblocks.inference.staged_weights import StagedEma
+from edgeblocks.offload.block_files import BlockStore
+from edgeblocks.offload.block_slots import Scheduler
+from edgeblocks.offload.checkpoint import NextBlocks
+from edgeblocks.offload.stage_slots import StageSlots
+from edgeblocks.offload.tiers import HostTier
+from edgeblocks.planning.plans import StepShape
+from edgeblocks.prepare import (
     Prepared,
     check_disk,
     check_work_dir,
@@ -28,18 +25,21 @@ from edgeblocks.preparation import (
     prepare_elsewhere,
     replan,
 )
+from edgeblocks.profiling.budgets import budget_of_this_process, usual_budgets
+from edgeblocks.progress import Listener, Silent
 from edgeblocks.registry import build_profile, build_target, family_type, profile_names, register_family, target_names
 from edgeblocks.run import Run
-from edgeblocks.run_creation import check_free, create_run, seal_run
-from edgeblocks.run_data import check_vocab, open_run_data
-from edgeblocks.run_files import InitFields, check_resumable
-from edgeblocks.run_locks import locked, locked_away
-from edgeblocks.scheduler import Scheduler
-from edgeblocks.stage_slots import StageSlots
-from edgeblocks.staged_ema import StagedEma
-from edgeblocks.store import BlockStore
-from edgeblocks.summary import summary_of
-from edgeblocks.trainer import Interrupted, Interruption, Trainer, create_blocks
+from edgeblocks.runs.create import check_free, create_run, seal_run
+from edgeblocks.runs.directory import RunDirectory, bring_blocks_home, open_run, remove_leftovers
+from edgeblocks.runs.load_weights import InitialWeights, initial_weights_of
+from edgeblocks.runs.locks import locked, locked_away
+from edgeblocks.runs.open_data import check_vocab, open_run_data
+from edgeblocks.runs.schema import InitFields, check_resumable
+from edgeblocks.training.diffusion import Interrupted, Interruption, Trainer, create_blocks
+from edgeblocks.training.exact import ExactTrainer
+from edgeblocks.training.guard import Guard, refusals_explained
+from edgeblocks.training.previews import Looks
+from edgeblocks.training.summary import summary_of
 from edgeblocks.units import format_bytes
 from edgeblocks.waiting_stages import SwapFile, WaitingOnDisk, WaitingOnHost, WaitingStages
 

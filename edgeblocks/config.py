@@ -17,9 +17,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationIn
 
 from edgeblocks.bounds import LONGEST_SEQUENCE, MOST_LAYERS, MOST_SAMPLES, MOST_STEPS, MOST_TOKENS
 from edgeblocks.errors import ConfigError
-from edgeblocks.plans import BoundaryDtype, Clipping, Method
+from edgeblocks.files.untrusted import MalformedFileError, read_text, shown
+from edgeblocks.planning.plans import BoundaryDtype, Clipping, Method
 from edgeblocks.units import parse_size
-from edgeblocks.untrusted import MalformedFileError, read_text, shown
 
 DEFAULT_PRESETS = {
     "ar": "ar-tiny",

@@ -2,7 +2,7 @@
 
 import torch
 
-from edgeblocks.randomness import seed_at
+from edgeblocks.seeds import seed_at
 
 
 def generator_at(*position: int | str) -> torch.Generator:

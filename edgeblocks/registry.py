@@ -26,8 +26,8 @@ _END_TO_END = {
 _TARGETS = {"cpu": "edgeblocks.targets.cpu:CpuTarget", "cuda": "edgeblocks.targets.cuda:CudaTarget"}
 _OWN_FAMILIES: set[str] = set()
 _PROFILES = "edgeblocks.targets.profile"
-_CHAINS = {"onnxruntime": "edgeblocks.export.opening:open_chain"}
-_EXPORTERS = {"onnx": "edgeblocks.export.exporting:export_run"}
+_CHAINS = {"onnxruntime": "edgeblocks.export.open_export:open_chain"}
+_EXPORTERS = {"onnx": "edgeblocks.export.export_run:export_run"}
 
 
 def family_names() -> tuple[str, ...]:

@@ -8,25 +8,26 @@ from typing import Any
 
 import numpy as np
 
-from edgeblocks import evaluation, sampling
-from edgeblocks.budgets import device_budget_bytes
-from edgeblocks.chain import BlockRunner, EmaSource
-from edgeblocks.checkpoint import RunDirectory
-from edgeblocks.classification import DEFAULT_NOISES
+from edgeblocks.diffusion.autoregression import TokenChain
+from edgeblocks.diffusion.classification import DEFAULT_NOISES
+from edgeblocks.diffusion.solver import Solver
 from edgeblocks.errors import DoesNotFitError, OutOfBudgetError
-from edgeblocks.generation import TokenChain
-from edgeblocks.guard import is_refusal
-from edgeblocks.listener import Listener, Silent
-from edgeblocks.planner import inference_micro_batch
-from edgeblocks.preparation import measure
+from edgeblocks.inference import evaluate as evaluation
+from edgeblocks.inference import sampling
+from edgeblocks.inference.block_runner import BlockRunner, EmaSource
+from edgeblocks.inference.sampling import Runners
+from edgeblocks.inference.staged_weights import loaded_stages
+from edgeblocks.offload.block_slots import EmaLoader
+from edgeblocks.planning.planner import inference_micro_batch
+from edgeblocks.prepare import measure
+from edgeblocks.profiling.budgets import device_budget_bytes
+from edgeblocks.progress import Listener, Silent
 from edgeblocks.registry import build_exporter, build_target
-from edgeblocks.run_files import read_summary
-from edgeblocks.sampling import Runners
-from edgeblocks.scheduler import EmaLoader
-from edgeblocks.solver import Solver
-from edgeblocks.staged_ema import loaded_stages
+from edgeblocks.runs.directory import RunDirectory
+from edgeblocks.runs.save_weights import write_weights
+from edgeblocks.runs.schema import read_summary
+from edgeblocks.training.guard import is_refusal
 from edgeblocks.units import format_bytes
-from edgeblocks.weights_file import write_weights
 
 
 def _fitting(micro_batch_of: Callable[..., int], *, most_residents: int) -> tuple[int, int]:

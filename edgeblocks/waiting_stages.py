@@ -11,11 +11,11 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Protocol
 
-from edgeblocks.block_buffer import PARTS, BlockBuffer, BlockLayout, Part
-from edgeblocks.host_tier import Device, HostBuffers
-from edgeblocks.next_blocks import NextBlocks
-from edgeblocks.scratch import ScratchFile
-from edgeblocks.store import BlockStore
+from edgeblocks.offload.block_buffer import PARTS, BlockBuffer, BlockLayout, Part
+from edgeblocks.offload.block_files import BlockStore
+from edgeblocks.offload.checkpoint import NextBlocks
+from edgeblocks.offload.scratch import ScratchFile
+from edgeblocks.offload.tiers import Device, HostBuffers
 
 
 class SwapFile:

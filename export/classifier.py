@@ -7,11 +7,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgeblocks.classification import classify
 from edgeblocks.data.decoding import UnreadableImageError, decode
+from edgeblocks.diffusion.classification import classify
+from edgeblocks.diffusion.noise import sampler_levels
 from edgeblocks.errors import ConfigError, DataError
-from edgeblocks.export.chain import ImageChain, Values
-from edgeblocks.noise import sampler_levels
+from edgeblocks.export.onnx_chain import ImageChain, Values
 
 MOST_SHOWN = 5
 _TOGETHER = 64

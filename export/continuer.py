@@ -2,14 +2,14 @@
 
 from collections.abc import Callable
 
-from edgeblocks.codebook import code_rows
 from edgeblocks.data.tokenizer import check_readable
-from edgeblocks.drawing import Tokens, Values, check_options
-from edgeblocks.export.chain import DEFAULT_MICRO_BATCH, ExportedChain
-from edgeblocks.export.contents import ContinuationManifest
+from edgeblocks.diffusion.autoregression import TokenChain, check_continuing, check_prompt, write_texts
+from edgeblocks.diffusion.codebook import code_rows
+from edgeblocks.diffusion.noise import sampler_levels
+from edgeblocks.diffusion.token_choice import Tokens, Values, check_options
+from edgeblocks.export.manifest_types import ContinuationManifest
+from edgeblocks.export.onnx_chain import DEFAULT_MICRO_BATCH, ExportedChain
 from edgeblocks.export.wording import exported_tokenizer
-from edgeblocks.generation import TokenChain, check_continuing, check_prompt, write_texts
-from edgeblocks.noise import sampler_levels
 
 
 class Continuer(ExportedChain):

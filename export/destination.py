@@ -10,9 +10,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from edgeblocks.durable import sync
 from edgeblocks.errors import ConfigError, RunError, StorageError
 from edgeblocks.export.manifest import FILE_NAME, read_manifest
+from edgeblocks.files.durable import sync
 from edgeblocks.units import format_bytes
 
 

@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterator
 from typing import Any, NoReturn
 
-from edgeblocks.untrusted import shown
+from edgeblocks.files.untrusted import shown
 
 _MOST_NAME_CHARACTERS = 255
 _SHA256_DIGITS = 64

@@ -15,13 +15,16 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from edgeblocks import generation
 from edgeblocks.bounds import LONGEST_SEQUENCE, MOST_LAYERS, MOST_NOISE, MOST_TOKENS
-from edgeblocks.data.limits import LONGEST_SIDE, MOST_CHANNELS, MOST_CLASSES, MOST_PIXELS
 from edgeblocks.data.tokenizer import Kind
-from edgeblocks.drawing import HIGHEST_TEMPERATURE
+from edgeblocks.diffusion import autoregression as generation
+from edgeblocks.diffusion.autoregression import CachesPer
+from edgeblocks.diffusion.noise import NoiseDistribution
+from edgeblocks.diffusion.solver import Solver
+from edgeblocks.diffusion.token_choice import HIGHEST_TEMPERATURE
 from edgeblocks.errors import ConfigError, RunError
-from edgeblocks.export.contents import (
+from edgeblocks.export.fields import Fields, MalformedError
+from edgeblocks.export.manifest_types import (
     EXPORT_FORMAT_VERSION,
     KIND,
     AnyManifest,
@@ -37,11 +40,8 @@ from edgeblocks.export.contents import (
     Verified,
     WriterSettings,
 )
-from edgeblocks.export.fields import Fields, MalformedError
-from edgeblocks.generation import CachesPer
-from edgeblocks.noise import NoiseDistribution
-from edgeblocks.solver import Solver
-from edgeblocks.untrusted import MalformedFileError, open_regular, read_object, shown
+from edgeblocks.files.untrusted import MalformedFileError, open_regular, read_object, shown
+from edgeblocks.limits import LONGEST_SIDE, MOST_CHANNELS, MOST_CLASSES, MOST_PIXELS
 
 FILE_NAME = "manifest.json"
 MOST_STEPS = 10_000

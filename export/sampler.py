@@ -5,13 +5,13 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
+from edgeblocks.data.pictures import to_uint8
+from edgeblocks.diffusion.noise import sampler_levels
+from edgeblocks.diffusion.solver import Solver, check_request, class_number, classes_in_turn, guide, integrate
 from edgeblocks.errors import ConfigError
-from edgeblocks.export.chain import ImageChain, Values
-from edgeblocks.export.contents import DEFAULT_STEPS
-from edgeblocks.noise import sampler_levels
-from edgeblocks.pictures import to_uint8
-from edgeblocks.randomness import start_noise
-from edgeblocks.solver import Solver, check_request, class_number, classes_in_turn, guide, integrate
+from edgeblocks.export.manifest_types import DEFAULT_STEPS
+from edgeblocks.export.onnx_chain import ImageChain, Values
+from edgeblocks.seeds import start_noise
 
 
 class Sampler(ImageChain):

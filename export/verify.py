@@ -11,28 +11,28 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from edgeblocks.chain import BlockRunner, class_labels, guided
-from edgeblocks.checkpoint import RunDirectory
 from edgeblocks.data.dataset import DataSet
-from edgeblocks.drawing import softmax
+from edgeblocks.data.pictures import to_uint8
+from edgeblocks.diffusion.noise import sampler_levels, unmasking_steps
+from edgeblocks.diffusion.solver import integrate
+from edgeblocks.diffusion.token_choice import softmax
+from edgeblocks.diffusion.unmasking import unmask
 from edgeblocks.errors import ConfigError, DataError, EdgeblocksError, StorageError
-from edgeblocks.export import continuation
-from edgeblocks.export.chain import Condition, ExportedChain, ImageChain, Values
+from edgeblocks.export import verify_text as continuation
 from edgeblocks.export.classifier import Classifier
-from edgeblocks.export.comparison import BATCH, NUM_OUTPUTS, check_finite, largest_difference, levels_of
-from edgeblocks.export.contents import Verified
 from edgeblocks.export.continuer import Continuer
+from edgeblocks.export.manifest_types import Verified
+from edgeblocks.export.onnx_chain import Condition, ExportedChain, ImageChain, Values
 from edgeblocks.export.sampler import Sampler
+from edgeblocks.export.tolerances import BATCH, NUM_OUTPUTS, check_finite, largest_difference, levels_of
 from edgeblocks.export.writer import Writer
 from edgeblocks.families.base import Level
 from edgeblocks.generators import generator_at
-from edgeblocks.noise import sampler_levels, unmasking_steps
-from edgeblocks.pictures import to_uint8
-from edgeblocks.randomness import start_noise
-from edgeblocks.run_data import data_of
-from edgeblocks.sampling import class_probabilities
-from edgeblocks.solver import integrate
-from edgeblocks.unmasking import unmask
+from edgeblocks.inference.block_runner import BlockRunner, class_labels, guided
+from edgeblocks.inference.sampling import class_probabilities
+from edgeblocks.runs.directory import RunDirectory
+from edgeblocks.runs.open_data import data_of
+from edgeblocks.seeds import start_noise
 
 BLOCK_LIMIT = 1e-4
 OUTPUT_LIMIT = 1e-3

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from edgeblocks.data.tokenizer import Tokenizer, stored_tokenizer
-from edgeblocks.export.contents import WordedManifest
+from edgeblocks.export.manifest_types import WordedManifest
 
 
 def exported_tokenizer(directory: Path, manifest: WordedManifest) -> Tokenizer:

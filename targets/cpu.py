@@ -12,9 +12,9 @@ from typing import ClassVar
 import numpy as np
 import psutil
 
-from edgeblocks.cgroups import memory_limit_bytes
-from edgeblocks.layer_costs import LARGEST_HEAP_BYTES
-from edgeblocks.plans import Machine
+from edgeblocks.files.cgroups import memory_limit_bytes
+from edgeblocks.planning.layer_costs import LARGEST_HEAP_BYTES
+from edgeblocks.planning.plans import Machine
 from edgeblocks.targets.disk import DiskSpeed, measure_disk
 
 # glibc's default raises its own threshold and gives memory back at the top of the heap whenever it can: the resident

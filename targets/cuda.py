@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from edgeblocks.errors import ConfigError
-from edgeblocks.plans import Host, Machine
+from edgeblocks.planning.plans import Host, Machine
 from edgeblocks.targets.cpu import DISK_PROBE_BYTES, CpuTarget, run_every_kernel
 from edgeblocks.targets.disk import DiskSpeed, measure_disk
 from edgeblocks.targets.profile import WRITTEN_BYTES_PER_UPDATE

@@ -23,7 +23,7 @@ from typing import Any, Literal, NamedTuple
 import yaml
 
 from edgeblocks.errors import ConfigError
-from edgeblocks.plans import UPDATE_S_PER_PARAMETER, Host, Machine
+from edgeblocks.planning.plans import UPDATE_S_PER_PARAMETER, Host, Machine
 
 Device = Literal["cpu", "cuda"]
 

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -19,11 +20,15 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 settings.register_profile("untimed", deadline=None)  # machines are shared
 settings.load_profile("untimed")
 
-_CHECKED = ("layers", "causal_layers", "chain", "token_loss", "trainer", "frechet")
-_CHECKED += tuple(
-    f"families.{name}" for name in ("ar", "dit", "looped", "mdlm", "text_block", "token_block", "token_denoiser")
+_CHECKED = (
+    *(f"families.{name}" for name in ("ar", "causal_layers", "dit", "layers", "looped", "mdlm", "text_block")),
+    *(f"families.{name}" for name in ("token_block", "token_denoiser", "token_loss")),
+    *("inference.block_runner", "inference.frechet", "training.diffusion"),
 )
+"""Modules whose annotated shapes are checked when they are called."""
 _hook = install_import_hook([f"edgeblocks.{name}" for name in _CHECKED], "beartype.beartype")
+for _name in _CHECKED:
+    assert find_spec(f"edgeblocks.{_name}"), f"edgeblocks.{_name} is gone: nothing would check its shapes"
 
 
 LONGEST_FIRST = (
@@ -33,14 +38,14 @@ LONGEST_FIRST = (
     "test_text_cli.py",
     "test_killing.py",
     "test_text_runs.py",
-    "test_comparison.py",
+    "test_arms.py",
     "test_examination.py",
     "test_looped_exact.py",
-    "test_global_clip.py",
+    "test_clipping.py",
     "test_train_blocks.py",
     "test_waiting_stages.py",
     "test_report.py",
-    "test_init.py",
+    "test_load_weights.py",
     "test_cli.py",
     "test_budget.py",
 )
@@ -77,7 +82,7 @@ def gpu_like(monkeypatch):
     """`--target cuda` is a machine made of this processor."""
     from edgeblocks import registry
 
-    monkeypatch.setitem(registry._TARGETS, "cuda", "separate_memory:SeparateMemory")
+    monkeypatch.setitem(registry._TARGETS, "cuda", "support.separate_memory:SeparateMemory")
 
 
 @pytest.fixture(scope="session")

@@ -20,7 +20,7 @@ WITH_EXAMPLES = [
 def test_there_are_modules_with_examples():
     """More than twenty of them, also in folders of their own."""
     assert len(WITH_EXAMPLES) > 20
-    assert {"edgeblocks.noise", "edgeblocks.data.tokenizer"} <= set(WITH_EXAMPLES)
+    assert {"edgeblocks.diffusion.noise", "edgeblocks.data.tokenizer"} <= set(WITH_EXAMPLES)
 
 
 @pytest.mark.parametrize("name", WITH_EXAMPLES)

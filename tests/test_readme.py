@@ -6,15 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-
-README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
-
-
-def code_after(marker):
-    """The code block that follows an HTML comment."""
-    found = re.search(rf"<!-- {re.escape(marker)} -->\n```\w*\n(.*?)```", README, re.DOTALL)
-    assert found, f"README.md has no block marked {marker}"
-    return found[1]
+from support.readme import README, code_after
 
 
 @pytest.mark.slow

@@ -23,10 +23,10 @@ from PIL import Image
 
 from edgeblocks.data.decoding import fit_square
 from edgeblocks.data.image_cache import FORMAT_VERSION, CacheWriter, Content
-from edgeblocks.data.limits import LONGEST_SIDE, MOST_CLASSES, MOST_DECODED_PIXELS, MOST_IMAGES, MOST_PIXELS
 from edgeblocks.data.npy import NpyHeader, read_npy_header
 from edgeblocks.errors import DataError
-from edgeblocks.untrusted import MalformedFileError, open_regular
+from edgeblocks.files.untrusted import MalformedFileError, open_regular
+from edgeblocks.limits import LONGEST_SIDE, MOST_CLASSES, MOST_DECODED_PIXELS, MOST_IMAGES, MOST_PIXELS
 
 _CHUNK_VALUES = 2**20
 _PIECE_BYTES = 2**20

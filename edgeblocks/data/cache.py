@@ -27,10 +27,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgeblocks.data.npy import read_npy_header
-from edgeblocks.durable import sync
 from edgeblocks.errors import StorageError
+from edgeblocks.files.durable import sync
+from edgeblocks.files.untrusted import open_regular, read_object
 from edgeblocks.units import format_bytes
-from edgeblocks.untrusted import open_regular, read_object
 
 _MOST_META_BYTES = 2**26
 _ABANDONED_S = 60

@@ -17,15 +17,15 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
-from edgeblocks.data.limits import (
+from edgeblocks.errors import NoRoomToReadError
+from edgeblocks.files.untrusted import open_regular
+from edgeblocks.limits import (
     LONGEST_SIDE,
     MOST_DECODED_PIXELS,
     MOST_PICTURE_BYTES,
     MOST_PIXELS,
     MOST_PROGRESSIVE_PIXELS,
 )
-from edgeblocks.errors import NoRoomToReadError
-from edgeblocks.untrusted import open_regular
 
 EXTENSIONS = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"})
 

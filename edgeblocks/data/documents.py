@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from edgeblocks.errors import ConfigError, DataError
-from edgeblocks.untrusted import MOST_JSON_BYTES, MalformedFileError, open_regular, parse_json, shown
+from edgeblocks.files.untrusted import MOST_JSON_BYTES, MalformedFileError, open_regular, parse_json, shown
 
 BUILT_IN = "moby-dick"
 PIECE_CHARACTERS = 2**16

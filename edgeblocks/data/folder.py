@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 
 from edgeblocks.data.decoding import EXTENSIONS, UnreadableImageError, decode, read_header
 from edgeblocks.data.image_cache import FORMAT_VERSION, CacheWriter, Content
-from edgeblocks.data.limits import MOST_CLASSES, MOST_IMAGES, MOST_UNREADABLE
 from edgeblocks.errors import DataError
+from edgeblocks.limits import MOST_CLASSES, MOST_IMAGES, MOST_UNREADABLE
 
 _SPLIT_NAMES = frozenset({"train", "test", "val", "valid", "validation"})
 _NAMES_SHOWN = 10

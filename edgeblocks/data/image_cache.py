@@ -17,8 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgeblocks.data.cache import CacheFiles, CacheKind, RowFile, open_or_build, read_meta, read_rows
-from edgeblocks.data.limits import MOST_CLASSES, MOST_IMAGES, MOST_PIXELS, MOST_UNREADABLE
 from edgeblocks.errors import StorageError
+from edgeblocks.limits import MOST_CLASSES, MOST_IMAGES, MOST_PIXELS, MOST_UNREADABLE
 
 FORMAT_VERSION = 2
 _KIND = CacheKind(

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from edgeblocks.untrusted import MalformedFileError, shown
+from edgeblocks.files.untrusted import MalformedFileError, shown
 
 _MAGIC = b"\x93NUMPY"
 _LENGTH_BYTES = {(1, 0): 2, (2, 0): 4}

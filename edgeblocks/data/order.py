@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from edgeblocks.randomness import seed_at
+from edgeblocks.seeds import seed_at
 
 
 class BatchOrder:

@@ -33,7 +33,7 @@ from edgeblocks.data.tokenizer import (
     train_pairs,
 )
 from edgeblocks.errors import ConfigError, DataError, NoRoomToReadError
-from edgeblocks.randomness import seed_at
+from edgeblocks.seeds import seed_at
 
 Progress = Callable[[int, int, str], None]
 

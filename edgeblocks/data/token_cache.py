@@ -28,7 +28,7 @@ from edgeblocks.data.tokenizer import (
     build_tokenizer,
 )
 from edgeblocks.errors import DataError, RunError, StorageError
-from edgeblocks.untrusted import read_text
+from edgeblocks.files.untrusted import read_text
 
 FORMAT_VERSION = 1
 PAGE_BYTES = 4096

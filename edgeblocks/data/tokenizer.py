@@ -15,7 +15,7 @@ from numpy.typing import ArrayLike, NDArray
 from edgeblocks.bounds import MOST_TOKENS
 from edgeblocks.data.tokenizer_json import check_definition
 from edgeblocks.errors import ConfigError, DataError, RunError
-from edgeblocks.untrusted import MalformedFileError, open_regular, read_text
+from edgeblocks.files.untrusted import MalformedFileError, open_regular, read_text
 
 Kind = Literal["chars", "bytes", "bpe"]
 

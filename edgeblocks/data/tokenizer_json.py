@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from edgeblocks.bounds import MOST_TOKENS
-from edgeblocks.untrusted import MalformedFileError, shown
+from edgeblocks.files.untrusted import MalformedFileError, shown
 
 _MOST_VALUES = 5 * MOST_TOKENS
 """A token takes one or two in the vocabulary, and three in the list of pairs."""

@@ -12,7 +12,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from edgeblocks.cgroups import CGROUPS
 from edgeblocks.doctor.findings import PATIENCE_S, Budgets, Disk, Gpu, Kernel, PresetFit, Report
 from edgeblocks.doctor.kernels import KERNELS, kernel_names
 from edgeblocks.doctor.probes import Answer, ask
@@ -25,8 +24,9 @@ from edgeblocks.doctor.surroundings import (
     nvidia_gpus,
 )
 from edgeblocks.errors import ConfigError
-from edgeblocks.listener import Listener, Silent
-from edgeblocks.plans import Machine
+from edgeblocks.files.cgroups import CGROUPS
+from edgeblocks.planning.plans import Machine
+from edgeblocks.progress import Listener, Silent
 from edgeblocks.units import advised_budget, format_bytes, format_count, format_duration
 
 LIMIT_S = 28.0

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from edgeblocks.plans import Machine
+from edgeblocks.planning.plans import Machine
 
 PATIENCE_S = 7 * 24 * 3600.0
 """A preset whose own number of steps takes longer is not called sensible."""

@@ -62,7 +62,7 @@ def _fp32_steps() -> tuple[Any, Callable[[], object]]:
     """Parameters after some fused fp32 steps, and a function that does one more."""
     import torch
 
-    from edgeblocks.optim import adamw_step_
+    from edgeblocks.optim.adamw import adamw_step_
 
     parameters, gradients = _adamw_problem()
     state = torch.zeros_like(parameters), torch.zeros_like(parameters)
@@ -91,7 +91,7 @@ def _torch_fused_adamw() -> dict[str, Any]:
 def _edgeblocks_adamw8bit() -> dict[str, Any]:
     import torch
 
-    from edgeblocks.optim import Workspace, adamw_8bit_state, adamw_8bit_step_
+    from edgeblocks.optim.adamw import Workspace, adamw_8bit_state, adamw_8bit_step_
 
     start, gradients = _adamw_problem()
     parameters = start.clone()

@@ -20,9 +20,9 @@ from typing import Any
 from edgeblocks.doctor.findings import PATIENCE_S, PresetFit
 from edgeblocks.doctor.kernels import KERNELS
 from edgeblocks.errors import DoesNotFitError
-from edgeblocks.listener import Silent
-from edgeblocks.planner import make_plan
-from edgeblocks.plans import Machine, Wishes, micro_batches
+from edgeblocks.planning.planner import make_plan
+from edgeblocks.planning.plans import Machine, Wishes, micro_batches
+from edgeblocks.progress import Silent
 from edgeblocks.registry import build_family, build_target, family_type
 
 _LINK_PROBE_BYTES = 256 * 2**20
@@ -146,7 +146,7 @@ def _probe_machine(folder: Path) -> Machine:
     """The planner's view of this machine, with the libraries loaded that a training process has."""
     from PIL import Image
 
-    from edgeblocks.preparation import measured_machine
+    from edgeblocks.prepare import measured_machine
 
     for name in ("api", "cli", "console_listener"):
         importlib.import_module(f"edgeblocks.{name}")
@@ -164,8 +164,8 @@ def _probe_presets() -> dict[str, dict[str, Any]]:
     """
     from edgeblocks.config import DEFAULT_PRESETS, preset_names, resolve_settings
     from edgeblocks.families.base import ImageInfo, TextInfo
-    from edgeblocks.preparation import GRID_SAMPLES, grid_sample_bytes
-    from edgeblocks.run_data import open_run_data
+    from edgeblocks.prepare import GRID_SAMPLES, grid_sample_bytes
+    from edgeblocks.runs.open_data import open_run_data
 
     requests = {}
     for name in preset_names():
@@ -205,7 +205,7 @@ def _example(data: Mapping[str, Any]) -> str:
 
 def _plan_preset(name: str, request: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of a `PresetFit`, as `edgeblocks plan` plans: in a process that traces costs and does nothing else."""
-    from edgeblocks import cost
+    from edgeblocks.profiling import trace as cost
 
     preset = request["presets"][name]
     data, wishes = preset["family"]["data"], Wishes(**preset["wishes"])

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import psutil
 
-from edgeblocks.cgroups import CGROUPS, OWN_GROUPS, group_folders, number_in
 from edgeblocks.doctor.findings import Disk, Memory, Processor
 from edgeblocks.errors import StorageError
+from edgeblocks.files.cgroups import CGROUPS, OWN_GROUPS, group_folders, number_in
 from edgeblocks.registry import build_target
 from edgeblocks.units import format_bytes
 

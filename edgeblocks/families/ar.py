@@ -10,13 +10,13 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from edgeblocks.causal_layers import CausalLayer, PlainCausalLayer, TwoStreamLayer
+from edgeblocks.diffusion.noise import NoisePartition
 from edgeblocks.families.base import Batch, Level, TextInfo
+from edgeblocks.families.causal_layers import CausalLayer, PlainCausalLayer, TwoStreamLayer
+from edgeblocks.families.layers import Linear, TokenEmbedding, init_plain_, init_zero_, rotary_table
 from edgeblocks.families.token_block import TokenDenoiserBlock
 from edgeblocks.families.token_denoiser import TokenDenoiser
-from edgeblocks.layers import Linear, TokenEmbedding, init_plain_, init_zero_, rotary_table
-from edgeblocks.noise import NoisePartition
-from edgeblocks.token_loss import token_losses
+from edgeblocks.families.token_loss import token_losses
 
 
 class ArBlock(TokenDenoiserBlock):

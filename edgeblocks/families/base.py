@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from edgeblocks.bounds import MOST_LAYERS, MOST_NOISE
 from edgeblocks.data.images import ImageSet
 from edgeblocks.data.text import TextSet
+from edgeblocks.diffusion.noise import LevelDistribution, NoiseDistribution, NoisePartition, NoiseRange
 from edgeblocks.errors import ConfigError
-from edgeblocks.noise import LevelDistribution, NoiseDistribution, NoisePartition, NoiseRange
 
 Batch = dict[str, Tensor]
 BatchSpec = Mapping[str, tuple[tuple[int, ...], torch.dtype]]

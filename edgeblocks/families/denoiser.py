@@ -13,6 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from edgeblocks.diffusion.noise import NoiseRange, loss_weight
 from edgeblocks.families.base import (
     NOISE_FEATURES,
     Batch,
@@ -23,8 +24,7 @@ from edgeblocks.families.base import (
     draw_sigmas,
     noise_problems,
 )
-from edgeblocks.layers import LabelEmbedding, Linear, noise_features, run_layers
-from edgeblocks.noise import NoiseRange, loss_weight
+from edgeblocks.families.layers import LabelEmbedding, Linear, noise_features, run_layers
 
 SIGMA_DATA = 0.5
 

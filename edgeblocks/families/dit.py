@@ -18,7 +18,7 @@ from edgeblocks.families.denoiser import (
     init_condition_,
     noise_and_class,
 )
-from edgeblocks.layers import (
+from edgeblocks.families.layers import (
     AdaLnZeroLayer,
     LabelEmbedding,
     Linear,

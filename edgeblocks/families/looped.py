@@ -18,14 +18,14 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from edgeblocks.causal_layers import CausalLayer, halves
+from edgeblocks.diffusion.noise import NoiseRange
 from edgeblocks.errors import ConfigError
 from edgeblocks.families.ar import PlainAr, PlainArBlock
 from edgeblocks.families.base import Batch, BatchSpec, Level, TextInfo
+from edgeblocks.families.causal_layers import CausalLayer, halves
+from edgeblocks.families.layers import Linear
 from edgeblocks.families.token_block import TokenDenoiserBlock
 from edgeblocks.families.token_denoiser import TokenDenoiser, TokenDenoiserSettings
-from edgeblocks.layers import Linear
-from edgeblocks.noise import NoiseRange
 
 MOST_ITERATIONS = 64
 SPREAD = 0.5

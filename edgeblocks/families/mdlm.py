@@ -20,6 +20,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from edgeblocks.diffusion.noise import MaskingSchedule, NoisePartition, NoiseRange, unmasking_steps
 from edgeblocks.families.base import (
     NOISE_FEATURES,
     NUM_LEVELS,
@@ -31,10 +32,9 @@ from edgeblocks.families.base import (
     spread_shares,
     text_shape_problems,
 )
+from edgeblocks.families.layers import Linear, RotaryAdaLnLayer, TokenEmbedding, run_layers
 from edgeblocks.families.text_block import TextBlock
-from edgeblocks.layers import Linear, RotaryAdaLnLayer, TokenEmbedding, run_layers
-from edgeblocks.noise import MaskingSchedule, NoisePartition, NoiseRange, unmasking_steps
-from edgeblocks.token_loss import token_losses, token_scores
+from edgeblocks.families.token_loss import token_losses, token_scores
 
 LEAST_TIMES = 128
 """At which evaluation looks at a sequence."""

@@ -6,7 +6,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from edgeblocks.families.base import NOISE_FEATURES
-from edgeblocks.layers import (
+from edgeblocks.families.layers import (
     AdaLnZeroLayer,
     Linear,
     RotaryAttention,

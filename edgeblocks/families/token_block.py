@@ -6,11 +6,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from edgeblocks.causal_layers import CausalLayer, PlainCausalLayer
-from edgeblocks.codebook import code_rows
+from edgeblocks.diffusion.codebook import code_rows
 from edgeblocks.families.base import NOISE_FEATURES, TextInfo
+from edgeblocks.families.causal_layers import CausalLayer, PlainCausalLayer
+from edgeblocks.families.layers import Linear, TokenEmbedding, init_zero_, run_layers
 from edgeblocks.families.text_block import TextBlock
-from edgeblocks.layers import Linear, TokenEmbedding, init_zero_, run_layers
 
 Past = Float[Tensor, "caches batch heads past head_width"]
 """Keys and values of a block's layers for former tokens: layer by layer, keys first."""

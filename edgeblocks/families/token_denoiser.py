@@ -21,7 +21,8 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from edgeblocks.codebook import check_codes, code_rows
+from edgeblocks.diffusion.codebook import check_codes, code_rows
+from edgeblocks.diffusion.noise import NoiseDistribution, NoisePartition, NoiseRange
 from edgeblocks.families.base import (
     Batch,
     BatchSpec,
@@ -36,8 +37,7 @@ from edgeblocks.families.base import (
     text_shape_problems,
 )
 from edgeblocks.families.token_block import TokenDenoiserBlock
-from edgeblocks.noise import NoiseDistribution, NoisePartition, NoiseRange
-from edgeblocks.token_loss import token_losses, token_scores
+from edgeblocks.families.token_loss import token_losses, token_scores
 
 MOST_CODE_WIDTH = 2**12
 

@@ -18,6 +18,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from edgeblocks.data.augment import Augmentation, augmented
+from edgeblocks.diffusion.noise import NoisePartition, NoiseRange
 from edgeblocks.families.base import (
     NOISE_FEATURES,
     Batch,
@@ -31,7 +32,7 @@ from edgeblocks.families.base import (
     patch_problems,
     shape_problems,
 )
-from edgeblocks.layers import (
+from edgeblocks.families.layers import (
     AdaLnZeroLayer,
     Linear,
     PreNormLayer,
@@ -46,7 +47,6 @@ from edgeblocks.layers import (
     patchify,
     run_layers,
 )
-from edgeblocks.noise import NoisePartition, NoiseRange
 
 SIGMA_DATA = 0.5
 """Of the preconditioning of z, and of the pixels."""

@@ -11,9 +11,9 @@ from typing import Annotated, Any
 
 from pydantic import ConfigDict, Field
 
-from edgeblocks.checkpoint import RunDirectory, open_run
 from edgeblocks.errors import RunError, StorageError
-from edgeblocks.run_files import (
+from edgeblocks.runs.directory import RunDirectory, open_run
+from edgeblocks.runs.schema import (
     Checked,
     Count,
     Diverging,

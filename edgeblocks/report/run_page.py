@@ -8,9 +8,9 @@ from edgeblocks.report import page
 from edgeblocks.report.curves import loss_figure, memory_figure, validation_figures
 from edgeblocks.report.facts import RunFacts
 from edgeblocks.report.headline import headline
-from edgeblocks.report.looks import looks_piece, read_looks
 from edgeblocks.report.page import Section
 from edgeblocks.report.planning import block_table, breakdown_bars, plan_table, time_bar
+from edgeblocks.report.previews import looks_piece, read_looks
 from edgeblocks.report.surroundings import environment_table, settings_table
 
 

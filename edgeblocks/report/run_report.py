@@ -4,8 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from edgeblocks.durable import write_atomically
 from edgeblocks.errors import ConfigError, StorageError
+from edgeblocks.files.durable import write_atomically
 from edgeblocks.report.facts import read_facts
 from edgeblocks.report.run_page import run_page
 from edgeblocks.units import format_bytes

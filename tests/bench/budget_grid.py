@@ -25,7 +25,7 @@ import numpy as np
 from edgeblocks.units import PROCESSES_DIFFER_BYTES
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from outside import EDGEBLOCKS, measured
+from support.outside import EDGEBLOCKS, measured
 
 AMPLE = "14GB"
 PREFERRED_BLOCKS = {"dit": 3, "vit": 2}

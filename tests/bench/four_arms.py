@@ -201,7 +201,7 @@ def section(family: str) -> list[str]:
 
 
 def entry(family: str) -> dict[str, Any]:
-    """What both methods reached: what `edgeblocks.recommendation` reads."""
+    """What both methods reached: what `edgeblocks.planning.recommendation` reads."""
     measure, settings = MEASURES[family][0], SETTINGS[family]
     kinds = arms(family, STEPS[family])
     rows = {

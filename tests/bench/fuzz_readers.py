@@ -13,7 +13,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from fuzzing import MEMORY_BYTES, READERS, TIMEOUT_S, failure_kinds, fuzz
+from support.fuzzing import MEMORY_BYTES, READERS, TIMEOUT_S, failure_kinds, fuzz
 
 
 def main() -> int:

@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from killing import Campaign
+from support.killing import Campaign
 
 
 def main() -> None:

@@ -12,11 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from edgeblocks.causal_layers import CausalLayer
+from edgeblocks.diffusion.noise import partition_noise
+from edgeblocks.families.causal_layers import CausalLayer
+from edgeblocks.families.layers import Linear, TokenEmbedding, init_linear_, init_zero_, rotary_table, run_layers
 from edgeblocks.families.vit import Vit
 from edgeblocks.generators import generator_at
-from edgeblocks.layers import Linear, TokenEmbedding, init_linear_, init_zero_, rotary_table, run_layers
-from edgeblocks.noise import partition_noise
 
 
 class PlainDenoiser(nn.Module):

@@ -28,22 +28,22 @@ import torch
 from plain import PlainCausal, PlainClassifier, PlainDenoiser
 
 import edgeblocks
-from edgeblocks.block_buffer import BlockBuffer, BlockLayout, bind_parameters_
-from edgeblocks.checkpoint import open_run
 from edgeblocks.config import RunSettings
 from edgeblocks.data.dataset import DataSet
 from edgeblocks.errors import DoesNotFitError
 from edgeblocks.generators import generator_at
-from edgeblocks.guard import Guard
-from edgeblocks.layer_costs import LARGEST_HEAP_BYTES
-from edgeblocks.listener import Silent
-from edgeblocks.optim import Workspace, adamw_8bit_step_, adamw_step_
-from edgeblocks.plans import StepShape
+from edgeblocks.offload.block_buffer import BlockBuffer, BlockLayout, bind_parameters_
+from edgeblocks.offload.block_slots import Scheduler
+from edgeblocks.optim.adamw import Workspace, adamw_8bit_step_, adamw_step_
+from edgeblocks.planning.layer_costs import LARGEST_HEAP_BYTES
+from edgeblocks.planning.plans import StepShape
+from edgeblocks.progress import Silent
 from edgeblocks.registry import family_type
-from edgeblocks.run_data import data_of
-from edgeblocks.scheduler import Scheduler
+from edgeblocks.runs.directory import open_run
+from edgeblocks.runs.open_data import data_of
 from edgeblocks.targets.cpu import CpuTarget
-from edgeblocks.trainer import Interruption, Progress, Trainer, Visit
+from edgeblocks.training.diffusion import Interruption, Progress, Trainer, Visit
+from edgeblocks.training.guard import Guard
 
 LAYERS = {"depth": 12, "width": 384, "heads": 6}
 SHAPES: dict[str, dict[str, int]] = {

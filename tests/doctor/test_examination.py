@@ -3,12 +3,12 @@
 import json
 
 import pytest
-from made_up_machine import LIMIT_BYTES, groups
+from support.made_up_machine import LIMIT_BYTES, groups
 
 from edgeblocks.config import preset_names
 from edgeblocks.doctor import examination as doctor
 from edgeblocks.doctor.kernels import KERNELS
-from edgeblocks.listener import Silent
+from edgeblocks.progress import Silent
 
 
 class Stages(Silent):

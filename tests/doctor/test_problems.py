@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 import pytest
-from made_up_machine import GB, healthy, with_part
+from support.made_up_machine import GB, healthy, with_part
 
 from edgeblocks.doctor import problems
 

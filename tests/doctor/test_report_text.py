@@ -4,7 +4,7 @@ import re
 from dataclasses import replace
 from importlib import metadata
 
-from made_up_machine import GB, healthy, with_part
+from support.made_up_machine import GB, healthy, with_part
 
 from edgeblocks.doctor import examination as doctor
 from edgeblocks.doctor import surroundings

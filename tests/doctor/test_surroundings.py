@@ -1,7 +1,7 @@
 """Memory and cores, as control groups allow them."""
 
 import pytest
-from made_up_machine import GB, LIMIT_BYTES, groups
+from support.made_up_machine import GB, LIMIT_BYTES, groups
 
 from edgeblocks.doctor import surroundings
 from edgeblocks.registry import build_target

@@ -6,9 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from child_processes import ChildError, in_child
-from faulty_runs import HALF, lay_out_elsewhere, resume, send
-from killing import Campaign
+from support.child_processes import ChildError, in_child
+from support.faulty_runs import HALF, lay_out_elsewhere, resume, send
+from support.killing import Campaign
 
 collect_ignore_glob = [] if sys.platform == "linux" else ["test_*.py"]
 

@@ -7,8 +7,8 @@ import shutil
 from pathlib import Path
 
 import pytest
-from child_processes import in_child
-from faulty_runs import (
+from support.child_processes import in_child
+from support.faulty_runs import (
     BLOCK,
     HALF,
     assert_goes_on,
@@ -19,7 +19,7 @@ from faulty_runs import (
     saved_steps,
     train,
 )
-from watched_run import BLOCKS, assert_equal_runs, read_block
+from support.watched_run import BLOCKS, assert_equal_runs, read_block
 
 pytestmark = pytest.mark.slow
 

@@ -6,8 +6,8 @@ import shutil
 from pathlib import Path
 
 import pytest
-from child_processes import in_child
-from faulty_runs import (
+from support.child_processes import in_child
+from support.faulty_runs import (
     assert_goes_on,
     assert_sound,
     lay_out_elsewhere,
@@ -18,7 +18,7 @@ from faulty_runs import (
     saved_steps,
     small_disk,
 )
-from watched_run import BLOCKS
+from support.watched_run import BLOCKS
 
 pytestmark = pytest.mark.slow
 

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from child_processes import in_child
-from faulty_runs import assert_goes_on, lay_out_resized, refused, resume, train
 from safetensors.numpy import load_file
-from watched_run import assert_equal_runs
+from support.child_processes import in_child
+from support.faulty_runs import assert_goes_on, lay_out_resized, refused, resume, train
+from support.watched_run import assert_equal_runs
 
 pytestmark = pytest.mark.slow
 

@@ -5,9 +5,18 @@ import shutil
 import subprocess
 
 import pytest
-from child_processes import ChildError, in_child
-from faulty_runs import HALF, allow_writes, assert_goes_on, assert_sound, refuse_writes, refused, resume, saved_steps
-from watched_run import BLOCKS, assert_equal_runs
+from support.child_processes import ChildError, in_child
+from support.faulty_runs import (
+    HALF,
+    allow_writes,
+    assert_goes_on,
+    assert_sound,
+    refuse_writes,
+    refused,
+    resume,
+    saved_steps,
+)
+from support.watched_run import BLOCKS, assert_equal_runs
 
 pytestmark = pytest.mark.slow
 

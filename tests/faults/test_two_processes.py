@@ -5,8 +5,8 @@ import shutil
 import signal
 
 import pytest
-from child_processes import fork_server, in_child
-from faulty_runs import (
+from support.child_processes import fork_server, in_child
+from support.faulty_runs import (
     HALF,
     assert_goes_on,
     assert_sound,
@@ -16,7 +16,7 @@ from faulty_runs import (
     resume,
     stopped_at_step,
 )
-from watched_run import BLOCKS
+from support.watched_run import BLOCKS
 
 pytestmark = pytest.mark.slow
 

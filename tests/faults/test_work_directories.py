@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from faulty_runs import HALF, assert_goes_on, refused, resume, saved_steps, small_disk, stopped_at_step, train
+from support.faulty_runs import HALF, assert_goes_on, refused, resume, saved_steps, small_disk, stopped_at_step, train
 
 pytestmark = pytest.mark.slow
 

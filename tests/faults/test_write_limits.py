@@ -4,8 +4,8 @@ import math
 import re
 
 import pytest
-from faulty_runs import BLOCK, HALF, assert_goes_on, assert_sound, refused, resume, saved_steps
-from watched_run import BLOCKS, VISIT_STEPS
+from support.faulty_runs import BLOCK, HALF, assert_goes_on, assert_sound, refused, resume, saved_steps
+from support.watched_run import BLOCKS, VISIT_STEPS
 
 pytestmark = pytest.mark.slow
 

@@ -1,0 +1,157 @@
+"""`compare`: ways to train the same network, side by side."""
+
+import json
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from edgeblocks.cli.exit_codes import guarded
+from edgeblocks.cli.options import (
+    BatchSize,
+    Blocks,
+    ConfigFile,
+    Data,
+    Family,
+    Json,
+    MemBudget,
+    Preset,
+    RamBudget,
+    Seed,
+    SetValues,
+    Steps,
+    Target,
+    Tokenizer,
+    Verbose,
+    Vocab,
+    WorkDir,
+    given_settings,
+)
+from edgeblocks.errors import ConfigError, EdgeblocksError
+from edgeblocks.units import format_bytes, format_duration
+
+
+def compare(
+    family: Family = None,
+    arms: Annotated[
+        str | None,
+        typer.Option(
+            help="Ways to train, with commas between: diffusion, exact, plain (an ordinary loop without a budget), "
+            "plain+ckpt, plain+8bit, plain+ckpt+8bit.",
+            show_default="diffusion,exact,plain, and plain+ckpt+8bit where bitsandbytes is installed",
+        ),
+    ] = None,
+    minutes: Annotated[
+        float | None,
+        typer.Option(
+            help="Train each arm for so long, instead of for so many steps; a short trial shows how many steps these "
+            "are."
+        ),
+    ] = None,
+    seeds: Annotated[int, typer.Option(help="Train each arm so many times, with other randomness.")] = 1,
+    preset: Preset = None,
+    data: Data = None,
+    tokenizer: Tokenizer = None,
+    vocab: Vocab = None,
+    mem_budget: MemBudget = None,
+    ram_budget: RamBudget = None,
+    steps: Steps = None,
+    batch: BatchSize = None,
+    blocks: Blocks = None,
+    target: Target = None,
+    work_dir: WorkDir = None,
+    config: ConfigFile = None,
+    set_values: SetValues = None,
+    seed: Seed = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", "-o", help="Folder of the comparison.", show_default="compare/FAMILY-DATA"),
+    ] = None,
+    as_json: Json = False,
+    verbose: Verbose = False,
+) -> None:
+    """Train the same network in several ways and tell quality, time and memory of each.
+
+    Every arm has a process of its own, one after the other. The same command again goes on with what is missing.
+    """
+    typed = {name: value for name, value in locals().items() if name in COMPARED_FLAGS}
+
+    def work() -> None:
+        from edgeblocks.cli.console_progress import ConsoleListener
+        from edgeblocks.compare import arms as comparison
+        from edgeblocks.report.comparison_page import comparison_page
+        from edgeblocks.runs.directory import write_text
+
+        given = given_settings(set_values, typed)
+        if minutes is not None and "steps" in given:
+            raise ConfigError("--minutes and --steps: either each arm trains for so long, or for so many steps")
+        with ConsoleListener() as listener:
+            wanted = comparison.wanted_of(arms, seeds, minutes, given, config, note=listener.note)
+            run = wanted.settings.run
+            folder = out or comparison.free_path(run.family, run.data)
+            content = comparison.compare(wanted, folder, listener)
+            write_text(folder / "report.html", comparison_page(content))
+        print(json.dumps(content) if as_json else comparison_table(content, folder))
+        if all(row["failure"] is not None for row in content["arms"]):
+            raise EdgeblocksError("no arm has a result")
+
+    guarded(work, verbose=verbose)
+
+
+COMPARED_FLAGS = frozenset(
+    {
+        "family",
+        "preset",
+        "data",
+        "tokenizer",
+        "vocab",
+        "mem_budget",
+        "ram_budget",
+        "steps",
+        "batch",
+        "blocks",
+        "target",
+        "work_dir",
+        "seed",
+    }
+)
+"""Flags of compare that are settings, by their names."""
+
+
+def comparison_table(content: dict[str, Any], folder: Path) -> str:
+    """What `compare` prints: one line an arm, means over the seeds with each seed's figure behind."""
+    better = "higher" if content["higher_is_better"] else "lower"
+    rows = [["arm", f"{content['measure']} ({better} is better)", "steps", "time", "a step", "peak", "budget"]]
+    rows += [_cells(name, rows_of) for name, rows_of in by_arm(content["arms"]).items()]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = ["  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return "\n".join([*lines, "", f"{folder / 'report.html'}: curves, memory over time; compare.json: the figures"])
+
+
+def by_arm(rows: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """The trainings of each arm, in the order of the arms."""
+    return {name: [row for row in rows if row["arm"] == name] for name in dict.fromkeys(row["arm"] for row in rows)}
+
+
+def _cells(name: str, rows: Sequence[dict[str, Any]]) -> list[str]:
+    done = [row for row in rows if row["failure"] is None]
+    if not done:
+        return [name, f"none: {rows[0]['failure']}", "", "", "", "", ""]
+    final = [row["quality"][-1] for row in done]
+    spread = f" ({', '.join(format(mark['value'], '.4f') for mark in final)})" if len(final) > 1 else ""
+    error = final[0]["standard_error"]
+    spread = spread or ("" if error is None else f" ± {error:.4f}")
+    budget = done[0]["budget_bytes"]
+    return [
+        name
+        + (f", {done[0]['blocks']} blocks" if done[0]["blocks"] > 1 and name == "diffusion" else "")
+        + (f" ({len(rows) - len(done)} of {len(rows)} seeds failed)" if len(done) < len(rows) else ""),
+        f"{statistics.mean(mark['value'] for mark in final):.4f}{spread}",
+        "/".join(dict.fromkeys(str(row["steps"]) for row in done)),
+        format_duration(statistics.mean(row["seconds"] for row in done)),
+        format_duration(statistics.mean(row["step_s"] for row in done)),
+        format_bytes(max(row["peak_bytes"] for row in done)),
+        "none" if budget is None else format_bytes(budget),
+    ]

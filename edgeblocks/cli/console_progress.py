@@ -1,0 +1,127 @@
+"""How a long call goes on, told on standard error: lines in a pipe, one live line in a terminal."""
+
+import sys
+import time
+from typing import TYPE_CHECKING, Self, TextIO
+
+from rich.console import Console
+
+from edgeblocks.cli.console import banner
+from edgeblocks.units import format_bytes, format_duration
+
+if TYPE_CHECKING:
+    from edgeblocks.prepare import Prepared
+    from edgeblocks.runs.directory import RunDirectory
+    from edgeblocks.training.diffusion import Progress
+
+PLAIN_LINE_EVERY_S = 10.0
+LIVE_LINE_EVERY_S = 0.2
+
+
+def make_console(stream: TextIO) -> Console:
+    """A console that neither wraps nor colours in a pipe."""
+    return Console(file=stream, width=None if stream.isatty() else 140, highlight=False, soft_wrap=not stream.isatty())
+
+
+class ConsoleListener:
+    """Prints how a long call goes on, on standard error: standard output is for what the call gives.
+
+    Used with `with`, so that an error begins on a line of its own.
+    """
+
+    def __init__(self) -> None:
+        self._stream = sys.stderr
+        self._console = make_console(self._stream)
+        self._live = self._stream.isatty()
+        self._every_s = LIVE_LINE_EVERY_S if self._live else PLAIN_LINE_EVERY_S
+        self._last = 0.0
+        self._open_line = False
+        self._started_at: tuple[float, int] | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def stage(self, text: str) -> None:
+        self.close()
+        self._last = 0.0
+        if text != "training":
+            self._console.print(f"[dim]{text} ..[/dim]")
+
+    def note(self, text: str) -> None:
+        self.close()
+        self._console.print(text, markup=False)
+
+    def advance(self, done: int, total: int, text: str) -> None:
+        if done == total or time.monotonic() - self._last > self._every_s:
+            self._line(f"{text}: {done}/{total}", final=done == total)
+
+    def planned(self, prepared: "Prepared", run: "RunDirectory") -> None:
+        self._console.print(banner(prepared), markup=False)
+        self._console.print(f"run directory: {run.path}", markup=False)
+
+    def step(self, progress: "Progress") -> None:
+        finished = progress.steps_done == progress.steps_total
+        now = time.monotonic()
+        if self._started_at is None:
+            self._started_at = (now, progress.steps_done)
+        if not finished and now - self._last <= self._every_s:
+            return
+        start_time, start_steps = self._started_at
+        done = progress.steps_done - start_steps
+        to_do = progress.steps_total - progress.steps_done
+        remaining = f"{format_duration((now - start_time) / done * to_do)} left" if done else ""
+        where, loss = f"step {progress.step}", f"loss {progress.losses[progress.block or 0]:.3f}"
+        other_losses = ""
+        if progress.block is not None:
+            losses = {block: f"{block}:{mean:.3f}" for block, mean in sorted(progress.losses.items())}
+            where, loss = f"block {progress.block} step {progress.step}", f"loss {losses.pop(progress.block)}"
+            other_losses = "  ".join(losses.values())
+        elapsed = max(time.perf_counter() - progress.started, 1e-6)
+        memory = f"{format_bytes(progress.used_bytes)}/{format_bytes(progress.budget_bytes)}"
+        share = progress.steps_done / max(progress.steps_total, 1)
+        pieces = {  # in the order in which they are shown; the numbers say in which they are left out
+            _bar(share): 3,
+            f"{share:4.0%}": 10,
+            where: 8,
+            loss: 7,
+            other_losses: 1,
+            f"{progress.examples_per_s:.0f} {progress.example}/s": 5,
+            memory: 6,
+            f"stall {progress.stall_s / elapsed:.1%}": 2,
+            f"{format_bytes(progress.bytes_written)} written": 4,
+            remaining: 9,
+        }
+        self._line(_fitting(pieces, self._console.width - 1 if self._live else None), final=finished)
+
+    def close(self) -> None:
+        """End a live line."""
+        if self._open_line:
+            print(file=self._stream, flush=True)
+            self._open_line = False
+
+    def _line(self, text: str, *, final: bool) -> None:
+        self._last = time.monotonic()
+        if self._live:
+            width = self._console.width - 1
+            print(f"\r{text[:width]:<{width}}", end="", file=self._stream, flush=True)
+            self._open_line = True
+            if final:
+                self.close()
+        else:
+            print(text, file=self._stream, flush=True)
+
+
+def _fitting(pieces: dict[str, int], width: int | None) -> str:
+    """The pieces side by side; where they are wider than the terminal, without those of the lowest numbers."""
+    shown = {piece: number for piece, number in pieces.items() if piece}
+    while width is not None and len("  ".join(shown)) > width and len(shown) > 1:
+        del shown[min(shown, key=shown.__getitem__)]
+    return "  ".join(shown)
+
+
+def _bar(share: float, width: int = 16) -> str:
+    filled = round(share * width)
+    return "━" * filled + "─" * (width - filled)

@@ -1,0 +1,241 @@
+"""`eval`, `sample`, `export`, `weights` and `run`: what a trained network is for."""
+
+import json
+from functools import partial
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from edgeblocks.cli.exit_codes import guarded
+from edgeblocks.cli.options import (
+    ClassChoice,
+    Fill,
+    Guidance,
+    Json,
+    Length,
+    MemBudget,
+    Number,
+    Prompt,
+    RunArgument,
+    SampleSeed,
+    SampleSteps,
+    Solver,
+    Temperature,
+    TopP,
+    Verbose,
+)
+from edgeblocks.cli.outputs import Wish, say_classes
+from edgeblocks.errors import ConfigError
+from edgeblocks.units import format_bytes
+
+
+def evaluate(
+    run: RunArgument,
+    samples: Annotated[
+        int | None,
+        typer.Option(
+            help="Images that are made for the Frechet distance, or classified (0 leaves the chain out); sequences of "
+            "text.",
+            show_default="256 made, 1024 classified, 256 sequences; 64 of ar and looped",
+        ),
+    ] = None,
+    steps: Annotated[
+        int | None,
+        typer.Option(
+            help="Noise levels of the chain; at least one a block.",
+            show_default="18 for images, 4 for classes, 8 of ar and looped",
+        ),
+    ] = None,
+    seed: SampleSeed = 0,
+    data: Annotated[
+        str | None, typer.Option(help="Where the run's data are now, if they were moved.", show_default=False)
+    ] = None,
+    mem_budget: MemBudget = None,
+    as_json: Json = False,
+    verbose: Verbose = False,
+) -> None:
+    """Validation loss per noise level; and a Frechet distance of fresh samples, accuracy and calibration, or bits a
+    character."""
+
+    def work() -> None:
+        from edgeblocks import api
+        from edgeblocks.cli.console import evaluation_report
+        from edgeblocks.cli.console_progress import ConsoleListener
+
+        with ConsoleListener() as listener:
+            result = api.load(run).evaluate(
+                samples=samples, steps=steps, seed=seed, data=data, mem_budget=mem_budget, listener=listener
+            )
+        print(json.dumps(result) if as_json else evaluation_report(result))
+
+    guarded(work, verbose=verbose)
+
+
+def sample(
+    run: RunArgument,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Where to write.", show_default="grid.png; text is printed")
+    ] = None,
+    n: Number = None,
+    steps: SampleSteps = None,
+    solver: Solver = None,
+    guidance: Guidance = None,
+    label: ClassChoice = None,
+    temperature: Temperature = None,
+    fill: Fill = None,
+    prompt: Prompt = None,
+    top_p: TopP = None,
+    length: Length = None,
+    seed: SampleSeed = 0,
+    mem_budget: MemBudget = None,
+    as_json: Json = False,
+    verbose: Verbose = False,
+) -> None:
+    """Generate with a trained run: a grid of images, or texts."""
+    wish = Wish(
+        n=n,
+        out=out,
+        as_json=as_json,
+        of_images={"solver": solver, "guidance": guidance, "label": label},
+        of_text={"temperature": temperature, "fill": fill, "prompt": prompt, "top_p": top_p, "length": length},
+    )
+
+    def work() -> None:
+        from edgeblocks import api
+        from edgeblocks.cli.console_progress import ConsoleListener
+        from edgeblocks.diffusion.token_choice import TEXT_TASKS
+
+        with ConsoleListener() as listener:
+            loaded = api.load(run)
+            if not (run / "summary.json").exists():
+                listener.note("the run is not finished: its blocks are used as they were saved last")
+            if loaded.directory.family().task in TEXT_TASKS:
+
+                def told(done: int, total: int) -> None:
+                    listener.advance(done, total, "writing")
+
+                wish.texts(partial(loaded.sample_text, steps=steps, seed=seed, mem_budget=mem_budget, on_step=told))
+                return
+            levels = 18 if steps is None else steps
+
+            def sampled(done: int) -> None:
+                listener.advance(done, levels, "sampling")
+
+            wish.images(
+                partial(loaded.sample, steps=levels, seed=seed, mem_budget=mem_budget, on_level=sampled),
+                num_classes=loaded.directory.data.num_classes,
+            )
+
+    guarded(work, verbose=verbose)
+
+
+def export(
+    run: RunArgument,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Directory of the exported network.", show_default=False)],
+    as_json: Json = False,
+    verbose: Verbose = False,
+) -> None:
+    """Write a trained run as ONNX graphs, one a block, and verify them against torch."""
+
+    def work() -> None:
+        from edgeblocks import api
+        from edgeblocks.cli.console import export_report
+        from edgeblocks.cli.console_progress import ConsoleListener
+
+        with ConsoleListener() as listener:
+            manifest = api.load(run).export(out, listener=listener)
+        if as_json:
+            print(json.dumps(manifest))
+        else:
+            print(export_report(manifest, out))
+
+    guarded(work, verbose=verbose)
+
+
+def weights(
+    run: RunArgument,
+    out: Annotated[Path, typer.Option("--out", "-o", help="A file that ends in .safetensors.", show_default=False)],
+    last: Annotated[bool, typer.Option("--last", help="As the last step left them, instead of their average.")] = False,
+    as_json: Json = False,
+    verbose: Verbose = False,
+) -> None:
+    """Write a run's weights as one .safetensors file: for --init of another run, or for PyTorch."""
+
+    def work() -> None:
+        from edgeblocks import api
+
+        written = api.load(run).save_weights(out, last=last)
+        if as_json:
+            print(json.dumps(written))
+        else:
+            print(f"wrote {written['tensors']} tensors, {format_bytes(written['bytes'])}, to {out}")
+
+    guarded(work, verbose=verbose)
+
+
+def run(
+    directory: Annotated[Path, typer.Argument(help="An exported directory.", show_default=False)],
+    images: Annotated[
+        list[Path] | None, typer.Argument(help="Image files to classify, for a network that tells classes.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Where to write.", show_default="grid.png where images are made")
+    ] = None,
+    n: Number = None,
+    steps: Annotated[
+        int | None, typer.Option(help="Noise levels of the chain; at least one a block.", show_default="as exported")
+    ] = None,
+    solver: Solver = None,
+    guidance: Guidance = None,
+    label: ClassChoice = None,
+    temperature: Temperature = None,
+    fill: Fill = None,
+    prompt: Prompt = None,
+    top_p: TopP = None,
+    length: Length = None,
+    seed: SampleSeed = 0,
+    as_json: Json = False,
+    verbose: Verbose = False,
+) -> None:
+    """Run an exported network: onnxruntime only, one block in memory at a time, no torch.
+
+    One that makes images writes a grid of them. One that tells classes prints the likeliest ones of each image file,
+    or writes them to a .json file. One that writes text prints it, or writes it to a file.
+    """
+    wish = Wish(
+        n=n,
+        out=out,
+        as_json=as_json,
+        of_images={"solver": solver, "guidance": guidance, "label": label},
+        of_text={"temperature": temperature, "fill": fill, "prompt": prompt, "top_p": top_p, "length": length},
+    )
+
+    def work() -> None:
+        from edgeblocks.cli.console_progress import ConsoleListener
+        from edgeblocks.diffusion.token_choice import TEXT_TASKS
+        from edgeblocks.registry import open_exported
+
+        exported = open_exported(directory)
+        manifest = exported.manifest
+        if images and manifest.task != "classes":
+            raise ConfigError(f"{directory} takes no images; leave out {images[0]}")
+        if manifest.task == "classes":
+            wish.nothing("tells classes")
+            say_classes(exported, images or [], out, steps, seed, as_json=as_json)
+        elif manifest.task in TEXT_TASKS:
+            wish.texts(partial(exported.write, steps=steps, seed=seed))
+        else:
+            levels = manifest.sampler.steps if steps is None else steps
+            with ConsoleListener() as listener:
+                wish.images(
+                    partial(
+                        exported.sample,
+                        steps=levels,
+                        seed=seed,
+                        on_level=lambda done: listener.advance(done, levels, "sampling"),
+                    ),
+                    num_classes=manifest.num_classes,
+                )
+
+    guarded(work, verbose=verbose)

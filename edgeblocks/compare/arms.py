@@ -1,0 +1,384 @@
+"""Ways to train the same network, one after the other, each in a process of its own: quality, time and memory.
+
+All train on the same data in the same batches with the same schedule, for as many layer evaluations (B blocks of L/B
+layers, each with K steps, make as many as K steps of L layers), or for as long a time. `diffusion` and `exact` keep the
+budget; ordinary training (`plain_training`) has none, and its peak is told whatever it is.
+
+A comparison lies in a folder with one run a method and seed. The same comparison again goes on with what is missing.
+"""
+
+import contextlib
+import importlib.util
+import json
+import math
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from edgeblocks import api
+from edgeblocks.config import Settings, read_yaml
+from edgeblocks.errors import ConfigError, DoesNotFitError, EdgeblocksError, RunError
+from edgeblocks.inference.quality import EXAMPLES, MEASURES
+from edgeblocks.prepare import check_method
+from edgeblocks.progress import Listener
+from edgeblocks.registry import build_target, family_type
+from edgeblocks.runs.create import environment
+from edgeblocks.runs.directory import open_run, write_text
+from edgeblocks.runs.open_data import data_of
+from edgeblocks.runs.schema import read_records
+from edgeblocks.training.diffusion import Interruption
+
+DEFAULT_ARMS = ("diffusion", "exact", "plain", "plain+ckpt+8bit")
+MEANINGS = {
+    "diffusion": "each block alone, as a denoiser of its noise levels, inside the budget",
+    "exact": "end to end, some stages in memory at a time, inside the budget",
+    "plain": "an ordinary loop, everything in memory: weights, their mean, gradients, 32-bit moments of AdamW",
+    "ckpt": "activations recomputed",
+    "8bit": "bitsandbytes' AdamW8bit",
+}
+EVALUATIONS = 8
+PROBE_STEPS = 20
+_EXTRAS = {"ckpt": "--checkpointing", "8bit": "--eight-bit"}
+_SIGKILL = -9
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arm:
+    """One way to train.
+
+    >>> Arm.parse("plain+8bit"), Arm.parse("exact").method
+    (Arm(method='plain', extras=('8bit',)), 'exact')
+    """
+
+    method: str
+    extras: tuple[str, ...] = ()
+
+    @classmethod
+    def parse(cls, text: str) -> "Arm":
+        """
+        Raises:
+            ConfigError: there is no such way.
+        """
+        method, *extras = text.strip().split("+")
+        known = method in ("diffusion", "exact", "plain") and len(set(extras)) == len(extras)
+        if not known or (extras and method != "plain") or not set(extras) <= _EXTRAS.keys():
+            raise ConfigError(
+                f"--arms: there is no arm '{text.strip()}'; there are diffusion, exact, plain, plain+ckpt, plain+8bit "
+                f"and plain+ckpt+8bit"
+            )
+        return cls(method=method, extras=tuple(extra for extra in _EXTRAS if extra in extras))
+
+    @property
+    def name(self) -> str:
+        return "+".join((self.method, *self.extras))
+
+    @property
+    def meaning(self) -> str:
+        return ", ".join(MEANINGS[part] for part in (self.method, *self.extras))
+
+    @property
+    def is_plain(self) -> bool:
+        return self.method == "plain"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wanted:
+    """What is compared."""
+
+    settings: Settings
+    arms: tuple[Arm, ...]
+    seeds: tuple[int, ...]
+    minutes: float | None
+    """Of training of each arm; None where all make the same number of steps."""
+
+
+def compare(wanted: Wanted, out: Path, listener: Listener) -> dict[str, Any]:
+    """Train every arm with every seed and gather the figures, which are written to compare.json.
+
+    Raises:
+        ConfigError: an arm cannot train this family, or the folder holds another comparison.
+        RunError: a process ended in a way that no arm should.
+        KeyboardInterrupt: stopped; the same call again goes on.
+    """
+    _check(wanted)
+    _check_folder(wanted, out)
+    rows = []
+    for number, (arm, seed) in enumerate(product_of(wanted)):
+        listener.note(
+            f"\n{number + 1} of {len(wanted.arms) * len(wanted.seeds)}: {arm.name}, seed {seed}: {arm.meaning}"
+        )
+        rows.append(_Training(wanted, arm, seed, out, listener).row())
+    content = {
+        "family": wanted.settings.run.family,
+        "measure": MEASURES[_task(wanted)].name,
+        "higher_is_better": MEASURES[_task(wanted)].higher_is_better,
+        "examples": EXAMPLES[_task(wanted)],
+        "equal": _what_is_equal(wanted),
+        "evaluations_a_step": None
+        if _is_unrolled(wanted)
+        else wanted.settings.family.depth * wanted.settings.run.batch,
+        "minutes": wanted.minutes,
+        "settings": {**wanted.settings.run.model_dump(), **vars(wanted.settings.family)},
+        "environment": environment(),
+        "arms": rows,
+    }
+    write_text(out / "compare.json", json.dumps(content, indent=1))
+    return content
+
+
+def product_of(wanted: Wanted) -> Iterator[tuple[Arm, int]]:
+    """Arms take turns, so that after each seed there is something to compare."""
+    for seed in wanted.seeds:
+        for arm in wanted.arms:
+            yield arm, seed
+
+
+def _is_unrolled(wanted: Wanted) -> bool:
+    """Whether end-to-end training runs some layers several times a step, so that steps differ in layer evaluations."""
+    return hasattr(family_type(wanted.settings.run.family, "exact"), "with_iterations")
+
+
+def _what_is_equal(wanted: Wanted) -> str:
+    if wanted.minutes is not None:
+        return "time"
+    return "steps" if _is_unrolled(wanted) else "layer evaluations"
+
+
+def _task(wanted: Wanted) -> str:
+    return str(family_type(wanted.settings.run.family).task)
+
+
+def _check(wanted: Wanted) -> None:
+    """That every arm can train this family on these data, before one begins.
+
+    Raises:
+        ConfigError, DataError: with the reasons.
+    """
+    run, problems = wanted.settings.run, []
+    if wanted.minutes is not None and not 0 < wanted.minutes < math.inf:
+        problems.append(f"--minutes {wanted.minutes}: a number above 0 is needed")
+    if run.method != "diffusion":
+        problems.append(f"method={run.method}: compare trains with several methods; name them with --arms")
+    begun = [name for name in ("init", "init_fresh", "train_blocks") if getattr(run, name) is not None]
+    if begun and any(arm.is_plain for arm in wanted.arms):
+        problems.append(
+            f"{', '.join(begun)}: ordinary training begins with random weights and trains all of them, which would "
+            f"compare different things; use --arms diffusion,exact"
+        )
+    if problems:
+        raise ConfigError(*problems)
+    target = build_target(run.target)
+    target.prepare()  # says at once that there is no such device
+    for method in dict.fromkeys("exact" if arm.is_plain else arm.method for arm in wanted.arms):
+        family_type(run.family, method)
+        if any(arm.method == method for arm in wanted.arms):
+            check_method(run.model_copy(update={"method": method}))
+    data_of(run, lambda *_: None)
+
+
+def _check_folder(wanted: Wanted, out: Path) -> None:
+    """That the folder is new, or holds this comparison; it may be asked for other arms and seeds."""
+    path, text = out / "settings.yaml", f"# minutes of each arm: {wanted.minutes}\n{wanted.settings.to_yaml()}"
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"{out} is no folder; choose another -o")
+    if path.exists():
+        if path.read_text(encoding="utf-8") != text:
+            raise ConfigError(
+                f"{out} holds a comparison with other settings or for another time ({path}); choose another -o"
+            )
+        return
+    if out.exists() and any(out.iterdir()):
+        raise ConfigError(f"{out} is not empty and holds no comparison; choose another -o")
+    out.mkdir(parents=True, exist_ok=True)
+    write_text(path, text)
+
+
+class _Training:
+    """One arm with one seed."""
+
+    def __init__(self, wanted: Wanted, arm: Arm, seed: int, out: Path, listener: Listener) -> None:
+        self.wanted, self.arm, self.seed, self.listener = wanted, arm, seed, listener
+        self.path = out / f"{arm.name}-seed{seed}"
+
+    def row(self) -> dict[str, Any]:
+        """Train what is not trained yet; the figures, or why there are none."""
+        told = {"arm": self.arm.name, "meaning": self.arm.meaning, "seed": self.seed, "path": str(self.path)}
+        try:
+            if not (self.path / "summary.json").exists():
+                self._train(self.path, self._steps())
+        except _FailedError as error:
+            self.listener.note(f"{self.arm.name} has no result: {error}")
+            return {**told, "failure": str(error)}
+        return {**told, "failure": None, **self._figures()}
+
+    def _steps(self) -> int:
+        """Of the training: as set, or as many as a short trial shows to fill the time."""
+        if self.wanted.minutes is None:
+            return self.wanted.settings.run.steps
+        trial, told = self.path.with_name(f"{self.path.name}-trial"), self.path.with_name(f"{self.path.name}.steps")
+        if told.exists():
+            return int(told.read_text())
+        self.listener.note(f"a trial of {PROBE_STEPS} steps, to see how many fill {self.wanted.minutes:g} minutes")
+        if not (trial / "summary.json").exists():
+            self._train(trial, PROBE_STEPS)
+        summary = json.loads((trial / "summary.json").read_text())
+        steps = max(1, round(self.wanted.minutes * 60 / self._whole_step_s(summary)))
+        write_text(told, str(steps))
+        return steps
+
+    def _train(self, path: Path, steps: int) -> None:
+        """In a process of its own.
+
+        Raises:
+            _FailedError: it has no result, for a reason that the other arms do not share.
+        """
+        if self.arm.is_plain:
+            extras = [_EXTRAS[extra] for extra in self.arm.extras]
+            self._run("edgeblocks.compare.plain_training", str(self._settings_file(path, steps)), str(path), *extras)
+        elif (path / "manifest.json").exists():
+            self._run("edgeblocks.cli", "train", "--resume", str(path), "--json")
+        else:
+            settings = self._settings_file(path, steps)
+            self._run("edgeblocks.cli", "train", "--config", str(settings), "--out", str(path), "--json")
+
+    def _settings_file(self, path: Path, steps: int) -> Path:
+        method = "diffusion" if self.arm.is_plain else self.arm.method
+        settings = self.wanted.settings
+        marks = (settings.run.evaluations or EVALUATIONS) if path == self.path else 0
+        changed = {"method": method, "seed": self.seed, "steps": steps, "evaluations": marks, "sample_grids": 0}
+        settings = replace(settings, run=settings.run.model_copy(update=changed))
+        file = path.with_name(f"{path.name}.yaml")
+        write_text(file, settings.to_yaml())
+        return file
+
+    def _run(self, *arguments: str) -> None:
+        """Run a module of ours; its progress is shown, its result is in its files."""
+        code = _exit_code([sys.executable, "-m", *arguments])
+        if code == DoesNotFitError.exit_code:
+            run = self.wanted.settings.run
+            raise _FailedError(
+                f"it does not fit the budget of {run.mem_budget}; edgeblocks plan {run.family} --method "
+                f"{self.arm.method} with the same settings names one that would do"
+            )
+        if code == _SIGKILL:
+            raise _FailedError("the system killed it, most likely because memory ran out")
+        if code == 130:
+            raise KeyboardInterrupt
+        if code != 0:
+            raise _FailedError(f"it ended with exit code {code}; its message is on standard error")
+
+    def _figures(self) -> dict[str, Any]:
+        summary = json.loads((self.path / "summary.json").read_text())
+        quality = _records(self.path / "quality.jsonl", "value")
+        if not quality:
+            raise RunError(f"{self.path} has no figures of quality; remove it and compare again")
+        split = summary.get("time_split")
+        return {
+            "steps": summary["steps"],
+            "blocks": summary.get("blocks", 1),
+            "peak_bytes": summary["peak_bytes"],
+            "budget_bytes": None if self.arm.is_plain else summary["budget_bytes"],
+            "runtime_bytes": self._runtime_bytes(summary),
+            "seconds": quality[-1]["seconds"],
+            "step_s": self._whole_step_s(summary),
+            "time_split": split,
+            "quality": quality,
+            "memory": _thinned(_records(self.path / "metrics.jsonl", "used_bytes")),
+        }
+
+    def _whole_step_s(self, summary: dict[str, Any]) -> float:
+        """Of a step of all layers: where blocks are trained alone, of one step of each."""
+        return float(summary["step_s"]) * (summary["blocks"] if self.arm.method == "diffusion" else 1)
+
+    def _runtime_bytes(self, summary: dict[str, Any]) -> int:
+        """Of the process before there was a network: interpreter and libraries."""
+        if self.arm.is_plain:
+            return int(summary["runtime_bytes"])
+        return int(open_run(self.path).plan["breakdown"]["runtime"])
+
+
+def _exit_code(command: list[str]) -> int:
+    """Of a process that is told of Ctrl-C, SIGTERM and a closed terminal, saves what it has and is waited for.
+
+    Raises:
+        KeyboardInterrupt: there was one of these.
+    """
+    with Interruption().listening() as interruption:
+        # In a session of its own a terminal does not tell it too: a second Ctrl-C would not wait for the step.
+        child = subprocess.Popen(command, stdout=subprocess.DEVNULL, start_new_session=True)
+        told = False
+        try:
+            while child.poll() is None:
+                if interruption.signal_name is not None and not told:
+                    child.send_signal(signal.SIGINT)
+                    told = True
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    child.wait(timeout=0.2)
+        except KeyboardInterrupt:
+            child.kill()
+            child.wait()
+            raise
+    if interruption.signal_name is not None:
+        raise KeyboardInterrupt
+    return child.returncode
+
+
+class _FailedError(EdgeblocksError):
+    """An arm has no result; the others are trained nevertheless."""
+
+
+def _records(path: Path, field: str) -> list[dict[str, Any]]:
+    """Records that have a time and a figure."""
+    if not path.exists():
+        return []
+    return [
+        record
+        for record in read_records(path)
+        if isinstance(record.get("seconds"), float) and isinstance(record.get(field), float | int)
+    ]
+
+
+def _thinned(records: Sequence[dict[str, Any]], most: int = 200) -> list[tuple[float, int]]:
+    """Seconds and bytes of at most so many records."""
+    every = math.ceil(len(records) / most) or 1
+    return [(record["seconds"], record["used_bytes"]) for record in records[::every]]
+
+
+def free_path(family: str, data: str) -> Path:
+    """compare/FAMILY-DATA: the same for the same comparison, so that it goes on there."""
+    return Path("compare") / re.sub(r"[^\w.-]", "_", f"{family}-{Path(data).stem or 'data'}")
+
+
+def wanted_of(
+    arms: str | None,
+    seeds: int,
+    minutes: float | None,
+    settings: dict[str, Any],
+    config: Any,
+    *,
+    note: Callable[[str], None],
+) -> Wanted:
+    """What is compared, from what a user types.
+
+    Raises:
+        ConfigError: it cannot be compared.
+    """
+    has_8bit = importlib.util.find_spec("bitsandbytes") is not None
+    parsed = tuple(dict.fromkeys(Arm.parse(name) for name in (arms.split(",") if arms is not None else DEFAULT_ARMS)))
+    if not has_8bit and arms is None:
+        note("plain+ckpt+8bit is left out: bitsandbytes is not installed (pip install 'edgeblocks[compare]')")
+        parsed = tuple(arm for arm in parsed if "8bit" not in arm.extras)
+    if not has_8bit and any("8bit" in arm.extras for arm in parsed):
+        raise ConfigError("--arms: 8bit needs bitsandbytes, which is not installed: pip install 'edgeblocks[compare]'")
+    if seeds < 1:
+        raise ConfigError(f"--seeds {seeds}: at least one is needed")
+    if minutes is not None and config is not None and "steps" in read_yaml(Path(config)):
+        raise ConfigError(f"--minutes and the steps of {config}: either each arm trains for so long, or so many steps")
+    resolved = api.settings_for_here(config=config, **settings).with_whole_paths()
+    first = resolved.run.seed
+    return Wanted(settings=resolved, arms=parsed, seeds=tuple(range(first, first + seeds)), minutes=minutes)

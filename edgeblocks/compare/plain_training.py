@@ -1,0 +1,218 @@
+"""Ordinary training as it is written without edgeblocks: the whole network, its gradients and its optimizer in memory.
+
+    python -m edgeblocks.compare.plain_training SETTINGS.yaml OUT [--checkpointing] [--eight-bit]
+
+What `edgeblocks compare` holds the other methods against. Same data, batches, schedule, clipping and mean of the
+weights; no budget, and nothing is saved but figures.
+"""
+
+import argparse
+import importlib
+import json
+import logging
+import math
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim.swa_utils import AveragedModel
+
+from edgeblocks.api import settings_for_here
+from edgeblocks.cli.console_progress import ConsoleListener
+from edgeblocks.data.dataset import DataSet
+from edgeblocks.diffusion.noise import NoisePartition, partition_noise
+from edgeblocks.errors import EdgeblocksError
+from edgeblocks.generators import generator_at
+from edgeblocks.inference.quality import network_quality
+from edgeblocks.optim.update import BETA1, BETA2, EPS, ema_exponent, learning_rate_at
+from edgeblocks.progress import Listener
+from edgeblocks.registry import build_target, family_type
+from edgeblocks.runs.open_data import data_of
+from edgeblocks.training.batches import Batches, drawing, helper_for
+from edgeblocks.training.diffusion import METRICS_RECORDS
+
+
+def train(
+    family: Any,
+    data: DataSet,
+    run: Any,
+    *,
+    device: str,
+    eight_bit: bool,
+    on_start: Callable[[], None],
+    on_step: Callable[..., None],
+) -> None:
+    """The network of a family, end to end.
+
+    Args:
+        run: `config.RunSettings`.
+        device: torch's name of where the network is.
+        on_start: called before the first step.
+        on_step: called after every step with the number of steps, the loss, and the mean of the weights.
+    """
+    network = family.block(num_layers=family.num_layers, checkpointing=run.checkpointing is True)
+    network.reset_tables_()
+    network.init_(generator_at(run.seed, "init", 0))
+    network = network.to(device)
+    exponent = ema_exponent(run.ema_length) + 1
+    averaged = AveragedModel(
+        network, avg_fn=lambda mean, value, count: mean.lerp(value, 1 - float(1 - 1 / (count + 1)) ** exponent)
+    )
+    decayed = [parameter for parameter in network.parameters() if parameter.ndim >= 2]
+    others = [parameter for parameter in network.parameters() if parameter.ndim < 2]
+    groups = [{"params": decayed, "weight_decay": run.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    optimizer = adamw(groups, eight_bit=eight_bit)
+    on_start()
+    draw = drawing(family, data, whole_range(family).ranges[0], batch=run.batch, seed=run.seed, block=0)
+    batches = Batches(draw, last=run.steps, helper=helper_for(torch.device(device)))
+    for step in range(run.steps):
+        batch = {name: tensor.to(device) for name, tensor in batches.of(step).items()}
+        loss = family.loss(network, batch).mean()
+        loss.backward()
+        nn.utils.clip_grad_norm_(network.parameters(), run.clip)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate_at(step, steps=run.steps, warmup=run.warmup, peak=run.learning_rate)
+        optimizer.step()
+        optimizer.zero_grad()
+        averaged.update_parameters(network)
+        on_step(step + 1, loss.item(), averaged.module)
+
+
+def adamw(groups: list[dict[str, Any]], *, eight_bit: bool) -> torch.optim.Optimizer:
+    """AdamW with moments of 32 bits or 8."""
+    if not eight_bit:
+        return torch.optim.AdamW(groups, betas=(BETA1, BETA2), eps=EPS, fused=True)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of 4-bit kernels, which are not used
+    bitsandbytes: Any = importlib.import_module("bitsandbytes")
+    optimizer: torch.optim.Optimizer = bitsandbytes.optim.AdamW8bit(groups, betas=(BETA1, BETA2), eps=EPS)
+    return optimizer
+
+
+def whole_range(family: Any) -> NoisePartition:
+    """All noise levels, as one block has them."""
+    return partition_noise(family.noise, num_blocks=1, kind="equal-probability", overlap=0.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class WholeNetwork:
+    """A network in memory, where evaluation asks for blocks."""
+
+    partition: NoisePartition
+    whole: nn.Module
+    micro_batch: int
+    device: torch.device
+
+    def network(self, block: int) -> nn.Module:
+        return self.whole
+
+
+class Recorder:
+    """Writes figures of a training, and has its network evaluated now and then; that time is not counted."""
+
+    def __init__(self, out: Path, family: Any, data: DataSet, run: Any, target: Any, listener: Listener) -> None:
+        self.out, self.family, self.data, self.run = out, family, data, run
+        self.target, self.listener = target, listener
+        self.runtime_bytes = self.target.used_bytes()
+        self.partition = whole_range(family)
+        self.looking_s = self.started = 0.0
+        self._first_s = 0.0
+        """Of the first step, which loads libraries and fetches memory."""
+        self._every = max(1, run.steps // METRICS_RECORDS)
+        self._marks = {math.ceil(run.steps * (i + 1) / run.evaluations) for i in range(run.evaluations)}
+
+    def start(self) -> None:
+        """Time counts from now on."""
+        self.started = time.perf_counter()
+
+    @property
+    def seconds(self) -> float:
+        """Trained so far."""
+        return time.perf_counter() - self.started - self.looking_s
+
+    def note(self, step: int, loss: float, mean: nn.Module) -> None:
+        """Hear of a step.
+
+        Raises:
+            EdgeblocksError: the loss is no longer finite.
+        """
+        if not math.isfinite(loss):
+            raise EdgeblocksError(f"the loss is {loss} at step {step}; a smaller --set learning_rate=.. helps")
+        seconds = self.seconds
+        self._first_s = self._first_s or seconds
+        self.listener.advance(step, self.run.steps, f"training, loss {loss:.3f}")
+        if step % self._every == 0 or step == self.run.steps:
+            used_bytes = self.target.used_bytes()
+            self._append("metrics.jsonl", {"step": step, "loss": loss, "seconds": seconds, "used_bytes": used_bytes})
+        if step in self._marks:
+            started = time.perf_counter()
+            micro_batch = min(self.run.batch, 64)
+            device = torch.device(self.target.torch_device)
+            whole = WholeNetwork(partition=self.partition, whole=mean.eval(), micro_batch=micro_batch, device=device)
+            found = network_quality(self.family, whole, self.data, seed=self.run.seed)
+            mean.train()
+            self.looking_s += time.perf_counter() - started
+            self._append("quality.jsonl", {"step": step, "seconds": seconds, **asdict(found)})
+
+    def finish(self) -> None:
+        """Write the summary, which tells that the training is finished."""
+        content = {
+            "steps": self.run.steps,
+            "seconds": self.seconds,
+            "step_s": (self.seconds - self._first_s) / max(self.run.steps - 1, 1),
+            "peak_bytes": self.target.peak_bytes(),
+            "runtime_bytes": self.runtime_bytes,
+        }
+        (self.out / "summary.json").write_text(json.dumps(content))
+
+    def _append(self, name: str, record: dict[str, Any]) -> None:
+        with (self.out / name).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("settings", type=Path)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--checkpointing", action="store_true", help="recompute activations on the way back")
+    parser.add_argument("--eight-bit", action="store_true", help="moments of 8 bits: bitsandbytes' AdamW8bit")
+    wanted = parser.parse_args()
+    settings = settings_for_here(config=wanted.settings)
+    run = settings.run.model_copy(update={"checkpointing": wanted.checkpointing})
+    data = data_of(run, lambda *_: None)
+    kind = family_type(run.family, "exact")
+    family = kind(settings.family, kind.data_info(data))
+    target = build_target(run.target)
+    if target.host_bytes() is not None:  # on a processor ordinary training has the allocator's own settings
+        target.prepare()
+        target.warm_up()
+    wanted.out.mkdir(parents=True, exist_ok=True)
+    for former in wanted.out.glob("*.json*"):
+        former.unlink()
+    with ConsoleListener() as listener:
+        recorder = Recorder(wanted.out, family, data, run, target, listener)
+        device = target.torch_device
+        train(
+            family,
+            data,
+            run,
+            device=device,
+            eight_bit=wanted.eight_bit,
+            on_start=recorder.start,
+            on_step=recorder.note,
+        )
+        recorder.finish()
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except EdgeblocksError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -1,0 +1,123 @@
+"""Text from a chain of blocks that fill in masked tokens. No torch: the deployed chain runs it."""
+
+import re
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgeblocks.data.tokenizer import Tokenizer, check_readable
+from edgeblocks.diffusion.token_choice import GAP_PATTERN, drawing_problems, drawn_at, length_problems
+from edgeblocks.errors import ConfigError
+from edgeblocks.seeds import seed_at
+
+DEFAULT_STEPS = 64
+MOST_STEPS = 10_000
+GAPS = ("_", "[MASK]")
+
+Logits = NDArray[np.float32]
+Tokens = NDArray[np.int64]
+
+
+def check_writing(*, n: int, steps: int, temperature: float, length: int | None, trained_length: int) -> None:
+    """That texts can be asked for like that.
+
+    Raises:
+        ConfigError: with all that is impossible.
+    """
+    problems = drawing_problems(n=n, temperature=temperature)
+    problems += length_problems(length, trained_length=trained_length)
+    if not 1 <= steps <= MOST_STEPS:
+        problems.append(f"--steps {steps}: 1 to {MOST_STEPS} steps are possible")
+    if problems:
+        raise ConfigError(*problems)
+
+
+def with_gaps(text: str | None, tokenizer: Tokenizer, *, length: int, mask: int) -> tuple[Tokens, int]:
+    """Tokens [length] with `mask` at the gaps, and how many of them the text takes up; what follows is gaps.
+
+    A gap of one token is written `_` or `[MASK]`. None is a text of gaps alone.
+
+    Raises:
+        ConfigError: the text is longer, or has no gap.
+    """
+    tokens = np.full(length, mask, dtype=np.int64)
+    if text is None:
+        return tokens, length
+    check_readable("--fill", re.sub(GAP_PATTERN, "", text), tokenizer)
+    pieces = [
+        np.array([mask]) if piece in GAPS else tokenizer.encode(piece) for piece in re.split(GAP_PATTERN, text) if piece
+    ]
+    given = np.concatenate(pieces) if pieces else np.empty(0, dtype=np.int64)
+    if len(given) > length:
+        raise ConfigError(
+            f"--fill has {len(given)} tokens and the network was trained on texts of {length}; give a shorter part"
+        )
+    if not (given == mask).any():
+        raise ConfigError(
+            f"--fill {text!r} has no gap; write one as _ for each missing token, for example 'the ____ sat'"
+        )
+    tokens[: len(given)] = given
+    return tokens, len(given)
+
+
+def unmask(
+    logits_of: Callable[[Tokens, float, NDArray[np.bool_]], Logits],
+    tokens: Tokens,
+    *,
+    steps: Sequence[tuple[float, float]],
+    mask: int,
+    temperature: float,
+    seed: int,
+    micro_batch: int,
+    on_step: Callable[[int], None] | None = None,
+) -> Tokens:
+    """Tokens [samples, length] with every gap filled; what was given stays as it is.
+
+    The reverse of masking: going from t_from to t_to, a masked token is unmasked with probability
+    (t_from - t_to) / t_from, in the last step with certainty, and then drawn from softmax(logits / temperature).
+    Sample i has a random stream of its own, so that it does not depend on how many there are or how they are grouped.
+    In a step a sample in which nothing is unmasked is left out; a step may run no network at all.
+
+    Args:
+        logits_of: of the tokens of some samples, a time t (the middle of a step), and the places [some, length] that
+            are wanted: the logits [wanted, vocabulary] there, row by row.
+        tokens: with the id `mask` at the gaps.
+        steps: intervals (t_from, t_to), descending, each inside one block's range; see `unmasking_steps`.
+        temperature: 0 takes the likeliest token.
+        micro_batch: samples that a network is given at a time.
+        on_step: called with the number of steps done.
+
+    Source: arXiv 2406.07524 (MDLM), section 3.2.3, 2406.04329 (MD4), algorithm 2.
+    """
+    tokens = tokens.copy()
+    length = tokens.shape[1]
+    streams = [np.random.default_rng(seed_at(seed, "unmask", index)) for index in range(len(tokens))]
+    for number, (t_from, t_to) in enumerate(steps):
+        share = (t_from - t_to) / t_from if number < len(steps) - 1 else 1.0
+        draws = np.stack([stream.random((2, length)) for stream in streams])
+        chosen = (tokens == mask) & (draws[:, 0] < share)
+        (concerned,) = np.nonzero(chosen.any(axis=1))
+        for start in range(0, len(concerned), micro_batch):
+            part = concerned[start : start + micro_batch]
+            logits = logits_of(tokens[part], (t_from + t_to) / 2, chosen[part])
+            rows, places = np.nonzero(chosen[part])
+            uniform = draws[part, 1][rows, places]
+            tokens[part[rows], places] = _drawn(logits, temperature, uniform)
+        if on_step is not None:
+            on_step(number + 1)
+    return tokens
+
+
+def _drawn(logits: Logits, temperature: float, uniform: NDArray[np.float64]) -> Tokens:
+    """A token for each row of logits, by one uniform number each."""
+    if temperature == 0:
+        likeliest: Tokens = logits.argmax(axis=1)
+        return likeliest
+    scaled = (logits.astype(np.float64) - logits.max(axis=1, keepdims=True)) / temperature
+    return drawn_at(np.exp(scaled), uniform)
+
+
+def texts_as_file(texts: Sequence[str]) -> str:
+    """Several texts in one, with a line between them."""
+    return "\n----\n".join(texts) + "\n"

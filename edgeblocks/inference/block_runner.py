@@ -1,0 +1,168 @@
+"""The chain in torch: at each noise level of `solver.integrate`, run the block that owns it.
+
+Because levels descend, the blocks come in order and each is loaded once for all samples, in Euler as in Heun (whose
+correction at the next level belongs to the next level's block).
+"""
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+import torch
+from jaxtyping import Int
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from edgeblocks.diffusion.autoregression import TokenChain
+from edgeblocks.diffusion.codebook import code_rows
+from edgeblocks.diffusion.noise import NoisePartition
+from edgeblocks.diffusion.solver import classes_in_turn, guide
+from edgeblocks.diffusion.token_choice import Tokens, Values
+from edgeblocks.offload.block_slots import slot_of
+
+Denoise = Callable[[Tensor, float], Tensor]
+
+
+class EmaWeights(Protocol):
+    """What a network is bound to."""
+
+    @property
+    def device(self) -> torch.device: ...
+
+    def bind_(self, network: nn.Module) -> None: ...
+
+
+@runtime_checkable
+class EmaSource(Protocol):
+    """Whatever can put one block's EMA weights into memory: a scheduler while training, a loader otherwise."""
+
+    def ema_weights(self, block: int) -> AbstractContextManager[EmaWeights]: ...
+
+
+class BlockRunner:
+    """Runs the EMA weights of the block that owns a noise level, over samples in micro-batches."""
+
+    def __init__(
+        self,
+        family: Any,
+        layers: Sequence[int],
+        partition: NoisePartition,
+        source: EmaSource,
+        *,
+        micro_batch: int,
+        residents: int = 1,
+    ) -> None:
+        """
+        Args:
+            residents: blocks that stay in memory, as `scheduler.slot_of` places them; the source must hold as many.
+        """
+        self.partition, self.micro_batch = partition, micro_batch
+        self.device = torch.device("cpu")
+        """Where the network is; what `denoise` is given and gives lies in the processor's memory."""
+        self.loads: list[int] = []
+        """The blocks made resident, in order."""
+        self._family, self._layers, self._source = family, tuple(layers), source
+        self._residents: list[tuple[int, nn.Module] | None] = [None] * residents
+
+    def network(self, block: int) -> nn.Module:
+        """A block as a module in evaluation, resident until another one needs its place."""
+        slot = slot_of(block, len(self._residents))
+        resident = self._residents[slot]
+        if resident is None or resident[0] != block:
+            self._residents[slot] = None
+            with torch.device("meta"):
+                network = self._family.block(num_layers=self._layers[block], checkpointing=False)
+            with self._source.ema_weights(block) as weights:
+                weights.bind_(network)
+                self.device = weights.device
+            with self.device:
+                network.reset_tables_()
+            resident = self._residents[slot] = (block, network.eval())
+            self.loads.append(block)
+        return resident[1]
+
+    @torch.no_grad()
+    def denoise(self, z: Tensor, sigma: float, condition: Tensor | None) -> Tensor:
+        """D(z, sigma) for all samples, by the block that owns sigma.
+
+        Args:
+            condition: what the network sees beside z, one a sample: a class, an image; None where it sees nothing.
+        """
+        network = self.network(self.partition.block_of(sigma))
+        denoised = torch.empty_like(z)
+        for start in range(0, len(z), self.micro_batch):
+            part = slice(start, start + self.micro_batch)
+            sigmas = torch.full((len(z[part]),), sigma, device=self.device)
+            seen = None if condition is None else condition[part].to(self.device)
+            denoised[part] = network(z[part].to(self.device), sigmas, seen)
+        return denoised
+
+    @torch.no_grad()
+    def logits(self, tokens: NDArray[np.int64], t: float, wanted: NDArray[np.bool_]) -> NDArray[np.float32]:
+        """Logits [wanted, vocabulary] at the wanted places of tokens [some, length], by the block that owns t."""
+        network: Any = self.network(self.partition.block_of(t))
+        z = torch.from_numpy(tokens).to(self.device)
+        hidden = network.hidden(z, torch.full((len(z),), t, device=self.device))
+        found: NDArray[np.float32] = network.readout(hidden[torch.from_numpy(wanted)]).cpu().numpy()
+        return found
+
+    @torch.no_grad()
+    def continued(self, block: int, z: Values, sigma: Values, inputs: Tokens, past: Values) -> tuple[Values, Values]:
+        """A `generation.Network`: logits of the last position, and keys and values of all."""
+        network: Any = self.network(block)
+        given = [torch.from_numpy(array).to(self.device) for array in (z, sigma, inputs, past)]
+        hidden, present = network.hidden(*given)
+        return network.readout(hidden[:, -1]).cpu().numpy(), present.cpu().numpy()
+
+
+def token_chain(
+    family: Any,
+    layers: Sequence[int],
+    partition: NoisePartition,
+    levels: Sequence[float],
+    *,
+    length: int | None = None,
+) -> TokenChain:
+    """The chain of a family that writes token by token.
+
+    Args:
+        layers: of each block.
+        levels: of each token's chain, descending.
+        length: positions of a text; None: as many as it was trained on.
+    """
+    shared = family.cache_key(0, 0) == family.cache_key(1, 0)
+    return TokenChain(
+        codes=code_rows(family.data.vocabulary, family.settings.code_width),
+        length=family.data.length if length is None else length,
+        levels=tuple(levels),
+        blocks=tuple(partition.block_of(sigma) for sigma in levels),
+        caches_per="block" if shared else "step",
+        num_caches=tuple(family.num_caches(num_layers) for num_layers in layers),
+        heads=family.settings.heads,
+        head_width=family.head_width,
+    )
+
+
+def guided(
+    denoise: Callable[[Tensor, float, Tensor | None], Tensor],
+    labels: Tensor | None,
+    *,
+    guidance: float,
+    no_class: int,
+) -> Denoise:
+    """A denoiser with classifier-free guidance (`solver.guide`); at guidance 1 only D_class is run."""
+
+    def run(z: Tensor, sigma: float) -> Tensor:
+        conditional = denoise(z, sigma, labels)
+        if labels is None or guidance == 1.0:
+            return conditional
+        return guide(conditional, denoise(z, sigma, torch.full_like(labels, no_class)), guidance)
+
+    return run
+
+
+def class_labels(num_samples: int, *, num_classes: int, chosen: int | None) -> Int[Tensor, " samples"] | None:
+    """`solver.classes_in_turn` as a tensor."""
+    labels = classes_in_turn(num_samples, num_classes=num_classes, chosen=chosen)
+    return None if labels is None else torch.from_numpy(labels)

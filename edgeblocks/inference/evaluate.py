@@ -1,0 +1,237 @@
+"""How good a run is: its loss at each noise level, and what its chain makes beside the hold-out part of the data."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from edgeblocks.data.dataset import DataSet
+from edgeblocks.data.images import ImageSet
+from edgeblocks.data.text import TextSet
+from edgeblocks.diffusion import classification
+from edgeblocks.diffusion.token_choice import TEXT_TASKS
+from edgeblocks.errors import ConfigError, RunError
+from edgeblocks.generators import generator_at
+from edgeblocks.inference import likelihood, metrics
+from edgeblocks.inference.block_runner import BlockRunner
+from edgeblocks.inference.sampling import (
+    Runners,
+    always,
+    class_probabilities,
+    sample_images,
+    sample_texts,
+    token_chain_of,
+    usual_steps,
+)
+from edgeblocks.inference.text_variety import variety
+from edgeblocks.profiling.budgets import device_budget_bytes
+from edgeblocks.progress import Listener
+from edgeblocks.registry import build_target
+from edgeblocks.runs.directory import RunDirectory
+from edgeblocks.runs.open_data import open_run_data
+
+DEFAULT_SAMPLES = {"images": 256, "classes": 1024, "text": 256, "continuation": 64}
+"""By the family's task: images made, images classified, sequences of the bound."""
+VARIETY_TEXTS = 16
+CURVE_STEPS = (1, 2, 4, 8, 16, 32)
+CURVE_TEXTS = 16
+
+
+def evaluate(
+    directory: RunDirectory,
+    runners: Runners,
+    *,
+    samples: int | None,
+    steps: int | None,
+    seed: int,
+    mem_budget: str | None,
+    listener: Listener,
+) -> dict[str, Any]:
+    """See `Run.evaluate`."""
+    task = directory.family().task
+    _check(task, samples, steps)
+    data_set = _run_data(directory, mem_budget, listener)
+    if samples is None:
+        samples = DEFAULT_SAMPLES[task]
+    samples = len(data_set.evaluation_indices(samples)) if data_set.has_held_out else samples
+    steps = usual_steps(directory) if steps is None else max(steps, len(directory.layers))
+    chain = token_chain_of(directory, steps) if task == "continuation" else None
+    with runners(samples=max(samples, metrics.MOST_EXAMPLES[task]), chain=chain) as runner:
+        return Evaluation(
+            directory=directory,
+            runner=runner,
+            data_set=data_set,
+            samples=samples,
+            steps=steps,
+            seed=seed,
+            listener=listener,
+        ).result()
+
+
+def _check(task: str, samples: int | None, steps: int | None) -> None:
+    """That an evaluation can be asked for like that.
+
+    Raises:
+        ConfigError: with all that is impossible.
+    """
+    problems = []
+    fewest = 2 if task in TEXT_TASKS else 0
+    if samples is not None and samples < fewest:
+        problems.append(f"--samples {samples}: at least {fewest} are needed")
+    if steps is not None and steps < 1:
+        problems.append(f"--steps {steps}: a chain has at least one noise level")
+    if steps is not None and task == "text":
+        problems.append(f"--steps {steps}: the bound of a text that is filled in has no chain; leave --steps out")
+    if problems:
+        raise ConfigError(*problems)
+
+
+def _run_data(directory: RunDirectory, mem_budget: str | None, listener: Listener) -> DataSet:
+    """The data of a run, after a look that they are those."""
+    target = build_target(directory.settings.run.target)
+    target.prepare()
+    budget_bytes = directory.plan.get("ram_budget_bytes") or directory.plan["budget_bytes"]
+    if mem_budget is not None and target.host_bytes() is None:
+        budget_bytes = device_budget_bytes(mem_budget, target)
+    data_set = open_run_data(directory.data_settings, listener, budget_bytes=budget_bytes, target=target)
+    if data_set.fingerprint != directory.data_fingerprint:
+        raise RunError(f"{directory.data_source} is not the data that {directory.path} was trained on")
+    return data_set
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """What one evaluation looks at, and with what."""
+
+    directory: RunDirectory
+    runner: BlockRunner
+    data_set: DataSet
+    samples: int
+    steps: int
+    seed: int
+    listener: Listener
+
+    def result(self) -> dict[str, Any]:
+        """The loss, and what the family's task adds to it."""
+        directory, data_set, samples = self.directory, self.data_set, self.samples
+        family, store = directory.family(), directory.store()
+        loss = metrics.validation_loss(
+            family,
+            self.runner,
+            data_set,
+            seed=directory.settings.run.seed,
+            most_examples=max(samples, 2) if family.task in TEXT_TASKS else metrics.MOST_EXAMPLES[family.task],
+            on_level=lambda done, total: self.listener.advance(done, total, "validation loss"),
+        )
+        result: dict[str, Any] = {
+            "run": str(directory.path),
+            "method": directory.settings.run.method,
+            "blocks": len(directory.file_layers),
+            "steps": directory.saved_steps(store),
+            "validation_loss": loss["total"],
+            "validation_loss_by_block": metrics.mean_by_block(loss["levels"], directory.partition),
+            "validation": loss,
+        }
+        if family.task == "text":
+            result["text"] = metrics.text_scores(loss, data_set)
+        elif family.task == "continuation":
+            assert isinstance(data_set, TextSet)
+            result |= self._continuation(data_set)
+            result["cross_entropy_at_top"] = loss["levels"][0]["loss"]
+        elif family.task == "classes" and samples >= 1:
+            result["top1_by_block"] = metrics.mean_by_block(loss["levels"], directory.partition, "top1")
+            result["classification"] = self._classification()
+        elif family.task == "images" and samples >= 2:
+            assert isinstance(data_set, ImageSet)
+            made = sample_images(
+                directory,
+                always(self.runner),
+                n=samples,
+                steps=self.steps,
+                seed=self.seed,
+                on_level=lambda done: self.listener.advance(done, self.steps, "sampling"),
+            )
+            result["frechet"] = metrics.sample_distance(made, data_set)
+        return result
+
+    def _continuation(self, text: TextSet) -> dict[str, Any]:
+        """The bound of hold-out text, over how many levels it is worth going where levels repeat the same network, and
+        how varied texts are that the chain writes, beside as many of the hold-out part."""
+        tokens, _ = text.gather(text.evaluation_indices(max(self.samples, 2)))
+        chain = token_chain_of(self.directory, self.steps)
+        found = likelihood.bound(
+            self.runner,
+            chain,
+            tokens,
+            seed=self.seed,
+            on_noise=lambda done, total: self.listener.advance(done, total, "bound"),
+        )
+        bounds = [
+            {"noises": noises, "nats_per_token": nats, **metrics.bits(nats, error, text)}
+            for noises, (nats, error) in found.items()
+        ]
+        result: dict[str, Any] = {
+            "text": {**bounds[-1], **metrics.text_facts(text, len(tokens)), "steps": self.steps},
+            "bounds": bounds,
+        }
+        if chain.caches_per == "step":
+            result["curve"] = self._curve(text, tokens[:CURVE_TEXTS])
+        elif hasattr(self.directory.family(), "with_iterations"):
+            result["curve"] = self._iterations_curve(text)
+        written = sample_texts(
+            self.directory,
+            always(self.runner),
+            n=VARIETY_TEXTS,
+            steps=self.steps,
+            seed=self.seed,
+            on_step=lambda done, total: self.listener.advance(done, total, "writing"),
+        )
+        held_out, _ = text.gather(text.evaluation_indices(VARIETY_TEXTS))
+        result["variety"] = {
+            "samples": variety(written),
+            "held_out": variety([text.tokenizer.decode(row) for row in held_out]),
+        }
+        return result
+
+    def _curve(self, text: TextSet, tokens: np.ndarray) -> list[dict[str, Any]]:
+        """The bound with one noise against the number of levels."""
+        rows = []
+        for done, steps in enumerate(CURVE_STEPS):
+            if steps >= len(self.directory.layers):
+                chain = token_chain_of(self.directory, steps)
+                nats, error = likelihood.bound(self.runner, chain, tokens, seed=self.seed, noises=(1,))[1]
+                rows.append({"steps": steps, **metrics.bits(nats, error, text)})
+            self.listener.advance(done + 1, len(CURVE_STEPS), "levels")
+        return rows
+
+    def _iterations_curve(self, text: TextSet) -> list[dict[str, Any]]:
+        """Bits against the number of iterations of a core that was trained unrolled."""
+        family, rows = self.directory.family(), []
+        indices, network = text.evaluation_indices(CURVE_TEXTS), self.runner.network(0)
+        level = family.evaluation_levels(self.directory.partition)[0]
+        batch = family.at_level(*text.gather(indices), level, generator_at(0))
+        for done, count in enumerate(CURVE_STEPS):
+            nats = []
+            for start in range(0, len(indices), self.runner.micro_batch):
+                part = {name: tensor[start : start + self.runner.micro_batch] for name, tensor in batch.items()}
+                with torch.no_grad():
+                    nats.append(family.scores(network, family.with_iterations(part, count))["loss"])
+            rows.append({"steps": count, **metrics.bits(float(torch.cat(nats).mean()), None, text)})
+            self.listener.advance(done + 1, len(CURVE_STEPS), "iterations")
+        return rows
+
+    def _classification(self) -> dict[str, Any]:
+        """`classification.classification_scores` on the first of the hold-out images."""
+        pixels, labels = self.data_set.gather(self.data_set.evaluation_indices(self.samples))
+        assert labels is not None
+        probabilities = class_probabilities(
+            self.directory,
+            self.runner,
+            pixels,
+            steps=self.steps,
+            noises=classification.DEFAULT_NOISES,
+            seed=self.seed,
+            on_level=lambda done: self.listener.advance(done, self.steps, "classifying"),
+        )
+        return classification.classification_scores(probabilities, labels)

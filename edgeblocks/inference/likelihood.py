@@ -1,0 +1,105 @@
+"""How likely a chain that writes token by token finds a given text.
+
+With a fixed noise the chain gives each token probabilities that depend on the tokens before it: that is a model of text
+by itself, and the mean of its -log p(token) an exact figure of it. Averaged over noises that figure bounds the one of
+the model that averages the probabilities over all noises (Jensen); averaging over several noises before taking the
+logarithm comes closer.
+
+All positions of a text are read at once, as in training. Each has a state of its own that does not know its token;
+where keys and values come from noised codes, those of the known positions before it go beside it as a second stream.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from edgeblocks.diffusion.autoregression import TokenChain, read_levels
+from edgeblocks.diffusion.token_choice import Tokens, Values
+from edgeblocks.families.token_loss import token_estimates
+from edgeblocks.inference.block_runner import BlockRunner
+from edgeblocks.seeds import seed_at
+
+NOISES = (1, 8)
+"""Over how many the bound is told."""
+
+LogShares = NDArray[np.float64]
+
+
+def log_shares(runner: BlockRunner, chain: TokenChain, tokens: Tokens, *, seed: int, number: int = 0) -> LogShares:
+    """log p(token | tokens before it) at each level of a chain with the noise of a number, [levels, texts, length].
+
+    What a text is given does not depend on how texts are grouped.
+
+    Args:
+        tokens: [texts, length].
+    """
+    found = np.empty((len(chain.levels), *tokens.shape))
+    size = runner.micro_batch if chain.caches_per == "block" else max(1, runner.micro_batch // 2)  # two streams
+    for start in range(0, len(tokens), size):
+        part = slice(start, start + size)
+        noise = np.stack(
+            [
+                np.random.default_rng(seed_at(seed, "bound", number, index)).standard_normal(
+                    (chain.length, chain.codes.shape[1]), dtype=np.float32
+                )
+                for index in range(len(tokens))[part]
+            ]
+        )
+        found[:, part] = _read(runner, chain, tokens[part], noise)
+    return found
+
+
+@torch.no_grad()
+def _read(runner: BlockRunner, chain: TokenChain, tokens: Tokens, noise: Values) -> LogShares:
+    """`log_shares` of some texts with a noise [texts, length, code_width]."""
+    runner.network(chain.blocks[0])
+    device = runner.device
+    answers, eps = torch.from_numpy(tokens).to(device), torch.from_numpy(noise).to(device)
+    inputs = torch.nn.functional.pad(answers[:, :-1], (1, 0), value=len(chain.codes))
+    codes = torch.from_numpy(chain.codes).to(device)
+    clean, z = torch.nn.functional.embedding(answers, codes), eps * chain.levels[0]
+    found = np.empty((len(chain.levels), *tokens.shape))
+    for step, sigma in enumerate(chain.levels):
+        network: Any = runner.network(chain.blocks[step])
+        sigmas = torch.full((len(z),), sigma, device=device)
+        states = network.reading_states(z, torch.add(clean, eps, alpha=sigma), sigmas, inputs).flatten(0, 1)
+        readout = network.readout
+        denoised, logarithms = token_estimates(states, readout.weight, readout.bias, answers.flatten(), codes)
+        found[step] = logarithms.view(answers.shape).cpu().numpy()
+        sigma_next = chain.levels[step + 1] if step + 1 < len(chain.levels) else 0.0
+        z = z + (z - denoised.view(z.shape)) / sigma * (sigma_next - sigma)
+    return found
+
+
+def bound(
+    runner: BlockRunner,
+    chain: TokenChain,
+    tokens: Tokens,
+    *,
+    seed: int,
+    noises: Sequence[int] = NOISES,
+    on_noise: Callable[[int, int], None] | None = None,
+) -> dict[int, tuple[float, float | None]]:
+    """For each number of noises -log p(token) in nats and its standard error over texts.
+
+    Args:
+        noises: over how many probabilities are averaged before the logarithm, ascending.
+        on_noise: called with the noises done and in all.
+    """
+    wanted = list(read_levels(chain.levels))
+    total = np.full(tokens.shape, -np.inf)
+    found: dict[int, tuple[float, float | None]] = {}
+    for number in range(noises[-1]):
+        logarithms = log_shares(runner, chain, tokens, seed=seed, number=number)[wanted]
+        total = np.logaddexp(total, np.logaddexp.reduce(logarithms, axis=0) - math.log(len(wanted)))
+        if number + 1 in noises:
+            nats = (math.log(number + 1) - total).mean(axis=1)
+            error = float(nats.std(ddof=1) / math.sqrt(len(nats))) if len(nats) > 1 else None
+            found[number + 1] = float(nats.mean()), error
+        if on_noise is not None:
+            on_noise(number + 1, noises[-1])
+    return found

@@ -1,0 +1,161 @@
+"""How good a network is: denoising loss per noise level on the hold-out part, and a Frechet distance of its samples."""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from edgeblocks.data.dataset import DataSet
+from edgeblocks.data.images import ImageSet
+from edgeblocks.data.text import TextSet
+from edgeblocks.diffusion.noise import NoisePartition
+from edgeblocks.families.base import Level
+from edgeblocks.generators import generator_at
+from edgeblocks.inference.block_runner import BlockRunner
+
+MOST_EXAMPLES = {"images": 512, "classes": 512, "text": 64, "continuation": 64}
+"""That evaluation looks at, by what the family's chain makes."""
+FEATURE_CHUNK = 64
+
+
+def validation_loss(
+    family: Any,
+    runner: BlockRunner,
+    data: DataSet,
+    *,
+    seed: int,
+    most_examples: int,
+    on_level: Callable[[int, int], None] | None = None,
+) -> dict[str, Any]:
+    """The family's loss on hold-out examples with the EMA weights, per noise level and in total.
+
+    The noise of a level depends on the seed and the level's number only, so that runs with other partitions, budgets or
+    numbers of blocks are compared on the same noised examples, where the family looks at the same levels.
+
+    Args:
+        on_level: called with the numbers of levels done and in all.
+
+    Returns:
+        `total`, `standard_error` (over examples), `images` (how many examples), and `levels`: one {sigma, block, share,
+        loss} each, with what else the family's `scores` tell.
+    """
+    indices = data.evaluation_indices(most_examples)
+    rows = []
+    per_example = np.zeros(len(indices))
+    levels = family.evaluation_levels(runner.partition)
+    for number, level in enumerate(levels):
+        block = runner.partition.block_of(level.middle)
+        network = runner.network(block)
+        generator = generator_at(seed, "eval", number)
+        sums: dict[str, np.ndarray] = {}
+        for part in level.parts():
+            for name, values in _scores(family, runner, network, data, indices, part, generator).items():
+                sums[name] = sums.get(name, 0) + values / level.strata
+        per_example += level.share * sums["loss"]
+        means = {name: float(values.mean()) for name, values in sums.items()}
+        rows.append({"sigma": level.middle, "block": block, "share": level.share, **means})
+        if on_level is not None:
+            on_level(number + 1, len(levels))
+    return {
+        "total": float(per_example.mean()),
+        "standard_error": float(per_example.std(ddof=1) / math.sqrt(len(indices))) if len(indices) > 1 else None,
+        "images": len(indices),
+        "part": "hold-out" if data.has_held_out else "training (there is no hold-out part)",
+        "levels": rows,
+    }
+
+
+def _scores(
+    family: Any,
+    runner: BlockRunner,
+    network: nn.Module,
+    data: DataSet,
+    indices: np.ndarray,
+    level: Level,
+    generator: torch.Generator,
+) -> dict[str, np.ndarray]:
+    """The family's scores of each example at one level, float64, micro-batch by micro-batch."""
+    found: dict[str, list[np.ndarray]] = {}
+    for start in range(0, len(indices), runner.micro_batch):
+        examples, labels = data.gather(indices[start : start + runner.micro_batch])
+        batch = family.at_level(examples, labels, level, generator)
+        with torch.no_grad():
+            there = {name: tensor.to(runner.device) for name, tensor in batch.items()}
+            for name, values in family.scores(network, there).items():
+                found.setdefault(name, []).append(values.cpu().numpy())
+    return {name: np.concatenate(parts).astype(np.float64) for name, parts in found.items()}
+
+
+def mean_by_block(
+    levels: Sequence[dict[str, Any]], partition: NoisePartition, score: str = "loss"
+) -> list[float | None]:
+    """The mean of a score of each block over the evaluation levels that it owns, weighted by their shares; None where
+    it owns none."""
+    means: list[float | None] = []
+    for block in range(partition.num_blocks):
+        own = [level for level in levels if level["block"] == block]
+        share = sum(level["share"] for level in own)
+        means.append(sum(level["share"] * level[score] for level in own) / share if own else None)
+    return means
+
+
+def text_scores(loss: dict[str, Any], data: DataSet) -> dict[str, Any]:
+    """What a text's bound in nats a token, from `validation_loss`, is in bits a token and a character.
+
+    The standard errors are over sequences.
+    """
+    assert isinstance(data, TextSet)
+    return {**bits(loss["total"], loss["standard_error"], data), **text_facts(data, loss["images"])}
+
+
+def bits(nats: float, error: float | None, text: TextSet) -> dict[str, Any]:
+    """Nats a token and their standard error in bits a token and a character."""
+    per_token, error_per_token = nats / math.log(2), None if error is None else error / math.log(2)
+    per_character = 1 / text.characters_per_token
+    return {
+        "bits_per_token": per_token,
+        "bits_per_token_error": error_per_token,
+        "bits_per_character": per_token * per_character,
+        "bits_per_character_error": None if error_per_token is None else error_per_token * per_character,
+    }
+
+
+def text_facts(text: TextSet, sequences: int) -> dict[str, Any]:
+    """What a bound is of."""
+    return {
+        "characters_per_token": text.characters_per_token,
+        "tokenizer": text.tokenizer.kind,
+        "sequences": sequences,
+        "length": text.length,
+    }
+
+
+def sample_distance(samples: np.ndarray, images: ImageSet) -> dict[str, Any]:
+    """Frechet distance of samples to the training part, beside what the hold-out part itself scores.
+
+    Args:
+        samples: uint8 [N, H, W, C].
+
+    Returns:
+        `to_train` for the samples, `floor` for as many hold-out images against the same training images (None without
+        a hold-out part of that size), `samples`, and `feature_space`.
+    """
+    from edgeblocks.inference.frechet import FEATURE_SPACE, frechet_distance, image_features
+
+    def features_of(indices: np.ndarray) -> np.ndarray:
+        chunks = [indices[start : start + FEATURE_CHUNK] for start in range(0, len(indices), FEATURE_CHUNK)]
+        return np.concatenate([image_features(images.gather(chunk)[0]) for chunk in chunks])
+
+    count = len(samples)
+    train = features_of(images.train[: max(4 * count, 2048)])
+    floor = frechet_distance(features_of(images.held_out[:count]), train) if len(images.held_out) >= count else None
+    return {
+        "to_train": frechet_distance(image_features(samples), train),
+        "floor": floor,
+        "samples": count,
+        "train_images": len(train),
+        "feature_space": FEATURE_SPACE,
+    }

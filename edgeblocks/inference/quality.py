@@ -1,0 +1,89 @@
+"""One figure of how good a network is, the same for every way to train it: for curves over a training, and to compare.
+
+Images are told by their denoising loss, classes by accuracy, text by bits a character. A chain is walked where the
+network is one; an ordinary network answers in one pass.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from edgeblocks.data.dataset import DataSet
+from edgeblocks.data.text import TextSet
+from edgeblocks.diffusion import classification
+from edgeblocks.diffusion.token_choice import TEXT_TASKS
+from edgeblocks.inference import likelihood, metrics
+from edgeblocks.inference.block_runner import BlockRunner
+from edgeblocks.inference.sampling import class_probabilities, token_chain_of, usual_steps
+from edgeblocks.runs.directory import RunDirectory
+
+EXAMPLES = {"images": 256, "classes": 1024, "text": 64, "continuation": 32}
+"""Of the hold-out part, by the family's task."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measure:
+    """What a figure is called, and which of two is better."""
+
+    name: str
+    higher_is_better: bool = False
+
+
+MEASURES = {
+    "images": Measure(name="denoising loss"),
+    "classes": Measure(name="top-1 accuracy", higher_is_better=True),
+    "text": Measure(name="bits per character"),
+    "continuation": Measure(name="bits per character"),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Quality:
+    """A figure and its standard error over examples; None where one example was looked at."""
+
+    value: float
+    standard_error: float | None
+
+
+def run_quality(directory: RunDirectory, runner: BlockRunner, data: DataSet) -> Quality:
+    """Of a run, with the weights that the runner has."""
+    family, seed = directory.family(), directory.settings.run.seed
+    if directory.is_exact or family.task in ("images", "text"):
+        return network_quality(family, runner, data, seed=seed)
+    indices = data.evaluation_indices(EXAMPLES[family.task])
+    examples, labels = data.gather(indices)
+    if family.task == "classes":
+        assert labels is not None
+        steps, noises = usual_steps(directory), classification.DEFAULT_NOISES
+        probabilities = class_probabilities(directory, runner, examples, steps=steps, noises=noises, seed=seed)
+        return _accuracy(float((probabilities.argmax(axis=1) == labels).mean()), len(labels))
+    assert isinstance(data, TextSet)
+    chain = token_chain_of(directory, usual_steps(directory))
+    return _bits(*likelihood.bound(runner, chain, examples, seed=seed, noises=(1,))[1], data)
+
+
+def network_quality(family: Any, runner: Any, data: DataSet, *, seed: int) -> Quality:
+    """Of one pass of a network at each level that evaluation looks at; at the first level alone where that says most.
+
+    Args:
+        runner: gives the network; see `metrics.validation_loss`.
+    """
+    found = metrics.validation_loss(family, runner, data, seed=seed, most_examples=EXAMPLES[family.task])
+    first = found["levels"][0]
+    if family.task == "classes":
+        return _accuracy(first["top1"], found["images"])
+    if family.task not in TEXT_TASKS:
+        return Quality(value=found["total"], standard_error=found["standard_error"])
+    assert isinstance(data, TextSet)
+    if family.task == "continuation":
+        return _bits(first["loss"], found["standard_error"] if len(found["levels"]) == 1 else None, data)
+    return _bits(found["total"], found["standard_error"], data)
+
+
+def _accuracy(share: float, count: int) -> Quality:
+    return Quality(value=share, standard_error=math.sqrt(share * (1 - share) / count))
+
+
+def _bits(nats: float, error: float | None, text: TextSet) -> Quality:
+    found = metrics.bits(nats, error, text)
+    return Quality(value=found["bits_per_character"], standard_error=found["bits_per_character_error"])

@@ -1,0 +1,239 @@
+"""What a run's blocks make: images, texts, the probabilities of an image's classes.
+
+Each function looks at what is asked before it opens a runner: what is impossible is told before memory is measured.
+"""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from edgeblocks.data import pictures
+from edgeblocks.data.tokenizer import check_readable
+from edgeblocks.diffusion import autoregression as generation
+from edgeblocks.diffusion import classification, unmasking
+from edgeblocks.diffusion import token_choice as drawing
+from edgeblocks.diffusion.autoregression import TokenChain
+from edgeblocks.diffusion.noise import sampler_levels, unmasking_steps
+from edgeblocks.diffusion.solver import Solver, check_request, class_number, integrate
+from edgeblocks.diffusion.token_choice import TEXT_TASKS
+from edgeblocks.errors import ConfigError
+from edgeblocks.inference.block_runner import BlockRunner, class_labels, guided, token_chain
+from edgeblocks.runs.directory import RunDirectory
+from edgeblocks.seeds import start_noise
+
+DEFAULT_STEPS = {
+    "images": 18,
+    "classes": classification.DEFAULT_STEPS,
+    "text": unmasking.DEFAULT_STEPS,
+    "continuation": generation.DEFAULT_STEPS,
+}
+"""Of a chain, by the family's task."""
+
+
+def usual_steps(directory: RunDirectory) -> int:
+    """Of a run's chain: what is usual for the family's task, one where there is no chain, at least one a block."""
+    family = directory.family()
+    return max(getattr(family, "chain_steps", DEFAULT_STEPS[family.task]), len(directory.layers))
+
+
+class Runners(Protocol):
+    """Where a runner comes from once it is known for how many samples; see `Run.fitting_runner`."""
+
+    def __call__(self, *, samples: int, chain: TokenChain | None = None) -> AbstractContextManager[BlockRunner]: ...
+
+
+def always(runner: BlockRunner) -> Runners:
+    """This runner, whatever is asked of it."""
+
+    def given(*, samples: int, chain: TokenChain | None = None) -> AbstractContextManager[BlockRunner]:
+        return nullcontext(runner)
+
+    return given
+
+
+def sample_images(
+    directory: RunDirectory,
+    runners: Runners,
+    *,
+    n: int,
+    steps: int,
+    solver: Solver = "heun",
+    guidance: float = 1.0,
+    label: int | str | None = None,
+    seed: int,
+    on_level: Callable[[int], None] | None = None,
+) -> np.ndarray:
+    """See `Run.sample`."""
+    family = directory.family()
+    if family.task != "images":
+        does = "tells images apart" if family.task == "classes" else "writes text (sample_text)"
+        raise ConfigError(
+            f"{directory.path} is of the family {family.name}, which {does} and makes no images; see how well with: "
+            f"edgeblocks eval {directory.path}"
+        )
+    check_request(n=n, steps=steps, guidance=guidance, conditional=family.conditional)
+    levels = sampler_levels(directory.partition, num_steps=steps)
+    labels = class_labels(n, num_classes=directory.data.num_classes, chosen=class_number(label, directory.class_names))
+    data = directory.data
+    with runners(samples=n) as runner:
+        noise = torch.from_numpy(start_noise((data.channels, data.height, data.width), samples=range(n), seed=seed))
+        denoise = guided(runner.denoise, labels, guidance=guidance, no_class=data.num_classes)
+        x = integrate(denoise, noise, levels, solver=solver, on_level=on_level)
+        return pictures.to_uint8(x.numpy(), mean=data.mean, scale=data.scale)
+
+
+def sample_texts(
+    directory: RunDirectory,
+    runners: Runners,
+    *,
+    n: int,
+    steps: int | None,
+    temperature: float = 1.0,
+    fill: str | None = None,
+    prompt: str | None = None,
+    top_p: float | None = None,
+    length: int | None = None,
+    seed: int,
+    on_step: Callable[[int, int], None] | None = None,
+) -> list[str]:
+    """See `Run.sample_text`."""
+    family = directory.family()
+    if family.task not in TEXT_TASKS:
+        raise ConfigError(f"{directory.path} is of the family {family.name}, which makes no text")
+    drawing.check_options(family.task, fill=fill, prompt=prompt, top_p=top_p, length=length)
+    steps = usual_steps(directory) if steps is None else steps
+    common: dict[str, Any] = {
+        "n": n,
+        "steps": steps,
+        "temperature": temperature,
+        "length": length,
+        "seed": seed,
+        "on_step": on_step,
+    }
+    if family.task == "text":
+        return _unmasked(directory, runners, fill=fill, **common)
+    top_p = 1.0 if top_p is None else top_p
+    return _continued(directory, runners, prompt=prompt or "", top_p=top_p, **common)
+
+
+def _unmasked(
+    directory: RunDirectory,
+    runners: Runners,
+    *,
+    n: int,
+    steps: int,
+    temperature: float,
+    fill: str | None,
+    length: int | None,
+    seed: int,
+    on_step: Callable[[int, int], None] | None,
+) -> list[str]:
+    """Texts from masked diffusion; see `sample_text`."""
+    family = directory.family()
+    trained_length = directory.data.length
+    unmasking.check_writing(n=n, steps=steps, temperature=temperature, length=length, trained_length=trained_length)
+    intervals = unmasking_steps(directory.partition, num_steps=steps)
+    tokenizer = directory.tokenizer
+    assert tokenizer is not None
+    start, given = unmasking.with_gaps(fill, tokenizer, length=trained_length, mask=family.mask)
+    with runners(samples=n) as runner:
+        tokens = unmasking.unmask(
+            runner.logits,
+            np.tile(start, (n, 1)),
+            steps=intervals,
+            mask=family.mask,
+            temperature=temperature,
+            seed=seed,
+            micro_batch=runner.micro_batch,
+            on_step=None if on_step is None else lambda done: on_step(done, steps),
+        )
+    return [tokenizer.decode(row[: length or given]) for row in tokens]
+
+
+def _continued(
+    directory: RunDirectory,
+    runners: Runners,
+    *,
+    n: int,
+    steps: int,
+    temperature: float,
+    prompt: str,
+    top_p: float,
+    length: int | None,
+    seed: int,
+    on_step: Callable[[int, int], None] | None,
+) -> list[str]:
+    """Texts written token by token; see `sample_text`."""
+    tokenizer = directory.tokenizer
+    assert tokenizer is not None
+    trained_length = directory.data.length
+    generation.check_continuing(
+        n=n, steps=steps, temperature=temperature, top_p=top_p, length=length, trained_length=trained_length
+    )
+    chain = token_chain_of(directory, steps, length=length)
+    check_readable("--prompt", prompt, tokenizer)
+    given = tokenizer.encode(prompt)
+    generation.check_prompt(given, length=chain.length, trained_length=trained_length)
+    with runners(samples=n, chain=chain) as runner:
+        tokens = generation.write_texts(
+            runner.continued,
+            chain,
+            prompt=given,
+            n=n,
+            together=runner.micro_batch,
+            temperature=temperature,
+            top_p=top_p,
+            seed=seed,
+            on_token=on_step,
+        )
+    return [tokenizer.decode(row) for row in tokens]
+
+
+def token_chain_of(directory: RunDirectory, steps: int, *, length: int | None = None) -> TokenChain:
+    """How a token is written over `steps` noise levels; None is as long as the training's texts."""
+    levels = sampler_levels(directory.partition, num_steps=steps)
+    return token_chain(directory.family(), directory.layers, directory.partition, levels, length=length)
+
+
+def classify_images(
+    directory: RunDirectory, runners: Runners, pixels: np.ndarray, *, steps: int | None, noises: int, seed: int
+) -> np.ndarray:
+    """See `Run.classify`."""
+    family = directory.family()
+    if family.task != "classes":
+        raise ConfigError(
+            f"{directory.path} is of the family {family.name}, which makes images and does not classify them"
+        )
+    data = directory.data
+    shape = (data.height, data.width, data.channels)
+    if pixels.shape[1:] != shape or pixels.dtype != np.uint8:
+        raise ConfigError(f"images are {pixels.dtype} {pixels.shape[1:]}; the run takes uint8 {shape}")
+    steps = usual_steps(directory) if steps is None else max(steps, len(directory.layers))
+    with runners(samples=len(pixels)) as runner:
+        return class_probabilities(directory, runner, pixels, steps=steps, noises=noises, seed=seed)
+
+
+def class_probabilities(
+    directory: RunDirectory,
+    runner: BlockRunner,
+    pixels: np.ndarray,
+    *,
+    steps: int,
+    noises: int,
+    seed: int,
+    on_level: Callable[[int], None] | None = None,
+) -> np.ndarray:
+    """Probabilities of the classes, float32 [N, classes], of images uint8 [N, H, W, C] of the run's size."""
+    condition = directory.family().condition(pixels)
+    return classification.classify(
+        lambda z, sigma: runner.denoise(torch.from_numpy(z), sigma, condition).numpy(),
+        pixels=pixels,
+        num_classes=directory.data.num_classes,
+        levels=sampler_levels(directory.partition, num_steps=steps),
+        noises=noises,
+        seed=seed,
+        on_level=on_level,
+    )

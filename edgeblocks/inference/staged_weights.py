@@ -1,0 +1,123 @@
+"""The EMA weights of a network that was trained in stages, as those of one network, of which some stages are in memory.
+
+A pass through the network brings its stages one after the other; with as many in memory as there are, each comes once.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, Protocol
+
+from torch import nn
+
+from edgeblocks.errors import RunError
+from edgeblocks.offload.block_buffer import BlockBuffer, bind_parameters_
+from edgeblocks.offload.block_files import BlockStore
+from edgeblocks.offload.block_slots import EmaLoader
+from edgeblocks.offload.sections import whole_name
+from edgeblocks.offload.tiers import Device
+from edgeblocks.runs.directory import RunDirectory
+
+
+class StageSource(Protocol):
+    """Whatever can put one stage's EMA weights into memory: the training's slots, or a loader."""
+
+    def ema_weights(self, block: int) -> AbstractContextManager[BlockBuffer]:
+        """A buffer with them, until another stage needs its place."""
+        ...
+
+
+def loaded_stages(run: RunDirectory, *, slots: int, device: Device | None = None) -> "StagedEma":
+    """The EMA weights of a run's stages as its files have them, some of them in memory.
+
+    Args:
+        device: that they are put on; None: the processor.
+
+    Raises:
+        RunError: a checkpoint was cut short while its files were put in place.
+    """
+    store = run.store()
+    check_whole(run, store)
+    return StagedEma(EmaLoader.of(store, device, slots=slots), run.file_layers)
+
+
+def check_whole(run: RunDirectory, store: BlockStore) -> None:
+    """That the stages of a run have made the same steps.
+
+    Raises:
+        RunError: a checkpoint was cut short while its files were put in place.
+    """
+    steps = set(run.saved_steps(store))
+    if len(steps) > 1:
+        raise RunError(
+            f"the stages of {run.path} are of different steps ({', '.join(map(str, sorted(steps)))}): saving them was "
+            f"cut short; edgeblocks train --resume {run.path} completes it"
+        )
+
+
+class StagedEma:
+    """A source of the one block that all stages make up; see `chain.EmaSource`."""
+
+    def __init__(self, stages: StageSource, layers: Sequence[int]) -> None:
+        """
+        Args:
+            layers: of each stage.
+        """
+        self._stages, self._layers = stages, tuple(layers)
+
+    @contextmanager
+    def ema_weights(self, block: int) -> Iterator["StagedWeights"]:
+        """There is one block, 0."""
+        assert block == 0
+        yield StagedWeights(self._stages, self._layers)
+
+
+class StagedWeights:
+    """What a whole network is bound to; see `chain.EmaWeights`."""
+
+    def __init__(self, stages: StageSource, layers: Sequence[int]) -> None:
+        self._stages, self._layers = stages, layers
+        with stages.ema_weights(0) as buffer:
+            self.device = buffer.device
+
+    def bind_(self, network: Any) -> None:
+        """Copies of the stem and the readout become parameters of the network; its layers come when they are run."""
+        for stage in sorted({0, len(self._layers) - 1}):
+            with self._stages.ema_weights(stage) as buffer:
+                own = [(name, tensor) for name, tensor in buffer.tensors("ema") if not name.startswith("layers.")]
+                bind_parameters_(network, [(name, tensor.clone()) for name, tensor in own])
+        network.layers = _ComingLayers(network.layers, self._layers, self._fetch)
+        for _ in network.layers:  # an export takes the weights of all layers at once, from as many buffers as stages
+            pass
+
+    def _fetch(self, stage: int, layers: nn.ModuleList, bound: dict[int, int]) -> None:
+        with self._stages.ema_weights(stage) as buffer:
+            if bound.get(stage) == id(buffer):
+                return
+            for name, tensor in buffer.tensors("ema"):
+                if name.startswith("layers."):
+                    bind_parameters_(layers, [(whole_name(name, self._layers, stage).removeprefix("layers."), tensor)])
+            bound[stage] = id(buffer)
+
+
+class _ComingLayers(nn.ModuleList):
+    """A network's layers, whose weights are there when a layer is taken out, and until one of another stage is."""
+
+    def __init__(
+        self,
+        layers: nn.ModuleList,
+        stages: Sequence[int],
+        fetch: Callable[[int, nn.ModuleList, dict[int, int]], None],
+    ) -> None:
+        super().__init__(layers)
+        self._stage_of = [stage for stage, count in enumerate(stages) for _ in range(count)]
+        self._fetch = fetch
+        self._bound: dict[int, int] = {}
+        """By stage, the buffer that its layers' parameters are views of."""
+
+    def __getitem__(self, number: Any) -> Any:
+        assert isinstance(number, int), "layers come one at a time"
+        self._fetch(self._stage_of[number], self, self._bound)
+        return super().__getitem__(number)
+
+    def __iter__(self) -> Iterator[nn.Module]:
+        return (self[number] for number in range(len(self)))

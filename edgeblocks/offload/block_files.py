@@ -1,0 +1,288 @@
+"""The file that holds a block's bytes, and the folder of such files.
+
+A block lives in one safetensors file: weights, EMA and optimizer state, with plain names. The data section of the file
+is exactly the memory of a `BlockBuffer`, so a block is read with one `readinto` and written with one `write`, without
+a second copy (safetensors' own reader maps the file and doubles the resident bytes; its writer is several times slower
+with fsync). Any safetensors reader opens the file.
+
+Every part carries a SHA-256 of its bytes, and the header one of itself: a flipped byte is found before use. A write
+goes to a temporary name, is synced, and then renamed: at any instant the file under the final name is whole.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import weakref
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from edgeblocks.errors import RunError, StorageError
+from edgeblocks.files.durable import write_atomically
+from edgeblocks.files.tensor_file import HEADER_LIMIT_BYTES, encode_header
+from edgeblocks.files.untrusted import open_regular, parse_json, shown
+from edgeblocks.offload.block_buffer import PARTS, BlockBuffer, BlockLayout, Part, bytes_of, largest_of
+from edgeblocks.units import format_bytes
+
+FORMAT_VERSION = 1
+_DTYPES = {torch.float32: "F32", torch.int8: "I8", torch.uint8: "U8"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockHeader:
+    """What a block file says of itself."""
+
+    run_id: str
+    block: int
+    step: int
+    digests: dict[Part, str]
+    run_bytes_written: int
+    """Bytes of blocks that the run had written when this file was complete."""
+
+
+class BlockStore:
+    """The files of a run's blocks, in one folder."""
+
+    def __init__(
+        self, folder: Path, layouts: Sequence[BlockLayout], run_id: str, *, trained_together: bool = False
+    ) -> None:
+        """
+        Args:
+            trained_together: as stages of one network, of which none can be trained again alone.
+        """
+        self.folder, self._together = folder, trained_together
+        self.layouts = tuple(layouts)
+        self.run_id = run_id
+        self.bytes_written = 0
+        self.bytes_read = 0
+        self._former_bytes_written = 0
+        self._held_folder: int | None = None
+
+    def buffer(self, parts: Sequence[Part] = PARTS) -> BlockBuffer:
+        """Memory for these parts of any of the blocks."""
+        return BlockBuffer(largest_of(self.layouts, parts), parts)
+
+    def _kept(self, block: int) -> str:
+        """What is not lost with a damaged file, and what to do."""
+        if self._together:
+            return (
+                "the others are not touched, but all were trained together. Put the file back from a copy, or train "
+                "again from the beginning, with another --out"
+            )
+        return (
+            f"the other blocks are not touched. Put the file back from a copy, or train this block alone again with "
+            f"edgeblocks train --resume RUN --reinit-block {block}"
+        )
+
+    def path(self, block: int) -> Path:
+        return self.folder / f"block_{block:03d}.safetensors"
+
+    def file_bytes(self, block: int) -> int:
+        """The most bytes that a block's file has on disk."""
+        most, digests = 10**18, dict.fromkeys(PARTS, "0" * 64)
+        header = BlockHeader(run_id=self.run_id, block=block, step=most, digests=digests, run_bytes_written=most)
+        return len(_encode_header(self.layouts[block], header)) + self.layouts[block].num_bytes
+
+    @property
+    def run_bytes_written(self) -> int:
+        """Bytes of blocks written in the run's whole life, earlier processes included."""
+        return self._former_bytes_written + self.bytes_written
+
+    def continue_meter(self, headers: Iterable["BlockHeader"]) -> None:
+        """Count on from what earlier processes wrote, as the newest of the block files has it."""
+        self._former_bytes_written = max((header.run_bytes_written for header in headers), default=0)
+
+    def write(self, block: int, buffer: BlockBuffer, step: int) -> None:
+        """Replace a block's file by the buffer's content, atomically.
+
+        Raises:
+            StorageError: the disk refused, or the folder is not the one that was written before; the former file is
+                untouched.
+        """
+        self.check_folder()
+        layout = self.layouts[block]
+        digests = {part: _digest(buffer.part_bytes(part)) for part in PARTS}
+        meter = self.run_bytes_written + self.file_bytes(block)
+        header = _encode_header(
+            layout,
+            BlockHeader(run_id=self.run_id, block=block, step=step, digests=digests, run_bytes_written=meter),
+        )
+        payload: list[bytes | memoryview] = [header, *(bytes_of(buffer.part_bytes(part)) for part in PARTS)]
+        total = sum(len(piece) for piece in payload)
+        path = self.path(block)
+        try:
+            write_atomically(path, payload)
+        except OSError as error:
+            raise storage_error(f"cannot write block {block} ({format_bytes(total)})", path, error) from error
+        self.bytes_written += total
+
+    def hold_folder(self) -> None:
+        """Write into this very folder only from now on; while it is open no other folder is given its inode number."""
+        self._held_folder = os.open(self.folder, os.O_RDONLY)
+        weakref.finalize(self, os.close, self._held_folder)
+
+    def check_folder(self) -> None:
+        """A folder that was deleted and made anew belongs to another run, whose lock this process does not hold."""
+        if self._held_folder is None:
+            return
+        with contextlib.suppress(OSError):  # the write that follows says it better
+            if not os.path.samestat(self.folder.stat(), os.fstat(self._held_folder)):
+                raise StorageError(
+                    f"{self.folder} was deleted and made anew while this run was trained; nothing is written there. "
+                    f"Put this run back from a copy, or leave the new one alone"
+                )
+
+    def header(self, block: int) -> BlockHeader:
+        """A block file's header, checked against this run and layout.
+
+        Raises:
+            RunError: missing, damaged, of another run, of another format version.
+        """
+        path = self.path(block)
+        try:
+            with open_regular(path) as file:
+                return self._read_header(block, file)[0]
+        except FileNotFoundError as error:
+            raise RunError(f"block {block} is missing: there is no file {path}; {self._kept(block)}") from error
+        except OSError as error:
+            raise storage_error(f"cannot read block {block}", path, error) from error
+
+    def read(self, block: int, buffer: BlockBuffer, parts: Sequence[Part] | None = None) -> int:
+        """Fill the buffer with the parts it holds, or with some of them, and return the block's step.
+
+        Raises:
+            RunError: as `header`, or the bytes do not match their checksum.
+            StorageError: the disk refused, or the whole folder is gone.
+        """
+        layout, path = self.layouts[block], self.path(block)
+        buffer.adopt_(layout)
+        wanted = buffer.parts if parts is None else parts
+        try:
+            with open_regular(path) as file:
+                header, data_start = self._read_header(block, file)
+                for part in wanted:
+                    start, num_bytes = layout.part_span(part)
+                    file.seek(data_start + start)
+                    _read_exactly(file, bytes_of(buffer.part_bytes(part)))
+                    self.bytes_read += num_bytes
+        except OSError as error:
+            if isinstance(error, FileNotFoundError) and self.folder.is_dir():
+                raise RunError(f"block {block} is missing: there is no file {path}; {self._kept(block)}") from error
+            raise storage_error(f"cannot read block {block}", path, error) from error
+        for part in wanted:
+            if _digest(buffer.part_bytes(part)) != header.digests[part]:
+                raise RunError(
+                    f"block {block} is damaged: the {part} in {path} do not match their checksum; {self._kept(block)}"
+                )
+        return header.step
+
+    def _read_header(self, block: int, file: Any) -> tuple[BlockHeader, int]:
+        path = self.path(block)
+        damaged = f"block {block} is damaged: {path}"
+        size = os.fstat(file.fileno()).st_size
+        length = int.from_bytes(file.read(8), "little") if size >= 8 else 0
+        if not 2 <= length <= min(HEADER_LIMIT_BYTES, size - 8):
+            raise RunError(f"{damaged} is not a safetensors file or is cut short ({size} bytes); {self._kept(block)}")
+        try:
+            table = parse_json(file.read(length).decode("utf-8"))
+            metadata = table.pop("__metadata__")
+            version = int(metadata["format_version"])
+            if version != FORMAT_VERSION:
+                raise RunError(
+                    f"{path} has block format version {version}; this edgeblocks reads version {FORMAT_VERSION}. "
+                    f"Use the edgeblocks that wrote it"
+                )
+            claimed = metadata.pop("header_sha256")
+            if claimed != _header_digest(table, metadata):
+                raise RunError(f"{damaged} has a header that does not match its checksum; {self._kept(block)}")
+            header = BlockHeader(
+                run_id=metadata["run_id"],
+                block=_count(metadata["block"]),
+                step=_count(metadata["step"]),
+                digests={part: metadata[f"{part}_sha256"] for part in PARTS},
+                run_bytes_written=_count(metadata.get("run_bytes_written", "0")),
+            )
+            if not isinstance(header.run_id, str):
+                raise TypeError(f"run_id={shown(header.run_id)}")
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise RunError(f"{damaged} has an unreadable header; {self._kept(block)}") from error
+        if header.run_id != self.run_id or header.block != block:
+            raise RunError(
+                f"{path} is block {header.block} of run {header.run_id[:8]}, but block {block} of run "
+                f"{self.run_id[:8]} belongs here; put this run's own file back"
+            )
+        layout = self.layouts[block]
+        expected = 8 + length + layout.num_bytes
+        if table != _table(layout):
+            raise RunError(f"{path} holds tensors of another network than config.yaml describes; {self._kept(block)}")
+        if size != expected:
+            raise RunError(f"{damaged} has {size} bytes where {expected} belong: it was cut short; {self._kept(block)}")
+        return header, 8 + length
+
+
+def _count(text: str) -> int:
+    """A number as the header has it: digits, no more than any count of steps or bytes needs."""
+    if not isinstance(text, str) or not (text.isascii() and text.isdigit() and len(text) <= 19):
+        raise ValueError(f"{shown(text)} is no count")
+    return int(text)
+
+
+def _table(layout: BlockLayout) -> dict[str, Any]:
+    return {
+        entry.name: {
+            "dtype": _DTYPES[entry.dtype],
+            "shape": list(entry.shape),
+            "data_offsets": [entry.start, entry.start + entry.num_bytes],
+        }
+        for entry in layout.entries
+    }
+
+
+def _header_digest(table: dict[str, Any], metadata: dict[str, str]) -> str:
+    return hashlib.sha256(json.dumps([table, metadata], sort_keys=True).encode()).hexdigest()
+
+
+def _encode_header(layout: BlockLayout, header: BlockHeader) -> bytes:
+    table = _table(layout)
+    metadata = {
+        "format": "pt",
+        "format_version": str(FORMAT_VERSION),
+        "run_id": header.run_id,
+        "block": str(header.block),
+        "step": str(header.step),
+        "run_bytes_written": str(header.run_bytes_written),
+        **{f"{part}_sha256": digest for part, digest in header.digests.items()},
+    }
+    metadata["header_sha256"] = _header_digest(table, metadata)
+    return encode_header(table, metadata)
+
+
+def _digest(data: Tensor) -> str:
+    return hashlib.sha256(bytes_of(data)).hexdigest()
+
+
+def _read_exactly(file: Any, view: memoryview) -> None:
+    done = 0
+    while done < len(view):
+        count = file.readinto(view[done:])
+        if not count:
+            raise OSError(f"the file ended {len(view) - done} bytes early")
+        done += count
+
+
+def storage_error(what: str, path: Path, error: OSError) -> StorageError:
+    """An OSError in the user's words, with the free space of the disk concerned."""
+    try:
+        free = f"; {format_bytes(shutil.disk_usage(path.parent).free)} are free there"
+    except OSError:
+        free = ""
+    ending = "The last saved state is intact; make room or repair the folder, then go on with --resume"
+    if not path.parent.is_dir():
+        ending = f"{path.parent} was deleted or its disk is gone; put it back from a copy, or start a new run"
+    return StorageError(f"{what}: {path}: {error.strerror or error}{free}. {ending}")

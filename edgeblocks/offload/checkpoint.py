@@ -1,0 +1,64 @@
+"""A checkpoint of all blocks at once: new files that replace the former ones together or not at all."""
+
+from pathlib import Path
+
+from edgeblocks.files.durable import sync, write_atomically
+from edgeblocks.offload.block_buffer import BlockBuffer
+from edgeblocks.offload.block_files import BlockStore, storage_error
+
+
+class NextBlocks:
+    """New files for all blocks of a run, which replace the former ones together or not at all, whatever happens.
+
+    The new files lie beside the former ones under other names until all are complete. Then one small file says so: from
+    that instant on they are the run's, and what is left of the renaming is done by whoever comes next.
+    """
+
+    _COMPLETE = ".next_blocks_are_complete"
+
+    def __init__(self, store: BlockStore) -> None:
+        self._store = store
+        self._new = _NextStore(store.folder, store.layouts, store.run_id)
+
+    def write(self, block: int, buffer: BlockBuffer, step: int) -> None:
+        """Write a block's new file; see `BlockStore.write`."""
+        self._store.check_folder()
+        self._new.count_from(self._store.run_bytes_written)
+        self._new.write(block, buffer, step)
+        self._store.bytes_written += self._new.bytes_written
+
+    def commit(self) -> None:
+        """Put the new files in the place of the former ones."""
+        marker = self._store.folder / self._COMPLETE
+        try:
+            write_atomically(marker, [b""])
+        except OSError as error:
+            raise storage_error("cannot complete a checkpoint", marker, error) from error
+        self.recover()
+
+    def recover(self) -> None:
+        """Finish a replacement that was interrupted, or remove what there is of an incomplete one.
+
+        Raises:
+            StorageError: the folder cannot be written.
+        """
+        marker = self._store.folder / self._COMPLETE
+        try:
+            complete = marker.exists()
+            for block in range(len(self._store.layouts)):
+                if complete and self._new.path(block).exists():
+                    self._new.path(block).replace(self._store.path(block))
+                self._new.path(block).unlink(missing_ok=True)
+            sync(self._store.folder)
+            marker.unlink(missing_ok=True)
+        except OSError as error:
+            raise storage_error("cannot replace the blocks", marker, error) from error
+
+
+class _NextStore(BlockStore):
+    def path(self, block: int) -> Path:
+        return self.folder / f".block_{block:03d}.next"
+
+    def count_from(self, bytes_written: int) -> None:
+        """What the run had written when the next file is complete is told in its header."""
+        self._former_bytes_written, self.bytes_written = bytes_written, 0

@@ -1,0 +1,102 @@
+"""Sections: what of a family's network lies in one block file.
+
+Trained block-wise, a section is a network of its own: stem, some layers, readout. Trained end to end, sections are the
+consecutive stages of one network: the first one has the stem, the last one the readout. What goes from stage to stage
+are hidden values and a condition, which the stem makes once and every layer is told.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from edgeblocks.offload.block_buffer import bind_parameters_
+
+
+@dataclass(frozen=True, kw_only=True)
+class Section:
+    """Some layers, with or without a stem and a readout."""
+
+    num_layers: int
+    stem: bool = True
+    readout: bool = True
+
+
+def blocks_of(layers: Sequence[int]) -> tuple[Section, ...]:
+    """Networks of their own with so many layers each."""
+    return tuple(Section(num_layers=count) for count in layers)
+
+
+def stages_of(layers: Sequence[int]) -> tuple[Section, ...]:
+    """Stages of one network with so many layers each.
+
+    >>> [(stage.stem, stage.readout) for stage in stages_of((2, 2, 1))]
+    [(True, False), (False, False), (False, True)]
+    """
+    last = len(layers) - 1
+    return tuple(
+        Section(num_layers=count, stem=number == 0, readout=number == last) for number, count in enumerate(layers)
+    )
+
+
+def network_of(family: Any, section: Section, *, checkpointing: bool = False) -> nn.Module:
+    """A section as a module on torch's default device, parameters not initialised."""
+    network: Any = family.block(num_layers=section.num_layers, checkpointing=checkpointing)
+    for name in _left_out(network, section):
+        delattr(network, name)
+    return network  # type: ignore[no-any-return]
+
+
+def init_section_(
+    family: Any, section: Section, tensors: Iterable[tuple[str, Tensor]], generator: torch.Generator
+) -> None:
+    """Initialise a section's parameters, as those of a whole network of so many layers are initialised.
+
+    Args:
+        tensors: parameters by their names; the order is that of a section's own.
+    """
+    with torch.device("meta"):
+        network: Any = family.block(num_layers=section.num_layers, checkpointing=False)
+    for name in _left_out(network, section):
+        part = getattr(network, name)  # not `to_empty`: with meta tensors it would import 25 MB of symbolic libraries
+        bind_parameters_(part, [(own, torch.empty(parameter.shape)) for own, parameter in part.named_parameters()])
+    bind_parameters_(network, tensors)
+    network.init_(generator)
+
+
+def _left_out(network: Any, section: Section) -> tuple[str, ...]:
+    """Names of the parts that a section does not have."""
+    stem = () if section.stem else network.stem_parts
+    readout = () if section.readout else network.readout_parts
+    return tuple(name for name in (*stem, *readout) if getattr(network, name) is not None)
+
+
+def whole_name(name: str, layers: Sequence[int], stage: int) -> str:
+    """What a stage's parameter is called in the whole network.
+
+    Args:
+        layers: of each stage.
+
+    >>> whole_name("layers.1.mlp.up.weight", (3, 3), 1), whole_name("readout.bias", (3, 3), 1)
+    ('layers.4.mlp.up.weight', 'readout.bias')
+    """
+    part, _, rest = name.partition(".")
+    if part != "layers":
+        return name
+    number, _, rest = rest.partition(".")
+    return f"layers.{int(number) + sum(layers[:stage])}.{rest}"
+
+
+def tensor_name(block: int, name: str, layers: Sequence[int], *, end_to_end: bool) -> str:
+    """What a block's parameter is called in a file of the whole network's weights.
+
+    Args:
+        layers: of each block, or stage.
+        end_to_end: whether these are stages of one network; else each is a network of its own.
+
+    >>> tensor_name(1, "layers.0.mlp.up.weight", (3, 3), end_to_end=False)
+    'block_1.layers.0.mlp.up.weight'
+    """
+    return whole_name(name, layers, block) if end_to_end else f"block_{block}.{name}"

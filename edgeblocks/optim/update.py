@@ -1,0 +1,111 @@
+"""What a step changes in a block: AdamW over its flat parameters, and the EMA that follows; how fast, and clipping.
+
+Block-wise and end-to-end training make the same update.
+"""
+
+import math
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from edgeblocks.offload.block_buffer import BlockBuffer
+from edgeblocks.optim.adamw import Workspace, adamw_8bit_step_, adamw_step_
+
+BETA1, BETA2, EPS = 0.9, 0.99, 1e-8
+
+
+def learning_rate_at(step: int, *, steps: int, warmup: int, peak: float) -> float:
+    """Linear warm-up, then a cosine to zero. `step` counts from 0; the last step still learns.
+
+    >>> [round(learning_rate_at(s, steps=10, warmup=2, peak=1.0), 3) for s in (0, 1, 2, 6, 9)]
+    [0.5, 1.0, 1.0, 0.5, 0.038]
+    """
+    warmup = min(warmup, steps // 2)
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(steps - warmup, 1)))
+
+
+def ema_exponent(length: float) -> float:
+    """gamma of a power-function EMA whose profile has the relative width `length`.
+
+    The averaged time grows with training, so one number serves short and long runs. It solves
+    length^2 = (gamma+1) / ((gamma+2)^2 (gamma+3)). Source: Karras et al. 2024, arXiv 2312.02696, section 3.1.
+
+    >>> round(ema_exponent(0.1), 2)
+    6.94
+    """
+    low, high = 0.0, 1e6
+    for _ in range(200):
+        middle = (low + high) / 2
+        wide = (middle + 1) / ((middle + 2) ** 2 * (middle + 3)) > length**2
+        low, high = (middle, high) if wide else (low, middle)
+    return low
+
+
+def adamw_(
+    buffer: BlockBuffer,
+    gradients: Tensor,
+    *,
+    step: int,
+    learning_rate: float,
+    weight_decay: float,
+    workspace: Workspace | None,
+) -> None:
+    """A step of AdamW over a flat block: 8-bit moments first, then fp32 ones, of which vectors get no weight decay.
+
+    Args:
+        step: counts from 0.
+        workspace: for the 8-bit moments; None where the block has none.
+    """
+    layout, weights = buffer.layout, buffer.flat("weights")
+    state = dict(buffer.tensors("optimizer"))
+    common = {"learning_rate": learning_rate, "beta1": BETA1, "beta2": BETA2, "eps": EPS}
+    if layout.num_quantized:
+        assert workspace is not None
+        eight_bit = slice(0, layout.num_quantized)
+        adamw_8bit_step_(
+            weights[eight_bit],
+            gradients[eight_bit],
+            state["exp_avg_codes"],
+            state["exp_avg_scales"],
+            state["exp_avg_sq_codes"],
+            state["exp_avg_sq_scales"],
+            step=step + 1,
+            weight_decay=weight_decay,
+            workspace=workspace,
+            **common,
+        )
+    sizes = [math.prod(entry.shape) for entry in layout.of_part("weights")]
+    starts = list(accumulate(sizes, initial=0))
+    for first, last, decay in (
+        (layout.num_quantized, layout.num_decayed, weight_decay),
+        (layout.num_decayed, layout.num_parameters, 0.0),
+    ):
+        if last > first:
+            moments = slice(first - layout.num_quantized, last - layout.num_quantized)
+            adamw_step_(
+                weights[first:last],
+                gradients[first:last],
+                state["exp_avg"][moments],
+                state["exp_avg_sq"][moments],
+                step=step + 1,
+                weight_decay=decay,
+                sizes=[size for start, size in zip(starts, sizes, strict=False) if first <= start < last],
+                **common,
+            )
+
+
+def follow_(buffer: BlockBuffer, *, step: int, exponent: float) -> None:
+    """Move the EMA towards the weights that step `step`, counted from 0, has made; see `ema_exponent`."""
+    decay = (1 - 1 / (step + 1)) ** (exponent + 1)
+    buffer.flat("ema").lerp_(buffer.flat("weights"), 1 - decay)
+
+
+def clip_(gradients: Tensor, largest_norm: float) -> float:
+    """Scale the flat gradient to at most `largest_norm` (2-norm over the block) and return the norm it had."""
+    norm = float(torch.linalg.vector_norm(gradients))
+    if norm > largest_norm:
+        gradients.mul_(largest_norm / norm)
+    return norm

@@ -1,0 +1,194 @@
+"""How much memory a way to train takes, part by part. Plain arithmetic on `LayerCosts`; no torch."""
+
+import math
+
+from edgeblocks.planning.layer_costs import LayerCosts, at_samples, heap_bytes_at
+from edgeblocks.planning.plans import Machine, Wishes
+
+GAPS_SHARE = {"plain": 0.36, "checkpointed": 0.85, "staged": 0.7, "forward": 0.3}
+"""Memory that the allocator keeps beyond live tensors, measured (tests/bench/budget_grid.py): as a share of those on
+the heap; with checkpointing, which takes and frees in another order and peaks at another time, as a share of all; and
+so between stages, which take and free tensors of different sizes in turn (two text families, a few shapes)."""
+LARGEST_GAPS_BYTES = 75_000_000
+LARGEST_GAPS_SHARE = 0.07
+"""Gaps stop growing there, but for a share of all activations: more layers repeat the same pattern on the heap."""
+SEGMENTS_SHARE = 0.08
+"""What torch's caching allocator for a GPU keeps beyond live tensors, as a share of all activations: 0.005 to 0.06 with
+segments that grow, measured on an H100 (docs/gpu.md)."""
+GPU_CODE_BYTES = 70_000_000
+"""Of the host's memory: code of kernels that are first launched when the network is looked at, measured 5 to 60 MB."""
+BATCH_COPIES = 1.7
+"""A batch, its pixels as bytes, and what flipping some of them copies."""
+SAMPLE_COPIES = 5
+"""A chain's samples, its noise, two slopes and the finished pictures, in batches' bytes (image and noise)."""
+SLACK_BYTES = 28_000_000
+"""Code pages and library scratch touched after the runtime was measured; and the cap's own margin, without which a run
+at the smallest budget was refused memory some MB below it."""
+SLACK_SHARE = 0.01
+"""Of all that is not the runtime, for the same."""
+
+
+def device_memory(
+    costs: LayerCosts,
+    machine: Machine,
+    wishes: Wishes,
+    num_layers: int,
+    *,
+    blocks: int,
+    micro_batch: int,
+    checkpointing: bool,
+    slots: int,
+) -> dict[str, int]:
+    """Bytes of the device's memory by its parts; where the device is the host, of all memory.
+
+    Args:
+        num_layers: of a block, or of a stage.
+        slots: blocks that are in memory at a time.
+    """
+    parameters = costs.parameters(num_layers)
+    moments = costs.moment_bytes(num_layers, wishes.optimizer)
+    activations, gaps = step_memory(costs, machine, num_layers, micro_batch, checkpointing)
+    if wishes.method == "exact" and blocks > 1:
+        gaps = max(gaps, int(GAPS_SHARE["staged"] * activations))
+    drawn_bytes = batch_bytes(costs, wishes)
+    breakdown = {
+        "runtime": machine.runtime_bytes,
+        "weights": 4 * parameters * slots,
+        "gradients": 4 * parameters,
+        "optimizer": moments * slots + _workspace_bytes(costs, machine, wishes),
+        "ema": 4 * parameters * slots,
+        "activations": activations,
+        "boundaries": _boundary_bytes(costs, wishes, blocks, micro_batch),
+        "data": (wishes.data_bytes if machine.host is None else 0) + drawn_bytes,
+        "evaluation": max(
+            0,
+            look_bytes(costs, machine, wishes, num_layers, micro_batch) - activations - gaps - drawn_bytes,
+        ),
+        "slack": gaps + SLACK_BYTES,
+    }
+    if wishes.method != "exact":
+        del breakdown["boundaries"]
+    breakdown["slack"] += int(SLACK_SHARE * (sum(breakdown.values()) - machine.runtime_bytes))
+    breakdown["planning"] = max(0, machine.planning_bytes - sum(breakdown.values())) if machine.host is None else 0
+    return breakdown
+
+
+def _boundary_bytes(costs: LayerCosts, wishes: Wishes, stages: int, micro_batch: int) -> int:
+    """What a batch leaves at the stages' boundaries on its way forward, and one of them more on the way back.
+
+    On the way back a micro-batch has its gradient, and its product with what leaves a stage, beside; see `exact.Pass`.
+    These live on the heap, with gaps as the tensors of a step. Where they wait on disk there is the gradient alone, as
+    it comes and as it goes.
+    """
+    if wishes.method != "exact" or stages == 1:
+        return 0
+    lowest = wishes.trained_stages(stages).index(True)
+    kept = stages - max(0, lowest - 1)  # what enters a stage below the lowest trained one is not needed again
+    of_batch, beside = float(kept), 3
+    if wishes.boundaries == "disk":
+        of_batch, beside = 2.0, 5
+    elif wishes.boundary_dtype == "bfloat16":
+        of_batch, beside = (kept - 1) / 2 + 1.5, 4
+    hidden = (of_batch * wishes.batch + beside * micro_batch) * costs.hidden_bytes_per_sample
+    return int((1 + GAPS_SHARE["plain"]) * (hidden + 3 * wishes.batch * costs.condition_bytes_per_sample))
+
+
+def _ends_bytes(costs: LayerCosts, wishes: Wishes) -> int:
+    """The copies of stem and readout that a look at a network holds, while its stages come and go."""
+    return 4 * costs.parameters(0) if wishes.method == "exact" else 0
+
+
+def host_memory(
+    costs: LayerCosts,
+    machine: Machine,
+    wishes: Wishes,
+    blocks: int,
+    slots: int,
+    block_bytes: int,
+    micro_batch: int,
+) -> tuple[dict[str, int], int]:
+    """The host's memory by its parts, and how many blocks live in it: as many as its budget holds beside the rest.
+
+    `staging` is the page-locked memory of one block, through which blocks move between disk and device. Gradients that
+    wait for the norm of all of them pass through page-locked memory of their own; what enters the stages and waits on
+    disk takes the heap's on its way.
+    """
+    if machine.host is None:
+        return {}, 0
+    needed = {
+        "runtime": machine.host.runtime_bytes,
+        "data": wishes.data_bytes + 2 * batch_bytes(costs, wishes),  # one is drawn while the device has the other
+        "evaluation": _grid_bytes(costs, wishes, micro_batch),
+        "staging": block_bytes,
+        "slack": SLACK_BYTES + GPU_CODE_BYTES,
+    }
+    if wishes.clip_by == "network":
+        needed["gradients"] = 4 * costs.parameters(math.ceil(costs.num_layers / blocks))
+    if wishes.boundaries == "disk" and blocks > 1:
+        needed["boundaries"] = int((1 + GAPS_SHARE["plain"]) * micro_batch * costs.hidden_bytes_per_sample)
+    needed["planning"] = max(0, machine.planning_bytes - sum(needed.values()))
+    room = host_budget_bytes(machine, wishes) - sum(needed.values())
+    if slots >= blocks or wishes.tier == "disk":
+        ram_blocks = 0
+    else:
+        ram_blocks = blocks if wishes.tier == "ram" else min(blocks, max(0, room) // block_bytes)
+    return {**needed, "blocks": ram_blocks * block_bytes}, ram_blocks
+
+
+def batch_bytes(costs: LayerCosts, wishes: Wishes) -> int:
+    """Of a whole batch while it is drawn."""
+    return int(BATCH_COPIES * wishes.batch * costs.batch_bytes_per_sample)
+
+
+def _workspace_bytes(costs: LayerCosts, machine: Machine, wishes: Wishes) -> int:
+    """What an optimizer step needs beside the state."""
+    return (costs.workspace_bytes if machine.host is None else costs.gpu_workspace_bytes)[wishes.optimizer]
+
+
+def host_budget_bytes(machine: Machine, wishes: Wishes) -> int:
+    """The bound of the host's memory; without a host there is nothing to bound."""
+    if machine.host is None:
+        return 0
+    return machine.host.memory_bytes if wishes.ram_budget_bytes is None else wishes.ram_budget_bytes
+
+
+def step_memory(
+    costs: LayerCosts, machine: Machine, num_layers: int, micro_batch: int, checkpointing: bool
+) -> tuple[int, int]:
+    """Bytes of a step's live tensors, and of the gaps that the allocator leaves between them."""
+    traces = costs.checkpointed if checkpointing else costs.plain
+    activations = at_samples(traces, micro_batch, lambda cost: cost.peak_bytes.at(num_layers))
+    if machine.host is not None:
+        return activations, int(SEGMENTS_SHARE * activations)
+    if checkpointing:
+        return activations, int(GAPS_SHARE["checkpointed"] * activations)
+    heap_bytes = heap_bytes_at(traces, micro_batch, num_layers)
+    return activations, int(
+        min(GAPS_SHARE["plain"] * heap_bytes, LARGEST_GAPS_BYTES + LARGEST_GAPS_SHARE * activations)
+    )
+
+
+def look_bytes(costs: LayerCosts, machine: Machine, wishes: Wishes, num_layers: int, micro_batch: int) -> int:
+    """Bytes of evaluating and sampling between visits: a forward pass, and the samples at the solver's levels.
+
+    Beside a host the samples are there, and a micro-batch of them on the device.
+    """
+    forward = forward_bytes(costs, machine, num_layers, micro_batch) + _ends_bytes(costs, wishes)
+    if machine.host is not None:
+        return forward + micro_batch * (costs.batch_bytes_per_sample + wishes.sample_bytes)
+    return forward + _grid_bytes(costs, wishes, micro_batch)
+
+
+def _grid_bytes(costs: LayerCosts, wishes: Wishes, micro_batch: int) -> int:
+    """Bytes of the samples that are made between visits; texts that are written token by token, a micro-batch of them
+    at a time, keep their keys and values."""
+    written_bytes = min(wishes.grid_samples, micro_batch) * wishes.sample_bytes
+    return SAMPLE_COPIES * wishes.grid_samples * costs.batch_bytes_per_sample + written_bytes
+
+
+def forward_bytes(costs: LayerCosts, machine: Machine, num_layers: int, micro_batch: int) -> int:
+    """Bytes of a forward pass without gradients, with the gaps that the allocator leaves."""
+    live = at_samples(costs.forward, micro_batch, lambda cost: cost.peak_bytes.at(num_layers))
+    if machine.host is not None:
+        return live + int(SEGMENTS_SHARE * live)
+    return live + int(GAPS_SHARE["forward"] * heap_bytes_at(costs.forward, micro_batch, num_layers))

@@ -1,0 +1,127 @@
+"""How long visits are, and what they cost: seconds of a step with its share of moving, bytes on disk and written."""
+
+import math
+from dataclasses import dataclass
+
+from edgeblocks.planning.layer_costs import LayerCosts
+from edgeblocks.planning.plans import Machine, Wishes, kept_blocks, streaming_share
+from edgeblocks.planning.step_times import predicted_step_s, staged_step
+
+STREAMING_SHARE = 0.02
+"""Loading and storing may take this share of a visit."""
+USUAL_VISIT_S = 300.0
+"""A visit is the most that a power cut can undo; shorter ones write more to the disk."""
+FEWEST_ROUNDS = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pace:
+    """How long a candidate's steps and visits are, and what it asks of the disk; see `Candidate`."""
+
+    visit_steps: int
+    step_s: float
+    streaming_s: float
+    disk_bytes: int
+    bytes_written: int
+
+
+def pace_of_blocks(
+    costs: LayerCosts,
+    machine: Machine,
+    wishes: Wishes,
+    blocks: int,
+    micro_batch: int,
+    checkpointing: bool,
+    slots: int,
+    ram_blocks: int,
+    block_bytes: int,
+) -> Pace:
+    """Of blocks that are trained alone: every visit writes one, and brings one unless it is in memory anyway."""
+    num_layers = math.ceil(costs.num_layers / blocks)
+    step_s = predicted_step_s(costs, machine, num_layers, wishes.batch, micro_batch, checkpointing)
+    load_s, store_s = _moving_s(machine, blocks, slots, ram_blocks, block_bytes)
+    visit_steps = wishes.visit_steps or _visit_steps(
+        wishes, step_s, load_s + store_s, most_rounds=_most_rounds(wishes, blocks * block_bytes)
+    )
+    return Pace(
+        visit_steps=visit_steps,
+        step_s=step_s,
+        streaming_s=streaming_share(slots) * (load_s + store_s) / visit_steps,
+        disk_bytes=(blocks + 1) * block_bytes,
+        bytes_written=blocks * block_bytes * (math.ceil(wishes.steps / visit_steps) + 1),
+    )
+
+
+def pace_of_stages(
+    costs: LayerCosts,
+    machine: Machine,
+    wishes: Wishes,
+    blocks: int,
+    micro_batch: int,
+    checkpointing: bool,
+    slots: int,
+    ram_blocks: int,
+    block_bytes: int,
+) -> Pace:
+    """Of stages that are trained together: every step moves some, a checkpoint writes all that are trained.
+
+    Beside a host, those that live in its memory are moved without the disk.
+
+    Frozen stages have no optimizer state and are written once, when the run is created.
+    """
+    step = staged_step(
+        costs,
+        machine,
+        wishes,
+        blocks=blocks,
+        slots=slots,
+        ram_blocks=ram_blocks,
+        micro_batch=micro_batch,
+        checkpointing=checkpointing,
+    )
+    trained = sum(wishes.trained_stages(blocks))
+    frozen_bytes = 8 * costs.parameters(math.ceil(costs.num_layers / blocks))
+    files_bytes, saved_bytes = trained * block_bytes + (blocks - trained) * frozen_bytes, trained * block_bytes
+    usual = min(math.ceil(USUAL_VISIT_S / (step.step_s + step.stall_s)), math.ceil(wishes.steps / max(wishes.looks, 1)))
+    visit_steps = wishes.visit_steps or max(1, usual)
+    _, store_s = _moving_s(machine, blocks, slots, ram_blocks, block_bytes)
+    return Pace(
+        visit_steps=visit_steps,
+        step_s=step.step_s,
+        streaming_s=step.stall_s + streaming_share(slots) * trained * store_s / visit_steps,
+        disk_bytes=files_bytes + saved_bytes + step.put_away_bytes,
+        bytes_written=files_bytes
+        + saved_bytes * math.ceil(wishes.steps / visit_steps)
+        + step.put_away_bytes * wishes.steps,
+    )
+
+
+def _moving_s(machine: Machine, blocks: int, slots: int, ram_blocks: int, block_bytes: int) -> tuple[float, float]:
+    """Seconds of loading a block for a visit, on average over the blocks, and of storing it after the visit.
+
+    Beside a host, a block passes the link, and comes from disk before unless it lives in RAM. Wherever it lives it is
+    written to disk after every visit: what is only in memory would be lost with the power.
+    """
+    store_s = block_bytes / machine.disk_write_bytes_per_s
+    if machine.host is None:
+        streamed = 1 - kept_blocks(blocks, slots) / blocks
+        return streamed * block_bytes / machine.disk_read_bytes_per_s, store_s
+    link_s = block_bytes / machine.host.link_bytes_per_s
+    if slots >= blocks:
+        return 0.0, link_s + store_s
+    return link_s + (1 - ram_blocks / blocks) * block_bytes / machine.disk_read_bytes_per_s, link_s + store_s
+
+
+def _most_rounds(wishes: Wishes, round_bytes: int) -> int:
+    """Rounds over all blocks that the user's limit of disk writes allows, after the one that creates them."""
+    if wishes.max_disk_writes is None:
+        return wishes.steps
+    return max(1, wishes.max_disk_writes // round_bytes - 1)
+
+
+def _visit_steps(wishes: Wishes, step_s: float, streaming_s: float, *, most_rounds: int) -> int:
+    """Long enough that streaming stays below its share; else some minutes, but several rounds over all blocks."""
+    steps, rounds = wishes.steps, max(FEWEST_ROUNDS, wishes.looks)
+    needed = max(math.ceil(streaming_s / (STREAMING_SHARE * step_s)), math.ceil(steps / most_rounds))
+    pleasant = min(math.ceil(USUAL_VISIT_S / step_s), math.ceil(steps / rounds))
+    return max(1, min(max(needed, pleasant), steps))

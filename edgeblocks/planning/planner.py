@@ -1,0 +1,297 @@
+"""From a budget to a plan: how many blocks, which micro-batch, what stays in memory, how long a visit lasts.
+
+Plain arithmetic on `LayerCosts` and `Machine`; no torch. Quality comes first: the smallest number of blocks, at least
+the family's preferred one, that fits. Within it, the plan that takes least time.
+"""
+
+import contextlib
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+from edgeblocks.errors import ConfigError, DoesNotFitError
+from edgeblocks.planning.candidates import block_counts, options_of
+from edgeblocks.planning.layer_costs import LayerCosts
+from edgeblocks.planning.memory import (
+    SLACK_BYTES,
+    SLACK_SHARE,
+    batch_bytes,
+    forward_bytes,
+    host_budget_bytes,
+    look_bytes,
+    step_memory,
+)
+from edgeblocks.planning.plans import (
+    Candidate,
+    Machine,
+    Plan,
+    StepShape,
+    Wishes,
+    micro_batches,
+    split_layers,
+)
+from edgeblocks.planning.step_times import boundary_disk_bytes
+from edgeblocks.planning.warnings import plan_warnings
+from edgeblocks.units import advised_budget, format_bytes
+
+ABOUT_AS_FAST = 1.1
+"""Of two ways to train end to end, one that takes so many times as long is still preferred where it writes less."""
+
+
+def make_plan(costs: LayerCosts, machine: Machine, wishes: Wishes) -> Plan:
+    """The plan for a budget.
+
+    Raises:
+        ConfigError: the user fixed something impossible.
+        DoesNotFitError: nothing fits; it carries the smallest budget that would work.
+    """
+    if wishes.blocks is not None and not 1 <= wishes.blocks <= costs.num_layers:
+        raise ConfigError(
+            f"--blocks {wishes.blocks} is impossible: the network has {costs.num_layers} layers and a block needs at "
+            f"least one; use 1 to {costs.num_layers}"
+        )
+    assert machine.host is not None or wishes.ram_budget_bytes is None, "a RAM budget needs a machine with a host"
+    if wishes.method == "exact" and wishes.boundaries is None:
+        with contextlib.suppress(DoesNotFitError):
+            return make_plan(costs, machine, replace(wishes, boundaries="ram"))
+        wishes = replace(wishes, boundaries="disk")
+    cut_by_budget, wishes = wishes.blocks is None, _with_a_cut(costs, machine, wishes)
+    rows = []
+    for blocks in block_counts(costs.num_layers, wishes):
+        options = options_of(costs, machine, wishes, blocks)
+        fitting = [option for option in options if option.fits]
+        if fitting:
+            rows.append(_best(fitting, wishes))
+        else:
+            rows.append(min(options, key=lambda option: option.predicted_peak_bytes))
+    fitting_rows = [row for row in rows if row.fits]
+    if not fitting_rows:
+        raise _does_not_fit(costs, machine, wishes)
+    chosen = _best(fitting_rows, wishes) if wishes.method == "exact" else fitting_rows[0]
+    layers = split_layers(costs.num_layers, chosen.blocks)
+    return Plan(
+        chosen=chosen,
+        candidates=tuple(rows),
+        layers=layers,
+        shapes=_shapes(costs, machine, wishes, chosen),
+        look_micro_batch=_look_micro_batch(costs, machine, wishes, chosen),
+        steps=wishes.steps,
+        budget_bytes=wishes.budget_bytes,
+        parameters=_parameters(costs, wishes, layers),
+        optimizer=wishes.optimizer,
+        machine=machine,
+        method=wishes.method,
+        trained=wishes.trained,
+        boundary_disk_bytes=boundary_disk_bytes(costs, wishes, chosen.blocks),
+        warnings=plan_warnings(costs, machine, wishes, chosen, fitting_rows, cut_by_budget=cut_by_budget),
+        ram_budget_bytes=None if machine.host is None else host_budget_bytes(machine, wishes),
+    )
+
+
+def _with_a_cut(costs: LayerCosts, machine: Machine, wishes: Wishes) -> Wishes:
+    """The wishes, with the number of stages that numbers of trained ones are counted in.
+
+    Where the user does not fix it, it is that of a plan that trains all of them: else the fastest plan would be the one
+    that trains least.
+
+    Raises:
+        ConfigError: there are no stages of these numbers.
+    """
+    if wishes.trained is None:
+        return wishes
+    whole = wishes.blocks or make_plan(costs, machine, replace(wishes, trained=None)).chosen.blocks
+    wrong = [stage for stage in wishes.trained if stage >= whole]
+    if wrong:
+        there = "1 stage, stage 0" if whole == 1 else f"{whole} stages, 0 to {whole - 1}"
+        raise ConfigError(
+            f"--train-blocks {','.join(map(str, wishes.trained))}: the network is cut into {there}; name these, or cut "
+            f"it into more with --blocks {max(wrong) + 1}"
+        )
+    return replace(wishes, blocks=whole)
+
+
+def _best(options: Sequence[Candidate], wishes: Wishes) -> Candidate:
+    """The one that takes least time, of which streaming is a part; the largest micro-batch where times are equal.
+
+    A cut into stages changes no number, and moving stages wears the disk: among ways that are about as fast as the
+    fastest, the one that writes least.
+    """
+
+    def time(option: Candidate) -> tuple[float, int]:
+        return option.step_s + option.streaming_s, -option.micro_batch
+
+    if wishes.method == "diffusion":
+        return min(options, key=time)
+    longest_s = ABOUT_AS_FAST * min(time(option)[0] for option in options)
+    fast = [option for option in options if time(option)[0] <= longest_s]
+    return min(fast, key=lambda option: (option.bytes_written, *time(option)))
+
+
+def _parameters(costs: LayerCosts, wishes: Wishes, layers: Sequence[int]) -> int:
+    """Of all blocks, each with a stem and a readout of its own; or of the one network that is cut into stages."""
+    return sum(map(costs.parameters, layers)) if wishes.method == "diffusion" else costs.parameters(costs.num_layers)
+
+
+def _shapes(costs: LayerCosts, machine: Machine, wishes: Wishes, chosen: Candidate) -> tuple[StepShape, ...]:
+    """The chosen step, then ever smaller ones: first the micro-batch is halved, then checkpointing comes on."""
+    found: list[StepShape] = []
+    drawn_bytes = batch_bytes(costs, wishes)
+    for checkpointing in (False, True):
+        for micro_batch in micro_batches(wishes.batch):
+            if micro_batch > chosen.micro_batch or (chosen.checkpointing and not checkpointing):
+                continue
+            memory = step_memory(costs, machine, chosen.layers_per_block, micro_batch, checkpointing)
+            step_bytes = drawn_bytes + sum(memory)
+            if not found or step_bytes < found[-1].step_bytes:
+                found.append(StepShape(micro_batch=micro_batch, checkpointing=checkpointing, step_bytes=step_bytes))
+    return tuple(found)
+
+
+def _look_micro_batch(costs: LayerCosts, machine: Machine, wishes: Wishes, chosen: Candidate) -> int:
+    """Samples that go through the network together when it is looked at.
+
+    Stages come from the disk for every micro-batch, so of them there should be few: as many samples as take no more
+    memory than a training step. A block stays for all micro-batches, and there the step's own will do.
+    """
+    found = chosen.micro_batch
+    if wishes.method == "diffusion":
+        return found
+    room = chosen.breakdown["activations"] + chosen.breakdown["evaluation"]
+    for size in micro_batches(wishes.batch):
+        if size > found and look_bytes(costs, machine, wishes, chosen.layers_per_block, size) <= room:
+            return size
+    return found
+
+
+def _does_not_fit(costs: LayerCosts, machine: Machine, wishes: Wishes) -> DoesNotFitError:
+    """The refusal: which of the two budgets is too small, for what, and which one would do."""
+    free = replace(wishes, micro_batch=None, checkpointing=None, tier=None, blocks=None)
+    options, free_options = (
+        [
+            option
+            for blocks in block_counts(costs.num_layers, asked)
+            for option in options_of(costs, machine, asked, blocks)
+        ]
+        for asked in (wishes, free)
+    )
+    forced = [
+        f"--{name}" if name == "blocks" else f"{name}={getattr(wishes, name)}"
+        for name in ("blocks", "micro_batch", "checkpointing", "tier")
+        if getattr(wishes, name) is not None
+    ]
+    ram_budget_bytes = host_budget_bytes(machine, wishes)
+    on_host, free_on_host = (
+        [option for option in some if option.predicted_host_peak_bytes <= ram_budget_bytes]
+        for some in (options, free_options)
+    )
+    if on_host:
+        return _refusal(
+            [option.breakdown for option in on_host],
+            [option.breakdown for option in free_on_host],
+            flag="--mem-budget",
+            budget_bytes=wishes.budget_bytes,
+            where="" if machine.host is None else " on the device",
+            runtime="its context alone needs" if machine.host else "the interpreter and its libraries alone need",
+            forced=forced,
+        )
+    # Of the options that fit the device, if any: what follows from the answer must not be the other refusal.
+    on_device, free_on_device = (
+        [option for option in some if option.predicted_peak_bytes <= wishes.budget_bytes]
+        for some in (options, free_options)
+    )
+    device_bytes = min(option.predicted_peak_bytes for option in options)
+    device_too = (
+        f". The device's {format_bytes(wishes.budget_bytes)} are too little as well: --mem-budget "
+        f"{advised_budget(device_bytes)} or more"
+    )
+    return _refusal(
+        [option.host_breakdown for option in on_device or options],
+        [option.host_breakdown for option in free_on_device or free_options],
+        flag="--ram-budget",
+        budget_bytes=ram_budget_bytes,
+        where=" on the host",
+        runtime="the interpreter and its libraries alone need",
+        forced=forced,
+        too="" if on_device else device_too,
+    )
+
+
+def _refusal(
+    breakdowns: Sequence[dict[str, int]],
+    free_breakdowns: Sequence[dict[str, int]],
+    *,
+    flag: str,
+    budget_bytes: int,
+    where: str,
+    runtime: str,
+    forced: Sequence[str],
+    too: str = "",
+) -> DoesNotFitError:
+    """The smallest of the breakdowns against its budget.
+
+    Args:
+        free_breakdowns: what would be possible if the user had fixed nothing (`forced` is what is fixed).
+        runtime: who needs the part `runtime`, in words.
+        too: what else is wrong.
+    """
+    closest = min(breakdowns, key=lambda breakdown: sum(breakdown.values()))
+    needed_bytes = sum(closest.values())
+    smallest_bytes = math.ceil(min(sum(breakdown.values()) for breakdown in free_breakdowns) / 1e6) * 1_000_000
+    parts = ", ".join(f"{name} {format_bytes(size)}" for name, size in closest.items() if size)
+    advice = f"use {flag} {advised_budget(needed_bytes)} or more"
+    if closest["runtime"] > needed_bytes / 2:
+        advice += f" ({runtime} {format_bytes(closest['runtime'])} of it)"
+    else:
+        advice += ", or a smaller network (--set width=.., --set patch=.., --set image_size=..)"
+    if forced:
+        advice += f"; without {', '.join(forced)}, which you fixed, {advised_budget(smallest_bytes)} would do"
+    return DoesNotFitError(
+        f"no plan fits {format_bytes(budget_bytes)}{where}: the smallest needs {format_bytes(needed_bytes)} ({parts}); "
+        f"{advice}{too}",
+        smallest_bytes,
+        needed_bytes,
+        flag,
+    )
+
+
+def inference_micro_batch(
+    costs: LayerCosts,
+    machine: Machine,
+    *,
+    layers: Sequence[int],
+    samples: int,
+    budget_bytes: int,
+    held_bytes: int,
+    ends_bytes: int = 0,
+    sample_bytes: int = 0,
+    residents: int = 1,
+) -> int:
+    """The largest micro-batch for running the EMA weights of blocks inside the device's budget.
+
+    Args:
+        held_bytes: what the caller keeps beside the network (images, features); in the host's memory if there is one.
+        ends_bytes: of what is kept of a network whose stages come and go: its stem and readout.
+        sample_bytes: as `held_bytes` for each sample of the micro-batch, as keys and values; a device has them for a
+            moment.
+        residents: blocks that are in memory at a time.
+
+    Raises:
+        DoesNotFitError: one sample does not fit.
+    """
+    largest = max(layers)
+    fixed = machine.runtime_bytes + 4 * residents * costs.parameters(largest) + ends_bytes + SLACK_BYTES
+    for size in micro_batches(samples):
+        here = size * sample_bytes + (held_bytes if machine.host is None else size * costs.batch_bytes_per_sample)
+        needed = fixed + here + forward_bytes(costs, machine, largest, size)
+        needed += int(SLACK_SHARE * (needed - machine.runtime_bytes))
+        if machine.host is None:
+            needed = max(needed, machine.planning_bytes)
+        if needed <= budget_bytes:
+            return size
+    smallest_bytes = math.ceil(needed / 1e6) * 1_000_000
+    raise DoesNotFitError(
+        f"the chain needs {format_bytes(needed)} even for one sample at a time, the budget is "
+        f"{format_bytes(budget_bytes)}; use --mem-budget {advised_budget(needed)} or more"
+        f"{', or ask for fewer samples' if held_bytes > SLACK_BYTES else ''}",
+        smallest_bytes,
+    )

@@ -1,0 +1,311 @@
+"""What planning takes and gives, as values: a machine, the user's wishes, the candidates, the plan."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+from edgeblocks.diffusion.noise import NoisePartition
+
+Method = Literal["diffusion", "exact"]
+"""Each block alone as a denoiser, or the whole network end to end, stage by stage."""
+
+Clipping = Literal["stage", "network"]
+"""By which norm a gradient is clipped: each block's or stage's by its own, or all stages' by the whole network's."""
+
+BoundaryTier = Literal["ram", "disk"]
+"""Where it waits what enters each stage on the way forward."""
+
+BoundaryDtype = Literal["float32", "bfloat16"]
+"""As what it is kept."""
+
+DAY_S = 86_400.0
+UPDATE_S_PER_PARAMETER = 8e-9
+"""Clipping, 8-bit AdamW and EMA on two cores: 8 to 12 ns measured on a shared Xeon, 3 on an AMD Zen 5."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Host:
+    """The memory beside a device that has its own, and the link between the two."""
+
+    runtime_bytes: int
+    """Resident set of the process before any block."""
+    memory_bytes: int
+    link_bytes_per_s: float
+    """Copies in one direction, from page-locked memory."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Machine:
+    """What planning needs to know of a machine. Speeds are measured, or come from a profile, see `targets`."""
+
+    name: str
+    runtime_bytes: int
+    flops_per_s: float
+    memory_bytes_per_s: float
+    operator_s: float
+    disk_read_bytes_per_s: float
+    disk_write_bytes_per_s: float
+    planning_bytes: int = 0
+    """What a run occupies at least: the peak of the child process that traced the costs, or of this one while it
+    measured the machine."""
+    update_s_per_parameter: float = UPDATE_S_PER_PARAMETER
+    host: Host | None = None
+    """None where the device's memory is the process's own."""
+
+    def to_json(self) -> dict[str, Any]:
+        """The machine in plan.json; without a host, what was measured of it."""
+        content = asdict(self)
+        if self.host is None:
+            del content["host"], content["update_s_per_parameter"]
+        return content
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wishes:
+    """What the user fixed; None leaves the choice to the planner."""
+
+    budget_bytes: int
+    batch: int
+    steps: int
+    optimizer: Literal["adamw8bit", "adamw"]
+    preferred_blocks: int
+    method: Method = "diffusion"
+    blocks: int | None = None
+    trained: tuple[int, ...] | None = None
+    """Numbers of the stages that are trained end to end, the others being frozen; None: all."""
+    clip_by: Clipping = "stage"
+    boundaries: BoundaryTier | None = None
+    """None: in memory where that fits."""
+    boundary_dtype: BoundaryDtype = "float32"
+    micro_batch: int | None = None
+    checkpointing: bool | None = None
+    visit_steps: int | None = None
+    tier: Literal["ram", "disk"] | None = None
+    data_bytes: int = 0
+    """Resident bytes of the data set, beyond the batches."""
+    grid_samples: int = 0
+    """Samples that are made together during training."""
+    sample_bytes: int = 0
+    """What one that is written token by token keeps: its keys and values."""
+    looks: int = 0
+    """Times that the network is looked at on the way; blocks are saved then."""
+    max_disk_writes: int | None = None
+    """Bytes that the run may write to disk."""
+    ram_budget_bytes: int | None = None
+    """Bound of the host's memory; None leaves all of it. Only for a machine with a host."""
+
+    def trained_stages(self, blocks: int) -> tuple[bool, ...]:
+        """Of each of so many stages, whether it is trained."""
+        return trained_stages(self.trained, blocks)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepShape:
+    """How a training step is cut, and the bytes it takes for a moment: batch, activations, the allocator's gaps."""
+
+    micro_batch: int
+    checkpointing: bool
+    step_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """One way to train: sizes, predicted peak with its parts, predicted times.
+
+    `breakdown` is of the device's memory, `host_breakdown` of the host's; `ram_blocks` counts the blocks, from the
+    first one on, that wait for their visits in the host's memory. Where the device is the host they are empty and 0.
+    """
+
+    blocks: int
+    layers_per_block: int
+    micro_batch: int
+    accumulation: int
+    checkpointing: bool
+    slots: int
+    visit_steps: int
+    breakdown: dict[str, int]
+    step_s: float
+    streaming_s: float
+    block_bytes: int
+    disk_bytes: int
+    """The files of all blocks, wherever these live, and what is there beside them while some are written."""
+    bytes_written: int
+    fits: bool
+    host_breakdown: dict[str, int] = field(default_factory=dict)
+    ram_blocks: int = 0
+
+    @property
+    def predicted_peak_bytes(self) -> int:
+        return sum(self.breakdown.values())
+
+    @property
+    def predicted_host_peak_bytes(self) -> int:
+        return sum(self.host_breakdown.values())
+
+    @property
+    def tiers(self) -> dict[str, list[int]]:
+        return tiers(self.blocks, self.slots, ram_blocks=self.ram_blocks if self.host_breakdown else None)
+
+    @property
+    def tier(self) -> str:
+        """The slowest place that a block is loaded from."""
+        if self.slots >= self.blocks:
+            return "device" if self.host_breakdown else "ram"
+        return "ram" if self.ram_blocks >= self.blocks else "disk"
+
+    def to_json(self) -> dict[str, Any]:
+        content = {**asdict(self), "tier": self.tier, "predicted_peak_bytes": self.predicted_peak_bytes}
+        if not self.host_breakdown:
+            del content["host_breakdown"], content["ram_blocks"]
+        return content
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What the planner decided, and what it decided against."""
+
+    chosen: Candidate
+    candidates: tuple[Candidate, ...]
+    layers: tuple[int, ...]
+    """Number of layers of each block, from high noise to low noise."""
+    shapes: tuple[StepShape, ...]
+    """The chosen step first, then what a run may fall back to while it is running, each smaller than the one before."""
+    look_micro_batch: int
+    """Samples that go through the network together when it is evaluated or sampled."""
+    steps: int
+    budget_bytes: int
+    parameters: int
+    optimizer: str
+    machine: Machine
+    method: Method = "diffusion"
+    trained: tuple[int, ...] | None = None
+    """Stages that are trained, where others are frozen."""
+    boundary_disk_bytes: int = 0
+    """What every step writes to disk of what enters the stages; 0 where that stays in memory."""
+    warnings: tuple[str, ...] = field(default=())
+    ram_budget_bytes: int | None = None
+    """None where the device is the host."""
+
+    @property
+    def computing_s(self) -> float:
+        """Of all steps, those of each block or those of the whole network."""
+        return (1 if self.method == "exact" else self.chosen.blocks) * self.steps * self.chosen.step_s
+
+    @property
+    def predicted_s(self) -> float:
+        """Of all steps, with loading and storing."""
+        return self.computing_s / (1 - self.stall_share)
+
+    @property
+    def stall_share(self) -> float:
+        """The part of the time that loading and storing are expected to take."""
+        return self.chosen.streaming_s / (self.chosen.step_s + self.chosen.streaming_s)
+
+    @property
+    def written_a_day_bytes(self) -> float:
+        """Bytes written to disk in 24 hours of training, or in all where the run ends sooner."""
+        return self.chosen.bytes_written / max(1.0, self.predicted_s / DAY_S)
+
+    def to_json(self, partition: NoisePartition) -> dict[str, Any]:
+        """The content of plan.json. Where the device has a host, its share is there too."""
+        chosen = self.chosen
+        of_host = {
+            "ram_budget_bytes": self.ram_budget_bytes,
+            "predicted_host_peak_bytes": chosen.predicted_host_peak_bytes,
+            "host_breakdown": chosen.host_breakdown,
+            "ram_blocks": chosen.ram_blocks,
+        }
+        return {
+            "blocks": chosen.blocks,
+            "layers_per_block": list(self.layers),
+            "noise_ranges": [asdict(noise_range) for noise_range in partition.ranges],
+            "micro_batch": chosen.micro_batch,
+            "accumulation": chosen.accumulation,
+            "checkpointing": chosen.checkpointing,
+            "optimizer": self.optimizer,
+            "precision": "fp32",
+            "method": self.method,
+            **({} if self.trained is None else {"trained_blocks": list(self.trained)}),
+            **({"boundary_disk_bytes": self.boundary_disk_bytes} if self.boundary_disk_bytes else {}),
+            "tiers": chosen.tiers,
+            "slots": chosen.slots,
+            "shapes": [asdict(shape) for shape in self.shapes],
+            "look_micro_batch": self.look_micro_batch,
+            "visit_steps": chosen.visit_steps,
+            "budget_bytes": self.budget_bytes,
+            "parameters": self.parameters,
+            "predicted_peak_bytes": chosen.predicted_peak_bytes,
+            "predicted_step_s": chosen.step_s,
+            "breakdown": chosen.breakdown,
+            **({} if self.machine.host is None else of_host),
+            "machine": self.machine.to_json(),
+            "warnings": list(self.warnings),
+            "candidates": [candidate.to_json() for candidate in self.candidates],
+        }
+
+
+def split_layers(num_layers: int, blocks: int) -> tuple[int, ...]:
+    """Layers of each block: consecutive, as even as possible, the larger ones first.
+
+    >>> split_layers(12, 3), split_layers(14, 4)
+    ((4, 4, 4), (4, 4, 3, 3))
+    """
+    size, extra = divmod(num_layers, blocks)
+    return tuple(size + (block < extra) for block in range(blocks))
+
+
+def trained_stages(trained: Sequence[int] | None, stages: int) -> tuple[bool, ...]:
+    """Of each stage whether it is trained, given their numbers or None for all.
+
+    >>> trained_stages((2, 3), 4), trained_stages(None, 2)
+    ((False, False, True, True), (True, True))
+    """
+    return tuple(trained is None or stage in trained for stage in range(stages))
+
+
+def kept_blocks(blocks: int, slots: int) -> int:
+    """How many blocks, from the first one on, stay in memory; the others share the last two slots.
+
+    >>> [kept_blocks(8, slots) for slots in (1, 2, 3, 5, 8)]
+    [0, 0, 1, 3, 8]
+    """
+    return blocks if slots >= blocks else max(0, slots - 2)
+
+
+def streaming_share(slots: int) -> float:
+    """The part of moving that is waited for: beside compute, streaming still takes a share of the processor."""
+    return 0.25 if slots > 1 else 1.0
+
+
+def tiers(blocks: int, slots: int, *, ram_blocks: int | None = None) -> dict[str, list[int]]:
+    """Which blocks live where: kept in memory, or on disk between their visits.
+
+    Args:
+        ram_blocks: blocks that live in the memory of the device's host; None where the device is the host.
+
+    >>> tiers(4, 3), tiers(4, 2, ram_blocks=3)
+    ({'ram': [0], 'disk': [1, 2, 3]}, {'device': [], 'ram': [0, 1, 2], 'disk': [3]})
+    """
+    if ram_blocks is None:
+        kept = kept_blocks(blocks, slots)
+        return {"ram": list(range(kept)), "disk": list(range(kept, blocks))}
+    on_device = blocks if slots >= blocks else 0
+    in_memory = max(on_device, ram_blocks)
+    return {
+        "device": list(range(on_device)),
+        "ram": list(range(on_device, in_memory)),
+        "disk": list(range(in_memory, blocks)),
+    }
+
+
+def micro_batches(batch: int) -> tuple[int, ...]:
+    """Micro-batches worth trying, largest first: the batch over 1, 2, 4, .. accumulated steps.
+
+    >>> micro_batches(50)
+    (50, 25, 13, 7, 4, 2, 1)
+    """
+    sizes = [batch]
+    while sizes[-1] > 1:
+        sizes.append(math.ceil(batch / 2 ** len(sizes)))
+    return tuple(sizes)

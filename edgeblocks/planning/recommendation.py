@@ -1,0 +1,129 @@
+"""Which method of training to take for a family under a budget: what was measured of both, and what each would cost.
+
+The figures are those of comparisons at equal layer evaluations, kept in measured.json; docs/methods.md shows them with
+their conditions, and tests/bench/four_arms.py makes both.
+"""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import resources
+from typing import Any, Literal
+
+from edgeblocks.errors import ConfigError, DoesNotFitError
+from edgeblocks.planning.plans import Method
+from edgeblocks.units import format_bytes, format_duration
+
+TABLE = "docs/methods.md"
+MUCH_SLOWER = 3.0
+"""So many times the other's time is told as a drawback of what is recommended."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """What both methods reached with one family: means over seeds on hold-out examples.
+
+    `error` is the standard error of their difference. `shallow` is what a block's layers reached as an ordinary network
+    with as many layer evaluations: where that is best, the training was too short for depth to be of use.
+    """
+
+    measure: str
+    higher_is_better: bool
+    diffusion: float
+    exact: float
+    error: float
+    conditions: str
+    shallow: float | None = None
+    shallow_layers: int | None = None
+
+    @property
+    def is_shallow_better(self) -> bool:
+        """Whether fewer layers were better than either method, by more than the measurement's noise."""
+        if self.shallow is None:
+            return False
+        best = (max if self.higher_is_better else min)(self.diffusion, self.exact)
+        ahead = self.shallow - best if self.higher_is_better else best - self.shallow
+        return ahead > 2 * self.error
+
+    @property
+    def better(self) -> Method | None:
+        """The method that is better by more than the measurement's noise."""
+        if abs(self.diffusion - self.exact) <= 2 * self.error:
+            return None
+        return "diffusion" if (self.diffusion > self.exact) == self.higher_is_better else "exact"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Option:
+    """What a method would take under the budget: seconds, or why it cannot be taken."""
+
+    seconds: float | None = None
+    obstacle: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recommendation:
+    """A method and why; None where nothing speaks for one."""
+
+    method: Method | None
+    reason: str
+
+    def line(self) -> str:
+        """For people."""
+        if self.method is None:
+            return f"method: none is recommended: {self.reason}"
+        return f"method: {self.method} is recommended: {self.reason}"
+
+
+def measured(family: str) -> Measured | None:
+    """What was measured of a family; None where nothing was."""
+    content = json.loads((resources.files("edgeblocks") / "measured.json").read_text(encoding="utf-8"))
+    return Measured(**content[family]) if family in content else None
+
+
+def option(plan: Callable[[], Any]) -> Option:
+    """What a plan comes to.
+
+    Args:
+        plan: makes it; a `preparation.Prepared`.
+    """
+    try:
+        return Option(seconds=plan().plan.predicted_s)
+    except DoesNotFitError as error:
+        needed = format_bytes(error.as_fixed_bytes)
+        return Option(obstacle=f"it needs {error.flag} {needed}")
+    except ConfigError as error:
+        return Option(obstacle=error.problems[0].partition(";")[0].removeprefix("--method exact: "))
+
+
+def recommendation(found: Measured | None, options: dict[Method, Option]) -> Recommendation | None:
+    """The better method where one is, else the faster one; None where neither can be taken."""
+    possible = {method: one.seconds for method, one in options.items() if one.seconds is not None}
+    if not possible:
+        return None
+    if len(possible) == 1:
+        (method,) = possible
+        other: Literal["diffusion", "exact"] = "exact" if method == "diffusion" else "diffusion"
+        return Recommendation(method=method, reason=f"{other} cannot be taken: {options[other].obstacle}")
+    faster: Method = min(possible, key=lambda method: possible[method])
+    if found is None:
+        return Recommendation(
+            method=None, reason="nothing was measured of this family; see for yourself with edgeblocks compare"
+        )
+    method = found.better or faster
+    other = "exact" if method == "diffusion" else "diffusion"
+    own, others = getattr(found, method), getattr(found, other)
+    times = f"{format_duration(possible[method])} against {format_duration(possible[other])}"
+    if found.better is None:
+        said = f"as good as {other} ({found.measure} {own:.4g} and {others:.4g}) and faster, {times}"
+    else:
+        said = f"{found.measure} {own:.4g} against {others:.4g} of {other}"
+        drawback = possible[method] > MUCH_SLOWER * possible[other]
+        said += f", but slow under this budget: {times}" if drawback else f"; {times}"
+    reason = f"{said} ({found.conditions}; {TABLE})"
+    if found.is_shallow_better:
+        reason += (
+            f". In trainings as short as that fewer layers do better than either: {found.shallow_layers} with as many "
+            f"layer evaluations reached {found.shallow:.4g}"
+        )
+    return Recommendation(method=method, reason=reason)

@@ -1,0 +1,120 @@
+"""What a plan says of itself: what it costs, and which setting would change that."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from edgeblocks.planning.candidates import candidate
+from edgeblocks.planning.layer_costs import LayerCosts
+from edgeblocks.planning.plans import Candidate, Machine, Wishes
+from edgeblocks.units import format_bytes
+
+FEWEST_GOOD_LAYERS = 4
+MUCH_FASTER = 0.75
+"""The share of the time of the preferred blocks from which on the plan names a cut into more of them."""
+TOLD_STALL = 0.25
+"""Waiting for stages, as a share of the computation, from which on the plan says what hides it."""
+
+
+def plan_warnings(
+    costs: LayerCosts,
+    machine: Machine,
+    wishes: Wishes,
+    chosen: Candidate,
+    others: Sequence[Candidate],
+    *,
+    cut_by_budget: bool,
+) -> tuple[str, ...]:
+    """What to say of the chosen plan, a sentence each.
+
+    Args:
+        others: for each number of blocks the best that fits.
+        cut_by_budget: the user left the number of blocks to the planner.
+    """
+    found, num_layers, exact = [], costs.num_layers, wishes.method == "exact"
+    holds_stages = "--mem-budget" if machine.host is None or chosen.tier == "ram" else "--mem-budget or --ram-budget"
+    if not exact and chosen.layers_per_block < min(FEWEST_GOOD_LAYERS, num_layers):
+        found.append(
+            f"{chosen.layers_per_block} layer(s) a block: fewer than {FEWEST_GOOD_LAYERS} cost quality, because a "
+            f"block denoises alone with the layers it has (ImageNet FID in the paper: 3 blocks 11.1, 6 blocks 14.4). "
+            + (
+                "A larger --mem-budget or a smaller width gives deeper blocks"
+                if wishes.blocks is None and chosen.blocks > wishes.preferred_blocks
+                else "More layers (--set depth=..) or fewer --blocks give deeper ones"
+            )
+        )
+    if not exact and wishes.blocks is None and chosen.blocks > wishes.preferred_blocks:
+        found.append(f"{chosen.blocks} blocks instead of the preferred {wishes.preferred_blocks}: fewer do not fit")
+    faster = None if exact else _much_faster_cut(chosen, others)
+    if faster is not None:
+        blocks, share = faster
+        found.append(
+            f"{blocks} blocks (--blocks {blocks}) would take {1 - share:.0%} less time: the layers of each of "
+            f"{chosen.blocks} leave little memory for a batch. Fewer are preferred all the same, for quality"
+        )
+    if wishes.clip_by == "network":
+        found.append(
+            "clip_by=network: every step writes the gradients of all trained stages to disk and reads them, 4 bytes a "
+            "parameter, because the norm of all is known at its end; clip_by=stage does not"
+        )
+    if wishes.boundaries == "disk" and chosen.blocks > 1:
+        found.append(
+            "what enters each stage waits on disk: it is written once and read twice in every step; a larger "
+            "--mem-budget keeps it in memory, --set boundary_dtype=bfloat16 halves it"
+        )
+    if exact and chosen.slots < chosen.blocks and _stall(chosen) > TOLD_STALL:
+        hiding = _hiding_batch(costs, machine, wishes, chosen)
+        waited_for = "the disk" if chosen.tier == "disk" else "the link to the host"
+        found.append(
+            f"waiting for {waited_for} takes {_stall(chosen):.0%} of the time of computing with {wishes.batch} samples "
+            f"a step; "
+            + (f"--batch {hiding} hides most of it behind the computation, and " if hiding else "")
+            + f"a {holds_stages} that holds more stages leaves less of it"
+        )
+    if wishes.trained is not None and cut_by_budget:
+        found.append(
+            f"--train-blocks counts the {chosen.blocks} stages that the budget chose, and another budget may cut the "
+            f"network elsewhere; --blocks {chosen.blocks} fixes the cut"
+        )
+    if wishes.max_disk_writes is not None and chosen.bytes_written > wishes.max_disk_writes:
+        swaps = exact and chosen.tier == "disk"
+        larger = f"{holds_stages} that holds more stages" if swaps else "visit_steps"
+        found.append(
+            f"the run would write {format_bytes(chosen.bytes_written)} to disk and will end, saved, before it has "
+            f"written {format_bytes(wishes.max_disk_writes)}, as --max-disk-writes asks; fewer --steps, or a larger "
+            f"{larger}, write less"
+        )
+    return tuple(found)
+
+
+def _much_faster_cut(chosen: Candidate, others: Sequence[Candidate]) -> tuple[int, float] | None:
+    """The fewest blocks that are deep enough and save much time, and the share of it that they take; None: none do."""
+    whole_s = chosen.blocks * (chosen.step_s + chosen.streaming_s)
+    for other in others:
+        share = other.blocks * (other.step_s + other.streaming_s) / whole_s
+        deep = other.layers_per_block >= FEWEST_GOOD_LAYERS and other.blocks <= 2 * chosen.blocks
+        if deep and share <= MUCH_FASTER:
+            return other.blocks, share
+    return None
+
+
+def _stall(option: Candidate) -> float:
+    """Seconds of waiting for each second of computing."""
+    return option.streaming_s / option.step_s
+
+
+def _hiding_batch(costs: LayerCosts, machine: Machine, wishes: Wishes, chosen: Candidate) -> int | None:
+    """The batch, some doublings larger, that fits and hides most of the waiting; None: there is none."""
+    for doublings in range(1, 10):
+        batch = wishes.batch << doublings
+        option = candidate(
+            costs,
+            machine,
+            replace(wishes, batch=batch),
+            chosen.blocks,
+            chosen.micro_batch,
+            chosen.checkpointing,
+            chosen.slots,
+        )
+        if option.fits and _stall(option) <= TOLD_STALL / 2:
+            return batch
+    return None

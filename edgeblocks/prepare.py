@@ -1,0 +1,390 @@
+"""What comes before training: the budget, the data, the machine, the network's costs, and the plan made of them."""
+
+import os
+import shutil
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from edgeblocks.config import RunSettings, Settings
+from edgeblocks.data.cache import cache_folder
+from edgeblocks.data.dataset import DataSet
+from edgeblocks.diffusion.autoregression import DEFAULT_STEPS, writing_bytes
+from edgeblocks.diffusion.noise import NoisePartition, partition_noise
+from edgeblocks.errors import ConfigError, DoesNotFitError, StorageError
+from edgeblocks.planning.layer_costs import LayerCosts
+from edgeblocks.planning.planner import make_plan
+from edgeblocks.planning.plans import Machine, Plan, Wishes, micro_batches
+from edgeblocks.profiling import trace as cost
+from edgeblocks.profiling.budgets import budgets_here, budgets_of, with_budgets
+from edgeblocks.profiling.warmup_step import rehearse
+from edgeblocks.progress import Listener
+from edgeblocks.registry import build_family, build_target, family_type
+from edgeblocks.runs.load_weights import InitialWeights, initial_weights_of
+from edgeblocks.runs.open_data import open_run_data
+from edgeblocks.units import advised_budget, format_bytes, format_duration, parse_size
+
+GRID_SAMPLES = {"images": 40, "classes": 0, "text": 4, "continuation": 4}
+"""Samples made together during training, by what the family's chain makes."""
+GRID_TOKENS = 64
+"""Of such a sample that is written token by token: where blocks are on disk each token loads them all."""
+LONGEST_MOVING_S = 600.0
+"""A slow disk is refused when it takes longer than this, and longer than the computing."""
+PREDICTED_FOR_A_GPU = (
+    "this GPU's speeds and memory are taken from what others published of it; plans were held against measurements on "
+    "one kind of GPU only, an H100 (docs/gpu.md)"
+)
+NOTHING_LEARNED = (
+    "stage {stage}, which has the readout, is frozen and begins as a new network does: in the families that come with "
+    "edgeblocks a new readout is zero, so that nothing is learned; give the weights with --init, or train it too"
+)
+EXACT_NEVER_RAN_ON_A_GPU = (
+    "--method exact was not yet run on a GPU: on processors it was, with a device's memory and its host's kept apart"
+)
+A_GPU_IS_HERE = "torch sees a GPU here and training uses the processor; --target cuda uses the GPU"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """What is known before training starts."""
+
+    settings: Settings
+    budget_bytes: int
+    data_set: DataSet
+    data: Any
+    """What the network knows of the data set: the family's `data_type`."""
+    costs: LayerCosts
+    machine: Machine
+    plan: Plan
+    initial: InitialWeights | None = None
+    """The file that the weights begin with; None where they come from the seed."""
+    profile: Any = None
+    """The machine that the plan is for (a `targets.profile.Profile`) where it is not this one."""
+
+    @property
+    def partition(self) -> NoisePartition:
+        run = self.settings.run
+        noise = build_family(run.family, asdict(self.settings.family), asdict(self.data), run.method).noise
+        blocks = 1 if run.method == "exact" else self.plan.chosen.blocks
+        return partition_noise(noise, num_blocks=blocks, kind=run.partition, overlap=run.overlap)
+
+    def to_json(self) -> dict[str, Any]:
+        """What `plan --json` prints: the content of plan.json, and what only a plan that is not carried out needs."""
+        content = self.plan.to_json(self.partition)
+        content["gb_written_a_day"] = self.plan.written_a_day_bytes / 1e9
+        if self.profile is not None:
+            content["target"] = asdict(self.profile)
+            content["host_breakdown"] = self.plan.chosen.host_breakdown
+        return content
+
+
+def prepare(settings: Settings, out: Path, listener: Listener) -> Prepared:
+    """Open the data, measure the machine, trace the network's costs, and plan."""
+    check_work_dir(settings.run.work_dir)
+    target = build_target(settings.run.target)
+    target.prepare()
+    check_method(settings.run)
+    settings = with_budgets(settings, beside_a_host=target.host_bytes() is not None)
+    run = settings.run
+    budgets = budgets_here(run, target)
+    data_set, data = _open_data(settings, listener, budget_bytes=budgets[1] or budgets[0], target=target)
+    listener.stage("planning")
+    costs, machine = measure(settings, data, existing_folder(Path(run.work_dir or out)), target, listener)
+    plan = make_plan(costs, machine, _wishes(settings, data_set, data, budgets))
+    plan = _told_of_gpus(plan, elsewhere=False)
+    if run.target == "auto" and torch_sees_a_gpu():
+        plan = replace(plan, warnings=(A_GPU_IS_HERE, *plan.warnings))
+    if run.init is None and plan.trained is not None and plan.chosen.blocks - 1 not in plan.trained:
+        plan = replace(plan, warnings=(*plan.warnings, NOTHING_LEARNED.format(stage=plan.chosen.blocks - 1)))
+    initial = _initial_weights(settings, data, plan, listener)
+    return Prepared(
+        settings=settings,
+        budget_bytes=budgets[0],
+        data_set=data_set,
+        data=data,
+        costs=costs,
+        machine=machine,
+        plan=plan,
+        initial=initial,
+    )
+
+
+def check_method(run: RunSettings) -> None:
+    """That a network can be trained this way.
+
+    Raises:
+        ConfigError: in stages that the family does not have; or what only stages have, where blocks are trained alone.
+    """
+    if _is_one_stage(run) and run.blocks not in ("auto", 1):
+        raise ConfigError(
+            f"--blocks {run.blocks}: all layers of a {run.family} that is trained end to end are one stage; leave "
+            f"--blocks out"
+        )
+    if run.method != "exact" and run.clip_by == "network":
+        raise ConfigError(
+            f"clip_by=network clips by the norm of a whole network's gradient, and with --method {run.method} there is "
+            f"none: each block is trained alone and clipped by its own; leave clip_by out, or use --method exact"
+        )
+    if run.method != "exact" and (run.boundaries != "auto" or run.boundary_dtype != "float32"):
+        raise ConfigError(
+            f"boundaries and boundary_dtype are of what goes from stage to stage of a network that is trained end to "
+            f"end; with --method {run.method} nothing goes from block to block: leave them out, or use --method exact"
+        )
+    if run.method != "exact" and run.train_blocks is not None:
+        raise ConfigError(
+            f"--train-blocks {run.train_blocks} freezes the rest of a network that is trained end to end, with "
+            f"--method exact; with --method {run.method} no block hears of another, and all are trained. To train one "
+            f"again: edgeblocks train --resume RUN --reinit-block N"
+        )
+
+
+def _is_one_stage(run: RunSettings) -> bool:
+    """Whether the family's network cannot be cut where it is trained end to end."""
+    return run.method == "exact" and getattr(family_type(run.family, run.method), "one_stage", False)
+
+
+def torch_sees_a_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def _told_of_gpus(plan: Plan, *, elsewhere: bool) -> Plan:
+    """The plan, with a word on what was never tried where it is for a GPU."""
+    if plan.machine.host is None:
+        return plan
+    told: tuple[str, ...] = (PREDICTED_FOR_A_GPU,) if elsewhere else ()
+    told += (EXACT_NEVER_RAN_ON_A_GPU,) if plan.method == "exact" else ()
+    return replace(plan, warnings=(*told, *plan.warnings))
+
+
+def _open_data(settings: Settings, listener: Listener, *, budget_bytes: int, target: Any) -> tuple[DataSet, Any]:
+    """The data set, and what a network must know of it; reports shapes that are impossible for it at once."""
+    run = settings.run
+    data_set = open_run_data(settings, listener, budget_bytes=budget_bytes, target=target)
+    data = family_type(run.family).data_info(data_set)
+    build_family(run.family, asdict(settings.family), asdict(data), run.method)
+    return data_set, data
+
+
+def _initial_weights(settings: Settings, data: Any, plan: Plan, listener: Listener) -> InitialWeights | None:
+    """The file that the plan's blocks begin with, after a look at all of it."""
+    run = settings.run
+    if run.init is not None:
+        listener.stage(f"reading {run.init}")
+    return initial_weights_of(
+        run, build_family(run.family, asdict(settings.family), asdict(data), run.method), plan.layers
+    )
+
+
+def prepare_elsewhere(settings: Settings, profile: Any, listener: Listener) -> Prepared:
+    """The same for a machine that is not this one: memory and speeds are its profile's, nothing is measured.
+
+    Args:
+        profile: a `targets.profile.Profile`.
+    """
+    machine = profile.machine()
+    check_method(settings.run)
+    settings = with_budgets(settings, beside_a_host=machine.host is not None)
+    host_bytes = None if machine.host is None else machine.host.memory_bytes
+    budgets = budgets_of(settings.run, profile.memory_bytes, host_bytes, profile.name)
+    data_set, data = _open_data(settings, listener, budget_bytes=budgets[1] or budgets[0], target=build_target("cpu"))
+    listener.stage("planning")
+    costs, planning_bytes = trace_costs(settings, data)
+    machine = replace(machine, planning_bytes=planning_bytes)
+    plan = make_plan(costs, machine, _wishes(settings, data_set, data, budgets))
+    plan = _told_of_gpus(plan, elsewhere=True)
+    return Prepared(
+        settings=settings,
+        budget_bytes=budgets[0],
+        data_set=data_set,
+        data=data,
+        costs=costs,
+        machine=machine,
+        plan=plan,
+        initial=_initial_weights(settings, data, plan, listener),
+        profile=profile,
+    )
+
+
+def replan(
+    settings: Settings,
+    data: Any,
+    data_set: DataSet,
+    former: dict[str, Any],
+    out: Path,
+    target: Any,
+    listener: Listener,
+) -> Plan:
+    """Another plan for a run's budget on this machine, with the blocks that the run has.
+
+    The former plan's micro-batch is kept where it fits, because then not one bit of the result changes.
+
+    Raises:
+        DoesNotFitError: the blocks do not fit.
+    """
+    listener.stage("planning again")
+    budgets = budgets_here(settings.run, target)
+    costs, machine = measure(settings, data, existing_folder(Path(settings.run.work_dir or out)), target, listener)
+    wishes = replace(_wishes(settings, data_set, data, budgets), blocks=int(former["blocks"]))
+    try:
+        return make_plan(costs, machine, replace(wishes, micro_batch=int(former["micro_batch"]), checkpointing=None))
+    except DoesNotFitError:
+        pass
+    try:
+        return make_plan(costs, machine, replace(wishes, micro_batch=None, checkpointing=None, tier=None))
+    except DoesNotFitError as error:
+        raise DoesNotFitError(
+            f"the run has {former['blocks']} blocks, which were fixed when it was created, and they do not fit "
+            f"{format_bytes(budgets[0] if error.flag == '--mem-budget' else budgets[1] or 0)} here: "
+            f"{format_bytes(error.as_fixed_bytes)} are needed; go on with {error.flag} "
+            f"{advised_budget(error.as_fixed_bytes)} or more",
+            error.as_fixed_bytes,
+            flag=error.flag,
+        ) from error
+
+
+def _wishes(settings: Settings, data_set: DataSet, data: Any, budgets: tuple[int, int | None]) -> Wishes:
+    run = settings.run
+    budget_bytes, ram_budget_bytes = budgets
+    fixed = {
+        name: None if getattr(run, name) == "auto" else getattr(run, name)
+        for name in ("blocks", "micro_batch", "checkpointing", "visit_steps", "tier")
+    }
+    if _is_one_stage(run):
+        fixed["blocks"] = 1
+    return Wishes(
+        budget_bytes=budget_bytes,
+        batch=run.batch,
+        steps=run.steps,
+        optimizer=run.optimizer,
+        preferred_blocks=family_type(run.family).preferred_blocks,
+        method=run.method,
+        trained=run.trained_blocks,
+        clip_by=run.clip_by,
+        boundaries=None if run.boundaries == "auto" else run.boundaries,
+        boundary_dtype=run.boundary_dtype,
+        data_bytes=data_set.batch_resident_bytes(run.batch),
+        grid_samples=GRID_SAMPLES[family_type(run.family).task],
+        sample_bytes=grid_sample_bytes(build_family(run.family, asdict(settings.family), asdict(data), run.method)),
+        looks=max(run.sample_grids, run.evaluations),
+        max_disk_writes=None if run.max_disk_writes is None else parse_size(run.max_disk_writes),
+        ram_budget_bytes=ram_budget_bytes,
+        **fixed,
+    )
+
+
+def grid_sample_bytes(family: Any) -> int:
+    """What a sample that is made during training keeps while it is written token by token."""
+    if family.task != "continuation":
+        return 0
+    shared = family.cache_key(0, 0) == family.cache_key(1, 0)
+    return writing_bytes(
+        length=min(family.data.length, GRID_TOKENS),
+        num_caches=family.num_caches(family.num_layers) * (1 if shared else DEFAULT_STEPS),
+        width=family.settings.width,
+        vocabulary=family.data.vocabulary,
+        code_width=family.settings.code_width,
+    )
+
+
+def check_disk(prepared: Prepared, out: Path) -> None:
+    """Refuse a run for which the disk has no room, or is so slow that moving blocks would be most of the work.
+
+    Raises:
+        StorageError: with the bytes that are needed.
+    """
+    chosen, machine, work_dir = prepared.plan.chosen, prepared.plan.machine, prepared.settings.run.work_dir
+    exact = prepared.plan.method == "exact"
+    unit, longer = (
+        ("stage", "") if exact else ("block", f"longer visits with --set visit_steps={4 * chosen.visit_steps}, ")
+    )
+    blocks_bytes = chosen.blocks * chosen.block_bytes
+    wanted = {Path(work_dir) if work_dir else out: chosen.disk_bytes}
+    if work_dir:
+        wanted[out] = blocks_bytes
+    for path, needed in wanted.items():
+        free = shutil.disk_usage(existing_folder(path)).free
+        if needed > free:
+            raise StorageError(
+                f"{path} needs {format_bytes(needed)} of disk for {chosen.blocks} {unit}s of "
+                f"{format_bytes(chosen.block_bytes)} and what is written beside them, {format_bytes(free)} are free "
+                f"there; "
+                f"choose another disk with {'--work-dir' if path != out else '--out'}, or a smaller network"
+            )
+    computing_s = prepared.plan.computing_s
+    moving_s = prepared.plan.predicted_s - computing_s
+    if moving_s > max(computing_s, LONGEST_MOVING_S):
+        raise StorageError(
+            f"{Path(work_dir) if work_dir else out} reads {format_bytes(machine.disk_read_bytes_per_s)} and writes "
+            f"{format_bytes(machine.disk_write_bytes_per_s)} a second: moving {chosen.blocks} {unit}s of "
+            f"{format_bytes(chosen.block_bytes)} would take {format_duration(moving_s)} beside "
+            f"{format_duration(computing_s)} of computing; choose a faster disk with --work-dir, {longer}or a larger "
+            f"--mem-budget"
+        )
+
+
+def check_work_dir(work_dir: str | None) -> None:
+    """That the blocks can lie in the work directory.
+
+    Raises:
+        StorageError: it is missing, no folder, or not writable.
+    """
+    if work_dir is None:
+        return
+    path = Path(work_dir).expanduser()
+    if not path.is_dir():
+        what = "is not a folder" if path.exists() else "does not exist"
+        raise StorageError(
+            f"--work-dir {path} {what}; mount its disk, make it (mkdir -p {path}), or name another place"
+        )
+    if not os.access(path, os.W_OK | os.X_OK):
+        raise StorageError(f"--work-dir {path} cannot be written; mend its permissions, or name another place")
+
+
+def measure(
+    settings: Settings,
+    data: Any,
+    folder: Path,
+    target: Any,
+    listener: Listener,
+) -> tuple[LayerCosts, Machine]:
+    """Trace the costs in a child process, then measure the machine when it is quiet again."""
+    run = settings.run
+    costs, planning_bytes = trace_costs(settings, data)
+    Image.init()  # what saving pictures will need belongs to the runtime's share
+    if target.host_bytes() is not None:
+        family = build_family(run.family, asdict(settings.family), asdict(data), run.method)
+        rehearse(family, run.optimizer, target.torch_device)
+    machine = measured_machine(target, folder)
+    return costs, replace(machine, planning_bytes=max(machine.planning_bytes, planning_bytes))
+
+
+def measured_machine(target: Any, folder: Path) -> Machine:
+    """The machine; what measuring it took of the process's memory is the least that planning takes."""
+    former_peak_bytes = target.host_peak_bytes()
+    machine: Machine = target.measure(folder)
+    peak_bytes = target.host_peak_bytes()
+    return replace(machine, planning_bytes=peak_bytes if peak_bytes > former_peak_bytes else 0)
+
+
+def trace_costs(settings: Settings, data: Any) -> tuple[LayerCosts, int]:
+    """The costs of the network at the micro-batches that matter, and the peak of the child process that traced them."""
+    sizes = micro_batches(settings.run.batch)
+    counts = {sizes[0], sizes[len(sizes) // 2], 1}
+    if settings.run.micro_batch != "auto":
+        counts.add(min(settings.run.micro_batch, settings.run.batch))
+    # An image set's mean and scale shape no tensor: sets that differ in nothing else share an answer.
+    shapes = {name: 1.0 if isinstance(value, float) else value for name, value in asdict(data).items()}
+    fields = (settings.run.family, asdict(settings.family), shapes, sorted(counts))
+    return cost.trace_in_subprocess(*fields, method=settings.run.method, cache=cache_folder())
+
+
+def existing_folder(path: Path) -> Path:
+    """The path, or the nearest folder above it that exists."""
+    for folder in (path, *path.resolve().parents):
+        if folder.is_dir():
+            return folder
+    return Path()

@@ -1,0 +1,249 @@
+"""What a block costs in bytes and arithmetic, found without allocating it.
+
+Steps of blocks of one to three layers are traced on torch's meta device: operators run on shapes alone, while a
+dispatch mode follows which storages are alive. A peak grows linearly with layers, so these few traces give every block
+size. Meta operators import some 50 MB of symbolic libraries that a training process would never give back, hence the
+trace runs in a process of its own (`trace_in_subprocess`). Its answer is kept in the cache folder: it is the same until
+the network, this package's code or torch change, and planning or sampling again need not wait for it.
+"""
+
+import contextlib
+import functools
+import hashlib
+import importlib
+import json
+import math
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict
+from importlib import metadata, resources
+from pathlib import Path
+from types import ModuleType
+from typing import Any, get_args
+
+from edgeblocks.errors import EdgeblocksError
+from edgeblocks.planning.layer_costs import Growth, LayerCosts, StepCost
+from edgeblocks.registry import build_family, build_target, import_own_family, own_family
+
+RUN_TO_RUN_BYTES = 3_000_000
+"""The child's peak differs by this much from one run to the next."""
+
+
+def trace_in_subprocess(
+    family_name: str,
+    settings: dict[str, Any],
+    data: dict[str, Any],
+    sample_counts: Sequence[int],
+    *,
+    method: str = "diffusion",
+    cache: Path | None = None,
+) -> tuple[LayerCosts, int]:
+    """`LayerCosts` of a family, traced by a child process that leaves nothing behind in this one; and the child's peak.
+
+    Args:
+        settings, data: fields of the family's settings and data description, as JSON values.
+        sample_counts: micro-batches to trace.
+        cache: a folder of former answers, looked up and added to; None traces in any case.
+    """
+    request: dict[str, Any] = {"family": family_name, "settings": settings, "data": data, "method": method}
+    request |= {"sample_counts": list(sample_counts), "own_family": own_family(family_name)}
+    kept = None if cache is None else cache / f"costs-{_fingerprint(request)}.json"
+    if kept is not None:
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):  # damaged: as if not there
+            answer, _, digest = kept.read_text().rstrip().rpartition("\n")
+            if digest == hashlib.sha256(answer.encode()).hexdigest():
+                return _parse_answer(answer)
+    command = [sys.executable, "-m", "edgeblocks.profiling.trace"]
+    done = subprocess.run(command, input=json.dumps(request), capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise EdgeblocksError(f"the cost trace of '{family_name}' failed (exit {done.returncode}):\n{done.stderr}")
+    text = done.stdout.strip()
+    costs = _parse_answer(text)
+    if kept is not None:
+        with contextlib.suppress(OSError):  # a full or read-only cache costs time only
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.NamedTemporaryFile("w", dir=kept.parent, suffix=".partial", delete=False) as file:
+                file.write(f"{text}\n{hashlib.sha256(text.encode()).hexdigest()}\n")
+            Path(file.name).replace(kept)
+    return costs
+
+
+def _fingerprint(request: dict[str, Any]) -> str:
+    """Changes with everything that an answer depends on: the request, the code, torch, the threads of a step."""
+    threads = [os.environ.get("OMP_NUM_THREADS"), os.cpu_count(), platform.machine()]
+    about = [request, _code_digest(), metadata.version("torch"), sys.version, threads]
+    return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:32]
+
+
+@functools.cache
+def _code_digest() -> str:
+    """Of the source of the whole package: costs come from families, offload, optim and training together."""
+    package = resources.files("edgeblocks")
+    assert isinstance(package, Path)
+    return hashlib.sha256(b"".join(path.read_bytes() for path in sorted(package.rglob("*.py")))).hexdigest()
+
+
+def _parse_answer(text: str) -> tuple[LayerCosts, int]:
+    """The child's answer; anything else raises one of the errors that reading JSON as something it is not can raise."""
+    fields = json.loads(text)
+    planning_bytes = int(fields.pop("planning_bytes"))
+    for kind in ("plain", "checkpointed", "forward"):
+        fields[kind] = tuple(_step_cost(step) for step in fields[kind])
+    return LayerCosts(**fields), planning_bytes
+
+
+def _step_cost(fields: dict[str, Any]) -> StepCost:
+    growths = {name: Growth(**fields[name]) for name in ("peak_bytes", "heap_bytes", "touched_bytes", "operators")}
+    return StepCost(samples=int(fields["samples"]), **growths)
+
+
+def trace(family: Any, sample_counts: Sequence[int]) -> LayerCosts:
+    """`LayerCosts` of a family, traced in this process on the meta device (`step_trace`)."""
+    import torch
+
+    from edgeblocks.offload.block_buffer import Optimizer, state_bytes
+    from edgeblocks.optim.adamw import GPU_CHUNK_SIZE, workspace_bytes
+
+    period = getattr(family, "layer_period", 1)
+    (one, one_quantizable), (two, two_quantizable) = (_count_parameters(family, count) for count in (1, 2))
+    moments = {
+        optimizer: [
+            state_bytes(*counts, optimizer)["optimizer"] for counts in ((one, one_quantizable), (two, two_quantizable))
+        ]
+        for optimizer in get_args(Optimizer)
+    }
+    flops = [_flops(family, num_layers) for num_layers in (period, 2 * period)]
+    layer_flops = (flops[1] - flops[0]) // period
+    kinds = {
+        kind: tuple(_trace_growth(family, samples, kind) for samples in sorted(set(sample_counts)))
+        for kind in ("plain", "checkpointed", "forward")
+    }
+    hidden_bytes, condition_bytes = _carried_bytes(family)
+    return LayerCosts(
+        num_layers=family.num_layers,
+        ends_parameters=2 * one - two,
+        layer_parameters=two - one,
+        ends_moments={optimizer: 2 * first - second for optimizer, (first, second) in moments.items()},
+        layer_moments={optimizer: second - first for optimizer, (first, second) in moments.items()},
+        workspace_bytes={"adamw8bit": workspace_bytes(num_threads=torch.get_num_threads()), "adamw": 0},
+        gpu_workspace_bytes={"adamw8bit": workspace_bytes(num_threads=1, chunk_size=GPU_CHUNK_SIZE), "adamw": 0},
+        batch_bytes_per_sample=sum(_num_bytes(shape, dtype) for shape, dtype in family.batch_spec(1).values()),
+        ends_flops_per_sample=flops[0] - period * layer_flops,
+        layer_flops_per_sample=layer_flops,
+        hidden_bytes_per_sample=hidden_bytes,
+        condition_bytes_per_sample=condition_bytes,
+        **kinds,
+    )
+
+
+def _carried_bytes(family: Any) -> tuple[int, int]:
+    """Of one sample's hidden values and condition, which go from stage to stage."""
+    import torch
+
+    if not hasattr(family, "enter"):
+        return 0, 0
+    with torch.device("meta"), torch.no_grad():
+        block = family.block(num_layers=1, checkpointing=False)
+        block.reset_tables_()
+        batch = {name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in family.batch_spec(1).items()}
+        hidden, condition = family.enter(block, batch)
+    return _num_bytes(hidden.shape, hidden.dtype), _num_bytes(condition.shape, condition.dtype)
+
+
+def _count_parameters(family: Any, num_layers: int) -> tuple[int, int]:
+    """Parameters of a block, and those of them whose optimizer state may be 8-bit."""
+    import torch
+
+    from edgeblocks.offload.block_buffer import is_quantizable
+
+    with torch.device("meta"):
+        parameters = list(family.block(num_layers=num_layers, checkpointing=False).parameters())
+    return sum(p.numel() for p in parameters), sum(p.numel() for p in parameters if is_quantizable(p.shape))
+
+
+def _trace_growth(family: Any, samples: int, kind: str) -> StepCost:
+    """From blocks of one, two and three layers, or as many periods of a structure that repeats after some layers."""
+    from edgeblocks.profiling.step_trace import traced_step
+
+    period = getattr(family, "layer_period", 1)
+    traces = [traced_step(family, period * count, samples, kind) for count in (1, 2, 3)]
+    growths = {
+        name: _growth(*(getattr(found, name) for found in traces), period=period)
+        for name in ("peak_bytes", "heap_bytes", "touched_bytes", "operators")
+    }
+    return StepCost(samples=samples, **growths)
+
+
+def _growth(one: int, two: int, three: int, *, period: int) -> Growth:
+    """Of a quantity at one, two and three periods; the line through the last two, where a period is several layers."""
+    if period == 1:
+        return Growth(one=one, two=two, three=three)
+    a_layer = math.ceil((three - two) / period)
+    start = three - 3 * period * a_layer
+    return Growth(one=start + a_layer, two=start + 2 * a_layer, three=start + 3 * a_layer)
+
+
+def _num_bytes(shape: Sequence[int], dtype: Any) -> int:
+    count = 1
+    for size in shape:
+        count *= size
+    return count * int(dtype.itemsize)
+
+
+def _flops(family: Any, num_layers: int) -> int:
+    """Floating-point operations of a forward pass of one sample, counted by torch."""
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
+        block = family.block(num_layers=num_layers, checkpointing=False)
+        block.reset_tables_()
+        batch = {name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in family.batch_spec(1).items()}
+        family.loss(block, batch)
+    return int(counter.get_total_flops())
+
+
+class _NoCompiler(ModuleType):
+    """Stands for `torch._dynamo` while nothing is compiled; whatever but `disable` is asked of it brings the real one.
+
+    At the first operator that a dispatch mode sees, torch imports its compiler only to tell it to leave that alone:
+    1.3 s, and 39 MB, which would be the largest share of the smallest budget.
+    """
+
+    def disable(self, function: Any, recursive: bool = True, wrapping: bool = True) -> Any:
+        return function
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):  # what the import system asks of every module
+            raise AttributeError(name)
+        sys.modules.pop(self.__name__, None)
+        return getattr(importlib.import_module(self.__name__), name)
+
+
+def trace_without_compiler(family: Any, sample_counts: Sequence[int]) -> LayerCosts:
+    """`trace` in a process that does nothing else: torch's compiler is imported only for a network that uses it."""
+    name = "torch._dynamo"
+    sys.modules[name] = _NoCompiler(name)
+    try:
+        return trace(family, sample_counts)
+    except ImportError:  # the network imports a part of it
+        sys.modules.pop(name, None)
+        return trace(family, sample_counts)
+
+
+def main() -> None:
+    """Answer one request on standard input (see `trace_in_subprocess`) with `LayerCosts` as JSON."""
+    request = json.load(sys.stdin)
+    if request["own_family"] is not None:
+        import_own_family(request["own_family"])
+    family = build_family(request["family"], request["settings"], request["data"], request["method"])
+    costs = asdict(trace_without_compiler(family, request["sample_counts"]))
+    print(json.dumps({**costs, "planning_bytes": build_target("cpu").peak_bytes() + RUN_TO_RUN_BYTES}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,89 @@
+"""What a directory of this project holds, in a few lines. Reads headers and JSON only."""
+
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from edgeblocks.errors import RunError
+from edgeblocks.units import format_bytes, format_count
+
+
+def describe(path: Path) -> dict[str, Any]:
+    """Facts of a run directory or of an exported directory.
+
+    Raises:
+        RunError: neither of them, or damaged.
+    """
+    if (path / "config.yaml").exists():
+        return _describe_run(path)
+    if (path / "manifest.json").exists():
+        return _describe_export(path)
+    raise RunError(f"{path} is neither a run directory nor an exported directory (it has no manifest.json)")
+
+
+def _describe_run(path: Path) -> dict[str, Any]:
+    from edgeblocks.runs.directory import open_run
+    from edgeblocks.runs.schema import read_summary
+
+    run = open_run(path)
+    store = run.store()
+    steps = run.saved_steps(store)
+    unit = "stage" if run.is_exact else "block"
+    described = {
+        "kind": "run",
+        "family": run.settings.run.family,
+        "preset": run.settings.run.preset,
+        "method": run.settings.run.method,
+        "parameters": _told(run.plan.get("parameters"), format_count),
+        f"{unit}s": len(run.file_layers),
+        f"layers_per_{unit}": list(run.file_layers),
+        "steps": steps,
+        "steps_wanted": run.settings.run.steps,
+        "finished": min(steps) >= run.settings.run.steps,
+        **({} if all(run.trained) else {"trained_stages": list(run.settings.run.trained_blocks or ())}),
+        **({} if run.init is None else {"init": f"{run.init.file}, sha256 {run.init.sha256[:16]}.."}),
+        "data": run.data_source,
+        **_data_facts(run),
+        "budget": format_bytes(run.plan["budget_bytes"]),
+        "predicted_peak": _told(run.plan.get("predicted_peak_bytes"), format_bytes),
+        "disk": format_bytes(sum(store.path(block).stat().st_size for block in range(len(steps)))),
+    }
+    if (path / "summary.json").exists():
+        summary = read_summary(path / "summary.json")
+        described["measured_peak"] = format_bytes(summary["peak_bytes"])
+        described["validation_loss"] = round(summary["metrics"]["validation_loss"], 5)
+    return described
+
+
+def _data_facts(run: Any) -> dict[str, Any]:
+    data = run.data
+    if run.tokenizer is not None:
+        return {"tokenizer": run.tokenizer.kind, "vocabulary": data.vocabulary, "length": data.length}
+    return {"image": f"{data.height}x{data.width}x{data.channels}", "classes": data.num_classes}
+
+
+def _told(value: float | None, text_of: Callable[[float], str]) -> str | None:
+    return None if value is None else text_of(value)
+
+
+def _describe_export(path: Path) -> dict[str, Any]:
+    from edgeblocks.diffusion.token_choice import TEXT_TASKS
+    from edgeblocks.registry import open_exported
+
+    manifest = open_exported(path).manifest
+    if manifest.task in TEXT_TASKS:
+        facts = {"tokenizer": manifest.tokenizer, "vocabulary": manifest.vocabulary, "length": manifest.length}
+    else:
+        channels, height, width = manifest.image_shape
+        facts = {"image": f"{height}x{width}x{channels}", "classes": manifest.num_classes}
+    return {
+        "kind": "export",
+        "family": manifest.family,
+        "makes": manifest.task,
+        "blocks": len(manifest.files),
+        "opset": manifest.opset,
+        **facts,
+        "disk": format_bytes(sum(file.bytes for file in manifest.files)),
+        "verified": asdict(manifest.verified),
+    }

@@ -1,0 +1,357 @@
+"""The run directory: what is in it, how a run is created in it and found again.
+
+    config.yaml  plan.json  env.json  manifest.json  metrics.jsonl  summary.json  blocks/*.safetensors
+    samples/*.png or *.txt  tokenizer.json (of a vocabulary that was trained or given)  quality.jsonl (`evaluations`)
+
+`manifest.json` is written last when a run is created, so a directory with a manifest is whole. Each block file knows
+its own step; there is no second place that could disagree with it, and so nothing to repair after a crash. While a run
+with a `work_dir` is being trained its block files lie there; when it is finished they are brought home.
+"""
+
+import json
+import shutil
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, fields, replace
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from edgeblocks.offload.block_buffer import BlockLayout
+from edgeblocks.config import TOKENIZERS, Settings, read_yaml, resolve_settings
+from edgeblocks.data.tokenizer import TOKENIZER_FILE, Tokenizer, stored_tokenizer
+from edgeblocks.files.durable import sync, write_atomically
+from edgeblocks.errors import ConfigError, RunError
+from edgeblocks.diffusion.noise import NoisePartition, partition_noise
+from edgeblocks.planning.plans import trained_stages
+from edgeblocks.registry import build_family, family_type
+from edgeblocks.runs.schema import (
+    InitFields,
+    QualityFields,
+    RecordFields,
+    TextManifestFields,
+    check_checksum,
+    check_config,
+    check_manifest,
+    check_plan,
+    checked_record,
+    config_with_checksum,
+    is_up_to,
+    read_json,
+    read_records,
+    with_checksum,
+)
+from edgeblocks.offload.sections import Section, blocks_of, network_of, stages_of, tensor_name
+from edgeblocks.offload.block_files import BlockStore, storage_error
+from edgeblocks.files.untrusted import shown
+
+RUN_FORMAT_VERSION = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunDirectory:
+    """A run on disk: its settings, its plan, its family and its block files."""
+
+    path: Path
+    run_id: str
+    settings: Settings
+    plan: dict[str, Any]
+    data: Any
+    """What the network knows of the data: the family's `data_type`."""
+    data_source: str
+    data_fingerprint: str
+    class_names: tuple[str, ...]
+    tokenizer: Tokenizer | None = None
+    """How text becomes tokens; None for a family that reads images."""
+    init: InitFields | None = None
+    """The file that the weights began with; None where they came from the seed."""
+
+    @property
+    def file_layers(self) -> tuple[int, ...]:
+        """Layers in each block file."""
+        return tuple(self.plan["layers_per_block"])
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """Layers of each denoiser: of each block, or of the one that stages trained end to end make together."""
+        return (sum(self.file_layers),) if self.is_exact else self.file_layers
+
+    @property
+    def sections(self) -> tuple[Section, ...]:
+        """What is in each block file."""
+        return (stages_of if self.is_exact else blocks_of)(self.file_layers)
+
+    @property
+    def trained(self) -> tuple[bool, ...]:
+        """Of each block whether it is trained; the others are frozen."""
+        return trained_stages(self.settings.run.trained_blocks, len(self.file_layers))
+
+    def saved_steps(self, store: BlockStore) -> list[int]:
+        """The step of each block as its file has it; a frozen one is what it is at every step, and counts as far as the
+        least of the others.
+
+        Raises:
+            RunError: a file is missing or damaged.
+        """
+        steps = [store.header(block).step for block in range(len(self.file_layers))]
+        least = min(step for step, trained in zip(steps, self.trained, strict=True) if trained)
+        return [step if trained else least for step, trained in zip(steps, self.trained, strict=True)]
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether the block files hold stages of one network."""
+        return self.settings.run.method == "exact"
+
+    def tensor_name(self, block: int, name: str) -> str:
+        """What a block's parameter is called in a file of all weights."""
+        return tensor_name(block, name, self.file_layers, end_to_end=self.is_exact)
+
+    @property
+    def partition(self) -> NoisePartition:
+        run = self.settings.run
+        return partition_noise(
+            self.family().noise, num_blocks=len(self.layers), kind=run.partition, overlap=run.overlap
+        )
+
+    def family(self) -> Any:
+        run = self.settings.run
+        return build_family(run.family, asdict(self.settings.family), asdict(self.data), run.method)
+
+    def store(self) -> BlockStore:
+        """The block files of this run."""
+        import torch
+
+        family, layouts = self.family(), {}
+        kinds = list(zip(self.sections, self.trained, strict=True))
+        for section, trained in set(kinds):
+            with torch.device("meta"):
+                network = network_of(family, section)
+            layouts[section, trained] = BlockLayout.of(network, self.settings.run.optimizer, frozen=not trained)
+        of_blocks = [layouts[kind] for kind in kinds]
+        return BlockStore(self.blocks_folder, of_blocks, self.run_id, trained_together=self.is_exact)
+
+    @property
+    def blocks_folder(self) -> Path:
+        """Where the block files are: at home, or in a folder of this run's own in the work directory."""
+        home, away = self.path / "blocks", self.away_folder
+        return home if away is None or home.is_dir() else away
+
+    @property
+    def away_folder(self) -> Path | None:
+        """This run's folder in its work directory."""
+        work_dir = self.settings.run.work_dir
+        return None if work_dir is None else Path(work_dir).expanduser() / f"edgeblocks-{self.run_id[:12]}"
+
+    @property
+    def data_settings(self) -> Settings:
+        """The settings with which the data are opened: a tokenizer.json that was given is the run's own copy of it."""
+        run = self.settings.run
+        if self.tokenizer is None or run.tokenizer in TOKENIZERS:
+            return self.settings
+        return replace(self.settings, run=run.model_copy(update={"tokenizer": str(self.path / TOKENIZER_FILE)}))
+
+    def write_json(self, name: str, content: dict[str, Any]) -> None:
+        write_text(self.path / name, json.dumps(with_checksum(content), indent=1) + "\n")
+
+    def changed(self, settings: dict[str, Any]) -> "RunDirectory":
+        """The run with some of its settings changed; `save_settings` writes them down when they have proved sound.
+
+        Raises:
+            ConfigError: an impossible setting.
+        """
+        if not settings:
+            return self
+        kept = {**self.settings.run.model_dump(), **asdict(self.settings.family)}
+        resolved = resolve_settings(
+            settings,
+            family_settings=lambda name: family_type(name).settings_type,
+            config={name: value for name, value in kept.items() if name not in settings},
+        )
+        return replace(self, settings=resolved.with_whole_paths())
+
+    def save_settings(self) -> None:
+        write_text(self.path / "config.yaml", config_with_checksum(self.settings.to_yaml()))
+
+    def forget_summary(self) -> None:
+        """The run is not finished any more, and its blocks may be made again where there is no folder of them.
+
+        Raises:
+            StorageError: the disk refused.
+        """
+        try:
+            (self.path / "summary.json").unlink(missing_ok=True)
+            self.blocks_folder.mkdir(exist_ok=True)
+        except OSError as error:
+            raise storage_error("cannot make blocks again in", self.path, error) from error
+
+    def planned_again(self, plan: dict[str, Any]) -> "RunDirectory":
+        """The run with another plan for the same blocks, here and in its plan.json."""
+        assert plan["layers_per_block"] == list(self.file_layers)
+        self.write_json("plan.json", plan)
+        return replace(self, plan=plan)
+
+    def append_metrics(self, record: dict[str, Any]) -> None:
+        """Add a line to metrics.jsonl: `run_files.RecordFields` says what is in it."""
+        self._append("metrics.jsonl", record)
+
+    def append_quality(self, record: dict[str, Any]) -> None:
+        """Add a line to quality.jsonl: `run_files.QualityFields` says what is in it."""
+        self._append("quality.jsonl", record)
+
+    def _append(self, name: str, record: dict[str, Any]) -> None:
+        path = self.path / name
+        try:
+            with path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
+        except OSError as error:
+            raise storage_error("cannot write metrics", path, error) from error
+
+    def metrics(self) -> Iterator[dict[str, Any]]:
+        """The records of metrics.jsonl; a half-written last line is passed over."""
+        path = self.path / "metrics.jsonl"
+        if path.exists():
+            yield from read_records(path)
+
+    def quality(self) -> list[QualityFields]:
+        """The records of quality.jsonl; none where the quality was not measured on the way."""
+        path = self.path / "quality.jsonl"
+        found = (checked_record(QualityFields, content) for content in read_records(path)) if path.exists() else ()
+        return [record for record in found if record is not None]
+
+    def records(self) -> Iterator[RecordFields]:
+        """The same, checked; what is no record of a step is passed over."""
+        for content in self.metrics():
+            record = checked_record(RecordFields, content)
+            if record is not None:
+                yield record
+
+    def trained_s(self) -> float | None:
+        """How long the run has been trained, as its records tell; None where one of them does not."""
+        longest = 0.0
+        for record in self.records():
+            if record.seconds is None:
+                return None
+            longest = max(longest, record.seconds)
+        return longest
+
+    def drop_metrics_after(self, steps: list[int]) -> None:
+        """Forget records of steps that a crash undid, given each block's saved step."""
+        kept = (json.dumps(record) + "\n" for record in self.metrics() if is_up_to(record, steps))
+        write_text(self.path / "metrics.jsonl", "".join(kept))
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file atomically.
+
+    Raises:
+        StorageError: the disk refused.
+    """
+    try:
+        write_atomically(path, [text.encode()])
+    except OSError as error:
+        raise storage_error("cannot write", path, error) from error
+
+
+def remove_leftovers(run: RunDirectory) -> None:
+    """Delete the temporary files that killed processes left behind. The run must be locked.
+
+    Raises:
+        StorageError: the folder cannot be written.
+    """
+    for folder in (run.path, run.blocks_folder, run.path / "samples"):
+        for leftover in folder.glob(".*.tmp"):
+            try:
+                leftover.unlink(missing_ok=True)
+            except OSError as error:
+                raise storage_error("cannot remove what a killed process left", leftover, error) from error
+
+
+def bring_blocks_home(run: RunDirectory) -> None:
+    """Move a finished run's block files from its work directory into the run directory, which is then whole.
+
+    Raises:
+        StorageError: no room; the files stay where they are and the run stays usable.
+    """
+    away, home = run.away_folder, run.path / "blocks"
+    if away is None:
+        return
+    if not home.is_dir():
+        arriving = run.path / "blocks.arriving"
+        try:
+            shutil.rmtree(arriving, ignore_errors=True)
+            shutil.copytree(away, arriving, ignore=shutil.ignore_patterns("lock"))
+            for path in (*arriving.iterdir(), arriving):
+                sync(path)
+            arriving.rename(home)
+            sync(run.path)  # the name must be on the disk before the other files go
+        except (OSError, shutil.Error) as error:
+            shutil.rmtree(arriving, ignore_errors=True)
+            cause = error if isinstance(error, OSError) else OSError(str(error))
+            raise storage_error(f"cannot move the blocks from {away}, where they stay,", home, cause) from error
+    shutil.rmtree(away, ignore_errors=True)
+
+
+def open_run(path: Path) -> RunDirectory:
+    """A run directory that exists.
+
+    Raises:
+        RunError: not a run, damaged, or of another format version.
+    """
+    if not path.is_dir():
+        raise RunError(f"there is no run directory {path}")
+    if not (path / "manifest.json").exists():
+        trained = (path / "metrics.jsonl").exists()
+        cure = "put it back from a copy" if trained else f"start a run with: edgeblocks train --out {path}"
+        raise RunError(f"{path} is not a run directory: it has no manifest.json; {cure}")
+    content = read_json(path / "manifest.json")
+    if "files" in content:
+        raise RunError(f"{path} is an exported network, not a run; use it with: edgeblocks run {path}")
+    version = content.get("format_version")
+    if type(version) is not int or version != RUN_FORMAT_VERSION:
+        raise RunError(
+            f"{path} has run format version {shown(version)}; this edgeblocks ({metadata.version('edgeblocks')}) reads "
+            f"version {RUN_FORMAT_VERSION}. Use the edgeblocks that wrote it"
+        )
+    try:
+        settings = resolve_settings(
+            {}, family_settings=lambda name: family_type(name).settings_type, config=read_yaml(path / "config.yaml")
+        )
+        manifest = check_manifest(path / "manifest.json", content, reads=family_type(settings.run.family).reads)
+        if settings.run.family != manifest.family:
+            raise ConfigError(f"manifest.json is of the family {manifest.family!r}, config.yaml of another")
+        data_type = family_type(manifest.family).data_type
+        known = {field.name for field in fields(data_type)}
+        data = data_type(**manifest.data.model_dump(include=known))
+        family = build_family(manifest.family, asdict(settings.family), asdict(data), settings.run.method)
+    except ConfigError as error:
+        raise RunError(
+            f"{path} is damaged: {error}; put config.yaml back from a copy, or train again with a new --out"
+        ) from error
+    run = RunDirectory(
+        path=path,
+        run_id=manifest.run_id,
+        settings=settings,
+        plan=check_plan(path / "plan.json", read_json(path / "plan.json"), num_layers=family.num_layers),
+        data=data,
+        data_source=manifest.data.source,
+        data_fingerprint=manifest.data.fingerprint,
+        class_names=tuple(manifest.class_names),
+        tokenizer=_tokenizer_of(path, manifest) if isinstance(manifest, TextManifestFields) else None,
+        init=manifest.init,
+    )
+    if max(settings.run.trained_blocks or (0,)) >= len(run.file_layers):
+        raise RunError(
+            f"{path} is damaged: config.yaml trains the blocks {settings.run.train_blocks} and plan.json has "
+            f"{len(run.file_layers)}; put both back from a copy, or train again with a new --out"
+        )
+    # Checksums come last: what the other checks find they say better.
+    check_checksum(path / "manifest.json", content)
+    check_checksum(path / "plan.json", run.plan)
+    check_config(path / "config.yaml")
+    return run
+
+
+def _tokenizer_of(path: Path, manifest: TextManifestFields) -> Tokenizer:
+    data, cure = manifest.data, "put it back from a copy"
+    return stored_tokenizer(
+        path, data.tokenizer, definition_sha256=data.tokenizer_sha256, vocabulary=data.vocabulary, cure=cure
+    )

@@ -1,0 +1,212 @@
+"""Weights that a network starts from: a safetensors file, compared with the network before anything is created."""
+
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from edgeblocks.config import RunSettings
+from edgeblocks.errors import ConfigError, RunError
+from edgeblocks.offload.sections import Section, blocks_of, network_of, stages_of, tensor_name
+from edgeblocks.files.tensor_file import READABLE, TensorFile
+from edgeblocks.files.untrusted import MalformedFileError, shown
+
+_NAMES_SHOWN = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class InitialWeights:
+    """A file whose tensors are those of a network, all but some parts that start from the seed."""
+
+    file: TensorFile
+    sha256: str
+    fresh: frozenset[str]
+    """Names of the tensors that are not taken from the file."""
+    name_of: Callable[[int, str], str]
+    """The name in the file of what a block calls so."""
+
+    def cover(self, block: int, names: Iterable[str]) -> bool:
+        """Whether the file gives all of these tensors of a block."""
+        return not any(self.name_of(block, name) in self.fresh for name in names)
+
+    def fill_(self, block: int, tensors: Iterable[tuple[str, Tensor]]) -> None:
+        """Give a block's tensors their values from the file, but those that start from the seed.
+
+        Raises:
+            RunError: the file cannot be read any more.
+        """
+        for own, tensor in tensors:
+            name = self.name_of(block, own)
+            if name in self.fresh:
+                continue
+            try:
+                self.file.read_(name, tensor)
+            except OSError as error:
+                raise RunError(f"cannot read {self.file.path}: {error.strerror or error}; start again") from error
+
+
+def initial_weights_of(run: RunSettings, family: Any, layers: Sequence[int]) -> InitialWeights | None:
+    """What a run's settings have a network start from; None where that is the seed alone.
+
+    Args:
+        layers: of each block, or stage.
+
+    Raises:
+        ConfigError: with everything that is wrong with the file.
+    """
+    if run.init is None:
+        if run.init_fresh is not None:
+            raise ConfigError(
+                f"init_fresh={run.init_fresh} names what is not taken from the file of --init; name the file, or leave "
+                f"init_fresh out"
+            )
+        return None
+    end_to_end = run.method == "exact"
+    return open_initial_weights(
+        Path(run.init).expanduser(),
+        family,
+        (stages_of if end_to_end else blocks_of)(layers),
+        partial(tensor_name, layers=tuple(layers), end_to_end=end_to_end),
+        fresh=[part.strip() for part in (run.init_fresh or "").split(",") if part.strip()],
+    )
+
+
+def open_initial_weights(
+    path: Path,
+    family: Any,
+    sections: Sequence[Section],
+    name_of: Callable[[int, str], str],
+    *,
+    fresh: Sequence[str] = (),
+) -> InitialWeights:
+    """A file whose tensors fit the network's, every value of them finite.
+
+    Args:
+        sections: the network's blocks, or stages.
+        name_of: what a tensor of a block is called in the file.
+        fresh: parts of the network, such as `readout`, that start from the seed whatever the file has.
+
+    Raises:
+        ConfigError: with everything that is wrong.
+    """
+    shapes = _shapes(family, sections, name_of)
+    left_out = _starting_fresh(shapes, fresh)
+    try:
+        file = TensorFile(path)
+        wanted = {name: shape for name, shape in shapes.items() if name not in left_out}
+        problems = _differences(file, shapes, wanted) or _values_that_are_no_numbers(file, wanted)
+        digest = file.sha256()
+    except OSError as error:
+        raise ConfigError(f"--init {path}: it cannot be read ({error.strerror or error}); name another file") from error
+    except MalformedFileError as error:
+        raise ConfigError(f"--init {path}: {error}; write it with safetensors.torch.save_file") from error
+    if problems:
+        raise ConfigError(*(f"--init {path}: {problem}" for problem in problems))
+    return InitialWeights(file=file, sha256=digest, fresh=left_out, name_of=name_of)
+
+
+def _shapes(family: Any, sections: Sequence[Section], name_of: Callable[[int, str], str]) -> dict[str, tuple[int, ...]]:
+    """Of all tensors, by their names in a file."""
+    of_section = {}
+    for section in set(sections):
+        with torch.device("meta"):
+            network = network_of(family, section)
+        of_section[section] = [(name, tuple(parameter.shape)) for name, parameter in network.named_parameters()]
+    return {name_of(block, own): shape for block, section in enumerate(sections) for own, shape in of_section[section]}
+
+
+def _starting_fresh(shapes: Iterable[str], parts: Sequence[str]) -> frozenset[str]:
+    """Names of the tensors that lie in some parts of the network, or of every block.
+
+    Raises:
+        ConfigError: there is no such part.
+    """
+    inside = {
+        part: {name for name in shapes if _is_in(part, name) or _is_in(part, _in_its_block(name))} for part in parts
+    }
+    if unknown := [part for part in parts if not inside[part]]:
+        raise ConfigError(
+            f"init_fresh={','.join(parts)}: the network has no part {', '.join(unknown)}; its parts are "
+            f"{', '.join(_parts(shapes))}, and parts of these, such as layers.0"
+        )
+    return frozenset[str]().union(*inside.values())
+
+
+def _is_in(part: str, name: str) -> bool:
+    return f"{name}.".startswith(f"{part}.")
+
+
+def _in_its_block(name: str) -> str:
+    """A name without the number of its block, if it has one."""
+    return re.sub(r"^block_\d+\.", "", name)
+
+
+def _is_of_blocks(names: Iterable[str]) -> bool:
+    return any(_in_its_block(name) != name for name in names)
+
+
+def _parts(names: Iterable[str]) -> list[str]:
+    return list(dict.fromkeys(_in_its_block(name).partition(".")[0] for name in names))
+
+
+def _differences(
+    file: TensorFile, shapes: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int, ...]]
+) -> list[str]:
+    """In what a file differs from what is wanted of it; `shapes` are those of the whole network."""
+    there = file.tensors
+    if wanted and _is_of_blocks(there) != _is_of_blocks(wanted):
+        other = ("exact", "one network") if _is_of_blocks(wanted) else ("diffusion", "blocks that are trained alone")
+        return [f"it has the names of {other[1]}; use --method {other[0]}, or write the tensors under other names"]
+    missing = [name for name in wanted if name not in there]
+    extra = [name for name in there if name not in shapes]
+    reshaped = [name for name, shape in wanted.items() if name in there and there[name].shape != shape]
+    unreadable = [name for name in wanted if name in there and there[name].dtype not in READABLE]
+    found = []
+    if missing:
+        found.append(
+            f"it lacks {len(missing)} of the {len(shapes)} tensors of this network: {_listed(missing)}. Give the "
+            f"settings that the file's network had, or write the tensors under these names"
+        )
+    if extra:
+        found.append(
+            f"{len(extra)} of its tensors are not of this network: {_listed(extra)}. Leave them out of the file"
+        )
+    if reshaped:
+        pairs = [f"{name} is {_sizes(there[name].shape)}, here {_sizes(wanted[name])}" for name in reshaped]
+        parts = ",".join(_parts(reshaped))
+        found.append(
+            f"{len(reshaped)} of its tensors have other shapes: {_listed(pairs)}. Give the settings that the file's "
+            f"network had, or let these parts start from the seed with --set init_fresh={parts}"
+        )
+    if unreadable:
+        pairs = [f"{name} is {shown(there[name].dtype)}" for name in unreadable]
+        found.append(f"{len(unreadable)} of its tensors are of no type that is read: {_listed(pairs)}. Use float32")
+    return found
+
+
+def _values_that_are_no_numbers(file: TensorFile, wanted: Iterable[str]) -> list[str]:
+    wrong = [name for name in wanted if not all(bool(piece.isfinite().all()) for _, piece in file.pieces(name))]
+    if not wrong:
+        return []
+    return [
+        f"{len(wrong)} of its tensors hold NaN or infinite values: {_listed(wrong)}. Its training had diverged: "
+        f"take an earlier file"
+    ]
+
+
+def _listed(items: Sequence[str]) -> str:
+    more = f" and {len(items) - _NAMES_SHOWN} more" if len(items) > _NAMES_SHOWN else ""
+    return f"{', '.join(shown(item).strip(chr(39)) for item in items[:_NAMES_SHOWN])}{more}"
+
+
+def _sizes(shape: Sequence[int]) -> str:
+    """
+    >>> _sizes((10, 32)), _sizes(())
+    ('10x32', 'one number')
+    """
+    return "x".join(map(str, shape)) or "one number"

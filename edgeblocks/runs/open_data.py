@@ -1,0 +1,120 @@
+"""The data that a run's settings name, opened inside its budget."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from edgeblocks.config import TOKENIZERS, RunSettings, Settings
+from edgeblocks.data.cache import cache_folder
+from edgeblocks.data.dataset import DataSet
+from edgeblocks.data.images import Progress, open_images
+from edgeblocks.data.text import open_text
+from edgeblocks.data.tokenizer import build_tokenizer
+from edgeblocks.errors import ConfigError, DoesNotFitError, NoRoomToReadError
+from edgeblocks.progress import Listener
+from edgeblocks.registry import family_type
+from edgeblocks.units import advised_budget, format_bytes
+
+DECODING_SLACK_BYTES = 12_000_000
+"""Beside a picture: pieces of it on their way to the cache, code of Pillow's decoders."""
+
+
+def data_of(run: RunSettings, progress: Progress, *, room_bytes: int | None = None) -> DataSet:
+    """The data that a run's settings name; see `open_images` and `open_text`.
+
+    Raises:
+        ConfigError: settings of images for a family that reads text, or the other way round.
+    """
+    reads = family_type(run.family).reads
+    check_data_settings(run, reads)
+    if reads == "text":
+        return open_text(
+            run.data,
+            tokenizer=run.tokenizer,
+            vocabulary=run.vocab,
+            length=run.length,
+            hold_out=run.hold_out,
+            cache_dir=cache_folder(),
+            progress=progress,
+            room_bytes=room_bytes,
+        )
+    return open_images(
+        run.data,
+        image_size=run.image_size,
+        hold_out=run.hold_out,
+        seed=run.seed,
+        cache_dir=cache_folder(),
+        progress=progress,
+        room_bytes=room_bytes,
+    )
+
+
+def check_data_settings(run: RunSettings, reads: str) -> None:
+    """That a family is given settings of the kind of data that it reads.
+
+    Raises:
+        ConfigError: with all that are of the other kind.
+    """
+    others = {"images": ("tokenizer", "vocab", "length"), "text": ("image_size",)}[reads]
+    usual = RunSettings()
+    problems = [
+        f"{name}={getattr(run, name)}: {run.family} reads {reads}, and {name} is for families that do not; leave it out"
+        for name in others
+        if getattr(run, name) != getattr(usual, name)
+    ]
+    if problems:
+        raise ConfigError(*problems)
+
+
+def check_vocab(run: RunSettings, typed: Mapping[str, Any], from_file: Mapping[str, Any]) -> None:
+    """That a number of byte pairs is asked for only where some are learned.
+
+    A file may hold one all the same: for the tokenizer that the command line replaces, or the usual one, as the
+    config.yaml of every run does.
+
+    Args:
+        typed: settings of the command line.
+        from_file: settings of a file, under those.
+
+    Raises:
+        ConfigError: it is asked for, and would mean nothing.
+    """
+    asked = typed.get("vocab")
+    if asked is None and typed.get("tokenizer") is None and from_file.get("vocab") != RunSettings().vocab:
+        asked = from_file.get("vocab")
+    if asked is None or run.tokenizer == "bpe" or family_type(run.family).reads != "text":
+        return
+    own = "the tokens in that file"
+    if run.tokenizer in TOKENIZERS:
+        own = f"{build_tokenizer(run.tokenizer, None).vocabulary} tokens of its own"
+    raise ConfigError(
+        f"vocab is {asked}, which is how many byte pairs are learned, and the tokenizer is '{run.tokenizer}', which "
+        f"has {own}; learn byte pairs with --tokenizer bpe, or leave vocab out"
+    )
+
+
+def open_run_data(settings: Settings, listener: Listener, *, budget_bytes: int, target: Any) -> DataSet:
+    """The data of a run; pictures are decoded first, inside the budget of the memory that this process is in.
+
+    Raises:
+        DoesNotFitError: decoding a picture would pass the budget.
+    """
+    taken_bytes = target.host_used_bytes() + DECODING_SLACK_BYTES
+    room_bytes = max(0, budget_bytes - taken_bytes)
+    try:
+        data_set = data_of(settings.run, listener.advance, room_bytes=room_bytes)
+    except NoRoomToReadError as error:
+        smallest_bytes = taken_bytes + error.needed_bytes
+        flag = "--mem-budget" if target.host_bytes() is None else "--ram-budget"
+        raise DoesNotFitError(
+            f"{error.what} takes up to {format_bytes(error.needed_bytes)} to read, and the budget of "
+            f"{format_bytes(budget_bytes)} leaves {format_bytes(room_bytes)} beside the interpreter and its libraries "
+            f"({format_bytes(taken_bytes)}); use {flag} {advised_budget(smallest_bytes)} or more the first time "
+            f"(then it is in the cache), or make it smaller",
+            smallest_bytes,
+        ) from error
+    if data_set.unreadable:
+        shown = ", ".join(data_set.unreadable[:5]) + (", .." if len(data_set.unreadable) > 5 else "")
+        listener.note(f"skipped {len(data_set.unreadable)} unreadable files: {shown}")
+    for warning in data_set.warnings:
+        listener.note(f"note: {warning}")
+    return data_set

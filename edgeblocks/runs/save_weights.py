@@ -1,0 +1,70 @@
+"""A run's weights in one safetensors file, under the names that they have in the whole network."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from edgeblocks.offload.block_buffer import Entry, Part, bytes_of
+from edgeblocks.runs.directory import RunDirectory
+from edgeblocks.files.durable import write_atomically
+from edgeblocks.errors import ConfigError, RunError, StorageError
+from edgeblocks.inference.staged_weights import check_whole
+from edgeblocks.offload.block_files import BlockStore
+from edgeblocks.files.tensor_file import encode_header
+
+
+def write_weights(run: RunDirectory, out: Path, *, last: bool) -> dict[str, Any]:
+    """Write the EMA weights of all blocks, one block after the other; returns the file's path and size.
+
+    Blocks that were trained alone are networks of their own: their names begin with `block_0.`, `block_1.` and so on.
+
+    Args:
+        last: the weights as the last step left them, without the average.
+
+    Raises:
+        ConfigError: the file's name does not end in .safetensors.
+        RunError: a block is damaged, or the run is trained while it is read.
+        StorageError: the disk refused.
+    """
+    if out.suffix != ".safetensors":
+        raise ConfigError(f"-o {out}: weights are written as safetensors; give a name that ends in .safetensors")
+    store, part = run.store(), _part(last)
+    if run.is_exact:
+        check_whole(run, store)
+    entries = [(block, entry) for block, layout in enumerate(store.layouts) for entry in layout.of_part(part)]
+    header = encode_header(_table(run, entries, part), {"format": "pt"})
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(out, _pieces(run, store, header, part))
+    except OSError as error:
+        raise StorageError(f"cannot write {out}: {error.strerror or error}; choose another place with -o") from error
+    num_bytes = len(header) + sum(entry.num_bytes for _, entry in entries)
+    return {"path": str(out), "tensors": len(entries), "bytes": num_bytes, "part": part}
+
+
+def _part(last: bool) -> Part:
+    return "weights" if last else "ema"
+
+
+def _table(run: RunDirectory, entries: list[tuple[int, Entry]], part: Part) -> dict[str, Any]:
+    table, start = {}, 0
+    for block, entry in entries:
+        table[run.tensor_name(block, entry.name.removeprefix(f"{part}."))] = {
+            "dtype": "F32",
+            "shape": list(entry.shape),
+            "data_offsets": [start, start + entry.num_bytes],
+        }
+        start += entry.num_bytes
+    return table
+
+
+def _pieces(run: RunDirectory, store: BlockStore, header: bytes, part: Part) -> Iterator[bytes | memoryview]:
+    yield header
+    buffer, steps = store.buffer((part,)), set()
+    for block, trained in enumerate(run.trained):
+        step = store.read(block, buffer)
+        if trained:
+            steps.add(step)
+        yield bytes_of(buffer.content)
+    if run.is_exact and len(steps) > 1:
+        raise RunError(f"{run.path} was saved while its weights were read, and they do not belong together; try again")

@@ -1,0 +1,387 @@
+"""What may stand in the files of a run directory: checked value by value before anything is made from it.
+
+A run directory may come from anywhere. The models below say which values are needed and how large they may be; keys
+that they do not name are passed over, because a later edgeblocks may write more.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from edgeblocks.bounds import LONGEST_SEQUENCE, MOST_LAYERS, MOST_SAMPLES, MOST_STEPS, MOST_TOKENS
+from edgeblocks.config import MOST_YAML_BYTES
+from edgeblocks.limits import LONGEST_SIDE, MOST_CHANNELS, MOST_CLASSES, MOST_PIXELS
+from edgeblocks.data.tokenizer import Kind
+from edgeblocks.errors import RunError
+from edgeblocks.files.untrusted import MalformedFileError, open_regular, parse_json, read_object, read_text, shown
+
+_MOST_RECORD_BYTES = 2**16
+_PROBLEMS_SHOWN = 5
+_CHECKSUM = "# sha256 of the lines above: "
+_AGAIN = "put the file back from a copy, or train again with a new --out"
+
+Layers = Annotated[int, Field(ge=1, le=MOST_LAYERS)]
+Samples = Annotated[int, Field(ge=1, le=MOST_SAMPLES)]
+Steps = Annotated[int, Field(ge=1, le=MOST_STEPS)]
+Count = Annotated[int, Field(ge=0, le=2**63)]
+Side = Annotated[int, Field(ge=1, le=LONGEST_SIDE)]
+Seconds = Annotated[float, Field(ge=0)]
+Text = Annotated[str, Field(max_length=2**15)]
+
+
+class Checked(BaseModel):
+    """Values as JSON gives them, none converted: "1" and true are not 1, and NaN is no number."""
+
+    model_config = ConfigDict(strict=True, frozen=True, extra="ignore", allow_inf_nan=False)
+
+
+class ImageFields(Checked):
+    """`data` in manifest.json: the images that the run is trained on."""
+
+    channels: Annotated[int, Field(ge=1, le=MOST_CHANNELS)]
+    height: Side
+    width: Side
+    num_classes: Annotated[int, Field(ge=0, le=MOST_CLASSES)]
+    mean: Annotated[float, Field(ge=0, le=1)]
+    scale: Annotated[float, Field(gt=0, le=1e12)]
+    source: Text
+    fingerprint: Text
+
+    @model_validator(mode="after")
+    def _can_be_trained_on(self) -> Self:
+        if self.height * self.width > MOST_PIXELS:
+            raise ValueError(f"{self.height} x {self.width} pixels are more than {MOST_PIXELS}")
+        return self
+
+
+class TextFields(Checked):
+    """`data` in manifest.json: the text that the run is trained on. tokenizer.json is there exactly for bpe."""
+
+    vocabulary: Annotated[int, Field(ge=2, le=MOST_TOKENS)]
+    length: Annotated[int, Field(ge=1, le=LONGEST_SEQUENCE)]
+    tokenizer: Kind
+    tokenizer_sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None
+    source: Text
+    fingerprint: Text
+
+
+class InitFields(Checked):
+    """`init` in manifest.json: the file that the weights began with. The run needs it no more."""
+
+    file: Text
+    bytes: Count
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+class ManifestFields(Checked):
+    """manifest.json."""
+
+    run_id: Annotated[str, Field(pattern=r"^[0-9a-f]{8,64}$")]
+    family: Text
+    class_names: Annotated[list[Text], Field(max_length=MOST_CLASSES)]
+    init: InitFields | None = None
+
+
+class ImageManifestFields(ManifestFields):
+    """manifest.json of a family that reads images."""
+
+    data: ImageFields
+
+    @model_validator(mode="after")
+    def _names_every_class(self) -> Self:
+        if len(self.class_names) != self.data.num_classes:
+            raise ValueError(f"{len(self.class_names)} class_names for data.num_classes={self.data.num_classes}")
+        return self
+
+
+class TextManifestFields(ManifestFields):
+    """manifest.json of a family that reads text."""
+
+    data: TextFields
+
+
+class StepShapeFields(Checked):
+    """One of `shapes` in plan.json: how a training step may be cut."""
+
+    micro_batch: Samples
+    checkpointing: bool
+    step_bytes: Count
+
+
+class PlanFields(Checked):
+    """plan.json, as far as a run needs it for sampling, evaluation and export."""
+
+    layers_per_block: Annotated[list[Layers], Field(min_length=1, max_length=MOST_LAYERS)]
+    micro_batch: Samples
+    slots: Layers
+    budget_bytes: Annotated[int, Field(ge=1, le=2**63)]
+    blocks: Layers | None = None
+    visit_steps: Steps | None = None
+    checkpointing: bool | None = None
+    look_micro_batch: Samples | None = None
+    shapes: Annotated[list[StepShapeFields], Field(min_length=1, max_length=256)] | None = None
+    parameters: Count | None = None
+    predicted_peak_bytes: Count | None = None
+    predicted_step_s: Seconds | None = None
+    breakdown: Annotated[dict[str, Count], Field(max_length=64)] | None = None
+    ram_blocks: Annotated[int, Field(ge=0, le=MOST_LAYERS)] = 0
+    ram_budget_bytes: Count | None = None
+    predicted_host_peak_bytes: Count | None = None
+
+    @model_validator(mode="after")
+    def _agrees_with_itself(self) -> Self:
+        num_blocks = len(self.layers_per_block)
+        if self.blocks is not None and self.blocks != num_blocks:
+            raise ValueError(f"blocks={self.blocks}, but layers_per_block lists {num_blocks}")
+        if self.slots > num_blocks:
+            raise ValueError(f"slots={self.slots} are more than the {num_blocks} blocks")
+        if self.ram_blocks > num_blocks:
+            raise ValueError(f"ram_blocks={self.ram_blocks} are more than the {num_blocks} blocks")
+        return self
+
+
+class ResumablePlanFields(PlanFields):
+    """plan.json, as far as training needs it."""
+
+    blocks: Layers
+    visit_steps: Steps
+    checkpointing: bool
+    shapes: Annotated[list[StepShapeFields], Field(min_length=1, max_length=256)]
+    parameters: Count
+    boundary_disk_bytes: Count = 0
+    predicted_peak_bytes: Count
+    predicted_step_s: Seconds
+    breakdown: Annotated[dict[str, Count], Field(max_length=64)]
+
+
+class Diverging(Checked):
+    """Measured values, which may be NaN where training diverged."""
+
+    model_config = ConfigDict(allow_inf_nan=True)
+
+
+class MetricFields(Diverging):
+    """`metrics` in summary.json."""
+
+    validation_loss: float
+
+
+class SummaryFields(Diverging):
+    """summary.json, as far as it is read again."""
+
+    peak_bytes: Count
+    metrics: MetricFields
+
+
+class RecordFields(Diverging):
+    """A line of metrics.jsonl: one training step of a block, or of the whole network, which is block 0 then.
+
+    `loss` is of that step's batch, `examples_per_s` of that step alone.
+    """
+
+    block: Annotated[int, Field(ge=0, lt=MOST_LAYERS)]
+    step: Steps
+    """Counted from 1."""
+    loss: float
+    gradient_norm: float | None = None
+    """Before clipping."""
+    learning_rate: float | None = None
+    examples_per_s: float | None = None
+    seconds: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
+    """Wall time that the run had been trained: waiting for blocks counts; looks, starting and planning do not.
+
+    A resumed run goes on from the last record that it keeps. None where an earlier record has none, as those of an
+    earlier edgeblocks.
+    """
+    used_bytes: Count | None = None
+    """Of the device's memory, as measured before the step: on a processor the process's resident set."""
+
+
+class QualityFields(Diverging):
+    """A line of quality.jsonl: how good the network was after some training, see `quality`."""
+
+    step: Steps
+    """Made by every block."""
+    seconds: Annotated[float, Field(ge=0, allow_inf_nan=False)]
+    """Of training until then, without looking."""
+    value: float
+    standard_error: float | None = None
+
+
+Fields = TypeVar("Fields", bound=Checked)
+
+
+def read_json(path: Path, *, finite: bool = True) -> dict[str, Any]:
+    """A JSON object of a run directory.
+
+    Raises:
+        RunError: unreadable, too large, or not an object.
+    """
+    try:
+        return read_object(path, finite=finite)
+    except OSError as error:
+        raise RunError(f"cannot read {path}: {error.strerror}; {_AGAIN}") from error
+    except MalformedFileError as error:
+        raise RunError(f"{path} is damaged: {error}; {_AGAIN}") from error
+
+
+def with_checksum(content: dict[str, Any]) -> dict[str, Any]:
+    """A JSON object as a run directory keeps it: a flipped byte that no other check sees is found before use."""
+    return {**content, "sha256": _json_digest(content)}
+
+
+def check_checksum(path: Path, content: dict[str, Any]) -> None:
+    """That a JSON object is what its `sha256`, if it has one, is of.
+
+    Raises:
+        RunError: it is not.
+    """
+    if "sha256" in content and content["sha256"] != _json_digest(content):
+        raise RunError(
+            f'{path} is damaged: it does not match its checksum; {_AGAIN}. Who changed it on purpose takes "sha256" out'
+        )
+
+
+def _json_digest(content: dict[str, Any]) -> str:
+    rest = {key: value for key, value in content.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
+def config_with_checksum(text: str) -> str:
+    """YAML as a run directory keeps it, with a comment at its end."""
+    return f"{text}{_CHECKSUM}{hashlib.sha256(text.encode()).hexdigest()}\n"
+
+
+def check_config(path: Path) -> None:
+    """That config.yaml is what the comment at its end, if there is one, is the checksum of.
+
+    Raises:
+        RunError: it is not.
+    """
+    text, comment, claimed = read_text(path, most_bytes=MOST_YAML_BYTES).rpartition(_CHECKSUM)
+    if comment and claimed.strip() != hashlib.sha256(text.encode()).hexdigest():
+        raise RunError(
+            f"{path} is damaged: it does not match its checksum; {_AGAIN}. Who changed it on purpose takes its last "
+            f"line out"
+        )
+
+
+def check_manifest(
+    path: Path, content: dict[str, Any], *, reads: Literal["images", "text"]
+) -> ImageManifestFields | TextManifestFields:
+    """The content of manifest.json with its types and ranges checked.
+
+    Args:
+        reads: what the family is trained on.
+
+    Raises:
+        RunError: names the file and the values.
+    """
+    if reads == "text":
+        return checked(TextManifestFields, path, content)
+    return checked(ImageManifestFields, path, content)
+
+
+def check_plan(path: Path, content: dict[str, Any], *, num_layers: int) -> dict[str, Any]:
+    """The content of plan.json, itself, after its types and ranges were checked.
+
+    Args:
+        num_layers: of the whole network.
+
+    Raises:
+        RunError: names the file and the values.
+    """
+    plan = checked(PlanFields, path, content)
+    if sum(plan.layers_per_block) != num_layers:
+        raise RunError(
+            f"{path} is damaged: its blocks have {sum(plan.layers_per_block)} layers, the network {num_layers} "
+            f"(config.yaml); {_AGAIN}"
+        )
+    return content
+
+
+def check_resumable(path: Path, content: dict[str, Any]) -> None:
+    """That plan.json holds all that training needs, for example after it was written by hand.
+
+    Raises:
+        RunError: names the file and the values.
+    """
+    checked(ResumablePlanFields, path, content)
+
+
+def read_summary(path: Path) -> dict[str, Any]:
+    """The content of summary.json; `peak_bytes` and `metrics.validation_loss` are there.
+
+    Raises:
+        RunError: unreadable or damaged.
+    """
+    content = read_json(path, finite=False)
+    checked(SummaryFields, path, content)
+    return content
+
+
+def read_records(path: Path) -> Iterator[dict[str, Any]]:
+    """The objects of a file with one JSON object a line; any other line (the last one half-written) is passed over.
+
+    Raises:
+        RunError: the file cannot be read.
+    """
+    try:
+        with open_regular(path) as file:
+            while line := file.readline(_MOST_RECORD_BYTES):
+                if len(line) == _MOST_RECORD_BYTES and not line.endswith(b"\n"):
+                    while (rest := file.readline(_MOST_RECORD_BYTES)) and not rest.endswith(b"\n"):
+                        pass
+                    continue
+                try:
+                    record = parse_json(line.decode("utf-8", errors="replace"), finite=False)
+                except MalformedFileError:
+                    continue
+                if isinstance(record, dict):
+                    yield record
+    except OSError as error:
+        raise RunError(f"cannot read {path}: {error.strerror}") from error
+
+
+def checked_record(model: type[Fields], record: dict[str, Any]) -> Fields | None:
+    """A line of a file of records, as `model` describes it; None where it is something else."""
+    try:
+        return model.model_validate(record)
+    except ValidationError:
+        return None
+
+
+def is_up_to(record: dict[str, Any], steps: list[int]) -> bool:
+    """Whether a record of metrics.jsonl tells of a step that its block has made, given each block's saved step."""
+    block, step = record.get("block"), record.get("step")
+    return type(block) is int and type(step) is int and 0 <= block < len(steps) and step <= steps[block]
+
+
+def checked(model: type[Fields], path: Path, content: dict[str, Any]) -> Fields:
+    """The content of a file as `model` describes it.
+
+    Raises:
+        RunError: names the file and the values.
+    """
+    try:
+        return model.model_validate(content)
+    except ValidationError as error:
+        problems = [_problem(item) for item in error.errors(include_url=False, include_context=False)]
+    hidden = len(problems) - _PROBLEMS_SHOWN
+    more = f" and {hidden} more" if hidden > 0 else ""
+    raise RunError(f"{path} is damaged: {'; '.join(problems[:_PROBLEMS_SHOWN])}{more}; {_AGAIN}")
+
+
+def _problem(item: Any) -> str:
+    """One of pydantic's problems as text."""
+    where = ".".join(shown(part).strip("'") for part in item["loc"])
+    message = item["msg"].removeprefix("Value error, ")
+    if item["type"] == "missing":
+        return f"{where} is missing"
+    if item["type"] == "value_error":
+        return f"{where}: {message}" if where else str(message)
+    return f"{where}={shown(item['input'])}: {message[0].lower()}{message[1:]}"

@@ -1,0 +1,100 @@
+"""What enters each stage of a batch on its way forward, kept for the way back: in memory or in a scratch file.
+
+Kept as bfloat16 it takes half of the room and what a stage is given again differs from what it was given, by up to one
+part in 256: gradients are no longer exactly those of plain back-propagation. As float32 nothing changes.
+"""
+
+import time
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from edgeblocks.offload.block_slots import StreamTimes
+from edgeblocks.offload.scratch import ScratchFile
+from edgeblocks.planning.plans import BoundaryDtype
+
+DTYPES: dict[BoundaryDtype, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+class Boundaries(Protocol):
+    """Keeps hidden values of all samples, by the stage that they enter."""
+
+    def put(self, stage: int, part: slice, hidden: Tensor) -> None:
+        """Keep what enters a stage of some samples."""
+        ...
+
+    def of(self, stage: int, part: slice) -> Tensor:
+        """What was put, float32."""
+        ...
+
+    def forget(self, stage: int) -> None:
+        """It is not needed again."""
+        ...
+
+
+class InMemory:
+    """All of them, until they are forgotten."""
+
+    def __init__(self, size: int, *, dtype: BoundaryDtype = "float32") -> None:
+        """
+        Args:
+            size: samples of a batch.
+        """
+        self._size, self._dtype = size, DTYPES[dtype]
+        self._kept: dict[int, Tensor] = {}
+
+    def put(self, stage: int, part: slice, hidden: Tensor) -> None:
+        if stage not in self._kept:
+            self._kept[stage] = hidden.new_empty(self._size, *hidden.shape[1:], dtype=self._dtype)
+        self._kept[stage][part] = hidden
+
+    def of(self, stage: int, part: slice) -> Tensor:
+        return self._kept[stage][part].float()
+
+    def forget(self, stage: int) -> None:
+        self._kept.pop(stage, None)
+
+
+class OnDisk:
+    """In a file without a name; only what a stage is given at a time is in memory.
+
+    What a device's memory holds passes through its host's, a micro-batch at a time.
+    """
+
+    def __init__(self, size: int, folder: Path, times: StreamTimes, *, dtype: BoundaryDtype = "float32") -> None:
+        """
+        Args:
+            size: samples of a batch.
+            times: what writing and reading takes is added to it, since nothing is computed meanwhile.
+        """
+        self._size, self._times, self._dtype = size, times, DTYPES[dtype]
+        self._file = ScratchFile(folder, "what enters a stage")
+        self._shape: torch.Size | None = None
+        """Of one sample."""
+        self._device = torch.device("cpu")
+        """Where stages are given it."""
+
+    def put(self, stage: int, part: slice, hidden: Tensor) -> None:
+        self._shape, self._device, started = hidden.shape[1:], hidden.device, time.perf_counter()
+        kept = hidden.detach().to(self._dtype).contiguous().cpu()
+        self._file.write(self._start(stage, part), kept.view(torch.uint8))
+        self._times.waited_for_storing(started)
+
+    def of(self, stage: int, part: slice) -> Tensor:
+        assert self._shape is not None
+        started = time.perf_counter()
+        count = len(range(*part.indices(self._size)))
+        kept = torch.empty(count, *self._shape, dtype=self._dtype)
+        self._file.read(self._start(stage, part), kept.view(torch.uint8))
+        given = kept.to(self._device)
+        self._times.waited_for_loading(started)
+        return given.float()
+
+    def forget(self, stage: int) -> None:
+        """Its room is written again in the next step."""
+
+    def _start(self, stage: int, part: slice) -> int:
+        assert self._shape is not None
+        return (stage * self._size + int(part.start)) * self._shape.numel() * self._dtype.itemsize

@@ -1,0 +1,166 @@
+"""Keeps a running process inside its budget: looks before every step, and recovers when memory is refused.
+
+Two lines of defence. Before a step, what is in use and what the step will take are added up; a step that would pass the
+budget is not taken, a smaller one is (`plans.StepShape`: fewer samples at a time, then activation checkpointing),
+which changes no mathematics. Behind it the target sets a hard cap (`capped`), so that memory nobody foresaw is refused
+by the system as an error that can be caught, instead of swapping or a killed machine; the step is then made again,
+smaller. Only when nothing is left to shrink does the run end, with what was trained before the visit or the step saved.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+from edgeblocks.errors import OutOfBudgetError
+from edgeblocks.planning.plans import StepShape
+from edgeblocks.units import format_bytes
+
+HEADROOM_BYTES = 12_000_000
+"""Left free where a smaller step can do so, for what a step does not know of: listeners, pages of code."""
+_REFUSALS = ("allocate memory", "not enough memory", "out of memory", "bad_alloc", "can't start new thread")
+
+
+class MeasuredMemory(Protocol):
+    """What the guard asks of a target."""
+
+    def used_bytes(self) -> int: ...
+
+    def live_bytes(self) -> int: ...
+
+    def host_used_bytes(self) -> int: ...
+
+    def give_back(self) -> None: ...
+
+
+def is_refusal(error: BaseException) -> bool:
+    """Whether an error means that memory was refused: Python's and numpy's own, torch's allocators', the threads'."""
+    if isinstance(error, MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in _REFUSALS)
+
+
+class Guard:
+    """Chooses the shape of each step so that the process stays inside its budget."""
+
+    def __init__(
+        self,
+        memory: MeasuredMemory,
+        *,
+        budget_bytes: int,
+        shapes: Sequence[StepShape],
+        breakdown: dict[str, int],
+        note: Callable[[str], None],
+        ram_budget_bytes: int | None = None,
+    ) -> None:
+        """A guard of a target's memory; `ram_budget_bytes` bounds the host's where the device has its own."""
+        self._ram_budget_bytes = ram_budget_bytes
+        self._memory, self._budget_bytes, self._breakdown, self._note = memory, budget_bytes, breakdown, note
+        self._shapes = list(shapes)
+        self.used_bytes = memory.used_bytes()
+        """The resident set before the latest step."""
+        self.changes: list[dict[str, Any]] = []
+        """What was changed while running: one {micro_batch, checkpointing, used_bytes} each."""
+
+    @property
+    def shape(self) -> StepShape:
+        return self._shapes[0]
+
+    def before_step(self) -> StepShape:
+        """The shape of the next step.
+
+        Raises:
+            OutOfBudgetError: not even the smallest step fits beside what is in use.
+        """
+        self._check_host()
+        self.used_bytes = self._memory.used_bytes()
+        comfortable = self._budget_bytes - HEADROOM_BYTES
+        live = self._memory.live_bytes()
+        expected = live + self.shape.step_bytes
+        if expected > comfortable:
+            smaller = [shape for shape in self._shapes[1:] if live + shape.step_bytes <= comfortable]
+            if not smaller and expected > self._budget_bytes:  # the smallest may use the headroom too
+                smaller = [shape for shape in self._shapes[-1:] if live + shape.step_bytes <= self._budget_bytes]
+            if smaller or expected > self._budget_bytes:
+                self._go_on_with(smaller, f"the next step would take the process to {format_bytes(expected)}")
+        elif self.used_bytes > comfortable:
+            self._memory.give_back()
+        return self.shape
+
+    def _check_host(self) -> None:
+        """Beside a device nothing that a step takes from the host can be made smaller: its bound is met or the end."""
+        if self._ram_budget_bytes is None:
+            return
+        used = self._memory.host_used_bytes()
+        if used > self._ram_budget_bytes:
+            raise OutOfBudgetError(
+                f"the host's budget of {format_bytes(self._ram_budget_bytes)} is used up: {format_bytes(used)} are in "
+                f"use. Give more with --ram-budget {int(used * 1.25 / 1e6)}MB; what was trained is saved, --resume "
+                f"goes on"
+            )
+
+    def after_refusal(self) -> None:
+        """Choose a smaller shape, with which a step is made again after memory was refused to it.
+
+        Raises:
+            OutOfBudgetError: it was the smallest.
+        """
+        self._go_on_with(self._shapes[1:], "memory was refused at the cap")
+
+    def go_on_without(self, what: str) -> None:
+        """Say that something the run can do without was refused memory, and make what room there is."""
+        self._memory.give_back()
+        self._note(
+            f"memory: refused to {what}, the budget is {format_bytes(self._budget_bytes)} "
+            f"({format_bytes(self._memory.used_bytes())} in use)"
+        )
+
+    def refused(self, what: str) -> OutOfBudgetError:
+        """The error for memory that was refused to something that cannot be made smaller."""
+        why = f"memory was refused to {what}"
+        return out_of_budget(self._budget_bytes, self._memory.used_bytes(), self._breakdown, why)
+
+    def _go_on_with(self, shapes: list[StepShape], why: str) -> None:
+        used = self._memory.used_bytes()
+        if not shapes:
+            raise out_of_budget(self._budget_bytes, used, self._breakdown, f"{why}, and no smaller step fits")
+        self._shapes = shapes
+        self._memory.give_back()
+        change = {"micro_batch": self.shape.micro_batch, "checkpointing": self.shape.checkpointing, "used_bytes": used}
+        self.changes.append(change)
+        self._note(
+            f"{why}, the budget is {format_bytes(self._budget_bytes)} ({format_bytes(used)} in use); the "
+            f"micro-batch is now {self.shape.micro_batch}, checkpointing "
+            f"{'on' if self.shape.checkpointing else 'off'}. Same mathematics, slower steps"
+        )
+
+
+def out_of_budget(budget_bytes: int, used_bytes: int, breakdown: dict[str, int], why: str) -> OutOfBudgetError:
+    """The error of a run for which nothing is left to shrink: numbers, the largest item, the flag."""
+    items = {name: size for name, size in breakdown.items() if name != "planning"}
+    item = max(items, key=lambda name: items[name])
+    foreign = used_bytes - sum(items.values())
+    grown = (
+        f"; {format_bytes(foreign)} of what is in use is not in the plan (the program around it, or a plugin, holds it)"
+        if foreign > 0.1 * budget_bytes
+        else ""
+    )
+    return OutOfBudgetError(
+        f"the budget of {format_bytes(budget_bytes)} is used up: {why}; {format_bytes(used_bytes)} are in use. "
+        f"The largest planned item is {item} ({format_bytes(breakdown[item])}){grown}. "
+        f"Give more with --mem-budget {int(budget_bytes * 1.25 / 1e6)}MB; --resume goes on from what is saved"
+    )
+
+
+@contextmanager
+def refusals_explained(memory: MeasuredMemory, budget_bytes: int, breakdown: dict[str, int]) -> Iterator[None]:
+    """Turns a refusal anywhere in a run into the error that says what to do.
+
+    Raises:
+        OutOfBudgetError: memory was refused.
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not is_refusal(error):
+            raise
+        raise out_of_budget(budget_bytes, memory.used_bytes(), breakdown, "memory was refused at the cap") from error

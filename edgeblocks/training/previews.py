@@ -1,0 +1,152 @@
+"""Looks at a network while it is trained: grids of samples and its quality between visits, evaluation at the end."""
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from edgeblocks.data import pictures
+from edgeblocks.data.dataset import DataSet
+from edgeblocks.diffusion.token_choice import TEXT_TASKS
+from edgeblocks.diffusion.unmasking import texts_as_file
+from edgeblocks.inference import metrics
+from edgeblocks.inference.block_runner import BlockRunner, EmaSource
+from edgeblocks.inference.quality import run_quality
+from edgeblocks.prepare import GRID_SAMPLES, GRID_TOKENS
+from edgeblocks.progress import Listener
+from edgeblocks.run import Run
+from edgeblocks.runs.directory import RunDirectory, write_text
+from edgeblocks.training.diffusion import Interrupted, Interruption, Progress
+from edgeblocks.training.guard import Guard, is_refusal
+
+
+class Looks:
+    """Looks at the network between visits and at the end: grids of samples with the same noise each time, evaluation.
+
+    A signal stops a look at its next noise level.
+    """
+
+    def __init__(
+        self,
+        run: RunDirectory,
+        data_set: DataSet,
+        source: EmaSource,
+        guard: Guard,
+        interruption: Interruption,
+        progress: Progress,
+        *,
+        residents: int,
+    ) -> None:
+        """
+        Args:
+            progress: hears of the time that looks take.
+            residents: blocks that the source has in memory anyway.
+        """
+        self._progress = progress
+        self._run, self._data_set, self._source = run, data_set, source
+        self._guard, self._interruption = guard, interruption
+        self._residents = residents
+        self._task = run.family().task
+        self._total = run.settings.run.steps
+        self._grids = _Marks(
+            run.settings.run.sample_grids if GRID_SAMPLES[self._task] else 0, self._total, made=self._newest_grid()
+        )
+        self._evaluations = _Marks(
+            run.settings.run.evaluations, self._total, made=max((mark.step for mark in run.quality()), default=0)
+        )
+
+    def _newest_grid(self) -> int:
+        """The steps of the newest grid that was made: one that a crash prevented is due, one that exists is not."""
+        numbers = (path.stem.removeprefix("step_") for path in (self._run.path / "samples").glob("step_*.*"))
+        return max((int(number) for number in numbers if number.isdecimal()), default=0)
+
+    def after_visit(self, steps: Sequence[int]) -> None:
+        """Look where a look is due, at blocks that have made so many steps."""
+        done = min(steps)
+        if self._evaluations.are_due(done):
+            self._look(done, self._note_quality, "the measure of quality")
+        if self._grids.are_due(done):
+            self._look(done, self._make_grid, "the grid of samples")
+
+    def _look(self, done: int, look: Callable[[int], None], what: str) -> None:
+        started = time.perf_counter()
+        try:
+            look(done)
+        except (MemoryError, RuntimeError) as error:
+            if not is_refusal(error):
+                raise
+            self._guard.go_on_without(f"{what} at step {done}, which is left out")
+        self._progress.looking_s += time.perf_counter() - started
+
+    def _note_quality(self, done: int) -> None:
+        trained_s = self._progress.seconds
+        found = run_quality(self._run, self._runner(), self._data_set)
+        self._go_on(done)
+        if trained_s is not None:
+            self._run.append_quality({"step": done, "seconds": trained_s, **asdict(found)})
+
+    def _make_grid(self, done: int) -> None:
+        run, path = Run(self._run), self._run.path / "samples" / f"step_{done:07d}"
+        count = GRID_SAMPLES[self._task]
+        if self._task in TEXT_TASKS:
+            short = {} if self._task == "text" else {"length": min(self._run.data.length, GRID_TOKENS)}
+            texts = run.sample_text(n=count, runner=self._runner(), on_step=self._go_on, **short)
+            write_text(path.with_suffix(".txt"), texts_as_file(texts))
+            return
+        images = run.sample(
+            n=count,
+            steps=max(self._run.settings.run.sample_steps, len(self._run.layers)),
+            runner=self._runner(),
+            on_level=self._go_on,
+        )
+        pictures.save_png(path.with_suffix(".png"), pictures.image_grid(images, columns=10))
+
+    def _micro_batch(self) -> int:
+        """As planned, or as small as a step had to become since."""
+        plan, step = self._run.plan, self._guard.shape.micro_batch
+        return int(plan.get("look_micro_batch", step)) if step == plan["micro_batch"] else step
+
+    def _runner(self) -> BlockRunner:
+        """With all blocks, where they are in memory anyway."""
+        return Run(self._run).runner(
+            self._source,
+            micro_batch=self._micro_batch(),
+            residents=self._residents if self._residents >= len(self._run.layers) else 1,
+        )
+
+    def evaluation(self, listener: Listener) -> dict[str, Any]:
+        def on_level(done: int, total: int) -> None:
+            listener.advance(done, total, "evaluating")
+            self._go_on(done)
+
+        return metrics.validation_loss(
+            self._run.family(),
+            self._runner(),
+            self._data_set,
+            seed=self._run.settings.run.seed,
+            most_examples=metrics.MOST_EXAMPLES[self._run.family().task],
+            on_level=on_level,
+        )
+
+    def _go_on(self, _done: int, _total: int | None = None) -> None:
+        if self._interruption.signal_name is not None:
+            raise Interrupted
+
+
+class _Marks:
+    """Numbers of steps, the same for all blocks and evenly spaced, of which the last is the training's end."""
+
+    def __init__(self, count: int, total: int, *, made: int) -> None:
+        """
+        Args:
+            made: the steps of the newest mark that is done with.
+        """
+        self._marks = [math.ceil(total * (i + 1) / count) for i in range(count)]
+        self._made = made
+
+    def are_due(self, done: int) -> bool:
+        """Whether a mark was reached since the last time; it is done with then."""
+        reached = any(self._made < mark <= done for mark in self._marks)
+        self._made = max(self._made, done)
+        return reached

@@ -1,0 +1,85 @@
+"""What a finished training tells of itself: the content of `summary.json`."""
+
+import time
+from typing import Any
+
+from edgeblocks.data.dataset import DataSet
+from edgeblocks.diffusion.token_choice import TEXT_TASKS
+from edgeblocks.inference import metrics
+from edgeblocks.offload.block_slots import StreamTimes
+from edgeblocks.runs.directory import RunDirectory
+from edgeblocks.training.diffusion import Trainer
+from edgeblocks.training.exact import ExactTrainer
+
+
+def summary_of(
+    run: RunDirectory,
+    trainer: Trainer | ExactTrainer,
+    times: StreamTimes,
+    bytes_written: int,
+    looking_s: float,
+    evaluation: dict[str, Any],
+    data_set: DataSet,
+    target: Any,
+    budget_bytes: int,
+    resumed_from: list[int] | None,
+) -> dict[str, Any]:
+    progress = trainer.progress
+    seconds = time.perf_counter() - progress.started
+    former = resumed_from or [0]
+    done_here = progress.steps_done - (former[0] if run.is_exact else sum(former))
+    split = {
+        "compute": progress.compute_s,
+        "load": times.load_s,
+        "store": times.store_s,
+        "stall": times.stall_s,
+        "data": progress.data_s,
+    }
+    split["other"] = max(0.0, seconds - split["compute"] - split["data"] - split["stall"])
+    # Blocks that are trained alone are waited for between steps, stages within them.
+    working_s = progress.compute_s + progress.data_s + (times.stall_s if run.is_exact else 0.0)
+    per_example = run.data.length if run.family().reads == "text" else 1
+    return {
+        "family": run.settings.run.family,
+        "makes": run.family().task,
+        "method": run.settings.run.method,
+        "blocks": len(run.file_layers),
+        "layers_per_block": list(run.file_layers),
+        "trained_blocks": [block for block, trained in enumerate(run.trained) if trained],
+        "parameters": run.plan["parameters"],
+        "steps": run.settings.run.steps,
+        "budget_bytes": budget_bytes,
+        "predicted_peak_bytes": run.plan["predicted_peak_bytes"],
+        "peak_bytes": target.peak_bytes(),
+        "ram_peak_bytes": target.host_peak_bytes(),
+        "predicted_ram_peak_bytes": run.plan.get("predicted_host_peak_bytes"),
+        "disk_bytes": sum(path.stat().st_size for path in run.blocks_folder.glob("*.safetensors")),
+        "disk_bytes_written": bytes_written,
+        "memory_changes": trainer.guard.changes,
+        "seconds": seconds,
+        "images_or_tokens_per_s": per_example * done_here * run.settings.run.batch / max(working_s, 1e-9),
+        "step_s": working_s / max(done_here, 1),
+        "predicted_step_s": run.plan["predicted_step_s"],
+        "time_split": {name: round(value, 3) for name, value in split.items()},
+        "sampling_s": round(looking_s, 3),
+        "metrics": {
+            "train_loss_by_block": [progress.losses.get(block) for block in range(len(run.file_layers))],
+            "validation_loss": evaluation["total"],
+            "validation_loss_by_block": metrics.mean_by_block(evaluation["levels"], run.partition),
+            "validation": evaluation,
+            **_text_metrics(run, evaluation, data_set),
+        },
+        "init": None if run.init is None else run.init.model_dump(),
+        "resumed_from": resumed_from,
+    }
+
+
+def _text_metrics(run: RunDirectory, evaluation: dict[str, Any], data_set: DataSet) -> dict[str, Any]:
+    """The bound in bits, where the run makes text: of a chain for mdlm; for ar and looped of the top level alone."""
+    task = run.family().task
+    if task not in TEXT_TASKS:
+        return {}
+    if task == "text":
+        return {"text": metrics.text_scores(evaluation, data_set)}
+    top = {"total": evaluation["levels"][0]["loss"], "standard_error": None, "images": evaluation["images"]}
+    return {"text": metrics.text_scores(top, data_set)}

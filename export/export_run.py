@@ -1,0 +1,176 @@
+"""From a run to an exported directory: a graph for each block and a manifest, verified against torch."""
+
+from dataclasses import replace
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import onnx
+
+from edgeblocks.data.tokenizer import TOKENIZER_FILE
+from edgeblocks.diffusion import classification
+from edgeblocks.diffusion.noise import sampler_levels
+from edgeblocks.export.destination import check_destination, staged, synced
+from edgeblocks.export.graph import OPSET, Template, Tensors, make_template, trace_own, write_graph
+from edgeblocks.export.manifest import sha256_of, write_manifest
+from edgeblocks.export.manifest_types import (
+    BlockFile,
+    CacheShape,
+    ContinuationManifest,
+    ContinuerSettings,
+    ImageManifest,
+    Manifest,
+    SamplerSettings,
+    TextManifest,
+    WriterSettings,
+)
+from edgeblocks.export.open_export import open_chain
+from edgeblocks.export.tolerances import NUM_OUTPUTS
+from edgeblocks.export.verify import Listener, verify_export
+from edgeblocks.inference.block_runner import BlockRunner, EmaSource, token_chain
+from edgeblocks.inference.staged_weights import loaded_stages
+from edgeblocks.offload.block_slots import EmaLoader
+from edgeblocks.runs.directory import RunDirectory
+
+EXTERNAL_ABOVE_BYTES = 10**9  # a protobuf file ends at 2 GB, and reading one takes twice its size
+
+
+def export_run(
+    run: RunDirectory, out: Path, listener: Listener, *, external_above_bytes: int = EXTERNAL_ABOVE_BYTES
+) -> dict[str, Any]:
+    """Write a run's EMA weights as ONNX graphs with a manifest, verified against torch, and return the manifest.
+
+    Args:
+        out: a new or empty directory, or a former export, which is replaced at the end.
+        external_above_bytes: blocks with more bytes of weights keep them in a file of their own beside the graph.
+
+    Raises:
+        ConfigError: `out` holds something else.
+        RunError: the run is damaged.
+        StorageError: the disk refused.
+        EdgeblocksError: onnxruntime's numbers differ from torch's by more than is promised.
+    """
+    out = out.resolve()
+    check_destination(out)
+    steps = run.saved_steps(run.store())
+    if min(steps) < run.settings.run.steps:
+        listener.note(
+            f"the run is not finished: exporting its blocks as saved, at steps {', '.join(map(str, steps))} of "
+            f"{run.settings.run.steps}"
+        )
+    micro_batch = min(NUM_OUTPUTS, run.plan["micro_batch"])
+    runner = BlockRunner(run.family(), run.layers, run.partition, _ema(run), micro_batch=micro_batch)
+    with staged(out) as folder:
+        files = _write_blocks(run, runner, folder, listener, external_above_bytes)
+        manifest = _describe(run, files, folder)
+        verified = verify_export(run, runner, open_chain(folder, manifest=manifest), listener)
+        manifest = replace(manifest, verified=verified)
+        write_manifest(folder, manifest)
+    return manifest.to_json()
+
+
+SAMPLERS = {
+    "images": SamplerSettings(),
+    "classes": SamplerSettings(
+        steps=classification.DEFAULT_STEPS, solver="euler", noises=classification.DEFAULT_NOISES
+    ),
+}
+
+
+def _describe(run: RunDirectory, files: tuple[BlockFile, ...], folder: Path) -> Manifest:
+    family = run.family()
+    common: dict[str, Any] = {
+        "edgeblocks": metadata.version("edgeblocks"),
+        "family": run.settings.run.family,
+        "task": family.task,
+        "opset": OPSET,
+        "boundaries": run.partition.boundaries,
+        "files": files,
+    }
+    if family.task == "text":
+        sampler = WriterSettings(steps=max(WriterSettings().steps, len(files)))
+        return TextManifest(**common, **_wording(run, folder), sampler=sampler)
+    if family.task == "continuation":
+        steps = max(ContinuerSettings().steps, len(files))
+        chain = token_chain(family, run.layers, run.partition, sampler_levels(run.partition, num_steps=steps))
+        return ContinuationManifest(
+            **common,
+            **_wording(run, folder),
+            code_width=family.settings.code_width,
+            caches=CacheShape(
+                per=chain.caches_per, num_caches=chain.num_caches, heads=chain.heads, head_width=chain.head_width
+            ),
+            noise=family.noise,
+            sampler=ContinuerSettings(steps=steps),
+        )
+    of_images = SAMPLERS[family.task]
+    return ImageManifest(
+        **common,
+        image_shape=(run.data.channels, run.data.height, run.data.width),
+        mean=run.data.mean,
+        scale=run.data.scale,
+        sigma_data=family.sigma_data,
+        class_names=run.class_names,
+        noise=family.noise,
+        sampler=replace(of_images, steps=max(of_images.steps, len(files))),
+    )
+
+
+def _wording(run: RunDirectory, folder: Path) -> dict[str, Any]:
+    """A text's facts in a manifest; writes tokenizer.json where the tokenizer was trained."""
+    assert run.tokenizer is not None
+    definition = run.tokenizer.to_json()
+    if definition is not None:
+        with synced(folder / TOKENIZER_FILE) as file:
+            file.write(definition.encode())
+    return {
+        "vocabulary": run.data.vocabulary,
+        "length": run.data.length,
+        "tokenizer": run.tokenizer.kind,
+        "tokenizer_sha256": None if definition is None else sha256_of(folder / TOKENIZER_FILE),
+    }
+
+
+def _write_blocks(
+    run: RunDirectory, runner: BlockRunner, folder: Path, listener: Listener, external_above_bytes: int
+) -> tuple[BlockFile, ...]:
+    """Write the graphs block by block. Blocks of the same depth follow each other, so that one template is kept."""
+    listener.stage("exporting")
+    family, files = run.family(), []
+    template: Template | None = None
+    for done, block in enumerate(sorted(range(len(run.layers)), key=lambda block: run.layers[block])):
+        if template is None or template.num_layers != run.layers[block]:
+            template = make_template(family, run.layers[block])
+            if template is None:
+                listener.note(f"the exporter changed a parameter of block {block}: tracing it with its own weights")
+        network = runner.network(block)
+        if template is None:
+            graph, tensors = trace_own(network, family)
+        else:
+            graph, tensors = template.graph, template.tensors_of(network)
+        files.append(_write_block(folder, block, graph, tensors, external_above_bytes))
+        listener.advance(done + 1, len(run.layers), "exporting")
+    return tuple(sorted(files, key=lambda file: file.block))
+
+
+def _write_block(
+    folder: Path, block: int, graph: onnx.ModelProto, tensors: Tensors, external_above_bytes: int
+) -> BlockFile:
+    path = folder / f"block_{block:03d}.onnx"
+    external = sum(tensor.num_bytes for tensor in tensors.values()) > external_above_bytes
+    data_path = write_graph(path, graph, tensors, external=external)
+    return BlockFile(
+        block=block,
+        file=path.name,
+        data_file=None if data_path is None else data_path.name,
+        sha256=sha256_of(path),
+        data_sha256=None if data_path is None else sha256_of(data_path),
+        bytes=path.stat().st_size + (0 if data_path is None else data_path.stat().st_size),
+    )
+
+
+def _ema(run: RunDirectory) -> EmaSource:
+    """Where the blocks' EMA weights come from; stages that were trained together are one block, all of it in memory."""
+    if run.is_exact:
+        return loaded_stages(run, slots=len(run.file_layers))
+    return EmaLoader(run.store())

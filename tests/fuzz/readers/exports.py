@@ -1,0 +1,197 @@
+"""Exported directories."""
+
+import hashlib
+import json
+import shutil
+
+from fuzz.readers.odd_entries import replace_by_something
+from fuzz.readers.reader import Reader
+from support.mutations import json_text, mutated_bytes, mutated_value
+from support.text_mutations import changed_definition
+
+
+class ExportReader(Reader):
+    """manifest.json of an exported directory, and now and then what its names lead to."""
+
+    def __init__(self, folder):
+        from edgeblocks.export import manifest as module
+
+        self.module, self.folder, self.outside = module, folder / "export", folder / "outside.onnx"
+        self.folder.mkdir()
+        contents = {f"block_{block:03d}.onnx": bytes([block]) * (100 + block) for block in range(3)}
+        self.contents = {**contents, "block_002.onnx.data": b"weights"}
+        self.outside.write_bytes(contents["block_000.onnx"])
+        digests = {name: hashlib.sha256(content).hexdigest() for name, content in self.contents.items()}
+        files = []
+        for block, name in enumerate(contents):
+            data = f"{name}.data" if f"{name}.data" in self.contents else None
+            size = len(self.contents[name]) + (len(self.contents[data]) if data else 0)
+            files.append(
+                module.BlockFile(
+                    block=block,
+                    file=name,
+                    data_file=data,
+                    sha256=digests[name],
+                    data_sha256=digests[data] if data else None,
+                    bytes=size,
+                )
+            )
+        verified = module.Verified(
+            block_max_abs_error=1e-6,
+            block_limit=1e-4,
+            output_max_abs_error=1e-5,
+            output_limit=1e-3,
+            output_equal_share=1.0,
+            outputs=8,
+            real_inputs=True,
+        )
+        common = {"edgeblocks": "0.1.0", "opset": 18, "files": tuple(files), "verified": verified}
+        manifest = self.manifest(common)
+        module.write_manifest(self.folder, manifest)
+        self.sound = (self.folder / "manifest.json").read_bytes()
+        self.value = json.loads(self.sound)
+        self._restore()
+
+    def manifest(self, common):
+        """A sound one, with the fields that all manifests have."""
+        from edgeblocks.diffusion.noise import NoiseDistribution, partition_noise
+
+        noise = NoiseDistribution()
+        partition = partition_noise(noise, num_blocks=3, kind="equal-probability", overlap=0.05)
+        return self.module.ImageManifest(
+            **common,
+            family="dit",
+            task="images",
+            image_shape=(1, 8, 8),
+            mean=0.3,
+            scale=1.5,
+            sigma_data=0.5,
+            class_names=("a", "b"),
+            noise=noise,
+            boundaries=partition.boundaries,
+            sampler=self.module.SamplerSettings(),
+        )
+
+    def _restore(self):
+        shutil.rmtree(self.folder)
+        self.folder.mkdir()
+        (self.folder / "manifest.json").write_bytes(self.sound)
+        for name, content in self.contents.items():
+            (self.folder / name).write_bytes(content)
+
+    def prepare(self, rng):
+        self._restore()
+        if rng.random() < 0.15:
+            replace_by_something(rng, self.folder / rng.choice([*self.contents, "manifest.json"]), self.outside)
+        elif rng.random() < 0.3:
+            (self.folder / "manifest.json").write_bytes(mutated_bytes(rng, self.sound))
+        else:
+            value = mutated_value(rng, self.value)
+            if rng.random() < 0.03 and isinstance(value, dict):
+                value["sampler"] = {
+                    "steps": rng.choice((10**9, 20_000)),
+                    "solver": "heun",
+                    "guidance": 1.0,
+                    "noises": 1,
+                }
+            text = json_text(rng, value)
+            (self.folder / "manifest.json").write_text(text, encoding="utf-8", errors="surrogatepass")
+
+    def read(self):
+        manifest = self.module.read_manifest(self.folder)
+        json.dumps(manifest.to_json(), ensure_ascii=False).encode()
+        for file in manifest.files:
+            path = self.module.checked_path(self.folder, file)
+            assert path.resolve().parent == self.folder.resolve()
+
+
+class TextExportReader(ExportReader):
+    """manifest.json and tokenizer.json of an exported directory that writes text."""
+
+    needs = "tokenizers"
+
+    def __init__(self, folder):
+        from edgeblocks.data.tokenizer import train_pairs
+
+        pairs = train_pairs(["The white whale swims under a cold sea. " * 100], 300)
+        self.definition, self.vocabulary = pairs.to_json().encode(), pairs.vocabulary
+        super().__init__(folder)
+
+    def manifest(self, common):
+        from edgeblocks.diffusion.noise import MaskingSchedule, partition_noise
+
+        partition = partition_noise(MaskingSchedule(), num_blocks=3, kind="equal-probability", overlap=0.05)
+        return self.module.TextManifest(
+            **common,
+            family="mdlm",
+            task="text",
+            vocabulary=self.vocabulary,
+            length=8,
+            tokenizer="bpe",
+            tokenizer_sha256=hashlib.sha256(self.definition).hexdigest(),
+            boundaries=partition.boundaries,
+            sampler=self.module.WriterSettings(),
+        )
+
+    def prepare(self, rng):
+        super().prepare(rng)
+        path = self.folder / "tokenizer.json"
+        if rng.random() < 0.5:
+            path.write_bytes(self.definition)
+        elif rng.random() < 0.05:
+            replace_by_something(rng, path, self.outside)
+        else:
+            definition = changed_definition(rng, json.loads(self.definition))
+            path.write_bytes(definition)
+            self._restore_manifest({**self.value, "tokenizer_sha256": hashlib.sha256(definition).hexdigest()})
+
+    def prepare_sound(self):
+        (self.folder / "tokenizer.json").write_bytes(self.definition)
+
+    def _restore_manifest(self, value):
+        path = self.folder / "manifest.json"
+        if path.is_file() and not path.is_symlink():
+            path.write_text(json.dumps(value))
+
+    def read(self):
+        from edgeblocks.export.wording import exported_tokenizer
+
+        super().read()
+        manifest = self.module.read_manifest(self.folder)
+        if manifest.task == "text":
+            tokenizer = exported_tokenizer(self.folder, manifest)
+            tokens = tokenizer.encode("a whale")
+            assert isinstance(tokenizer.decode(tokens), str)
+            assert max(tokens, default=0) < manifest.vocabulary
+
+
+class ContinuationExportReader(ExportReader):
+    """manifest.json of an exported directory that writes text token by token."""
+
+    def manifest(self, common):
+        from edgeblocks.diffusion.noise import NoiseDistribution, partition_noise
+
+        noise = NoiseDistribution(sigma_min=0.1, sigma_max=10.0, p_mean=0.0, p_std=1.2)
+        partition = partition_noise(noise, num_blocks=3, kind="equal-probability", overlap=0.1)
+        return self.module.ContinuationManifest(
+            **common,
+            family="ar",
+            task="continuation",
+            vocabulary=27,
+            length=8,
+            tokenizer="chars",
+            tokenizer_sha256=None,
+            code_width=16,
+            caches=self.module.CacheShape(per="block", num_caches=(4, 4, 4), heads=2, head_width=8),
+            noise=noise,
+            boundaries=partition.boundaries,
+            sampler=self.module.ContinuerSettings(),
+        )
+
+    def read(self):
+        """Also what a chain allocates from it is bounded: codes and noise levels."""
+        from edgeblocks.diffusion.codebook import code_rows
+
+        super().read()
+        manifest = self.module.read_manifest(self.folder)
+        assert code_rows(manifest.vocabulary, manifest.code_width).shape[0] == manifest.vocabulary

@@ -1,0 +1,109 @@
+"""Which method `edgeblocks plan` recommends."""
+
+import json
+import sys
+from dataclasses import replace
+from importlib import resources
+from pathlib import Path
+
+import pytest
+
+from edgeblocks.errors import ConfigError, DoesNotFitError
+from edgeblocks.planning.recommendation import Measured, Option, measured, option, recommendation
+from edgeblocks.registry import family_names
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
+BOTH = {"diffusion": Option(seconds=100.0), "exact": Option(seconds=140.0)}
+
+
+def found(diffusion, exact, *, higher_is_better=True, error=0.01):
+    return Measured(
+        measure="top-1 accuracy",
+        higher_is_better=higher_is_better,
+        diffusion=diffusion,
+        exact=exact,
+        error=error,
+        conditions="photos",
+    )
+
+
+@pytest.mark.parametrize(
+    ("figures", "method"),
+    [
+        (found(0.80, 0.85), "exact"),
+        (found(0.85, 0.80), "diffusion"),
+        (found(0.80, 0.85, higher_is_better=False), "diffusion"),
+        (found(0.80, 0.81), "diffusion"),  # a tie: the faster one
+    ],
+)
+def test_the_better_method_is_recommended_and_else_the_faster_one(figures, method):
+    """A difference counts where it is more than twice the error; the figures and their conditions are told."""
+    advice = recommendation(figures, BOTH)
+    assert advice is not None and advice.method == method
+    for told in ("0.8", "photos", "docs/methods.md"):
+        assert told in advice.line()
+
+
+def test_fewer_layers_are_told_where_they_were_better_than_either_method():
+    """A training too short for depth to be of use says so; a difference within the noise says nothing."""
+    for value, told in ((0.90, True), (0.86, False), (0.70, False)):
+        advice = recommendation(replace(found(0.80, 0.85), shallow=value, shallow_layers=3), BOTH)
+        assert advice is not None and advice.method == "exact"
+        assert ("fewer layers do better than either: 3 with" in advice.reason) == told
+    lower = replace(found(0.80, 0.85, higher_is_better=False), shallow=0.7, shallow_layers=3)
+    assert lower.is_shallow_better and not replace(lower, shallow=0.9).is_shallow_better
+
+
+def test_a_method_that_cannot_be_taken_is_not_recommended():
+    """Why is told; where neither can be taken there is nothing to say."""
+    options = {"diffusion": Option(seconds=100.0), "exact": Option(obstacle="it needs --mem-budget 3 GB")}
+    advice = recommendation(found(0.8, 0.9), options)
+    assert advice is not None and advice.method == "diffusion" and "3 GB" in advice.reason
+    assert recommendation(None, {name: Option(obstacle="no") for name in BOTH}) is None
+
+
+def test_nothing_is_recommended_where_nothing_was_measured():
+    advice = recommendation(None, BOTH)
+    assert advice is not None and advice.method is None and "edgeblocks compare" in advice.line()
+
+
+def test_what_is_better_but_much_slower_here_is_said_to_be():
+    """Moving stages can take most of the time under a small budget."""
+    advice = recommendation(found(0.8, 0.9), {"diffusion": Option(seconds=10.0), "exact": Option(seconds=100.0)})
+    assert advice is not None and advice.method == "exact" and "slow under this budget" in advice.reason
+
+
+def test_obstacles_are_those_of_the_plan():
+    """A budget that is too small, and what a family or a machine cannot do."""
+
+    def refuse(error):
+        raise error
+
+    small = option(lambda: refuse(DoesNotFitError("no", 700_000_000)))
+    assert small == Option(obstacle="it needs --mem-budget 700 MB")
+    other = option(lambda: refuse(ConfigError("--method exact: there is none; use another")))
+    assert other == Option(obstacle="there is none")
+
+
+def test_the_tables_are_those_of_the_trainings():
+    """What the package and docs/ hold is what the bench makes of docs/four_arms.jsonl."""
+    import four_arms
+
+    for path, content in four_arms.tables().items():
+        assert path.read_text() == content, path
+    content = json.loads((resources.files("edgeblocks") / "measured.json").read_text())
+    assert set(content) <= set(family_names())
+    for family in content:
+        assert measured(family) is not None
+    assert measured("none of ours") is None
+
+
+def test_plan_tells_a_method(edgeblocks_command):
+    """In one line, and in the JSON."""
+    asked = ["vit", "--data", "digits", "--set", "depth=2", "--set", "width=32", "--mem-budget", "1GB"]
+    done = edgeblocks_command("plan", *asked)
+    assert done.returncode == 0, done.stderr
+    assert sum(line.startswith("method: ") for line in done.stdout.splitlines()) == 1
+    advice = json.loads(edgeblocks_command("plan", *asked, "--json").stdout)["recommendation"]
+    assert advice["method"] in ("diffusion", "exact", None)
+    assert f"{advice['method'] or 'none'} is recommended" in done.stdout

@@ -1,0 +1,51 @@
+"""A rehearsal runs what a training step of the family runs, for every family and optimizer."""
+
+from dataclasses import asdict
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from edgeblocks.config import resolve_settings
+from edgeblocks.families.base import ImageInfo, TextInfo
+from edgeblocks.profiling.warmup_step import rehearse
+from edgeblocks.registry import build_family, family_type
+
+IMAGES = ImageInfo(channels=1, height=8, width=8, num_classes=10, mean=0.5, scale=2.0)
+TEXT = TextInfo(vocabulary=27, length=16)
+
+
+class Operators(TorchDispatchMode):
+    """The names of the operators that were run."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.seen.add(func._schema.name)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("optimizer", ["adamw8bit", "adamw"])
+@pytest.mark.parametrize("family", ["dit", "vit", "mdlm", "ar", "looped"])
+def test_a_rehearsal_runs_the_operators_of_a_step(family, optimizer):
+    """Forward and backward of two layers on real shapes of a batch of two need no operator that was not rehearsed."""
+    kind = family_type(family)
+    resolved = resolve_settings(
+        {"family": family, "width": 64, "heads": 2, "depth": 2},
+        family_settings=lambda name: family_type(name).settings_type,
+    )
+    built = build_family(family, asdict(resolved.family), asdict(TEXT if kind.reads == "text" else IMAGES))
+    with Operators() as rehearsed:
+        rehearse(built, optimizer, "cpu")
+    network = built.block(num_layers=2, checkpointing=False)
+    network.reset_tables_()
+    for parameter in network.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    batch = {name: torch.zeros(shape, dtype=dtype) for name, (shape, dtype) in built.batch_spec(2).items()}
+    with Operators() as trained:
+        built.loss(network, batch).sum().backward()
+    assert "aten::add_" in trained.seen
+    assert trained.seen <= rehearsed.seen
+    assert "aten::_fused_adamw_" in rehearsed.seen

@@ -1,0 +1,18 @@
+"""The command in this process."""
+
+import re
+
+from typer.testing import CliRunner
+
+from edgeblocks.cli.main import app
+
+
+def invoke(*arguments):
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def assert_refused(result, exit_code, message):
+    """The exit code, the message on standard error, and no traceback."""
+    assert result.exit_code == exit_code, (result.output, result.exception)
+    assert re.search(message, result.stderr, re.DOTALL), result.stderr
+    assert "Traceback" not in result.output
