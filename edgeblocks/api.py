@@ -16,6 +16,7 @@ from edgeblocks.offload.block_slots import Scheduler
 from edgeblocks.offload.checkpoint import NextBlocks
 from edgeblocks.offload.stage_slots import StageSlots
 from edgeblocks.offload.tiers import HostTier
+from edgeblocks.planning.plan_text import banner
 from edgeblocks.planning.plans import StepShape
 from edgeblocks.prepare import (
     Prepared,
@@ -29,15 +30,16 @@ from edgeblocks.profiling.budgets import budget_of_this_process, usual_budgets
 from edgeblocks.progress import Listener, Silent
 from edgeblocks.registry import build_profile, build_target, family_type, profile_names, register_family, target_names
 from edgeblocks.run import Run
-from edgeblocks.runs.create import check_free, create_run, seal_run
+from edgeblocks.runs.create import check_free, create_blocks, create_run, seal_run
 from edgeblocks.runs.directory import RunDirectory, bring_blocks_home, open_run, remove_leftovers
 from edgeblocks.runs.load_weights import InitialWeights, initial_weights_of
 from edgeblocks.runs.locks import locked, locked_away
 from edgeblocks.runs.open_data import check_vocab, open_run_data
 from edgeblocks.runs.schema import InitFields, check_resumable
-from edgeblocks.training.diffusion import Interrupted, Interruption, Trainer, create_blocks
+from edgeblocks.training.diffusion import Trainer
 from edgeblocks.training.exact import ExactTrainer
 from edgeblocks.training.guard import Guard, refusals_explained
+from edgeblocks.training.interruption import Interrupted, Interruption
 from edgeblocks.training.previews import Looks
 from edgeblocks.training.summary import summary_of
 from edgeblocks.units import format_bytes
@@ -133,7 +135,7 @@ def train(
         run = create_run(
             path,
             prepared.settings,
-            prepared.plan.to_json(prepared.partition),
+            prepared.plan.to_json(prepared.partition.ranges),
             prepared.data,
             data_source=prepared.data_set.source,
             data_fingerprint=prepared.data_set.fingerprint,
@@ -142,7 +144,7 @@ def train(
             init=_origin(prepared.initial),
         )
         with locked_away(run, listener.note):
-            listener.planned(prepared, run)
+            listener.planned(banner(prepared), run.path)
             listener.stage("creating blocks")
             create_blocks(
                 run.family(),
@@ -253,7 +255,7 @@ def _replanned_if_needed(
     if not (other_budget or moved) and here <= int(run.plan["budget_bytes"]):
         return run
     plan = replan(run.settings, run.data, data_set, run.plan, run.path, target, listener)
-    run = run.planned_again(plan.to_json(run.partition))
+    run = run.planned_again(plan.to_json(run.partition.ranges))
     chosen = plan.chosen
     listener.note(
         f"planned again for {format_bytes(plan.budget_bytes)}: predicted peak "

@@ -15,10 +15,10 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
-from edgeblocks.bounds import LONGEST_SEQUENCE, MOST_LAYERS, MOST_SAMPLES, MOST_STEPS, MOST_TOKENS
 from edgeblocks.errors import ConfigError
 from edgeblocks.files.untrusted import MalformedFileError, read_text, shown
-from edgeblocks.planning.plans import BoundaryDtype, Clipping, Method
+from edgeblocks.limits import LONGEST_SEQUENCE, MOST_LAYERS, MOST_SAMPLES, MOST_STEPS, MOST_TOKENS
+from edgeblocks.methods import BoundaryDtype, Clipping, Method
 from edgeblocks.units import parse_size
 
 DEFAULT_PRESETS = {

@@ -1,4 +1,5 @@
-"""How large and how many the images of a set may be: what lies above is refused before memory is taken for it.
+"""How large settings, networks and data sets may be: what lies above is a slip of the keyboard or a damaged file, and
+is refused before memory is taken for it.
 
 Decoding was measured to take 4 to 20 bytes a pixel (WebP with transparency most, PNG 4 to 11), so that one picture
 costs at most 0.7 GB, and 0.35 GB where the set keeps the pictures' own size.
@@ -19,3 +20,11 @@ MOST_IMAGES = 2**24
 MOST_CLASSES = 100_000
 MOST_UNREADABLE = 100_000
 """Names of skipped files are kept."""
+MOST_LAYERS = 2**12
+MOST_SAMPLES = 2**20
+MOST_STEPS = 2**30
+MOST_NOISE = 1e30
+"""Noise levels and the numbers of their distribution stay where no power of them leaves the range of a float."""
+MOST_TOKENS = 2**20
+"""Different ones, that is, of a vocabulary."""
+LONGEST_SEQUENCE = 2**17

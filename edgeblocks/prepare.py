@@ -24,12 +24,9 @@ from edgeblocks.progress import Listener
 from edgeblocks.registry import build_family, build_target, family_type
 from edgeblocks.runs.load_weights import InitialWeights, initial_weights_of
 from edgeblocks.runs.open_data import open_run_data
+from edgeblocks.tasks import GRID_SAMPLES, GRID_TOKENS
 from edgeblocks.units import advised_budget, format_bytes, format_duration, parse_size
 
-GRID_SAMPLES = {"images": 40, "classes": 0, "text": 4, "continuation": 4}
-"""Samples made together during training, by what the family's chain makes."""
-GRID_TOKENS = 64
-"""Of such a sample that is written token by token: where blocks are on disk each token loads them all."""
 LONGEST_MOVING_S = 600.0
 """A slow disk is refused when it takes longer than this, and longer than the computing."""
 PREDICTED_FOR_A_GPU = (
@@ -72,7 +69,7 @@ class Prepared:
 
     def to_json(self) -> dict[str, Any]:
         """What `plan --json` prints: the content of plan.json, and what only a plan that is not carried out needs."""
-        content = self.plan.to_json(self.partition)
+        content = self.plan.to_json(self.partition.ranges)
         content["gb_written_a_day"] = self.plan.written_a_day_bytes / 1e9
         if self.profile is not None:
             content["target"] = asdict(self.profile)

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
-
-if TYPE_CHECKING:
-    from edgeblocks.prepare import Prepared
-    from edgeblocks.runs.directory import RunDirectory
-    from edgeblocks.training.diffusion import Progress
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
 
 
 class Listener(Protocol):
@@ -17,7 +15,7 @@ class Listener(Protocol):
 
     def advance(self, done: int, total: int, text: str) -> None: ...
 
-    def planned(self, prepared: Prepared, run: RunDirectory) -> None: ...
+    def planned(self, plan_text: str, out: Path) -> None: ...
 
     def step(self, progress: Progress) -> None: ...
 
@@ -31,8 +29,45 @@ class Silent:
 
     def advance(self, done: int, total: int, text: str) -> None: ...
 
-    def planned(self, prepared: Prepared, run: RunDirectory) -> None: ...
+    def planned(self, plan_text: str, out: Path) -> None: ...
 
     def step(self, progress: Progress) -> None: ...
 
     def note(self, text: str) -> None: ...
+
+
+@dataclass
+class Progress:
+    """Where a run is. `seconds` splits the wall time of this process."""
+
+    losses: dict[int, float] = field(default_factory=dict)
+    """Smoothed training loss of each block."""
+    steps_done: int = 0
+    steps_total: int = 0
+    block: int | None = 0
+    """The one that is trained; None where all are trained together, whose loss is that of block 0."""
+    step: int = 0
+    examples_per_s: float = 0.0
+    example: str = "img"
+    """What an example is called, in short."""
+    used_bytes: int = 0
+    """Resident now."""
+    budget_bytes: int = 0
+    bytes_written: int = 0
+    """Bytes of blocks written to disk in the whole life of the run."""
+    stall_s: float = 0.0
+    """Waited for blocks."""
+    compute_s: float = 0.0
+    data_s: float = 0.0
+    started: float = field(default_factory=time.perf_counter)
+    looking_s: float = 0.0
+    """Spent on looks at the network between its steps."""
+    earlier_s: float | None = 0.0
+    """Seconds of training before this process; None where the run's records do not tell them."""
+
+    @property
+    def seconds(self) -> float | None:
+        """Seconds that the run has been trained until now, for its records; None as `earlier_s` is."""
+        if self.earlier_s is None:
+            return None
+        return round(self.earlier_s + time.perf_counter() - self.started - self.looking_s, 3)

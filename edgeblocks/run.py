@@ -15,9 +15,9 @@ from edgeblocks.errors import DoesNotFitError, OutOfBudgetError
 from edgeblocks.inference import evaluate as evaluation
 from edgeblocks.inference import sampling
 from edgeblocks.inference.block_runner import BlockRunner, EmaSource
+from edgeblocks.inference.ema_loader import EmaLoader
 from edgeblocks.inference.sampling import Runners
 from edgeblocks.inference.staged_weights import loaded_stages
-from edgeblocks.offload.block_slots import EmaLoader
 from edgeblocks.planning.planner import inference_micro_batch
 from edgeblocks.prepare import measure
 from edgeblocks.profiling.budgets import device_budget_bytes
@@ -61,14 +61,7 @@ class Run:
         return read_summary(path) if path.exists() else None
 
     def runner(self, source: EmaSource, *, micro_batch: int, residents: int = 1) -> BlockRunner:
-        return BlockRunner(
-            self.directory.family(),
-            self.directory.layers,
-            self.directory.partition,
-            source,
-            micro_batch=micro_batch,
-            residents=residents,
-        )
+        return sampling.runner_of(self.directory, source, micro_batch=micro_batch, residents=residents)
 
     @contextmanager
     def fitting_runner(

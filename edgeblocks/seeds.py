@@ -2,8 +2,12 @@
 
 import hashlib
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
+
+if TYPE_CHECKING:
+    import torch
 
 
 def seed_at(*position: int | str) -> int:
@@ -22,3 +26,10 @@ def start_noise(shape: Sequence[int], *, samples: Sequence[int | str], seed: int
     for index, name in enumerate(samples):
         noise[index] = np.random.default_rng(seed_at(seed, "start", name)).standard_normal(shape, dtype=np.float32)
     return noise
+
+
+def generator_at(*position: int | str) -> "torch.Generator":
+    """A CPU generator for a position such as (seed, "train", block, step)."""
+    import torch
+
+    return torch.Generator().manual_seed(seed_at(*position))

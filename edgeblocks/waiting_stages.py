@@ -14,8 +14,9 @@ from typing import Protocol
 from edgeblocks.offload.block_buffer import PARTS, BlockBuffer, BlockLayout, Part
 from edgeblocks.offload.block_files import BlockStore
 from edgeblocks.offload.checkpoint import NextBlocks
+from edgeblocks.offload.device import Device
 from edgeblocks.offload.scratch import ScratchFile
-from edgeblocks.offload.tiers import Device, HostBuffers
+from edgeblocks.offload.tiers import HostBuffers
 
 
 class SwapFile:

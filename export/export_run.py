@@ -28,8 +28,8 @@ from edgeblocks.export.open_export import open_chain
 from edgeblocks.export.tolerances import NUM_OUTPUTS
 from edgeblocks.export.verify import Listener, verify_export
 from edgeblocks.inference.block_runner import BlockRunner, EmaSource, token_chain
+from edgeblocks.inference.ema_loader import EmaLoader
 from edgeblocks.inference.staged_weights import loaded_stages
-from edgeblocks.offload.block_slots import EmaLoader
 from edgeblocks.runs.directory import RunDirectory
 
 EXTERNAL_ABOVE_BYTES = 10**9  # a protobuf file ends at 2 GB, and reading one takes twice its size

@@ -24,7 +24,7 @@ import torch
 from torch import nn
 
 from edgeblocks.export.destination import synced
-from edgeblocks.generators import generator_at
+from edgeblocks.seeds import generator_at
 
 OPSET = 20  # GELU is one node from 20 on, which onnxruntime 1.20 runs; 23 (Attention nodes) is no faster
 _ALIGNMENT_BYTES = 4096  # so that onnxruntime can map a tensor instead of reading it

@@ -15,7 +15,6 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from edgeblocks.bounds import LONGEST_SEQUENCE, MOST_LAYERS, MOST_NOISE, MOST_TOKENS
 from edgeblocks.data.tokenizer import Kind
 from edgeblocks.diffusion import autoregression as generation
 from edgeblocks.diffusion.autoregression import CachesPer
@@ -41,7 +40,16 @@ from edgeblocks.export.manifest_types import (
     WriterSettings,
 )
 from edgeblocks.files.untrusted import MalformedFileError, open_regular, read_object, shown
-from edgeblocks.limits import LONGEST_SIDE, MOST_CHANNELS, MOST_CLASSES, MOST_PIXELS
+from edgeblocks.limits import (
+    LONGEST_SEQUENCE,
+    LONGEST_SIDE,
+    MOST_CHANNELS,
+    MOST_CLASSES,
+    MOST_LAYERS,
+    MOST_NOISE,
+    MOST_PIXELS,
+    MOST_TOKENS,
+)
 
 FILE_NAME = "manifest.json"
 MOST_STEPS = 10_000

@@ -27,12 +27,11 @@ from edgeblocks.export.sampler import Sampler
 from edgeblocks.export.tolerances import BATCH, NUM_OUTPUTS, check_finite, largest_difference, levels_of
 from edgeblocks.export.writer import Writer
 from edgeblocks.families.base import Level
-from edgeblocks.generators import generator_at
 from edgeblocks.inference.block_runner import BlockRunner, class_labels, guided
 from edgeblocks.inference.sampling import class_probabilities
 from edgeblocks.runs.directory import RunDirectory
 from edgeblocks.runs.open_data import data_of
-from edgeblocks.seeds import start_noise
+from edgeblocks.seeds import generator_at, start_noise
 
 BLOCK_LIMIT = 1e-4
 OUTPUT_LIMIT = 1e-3

@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from edgeblocks.generators import generator_at
-from edgeblocks.seeds import seed_at, start_noise
+from edgeblocks.seeds import generator_at, seed_at, start_noise
 
 
 def test_start_noise_is_the_same_for_more_samples():

@@ -2,17 +2,13 @@
 
 import sys
 import time
-from typing import TYPE_CHECKING, Self, TextIO
+from pathlib import Path
+from typing import Self, TextIO
 
 from rich.console import Console
 
-from edgeblocks.cli.console import banner
+from edgeblocks.progress import Progress
 from edgeblocks.units import format_bytes, format_duration
-
-if TYPE_CHECKING:
-    from edgeblocks.prepare import Prepared
-    from edgeblocks.runs.directory import RunDirectory
-    from edgeblocks.training.diffusion import Progress
 
 PLAIN_LINE_EVERY_S = 10.0
 LIVE_LINE_EVERY_S = 0.2
@@ -58,11 +54,11 @@ class ConsoleListener:
         if done == total or time.monotonic() - self._last > self._every_s:
             self._line(f"{text}: {done}/{total}", final=done == total)
 
-    def planned(self, prepared: "Prepared", run: "RunDirectory") -> None:
-        self._console.print(banner(prepared), markup=False)
-        self._console.print(f"run directory: {run.path}", markup=False)
+    def planned(self, plan_text: str, out: Path) -> None:
+        self._console.print(plan_text, markup=False)
+        self._console.print(f"run directory: {out}", markup=False)
 
-    def step(self, progress: "Progress") -> None:
+    def step(self, progress: Progress) -> None:
         finished = progress.steps_done == progress.steps_total
         now = time.monotonic()
         if self._started_at is None:

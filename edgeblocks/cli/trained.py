@@ -104,7 +104,7 @@ def sample(
     def work() -> None:
         from edgeblocks import api
         from edgeblocks.cli.console_progress import ConsoleListener
-        from edgeblocks.diffusion.token_choice import TEXT_TASKS
+        from edgeblocks.tasks import TEXT_TASKS
 
         with ConsoleListener() as listener:
             loaded = api.load(run)
@@ -213,8 +213,8 @@ def run(
 
     def work() -> None:
         from edgeblocks.cli.console_progress import ConsoleListener
-        from edgeblocks.diffusion.token_choice import TEXT_TASKS
         from edgeblocks.registry import open_exported
+        from edgeblocks.tasks import TEXT_TASKS
 
         exported = open_exported(directory)
         manifest = exported.manifest

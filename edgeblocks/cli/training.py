@@ -192,17 +192,17 @@ def _left_out(names: list[str], given: dict[str, Any]) -> str:
 
 def _print_plan(given: dict[str, Any], config: Path | None, out: Path, *, as_json: bool) -> None:
     from edgeblocks import api
-    from edgeblocks.cli.console import banner, plan_table
     from edgeblocks.cli.console_progress import ConsoleListener
-    from edgeblocks.planning import plans
+    from edgeblocks.methods import Method
+    from edgeblocks.planning.plan_text import banner, plan_table
     from edgeblocks.planning.recommendation import Option, measured, option, recommendation
 
     with ConsoleListener() as listener:
         prepared = api.plan(config=config, out=out, listener=listener, **given)
         run = prepared.settings.run
-        other: plans.Method = "diffusion" if run.method == "exact" else "exact"
+        other: Method = "diffusion" if run.method == "exact" else "exact"
         listener.stage(f"planning with --method {other} as well")
-        options: dict[plans.Method, Option] = {
+        options: dict[Method, Option] = {
             run.method: Option(seconds=prepared.plan.predicted_s),
             other: option(lambda: api.plan(config=config, out=out, **{**given, "method": other})),
         }

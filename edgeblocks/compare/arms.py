@@ -31,7 +31,7 @@ from edgeblocks.runs.create import environment
 from edgeblocks.runs.directory import open_run, write_text
 from edgeblocks.runs.open_data import data_of
 from edgeblocks.runs.schema import read_records
-from edgeblocks.training.diffusion import Interruption
+from edgeblocks.training.interruption import Interruption
 
 DEFAULT_ARMS = ("diffusion", "exact", "plain", "plain+ckpt+8bit")
 MEANINGS = {
@@ -239,7 +239,7 @@ class _Training:
         """
         if self.arm.is_plain:
             extras = [_EXTRAS[extra] for extra in self.arm.extras]
-            self._run("edgeblocks.compare.plain_training", str(self._settings_file(path, steps)), str(path), *extras)
+            self._run("edgeblocks.cli.plain", str(self._settings_file(path, steps)), str(path), *extras)
         elif (path / "manifest.json").exists():
             self._run("edgeblocks.cli", "train", "--resume", str(path), "--json")
         else:

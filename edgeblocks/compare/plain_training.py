@@ -1,17 +1,13 @@
 """Ordinary training as it is written without edgeblocks: the whole network, its gradients and its optimizer in memory.
 
-    python -m edgeblocks.compare.plain_training SETTINGS.yaml OUT [--checkpointing] [--eight-bit]
-
 What `edgeblocks compare` holds the other methods against. Same data, batches, schedule, clipping and mean of the
 weights; no budget, and nothing is saved but figures.
 """
 
-import argparse
 import importlib
 import json
 import logging
 import math
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -22,17 +18,13 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
-from edgeblocks.api import settings_for_here
-from edgeblocks.cli.console_progress import ConsoleListener
 from edgeblocks.data.dataset import DataSet
 from edgeblocks.diffusion.noise import NoisePartition, partition_noise
 from edgeblocks.errors import EdgeblocksError
-from edgeblocks.generators import generator_at
 from edgeblocks.inference.quality import network_quality
 from edgeblocks.optim.update import BETA1, BETA2, EPS, ema_exponent, learning_rate_at
 from edgeblocks.progress import Listener
-from edgeblocks.registry import build_target, family_type
-from edgeblocks.runs.open_data import data_of
+from edgeblocks.seeds import generator_at
 from edgeblocks.training.batches import Batches, drawing, helper_for
 from edgeblocks.training.diffusion import METRICS_RECORDS
 
@@ -172,47 +164,3 @@ class Recorder:
     def _append(self, name: str, record: dict[str, Any]) -> None:
         with (self.out / name).open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("settings", type=Path)
-    parser.add_argument("out", type=Path)
-    parser.add_argument("--checkpointing", action="store_true", help="recompute activations on the way back")
-    parser.add_argument("--eight-bit", action="store_true", help="moments of 8 bits: bitsandbytes' AdamW8bit")
-    wanted = parser.parse_args()
-    settings = settings_for_here(config=wanted.settings)
-    run = settings.run.model_copy(update={"checkpointing": wanted.checkpointing})
-    data = data_of(run, lambda *_: None)
-    kind = family_type(run.family, "exact")
-    family = kind(settings.family, kind.data_info(data))
-    target = build_target(run.target)
-    if target.host_bytes() is not None:  # on a processor ordinary training has the allocator's own settings
-        target.prepare()
-        target.warm_up()
-    wanted.out.mkdir(parents=True, exist_ok=True)
-    for former in wanted.out.glob("*.json*"):
-        former.unlink()
-    with ConsoleListener() as listener:
-        recorder = Recorder(wanted.out, family, data, run, target, listener)
-        device = target.torch_device
-        train(
-            family,
-            data,
-            run,
-            device=device,
-            eight_bit=wanted.eight_bit,
-            on_start=recorder.start,
-            on_step=recorder.note,
-        )
-        recorder.finish()
-
-
-if __name__ == "__main__":
-    try:
-        main()
-    except EdgeblocksError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        sys.exit(130)

@@ -14,7 +14,6 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from edgeblocks.bounds import LONGEST_SEQUENCE, MOST_TOKENS
 from edgeblocks.data.documents import TextSource, find_text
 from edgeblocks.data.token_cache import (
     FORMAT_VERSION,
@@ -33,6 +32,7 @@ from edgeblocks.data.tokenizer import (
     train_pairs,
 )
 from edgeblocks.errors import ConfigError, DataError, NoRoomToReadError
+from edgeblocks.limits import LONGEST_SEQUENCE, MOST_TOKENS
 from edgeblocks.seeds import seed_at
 
 Progress = Callable[[int, int, str], None]

@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from edgeblocks.bounds import MOST_TOKENS
 from edgeblocks.data.cache import CacheFiles, CacheKind, RowFile, open_or_build, read_meta
 from edgeblocks.data.documents import PIECE_CHARACTERS, Piece
 from edgeblocks.data.left_out import LeftOut, Tally, read_left_out
@@ -29,6 +28,7 @@ from edgeblocks.data.tokenizer import (
 )
 from edgeblocks.errors import DataError, RunError, StorageError
 from edgeblocks.files.untrusted import read_text
+from edgeblocks.limits import MOST_TOKENS
 
 FORMAT_VERSION = 1
 PAGE_BYTES = 4096

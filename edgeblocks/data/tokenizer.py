@@ -12,10 +12,10 @@ from typing import Any, Literal, Protocol
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from edgeblocks.bounds import MOST_TOKENS
 from edgeblocks.data.tokenizer_json import check_definition
 from edgeblocks.errors import ConfigError, DataError, RunError
 from edgeblocks.files.untrusted import MalformedFileError, open_regular, read_text
+from edgeblocks.limits import MOST_TOKENS
 
 Kind = Literal["chars", "bytes", "bpe"]
 

@@ -11,8 +11,8 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
-from edgeblocks.bounds import MOST_TOKENS
 from edgeblocks.files.untrusted import MalformedFileError, shown
+from edgeblocks.limits import MOST_TOKENS
 
 _MOST_VALUES = 5 * MOST_TOKENS
 """A token takes one or two in the vocabulary, and three in the list of pairs."""

@@ -7,8 +7,6 @@ from numpy.typing import NDArray
 
 from edgeblocks.errors import ConfigError
 
-TEXT_TASKS = ("text", "continuation")
-"""Of networks that make text: by filling gaps, or from its beginning."""
 MOST_TEXTS = 100_000
 HIGHEST_TEMPERATURE = 100.0
 GAP_PATTERN = r"(_|\[MASK\])"

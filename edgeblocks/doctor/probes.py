@@ -164,8 +164,9 @@ def _probe_presets() -> dict[str, dict[str, Any]]:
     """
     from edgeblocks.config import DEFAULT_PRESETS, preset_names, resolve_settings
     from edgeblocks.families.base import ImageInfo, TextInfo
-    from edgeblocks.prepare import GRID_SAMPLES, grid_sample_bytes
+    from edgeblocks.prepare import grid_sample_bytes
     from edgeblocks.runs.open_data import open_run_data
+    from edgeblocks.tasks import GRID_SAMPLES
 
     requests = {}
     for name in preset_names():

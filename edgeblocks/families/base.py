@@ -9,11 +9,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from edgeblocks.bounds import MOST_LAYERS, MOST_NOISE
 from edgeblocks.data.images import ImageSet
 from edgeblocks.data.text import TextSet
 from edgeblocks.diffusion.noise import LevelDistribution, NoiseDistribution, NoisePartition, NoiseRange
 from edgeblocks.errors import ConfigError
+from edgeblocks.limits import MOST_LAYERS, MOST_NOISE
 
 Batch = dict[str, Tensor]
 BatchSpec = Mapping[str, tuple[tuple[int, ...], torch.dtype]]

@@ -19,7 +19,7 @@ from edgeblocks.diffusion.codebook import code_rows
 from edgeblocks.diffusion.noise import NoisePartition
 from edgeblocks.diffusion.solver import classes_in_turn, guide
 from edgeblocks.diffusion.token_choice import Tokens, Values
-from edgeblocks.offload.block_slots import slot_of
+from edgeblocks.offload.slots import slot_of
 
 Denoise = Callable[[Tensor, float], Tensor]
 

@@ -10,9 +10,7 @@ from edgeblocks.data.dataset import DataSet
 from edgeblocks.data.images import ImageSet
 from edgeblocks.data.text import TextSet
 from edgeblocks.diffusion import classification
-from edgeblocks.diffusion.token_choice import TEXT_TASKS
 from edgeblocks.errors import ConfigError, RunError
-from edgeblocks.generators import generator_at
 from edgeblocks.inference import likelihood, metrics
 from edgeblocks.inference.block_runner import BlockRunner
 from edgeblocks.inference.sampling import (
@@ -30,6 +28,8 @@ from edgeblocks.progress import Listener
 from edgeblocks.registry import build_target
 from edgeblocks.runs.directory import RunDirectory
 from edgeblocks.runs.open_data import open_run_data
+from edgeblocks.seeds import generator_at
+from edgeblocks.tasks import TEXT_TASKS
 
 DEFAULT_SAMPLES = {"images": 256, "classes": 1024, "text": 256, "continuation": 64}
 """By the family's task: images made, images classified, sequences of the bound."""

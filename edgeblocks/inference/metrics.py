@@ -13,8 +13,8 @@ from edgeblocks.data.images import ImageSet
 from edgeblocks.data.text import TextSet
 from edgeblocks.diffusion.noise import NoisePartition
 from edgeblocks.families.base import Level
-from edgeblocks.generators import generator_at
 from edgeblocks.inference.block_runner import BlockRunner
+from edgeblocks.seeds import generator_at
 
 MOST_EXAMPLES = {"images": 512, "classes": 512, "text": 64, "continuation": 64}
 """That evaluation looks at, by what the family's chain makes."""

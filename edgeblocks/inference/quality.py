@@ -11,11 +11,11 @@ from typing import Any
 from edgeblocks.data.dataset import DataSet
 from edgeblocks.data.text import TextSet
 from edgeblocks.diffusion import classification
-from edgeblocks.diffusion.token_choice import TEXT_TASKS
 from edgeblocks.inference import likelihood, metrics
 from edgeblocks.inference.block_runner import BlockRunner
 from edgeblocks.inference.sampling import class_probabilities, token_chain_of, usual_steps
 from edgeblocks.runs.directory import RunDirectory
+from edgeblocks.tasks import TEXT_TASKS
 
 EXAMPLES = {"images": 256, "classes": 1024, "text": 64, "continuation": 32}
 """Of the hold-out part, by the family's task."""

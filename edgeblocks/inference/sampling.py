@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from edgeblocks.data import pictures
+from edgeblocks.data.gaps import with_gaps
 from edgeblocks.data.tokenizer import check_readable
 from edgeblocks.diffusion import autoregression as generation
 from edgeblocks.diffusion import classification, unmasking
@@ -18,11 +19,11 @@ from edgeblocks.diffusion import token_choice as drawing
 from edgeblocks.diffusion.autoregression import TokenChain
 from edgeblocks.diffusion.noise import sampler_levels, unmasking_steps
 from edgeblocks.diffusion.solver import Solver, check_request, class_number, integrate
-from edgeblocks.diffusion.token_choice import TEXT_TASKS
 from edgeblocks.errors import ConfigError
-from edgeblocks.inference.block_runner import BlockRunner, class_labels, guided, token_chain
+from edgeblocks.inference.block_runner import BlockRunner, EmaSource, class_labels, guided, token_chain
 from edgeblocks.runs.directory import RunDirectory
 from edgeblocks.seeds import start_noise
+from edgeblocks.tasks import TEXT_TASKS
 
 DEFAULT_STEPS = {
     "images": 18,
@@ -37,6 +38,18 @@ def usual_steps(directory: RunDirectory) -> int:
     """Of a run's chain: what is usual for the family's task, one where there is no chain, at least one a block."""
     family = directory.family()
     return max(getattr(family, "chain_steps", DEFAULT_STEPS[family.task]), len(directory.layers))
+
+
+def runner_of(directory: RunDirectory, source: EmaSource, *, micro_batch: int, residents: int = 1) -> BlockRunner:
+    """A run's blocks, with weights from a source; see `BlockRunner`."""
+    return BlockRunner(
+        directory.family(),
+        directory.layers,
+        directory.partition,
+        source,
+        micro_batch=micro_batch,
+        residents=residents,
+    )
 
 
 class Runners(Protocol):
@@ -90,7 +103,7 @@ def sample_texts(
     runners: Runners,
     *,
     n: int,
-    steps: int | None,
+    steps: int | None = None,
     temperature: float = 1.0,
     fill: str | None = None,
     prompt: str | None = None,
@@ -138,7 +151,7 @@ def _unmasked(
     intervals = unmasking_steps(directory.partition, num_steps=steps)
     tokenizer = directory.tokenizer
     assert tokenizer is not None
-    start, given = unmasking.with_gaps(fill, tokenizer, length=trained_length, mask=family.mask)
+    start, given = with_gaps(fill, tokenizer, length=trained_length, mask=family.mask)
     with runners(samples=n) as runner:
         tokens = unmasking.unmask(
             runner.logits,

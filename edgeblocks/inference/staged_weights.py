@@ -9,13 +9,11 @@ from typing import Any, Protocol
 
 from torch import nn
 
-from edgeblocks.errors import RunError
+from edgeblocks.inference.ema_loader import EmaLoader
 from edgeblocks.offload.block_buffer import BlockBuffer, bind_parameters_
-from edgeblocks.offload.block_files import BlockStore
-from edgeblocks.offload.block_slots import EmaLoader
+from edgeblocks.offload.device import Device
 from edgeblocks.offload.sections import whole_name
-from edgeblocks.offload.tiers import Device
-from edgeblocks.runs.directory import RunDirectory
+from edgeblocks.runs.directory import RunDirectory, check_whole
 
 
 class StageSource(Protocol):
@@ -38,20 +36,6 @@ def loaded_stages(run: RunDirectory, *, slots: int, device: Device | None = None
     store = run.store()
     check_whole(run, store)
     return StagedEma(EmaLoader.of(store, device, slots=slots), run.file_layers)
-
-
-def check_whole(run: RunDirectory, store: BlockStore) -> None:
-    """That the stages of a run have made the same steps.
-
-    Raises:
-        RunError: a checkpoint was cut short while its files were put in place.
-    """
-    steps = set(run.saved_steps(store))
-    if len(steps) > 1:
-        raise RunError(
-            f"the stages of {run.path} are of different steps ({', '.join(map(str, sorted(steps)))}): saving them was "
-            f"cut short; edgeblocks train --resume {run.path} completes it"
-        )
 
 
 class StagedEma:

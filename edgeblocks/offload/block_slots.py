@@ -18,29 +18,11 @@ from dataclasses import dataclass, field
 
 import torch
 
-from edgeblocks.offload.block_buffer import BlockBuffer, Part
+from edgeblocks.offload.block_buffer import BlockBuffer
 from edgeblocks.offload.block_files import BlockStore
-from edgeblocks.offload.tiers import Device, HostTier
+from edgeblocks.offload.slots import StreamTimes
+from edgeblocks.offload.tiers import HostTier
 from edgeblocks.planning.plans import kept_blocks
-
-
-@dataclass
-class StreamTimes:
-    """Seconds that the training thread waited for blocks (`stall`), and that reading and writing took in all."""
-
-    stall_s: float = 0.0
-    load_s: float = 0.0
-    store_s: float = 0.0
-
-    def waited_for_loading(self, started: float) -> None:
-        """The training thread itself read something from then until now, by `time.perf_counter`."""
-        waited_s = time.perf_counter() - started
-        self.load_s, self.stall_s = self.load_s + waited_s, self.stall_s + waited_s
-
-    def waited_for_storing(self, started: float) -> None:
-        """The same of something that it wrote."""
-        waited_s = time.perf_counter() - started
-        self.store_s, self.stall_s = self.store_s + waited_s, self.stall_s + waited_s
 
 
 @dataclass
@@ -175,44 +157,3 @@ class Scheduler:
         started = time.perf_counter()
         self._blocks.write(resident.block, resident.buffer, resident.step)
         self.times.store_s += time.perf_counter() - started
-
-
-class EmaLoader:
-    """Buffers for the EMA weights of some blocks at a time, usually of one: all that inference needs."""
-
-    PARTS: tuple[Part, ...] = ("ema",)
-
-    def __init__(self, store: BlockStore, *, host: HostTier | None = None, slots: int = 1) -> None:
-        """A loader for the processor's memory; or for a device's, where `host` moves these `PARTS`.
-
-        Args:
-            slots: buffers; see `slot_of`.
-        """
-        self._blocks = store if host is None else host
-        self._buffers = [(store.buffer(self.PARTS) if host is None else host.buffer()).touched() for _ in range(slots)]
-        self._held: list[int | None] = [None] * slots
-
-    @classmethod
-    def of(cls, store: BlockStore, device: Device | None, *, slots: int) -> "EmaLoader":
-        """A loader for a device with memory of its own; None: for the processor's."""
-        return cls(store, host=None if device is None else HostTier(store, device, parts=cls.PARTS), slots=slots)
-
-    @contextmanager
-    def ema_weights(self, block: int) -> Iterator[BlockBuffer]:
-        slot = slot_of(block, len(self._buffers))
-        if self._held[slot] != block:
-            self._held[slot] = None
-            self._blocks.read(block, self._buffers[slot])
-            self._held[slot] = block
-        yield self._buffers[slot]
-
-
-def slot_of(block: int, slots: int) -> int:
-    """Where a block is put: the first ones stay, the others take turns in the last slot.
-
-    Blocks are asked for in turn, over and over; with the longest unused one giving way none would ever be there.
-
-    >>> [slot_of(block, 2) for block in range(4)]
-    [0, 1, 1, 1]
-    """
-    return min(block, slots - 1)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from edgeblocks.offload.block_buffer import bytes_of
 from edgeblocks.offload.block_files import storage_error
-from edgeblocks.offload.tiers import Device
+from edgeblocks.offload.device import Device
 
 
 class Scratch(Protocol):

@@ -18,8 +18,8 @@ from dataclasses import dataclass, field
 import torch
 
 from edgeblocks.offload.block_buffer import PARTS, BlockBuffer, Part
-from edgeblocks.offload.block_slots import StreamTimes
 from edgeblocks.offload.checkpoint import NextBlocks
+from edgeblocks.offload.slots import StreamTimes
 from edgeblocks.planning.stage_order import Use
 from edgeblocks.waiting_stages import WaitingStages
 

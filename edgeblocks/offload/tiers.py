@@ -6,31 +6,10 @@ lost with the power. The numbers are the file's at any time: a copy that may be 
 """
 
 from collections.abc import Sequence
-from typing import Any, Protocol
-
-from torch import Tensor
 
 from edgeblocks.offload.block_buffer import PARTS, BlockBuffer, BlockLayout, Part, largest_of
 from edgeblocks.offload.block_files import BlockStore
-
-
-class Device(Protocol):
-    """What moving blocks needs to know of a device with memory of its own."""
-
-    torch_device: Any
-    """A `torch.device`, or its name."""
-
-    def empty(self, num_bytes: int) -> Tensor:
-        """uint8 [num_bytes] in the device's memory."""
-        ...
-
-    def host_memory(self, num_bytes: int) -> Tensor:
-        """uint8 [num_bytes] in the host's memory, from and to which the device copies fast."""
-        ...
-
-    def copy_(self, destination: Tensor, source: Tensor) -> None:
-        """Copy between the two memories after all work that was given to the device before; returns when it is done."""
-        ...
+from edgeblocks.offload.device import Device
 
 
 class HostBuffers:

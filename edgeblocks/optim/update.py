@@ -5,12 +5,15 @@ Block-wise and end-to-end training make the same update.
 
 import math
 from itertools import accumulate
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from edgeblocks.offload.block_buffer import BlockBuffer
 from edgeblocks.optim.adamw import Workspace, adamw_8bit_step_, adamw_step_
+
+if TYPE_CHECKING:
+    from edgeblocks.offload.block_buffer import BlockBuffer
 
 BETA1, BETA2, EPS = 0.9, 0.99, 1e-8
 
@@ -45,7 +48,7 @@ def ema_exponent(length: float) -> float:
 
 
 def adamw_(
-    buffer: BlockBuffer,
+    buffer: "BlockBuffer",
     gradients: Tensor,
     *,
     step: int,
@@ -97,7 +100,7 @@ def adamw_(
             )
 
 
-def follow_(buffer: BlockBuffer, *, step: int, exponent: float) -> None:
+def follow_(buffer: "BlockBuffer", *, step: int, exponent: float) -> None:
     """Move the EMA towards the weights that step `step`, counted from 0, has made; see `ema_exponent`."""
     decay = (1 - 1 / (step + 1)) ** (exponent + 1)
     buffer.flat("ema").lerp_(buffer.flat("weights"), 1 - decay)

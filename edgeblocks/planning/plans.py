@@ -5,19 +5,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-from edgeblocks.diffusion.noise import NoisePartition
-
-Method = Literal["diffusion", "exact"]
-"""Each block alone as a denoiser, or the whole network end to end, stage by stage."""
-
-Clipping = Literal["stage", "network"]
-"""By which norm a gradient is clipped: each block's or stage's by its own, or all stages' by the whole network's."""
-
-BoundaryTier = Literal["ram", "disk"]
-"""Where it waits what enters each stage on the way forward."""
-
-BoundaryDtype = Literal["float32", "bfloat16"]
-"""As what it is kept."""
+from edgeblocks.methods import BoundaryDtype, BoundaryTier, Clipping, Method
 
 DAY_S = 86_400.0
 UPDATE_S_PER_PARAMETER = 8e-9
@@ -207,7 +195,7 @@ class Plan:
         """Bytes written to disk in 24 hours of training, or in all where the run ends sooner."""
         return self.chosen.bytes_written / max(1.0, self.predicted_s / DAY_S)
 
-    def to_json(self, partition: NoisePartition) -> dict[str, Any]:
+    def to_json(self, noise_ranges: Sequence[Any]) -> dict[str, Any]:
         """The content of plan.json. Where the device has a host, its share is there too."""
         chosen = self.chosen
         of_host = {
@@ -219,7 +207,7 @@ class Plan:
         return {
             "blocks": chosen.blocks,
             "layers_per_block": list(self.layers),
-            "noise_ranges": [asdict(noise_range) for noise_range in partition.ranges],
+            "noise_ranges": [asdict(noise_range) for noise_range in noise_ranges],
             "micro_batch": chosen.micro_batch,
             "accumulation": chosen.accumulation,
             "checkpointing": chosen.checkpointing,

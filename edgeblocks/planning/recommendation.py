@@ -11,7 +11,7 @@ from importlib import resources
 from typing import Any, Literal
 
 from edgeblocks.errors import ConfigError, DoesNotFitError
-from edgeblocks.planning.plans import Method
+from edgeblocks.methods import Method
 from edgeblocks.units import format_bytes, format_duration
 
 TABLE = "docs/methods.md"

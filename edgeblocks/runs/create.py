@@ -6,17 +6,23 @@ import platform
 import re
 import sys
 import uuid
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from edgeblocks.runs.directory import RUN_FORMAT_VERSION, RunDirectory, remove_leftovers, write_text
+import torch
+
 from edgeblocks.config import Settings
 from edgeblocks.data.tokenizer import TOKENIZER_FILE, Tokenizer
 from edgeblocks.errors import ConfigError, RunError
+from edgeblocks.offload.block_files import BlockStore, storage_error
+from edgeblocks.offload.sections import Section, init_section_
+from edgeblocks.runs.directory import RUN_FORMAT_VERSION, RunDirectory, remove_leftovers, write_text
+from edgeblocks.runs.load_weights import InitialWeights
 from edgeblocks.runs.schema import InitFields, read_json
-from edgeblocks.offload.block_files import storage_error
+from edgeblocks.seeds import generator_at
 
 
 def create_run(
@@ -116,7 +122,6 @@ def seal_run(run: RunDirectory) -> None:
 
 def environment() -> dict[str, Any]:
     """Versions and machine, so that a result can be reproduced."""
-    import torch
 
     packages = ("edgeblocks", "torch", "numpy", "safetensors")
     return {
@@ -126,3 +131,33 @@ def environment() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "packages": {name: metadata.version(name) for name in packages},
     }
+
+
+def create_blocks(
+    family: Any,
+    store: BlockStore,
+    sections: Sequence[Section],
+    seed: int,
+    *,
+    only: Sequence[int] | None = None,
+    initial: InitialWeights | None = None,
+    on_block: Callable[[int], None] | None = None,
+) -> None:
+    """Initialise the blocks (all, or `only` these) one at a time and write each to its file.
+
+    What `initial` does not give comes from the block's own seed. A block that is made again and trained again gets the
+    weights it had: its numbers depend on no other block.
+    """
+    buffer = store.buffer()
+    for done, block in enumerate(range(len(sections)) if only is None else only):
+        buffer.adopt_(store.layouts[block])
+        for part in buffer.parts:
+            buffer.part_bytes(part).zero_()
+        if initial is None or not initial.cover(block, (name for name, _ in buffer.tensors("weights"))):
+            init_section_(family, sections[block], buffer.tensors("weights"), generator_at(seed, "init", block))
+        if initial is not None:
+            initial.fill_(block, buffer.tensors("weights"))
+        buffer.flat("ema").copy_(buffer.flat("weights"))
+        store.write(block, buffer, step=0)
+        if on_block is not None:
+            on_block(done + 1)

@@ -68,8 +68,8 @@ def _told(value: float | None, text_of: Callable[[float], str]) -> str | None:
 
 
 def _describe_export(path: Path) -> dict[str, Any]:
-    from edgeblocks.diffusion.token_choice import TEXT_TASKS
     from edgeblocks.registry import open_exported
+    from edgeblocks.tasks import TEXT_TASKS
 
     manifest = open_exported(path).manifest
     if manifest.task in TEXT_TASKS:

@@ -16,12 +16,15 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from edgeblocks.offload.block_buffer import BlockLayout
 from edgeblocks.config import TOKENIZERS, Settings, read_yaml, resolve_settings
 from edgeblocks.data.tokenizer import TOKENIZER_FILE, Tokenizer, stored_tokenizer
-from edgeblocks.files.durable import sync, write_atomically
-from edgeblocks.errors import ConfigError, RunError
 from edgeblocks.diffusion.noise import NoisePartition, partition_noise
+from edgeblocks.errors import ConfigError, RunError
+from edgeblocks.files.durable import sync, write_atomically
+from edgeblocks.files.untrusted import shown
+from edgeblocks.offload.block_buffer import BlockLayout
+from edgeblocks.offload.block_files import BlockStore, storage_error
+from edgeblocks.offload.sections import Section, blocks_of, network_of, stages_of, tensor_name
 from edgeblocks.planning.plans import trained_stages
 from edgeblocks.registry import build_family, family_type
 from edgeblocks.runs.schema import (
@@ -40,9 +43,6 @@ from edgeblocks.runs.schema import (
     read_records,
     with_checksum,
 )
-from edgeblocks.offload.sections import Section, blocks_of, network_of, stages_of, tensor_name
-from edgeblocks.offload.block_files import BlockStore, storage_error
-from edgeblocks.files.untrusted import shown
 
 RUN_FORMAT_VERSION = 2
 
@@ -355,3 +355,17 @@ def _tokenizer_of(path: Path, manifest: TextManifestFields) -> Tokenizer:
     return stored_tokenizer(
         path, data.tokenizer, definition_sha256=data.tokenizer_sha256, vocabulary=data.vocabulary, cure=cure
     )
+
+
+def check_whole(run: RunDirectory, store: BlockStore) -> None:
+    """That the stages of a run have made the same steps.
+
+    Raises:
+        RunError: a checkpoint was cut short while its files were put in place.
+    """
+    steps = set(run.saved_steps(store))
+    if len(steps) > 1:
+        raise RunError(
+            f"the stages of {run.path} are of different steps ({', '.join(map(str, sorted(steps)))}): saving them was "
+            f"cut short; edgeblocks train --resume {run.path} completes it"
+        )

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from edgeblocks.config import RunSettings
 from edgeblocks.errors import ConfigError, RunError
-from edgeblocks.offload.sections import Section, blocks_of, network_of, stages_of, tensor_name
 from edgeblocks.files.tensor_file import READABLE, TensorFile
 from edgeblocks.files.untrusted import MalformedFileError, shown
+from edgeblocks.offload.sections import Section, blocks_of, network_of, stages_of, tensor_name
 
 _NAMES_SHOWN = 8
 

@@ -8,9 +8,9 @@ import platform
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from edgeblocks.runs.directory import RunDirectory
 from edgeblocks.errors import RunError
 from edgeblocks.offload.block_files import storage_error
+from edgeblocks.runs.directory import RunDirectory
 
 
 @contextlib.contextmanager

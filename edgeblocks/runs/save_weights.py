@@ -4,13 +4,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from edgeblocks.offload.block_buffer import Entry, Part, bytes_of
-from edgeblocks.runs.directory import RunDirectory
-from edgeblocks.files.durable import write_atomically
 from edgeblocks.errors import ConfigError, RunError, StorageError
-from edgeblocks.inference.staged_weights import check_whole
-from edgeblocks.offload.block_files import BlockStore
+from edgeblocks.files.durable import write_atomically
 from edgeblocks.files.tensor_file import encode_header
+from edgeblocks.offload.block_buffer import Entry, Part, bytes_of
+from edgeblocks.offload.block_files import BlockStore
+from edgeblocks.runs.directory import RunDirectory, check_whole
 
 
 def write_weights(run: RunDirectory, out: Path, *, last: bool) -> dict[str, Any]:

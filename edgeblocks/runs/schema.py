@@ -12,12 +12,21 @@ from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from edgeblocks.bounds import LONGEST_SEQUENCE, MOST_LAYERS, MOST_SAMPLES, MOST_STEPS, MOST_TOKENS
 from edgeblocks.config import MOST_YAML_BYTES
-from edgeblocks.limits import LONGEST_SIDE, MOST_CHANNELS, MOST_CLASSES, MOST_PIXELS
 from edgeblocks.data.tokenizer import Kind
 from edgeblocks.errors import RunError
 from edgeblocks.files.untrusted import MalformedFileError, open_regular, parse_json, read_object, read_text, shown
+from edgeblocks.limits import (
+    LONGEST_SEQUENCE,
+    LONGEST_SIDE,
+    MOST_CHANNELS,
+    MOST_CLASSES,
+    MOST_LAYERS,
+    MOST_PIXELS,
+    MOST_SAMPLES,
+    MOST_STEPS,
+    MOST_TOKENS,
+)
 
 _MOST_RECORD_BYTES = 2**16
 _PROBLEMS_SHOWN = 5

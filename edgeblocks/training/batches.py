@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from edgeblocks.data.dataset import DataSet
-from edgeblocks.generators import generator_at
+from edgeblocks.seeds import generator_at
 
 Batch = dict[str, Tensor]
 

@@ -11,9 +11,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from edgeblocks.offload.block_slots import StreamTimes
+from edgeblocks.methods import BoundaryDtype
 from edgeblocks.offload.scratch import ScratchFile
-from edgeblocks.planning.plans import BoundaryDtype
+from edgeblocks.offload.slots import StreamTimes
 
 DTYPES: dict[BoundaryDtype, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 

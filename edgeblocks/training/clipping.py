@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from edgeblocks.offload.block_buffer import BlockBuffer, BlockLayout
-from edgeblocks.offload.block_slots import StreamTimes
 from edgeblocks.offload.scratch import Scratch
+from edgeblocks.offload.slots import StreamTimes
 from edgeblocks.optim.update import clip_
 
 Learn = Callable[[BlockBuffer, Tensor, int], None]

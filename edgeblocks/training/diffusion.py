@@ -5,31 +5,24 @@ resumed run, a run in another order of visits, and a run with everything in memo
 """
 
 import math
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
-from types import FrameType
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from edgeblocks.data.dataset import DataSet
 from edgeblocks.errors import EdgeblocksError, OutOfBudgetError, WriteLimitError
-from edgeblocks.generators import generator_at
 from edgeblocks.offload.block_buffer import BlockBuffer, bind_parameters_
-from edgeblocks.offload.block_files import BlockStore
 from edgeblocks.offload.block_slots import ResidentBlock, Scheduler
-from edgeblocks.offload.sections import Section, init_section_
 from edgeblocks.optim.adamw import Workspace
 from edgeblocks.optim.update import adamw_, clip_, ema_exponent, follow_, learning_rate_at
+from edgeblocks.progress import Progress
 from edgeblocks.runs.directory import RunDirectory
-from edgeblocks.runs.load_weights import InitialWeights
 from edgeblocks.training.batches import Batches, drawing, helper_for
 from edgeblocks.training.guard import Guard, is_refusal
+from edgeblocks.training.interruption import Interruption
 from edgeblocks.units import format_bytes, parse_size
 
 METRICS_RECORDS = 1000
@@ -45,43 +38,6 @@ class Visit:
     last: int
 
 
-@dataclass
-class Progress:
-    """Where a run is. `seconds` splits the wall time of this process."""
-
-    losses: dict[int, float] = field(default_factory=dict)
-    """Smoothed training loss of each block."""
-    steps_done: int = 0
-    steps_total: int = 0
-    block: int | None = 0
-    """The one that is trained; None where all are trained together, whose loss is that of block 0."""
-    step: int = 0
-    examples_per_s: float = 0.0
-    example: str = "img"
-    """What an example is called, in short."""
-    used_bytes: int = 0
-    """Resident now."""
-    budget_bytes: int = 0
-    bytes_written: int = 0
-    """Bytes of blocks written to disk in the whole life of the run."""
-    stall_s: float = 0.0
-    """Waited for blocks."""
-    compute_s: float = 0.0
-    data_s: float = 0.0
-    started: float = field(default_factory=time.perf_counter)
-    looking_s: float = 0.0
-    """Spent on looks at the network between its steps."""
-    earlier_s: float | None = 0.0
-    """Seconds of training before this process; None where the run's records do not tell them."""
-
-    @property
-    def seconds(self) -> float | None:
-        """Seconds that the run has been trained until now, for its records; None as `earlier_s` is."""
-        if self.earlier_s is None:
-            return None
-        return round(self.earlier_s + time.perf_counter() - self.started - self.looking_s, 3)
-
-
 def plan_visits(saved_steps: Sequence[int], *, steps: int, visit_steps: int) -> Iterator[Visit]:
     """Rounds over all blocks until each has made `steps` steps, going on from where each one is.
 
@@ -94,78 +50,6 @@ def plan_visits(saved_steps: Sequence[int], *, steps: int, visit_steps: int) -> 
         for block, saved in enumerate(saved_steps):
             if saved < end:
                 yield Visit(block=block, first=max(start, saved), last=end)
-
-
-def create_blocks(
-    family: Any,
-    store: BlockStore,
-    sections: Sequence[Section],
-    seed: int,
-    *,
-    only: Sequence[int] | None = None,
-    initial: InitialWeights | None = None,
-    on_block: Callable[[int], None] | None = None,
-) -> None:
-    """Initialise the blocks (all, or `only` these) one at a time and write each to its file.
-
-    What `initial` does not give comes from the block's own seed. A block that is made again and trained again gets the
-    weights it had: its numbers depend on no other block.
-    """
-    buffer = store.buffer()
-    for done, block in enumerate(range(len(sections)) if only is None else only):
-        buffer.adopt_(store.layouts[block])
-        for part in buffer.parts:
-            buffer.part_bytes(part).zero_()
-        if initial is None or not initial.cover(block, (name for name, _ in buffer.tensors("weights"))):
-            init_section_(family, sections[block], buffer.tensors("weights"), generator_at(seed, "init", block))
-        if initial is not None:
-            initial.fill_(block, buffer.tensors("weights"))
-        buffer.flat("ema").copy_(buffer.flat("weights"))
-        store.write(block, buffer, step=0)
-        if on_block is not None:
-            on_block(done + 1)
-
-
-class Interrupted(Exception):
-    """Raised where a wish to stop is met in the middle of something that leaves no state behind."""
-
-
-class Interruption:
-    """Turns Ctrl-C, SIGTERM and a closed terminal into a wish to stop after the step.
-
-    Args:
-        note: told at once that the wish was heard, for a step can take a minute.
-    """
-
-    def __init__(self, note: Callable[[str], None] | None = None) -> None:
-        self.signal_name: str | None = None
-        self._note = note
-
-    @contextmanager
-    def listening(self) -> Iterator["Interruption"]:
-        if threading.current_thread() is not threading.main_thread():
-            yield self
-            return
-        numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
-        # What the parent had ignored stays ignored: SIGHUP under nohup, Ctrl-C behind the `&` of a script.
-        watched = [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]
-        former = {number: signal.signal(number, self._hear) for number in watched}
-        try:
-            yield self
-        finally:
-            for number, handler in former.items():
-                signal.signal(number, handler)
-
-    def _hear(self, number: int, _frame: FrameType | None) -> None:
-        if self.signal_name is not None and number == signal.SIGINT:
-            raise KeyboardInterrupt  # a second Ctrl-C does not wait for the step
-        first, self.signal_name = self.signal_name is None, signal.Signals(number).name
-        if first and self._note is not None:
-            with suppress(RuntimeError, OSError):  # the signal came while the stream was written to, or it is closed
-                self._note(
-                    f"{self.signal_name}: stopping after this step, and saving. Ctrl-C again stops at once, with what "
-                    f"the last visit saved"
-                )
 
 
 class Trainer:

@@ -12,20 +12,22 @@ from edgeblocks.data.dataset import DataSet
 from edgeblocks.errors import EdgeblocksError, OutOfBudgetError, WriteLimitError
 from edgeblocks.offload.block_buffer import BlockBuffer, bind_parameters_
 from edgeblocks.offload.checkpoint import NextBlocks
+from edgeblocks.offload.device import Device
 from edgeblocks.offload.scratch import DeviceScratchFile, Scratch, ScratchFile
 from edgeblocks.offload.sections import network_of
 from edgeblocks.offload.stage_slots import Need, StageSlots
-from edgeblocks.offload.tiers import Device
 from edgeblocks.optim.adamw import Workspace
 from edgeblocks.optim.update import adamw_, ema_exponent, follow_, learning_rate_at
 from edgeblocks.planning.plans import StepShape
 from edgeblocks.planning.stage_order import traffic_of_a_step, uses_of_a_step
+from edgeblocks.progress import Progress
 from edgeblocks.runs.directory import RunDirectory
 from edgeblocks.training.batches import Batches, drawing, helper_for
 from edgeblocks.training.boundaries import InMemory, OnDisk
 from edgeblocks.training.clipping import StageUpdates, UpdatedAtOnce, UpdatedLater
-from edgeblocks.training.diffusion import METRICS_RECORDS, Interruption, Progress
+from edgeblocks.training.diffusion import METRICS_RECORDS
 from edgeblocks.training.guard import Guard, is_refusal
+from edgeblocks.training.interruption import Interruption
 from edgeblocks.training.streamed_backward import Pass
 from edgeblocks.units import format_bytes, parse_size
 

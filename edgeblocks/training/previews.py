@@ -8,17 +8,16 @@ from typing import Any
 
 from edgeblocks.data import pictures
 from edgeblocks.data.dataset import DataSet
-from edgeblocks.diffusion.token_choice import TEXT_TASKS
 from edgeblocks.diffusion.unmasking import texts_as_file
 from edgeblocks.inference import metrics
 from edgeblocks.inference.block_runner import BlockRunner, EmaSource
 from edgeblocks.inference.quality import run_quality
-from edgeblocks.prepare import GRID_SAMPLES, GRID_TOKENS
-from edgeblocks.progress import Listener
-from edgeblocks.run import Run
+from edgeblocks.inference.sampling import always, runner_of, sample_images, sample_texts
+from edgeblocks.progress import Listener, Progress
 from edgeblocks.runs.directory import RunDirectory, write_text
-from edgeblocks.training.diffusion import Interrupted, Interruption, Progress
+from edgeblocks.tasks import GRID_SAMPLES, GRID_TOKENS, TEXT_TASKS
 from edgeblocks.training.guard import Guard, is_refusal
+from edgeblocks.training.interruption import Interrupted, Interruption
 
 
 class Looks:
@@ -87,17 +86,19 @@ class Looks:
             self._run.append_quality({"step": done, "seconds": trained_s, **asdict(found)})
 
     def _make_grid(self, done: int) -> None:
-        run, path = Run(self._run), self._run.path / "samples" / f"step_{done:07d}"
-        count = GRID_SAMPLES[self._task]
+        path = self._run.path / "samples" / f"step_{done:07d}"
+        count, runners = GRID_SAMPLES[self._task], always(self._runner())
         if self._task in TEXT_TASKS:
             short = {} if self._task == "text" else {"length": min(self._run.data.length, GRID_TOKENS)}
-            texts = run.sample_text(n=count, runner=self._runner(), on_step=self._go_on, **short)
+            texts = sample_texts(self._run, runners, n=count, seed=0, on_step=self._go_on, **short)
             write_text(path.with_suffix(".txt"), texts_as_file(texts))
             return
-        images = run.sample(
+        images = sample_images(
+            self._run,
+            runners,
             n=count,
             steps=max(self._run.settings.run.sample_steps, len(self._run.layers)),
-            runner=self._runner(),
+            seed=0,
             on_level=self._go_on,
         )
         pictures.save_png(path.with_suffix(".png"), pictures.image_grid(images, columns=10))
@@ -109,7 +110,8 @@ class Looks:
 
     def _runner(self) -> BlockRunner:
         """With all blocks, where they are in memory anyway."""
-        return Run(self._run).runner(
+        return runner_of(
+            self._run,
             self._source,
             micro_batch=self._micro_batch(),
             residents=self._residents if self._residents >= len(self._run.layers) else 1,

@@ -4,10 +4,10 @@ import time
 from typing import Any
 
 from edgeblocks.data.dataset import DataSet
-from edgeblocks.diffusion.token_choice import TEXT_TASKS
 from edgeblocks.inference import metrics
-from edgeblocks.offload.block_slots import StreamTimes
+from edgeblocks.offload.slots import StreamTimes
 from edgeblocks.runs.directory import RunDirectory
+from edgeblocks.tasks import TEXT_TASKS
 from edgeblocks.training.diffusion import Trainer
 from edgeblocks.training.exact import ExactTrainer
 

@@ -20,12 +20,12 @@ from typing import Any
 import torch
 from versus_plain import SHAPES, data_settings, make_data, train_ours
 
-from edgeblocks.generators import generator_at
 from edgeblocks.offload.block_buffer import bind_parameters_
 from edgeblocks.offload.block_slots import Scheduler
 from edgeblocks.registry import family_type
 from edgeblocks.runs.directory import open_run
 from edgeblocks.runs.open_data import data_of
+from edgeblocks.seeds import generator_at
 from edgeblocks.targets.cpu import CpuTarget
 
 

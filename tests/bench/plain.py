@@ -16,7 +16,7 @@ from edgeblocks.diffusion.noise import partition_noise
 from edgeblocks.families.causal_layers import CausalLayer
 from edgeblocks.families.layers import Linear, TokenEmbedding, init_linear_, init_zero_, rotary_table, run_layers
 from edgeblocks.families.vit import Vit
-from edgeblocks.generators import generator_at
+from edgeblocks.seeds import generator_at
 
 
 class PlainDenoiser(nn.Module):

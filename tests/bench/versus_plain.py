@@ -31,19 +31,20 @@ import edgeblocks
 from edgeblocks.config import RunSettings
 from edgeblocks.data.dataset import DataSet
 from edgeblocks.errors import DoesNotFitError
-from edgeblocks.generators import generator_at
 from edgeblocks.offload.block_buffer import BlockBuffer, BlockLayout, bind_parameters_
 from edgeblocks.offload.block_slots import Scheduler
 from edgeblocks.optim.adamw import Workspace, adamw_8bit_step_, adamw_step_
 from edgeblocks.planning.layer_costs import LARGEST_HEAP_BYTES
 from edgeblocks.planning.plans import StepShape
-from edgeblocks.progress import Silent
+from edgeblocks.progress import Progress, Silent
 from edgeblocks.registry import family_type
 from edgeblocks.runs.directory import open_run
 from edgeblocks.runs.open_data import data_of
+from edgeblocks.seeds import generator_at
 from edgeblocks.targets.cpu import CpuTarget
-from edgeblocks.training.diffusion import Interruption, Progress, Trainer, Visit
+from edgeblocks.training.diffusion import Trainer, Visit
 from edgeblocks.training.guard import Guard
+from edgeblocks.training.interruption import Interruption
 
 LAYERS = {"depth": 12, "width": 384, "heads": 6}
 SHAPES: dict[str, dict[str, int]] = {

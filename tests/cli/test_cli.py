@@ -21,7 +21,7 @@ from support.commands import assert_refused, invoke
 import edgeblocks
 from edgeblocks.cli.console import training_report
 from edgeblocks.cli.console_progress import ConsoleListener
-from edgeblocks.training.diffusion import Progress
+from edgeblocks.progress import Progress
 
 TINY = ["--steps", "2", "--batch", "4", "--set", "depth=3", "--set", "width=16", "--set", "sample_grids=0"]
 TINY += ["--set", "hold_out=0.02"]  # to evaluate takes longer than to train

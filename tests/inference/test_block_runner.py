@@ -9,9 +9,9 @@ from edgeblocks.diffusion.solver import integrate
 from edgeblocks.families.base import ImageInfo
 from edgeblocks.families.dit import Dit, DitSettings
 from edgeblocks.inference.block_runner import BlockRunner, class_labels, guided
+from edgeblocks.inference.ema_loader import EmaLoader
 from edgeblocks.offload.block_buffer import BlockBuffer, BlockLayout
 from edgeblocks.offload.block_files import BlockStore
-from edgeblocks.offload.block_slots import EmaLoader
 from edgeblocks.seeds import start_noise
 
 LAYERS = (2, 1, 1)

@@ -6,8 +6,9 @@ import torch
 from support.scheduled_blocks import VISITS, contents, make_store, run_visits, train
 
 from edgeblocks.errors import RunError, StorageError
+from edgeblocks.inference.ema_loader import EmaLoader
 from edgeblocks.offload.block_buffer import BlockBuffer
-from edgeblocks.offload.block_slots import EmaLoader, Scheduler
+from edgeblocks.offload.block_slots import Scheduler
 
 
 @pytest.fixture

@@ -10,7 +10,8 @@ from support.separate_memory import SeparateMemory
 
 import edgeblocks
 from edgeblocks.errors import DoesNotFitError, OutOfBudgetError, StorageError
-from edgeblocks.offload.block_slots import EmaLoader, Scheduler
+from edgeblocks.inference.ema_loader import EmaLoader
+from edgeblocks.offload.block_slots import Scheduler
 from edgeblocks.offload.tiers import HostTier
 from edgeblocks.progress import Silent
 

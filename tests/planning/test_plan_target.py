@@ -7,9 +7,9 @@ import pytest
 from typer.testing import CliRunner
 
 import edgeblocks
-from edgeblocks.cli import console
 from edgeblocks.cli.main import app
 from edgeblocks.errors import ConfigError
+from edgeblocks.planning import plan_text
 from edgeblocks.planning.planner import make_plan
 from edgeblocks.planning.plans import UPDATE_S_PER_PARAMETER, Host, Wishes
 from edgeblocks.profiling.trace import trace_in_subprocess
@@ -133,7 +133,7 @@ def test_end_to_end_training_is_planned_for_a_gpu():
     host_bytes = sum(tight.host_breakdown.values()) + 2 * tight.block_bytes
     prepared = edgeblocks.plan(**settings, mem_budget=str(tight.predicted_peak_bytes), ram_budget=str(host_bytes))
     assert prepared.to_json()["tiers"] == {"device": [], "ram": [0, 1], "disk": [2, 3, 4, 5]}
-    text = console.banner(prepared)
+    text = plan_text.banner(prepared)
     places = "2 of 6 stages at a time on the device (one trained, one on its way), between their uses stages 0-1 in RAM"
     assert f"{places} and stages 2-5 on disk" in text
     assert "device memory: predicted peak" in text and "host memory: predicted peak" in text
@@ -149,7 +149,7 @@ def test_a_plan_for_a_laptop_is_a_processors():
     assert content["tiers"].keys() == {"ram", "disk"}
     assert content["host_breakdown"] == {}
     assert content["target"]["name"] == "laptop-8gb"
-    text = console.banner(prepared)
+    text = plan_text.banner(prepared)
     assert "run on a GPU" not in text
     assert re.search(r"^memory: predicted peak", text, re.MULTILINE)
     assert "a bound from the profile's sustained speeds, not a measurement" in text
@@ -158,12 +158,12 @@ def test_a_plan_for_a_laptop_is_a_processors():
 def test_a_plan_for_this_machine_has_the_disks_line():
     """Here, too, the plan says how much lies on disk and how much is written a day; its time is no bound."""
     prepared = edgeblocks.plan(mem_budget="2GB", depth=3, width=16, steps=20)
-    text = console.banner(prepared)
+    text = plan_text.banner(prepared)
     assert re.search(r"^on disk: [\d.]+ [KM]B .*about [\d.]+ [KM]B written a day \(in all", text, re.MULTILINE)
     assert "time: about" in text
     assert "bound" not in text
     content = prepared.to_json()
-    assert content.keys() - prepared.plan.to_json(prepared.partition).keys() == {"gb_written_a_day"}
+    assert content.keys() - prepared.plan.to_json(prepared.partition.ranges).keys() == {"gb_written_a_day"}
 
 
 def test_the_interface_of_python_plans_for_other_machines_too(tmp_path):

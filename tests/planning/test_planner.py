@@ -276,7 +276,7 @@ def test_plan_json_has_what_readers_rely_on():
     """plan.json holds the keys of DESIGN section 8, is plain JSON, and its noise ranges are the partition's."""
     plan = make_plan(costs(), MACHINE, replace(WISHES, budget_bytes=450 * MB))
     partition = partition_noise(NoiseDistribution(), num_blocks=plan.chosen.blocks, kind="uniform", overlap=0.05)
-    content = json.loads(json.dumps(plan.to_json(partition)))
+    content = json.loads(json.dumps(plan.to_json(partition.ranges)))
     promised = """blocks layers_per_block noise_ranges micro_batch accumulation checkpointing optimizer precision tiers
         visit_steps predicted_peak_bytes breakdown candidates"""
     assert set(promised.split()) <= set(content)

@@ -195,7 +195,7 @@ def test_plan_json_speaks_of_a_host_only_where_there_is_one():
     def content(machine):
         plan = make_plan(costs(), machine, replace(WISHES, budget_bytes=450 * MB))
         partition = partition_noise(NoiseDistribution(), num_blocks=plan.chosen.blocks, kind="uniform", overlap=0.05)
-        return json.loads(json.dumps(plan.to_json(partition)))
+        return json.loads(json.dumps(plan.to_json(partition.ranges)))
 
     of_gpu, of_cpu = content(GPU), content(MACHINE)
     assert of_gpu["tiers"].keys() == {"device", "ram", "disk"}

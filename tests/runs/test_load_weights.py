@@ -13,8 +13,8 @@ from support.readme import code_after
 
 import edgeblocks
 from edgeblocks.errors import ConfigError, InterruptedRunError, RunError
-from edgeblocks.progress import Silent
 from edgeblocks.files.tensor_file import PIECE_BYTES, TensorFile
+from edgeblocks.progress import Silent
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

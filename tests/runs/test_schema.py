@@ -6,10 +6,10 @@ import os
 import pytest
 from support.random_run import make_run
 
-from edgeblocks.runs.directory import open_run
 from edgeblocks.errors import RunError
-from edgeblocks.runs.describe import describe
 from edgeblocks.run import Run
+from edgeblocks.runs.describe import describe
+from edgeblocks.runs.directory import open_run
 from edgeblocks.runs.schema import check_resumable
 
 

@@ -17,10 +17,11 @@ from edgeblocks.errors import ConfigError
 from edgeblocks.export.open_export import open_chain
 from edgeblocks.inference import likelihood
 from edgeblocks.inference.block_runner import BlockRunner
+from edgeblocks.inference.ema_loader import EmaLoader
 from edgeblocks.inference.sampling import token_chain_of
-from edgeblocks.offload.block_slots import EmaLoader
-from edgeblocks.prepare import GRID_TOKENS, grid_sample_bytes
+from edgeblocks.prepare import grid_sample_bytes
 from edgeblocks.seeds import seed_at
+from edgeblocks.tasks import GRID_TOKENS
 
 WORDS = ["the", "white", "whale", "swims", "under", "a", "cold", "sea", "and", "sings", "to", "no", "ship"]
 LENGTH = 16

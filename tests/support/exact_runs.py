@@ -8,11 +8,11 @@ from safetensors.numpy import load_file
 from support.separate_memory import SeparateMemory
 
 import edgeblocks
-from edgeblocks.generators import generator_at
 from edgeblocks.offload.sections import init_section_, network_of, whole_name
 from edgeblocks.optim.update import BETA1, BETA2, EPS, learning_rate_at
 from edgeblocks.progress import Silent
 from edgeblocks.runs.open_data import data_of
+from edgeblocks.seeds import generator_at
 from edgeblocks.waiting_stages import SwapFile, WaitingOnDisk, WaitingOnHost
 
 IMAGES = {"family": "dit", "data": "digits", "width": 32, "heads": 2, "depth": 6, "batch": 16, "micro_batch": 8}

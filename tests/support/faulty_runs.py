@@ -42,7 +42,7 @@ class Strike:
         self._reached(progress.steps_done)
 
     def advance(self, done, total, text): ...
-    def planned(self, prepared, run): ...
+    def planned(self, plan_text, out): ...
     def note(self, text): ...
 
 
@@ -71,9 +71,8 @@ def lay_out(path, like, cache, *, fails_at=None, limit=0, **changes):
     Args:
         fails_at: the part before which the size of files is limited to `limit` bytes.
     """
-    from edgeblocks.runs.create import create_run, seal_run
+    from edgeblocks.runs.create import create_blocks, create_run, seal_run
     from edgeblocks.runs.directory import open_run
-    from edgeblocks.training.diffusion import create_blocks
 
     os.environ["EDGEBLOCKS_CACHE"] = str(cache)
     former = open_run(like)

@@ -69,8 +69,8 @@ class Reporter:
         elif text == "evaluating" and done == total:
             self.enter(FINISHING)
 
-    def planned(self, prepared: Any, run: Any) -> None:
-        self._out = run.path
+    def planned(self, plan_text: Any, out: Any) -> None:
+        self._out = out
 
     def note(self, text: str) -> None:
         pass

@@ -6,8 +6,8 @@ import torch
 from edgeblocks.config import resolve_settings
 from edgeblocks.data.images import open_images
 from edgeblocks.data.text import open_text
+from edgeblocks.inference.ema_loader import EmaLoader
 from edgeblocks.offload.block_buffer import BlockBuffer
-from edgeblocks.offload.block_slots import EmaLoader
 from edgeblocks.registry import family_type
 from edgeblocks.run import Run
 from edgeblocks.runs.create import create_run, seal_run

@@ -8,7 +8,7 @@ from support.equality import SMALL, StopAfter, block_tensors
 
 import edgeblocks
 from edgeblocks.errors import ConfigError, InterruptedRunError
-from edgeblocks.offload.block_slots import StreamTimes
+from edgeblocks.offload.slots import StreamTimes
 from edgeblocks.optim.adamw import Workspace, adamw_8bit_state, adamw_8bit_step_
 from edgeblocks.optim.moments import GROUP_SIZE
 from edgeblocks.targets.cuda import CudaTarget

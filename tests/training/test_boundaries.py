@@ -10,7 +10,7 @@ from support.exact_runs import KINDS, trained, whole_weights
 
 import edgeblocks
 from edgeblocks.errors import ConfigError, InterruptedRunError
-from edgeblocks.offload.block_slots import StreamTimes
+from edgeblocks.offload.slots import StreamTimes
 from edgeblocks.training.boundaries import InMemory, OnDisk
 
 pytestmark = pytest.mark.usefixtures("one_thread")

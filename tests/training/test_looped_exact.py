@@ -15,10 +15,10 @@ from edgeblocks.diffusion.noise import partition_noise
 from edgeblocks.errors import ConfigError, InterruptedRunError
 from edgeblocks.families.base import TextInfo
 from edgeblocks.families.looped import MOST_ITERATIONS, LoopedSettings, PlainLooped
-from edgeblocks.generators import generator_at
 from edgeblocks.profiling.step_trace import traced_step
 from edgeblocks.profiling.trace import trace
 from edgeblocks.progress import Silent
+from edgeblocks.seeds import generator_at
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

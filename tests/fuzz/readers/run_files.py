@@ -195,7 +195,7 @@ class TextRunReader(RunReader):
         return json_text(rng, manifest).encode("utf-8", errors="surrogatepass")
 
     def read(self):
-        from edgeblocks.diffusion.unmasking import with_gaps
+        from edgeblocks.data.gaps import with_gaps
         from edgeblocks.runs.directory import open_run
 
         super().read()

@@ -1,0 +1,182 @@
+"""A plan in words: what is printed before training, and the table of candidates."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from edgeblocks.planning.plans import DAY_S
+from edgeblocks.units import format_bytes, format_count, format_duration
+
+if TYPE_CHECKING:
+    from edgeblocks.planning.plans import Candidate, Plan
+    from edgeblocks.prepare import Prepared
+
+
+def banner(prepared: "Prepared") -> str:
+    """What will be trained, and how it fits the budget."""
+    run, data, plan = prepared.settings.run, prepared.data_set, prepared.plan
+    chosen = plan.chosen
+    unit = _unit(run.method)
+    lines = [
+        f"edgeblocks: {run.family} {run.preset}, {format_count(plan.parameters)} parameters in {chosen.blocks} "
+        f"{unit}{'s' if chosen.blocks > 1 else ''} "
+        f"of {'/'.join(str(count) for count in sorted(set(plan.layers), reverse=True))} layers"
+        f"{_how_trained(plan)}",
+        f"data: {data.source}, {data.describe()}",
+        *([] if prepared.profile is None else [f"machine: {prepared.profile.name}, {prepared.profile.description}"]),
+        f"plan: batch {run.batch}{_in_parts(chosen)}, "
+        f"checkpointing {'on' if chosen.checkpointing else 'off'}, {run.optimizer}, "
+        + (
+            f"saved every {chosen.visit_steps} steps, {_where(chosen, unit)}"
+            if run.method == "exact"
+            else f"visits of {chosen.visit_steps} steps, {_where(chosen, unit)}"
+        ),
+        *_memory_lines(plan),
+        _time_line(prepared),
+        _disk_line(plan),
+    ]
+    return "\n".join([*lines, *(f"note: {warning}" for warning in plan.warnings)])
+
+
+def _in_parts(chosen: "Candidate") -> str:
+    """How a batch goes through a block."""
+    if chosen.accumulation == 1:
+        return " at once"
+    return f" in {chosen.accumulation} micro-batches of {chosen.micro_batch}"
+
+
+def _how_trained(plan: "Plan") -> str:
+    """What is said of stages behind their number."""
+    if plan.method == "diffusion":
+        return ""
+    if plan.trained is None or len(plan.trained) == plan.chosen.blocks:
+        return ", trained end to end"
+    return f", of which {', '.join(map(str, plan.trained))} (the first is 0) trained end to end, the others frozen"
+
+
+def _unit(method: str) -> str:
+    """What the layers are cut into."""
+    return "stage" if method == "exact" else "block"
+
+
+def _where(chosen: "Candidate", unit: str) -> str:
+    """What lives where between its visits."""
+    moving = " (one trained, one on its way)" if chosen.slots > 1 else ""
+    tiers = chosen.tiers
+    if "device" in tiers:
+        if not tiers["ram"] and not tiers["disk"]:
+            return f"all {unit}s stay on the device"
+        places = f"{chosen.slots} of {chosen.blocks} {unit}s at a time on the device{moving}"
+        names = {"ram": "in RAM", "disk": "on disk"}
+        waiting = [f"{_numbers(tiers[tier], unit)} {name}" for tier, name in names.items() if tiers[tier]]
+        return f"{places}, between {'their uses' if unit == 'stage' else 'visits'} {' and '.join(waiting)}"
+    if not tiers["disk"]:
+        return f"all {unit}s stay in memory"
+    if unit == "stage":
+        return f"{chosen.slots} of {chosen.blocks} stages in memory at a time, the others on disk"
+    if not tiers["ram"]:
+        return f"blocks on disk, {chosen.slots} in memory{moving}"
+    in_memory, on_disk = (_numbers(tiers[tier], unit) for tier in ("ram", "disk"))
+    return f"{in_memory} in memory, {on_disk} on disk, two of them in memory{moving}"
+
+
+def _numbers(blocks: Sequence[int], unit: str) -> str:
+    """Consecutive blocks in words.
+
+    >>> _numbers([2], "block"), _numbers([0, 1, 2], "block")
+    ('block 2', 'blocks 0-2')
+    """
+    return f"{unit} {blocks[0]}" if len(blocks) == 1 else f"{unit}s {blocks[0]}-{blocks[-1]}"
+
+
+def _memory_lines(plan: "Plan") -> list[str]:
+    """Predicted peak, budget and parts; the device's and the host's where these are two."""
+    chosen = plan.chosen
+    memories = [("memory", chosen.breakdown, plan.budget_bytes)]
+    if plan.ram_budget_bytes is not None:
+        memories = [
+            ("device memory", chosen.breakdown, plan.budget_bytes),
+            ("host memory", chosen.host_breakdown, plan.ram_budget_bytes),
+        ]
+    return [
+        f"{name}: predicted peak {format_bytes(sum(breakdown.values()))} of {format_bytes(budget_bytes)} "
+        f"({', '.join(f'{part} {format_bytes(size)}' for part, size in breakdown.items() if size)})"
+        for name, breakdown, budget_bytes in memories
+    ]
+
+
+def _time_line(prepared: "Prepared") -> str:
+    """An estimate from measured speeds, or a bound from those of a profile."""
+    plan, steps = prepared.plan, prepared.settings.run.steps
+    total, written = format_duration(plan.predicted_s), format_bytes(plan.chosen.bytes_written)
+    which = f"{steps} steps" if plan.method == "exact" else f"{steps} steps of each block"
+    streamed = plan.chosen.slots < plan.chosen.blocks
+    moving = f"{plan.stall_share:.1%} of it moving {_unit(plan.method)}s, " if streamed else ""
+    if prepared.profile is None:
+        return f"time: about {total} for {which}, {moving}about {written} written to disk"
+    step = format_duration(plan.chosen.step_s + plan.chosen.streaming_s)
+    return (
+        f"time: at most about {step} a step, {total} for {which} (a bound from the profile's "
+        f"sustained speeds, not a measurement), {moving}about {written} written to disk"
+    )
+
+
+def _disk_line(plan: "Plan") -> str:
+    """What lies on disk, and what wears it."""
+    shorter = " (in all: the run takes less)" if plan.predicted_s < DAY_S else ""
+    return (
+        f"on disk: {format_bytes(plan.chosen.disk_bytes)} (every {_unit(plan.method)}, and {_spare(plan)}); about "
+        f"{format_bytes(plan.written_a_day_bytes)} written a day{shorter}"
+    )
+
+
+def _spare(plan: "Plan") -> str:
+    """What lies on disk for a moment beside the files of all blocks."""
+    if plan.method == "diffusion":
+        return "one being written"
+    return "while they are saved every one again" + (", and while they wait" if plan.chosen.tier == "disk" else "")
+
+
+def plan_table(prepared: "Prepared") -> str:
+    """The candidates, one line each; the chosen one is marked. Memory is in MB."""
+    parts = {"runtime": "runtime", "weights": "weights", "gradients": "grads", "optimizer": "optim", "ema": "ema"}
+    parts |= {
+        "activations": "activ",
+        "boundaries": "bound",
+        "data": "data",
+        "evaluation": "eval",
+        "slack": "slack",
+        "planning": "planning",
+    }
+    rows_with = {part for row in prepared.plan.candidates for part, size in row.breakdown.items() if size}
+    parts = {part: title for part, title in parts.items() if part in rows_with}
+    with_host = prepared.machine.host is not None
+    on_device = ["on device", "in RAM"] if with_host else ["in memory"]
+    rows = [
+        ["", "blocks", "layers", "micro-batch", "ckpt", *on_device, "visit", "fits", "peak MB", "=", *parts.values()]
+    ]
+    if prepared.plan.method == "exact":
+        rows[0][1], rows[0][rows[0].index("visit")] = "stages", "saved"
+    rows[0] += [*(["host MB"] if with_host else []), "step", "written"]
+    for row in prepared.plan.candidates:
+        rows.append(
+            [
+                "->" if row is prepared.plan.chosen else "",
+                str(row.blocks),
+                str(row.layers_per_block),
+                f"{row.micro_batch} (x{row.accumulation})",
+                "on" if row.checkpointing else "off",
+                "all" if row.slots >= row.blocks else f"{row.slots} of {row.blocks}",
+                *([str(row.ram_blocks)] if with_host else []),
+                str(row.visit_steps),
+                "yes" if row.fits else "no",
+                f"{row.predicted_peak_bytes / 1e6:.0f}",
+                "",
+                *(f"{row.breakdown[part] / 1e6:.0f}" for part in parts),
+                *([f"{row.predicted_host_peak_bytes / 1e6:.0f}"] if with_host else []),
+                format_duration(row.step_s),
+                format_bytes(row.bytes_written),
+            ]
+        )
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = ["  ".join(f"{cell:>{width}}" for cell, width in zip(row, widths, strict=True)) for row in rows]
+    return "\n".join(lines)
