@@ -10,12 +10,7 @@ from typing import Any
 from edgeblocks.config import Settings, read_yaml, resolve_settings
 from edgeblocks.data.dataset import DataSet
 from edgeblocks.errors import ConfigError, InterruptedRunError, RunError
-from edgeblocks.inference.staged_weights import StagedEma
-from edgeblocks.offload.block_files import BlockStore
-from edgeblocks.offload.block_slots import Scheduler
 from edgeblocks.offload.checkpoint import NextBlocks
-from edgeblocks.offload.stage_slots import StageSlots
-from edgeblocks.offload.tiers import HostTier
 from edgeblocks.planning.plan_text import banner
 from edgeblocks.planning.plans import StepShape
 from edgeblocks.prepare import (
@@ -36,14 +31,12 @@ from edgeblocks.runs.load_weights import InitialWeights, initial_weights_of
 from edgeblocks.runs.locks import locked, locked_away
 from edgeblocks.runs.open_data import check_vocab, open_run_data
 from edgeblocks.runs.schema import InitFields, check_resumable
-from edgeblocks.training.diffusion import Trainer
-from edgeblocks.training.exact import ExactTrainer
 from edgeblocks.training.guard import Guard, refusals_explained
 from edgeblocks.training.interruption import Interrupted, Interruption
-from edgeblocks.training.previews import Looks
+from edgeblocks.training.loop import trainer_type
+from edgeblocks.training.previews import Previews
 from edgeblocks.training.summary import summary_of
 from edgeblocks.units import format_bytes
-from edgeblocks.waiting_stages import SwapFile, WaitingOnDisk, WaitingOnHost, WaitingStages
 
 __all__ = ["Prepared", "Run", "load", "plan", "register_family", "resume", "train"]
 
@@ -225,7 +218,7 @@ def _is_finished(run: RunDirectory) -> bool:
 def _resume(run: RunDirectory, other_budget: bool, reinit_blocks: Sequence[int], listener: Listener) -> "Run":
     """Go on with a locked run; its settings are written down when everything has proved sound."""
     remove_leftovers(run)
-    if run.is_exact:
+    if run.method.trained_together:
         NextBlocks(run.store()).recover()
     target = build_target(run.settings.run.target)
     target.prepare()
@@ -261,18 +254,18 @@ def _replanned_if_needed(
         f"planned again for {format_bytes(plan.budget_bytes)}: predicted peak "
         f"{format_bytes(chosen.predicted_peak_bytes)}, batch {run.settings.run.batch} = {chosen.accumulation} x "
         f"{chosen.micro_batch}, checkpointing {'on' if chosen.checkpointing else 'off'}, {chosen.slots} of "
-        f"{chosen.blocks} {'stages' if run.is_exact else 'blocks'} in memory"
+        f"{run.method.parts(chosen.blocks)} in memory"
     )
     return run
 
 
 def _at_steps(run: RunDirectory, steps: Sequence[int]) -> str:
     """How far the blocks are, or the stages that are trained together."""
-    return f"step {steps[0]}" if run.is_exact else f"steps {', '.join(map(str, steps))}"
+    return f"step {steps[0]}" if run.method.trained_together else f"steps {', '.join(map(str, steps))}"
 
 
 def _reinitialise(run: RunDirectory, blocks: Sequence[int], listener: Listener) -> None:
-    if blocks and run.is_exact:
+    if blocks and run.method.trained_together:
         raise ConfigError(
             f"--reinit-block {blocks[0]}: the stages of {run.path} were trained together, so one of them cannot be "
             f"trained again alone; put its file back from a copy, or start a new run"
@@ -330,79 +323,30 @@ def _train(run: RunDirectory, data_set: DataSet, listener: Listener, resumed_fro
         store = run.store()
         store.continue_meter(store.header(block) for block in range(len(run.file_layers)))
         store.hold_folder()
-        method = _Exact(run, store, target) if run.is_exact else _Diffusion(run, store, target)
-        finished = Run(run)
+        device = None if target.host_bytes() is None else target
+        trainer = trainer_type(run.method).open(run, data_set, store, guard, device)
         try:
-            trainer = method.trainer(data_set, guard)
             with target.capped(budget_bytes), Interruption(listener.note).listening() as interruption:
-                looks = Looks(
-                    run, data_set, method.ema, guard, interruption, trainer.progress, residents=method.residents
-                )
+                previews = Previews(run, data_set, trainer, interruption)
                 listener.stage("training")
-                looks.after_visit(run.saved_steps(store))
-                steps = trainer.train(interruption, on_step=listener.step, between_visits=looks.after_visit)
+                previews.after_visit(run.saved_steps(store))
+                steps = trainer.train(interruption, on_step=listener.step, between_visits=previews.after_visit)
                 if interruption.signal_name is None:
                     listener.stage("evaluating")
-                    evaluation = looks.evaluation(listener)
+                    evaluation = previews.evaluation(listener)
         except Interrupted:
             steps = run.saved_steps(store)
         finally:
-            method.close()
+            trainer.close()
     if interruption.signal_name is not None:
         raise InterruptedRunError(
             f"stopped by {interruption.signal_name}; saved at {_at_steps(run, steps)} of "
             f"{run.settings.run.steps}. Go on with: edgeblocks train --resume {run.path}"
         )
     bring_blocks_home(run)
-    summary = summary_of(
-        run,
-        trainer,
-        method.times,
-        store.run_bytes_written,
-        trainer.progress.looking_s,
-        evaluation,
-        data_set,
-        target,
-        budget_bytes,
-        resumed_from,
-    )
+    summary = summary_of(run, trainer, evaluation, data_set, target, budget_bytes, resumed_from)
     run.write_json("summary.json", summary)
-    return finished
-
-
-class _Diffusion:
-    """What trains blocks alone, and where a look at the network finds their EMA."""
-
-    def __init__(self, run: RunDirectory, store: BlockStore, target: Any) -> None:
-        host = None
-        if target.host_bytes() is not None:
-            host = HostTier(store, target, ram_blocks=run.plan.get("ram_blocks", 0))
-        self._run = run
-        self.ema = Scheduler(store, slots=run.plan["slots"], host=host)
-        self.times, self.close, self.residents = self.ema.times, self.ema.close, self.ema.num_slots
-
-    def trainer(self, data_set: DataSet, guard: Guard) -> Trainer:
-        return Trainer(self._run, data_set, self.ema, guard)
-
-
-class _Exact:
-    """The same for stages that are trained together."""
-
-    residents = 1
-
-    def __init__(self, run: RunDirectory, store: BlockStore, target: Any) -> None:
-        self._run = run
-        self._device = None if target.host_bytes() is None else target
-        swap = SwapFile(run.blocks_folder, store.layouts)
-        waiting: WaitingStages = WaitingOnDisk(store, swap)
-        if self._device is not None:
-            waiting = WaitingOnHost(store, swap, self._device, ram_stages=run.plan.get("ram_blocks", 0))
-        self._slots = StageSlots(waiting, slots=run.plan["slots"])
-        self.ema = StagedEma(self._slots, run.file_layers)
-        self.times, self.close = self._slots.times, self._slots.close
-
-    def trainer(self, data_set: DataSet, guard: Guard) -> ExactTrainer:
-        return ExactTrainer(self._run, data_set, self._slots, guard, beside_host=self._device)
+    return Run(run)
 
 
 def load(path: Path | str) -> Run:

@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationIn
 from edgeblocks.errors import ConfigError
 from edgeblocks.files.untrusted import MalformedFileError, read_text, shown
 from edgeblocks.limits import LONGEST_SEQUENCE, MOST_LAYERS, MOST_SAMPLES, MOST_STEPS, MOST_TOKENS
-from edgeblocks.methods import BoundaryDtype, Clipping, Method
+from edgeblocks.methods import BoundaryDtype, Clipping, MethodName
 from edgeblocks.units import parse_size
 
 DEFAULT_PRESETS = {
@@ -57,7 +57,7 @@ class RunSettings(BaseModel):
     steps: int = Field(default=1000, ge=1, le=MOST_STEPS)
     batch: int = Field(default=64, ge=1, le=MOST_SAMPLES)
     seed: int = Field(default=0, ge=0, lt=2**63)
-    method: Method = "diffusion"
+    method: MethodName = "diffusion"
     blocks: int | Literal["auto"] = "auto"
     init: str | None = None
     init_fresh: str | None = None

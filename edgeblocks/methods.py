@@ -1,15 +1,106 @@
-"""What the methods of training are."""
+"""What the methods of training are. Everything that depends on the method is asked here, of one `Method`.
 
-from typing import Literal
+Another method needs an entry in `METHODS` and the files that the entry names: a trainer, and a time model for plans. No
+torch: planning asks it too.
+"""
 
-Method = Literal["diffusion", "exact"]
-"""Each block alone as a denoiser, or the whole network end to end, stage by stage."""
+import importlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+MethodName = Literal["diffusion", "exact"]
 
 Clipping = Literal["stage", "network"]
 """By which norm a gradient is clipped: each block's or stage's by its own, or all stages' by the whole network's."""
 
 BoundaryTier = Literal["ram", "disk"]
-"""Where it waits what enters each stage on the way forward."""
+"""Where the activations at the stage boundaries wait for the backward pass."""
 
 BoundaryDtype = Literal["float32", "bfloat16"]
-"""As what it is kept."""
+"""What they are kept as."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """One way to train a network whose parts (blocks, or stages) are in memory one at a time."""
+
+    name: MethodName
+    summary: str
+    """What it does, in a line for people."""
+    part: str
+    """What a part of the network is called."""
+    one_network: bool
+    """Whether the parts are stages of one network; else each is a network of its own, with its own stem and readout,
+    that denoises its own range of noise levels."""
+    trained_together: bool
+    """Whether one step trains all parts, end to end; else each makes its own steps."""
+    cut_changes_result: bool
+    """Whether another number of parts is another training; else a cut is free, and only memory and time decide."""
+    ran_on_a_gpu: bool
+    """Whether figures of it on a GPU were measured (docs/gpu.md)."""
+    own_settings: frozenset[str]
+    """Settings that mean nothing with other methods."""
+    trainer: str
+    """The path of its `training.loop.Trainer`."""
+    pace: str
+    """The path of its time model; see `planning.pace`."""
+
+    def denoisers(self, layers: Sequence[int]) -> tuple[int, ...]:
+        """Layers of each denoiser that parts of so many layers make up: each one, or all together.
+
+        >>> METHODS["diffusion"].denoisers((4, 4)), METHODS["exact"].denoisers((4, 4))
+        ((4, 4), (8,))
+        """
+        return (sum(layers),) if self.one_network else tuple(layers)
+
+    def trained_apart(self, parts: int) -> int:
+        """How many of so many parts make steps of their own.
+
+        >>> METHODS["diffusion"].trained_apart(3), METHODS["exact"].trained_apart(3)
+        (3, 1)
+        """
+        return 1 if self.trained_together else parts
+
+    def parts(self, count: int) -> str:
+        """So many parts, in words.
+
+        >>> METHODS["diffusion"].parts(1), METHODS["exact"].parts(4)
+        ('1 block', '4 stages')
+        """
+        return f"{count} {self.part}{'' if count == 1 else 's'}"
+
+
+METHODS: dict[MethodName, Method] = {
+    "diffusion": Method(
+        name="diffusion",
+        summary="each block alone, as a denoiser of its noise levels, inside the budget",
+        part="block",
+        one_network=False,
+        trained_together=False,
+        cut_changes_result=True,
+        ran_on_a_gpu=True,
+        own_settings=frozenset(),
+        trainer="edgeblocks.training.diffusion:DiffusionTrainer",
+        pace="edgeblocks.planning.pace:pace_of_blocks",
+    ),
+    "exact": Method(
+        name="exact",
+        summary="end to end, some stages in memory at a time, inside the budget",
+        part="stage",
+        one_network=True,
+        trained_together=True,
+        cut_changes_result=False,
+        ran_on_a_gpu=False,
+        own_settings=frozenset({"clip_by", "boundaries", "boundary_dtype", "train_blocks"}),
+        trainer="edgeblocks.training.exact:ExactTrainer",
+        pace="edgeblocks.planning.pace:pace_of_stages",
+    ),
+}
+DIFFUSION, EXACT = METHODS["diffusion"], METHODS["exact"]
+
+
+def imported(path: str) -> Any:
+    """What `module:name` names; imported when it is asked for, since a trainer brings torch along."""
+    module, _, name = path.partition(":")
+    return getattr(importlib.import_module(module), name)

@@ -14,6 +14,7 @@ from edgeblocks.data.dataset import DataSet
 from edgeblocks.diffusion.autoregression import DEFAULT_STEPS, writing_bytes
 from edgeblocks.diffusion.noise import NoisePartition, partition_noise
 from edgeblocks.errors import ConfigError, DoesNotFitError, StorageError
+from edgeblocks.methods import METHODS
 from edgeblocks.planning.layer_costs import LayerCosts
 from edgeblocks.planning.planner import make_plan
 from edgeblocks.planning.plans import Machine, Plan, Wishes, micro_batches
@@ -37,9 +38,20 @@ NOTHING_LEARNED = (
     "stage {stage}, which has the readout, is frozen and begins as a new network does: in the families that come with "
     "edgeblocks a new readout is zero, so that nothing is learned; give the weights with --init, or train it too"
 )
-EXACT_NEVER_RAN_ON_A_GPU = (
-    "--method exact was not yet run on a GPU: on processors it was, with a device's memory and its host's kept apart"
+NEVER_RAN_ON_A_GPU = (
+    "--method {method} was not yet run on a GPU: on processors it was, with a device's memory and its host's kept apart"
 )
+SETTINGS_OF_SOME_METHODS = {
+    "clip_by": "clips by the norm of a whole network's gradient; with --method {method} there is none, each block is "
+    "trained alone and clipped by its own",
+    "boundaries": "says where activations at the stage boundaries wait for the backward pass; with --method {method} "
+    "nothing goes from block to block",
+    "boundary_dtype": "says what activations at the stage boundaries are kept as; with --method {method} nothing goes "
+    "from block to block",
+    "train_blocks": "freezes the rest of one network; with --method {method} no block depends on another and all are "
+    "trained. To train one again: edgeblocks train --resume RUN --reinit-block N",
+}
+"""Why a setting means nothing with a method that does not have it among its own."""
 A_GPU_IS_HERE = "torch sees a GPU here and training uses the processor; --target cuda uses the GPU"
 
 
@@ -64,7 +76,7 @@ class Prepared:
     def partition(self) -> NoisePartition:
         run = self.settings.run
         noise = build_family(run.family, asdict(self.settings.family), asdict(self.data), run.method).noise
-        blocks = 1 if run.method == "exact" else self.plan.chosen.blocks
+        blocks = len(self.plan.method.denoisers(self.plan.layers))
         return partition_noise(noise, num_blocks=blocks, kind=run.partition, overlap=run.overlap)
 
     def to_json(self) -> dict[str, Any]:
@@ -119,27 +131,16 @@ def check_method(run: RunSettings) -> None:
             f"--blocks {run.blocks}: all layers of a {run.family} that is trained end to end are one stage; leave "
             f"--blocks out"
         )
-    if run.method != "exact" and run.clip_by == "network":
-        raise ConfigError(
-            f"clip_by=network clips by the norm of a whole network's gradient, and with --method {run.method} there is "
-            f"none: each block is trained alone and clipped by its own; leave clip_by out, or use --method exact"
-        )
-    if run.method != "exact" and (run.boundaries != "auto" or run.boundary_dtype != "float32"):
-        raise ConfigError(
-            f"boundaries and boundary_dtype are of what goes from stage to stage of a network that is trained end to "
-            f"end; with --method {run.method} nothing goes from block to block: leave them out, or use --method exact"
-        )
-    if run.method != "exact" and run.train_blocks is not None:
-        raise ConfigError(
-            f"--train-blocks {run.train_blocks} freezes the rest of a network that is trained end to end, with "
-            f"--method exact; with --method {run.method} no block hears of another, and all are trained. To train one "
-            f"again: edgeblocks train --resume RUN --reinit-block N"
-        )
+    for name, why in SETTINGS_OF_SOME_METHODS.items():
+        if name in METHODS[run.method].own_settings or getattr(run, name) == RunSettings.model_fields[name].default:
+            continue
+        others = " or ".join(f"--method {other.name}" for other in METHODS.values() if name in other.own_settings)
+        raise ConfigError(f"{name}={getattr(run, name)} {why.format(method=run.method)}; leave it out, or use {others}")
 
 
 def _is_one_stage(run: RunSettings) -> bool:
     """Whether the family's network cannot be cut where it is trained end to end."""
-    return run.method == "exact" and getattr(family_type(run.family, run.method), "one_stage", False)
+    return METHODS[run.method].one_network and getattr(family_type(run.family, run.method), "one_stage", False)
 
 
 def torch_sees_a_gpu() -> bool:
@@ -153,7 +154,7 @@ def _told_of_gpus(plan: Plan, *, elsewhere: bool) -> Plan:
     if plan.machine.host is None:
         return plan
     told: tuple[str, ...] = (PREDICTED_FOR_A_GPU,) if elsewhere else ()
-    told += (EXACT_NEVER_RAN_ON_A_GPU,) if plan.method == "exact" else ()
+    told += () if plan.method.ran_on_a_gpu else (NEVER_RAN_ON_A_GPU.format(method=plan.method.name),)
     return replace(plan, warnings=(*told, *plan.warnings))
 
 
@@ -258,7 +259,7 @@ def _wishes(settings: Settings, data_set: DataSet, data: Any, budgets: tuple[int
         steps=run.steps,
         optimizer=run.optimizer,
         preferred_blocks=family_type(run.family).preferred_blocks,
-        method=run.method,
+        method=METHODS[run.method],
         trained=run.trained_blocks,
         clip_by=run.clip_by,
         boundaries=None if run.boundaries == "auto" else run.boundaries,
@@ -294,10 +295,9 @@ def check_disk(prepared: Prepared, out: Path) -> None:
         StorageError: with the bytes that are needed.
     """
     chosen, machine, work_dir = prepared.plan.chosen, prepared.plan.machine, prepared.settings.run.work_dir
-    exact = prepared.plan.method == "exact"
-    unit, longer = (
-        ("stage", "") if exact else ("block", f"longer visits with --set visit_steps={4 * chosen.visit_steps}, ")
-    )
+    method = prepared.plan.method
+    # Parts that are trained together move in every step, however seldom they are saved.
+    longer = "" if method.trained_together else f"longer visits with --set visit_steps={4 * chosen.visit_steps}, "
     blocks_bytes = chosen.blocks * chosen.block_bytes
     wanted = {Path(work_dir) if work_dir else out: chosen.disk_bytes}
     if work_dir:
@@ -306,7 +306,7 @@ def check_disk(prepared: Prepared, out: Path) -> None:
         free = shutil.disk_usage(existing_folder(path)).free
         if needed > free:
             raise StorageError(
-                f"{path} needs {format_bytes(needed)} of disk for {chosen.blocks} {unit}s of "
+                f"{path} needs {format_bytes(needed)} of disk for {method.parts(chosen.blocks)} of "
                 f"{format_bytes(chosen.block_bytes)} and what is written beside them, {format_bytes(free)} are free "
                 f"there; "
                 f"choose another disk with {'--work-dir' if path != out else '--out'}, or a smaller network"
@@ -316,7 +316,7 @@ def check_disk(prepared: Prepared, out: Path) -> None:
     if moving_s > max(computing_s, LONGEST_MOVING_S):
         raise StorageError(
             f"{Path(work_dir) if work_dir else out} reads {format_bytes(machine.disk_read_bytes_per_s)} and writes "
-            f"{format_bytes(machine.disk_write_bytes_per_s)} a second: moving {chosen.blocks} {unit}s of "
+            f"{format_bytes(machine.disk_write_bytes_per_s)} a second: moving {method.parts(chosen.blocks)} of "
             f"{format_bytes(chosen.block_bytes)} would take {format_duration(moving_s)} beside "
             f"{format_duration(computing_s)} of computing; choose a faster disk with --work-dir, {longer}or a larger "
             f"--mem-budget"

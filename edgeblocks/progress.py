@@ -60,8 +60,8 @@ class Progress:
     compute_s: float = 0.0
     data_s: float = 0.0
     started: float = field(default_factory=time.perf_counter)
-    looking_s: float = 0.0
-    """Spent on looks at the network between its steps."""
+    previews_s: float = 0.0
+    """Spent on previews and evaluations between steps."""
     earlier_s: float | None = 0.0
     """Seconds of training before this process; None where the run's records do not tell them."""
 
@@ -70,4 +70,4 @@ class Progress:
         """Seconds that the run has been trained until now, for its records; None as `earlier_s` is."""
         if self.earlier_s is None:
             return None
-        return round(self.earlier_s + time.perf_counter() - self.started - self.looking_s, 3)
+        return round(self.earlier_s + time.perf_counter() - self.started - self.previews_s, 3)

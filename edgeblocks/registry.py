@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from edgeblocks.errors import ConfigError
+from edgeblocks.methods import METHODS, MethodName, imported
 
 _FAMILIES = {
     "ar": "edgeblocks.families.ar:Ar",
@@ -82,24 +83,24 @@ def target_names() -> tuple[str, ...]:
     return tuple(_TARGETS)
 
 
-def family_type(name: str, method: str = "diffusion") -> Any:
+def family_type(name: str, method: MethodName = "diffusion") -> Any:
     """The class of a family, for a method of training.
 
     Raises:
         ConfigError: there is no such family, or it has no end-to-end form.
     """
-    if method != "exact":
+    if not METHODS[method].trained_together:
         return _load(_FAMILIES, name, "family")
     cls = _load(_END_TO_END if name in _END_TO_END else _FAMILIES, name, "family")
     if not hasattr(cls, "loss_after"):
         raise ConfigError(
-            f"--method exact: the family '{name}' has no end-to-end form in stages"
+            f"--method {method}: the family '{name}' has no end-to-end form in stages"
             + " (it needs `enter` and `loss_after`); use --method diffusion"
         )
     return cls
 
 
-def build_family(name: str, settings: dict[str, Any], data: dict[str, Any], method: str = "diffusion") -> Any:
+def build_family(name: str, settings: dict[str, Any], data: dict[str, Any], method: MethodName = "diffusion") -> Any:
     """A family from plain values: the fields of its settings, and those of what it knows of the data."""
     cls = family_type(name, method)
     return cls(cls.settings_type(**settings), cls.data_type(**data))
@@ -146,5 +147,4 @@ def _load(table: dict[str, str], name: str, kind: str) -> Any:
         close = difflib.get_close_matches(name.lower(), table, n=1)
         meant = f" (is {close[0]} meant?)" if close else ""
         raise ConfigError(f"there is no {kind} '{name}'{meant}; there are: {', '.join(table)}{own}")
-    module, _, attribute = table[name].partition(":")
-    return getattr(importlib.import_module(module), attribute)
+    return imported(table[name])

@@ -94,12 +94,12 @@ class Run:
                 samples=samples,
                 budget_bytes=budget_bytes,
                 held_bytes=8 * samples * directory.data.example_bytes,
-                ends_bytes=4 * costs.parameters(0) if directory.is_exact else 0,
+                ends_bytes=4 * costs.parameters(0) if directory.method.one_network else 0,
                 sample_bytes=0 if chain is None else chain.sample_bytes,
             ),
-            most_residents=1 if chain is None and not directory.is_exact else len(directory.file_layers),
+            most_residents=1 if chain is None and not directory.method.one_network else len(directory.file_layers),
         )
-        ema, blocks = self._ema(target, residents), 1 if directory.is_exact else residents
+        ema, blocks = self._ema(target, residents), 1 if directory.method.one_network else residents
         runner = self.runner(ema, micro_batch=micro_batch, residents=blocks)
         try:
             with target.capped(budget_bytes):
@@ -115,9 +115,9 @@ class Run:
 
     def _ema(self, target: Any, residents: int) -> EmaSource:
         device = None if target.host_bytes() is None else target
-        if self.directory.is_exact:
+        if self.directory.method.one_network:
             return loaded_stages(self.directory, slots=residents, device=device)
-        return EmaLoader.of(self.directory.store(), device, slots=residents)
+        return EmaLoader(self.directory.store(), device=device, slots=residents)
 
     def _runners(self, runner: BlockRunner | None, mem_budget: str | None) -> Runners:
         """The runner that is given, or those that fit."""

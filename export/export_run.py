@@ -171,6 +171,6 @@ def _write_block(
 
 def _ema(run: RunDirectory) -> EmaSource:
     """Where the blocks' EMA weights come from; stages that were trained together are one block, all of it in memory."""
-    if run.is_exact:
+    if run.method.one_network:
         return loaded_stages(run, slots=len(run.file_layers))
     return EmaLoader(run.store())

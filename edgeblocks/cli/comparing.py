@@ -30,6 +30,7 @@ from edgeblocks.cli.options import (
     given_settings,
 )
 from edgeblocks.errors import ConfigError, EdgeblocksError
+from edgeblocks.methods import DIFFUSION
 from edgeblocks.units import format_bytes, format_duration
 
 
@@ -146,7 +147,7 @@ def _cells(name: str, rows: Sequence[dict[str, Any]]) -> list[str]:
     budget = done[0]["budget_bytes"]
     return [
         name
-        + (f", {done[0]['blocks']} blocks" if done[0]["blocks"] > 1 and name == "diffusion" else "")
+        + (f", {done[0]['blocks']} blocks" if done[0]["blocks"] > 1 and name == DIFFUSION.name else "")
         + (f" ({len(rows) - len(done)} of {len(rows)} seeds failed)" if len(done) < len(rows) else ""),
         f"{statistics.mean(mark['value'] for mark in final):.4f}{spread}",
         "/".join(dict.fromkeys(str(row["steps"]) for row in done)),

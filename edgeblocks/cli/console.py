@@ -1,21 +1,18 @@
 """What the verbs print: the banner of a plan, its table, what a training, an export or an evaluation came to."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from edgeblocks.planning.plan_text import _unit
+from edgeblocks.methods import METHODS
 from edgeblocks.units import format_bytes, format_duration
-
-if TYPE_CHECKING:
-    pass
 
 
 def training_report(summary: dict[str, Any], path: Any) -> str:
     """Planned beside measured, and what to type next."""
-    loss = summary["metrics"]
+    loss, method = summary["metrics"], METHODS[summary["method"]]
     by_block = ", ".join("-" if value is None else f"{value:.3f}" for value in loss["validation_loss_by_block"])
-    by_block = f" (by block, high noise first: {by_block})" if summary["method"] == "diffusion" else ""
-    unit, split = _unit(summary["method"]), summary["time_split"]
+    by_block = f" (by block, high noise first: {by_block})" if not method.one_network else ""
+    unit, split = method.part, summary["time_split"]
     total = max(summary["seconds"], 1e-9)
     memories = [("peak memory", summary["predicted_peak_bytes"], summary["peak_bytes"])]
     if summary["predicted_ram_peak_bytes"] is not None:
@@ -24,7 +21,7 @@ def training_report(summary: dict[str, Any], path: Any) -> str:
         *((name, format_bytes(planned), format_bytes(measured)) for name, planned, measured in memories),
         ("budget", "", format_bytes(summary["budget_bytes"])),
         (
-            "step" if unit == "stage" else "step of a block",
+            "step" if method.trained_together else "step of a block",
             format_duration(summary["predicted_step_s"]),
             format_duration(summary["step_s"]),
         ),
@@ -99,7 +96,7 @@ def evaluation_report(result: dict[str, Any]) -> str:
     if "bounds" in result:
         lines += _continuation_lines(result)
     found = result.get("classification")
-    end_to_end = result["method"] == "exact"
+    end_to_end = METHODS[result["method"]].trained_together
     if found is not None:
         by_block = ", ".join("-" if share is None else f"{share:.1%}" for share in result["top1_by_block"])
         lines += [
@@ -127,13 +124,13 @@ def evaluation_report(result: dict[str, Any]) -> str:
 def _continuation_lines(result: dict[str, Any]) -> list[str]:
     """What is told of text that is written token by token, beside its bound."""
     lines = []
-    if result["method"] == "diffusion":
+    if not METHODS[result["method"]].trained_together:
         lines += [
             f"with {row['noises']} noise{'' if row['noises'] == 1 else 's'} a token: {_with_error(row)}"
             for row in result["bounds"]
         ]
         lines.append(f"cross-entropy at the highest noise level: {result['cross_entropy_at_top']:.4f} nats a token")
-    unit = "iterations" if result["method"] == "exact" else "levels"
+    unit = "iterations" if METHODS[result["method"]].trained_together else "levels"
     lines += [f"over {row['steps']:>2} {unit}: {_with_error(row)}" for row in result.get("curve", ())]
     for name, found in (("samples", result["variety"]["samples"]), ("hold-out", result["variety"]["held_out"])):
         distinct = ", ".join(_share(found[f"distinct_{count}"]) for count in (1, 2, 3))

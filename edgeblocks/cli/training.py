@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -193,19 +194,17 @@ def _left_out(names: list[str], given: dict[str, Any]) -> str:
 def _print_plan(given: dict[str, Any], config: Path | None, out: Path, *, as_json: bool) -> None:
     from edgeblocks import api
     from edgeblocks.cli.console_progress import ConsoleListener
-    from edgeblocks.methods import Method
+    from edgeblocks.methods import METHODS, MethodName
     from edgeblocks.planning.plan_text import banner, plan_table
     from edgeblocks.planning.recommendation import Option, measured, option, recommendation
 
     with ConsoleListener() as listener:
         prepared = api.plan(config=config, out=out, listener=listener, **given)
         run = prepared.settings.run
-        other: Method = "diffusion" if run.method == "exact" else "exact"
-        listener.stage(f"planning with --method {other} as well")
-        options: dict[Method, Option] = {
-            run.method: Option(seconds=prepared.plan.predicted_s),
-            other: option(lambda: api.plan(config=config, out=out, **{**given, "method": other})),
-        }
+        options: dict[MethodName, Option] = {run.method: Option(seconds=prepared.plan.predicted_s)}
+        for other in METHODS.keys() - {run.method}:
+            listener.stage(f"planning with --method {other} as well")
+            options[other] = option(partial(api.plan, config=config, out=out, **{**given, "method": other}))
         advice = recommendation(measured(run.family), options)
     if as_json:
         print(json.dumps({**prepared.to_json(), "recommendation": None if advice is None else asdict(advice)}))

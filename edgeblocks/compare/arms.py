@@ -18,12 +18,13 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, cast
 
 from edgeblocks import api
-from edgeblocks.config import Settings, read_yaml
+from edgeblocks.config import RunSettings, Settings, read_yaml
 from edgeblocks.errors import ConfigError, DoesNotFitError, EdgeblocksError, RunError
 from edgeblocks.inference.quality import EXAMPLES, MEASURES
+from edgeblocks.methods import EXACT, METHODS, MethodName
 from edgeblocks.prepare import check_method
 from edgeblocks.progress import Listener
 from edgeblocks.registry import build_target, family_type
@@ -34,9 +35,8 @@ from edgeblocks.runs.schema import read_records
 from edgeblocks.training.interruption import Interruption
 
 DEFAULT_ARMS = ("diffusion", "exact", "plain", "plain+ckpt+8bit")
-MEANINGS = {
-    "diffusion": "each block alone, as a denoiser of its noise levels, inside the budget",
-    "exact": "end to end, some stages in memory at a time, inside the budget",
+MEANINGS: dict[str, str] = {
+    **{name: method.summary for name, method in METHODS.items()},
     "plain": "an ordinary loop, everything in memory: weights, their mean, gradients, 32-bit moments of AdamW",
     "ckpt": "activations recomputed",
     "8bit": "bitsandbytes' AdamW8bit",
@@ -55,7 +55,7 @@ class Arm:
     (Arm(method='plain', extras=('8bit',)), 'exact')
     """
 
-    method: str
+    method: MethodName | Literal["plain"]
     extras: tuple[str, ...] = ()
 
     @classmethod
@@ -64,12 +64,12 @@ class Arm:
         Raises:
             ConfigError: there is no such way.
         """
-        method, *extras = text.strip().split("+")
-        known = method in ("diffusion", "exact", "plain") and len(set(extras)) == len(extras)
+        method, *extras = cast("list[Any]", text.strip().split("+"))
+        known = method in (*METHODS, "plain") and len(set(extras)) == len(extras)
         if not known or (extras and method != "plain") or not set(extras) <= _EXTRAS.keys():
             raise ConfigError(
-                f"--arms: there is no arm '{text.strip()}'; there are diffusion, exact, plain, plain+ckpt, plain+8bit "
-                f"and plain+ckpt+8bit"
+                f"--arms: there is no arm '{text.strip()}'; there are {', '.join(METHODS)}, plain, plain+ckpt, "
+                f"plain+8bit and plain+ckpt+8bit"
             )
         return cls(method=method, extras=tuple(extra for extra in _EXTRAS if extra in extras))
 
@@ -84,6 +84,11 @@ class Arm:
     @property
     def is_plain(self) -> bool:
         return self.method == "plain"
+
+    @property
+    def network(self) -> MethodName:
+        """The method whose network it trains: ordinary training is end to end."""
+        return EXACT.name if self.method == "plain" else self.method
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,7 +167,7 @@ def _check(wanted: Wanted) -> None:
     run, problems = wanted.settings.run, []
     if wanted.minutes is not None and not 0 < wanted.minutes < math.inf:
         problems.append(f"--minutes {wanted.minutes}: a number above 0 is needed")
-    if run.method != "diffusion":
+    if run.method != RunSettings.model_fields["method"].default:
         problems.append(f"method={run.method}: compare trains with several methods; name them with --arms")
     begun = [name for name in ("init", "init_fresh", "train_blocks") if getattr(run, name) is not None]
     if begun and any(arm.is_plain for arm in wanted.arms):
@@ -174,10 +179,10 @@ def _check(wanted: Wanted) -> None:
         raise ConfigError(*problems)
     target = build_target(run.target)
     target.prepare()  # says at once that there is no such device
-    for method in dict.fromkeys("exact" if arm.is_plain else arm.method for arm in wanted.arms):
-        family_type(run.family, method)
-        if any(arm.method == method for arm in wanted.arms):
-            check_method(run.model_copy(update={"method": method}))
+    for arm in wanted.arms:
+        family_type(run.family, arm.network)
+        if not arm.is_plain:
+            check_method(run.model_copy(update={"method": arm.network}))
     data_of(run, lambda *_: None)
 
 
@@ -247,8 +252,8 @@ class _Training:
             self._run("edgeblocks.cli", "train", "--config", str(settings), "--out", str(path), "--json")
 
     def _settings_file(self, path: Path, steps: int) -> Path:
-        method = "diffusion" if self.arm.is_plain else self.arm.method
         settings = self.wanted.settings
+        method = settings.run.method if self.arm.is_plain else self.arm.method
         marks = (settings.run.evaluations or EVALUATIONS) if path == self.path else 0
         changed = {"method": method, "seed": self.seed, "steps": steps, "evaluations": marks, "sample_grids": 0}
         settings = replace(settings, run=settings.run.model_copy(update=changed))
@@ -293,7 +298,8 @@ class _Training:
 
     def _whole_step_s(self, summary: dict[str, Any]) -> float:
         """Of a step of all layers: where blocks are trained alone, of one step of each."""
-        return float(summary["step_s"]) * (summary["blocks"] if self.arm.method == "diffusion" else 1)
+        blocks = 1 if self.arm.is_plain else METHODS[self.arm.network].trained_apart(summary["blocks"])
+        return float(summary["step_s"]) * blocks
 
     def _runtime_bytes(self, summary: dict[str, Any]) -> int:
         """Of the process before there was a network: interpreter and libraries."""

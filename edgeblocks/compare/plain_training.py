@@ -26,7 +26,7 @@ from edgeblocks.optim.update import BETA1, BETA2, EPS, ema_exponent, learning_ra
 from edgeblocks.progress import Listener
 from edgeblocks.seeds import generator_at
 from edgeblocks.training.batches import Batches, drawing, helper_for
-from edgeblocks.training.diffusion import METRICS_RECORDS
+from edgeblocks.training.loop import METRICS_RECORDS
 
 
 def train(
@@ -111,7 +111,7 @@ class Recorder:
         self.target, self.listener = target, listener
         self.runtime_bytes = self.target.used_bytes()
         self.partition = whole_range(family)
-        self.looking_s = self.started = 0.0
+        self.previews_s = self.started = 0.0
         self._first_s = 0.0
         """Of the first step, which loads libraries and fetches memory."""
         self._every = max(1, run.steps // METRICS_RECORDS)
@@ -124,7 +124,7 @@ class Recorder:
     @property
     def seconds(self) -> float:
         """Trained so far."""
-        return time.perf_counter() - self.started - self.looking_s
+        return time.perf_counter() - self.started - self.previews_s
 
     def note(self, step: int, loss: float, mean: nn.Module) -> None:
         """Hear of a step.
@@ -147,7 +147,7 @@ class Recorder:
             whole = WholeNetwork(partition=self.partition, whole=mean.eval(), micro_batch=micro_batch, device=device)
             found = network_quality(self.family, whole, self.data, seed=self.run.seed)
             mean.train()
-            self.looking_s += time.perf_counter() - started
+            self.previews_s += time.perf_counter() - started
             self._append("quality.jsonl", {"step": step, "seconds": seconds, **asdict(found)})
 
     def finish(self) -> None:

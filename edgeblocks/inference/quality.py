@@ -48,7 +48,7 @@ class Quality:
 def run_quality(directory: RunDirectory, runner: BlockRunner, data: DataSet) -> Quality:
     """Of a run, with the weights that the runner has."""
     family, seed = directory.family(), directory.settings.run.seed
-    if directory.is_exact or family.task in ("images", "text"):
+    if directory.method.trained_together or family.task in ("images", "text"):
         return network_quality(family, runner, data, seed=seed)
     indices = data.evaluation_indices(EXAMPLES[family.task])
     examples, labels = data.gather(indices)

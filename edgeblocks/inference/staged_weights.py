@@ -35,7 +35,7 @@ def loaded_stages(run: RunDirectory, *, slots: int, device: Device | None = None
     """
     store = run.store()
     check_whole(run, store)
-    return StagedEma(EmaLoader.of(store, device, slots=slots), run.file_layers)
+    return StagedEma(EmaLoader(store, device=device, slots=slots), run.file_layers)
 
 
 class StagedEma:

@@ -89,14 +89,14 @@ def whole_name(name: str, layers: Sequence[int], stage: int) -> str:
     return f"layers.{int(number) + sum(layers[:stage])}.{rest}"
 
 
-def tensor_name(block: int, name: str, layers: Sequence[int], *, end_to_end: bool) -> str:
+def tensor_name(block: int, name: str, layers: Sequence[int], *, one_network: bool) -> str:
     """What a block's parameter is called in a file of the whole network's weights.
 
     Args:
         layers: of each block, or stage.
-        end_to_end: whether these are stages of one network; else each is a network of its own.
+        one_network: whether these are stages of one network; else each is a network of its own.
 
-    >>> tensor_name(1, "layers.0.mlp.up.weight", (3, 3), end_to_end=False)
+    >>> tensor_name(1, "layers.0.mlp.up.weight", (3, 3), one_network=False)
     'block_1.layers.0.mlp.up.weight'
     """
-    return whole_name(name, layers, block) if end_to_end else f"block_{block}.{name}"
+    return whole_name(name, layers, block) if one_network else f"block_{block}.{name}"

@@ -1,27 +1,24 @@
 """Which stage is in memory when a network is trained end to end, and where the others wait.
 
 A step goes through the stages forward and back, so the stage that was used longest ago is the one that is needed last,
-and it gives way. While one stage is used, a single I/O thread puts away the one that leaves and fetches the next. With
-as many slots as stages nothing is ever moved.
+and it gives way. While one stage is used, the I/O thread offloads the one that leaves and loads the next. With as many
+slots as stages nothing is ever moved.
 
-Where they wait, on disk or in the memory beside a device's, says `waiting_stages`. What survives a crash are the run's
+Where they wait, on disk or in the memory beside a device's, is told by `tiers`. What survives a crash are the run's
 block files, which `checkpoint` writes for all stages.
 """
 
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-
-import torch
+from dataclasses import dataclass
+from functools import partial
 
 from edgeblocks.offload.block_buffer import PARTS, BlockBuffer, Part
 from edgeblocks.offload.checkpoint import NextBlocks
-from edgeblocks.offload.slots import StreamTimes
+from edgeblocks.offload.slots import Slot, Slots
 from edgeblocks.planning.stage_order import Use
-from edgeblocks.waiting_stages import WaitingStages
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,39 +35,8 @@ class Need:
         return cls(stage=use.stage, parts=PARTS if use.changes else ("weights",), changes=use.changes)
 
 
-@dataclass
-class _Slot:
-    buffer: BlockBuffer
-    stage: int | None = None
-    parts: tuple[Part, ...] = ()
-    """What of the stage is there, or will be when `pending` is done."""
-    changed: bool = False
-    """Whether the stage's bytes elsewhere are older."""
-    pending: Future[None] | None = None
-    last_used: int = field(default=0)
-
-
-class StageSlots:
-    """Gives stages for their uses. Not thread-safe: one training thread uses it."""
-
-    def __init__(self, waiting: WaitingStages, *, slots: int) -> None:
-        """All stages wait, as the run's block files have them."""
-        self.times = StreamTimes()
-        self.store, self._waiting = waiting.store, waiting
-        self._slots = [_Slot(waiting.buffer().touched()) for _ in range(slots)]
-        self._io = ThreadPoolExecutor(max_workers=1, thread_name_prefix="edgeblocks-io")
-        self._io.submit(int).result()  # the thread runs before memory can be short
-        self._clock = 0
-
-    @property
-    def num_slots(self) -> int:
-        """Stages that are in memory at a time."""
-        return len(self._slots)
-
-    @property
-    def device(self) -> torch.device:
-        """Where a stage is trained."""
-        return self._slots[0].buffer.device
+class StageSlots(Slots):
+    """Gives stages for their uses."""
 
     @contextmanager
     def use(self, need: Need, *, then: Need | None) -> Iterator[BlockBuffer]:
@@ -95,18 +61,13 @@ class StageSlots:
         with self.use(need, then=then) as buffer:
             yield buffer
 
-    def flush(self) -> None:
-        """Wait until everything handed to the I/O thread is done; raises what it met."""
-        for slot in self._slots:
-            self._wait(slot)
-
     def checkpoint(
         self, files: NextBlocks, step: int, trained: Sequence[bool], finish: Callable[[int, BlockBuffer], None]
     ) -> None:
         """Write every trained stage into its new file; they have made `step` steps. The others never change.
 
         These files must become the run's before a stage is used again: from then on they have its newest bytes. Stages
-        in memory come first, so that none of them has to be put away for another.
+        in memory come first, so that none of them has to be offloaded for another.
 
         Args:
             finish: called with each stage before it is written, and may change it.
@@ -114,65 +75,38 @@ class StageSlots:
         Raises:
             FloatingPointError: a stage has weights that are no numbers.
         """
-        here = {slot.stage for slot in self._slots}
-        stages = [stage for stage, one in enumerate(trained) if one]
+        here = {slot.block for slot in self._slots}
+        stages = [stage for stage, is_trained in enumerate(trained) if is_trained]
         for stage in sorted(stages, key=lambda stage: stage not in here):
             with self.use(Need(stage=stage, parts=PARTS, changes=False), then=None) as buffer:
                 finish(stage, buffer)
                 if not math.isfinite(buffer.flat("weights").sum() + buffer.flat("ema").sum()):
                     raise FloatingPointError(f"stage {stage}")
-                self._waiting.save(files, stage, buffer, step)
+                self._tier.save(files, stage, buffer, step)
             for slot in self._slots:
-                slot.changed &= slot.stage != stage
+                slot.changed &= slot.block != stage
 
-    def close(self) -> None:
-        """Stop the I/O thread and give the room on disk back."""
-        self._io.shutdown(wait=True)
-        self._waiting.close()
-
-    def _slot_for(self, need: Need, keep: _Slot | None) -> _Slot:
+    def _slot_for(self, need: Need, *, keep: Slot | None) -> Slot:
         """The slot that has what is needed of a stage, or is about to."""
-        self._clock += 1
-        slot = next((slot for slot in self._slots if slot.stage == need.stage), None)
+        slot = self._holder(need.stage)
         if slot is None:
-            slot = min((slot for slot in self._slots if slot is not keep), key=lambda slot: slot.last_used)
-            self._hand_over(slot, slot.stage if slot.changed else None, need, need.parts)
-            slot.stage, slot.parts, slot.changed = need.stage, need.parts, False
+            slot = self._longest_unused(self._slots, keep=keep)
+            leaves = slot.block if slot.changed else None
+            if leaves is not None:
+                self.store.bytes_written += self._tier.offload_bytes(leaves)
+            self._hand_over(slot, partial(self._swap, slot.buffer, leaves, need.stage, need.parts))
+            slot.block, slot.parts, slot.changed = need.stage, need.parts, False
         elif missing := tuple(part for part in need.parts if part not in slot.parts):
-            self._hand_over(slot, None, need, missing)
+            self._hand_over(slot, partial(self._swap, slot.buffer, None, need.stage, missing))
             slot.parts = tuple(part for part in PARTS if part in (*slot.parts, *missing))
-        slot.last_used = self._clock
-        return slot
+        return self._use(slot)
 
-    def _hand_over(self, slot: _Slot, leaves: int | None, need: Need, parts: tuple[Part, ...]) -> None:
-        """Have the I/O thread put away the stage that leaves, and then fetch parts of another one."""
-        if leaves is not None:
-            self.store.bytes_written += self._waiting.disk_bytes(leaves)
-        former, slot.pending = slot.pending, None
-        slot.pending = self._io.submit(self._move, former, slot.buffer, leaves, need.stage, parts)
-
-    def _move(
-        self,
-        former: "Future[None] | None",
-        buffer: BlockBuffer,
-        leaves: int | None,
-        comes: int,
-        parts: tuple[Part, ...],
-    ) -> None:
-        if former is not None:
-            former.result()
+    def _swap(self, buffer: BlockBuffer, leaves: int | None, comes: int, parts: tuple[Part, ...]) -> None:
+        """Offload the stage that leaves a buffer, and then load parts of another one into it."""
         started = time.perf_counter()
         if leaves is not None:
-            self._waiting.put_away(leaves, buffer)
+            self._tier.offload(leaves, buffer)
         written = time.perf_counter()
-        self._waiting.fetch(comes, buffer, parts)
+        self._tier.load(comes, buffer, parts)
         self.times.store_s += written - started
         self.times.load_s += time.perf_counter() - written
-
-    def _wait(self, slot: _Slot) -> None:
-        if slot.pending is None:
-            return
-        started = time.perf_counter()
-        pending, slot.pending = slot.pending, None
-        pending.result()
-        self.times.stall_s += time.perf_counter() - started

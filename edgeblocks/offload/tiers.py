@@ -1,91 +1,243 @@
-"""Blocks between the disk and a device that has memory of its own: what waits in the host's memory, and how it moves.
+"""Where blocks and stages are while they are in no slot: on disk, or in the memory beside a device's.
 
-The first `ram_blocks` blocks have a copy each in the host's memory, from which they are loaded; the others pass through
-one buffer. Every block is written to disk after its visit wherever it lives, because what is only in memory would be
-lost with the power. The numbers are the file's at any time: a copy that may be half-written is never loaded.
+What survives a crash are the run's block files; `save` writes them. Stages of a network that is trained end to end
+change in every step, so between two checkpoints their newest bytes are kept in a swap file (`offload`), which is
+overwritten in place again and again and is worth nothing after a crash. Beside a device with memory of its own, the
+first blocks have a copy each in the host's memory, from which they are loaded; the others pass through one buffer.
 """
 
+import threading
 from collections.abc import Sequence
+from itertools import accumulate
+from pathlib import Path
+from typing import Protocol
 
 from edgeblocks.offload.block_buffer import PARTS, BlockBuffer, BlockLayout, Part, largest_of
 from edgeblocks.offload.block_files import BlockStore
 from edgeblocks.offload.device import Device
+from edgeblocks.offload.scratch import ScratchFile
 
 
-class HostBuffers:
-    """The host's memory for blocks: a copy of each of the first ones, and one buffer that the others pass through."""
+class BlockFiles(Protocol):
+    """Files that a block can be saved in: the run's (`BlockStore`), or those of its next checkpoint (`NextBlocks`)."""
 
-    def __init__(
-        self, layouts: Sequence[BlockLayout], device: Device, *, parts: Sequence[Part] = PARTS, copies: int = 0
-    ) -> None:
+    def write(self, block: int, buffer: BlockBuffer, step: int) -> None: ...
+
+
+class Tier(Protocol):
+    """Takes blocks from slots and gives them back as they were."""
+
+    store: BlockStore
+
+    def buffer(self) -> BlockBuffer:
+        """A slot's memory, for any of the blocks."""
+        ...
+
+    def load(self, block: int, buffer: BlockBuffer, parts: Sequence[Part] | None = None) -> int:
+        """Fill a slot's buffer, or some parts of it: with the bytes that were offloaded last, or as the file has them.
+
+        Returns:
+            The step of the block's file.
+
+        Raises:
+            RunError: the block file is damaged.
+            StorageError: the disk refused.
+        """
+        ...
+
+    def offload_bytes(self, block: int) -> int:
+        """What offloading this block writes to disk."""
+        ...
+
+    def offload(self, block: int, buffer: BlockBuffer) -> None:
+        """Keep all bytes of a block that are newer than its file. It was loaded from here before.
+
+        Raises:
+            StorageError: the disk refused.
+        """
+        ...
+
+    def save(self, files: BlockFiles, block: int, buffer: BlockBuffer, step: int) -> None:
+        """Write a block's file. New files must become the run's before the block is loaded again.
+
+        Raises:
+            StorageError: the disk refused.
+        """
+        ...
+
+    def close(self) -> None:
+        """Give the room on disk back."""
+        ...
+
+
+class SwapFile:
+    """The bytes of stages, each at its place in a scratch file."""
+
+    def __init__(self, folder: Path, layouts: Sequence[BlockLayout]) -> None:
+        self._file, self._layouts = ScratchFile(folder, "a stage"), tuple(layouts)
+        self._starts = [0, *accumulate(layout.num_bytes for layout in self._layouts)]
+
+    def write(self, stage: int, buffer: BlockBuffer) -> None:
+        """Keep all of a stage's bytes.
+
+        Raises:
+            StorageError: the disk refused.
+        """
+        self._file.write(self._starts[stage], buffer.content)
+
+    def read(self, stage: int, buffer: BlockBuffer, parts: Sequence[Part]) -> None:
+        """Fill some parts of a buffer.
+
+        Raises:
+            StorageError: the disk refused.
+        """
+        buffer.adopt_(self._layouts[stage])
+        for part in parts:
+            self._file.read(self._starts[stage] + buffer.layout.part_span(part)[0], buffer.part_bytes(part))
+
+    def close(self) -> None:
+        """Give the file's room back."""
+        self._file.close()
+
+
+class DiskTier:
+    """On disk, for slots in the processor's memory: in the run's block files, or newer ones in the swap file."""
+
+    def __init__(self, store: BlockStore, *, parts: Sequence[Part] = PARTS, swap: SwapFile | None = None) -> None:
         """
         Args:
-            copies: how many blocks, from the first one on, have one.
+            parts: of a block that come into a slot.
+            swap: for `offload`; None where blocks are only saved.
         """
-        self._layouts, self._device, self._parts = tuple(layouts), device, tuple(parts)
-        self._copies = [self._on_host(layout) for layout in self._layouts[:copies]]
-        passing = self._layouts[copies:]
-        self._staging = self._on_host(largest_of(passing, self._parts)) if passing else None
+        self.store, self._parts, self._swap = store, tuple(parts), swap
+        self._swapped: set[int] = set()
+        """Those whose newest bytes are in the swap file, as far as they are not in a slot."""
+        self.file_steps: dict[int, int] = {}
+        """The step of each block's file, when it was last read or written."""
 
-    def _on_host(self, layout: BlockLayout) -> BlockBuffer:
-        return BlockBuffer(layout, self._parts, allocate=self._device.host_memory).touched()
+    def buffer(self) -> BlockBuffer:
+        return self.store.buffer(self._parts)
 
-    def on_device(self) -> BlockBuffer:
-        """Memory on the device for any of the blocks."""
-        return BlockBuffer(largest_of(self._layouts, self._parts), self._parts, allocate=self._device.empty)
+    def load(self, block: int, buffer: BlockBuffer, parts: Sequence[Part] | None = None) -> int:
+        if block in self._swapped:
+            assert self._swap is not None
+            self._swap.read(block, buffer, parts or self._parts)
+        else:
+            self.file_steps[block] = self.store.read(block, buffer, parts)
+        return self.file_steps[block]
 
-    def has_copy(self, block: int) -> bool:
-        return block < len(self._copies)
+    def offload_bytes(self, block: int) -> int:
+        return self.store.layouts[block].num_bytes
 
-    def of(self, block: int) -> BlockBuffer:
-        """Its copy, or the buffer through which it passes."""
-        here = self._copies[block] if self.has_copy(block) else self._staging
-        assert here is not None
-        here.adopt_(self._layouts[block])
-        return here
+    def offload(self, block: int, buffer: BlockBuffer) -> None:
+        assert self._swap is not None
+        self._swap.write(block, buffer)
+        self._swapped.add(block)
 
-    def give(self, block: int, buffer: BlockBuffer, parts: Sequence[Part]) -> None:
-        """Fill some parts of a buffer on the device from the block's here."""
-        here = self.of(block)
-        buffer.adopt_(here.layout)
-        for part in parts:
-            self._device.copy_(buffer.part_bytes(part), here.part_bytes(part))
+    def save(self, files: BlockFiles, block: int, buffer: BlockBuffer, step: int) -> None:
+        files.write(block, buffer, step)
+        self._swapped.discard(block)
+        self.file_steps[block] = step
 
-    def take(self, block: int, buffer: BlockBuffer) -> BlockBuffer:
-        """The block's buffer here, with the bytes of one on the device."""
-        here = self.of(block)
-        self._device.copy_(here.content, buffer.content)
-        return here
+    def close(self) -> None:
+        if self._swap is not None:
+            self._swap.close()
 
 
 class HostTier:
-    """Reads and writes blocks as a `BlockStore` does, for buffers in a device's memory. One thread at a time."""
+    """In the host's memory and on disk, for slots in the memory of a device."""
 
     def __init__(
-        self, store: BlockStore, device: Device, *, parts: Sequence[Part] = PARTS, ram_blocks: int = 0
+        self,
+        store: BlockStore,
+        device: Device,
+        *,
+        parts: Sequence[Part] = PARTS,
+        swap: SwapFile | None = None,
+        ram_blocks: int = 0,
     ) -> None:
-        self.store, self.device, self.parts = store, device, tuple(parts)
-        self._host = HostBuffers(store.layouts, device, parts=parts, copies=ram_blocks)
-        self._steps: dict[int, int] = {}
-        """The step of each block whose copy is what its file is."""
+        """
+        Args:
+            ram_blocks: how many blocks, from the first one on, have a copy in the host's memory.
+        """
+        self.store, self.device, self._parts = store, device, tuple(parts)
+        self._disk = DiskTier(store, parts=parts, swap=swap)
+        self._copies = [self._on_host(layout) for layout in store.layouts[:ram_blocks]]
+        passing = store.layouts[ram_blocks:]
+        self._staging = self._on_host(largest_of(passing, self._parts)) if passing else None
+        """What the other blocks pass through."""
+        self._copied: set[int] = set()
+        """Blocks whose copy has their newest bytes, as far as they are not in a slot. One that may be half-written, or
+        ahead of a file that could not be written, is not among them and is never loaded."""
+        self._lock = threading.Lock()
+        """The training thread saves a stage while the I/O thread may still load another one, through one buffer."""
 
     def buffer(self) -> BlockBuffer:
-        """Memory on the device for any of the blocks."""
-        return self._host.on_device()
+        return BlockBuffer(largest_of(self.store.layouts, self._parts), self._parts, allocate=self.device.empty)
 
-    def read(self, block: int, buffer: BlockBuffer) -> int:
-        """Fill a buffer on the device and return the block's step; see `BlockStore.read`."""
-        step = self._steps.get(block)
-        if step is None:
-            step = self.store.read(block, self._host.of(block))
-            if self._host.has_copy(block):
-                self._steps[block] = step
-        self._host.give(block, buffer, self.parts)
-        return step
+    def load(self, block: int, buffer: BlockBuffer, parts: Sequence[Part] | None = None) -> int:
+        with self._lock:
+            here = self._host_buffer(block)
+            if not self._has_copy(block):
+                self._disk.load(block, here, parts)
+            elif block not in self._copied:
+                self._disk.load(block, here)
+                self._copied.add(block)
+            buffer.adopt_(here.layout)
+            for part in parts or self._parts:
+                self.device.copy_(buffer.part_bytes(part), here.part_bytes(part))
+            return self._disk.file_steps[block]
 
-    def write(self, block: int, buffer: BlockBuffer, step: int) -> None:
-        """Replace a block's file, and its copy if it has one, by a buffer on the device; see `BlockStore.write`."""
-        self._steps.pop(block, None)  # until the file is written the copy is ahead of it
-        self.store.write(block, self._host.take(block, buffer), step)
-        if self._host.has_copy(block):
-            self._steps[block] = step
+    def offload_bytes(self, block: int) -> int:
+        return 0 if self._has_copy(block) else self._disk.offload_bytes(block)
+
+    def offload(self, block: int, buffer: BlockBuffer) -> None:
+        with self._lock:
+            here = self._taken(block, buffer)
+            if self._has_copy(block):
+                self._copied.add(block)
+            else:
+                self._disk.offload(block, here)
+
+    def save(self, files: BlockFiles, block: int, buffer: BlockBuffer, step: int) -> None:
+        with self._lock:
+            self._copied.discard(block)  # until the file is written the copy is ahead of it
+            self._disk.save(files, block, self._taken(block, buffer), step)
+            if self._has_copy(block):
+                self._copied.add(block)
+
+    def close(self) -> None:
+        self._disk.close()
+
+    def _has_copy(self, block: int) -> bool:
+        return block < len(self._copies)
+
+    def _on_host(self, layout: BlockLayout) -> BlockBuffer:
+        return BlockBuffer(layout, self._parts, allocate=self.device.host_memory).touched()
+
+    def _host_buffer(self, block: int) -> BlockBuffer:
+        """The block's copy, or the buffer that it passes through."""
+        here = self._copies[block] if self._has_copy(block) else self._staging
+        assert here is not None
+        here.adopt_(self.store.layouts[block])
+        return here
+
+    def _taken(self, block: int, buffer: BlockBuffer) -> BlockBuffer:
+        """The block's buffer on the host, with the bytes of one on the device."""
+        here = self._host_buffer(block)
+        self.device.copy_(here.content, buffer.content)
+        return here
+
+
+def tier_of(
+    store: BlockStore,
+    device: Device | None,
+    *,
+    parts: Sequence[Part] = PARTS,
+    swap: SwapFile | None = None,
+    ram_blocks: int = 0,
+) -> Tier:
+    """Blocks for slots in a device's memory; None: in the processor's."""
+    if device is None:
+        return DiskTier(store, parts=parts, swap=swap)
+    return HostTier(store, device, parts=parts, swap=swap, ram_blocks=ram_blocks)

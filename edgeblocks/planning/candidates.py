@@ -4,9 +4,10 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict
 
+from edgeblocks.methods import imported
 from edgeblocks.planning.layer_costs import LayerCosts
 from edgeblocks.planning.memory import device_memory, host_budget_bytes, host_memory
-from edgeblocks.planning.pace import pace_of_blocks, pace_of_stages
+from edgeblocks.planning.pace import Pace
 from edgeblocks.planning.plans import Candidate, Machine, Wishes, micro_batches
 
 
@@ -14,7 +15,7 @@ def block_counts(num_layers: int, wishes: Wishes) -> list[int]:
     """Numbers of blocks worth comparing: the forced one, or the smallest for each size of the largest block."""
     if wishes.blocks is not None:
         return [wishes.blocks]
-    start = 1 if wishes.method == "exact" else min(wishes.preferred_blocks, num_layers)
+    start = min(wishes.preferred_blocks, num_layers) if wishes.method.cut_changes_result else 1
     counts: dict[int, int] = {}
     for blocks in range(start, num_layers + 1):
         counts.setdefault(math.ceil(num_layers / blocks), blocks)
@@ -65,7 +66,7 @@ def candidate(
         slots=slots,
     )
     host_breakdown, ram_blocks = host_memory(costs, machine, wishes, blocks, slots, block_bytes, micro_batch)
-    pace = (pace_of_stages if wishes.method == "exact" else pace_of_blocks)(
+    pace: Pace = imported(wishes.method.pace)(
         costs, machine, wishes, blocks, micro_batch, checkpointing, slots, ram_blocks, block_bytes
     )
     return Candidate(

@@ -48,7 +48,7 @@ def device_memory(
     parameters = costs.parameters(num_layers)
     moments = costs.moment_bytes(num_layers, wishes.optimizer)
     activations, gaps = step_memory(costs, machine, num_layers, micro_batch, checkpointing)
-    if wishes.method == "exact" and blocks > 1:
+    if wishes.method.trained_together and blocks > 1:
         gaps = max(gaps, int(GAPS_SHARE["staged"] * activations))
     drawn_bytes = batch_bytes(costs, wishes)
     breakdown = {
@@ -66,7 +66,7 @@ def device_memory(
         ),
         "slack": gaps + SLACK_BYTES,
     }
-    if wishes.method != "exact":
+    if not wishes.method.trained_together:
         del breakdown["boundaries"]
     breakdown["slack"] += int(SLACK_SHARE * (sum(breakdown.values()) - machine.runtime_bytes))
     breakdown["planning"] = max(0, machine.planning_bytes - sum(breakdown.values())) if machine.host is None else 0
@@ -76,11 +76,11 @@ def device_memory(
 def _boundary_bytes(costs: LayerCosts, wishes: Wishes, stages: int, micro_batch: int) -> int:
     """What a batch leaves at the stages' boundaries on its way forward, and one of them more on the way back.
 
-    On the way back a micro-batch has its gradient, and its product with what leaves a stage, beside; see `exact.Pass`.
-    These live on the heap, with gaps as the tensors of a step. Where they wait on disk there is the gradient alone, as
-    it comes and as it goes.
+    On the way back a micro-batch has its gradient, and its product with what leaves a stage, beside; see
+    `training.streamed_backward`. These live on the heap, with gaps as the tensors of a step. Where they wait on disk
+    there is the gradient alone, as it comes and as it goes.
     """
-    if wishes.method != "exact" or stages == 1:
+    if not wishes.method.trained_together or stages == 1:
         return 0
     lowest = wishes.trained_stages(stages).index(True)
     kept = stages - max(0, lowest - 1)  # what enters a stage below the lowest trained one is not needed again
@@ -95,7 +95,7 @@ def _boundary_bytes(costs: LayerCosts, wishes: Wishes, stages: int, micro_batch:
 
 def _ends_bytes(costs: LayerCosts, wishes: Wishes) -> int:
     """The copies of stem and readout that a look at a network holds, while its stages come and go."""
-    return 4 * costs.parameters(0) if wishes.method == "exact" else 0
+    return 4 * costs.parameters(0) if wishes.method.one_network else 0
 
 
 def host_memory(

@@ -15,10 +15,10 @@ def banner(prepared: "Prepared") -> str:
     """What will be trained, and how it fits the budget."""
     run, data, plan = prepared.settings.run, prepared.data_set, prepared.plan
     chosen = plan.chosen
-    unit = _unit(run.method)
+    method, unit = plan.method, plan.method.part
     lines = [
-        f"edgeblocks: {run.family} {run.preset}, {format_count(plan.parameters)} parameters in {chosen.blocks} "
-        f"{unit}{'s' if chosen.blocks > 1 else ''} "
+        f"edgeblocks: {run.family} {run.preset}, {format_count(plan.parameters)} parameters in "
+        f"{method.parts(chosen.blocks)} "
         f"of {'/'.join(str(count) for count in sorted(set(plan.layers), reverse=True))} layers"
         f"{_how_trained(plan)}",
         f"data: {data.source}, {data.describe()}",
@@ -27,7 +27,7 @@ def banner(prepared: "Prepared") -> str:
         f"checkpointing {'on' if chosen.checkpointing else 'off'}, {run.optimizer}, "
         + (
             f"saved every {chosen.visit_steps} steps, {_where(chosen, unit)}"
-            if run.method == "exact"
+            if method.trained_together
             else f"visits of {chosen.visit_steps} steps, {_where(chosen, unit)}"
         ),
         *_memory_lines(plan),
@@ -46,16 +46,11 @@ def _in_parts(chosen: "Candidate") -> str:
 
 def _how_trained(plan: "Plan") -> str:
     """What is said of stages behind their number."""
-    if plan.method == "diffusion":
+    if not plan.method.trained_together:
         return ""
     if plan.trained is None or len(plan.trained) == plan.chosen.blocks:
         return ", trained end to end"
     return f", of which {', '.join(map(str, plan.trained))} (the first is 0) trained end to end, the others frozen"
-
-
-def _unit(method: str) -> str:
-    """What the layers are cut into."""
-    return "stage" if method == "exact" else "block"
 
 
 def _where(chosen: "Candidate", unit: str) -> str:
@@ -108,9 +103,9 @@ def _time_line(prepared: "Prepared") -> str:
     """An estimate from measured speeds, or a bound from those of a profile."""
     plan, steps = prepared.plan, prepared.settings.run.steps
     total, written = format_duration(plan.predicted_s), format_bytes(plan.chosen.bytes_written)
-    which = f"{steps} steps" if plan.method == "exact" else f"{steps} steps of each block"
+    which = f"{steps} steps" if plan.method.trained_together else f"{steps} steps of each block"
     streamed = plan.chosen.slots < plan.chosen.blocks
-    moving = f"{plan.stall_share:.1%} of it moving {_unit(plan.method)}s, " if streamed else ""
+    moving = f"{plan.stall_share:.1%} of it moving {plan.method.part}s, " if streamed else ""
     if prepared.profile is None:
         return f"time: about {total} for {which}, {moving}about {written} written to disk"
     step = format_duration(plan.chosen.step_s + plan.chosen.streaming_s)
@@ -124,14 +119,14 @@ def _disk_line(plan: "Plan") -> str:
     """What lies on disk, and what wears it."""
     shorter = " (in all: the run takes less)" if plan.predicted_s < DAY_S else ""
     return (
-        f"on disk: {format_bytes(plan.chosen.disk_bytes)} (every {_unit(plan.method)}, and {_spare(plan)}); about "
+        f"on disk: {format_bytes(plan.chosen.disk_bytes)} (every {plan.method.part}, and {_spare(plan)}); about "
         f"{format_bytes(plan.written_a_day_bytes)} written a day{shorter}"
     )
 
 
 def _spare(plan: "Plan") -> str:
     """What lies on disk for a moment beside the files of all blocks."""
-    if plan.method == "diffusion":
+    if not plan.method.trained_together:
         return "one being written"
     return "while they are saved every one again" + (", and while they wait" if plan.chosen.tier == "disk" else "")
 
@@ -154,8 +149,10 @@ def plan_table(prepared: "Prepared") -> str:
     rows = [
         ["", "blocks", "layers", "micro-batch", "ckpt", *on_device, "visit", "fits", "peak MB", "=", *parts.values()]
     ]
-    if prepared.plan.method == "exact":
-        rows[0][1], rows[0][rows[0].index("visit")] = "stages", "saved"
+    method = prepared.plan.method
+    rows[0][1] = f"{method.part}s"
+    if method.trained_together:
+        rows[0][rows[0].index("visit")] = "saved"
     rows[0] += [*(["host MB"] if with_host else []), "step", "written"]
     for row in prepared.plan.candidates:
         rows.append(

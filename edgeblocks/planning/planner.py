@@ -51,7 +51,7 @@ def make_plan(costs: LayerCosts, machine: Machine, wishes: Wishes) -> Plan:
             f"least one; use 1 to {costs.num_layers}"
         )
     assert machine.host is not None or wishes.ram_budget_bytes is None, "a RAM budget needs a machine with a host"
-    if wishes.method == "exact" and wishes.boundaries is None:
+    if wishes.method.trained_together and wishes.boundaries is None:
         with contextlib.suppress(DoesNotFitError):
             return make_plan(costs, machine, replace(wishes, boundaries="ram"))
         wishes = replace(wishes, boundaries="disk")
@@ -67,7 +67,7 @@ def make_plan(costs: LayerCosts, machine: Machine, wishes: Wishes) -> Plan:
     fitting_rows = [row for row in rows if row.fits]
     if not fitting_rows:
         raise _does_not_fit(costs, machine, wishes)
-    chosen = _best(fitting_rows, wishes) if wishes.method == "exact" else fitting_rows[0]
+    chosen = fitting_rows[0] if wishes.method.cut_changes_result else _best(fitting_rows, wishes)
     layers = split_layers(costs.num_layers, chosen.blocks)
     return Plan(
         chosen=chosen,
@@ -113,14 +113,14 @@ def _with_a_cut(costs: LayerCosts, machine: Machine, wishes: Wishes) -> Wishes:
 def _best(options: Sequence[Candidate], wishes: Wishes) -> Candidate:
     """The one that takes least time, of which streaming is a part; the largest micro-batch where times are equal.
 
-    A cut into stages changes no number, and moving stages wears the disk: among ways that are about as fast as the
+    Parts that are trained together move in every step, which wears the disk: among ways that are about as fast as the
     fastest, the one that writes least.
     """
 
     def time(option: Candidate) -> tuple[float, int]:
         return option.step_s + option.streaming_s, -option.micro_batch
 
-    if wishes.method == "diffusion":
+    if not wishes.method.trained_together:
         return min(options, key=time)
     longest_s = ABOUT_AS_FAST * min(time(option)[0] for option in options)
     fast = [option for option in options if time(option)[0] <= longest_s]
@@ -129,7 +129,7 @@ def _best(options: Sequence[Candidate], wishes: Wishes) -> Candidate:
 
 def _parameters(costs: LayerCosts, wishes: Wishes, layers: Sequence[int]) -> int:
     """Of all blocks, each with a stem and a readout of its own; or of the one network that is cut into stages."""
-    return sum(map(costs.parameters, layers)) if wishes.method == "diffusion" else costs.parameters(costs.num_layers)
+    return sum(map(costs.parameters, wishes.method.denoisers(layers)))
 
 
 def _shapes(costs: LayerCosts, machine: Machine, wishes: Wishes, chosen: Candidate) -> tuple[StepShape, ...]:
@@ -154,7 +154,7 @@ def _look_micro_batch(costs: LayerCosts, machine: Machine, wishes: Wishes, chose
     memory than a training step. A block stays for all micro-batches, and there the step's own will do.
     """
     found = chosen.micro_batch
-    if wishes.method == "diffusion":
+    if not wishes.method.one_network:
         return found
     room = chosen.breakdown["activations"] + chosen.breakdown["evaluation"]
     for size in micro_batches(wishes.batch):

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-from edgeblocks.methods import BoundaryDtype, BoundaryTier, Clipping, Method
+from edgeblocks.methods import DIFFUSION, BoundaryDtype, BoundaryTier, Clipping, Method
 
 DAY_S = 86_400.0
 UPDATE_S_PER_PARAMETER = 8e-9
@@ -58,7 +58,7 @@ class Wishes:
     steps: int
     optimizer: Literal["adamw8bit", "adamw"]
     preferred_blocks: int
-    method: Method = "diffusion"
+    method: Method = DIFFUSION
     blocks: int | None = None
     trained: tuple[int, ...] | None = None
     """Numbers of the stages that are trained end to end, the others being frozen; None: all."""
@@ -166,7 +166,7 @@ class Plan:
     parameters: int
     optimizer: str
     machine: Machine
-    method: Method = "diffusion"
+    method: Method = DIFFUSION
     trained: tuple[int, ...] | None = None
     """Stages that are trained, where others are frozen."""
     boundary_disk_bytes: int = 0
@@ -178,7 +178,7 @@ class Plan:
     @property
     def computing_s(self) -> float:
         """Of all steps, those of each block or those of the whole network."""
-        return (1 if self.method == "exact" else self.chosen.blocks) * self.steps * self.chosen.step_s
+        return self.method.trained_apart(self.chosen.blocks) * self.steps * self.chosen.step_s
 
     @property
     def predicted_s(self) -> float:
@@ -213,7 +213,7 @@ class Plan:
             "checkpointing": chosen.checkpointing,
             "optimizer": self.optimizer,
             "precision": "fp32",
-            "method": self.method,
+            "method": self.method.name,
             **({} if self.trained is None else {"trained_blocks": list(self.trained)}),
             **({"boundary_disk_bytes": self.boundary_disk_bytes} if self.boundary_disk_bytes else {}),
             "tiers": chosen.tiers,

@@ -8,10 +8,10 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import resources
-from typing import Any, Literal
+from typing import Any
 
 from edgeblocks.errors import ConfigError, DoesNotFitError
-from edgeblocks.methods import Method
+from edgeblocks.methods import MethodName
 from edgeblocks.units import format_bytes, format_duration
 
 TABLE = "docs/methods.md"
@@ -46,7 +46,7 @@ class Measured:
         return ahead > 2 * self.error
 
     @property
-    def better(self) -> Method | None:
+    def better(self) -> MethodName | None:
         """The method that is better by more than the measurement's noise."""
         if abs(self.diffusion - self.exact) <= 2 * self.error:
             return None
@@ -65,7 +65,7 @@ class Option:
 class Recommendation:
     """A method and why; None where nothing speaks for one."""
 
-    method: Method | None
+    method: MethodName | None
     reason: str
 
     def line(self) -> str:
@@ -96,22 +96,22 @@ def option(plan: Callable[[], Any]) -> Option:
         return Option(obstacle=error.problems[0].partition(";")[0].removeprefix("--method exact: "))
 
 
-def recommendation(found: Measured | None, options: dict[Method, Option]) -> Recommendation | None:
+def recommendation(found: Measured | None, options: dict[MethodName, Option]) -> Recommendation | None:
     """The better method where one is, else the faster one; None where neither can be taken."""
     possible = {method: one.seconds for method, one in options.items() if one.seconds is not None}
     if not possible:
         return None
     if len(possible) == 1:
         (method,) = possible
-        other: Literal["diffusion", "exact"] = "exact" if method == "diffusion" else "diffusion"
-        return Recommendation(method=method, reason=f"{other} cannot be taken: {options[other].obstacle}")
-    faster: Method = min(possible, key=lambda method: possible[method])
+        obstacles = [f"{name} cannot be taken: {one.obstacle}" for name, one in options.items() if name != method]
+        return Recommendation(method=method, reason="; ".join(obstacles))
+    faster: MethodName = min(possible, key=lambda method: possible[method])
     if found is None:
         return Recommendation(
             method=None, reason="nothing was measured of this family; see for yourself with edgeblocks compare"
         )
     method = found.better or faster
-    other = "exact" if method == "diffusion" else "diffusion"
+    other = next(name for name in possible if name != method)
     own, others = getattr(found, method), getattr(found, other)
     times = f"{format_duration(possible[method])} against {format_duration(possible[other])}"
     if found.better is None:

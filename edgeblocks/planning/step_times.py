@@ -101,7 +101,7 @@ def _moved_bytes(traffic: Traffic, weights_bytes: int, rest_bytes: int) -> tuple
 
 def boundary_disk_bytes(costs: LayerCosts, wishes: Wishes, stages: int) -> int:
     """What a step writes of what enters the stages, all but the first; it is read on the way on and on the way back."""
-    if wishes.boundaries != "disk" or wishes.method != "exact":
+    if wishes.boundaries != "disk" or not wishes.method.trained_together:
         return 0
     hidden_bytes = costs.hidden_bytes_per_sample // (2 if wishes.boundary_dtype == "bfloat16" else 1)
     return (stages - 1) * wishes.batch * hidden_bytes

@@ -30,9 +30,9 @@ def plan_warnings(
         others: for each number of blocks the best that fits.
         cut_by_budget: the user left the number of blocks to the planner.
     """
-    found, num_layers, exact = [], costs.num_layers, wishes.method == "exact"
+    found, num_layers, method = [], costs.num_layers, wishes.method
     holds_stages = "--mem-budget" if machine.host is None or chosen.tier == "ram" else "--mem-budget or --ram-budget"
-    if not exact and chosen.layers_per_block < min(FEWEST_GOOD_LAYERS, num_layers):
+    if method.cut_changes_result and chosen.layers_per_block < min(FEWEST_GOOD_LAYERS, num_layers):
         found.append(
             f"{chosen.layers_per_block} layer(s) a block: fewer than {FEWEST_GOOD_LAYERS} cost quality, because a "
             f"block denoises alone with the layers it has (ImageNet FID in the paper: 3 blocks 11.1, 6 blocks 14.4). "
@@ -42,9 +42,9 @@ def plan_warnings(
                 else "More layers (--set depth=..) or fewer --blocks give deeper ones"
             )
         )
-    if not exact and wishes.blocks is None and chosen.blocks > wishes.preferred_blocks:
+    if method.cut_changes_result and wishes.blocks is None and chosen.blocks > wishes.preferred_blocks:
         found.append(f"{chosen.blocks} blocks instead of the preferred {wishes.preferred_blocks}: fewer do not fit")
-    faster = None if exact else _much_faster_cut(chosen, others)
+    faster = _much_faster_cut(chosen, others) if method.cut_changes_result else None
     if faster is not None:
         blocks, share = faster
         found.append(
@@ -61,7 +61,7 @@ def plan_warnings(
             "what enters each stage waits on disk: it is written once and read twice in every step; a larger "
             "--mem-budget keeps it in memory, --set boundary_dtype=bfloat16 halves it"
         )
-    if exact and chosen.slots < chosen.blocks and _stall(chosen) > TOLD_STALL:
+    if method.trained_together and chosen.slots < chosen.blocks and _stall(chosen) > TOLD_STALL:
         hiding = _hiding_batch(costs, machine, wishes, chosen)
         waited_for = "the disk" if chosen.tier == "disk" else "the link to the host"
         found.append(
@@ -76,7 +76,7 @@ def plan_warnings(
             f"network elsewhere; --blocks {chosen.blocks} fixes the cut"
         )
     if wishes.max_disk_writes is not None and chosen.bytes_written > wishes.max_disk_writes:
-        swaps = exact and chosen.tier == "disk"
+        swaps = method.trained_together and chosen.tier == "disk"
         larger = f"{holds_stages} that holds more stages" if swaps else "visit_steps"
         found.append(
             f"the run would write {format_bytes(chosen.bytes_written)} to disk and will end, saved, before it has "

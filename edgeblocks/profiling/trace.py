@@ -26,6 +26,7 @@ from types import ModuleType
 from typing import Any, get_args
 
 from edgeblocks.errors import EdgeblocksError
+from edgeblocks.methods import MethodName
 from edgeblocks.planning.layer_costs import Growth, LayerCosts, StepCost
 from edgeblocks.registry import build_family, build_target, import_own_family, own_family
 
@@ -39,7 +40,7 @@ def trace_in_subprocess(
     data: dict[str, Any],
     sample_counts: Sequence[int],
     *,
-    method: str = "diffusion",
+    method: MethodName = "diffusion",
     cache: Path | None = None,
 ) -> tuple[LayerCosts, int]:
     """`LayerCosts` of a family, traced by a child process that leaves nothing behind in this one; and the child's peak.

@@ -10,6 +10,7 @@ from typing import Any
 
 from markupsafe import Markup
 
+from edgeblocks.methods import METHODS
 from edgeblocks.report import page
 from edgeblocks.report.bars import Part, stacked_bar
 from edgeblocks.report.figures import Reference, Series, line_figure
@@ -207,7 +208,7 @@ def _time_bars(arms: dict[str, list[Row]]) -> list[Markup]:
             Part(label="other: evaluation, saving", value=split["other"]),
         ]
         count = rows[0]["blocks"]
-        unit = "stage" if name == "exact" else "block"
+        unit = METHODS[name].part if name in METHODS else "block"
         caption = f"{format_count(count)} {unit}{'s' if count > 1 else ''}; the whole process's time."
         bars.append(stacked_bar(parts, title=f"Time of {name}", write=format_duration, caption=caption))
     return bars

@@ -15,11 +15,11 @@ SCORES = {"accuracy": "share of tokens guessed right", "top1": "share of images 
 
 def loss_figure(facts: RunFacts) -> Markup:
     """Training loss against steps, a line for each block."""
-    count = 1 if facts.directory.is_exact else len(facts.directory.file_layers)
+    count = facts.directory.method.trained_apart(len(facts.directory.file_layers))
     series = []
     for block in range(count):
         records = facts.of_block(block)
-        label = "the whole network" if facts.directory.is_exact else f"block {block}"
+        label = "the whole network" if facts.directory.method.trained_together else f"block {block}"
         x, y = [record.step for record in records], [record.loss for record in records]
         if records:
             series.append(Series(label=label, x=x, y=y, smooth=True))
@@ -27,7 +27,7 @@ def loss_figure(facts: RunFacts) -> Markup:
     return line_figure(
         series,
         title="Training loss",
-        x_label="steps of the network" if facts.directory.is_exact else "steps of the block",
+        x_label="steps of the network" if facts.directory.method.trained_together else "steps of the block",
         y_label="loss of a step's batch",
         log_y=_spans_a_decade(series),
         caption=f"{order}Faint: single steps; strong: their moving mean. Losses at different noise are not comparable."
@@ -71,7 +71,7 @@ def _level_figure(facts: RunFacts, levels: Sequence[LevelFields], name: str, *, 
     for block in sorted({level.block for level in levels}):
         own = sorted((level for level in levels if level.block == block), key=lambda level: level.sigma)
         y = [level.loss if name == "loss" else level.scores.get(name, float("nan")) for level in own]
-        label = "the whole network" if facts.directory.is_exact else f"block {block}"
+        label = "the whole network" if facts.directory.method.trained_together else f"block {block}"
         series.append(Series(label=label, x=[level.sigma for level in own], y=y, marks=True))
     masked = facts.directory.family().task == "text"
     examples = "" if found is None or found.images is None else f"{found.images} examples"

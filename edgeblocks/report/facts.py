@@ -146,7 +146,7 @@ class RunFacts:
     @property
     def unit(self) -> str:
         """What the layers are cut into."""
-        return "stage" if self.directory.is_exact else "block"
+        return self.directory.method.part
 
     @property
     def is_resumed(self) -> bool:
@@ -210,7 +210,7 @@ def _saved(
         of_file = [0] * count
         for record in records:
             of_file[record.block] = max(of_file[record.block], record.step)
-        return tuple(of_file[:1] * count if directory.is_exact else of_file), None
+        return tuple(of_file[:1] * count if directory.method.trained_together else of_file), None
     return tuple(header.step for header in headers), max(header.run_bytes_written for header in headers)
 
 

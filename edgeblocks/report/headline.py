@@ -30,7 +30,7 @@ def _verdict(facts: RunFacts) -> str:
     """Finished inside its budget, or how far it is."""
     run, wanted = facts.directory, f"{facts.num_steps:,}"
     count = len(run.file_layers)
-    what = "the network, end to end," if run.is_exact else "each block" if count > 1 else "the block"
+    what = "the network, end to end," if run.method.trained_together else "each block" if count > 1 else "the block"
     if facts.summary is not None:
         budget_bytes = facts.summary.budget_bytes or run.plan["budget_bytes"]
         peak, budget = format_bytes(facts.summary.peak_bytes), format_bytes(budget_bytes)
@@ -40,7 +40,7 @@ def _verdict(facts: RunFacts) -> str:
         return f"Finished, over its budget: {what} made {wanted} steps; peak memory {peak}, the budget was {budget}"
     if min(facts.steps) >= facts.num_steps:
         return f"Not finished: {what} made {wanted} steps, the evaluation at the end is missing"
-    if run.is_exact or len(set(facts.steps)) == 1:
+    if run.method.trained_together or len(set(facts.steps)) == 1:
         return f"Not finished: saved at step {facts.steps[0]:,} of {wanted}"
     steps = ", ".join(f"{step:,}" for step in facts.steps)
     return f"Not finished: the blocks are saved at steps {steps} of {wanted}"
@@ -72,7 +72,7 @@ def _tiles(facts: RunFacts) -> list[tuple[str, str, str]]:
 def _progress_tile(facts: RunFacts) -> tuple[str, str, str]:
     """Of an unfinished run, counted over all blocks, which may be at different steps."""
     done, wanted, unit = sum(facts.steps), facts.num_steps * len(facts.steps), "block steps"
-    if facts.directory.is_exact:
+    if facts.directory.method.trained_together:
         done, wanted, unit = facts.steps[0], facts.num_steps, "steps"
     return ("saved so far", f"{done / wanted:.0%}", f"{done:,} of {wanted:,} {unit}")
 

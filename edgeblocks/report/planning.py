@@ -37,7 +37,7 @@ def plan_table(facts: RunFacts) -> Markup:
     if "ram_budget_bytes" in plan:
         planned, host = plan.get("predicted_host_peak_bytes"), None if summary is None else summary.ram_peak_bytes
         rows.append(_row("peak of the host", planned, host, format_bytes, limit=plan["ram_budget_bytes"]))
-    step = "step" if run.is_exact else "step of a block"
+    step = "step" if run.method.trained_together else "step of a block"
     rows.append(_row(step, plan.get("predicted_step_s"), _step_s(facts), format_duration))
     planned, allowed = None if chosen is None else chosen.bytes_written, run.settings.run.max_disk_writes
     limit = None if allowed is None else parse_size(allowed)
@@ -145,7 +145,7 @@ def block_table(facts: RunFacts, *, wide: bool) -> list[Markup]:
         wide: whether it stands alone in its row.
     """
     run, summary = facts.directory, facts.summary
-    if run.is_exact:
+    if run.method.one_network:
         return [] if summary is None else [_score_table(summary, wide=wide)]
     rows = []
     for block, (layers, noise) in enumerate(zip(run.file_layers, run.partition.ranges, strict=True)):

@@ -29,7 +29,7 @@ def _describe_run(path: Path) -> dict[str, Any]:
     run = open_run(path)
     store = run.store()
     steps = run.saved_steps(store)
-    unit = "stage" if run.is_exact else "block"
+    unit = run.method.part
     described = {
         "kind": "run",
         "family": run.settings.run.family,

@@ -22,6 +22,7 @@ from edgeblocks.diffusion.noise import NoisePartition, partition_noise
 from edgeblocks.errors import ConfigError, RunError
 from edgeblocks.files.durable import sync, write_atomically
 from edgeblocks.files.untrusted import shown
+from edgeblocks.methods import METHODS, Method
 from edgeblocks.offload.block_buffer import BlockLayout
 from edgeblocks.offload.block_files import BlockStore, storage_error
 from edgeblocks.offload.sections import Section, blocks_of, network_of, stages_of, tensor_name
@@ -73,12 +74,12 @@ class RunDirectory:
     @property
     def layers(self) -> tuple[int, ...]:
         """Layers of each denoiser: of each block, or of the one that stages trained end to end make together."""
-        return (sum(self.file_layers),) if self.is_exact else self.file_layers
+        return self.method.denoisers(self.file_layers)
 
     @property
     def sections(self) -> tuple[Section, ...]:
         """What is in each block file."""
-        return (stages_of if self.is_exact else blocks_of)(self.file_layers)
+        return (stages_of if self.method.one_network else blocks_of)(self.file_layers)
 
     @property
     def trained(self) -> tuple[bool, ...]:
@@ -97,13 +98,13 @@ class RunDirectory:
         return [step if trained else least for step, trained in zip(steps, self.trained, strict=True)]
 
     @property
-    def is_exact(self) -> bool:
-        """Whether the block files hold stages of one network."""
-        return self.settings.run.method == "exact"
+    def method(self) -> Method:
+        """How it is trained."""
+        return METHODS[self.settings.run.method]
 
     def tensor_name(self, block: int, name: str) -> str:
         """What a block's parameter is called in a file of all weights."""
-        return tensor_name(block, name, self.file_layers, end_to_end=self.is_exact)
+        return tensor_name(block, name, self.file_layers, one_network=self.method.one_network)
 
     @property
     def partition(self) -> NoisePartition:
@@ -127,7 +128,7 @@ class RunDirectory:
                 network = network_of(family, section)
             layouts[section, trained] = BlockLayout.of(network, self.settings.run.optimizer, frozen=not trained)
         of_blocks = [layouts[kind] for kind in kinds]
-        return BlockStore(self.blocks_folder, of_blocks, self.run_id, trained_together=self.is_exact)
+        return BlockStore(self.blocks_folder, of_blocks, self.run_id, trained_together=self.method.trained_together)
 
     @property
     def blocks_folder(self) -> Path:

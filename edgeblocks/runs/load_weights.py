@@ -14,6 +14,7 @@ from edgeblocks.config import RunSettings
 from edgeblocks.errors import ConfigError, RunError
 from edgeblocks.files.tensor_file import READABLE, TensorFile
 from edgeblocks.files.untrusted import MalformedFileError, shown
+from edgeblocks.methods import METHODS
 from edgeblocks.offload.sections import Section, blocks_of, network_of, stages_of, tensor_name
 
 _NAMES_SHOWN = 8
@@ -66,12 +67,12 @@ def initial_weights_of(run: RunSettings, family: Any, layers: Sequence[int]) -> 
                 f"init_fresh out"
             )
         return None
-    end_to_end = run.method == "exact"
+    one_network = METHODS[run.method].one_network
     return open_initial_weights(
         Path(run.init).expanduser(),
         family,
-        (stages_of if end_to_end else blocks_of)(layers),
-        partial(tensor_name, layers=tuple(layers), end_to_end=end_to_end),
+        (stages_of if one_network else blocks_of)(layers),
+        partial(tensor_name, layers=tuple(layers), one_network=one_network),
         fresh=[part.strip() for part in (run.init_fresh or "").split(",") if part.strip()],
     )
 
@@ -160,8 +161,10 @@ def _differences(
     """In what a file differs from what is wanted of it; `shapes` are those of the whole network."""
     there = file.tensors
     if wanted and _is_of_blocks(there) != _is_of_blocks(wanted):
-        other = ("exact", "one network") if _is_of_blocks(wanted) else ("diffusion", "blocks that are trained alone")
-        return [f"it has the names of {other[1]}; use --method {other[0]}, or write the tensors under other names"]
+        is_whole = _is_of_blocks(wanted)
+        what = "one network" if is_whole else "blocks that are trained alone"
+        methods = " or ".join(f"--method {one.name}" for one in METHODS.values() if one.one_network == is_whole)
+        return [f"it has the names of {what}; use {methods}, or write the tensors under other names"]
     missing = [name for name in wanted if name not in there]
     extra = [name for name in there if name not in shapes]
     reshaped = [name for name, shape in wanted.items() if name in there and there[name].shape != shape]

@@ -28,7 +28,7 @@ def write_weights(run: RunDirectory, out: Path, *, last: bool) -> dict[str, Any]
     if out.suffix != ".safetensors":
         raise ConfigError(f"-o {out}: weights are written as safetensors; give a name that ends in .safetensors")
     store, part = run.store(), _part(last)
-    if run.is_exact:
+    if run.method.trained_together:
         check_whole(run, store)
     entries = [(block, entry) for block, layout in enumerate(store.layouts) for entry in layout.of_part(part)]
     header = encode_header(_table(run, entries, part), {"format": "pt"})
@@ -65,5 +65,5 @@ def _pieces(run: RunDirectory, store: BlockStore, header: bytes, part: Part) -> 
         if trained:
             steps.add(step)
         yield bytes_of(buffer.content)
-    if run.is_exact and len(steps) > 1:
+    if run.method.trained_together and len(steps) > 1:
         raise RunError(f"{run.path} was saved while its weights were read, and they do not belong together; try again")

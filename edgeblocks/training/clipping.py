@@ -22,11 +22,11 @@ from edgeblocks.offload.scratch import Scratch
 from edgeblocks.offload.slots import StreamTimes
 from edgeblocks.optim.update import clip_
 
-Learn = Callable[[BlockBuffer, Tensor, int], None]
+Update = Callable[[BlockBuffer, Tensor, int], None]
 """Updates a stage with its flat gradient in the step of that number, counted from 0."""
 
 
-class StageUpdates(Protocol):
+class Clipping(Protocol):
     """What the trainer tells of each stage's gradient."""
 
     step_bytes: int
@@ -53,17 +53,17 @@ class StageUpdates(Protocol):
         ...
 
 
-class UpdatedAtOnce:
+class ClipByStage:
     """Each stage is clipped by its own norm and updated as soon as its gradient is complete."""
 
     step_bytes = 0
 
-    def __init__(self, gradients: Tensor, learn: Learn, *, clip: float) -> None:
+    def __init__(self, gradients: Tensor, update: Update, *, clip: float) -> None:
         """
         Args:
             gradients: float32, where the gradient of the stage in use lies flat.
         """
-        self._gradients, self._learn, self._clip = gradients, learn, clip
+        self._gradients, self._update, self._clip = gradients, update, clip
         self._squares = 0.0
 
     def finish(self, stage: int, buffer: BlockBuffer) -> None:
@@ -73,20 +73,20 @@ class UpdatedAtOnce:
         gradients = self._gradients[: buffer.layout.num_parameters]
         norm = _finite(clip_(gradients, self._clip))
         self._squares += norm**2
-        self._learn(buffer, gradients, step)
+        self._update(buffer, gradients, step)
 
     def end_step(self, step: int) -> float:
         norm, self._squares = math.sqrt(self._squares), 0.0
         return norm
 
 
-class UpdatedLater:
+class ClipByNetwork:
     """All stages are clipped by the norm of the whole gradient, and each is updated when it is used next."""
 
     def __init__(
         self,
         gradients: Tensor,
-        learn: Learn,
+        update: Update,
         *,
         clip: float,
         file: Scratch,
@@ -101,7 +101,7 @@ class UpdatedLater:
             layouts, trained: of all stages.
             times: what writing and reading takes is added to it, since nothing is computed meanwhile.
         """
-        self._gradients, self._learn, self._clip, self._times = gradients, learn, clip, times
+        self._gradients, self._update, self._clip, self._times = gradients, update, clip, times
         self._file = file
         sizes = [4 * layout.num_parameters * one for layout, one in zip(layouts, trained, strict=True)]
         self._starts, self.step_bytes = [0, *accumulate(sizes)], sum(sizes)
@@ -119,7 +119,7 @@ class UpdatedLater:
         started = time.perf_counter()
         self._file.read(self._starts[stage], gradients.view(torch.uint8))
         self._times.waited_for_loading(started)
-        self._learn(buffer, gradients.mul_(self._scale), self._step)
+        self._update(buffer, gradients.mul_(self._scale), self._step)
         self._waiting.remove(stage)
 
     def complete(self, stage: int, network: nn.Module, buffer: BlockBuffer, step: int) -> None:

@@ -1,302 +1,189 @@
-"""End-to-end training, stage by stage: steps, updates, checkpoints."""
+"""End-to-end training: the true gradients of the whole network, of which some stages are in memory at a time.
+
+A step sends the batch forward through the stages and the gradient back through them (`streamed_backward`); a stage is
+updated when its gradient is complete, or when it is used next (`clipping`).
+"""
 
 import math
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
+from typing import Self
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from edgeblocks.data.dataset import DataSet
-from edgeblocks.errors import EdgeblocksError, OutOfBudgetError, WriteLimitError
-from edgeblocks.offload.block_buffer import BlockBuffer, bind_parameters_
+from edgeblocks.inference.staged_weights import StagedEma
+from edgeblocks.offload.block_buffer import BlockBuffer
+from edgeblocks.offload.block_files import BlockStore
 from edgeblocks.offload.checkpoint import NextBlocks
 from edgeblocks.offload.device import Device
 from edgeblocks.offload.scratch import DeviceScratchFile, Scratch, ScratchFile
 from edgeblocks.offload.sections import network_of
 from edgeblocks.offload.stage_slots import Need, StageSlots
-from edgeblocks.optim.adamw import Workspace
-from edgeblocks.optim.update import adamw_, ema_exponent, follow_, learning_rate_at
+from edgeblocks.offload.tiers import SwapFile, tier_of
 from edgeblocks.planning.plans import StepShape
 from edgeblocks.planning.stage_order import traffic_of_a_step, uses_of_a_step
-from edgeblocks.progress import Progress
 from edgeblocks.runs.directory import RunDirectory
-from edgeblocks.training.batches import Batches, drawing, helper_for
+from edgeblocks.training.batches import Batches
 from edgeblocks.training.boundaries import InMemory, OnDisk
-from edgeblocks.training.clipping import StageUpdates, UpdatedAtOnce, UpdatedLater
-from edgeblocks.training.diffusion import METRICS_RECORDS
-from edgeblocks.training.guard import Guard, is_refusal
-from edgeblocks.training.interruption import Interruption
-from edgeblocks.training.streamed_backward import Pass
-from edgeblocks.units import format_bytes, parse_size
+from edgeblocks.training.clipping import ClipByNetwork, ClipByStage, Clipping
+from edgeblocks.training.guard import Guard
+from edgeblocks.training.loop import StepTimer, Trainer, Visit
+from edgeblocks.training.streamed_backward import StreamedBackward
 
 
-class ExactTrainer:
+class ExactTrainer(Trainer):
     """Trains all stages of one run together."""
 
     def __init__(
-        self, run: RunDirectory, data: DataSet, slots: StageSlots, guard: Guard, *, beside_host: Device | None = None
+        self, run: RunDirectory, data: DataSet, slots: StageSlots, guard: Guard, *, device: Device | None = None
     ) -> None:
         """
         Args:
-            beside_host: the device that the slots are on, where it has memory of its own.
+            device: the one that the slots are on, where it has memory of its own.
         """
-        self.run, self.data, self.slots, self.guard = run, data, slots, guard
-        self.settings, self.family = run.settings.run, run.family()
-        (self.range,) = run.partition.ranges
-        self.store, self.layouts = slots.store, slots.store.layouts
-        self.device = slots.device
+        super().__init__(run, data, slots, guard)
+        self.slots, self._ema = slots, StagedEma(slots, run.file_layers)
         self._trained, self._late = run.trained, self.settings.clip_by == "network"
         self._uses = uses_of_a_step(self._trained, late=self._late)
-        most = max(layout.num_parameters for layout, one in zip(self.layouts, self._trained, strict=True) if one)
-        self._gradients = torch.empty(most, device=self.device).zero_()  # touched at once
-        quantized = any(layout.num_quantized for layout in self.layouts)
-        self._workspace = Workspace.for_device(self.device) if quantized else None
-        self._ema_exponent = ema_exponent(self.settings.ema_length)
-        self._metrics_every = max(1, self.settings.steps // METRICS_RECORDS)
-        self._updates = self._updates_of(self._gradients, beside_host)
+        self._clipping = self._clipping_by_settings(device)
         self._boundary_bytes = int(run.plan.get("boundary_disk_bytes", 0))
-        """Written in every step of what enters the stages."""
-        self._boundaries = self._boundaries_on_disk() if self._boundary_bytes else None
-        batch, seed = self.settings.batch, self.settings.seed
-        draw = drawing(self.family, data, self.range, batch=batch, seed=seed, block=0)
-        self._batches = Batches(draw, last=self.settings.steps, helper=helper_for(self.device))
-        self._changing = False
-        """Whether some stages have made a step that others have not."""
+        """Written in every step: the activations at the stage boundaries, where these wait on disk."""
+        self._boundaries_on_disk: OnDisk | None = None
+        if self._boundary_bytes:
+            self._boundaries_on_disk = OnDisk(
+                self.settings.batch, self.store.folder, self.times, dtype=self.settings.boundary_dtype
+            )
+        self._is_whole = True
         self._networks: dict[tuple[int, int], nn.Module] = {}
-        self.progress = Progress(
-            block=None,
-            budget_bytes=int(run.plan["budget_bytes"]),
-            bytes_written=self.store.run_bytes_written,
-            example="img" if self.family.reads == "images" else "seq",
-            earlier_s=run.trained_s(),
-        )
         self._saved = self.progress.step = min(run.saved_steps(self.store))
 
-    def train(
-        self,
-        interruption: Interruption,
-        *,
-        on_step: Callable[[Progress], None],
-        between_visits: Callable[[Sequence[int]], None],
-    ) -> list[int]:
-        """Train to the last step, or until interrupted; returns the step of each stage, frozen or not.
+    @classmethod
+    def open(cls, run: RunDirectory, data: DataSet, store: BlockStore, guard: Guard, device: Device | None) -> Self:
+        swap = SwapFile(run.blocks_folder, store.layouts)
+        tier = tier_of(store, device, swap=swap, ram_blocks=run.plan.get("ram_blocks", 0))
+        return cls(run, data, StageSlots(tier, slots=run.plan["slots"]), guard, device=device)
 
-        Args:
-            on_step: called after every step.
-            between_visits: called with the steps of all stages when they have been written.
+    @property
+    def ema(self) -> StagedEma:
+        return self._ema
 
-        Raises:
-            EdgeblocksError: the loss is no longer finite; the run is as it was at its last checkpoint.
-            OutOfBudgetError: memory ran out and nothing was left to shrink; the same.
-        """
-        settings, store, every = self.settings, self.store, self.run.plan["visit_steps"]
-        number, count = self._saved, len(store.layouts)
-        self.progress.steps_total, self.progress.steps_done = settings.steps, number
-        while number < settings.steps and interruption.signal_name is None:
-            self._check_writes(number)
-            self._step(number)
-            number += 1
-            self._tell(on_step, number)
-            if number % every == 0 or number == settings.steps or interruption.signal_name is not None:
-                self._batches.close()  # what was drawn ahead gives its memory to the look
-                self._checkpoint(number)
-                if interruption.signal_name is None:
-                    between_visits([number] * count)
-        return [number] * count
+    @property
+    def residents(self) -> int:
+        return 1
 
-    def _checkpoint(self, number: int) -> None:
-        """Save all stages, which have made so many steps; once."""
-        if self._saved == number:
-            return
-        files = NextBlocks(self.store)
-        try:
-            self.slots.checkpoint(files, number, self._trained, self._updates.finish)
-        except FloatingPointError as error:
-            files.recover()
-            raise self._diverged(f"{error} has weights that are no numbers", number) from error
-        except BaseException:
-            files.recover()
-            raise
-        files.commit()
-        self._saved, self.progress.bytes_written = number, self.store.run_bytes_written
+    @property
+    def is_whole(self) -> bool:
+        """False while some stages have made a step that others have not."""
+        return self._is_whole
 
-    def _tell(self, on_step: Callable[[Progress], None], number: int) -> None:
-        """Report a step; what the listener meets there ends the run, saved."""
-        try:
-            on_step(self.progress)
-        except BaseException as error:
-            self._checkpoint(number)
-            if isinstance(error, MemoryError | RuntimeError) and is_refusal(error):
-                raise self.guard.refused("what hears of each step") from error
-            raise
+    def saved_steps(self) -> list[int]:
+        return [self._saved]
 
-    def _check_writes(self, number: int) -> None:
-        """End the run, saved, before a step and a checkpoint after it would write more than the user allows."""
-        allowed = self.settings.max_disk_writes
-        if allowed is None:
-            return
-        written = self.store.run_bytes_written
-        sizes = [self.store.file_bytes(stage) for stage, one in enumerate(self._trained) if one]
-        in_ram = int(self.run.plan.get("ram_blocks", 0))
-        traffic = traffic_of_a_step(self._trained, self.slots.num_slots, late=self._late, in_ram=in_ram)
-        swapped = traffic.put_away * max(sizes)
-        waiting = self._updates.step_bytes + self._boundary_bytes
-        most = written + swapped + waiting + sum(sizes)
-        if most > parse_size(allowed):
-            self._checkpoint(number)
-            raise WriteLimitError(
-                f"the run has written {format_bytes(self.store.run_bytes_written)} to disk; the next step and saving "
-                f"it could pass --max-disk-writes {allowed}. Everything is saved; go on with a larger limit: "
-                f"edgeblocks train --resume {self.run.path} --max-disk-writes {math.ceil(2 * most / 1e9)}GB"
-            )
+    @contextmanager
+    def visit(self, visit: Visit, then: Visit | None) -> Iterator[None]:
+        yield
+        self._checkpoint()
 
-    def _diverged(self, what: str, number: int) -> EdgeblocksError:
-        rate = self.settings.learning_rate / 3
-        return EdgeblocksError(
-            f"{what} at step {number}; a smaller --set learning_rate={rate:.2g} or --set optimizer=adamw usually mends "
-            f"it. The last checkpoint, of step {self._saved}, is intact"
-        )
+    def train_step(self, visit: Visit, step: int, batches: Batches) -> None:
+        """A step of the whole network, with the gradients of ordinary back-propagation."""
+        self.check_write_limit(self._most_bytes_written(), "the next step and saving it")
+        settings, timer = self.settings, StepTimer(self.slots)
+        last, lowest = len(self.store.layouts) - 1, self._trained.index(True)
 
-    def _step(self, number: int) -> None:
-        """Make the step of that number, counted from 0."""
-        settings, started = self.settings, time.perf_counter()
-        batch = {name: tensor.to(self.device) for name, tensor in self._batches.of(number).items()}
-        drawn = time.perf_counter()
-        last, lowest = len(self.layouts) - 1, self._trained.index(True)
-        boundaries = self._boundaries or InMemory(settings.batch, dtype=settings.boundary_dtype)
-        going = Pass(self.family, batch, num_stages=len(self.layouts), lowest=lowest, boundaries=boundaries)
+        batch = {name: tensor.to(self.device) for name, tensor in batches.of(step).items()}
+        timer.batch_is_drawn()
+
+        # Forward through all stages but the last, keeping the activations at their boundaries; then backward from the
+        # last stage to the lowest trained one, each stage run again from the activations that entered it.
+        boundaries = self._boundaries_on_disk or InMemory(settings.batch, dtype=settings.boundary_dtype)
+        streamed = StreamedBackward(self.family, batch, num_stages=last + 1, lowest=lowest, boundaries=boundaries)
         for use, then in zip(self._uses, [*self._uses[1:], self._uses[0]], strict=True):
+            stage = use.stage
             with self.slots.use(Need.of(use), then=Need.of(then)) as buffer:
-                self._updates.finish(use.stage, buffer)
+                # Where the last step's gradients waited for the norm of all of them, the stage is updated now.
+                self._clipping.finish(stage, buffer)
                 if not use.backward:
-                    self._go(partial(self._forward, going, use.stage, buffer))
+                    self.guard.attempt(partial(self._forward, streamed, stage, buffer))
                     continue
-                self._go(partial(self._backward, going, use.stage, buffer))
-                if use.stage == last and not math.isfinite(going.loss):
-                    raise self._diverged(f"the loss is {going.loss}", number)
-                if self._trained[use.stage]:
-                    self._learn_from(use.stage, buffer, number)
-                    self._changing = use.stage > lowest and not self._late
-        self._note(number, going.loss, self._norm(number), drawn - started, started)
+                self.guard.attempt(partial(self._backward, streamed, stage, buffer))
+                if stage == last and not math.isfinite(streamed.loss):
+                    raise self.diverged(f"the loss is {streamed.loss}", step, saved=self._saved)
+                # The stage's gradient is complete: clip by its own norm and update it, or keep it for later.
+                if self._trained[stage]:
+                    with self._divergence(step):
+                        self._clipping.complete(stage, self._network(stage, buffer), buffer, step)
+                    self._is_whole = stage == lowest or self._late
 
-    def _go(self, through: Callable[[StepShape], None]) -> None:
-        """Through a stage; what memory is refused to is done again with fewer samples at a time.
+        with self._divergence(step):
+            gradient_norm = self._clipping.end_step(step)
+        self.store.bytes_written += self._clipping.step_bytes + self._boundary_bytes
+        self.note(timer, block=None, step=step, loss=streamed.loss, gradient_norm=gradient_norm)
 
-        Raises:
-            OutOfBudgetError: nothing is left to shrink. The run is saved as it is where no stage has made the step yet,
-                else as it was at its last checkpoint.
-        """
-        try:
-            while True:
-                try:
-                    through(self.guard.before_step())
-                    return
-                except (MemoryError, RuntimeError) as error:
-                    if not is_refusal(error):
-                        raise
-                self.guard.after_refusal()
-        except OutOfBudgetError:
-            if not self._changing:
-                self._checkpoint(self.progress.step)
-            raise
+    def _forward(self, streamed: StreamedBackward, stage: int, buffer: BlockBuffer, shape: StepShape) -> None:
+        streamed.forward(stage, self._network(stage, buffer), micro_batch=shape.micro_batch)
 
-    def _forward(self, going: Pass, stage: int, buffer: BlockBuffer, shape: StepShape) -> None:
-        going.forward(stage, self._network(stage, buffer), micro_batch=shape.micro_batch)
-
-    def _backward(self, going: Pass, stage: int, buffer: BlockBuffer, shape: StepShape) -> None:
+    def _backward(self, streamed: StreamedBackward, stage: int, buffer: BlockBuffer, shape: StepShape) -> None:
         if self._trained[stage]:
-            self._gradients[: buffer.layout.num_parameters].zero_()
+            self.gradients[: buffer.layout.num_parameters].zero_()  # also of an attempt that was refused memory
         network = self._network(stage, buffer)
-        going.backward(stage, network, micro_batch=shape.micro_batch, checkpointing=shape.checkpointing)
-
-    def _updates_of(self, gradients: Tensor, beside_host: Device | None) -> StageUpdates:
-        """How stages learn, as the settings have it."""
-        clip, place = self.settings.clip, (self.store.folder, "a stage's gradient")
-        if not self._late:
-            return UpdatedAtOnce(gradients, self._learn, clip=clip)
-        file: Scratch = ScratchFile(*place)
-        if beside_host is not None:
-            file = DeviceScratchFile(*place, beside_host, largest_bytes=gradients.nbytes)
-        return UpdatedLater(
-            gradients,
-            self._learn,
-            clip=clip,
-            file=file,
-            layouts=self.layouts,
-            trained=self._trained,
-            times=self.slots.times,
-        )
-
-    def _boundaries_on_disk(self) -> OnDisk:
-        settings = self.settings
-        return OnDisk(settings.batch, self.store.folder, self.slots.times, dtype=settings.boundary_dtype)
-
-    def _learn_from(self, stage: int, buffer: BlockBuffer, number: int) -> None:
-        try:
-            self._updates.complete(stage, self._network(stage, buffer), buffer, number)
-        except FloatingPointError as error:
-            raise self._diverged(str(error), number) from error
-
-    def _norm(self, number: int) -> float:
-        """Of the whole gradient, when it is complete."""
-        try:
-            norm = self._updates.end_step(number)
-        except FloatingPointError as error:
-            raise self._diverged(str(error), number) from error
-        self.store.bytes_written += self._updates.step_bytes + self._boundary_bytes
-        return norm
-
-    def _learn(self, buffer: BlockBuffer, gradients: Tensor, number: int) -> None:
-        settings = self.settings
-        rate = learning_rate_at(number, steps=settings.steps, warmup=settings.warmup, peak=settings.learning_rate)
-        adamw_(
-            buffer,
-            gradients,
-            step=number,
-            learning_rate=rate,
-            weight_decay=settings.weight_decay,
-            workspace=self._workspace,
-        )
-        follow_(buffer, step=number, exponent=self._ema_exponent)
+        streamed.backward(stage, network, micro_batch=shape.micro_batch, checkpointing=shape.checkpointing)
 
     def _network(self, stage: int, buffer: BlockBuffer) -> nn.Module:
         """A stage as a module on a buffer that has it; made once for each buffer that it comes to lie in."""
         key = stage, id(buffer)
         if key not in self._networks:
-            self._networks[key] = self._new_network(stage, buffer)
+            gradients = self.gradients if self._trained[stage] else None
+            build = partial(network_of, self.family, self.run.sections[stage])
+            self._networks[key] = self.network_on(buffer, build, gradients)
         return self._networks[key]
 
-    def _new_network(self, stage: int, buffer: BlockBuffer) -> nn.Module:
-        with torch.device("meta"):
-            network = network_of(self.family, self.run.sections[stage])
-        with self.device:
-            network.reset_tables_()  # type: ignore[operator]
-        bind_parameters_(network, buffer.tensors("weights"), self._gradients if self._trained[stage] else None)
-        return network.train()
+    def _checkpoint(self) -> None:
+        """Save all stages, which have made the same steps; once."""
+        step = self.progress.step
+        if self._saved == step:
+            return
+        files = NextBlocks(self.store)
+        try:
+            self.slots.checkpoint(files, step, self._trained, self._clipping.finish)
+        except FloatingPointError as error:
+            files.recover()
+            raise self.diverged(f"{error} has weights that are no numbers", step, saved=self._saved) from error
+        except BaseException:
+            files.recover()
+            raise
+        files.commit()
+        self._saved, self.progress.bytes_written = step, self.store.run_bytes_written
 
-    def _note(self, number: int, loss: float, norm: float, data_s: float, started: float) -> None:
-        progress, step_s = self.progress, time.perf_counter() - started
-        stalled = self.slots.times.stall_s - progress.stall_s
-        progress.step, progress.steps_done = number + 1, number + 1
-        progress.used_bytes, progress.stall_s = self.guard.used_bytes, self.slots.times.stall_s
-        progress.bytes_written = self.store.run_bytes_written
-        progress.data_s += data_s
-        progress.compute_s += max(0.0, step_s - data_s - stalled)
-        former = progress.losses.get(0, loss)
-        progress.losses[0] = former + 0.05 * (loss - former)
-        speed = self.settings.batch / step_s
-        progress.examples_per_s += (0.1 if progress.examples_per_s else 1.0) * (speed - progress.examples_per_s)
-        if progress.step % self._metrics_every == 0 or progress.step == self.settings.steps:
-            self.run.append_metrics(
-                {
-                    "block": 0,
-                    "step": number + 1,
-                    "loss": loss,
-                    "gradient_norm": norm,
-                    "examples_per_s": round(speed, 2),
-                    "seconds": progress.seconds,
-                    "used_bytes": progress.used_bytes,
-                }
-            )
+    def _most_bytes_written(self) -> int:
+        """What a step and a checkpoint after it write to disk at the most."""
+        sizes = [self.store.file_bytes(stage) for stage, trained in enumerate(self._trained) if trained]
+        in_ram = int(self.run.plan.get("ram_blocks", 0))
+        traffic = traffic_of_a_step(self._trained, self.slots.num_slots, late=self._late, in_ram=in_ram)
+        return traffic.put_away * max(sizes) + self._clipping.step_bytes + self._boundary_bytes + sum(sizes)
+
+    def _clipping_by_settings(self, device: Device | None) -> Clipping:
+        clip, place = self.settings.clip, (self.store.folder, "a stage's gradient")
+        if not self._late:
+            return ClipByStage(self.gradients, self.update_, clip=clip)
+        file: Scratch = ScratchFile(*place)
+        if device is not None:
+            file = DeviceScratchFile(*place, device, largest_bytes=self.gradients.nbytes)
+        return ClipByNetwork(
+            self.gradients,
+            self.update_,
+            clip=clip,
+            file=file,
+            layouts=self.store.layouts,
+            trained=self._trained,
+            times=self.times,
+        )
+
+    @contextmanager
+    def _divergence(self, step: int) -> Iterator[None]:
+        """Gradients that are no numbers end the run with the error that says what to do."""
+        try:
+            yield
+        except FloatingPointError as error:
+            raise self.diverged(str(error), step, saved=self._saved) from error

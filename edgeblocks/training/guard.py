@@ -9,11 +9,13 @@ smaller. Only when nothing is left to shrink does the run end, with what was tra
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from edgeblocks.errors import OutOfBudgetError
 from edgeblocks.planning.plans import StepShape
 from edgeblocks.units import format_bytes
+
+T = TypeVar("T")
 
 HEADROOM_BYTES = 12_000_000
 """Left free where a smaller step can do so, for what a step does not know of: listeners, pages of code."""
@@ -97,6 +99,25 @@ class Guard:
                 f"use. Give more with --ram-budget {int(used * 1.25 / 1e6)}MB; what was trained is saved, --resume "
                 f"goes on"
             )
+
+    def attempt(self, work: Callable[[StepShape], T], *, undo: Callable[[], object] = lambda: None) -> T:
+        """What `work` gives with the shape of a step; where memory is refused to it, with smaller ones in turn.
+
+        Args:
+            undo: called before another attempt.
+
+        Raises:
+            OutOfBudgetError: not even the smallest fits.
+        """
+        while True:
+            try:
+                return work(self.before_step())
+            except (MemoryError, RuntimeError) as error:
+                if not is_refusal(error):
+                    raise
+            # Not in the except clause: there the error still holds the frames of `work`, and with them its activations.
+            undo()
+            self.after_refusal()
 
     def after_refusal(self) -> None:
         """Choose a smaller shape, with which a step is made again after memory was refused to it.

@@ -1,4 +1,4 @@
-"""Looks at a network while it is trained: grids of samples and its quality between visits, evaluation at the end."""
+"""What is shown of a network while it is trained: samples and its quality between visits, its evaluation at the end."""
 
 import math
 import time
@@ -10,42 +10,27 @@ from edgeblocks.data import pictures
 from edgeblocks.data.dataset import DataSet
 from edgeblocks.diffusion.unmasking import texts_as_file
 from edgeblocks.inference import metrics
-from edgeblocks.inference.block_runner import BlockRunner, EmaSource
+from edgeblocks.inference.block_runner import BlockRunner
 from edgeblocks.inference.quality import run_quality
 from edgeblocks.inference.sampling import always, runner_of, sample_images, sample_texts
-from edgeblocks.progress import Listener, Progress
+from edgeblocks.progress import Listener
 from edgeblocks.runs.directory import RunDirectory, write_text
 from edgeblocks.tasks import GRID_SAMPLES, GRID_TOKENS, TEXT_TASKS
-from edgeblocks.training.guard import Guard, is_refusal
+from edgeblocks.training.guard import is_refusal
 from edgeblocks.training.interruption import Interrupted, Interruption
+from edgeblocks.training.loop import Trainer
 
 
-class Looks:
-    """Looks at the network between visits and at the end: grids of samples with the same noise each time, evaluation.
+class Previews:
+    """Grids of samples with the same noise each time, and evaluations, between visits and at the end.
 
-    A signal stops a look at its next noise level.
+    A signal stops one at its next noise level.
     """
 
-    def __init__(
-        self,
-        run: RunDirectory,
-        data_set: DataSet,
-        source: EmaSource,
-        guard: Guard,
-        interruption: Interruption,
-        progress: Progress,
-        *,
-        residents: int,
-    ) -> None:
-        """
-        Args:
-            progress: hears of the time that looks take.
-            residents: blocks that the source has in memory anyway.
-        """
-        self._progress = progress
-        self._run, self._data_set, self._source = run, data_set, source
-        self._guard, self._interruption = guard, interruption
-        self._residents = residents
+    def __init__(self, run: RunDirectory, data_set: DataSet, trainer: Trainer, interruption: Interruption) -> None:
+        self._progress, self._guard = trainer.progress, trainer.guard
+        self._source, self._residents = trainer.ema, trainer.residents
+        self._run, self._data_set, self._interruption = run, data_set, interruption
         self._task = run.family().task
         self._total = run.settings.run.steps
         self._grids = _Marks(
@@ -61,22 +46,22 @@ class Looks:
         return max((int(number) for number in numbers if number.isdecimal()), default=0)
 
     def after_visit(self, steps: Sequence[int]) -> None:
-        """Look where a look is due, at blocks that have made so many steps."""
+        """Make those that are due, with blocks that have made these steps."""
         done = min(steps)
         if self._evaluations.are_due(done):
-            self._look(done, self._note_quality, "the measure of quality")
+            self._preview(done, self._note_quality, "the measure of quality")
         if self._grids.are_due(done):
-            self._look(done, self._make_grid, "the grid of samples")
+            self._preview(done, self._make_grid, "the grid of samples")
 
-    def _look(self, done: int, look: Callable[[int], None], what: str) -> None:
+    def _preview(self, done: int, make: Callable[[int], None], what: str) -> None:
         started = time.perf_counter()
         try:
-            look(done)
+            make(done)
         except (MemoryError, RuntimeError) as error:
             if not is_refusal(error):
                 raise
             self._guard.go_on_without(f"{what} at step {done}, which is left out")
-        self._progress.looking_s += time.perf_counter() - started
+        self._progress.previews_s += time.perf_counter() - started
 
     def _note_quality(self, done: int) -> None:
         trained_s = self._progress.seconds

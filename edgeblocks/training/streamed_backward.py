@@ -19,7 +19,7 @@ from edgeblocks.families.layers import run_layers
 from edgeblocks.training.boundaries import Boundaries, InMemory
 
 
-class Pass:
+class StreamedBackward:
     """One batch on its way through the stages and back.
 
     What enters each stage is kept until the way back. A stage that was refused memory can be gone through again: before

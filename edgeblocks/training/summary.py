@@ -5,29 +5,24 @@ from typing import Any
 
 from edgeblocks.data.dataset import DataSet
 from edgeblocks.inference import metrics
-from edgeblocks.offload.slots import StreamTimes
 from edgeblocks.runs.directory import RunDirectory
 from edgeblocks.tasks import TEXT_TASKS
-from edgeblocks.training.diffusion import Trainer
-from edgeblocks.training.exact import ExactTrainer
+from edgeblocks.training.loop import Trainer
 
 
 def summary_of(
     run: RunDirectory,
-    trainer: Trainer | ExactTrainer,
-    times: StreamTimes,
-    bytes_written: int,
-    looking_s: float,
+    trainer: Trainer,
     evaluation: dict[str, Any],
     data_set: DataSet,
     target: Any,
     budget_bytes: int,
     resumed_from: list[int] | None,
 ) -> dict[str, Any]:
-    progress = trainer.progress
+    progress, times = trainer.progress, trainer.times
     seconds = time.perf_counter() - progress.started
     former = resumed_from or [0]
-    done_here = progress.steps_done - (former[0] if run.is_exact else sum(former))
+    done_here = progress.steps_done - (former[0] if run.method.trained_together else sum(former))
     split = {
         "compute": progress.compute_s,
         "load": times.load_s,
@@ -37,7 +32,7 @@ def summary_of(
     }
     split["other"] = max(0.0, seconds - split["compute"] - split["data"] - split["stall"])
     # Blocks that are trained alone are waited for between steps, stages within them.
-    working_s = progress.compute_s + progress.data_s + (times.stall_s if run.is_exact else 0.0)
+    working_s = progress.compute_s + progress.data_s + (times.stall_s if run.method.trained_together else 0.0)
     per_example = run.data.length if run.family().reads == "text" else 1
     return {
         "family": run.settings.run.family,
@@ -54,14 +49,14 @@ def summary_of(
         "ram_peak_bytes": target.host_peak_bytes(),
         "predicted_ram_peak_bytes": run.plan.get("predicted_host_peak_bytes"),
         "disk_bytes": sum(path.stat().st_size for path in run.blocks_folder.glob("*.safetensors")),
-        "disk_bytes_written": bytes_written,
+        "disk_bytes_written": trainer.store.run_bytes_written,
         "memory_changes": trainer.guard.changes,
         "seconds": seconds,
         "images_or_tokens_per_s": per_example * done_here * run.settings.run.batch / max(working_s, 1e-9),
         "step_s": working_s / max(done_here, 1),
         "predicted_step_s": run.plan["predicted_step_s"],
         "time_split": {name: round(value, 3) for name, value in split.items()},
-        "sampling_s": round(looking_s, 3),
+        "sampling_s": round(progress.previews_s, 3),
         "metrics": {
             "train_loss_by_block": [progress.losses.get(block) for block in range(len(run.file_layers))],
             "validation_loss": evaluation["total"],

@@ -21,7 +21,8 @@ import torch
 from versus_plain import SHAPES, data_settings, make_data, train_ours
 
 from edgeblocks.offload.block_buffer import bind_parameters_
-from edgeblocks.offload.block_slots import Scheduler
+from edgeblocks.offload.block_slots import BlockSlots
+from edgeblocks.offload.tiers import DiskTier
 from edgeblocks.registry import family_type
 from edgeblocks.runs.directory import open_run
 from edgeblocks.runs.open_data import data_of
@@ -37,7 +38,7 @@ def measure(run_path: Path, rounds: int) -> dict[str, Any]:
     family, data = run.family(), data_of(run.settings.run, lambda *_: None)
     examples, labels = data.gather(data.order(batch=run.settings.run.batch, seed=0, block=0).indices(0))
     batch = family.draw(examples, labels, run.partition.ranges[0], generator_at(0))
-    with Scheduler(run.store(), slots=1).visit(0, then=None) as resident:
+    with BlockSlots(DiskTier(run.store()), slots=1).visit(0, then=None) as resident:
         with torch.device("meta"):
             network = family.block(num_layers=run.layers[0], checkpointing=False)
         network.reset_tables_()

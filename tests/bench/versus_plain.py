@@ -32,7 +32,8 @@ from edgeblocks.config import RunSettings
 from edgeblocks.data.dataset import DataSet
 from edgeblocks.errors import DoesNotFitError
 from edgeblocks.offload.block_buffer import BlockBuffer, BlockLayout, bind_parameters_
-from edgeblocks.offload.block_slots import Scheduler
+from edgeblocks.offload.block_slots import BlockSlots
+from edgeblocks.offload.tiers import DiskTier
 from edgeblocks.optim.adamw import Workspace, adamw_8bit_step_, adamw_step_
 from edgeblocks.planning.layer_costs import LARGEST_HEAP_BYTES
 from edgeblocks.planning.plans import StepShape
@@ -231,7 +232,7 @@ def measure_time(
                 checkpointing=False,
             )
             run = open_run(path)
-            scheduler = Scheduler(run.store(), slots=blocks)
+            scheduler = BlockSlots(DiskTier(run.store()), slots=blocks)
             shapes = [StepShape(**shape) for shape in run.plan["shapes"]]
             guard = Guard(CpuTarget(), budget_bytes=2**62, shapes=shapes, breakdown=run.plan["breakdown"], note=print)
             arms[optimizer] = (Trainer(run, plain.data, scheduler, guard), scheduler)

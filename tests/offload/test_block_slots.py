@@ -8,7 +8,8 @@ from support.scheduled_blocks import VISITS, contents, make_store, run_visits, t
 from edgeblocks.errors import RunError, StorageError
 from edgeblocks.inference.ema_loader import EmaLoader
 from edgeblocks.offload.block_buffer import BlockBuffer
-from edgeblocks.offload.block_slots import Scheduler
+from edgeblocks.offload.block_slots import BlockSlots
+from edgeblocks.offload.tiers import DiskTier
 
 
 @pytest.fixture
@@ -17,7 +18,7 @@ def scheduling():
     made = []
 
     def make(store, slots):
-        made.append(Scheduler(store, slots=slots))
+        made.append(BlockSlots(DiskTier(store), slots=slots))
         return made[-1]
 
     yield make

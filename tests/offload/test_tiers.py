@@ -11,8 +11,8 @@ from support.separate_memory import SeparateMemory
 import edgeblocks
 from edgeblocks.errors import DoesNotFitError, OutOfBudgetError, StorageError
 from edgeblocks.inference.ema_loader import EmaLoader
-from edgeblocks.offload.block_slots import Scheduler
-from edgeblocks.offload.tiers import HostTier
+from edgeblocks.offload.block_slots import BlockSlots
+from edgeblocks.offload.tiers import DiskTier, HostTier
 from edgeblocks.progress import Silent
 
 
@@ -23,7 +23,7 @@ def gpu_scheduling():
 
     def make(store, *, slots, ram_blocks):
         host = HostTier(store, SeparateMemory(), ram_blocks=ram_blocks)
-        made.append(Scheduler(store, slots=slots, host=host))
+        made.append(BlockSlots(host, slots=slots))
         return made[-1], host
 
     yield make
@@ -40,7 +40,7 @@ def test_every_tier_leaves_the_same_files(tmp_path, gpu_scheduling, slots, ram_b
     A block with a copy is read from disk once at most.
     """
     plain = make_store(tmp_path / "plain")
-    scheduler = Scheduler(plain, slots=3)
+    scheduler = BlockSlots(DiskTier(plain), slots=3)
     run_visits(scheduler, visits)
     scheduler.close()
     store = make_store(tmp_path / "tiers")
@@ -74,14 +74,14 @@ def test_a_write_that_fails_leaves_a_copy_that_is_not_used(tmp_path, gpu_schedul
 def test_a_loader_moves_the_ema_weights_alone(tmp_path):
     """Inference on a device takes the EMA weights of one block there, and no more."""
     store = make_store(tmp_path)
-    host = HostTier(store, SeparateMemory(), parts=EmaLoader.PARTS)
-    loader = EmaLoader(store, host=host)
+    device = SeparateMemory()
+    loader = EmaLoader(store, device=device)
     for block in (0, 2, 2):
         with loader.ema_weights(block) as buffer:
             assert float(buffer.flat("ema").mean()) == block + 1
     ema_bytes = [layout.part_span("ema")[1] for layout in store.layouts]
-    assert host.device.copied_bytes == ema_bytes[0] + ema_bytes[2]
-    assert host.device.device_buffers == [max(ema_bytes)]
+    assert device.copied_bytes == ema_bytes[0] + ema_bytes[2]
+    assert device.device_buffers == [max(ema_bytes)]
 
 
 @pytest.fixture(scope="module")

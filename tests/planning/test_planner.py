@@ -24,6 +24,7 @@ from support.made_up_plans import (
 
 from edgeblocks.diffusion.noise import NoiseDistribution, partition_noise
 from edgeblocks.errors import ConfigError, DoesNotFitError
+from edgeblocks.methods import EXACT
 from edgeblocks.planning import layer_costs
 from edgeblocks.planning import memory as footprint
 from edgeblocks.planning.pace import STREAMING_SHARE, USUAL_VISIT_S
@@ -207,7 +208,7 @@ def test_a_cut_that_saves_much_time_is_told():
 def test_a_batch_that_hides_moving_stages_is_told():
     """Where the disk is waited for the plan names a batch that hides it, and no word of it where all is in memory."""
     machine = replace(MACHINE, disk_read_bytes_per_s=2e8, disk_write_bytes_per_s=1e8)
-    wishes = replace(WISHES, method="exact", batch=8, blocks=6, tier="disk", budget_bytes=600 * MB)
+    wishes = replace(WISHES, method=EXACT, batch=8, blocks=6, tier="disk", budget_bytes=600 * MB)
     plan = make_plan(costs(), machine, wishes)
     told = re.search(r"--batch (\d+) hides most of it", " ".join(plan.warnings))
     assert told is not None and plan.stall_share > 0.25

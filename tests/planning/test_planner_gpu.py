@@ -22,6 +22,7 @@ from support.made_up_plans import (
 
 from edgeblocks.diffusion.noise import NoiseDistribution, partition_noise
 from edgeblocks.errors import DoesNotFitError
+from edgeblocks.methods import EXACT
 from edgeblocks.planning import memory as footprint
 from edgeblocks.planning.planner import make_plan
 from edgeblocks.units import advised_budget
@@ -138,7 +139,7 @@ def test_a_block_of_a_gpu_is_loaded_over_the_link_and_from_disk_where_it_lives_t
 
 def test_stages_of_a_gpu_pass_the_link_and_the_disk_where_they_live_there():
     """What moves takes the link's time; what lives in RAM no disk, whose bytes and whose time become less and less."""
-    wishes = replace(WISHES, method="exact", blocks=6, micro_batch=8, checkpointing=True, visit_steps=1000)
+    wishes = replace(WISHES, method=EXACT, blocks=6, micro_batch=8, checkpointing=True, visit_steps=1000)
     slow = replace(GPU, flops_per_s=1e9)  # so that moving hides behind the computation, but for its share
     tight = make_plan(costs(), slow, replace(wishes, tier="disk")).chosen
     room = sum(tight.host_breakdown.values())
@@ -165,7 +166,7 @@ def test_stages_of_a_gpu_pass_the_link_and_the_disk_where_they_live_there():
 def test_a_plan_says_that_the_link_is_waited_for():
     """Where all stages wait in RAM there is no word of the disk."""
     host = replace(HOST, link_bytes_per_s=1e8)
-    wishes = replace(WISHES, method="exact", batch=4, blocks=6, tier="disk")
+    wishes = replace(WISHES, method=EXACT, batch=4, blocks=6, tier="disk")
     tight = make_plan(costs(), replace(GPU, host=host), wishes).chosen
     in_ram = replace(wishes, tier="ram", budget_bytes=tight.predicted_peak_bytes)
     warnings = " ".join(make_plan(costs(), replace(GPU, host=host), in_ram).warnings)

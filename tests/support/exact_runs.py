@@ -9,11 +9,11 @@ from support.separate_memory import SeparateMemory
 
 import edgeblocks
 from edgeblocks.offload.sections import init_section_, network_of, whole_name
+from edgeblocks.offload.tiers import DiskTier, HostTier, SwapFile
 from edgeblocks.optim.update import BETA1, BETA2, EPS, learning_rate_at
 from edgeblocks.progress import Silent
 from edgeblocks.runs.open_data import data_of
 from edgeblocks.seeds import generator_at
-from edgeblocks.waiting_stages import SwapFile, WaitingOnDisk, WaitingOnHost
 
 IMAGES = {"family": "dit", "data": "digits", "width": 32, "heads": 2, "depth": 6, "batch": 16, "micro_batch": 8}
 
@@ -106,5 +106,5 @@ def waiting_in(folder, store, ram_stages=None, device=None):
     """Stages of a store that wait on disk; or, where so many wait in a host's memory, beside a device."""
     swap = SwapFile(folder, store.layouts)
     if ram_stages is None:
-        return WaitingOnDisk(store, swap)
-    return WaitingOnHost(store, swap, device or SeparateMemory(), ram_stages=ram_stages)
+        return DiskTier(store, swap=swap)
+    return HostTier(store, device or SeparateMemory(), swap=swap, ram_blocks=ram_stages)

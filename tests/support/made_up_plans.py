@@ -6,6 +6,7 @@ from dataclasses import replace
 from hypothesis import strategies as st
 
 from edgeblocks.errors import DoesNotFitError
+from edgeblocks.methods import EXACT
 from edgeblocks.planning.planner import make_plan
 from edgeblocks.planning.plans import Host, Machine, Wishes
 from edgeblocks.profiling.trace import trace_in_subprocess
@@ -60,7 +61,7 @@ GPU_WISHES = st.builds(replace, ALL_WISHES, ram_budget_bytes=st.one_of(st.none()
 EXACT_GPU_WISHES = st.builds(
     replace,
     GPU_WISHES,
-    method=st.just("exact"),
+    method=st.just(EXACT),
     trained=st.sampled_from([None, (0,)]),
     clip_by=st.sampled_from(["stage", "network"]),
     boundaries=st.sampled_from([None, "ram", "disk"]),

@@ -42,9 +42,9 @@ class SpyStore(BlockStore):
             self.log.append(event)
             self.changed.notify_all()
 
-    def read(self, block, buffer):
+    def read(self, block, buffer, parts=None):
         self._pass(("read", block))
-        step = super().read(block, buffer)
+        step = super().read(block, buffer, parts)
         self._note("read", block)
         return step
 

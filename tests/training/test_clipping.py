@@ -13,6 +13,7 @@ from support.made_up_plans import MACHINE, WISHES, costs
 
 import edgeblocks
 from edgeblocks.errors import ConfigError, InterruptedRunError, OutOfBudgetError, WriteLimitError
+from edgeblocks.methods import EXACT
 from edgeblocks.planning.planner import make_plan
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -143,7 +144,7 @@ def test_gradients_that_wait_are_counted_as_written(vit, tmp_path):
 @pytest.mark.parametrize("tier", ["ram", "disk"])
 def test_a_plan_counts_what_waits(tier):
     """On disk, in what is written, and in time."""
-    wishes = replace(WISHES, method="exact", blocks=4, tier=tier, budget_bytes=4_000_000_000, visit_steps=100)
+    wishes = replace(WISHES, method=EXACT, blocks=4, tier=tier, budget_bytes=4_000_000_000, visit_steps=100)
     own, whole = (make_plan(costs(), MACHINE, replace(wishes, clip_by=one)).chosen for one in ("stage", "network"))
     waiting_bytes = 4 * costs().parameters(3) * 4
     assert own.slots == whole.slots

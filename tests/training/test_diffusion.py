@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from edgeblocks.data.order import BatchOrder
 from edgeblocks.optim.update import clip_, ema_exponent, learning_rate_at
-from edgeblocks.training.diffusion import plan_visits
 from edgeblocks.training.interruption import Interruption
+from edgeblocks.training.loop import plan_visits
 
 
 @given(st.lists(st.integers(0, 40), min_size=1, max_size=6), st.integers(1, 40), st.integers(1, 50))

@@ -21,7 +21,7 @@ from edgeblocks.offload.stage_slots import Need, StageSlots
 from edgeblocks.planning.stage_order import traffic_of_a_step, uses_of_a_step
 from edgeblocks.progress import Silent
 from edgeblocks.runs.open_data import data_of
-from edgeblocks.training.streamed_backward import Pass
+from edgeblocks.training.streamed_backward import StreamedBackward
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -159,7 +159,7 @@ def test_the_cut_changes_no_gradient(resident):
             with torch.no_grad():
                 for name, parameter in stage.named_parameters():
                     parameter.copy_(named[whole_name(name, layers, number)])
-        going = Pass(family, batch, num_stages=len(layers))
+        going = StreamedBackward(family, batch, num_stages=len(layers))
         for number in range(len(layers) - 1):
             going.forward(number, stages[number], micro_batch=8)
         for number in reversed(range(len(layers))):

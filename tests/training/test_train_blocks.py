@@ -15,6 +15,7 @@ from support.made_up_plans import MACHINE, WISHES, costs
 
 import edgeblocks
 from edgeblocks.errors import ConfigError, InterruptedRunError, RunError
+from edgeblocks.methods import EXACT
 from edgeblocks.planning.planner import make_plan
 from edgeblocks.planning.stage_order import traffic_of_a_step, uses_of_a_step
 from edgeblocks.registry import build_family
@@ -120,7 +121,7 @@ def test_frozen_stages_are_never_put_away_and_save_traffic(trained, slots):
 
 def test_a_plan_knows_what_is_frozen():
     """Less time, fewer bytes written and less disk than with all stages trained, and no more memory."""
-    wishes = replace(WISHES, method="exact", blocks=6, tier="disk")
+    wishes = replace(WISHES, method=EXACT, blocks=6, tier="disk")
     whole, some = (make_plan(costs(), MACHINE, replace(wishes, trained=one)).chosen for one in (None, (4, 5)))
     assert some.step_s < 0.7 * whole.step_s
     assert some.bytes_written < 0.5 * whole.bytes_written
@@ -130,7 +131,7 @@ def test_a_plan_knows_what_is_frozen():
 
 def test_the_budget_cuts_as_if_all_were_trained():
     """The fastest plan must not be the one that trains least; and where the cut is the budget's, the plan says so."""
-    wishes = replace(WISHES, method="exact", budget_bytes=400_000_000)
+    wishes = replace(WISHES, method=EXACT, budget_bytes=400_000_000)
     whole, some = (make_plan(costs(), MACHINE, replace(wishes, trained=one)) for one in (None, (0,)))
     assert some.chosen.blocks == whole.chosen.blocks > 1
     assert any(f"--blocks {some.chosen.blocks} fixes the cut" in warning for warning in some.warnings)

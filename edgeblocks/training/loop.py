@@ -1,0 +1,300 @@
+"""The loop that every method of training goes through; what a method does in a step is its own file's.
+
+A run is trained in visits: spans of steps of one block, or of the whole network, after which what was trained is saved.
+A signal, memory that does not suffice, a limit of disk writes or a listener that fails end the loop after a whole step,
+and that step is saved.
+"""
+
+import math
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, closing
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+from torch import Tensor, nn
+
+from edgeblocks.data.dataset import DataSet
+from edgeblocks.errors import EdgeblocksError, OutOfBudgetError, WriteLimitError
+from edgeblocks.inference.block_runner import EmaSource
+from edgeblocks.methods import Method, imported
+from edgeblocks.offload.block_buffer import BlockBuffer, bind_parameters_
+from edgeblocks.offload.block_files import BlockStore
+from edgeblocks.offload.device import Device
+from edgeblocks.offload.slots import Slots
+from edgeblocks.optim.adamw import Workspace
+from edgeblocks.optim.update import adamw_, ema_exponent, follow_, learning_rate_at
+from edgeblocks.progress import Progress
+from edgeblocks.runs.directory import RunDirectory
+from edgeblocks.training.batches import Batches, drawing, helper_for
+from edgeblocks.training.guard import Guard, is_refusal
+from edgeblocks.training.interruption import Interruption
+from edgeblocks.units import format_bytes, parse_size
+
+METRICS_RECORDS = 1000
+"""About so many records of each block go into metrics.jsonl."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Visit:
+    """Steps from `first` up to, not including, `last` that are made before anything is saved."""
+
+    block: int
+    """The one that is trained; 0 where all are trained together."""
+    first: int
+    last: int
+
+
+def plan_visits(saved_steps: Sequence[int], *, steps: int, visit_steps: int) -> Iterator[Visit]:
+    """Rounds over all blocks until each has made `steps` steps, going on from where each one is.
+
+    >>> [(v.block, v.first, v.last) for v in plan_visits([4, 2], steps=5, visit_steps=4)]
+    [(1, 2, 4), (0, 4, 5), (1, 4, 5)]
+    """
+    saved_steps = tuple(saved_steps)
+    for start in range(0, steps, visit_steps):
+        end = min(start + visit_steps, steps)
+        for block, saved in enumerate(saved_steps):
+            if saved < end:
+                yield Visit(block=block, first=max(start, saved), last=end)
+
+
+class StepTimer:
+    """Where the seconds of a step go; begins when it is made."""
+
+    def __init__(self, slots: Slots) -> None:
+        self._times = slots.times
+        self._started, self._stalled_s, self._data_s = time.perf_counter(), slots.times.stall_s, 0.0
+
+    def batch_is_drawn(self) -> None:
+        self._data_s = time.perf_counter() - self._started
+
+    def add_to_(self, progress: Progress) -> float:
+        """Count the step, which ends now, and return its seconds."""
+        step_s = time.perf_counter() - self._started
+        progress.data_s += self._data_s
+        progress.compute_s += max(0.0, step_s - self._data_s - (self._times.stall_s - self._stalled_s))
+        progress.stall_s = self._times.stall_s
+        return step_s
+
+
+class Trainer(ABC):
+    """Trains a run to its last step. One process, one training thread."""
+
+    def __init__(self, run: RunDirectory, data: DataSet, slots: Slots, guard: Guard) -> None:
+        self.run, self.data, self.guard = run, data, guard
+        self.store, self.device, self.times = slots.store, slots.device, slots.times
+        self.settings, self.family, self.partition = run.settings.run, run.family(), run.partition
+        self._slots = slots
+        layouts = self.store.layouts
+        most = max(layout.num_parameters for layout, one in zip(layouts, run.trained, strict=True) if one)
+        self.gradients = torch.empty(most, device=self.device).zero_()  # touched at once
+        """float32, flat; of the block or stage that is trained now."""
+        quantized = any(layout.num_quantized for layout in layouts)
+        self._workspace = Workspace.for_device(self.device) if quantized else None
+        self._ema_exponent = ema_exponent(self.settings.ema_length)
+        self._metrics_every = max(1, self.settings.steps // METRICS_RECORDS)
+        self._helper = helper_for(self.device)
+        self.progress = Progress(
+            bytes_written=self.store.run_bytes_written,
+            budget_bytes=int(run.plan["budget_bytes"]),
+            example="img" if self.family.reads == "images" else "seq",
+            earlier_s=run.trained_s(),
+        )
+
+    @classmethod
+    @abstractmethod
+    def open(cls, run: RunDirectory, data: DataSet, store: BlockStore, guard: Guard, device: Device | None) -> Self:
+        """A trainer with slots in the memory of a device that has its own; None: in the processor's."""
+
+    @property
+    @abstractmethod
+    def ema(self) -> EmaSource:
+        """The EMA weights as they are between visits, for previews and evaluation."""
+
+    @property
+    @abstractmethod
+    def residents(self) -> int:
+        """How many of `ema`'s networks are in memory anyway."""
+
+    @abstractmethod
+    def saved_steps(self) -> list[int]:
+        """The steps of what is trained apart: of each block, or one number for a whole network."""
+
+    @abstractmethod
+    def visit(self, visit: Visit, then: Visit | None) -> AbstractContextManager[None]:
+        """Bring what is trained into memory; it is saved when the context ends, and dropped where that is by an error.
+
+        Raises:
+            WriteLimitError: saving it would write more to disk than the user allows.
+        """
+
+    @abstractmethod
+    def train_step(self, visit: Visit, step: int, batches: Batches) -> None:
+        """Make a step, counted from 0.
+
+        Raises:
+            EdgeblocksError: the loss or a gradient is no number.
+            OutOfBudgetError, WriteLimitError: the step was not made; see `is_whole`.
+        """
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether all that is trained together has made the same steps, so that it can be saved as it is."""
+        return True
+
+    def train(
+        self,
+        interruption: Interruption,
+        *,
+        on_step: Callable[[Progress], None],
+        between_visits: Callable[[Sequence[int]], None],
+    ) -> list[int]:
+        """Train to the last step, or until interrupted; returns the steps that were made, as `saved_steps` counts them.
+
+        Args:
+            on_step: called after every step. What it raises ends the run, saved.
+            between_visits: called with the steps when nothing is resident.
+
+        Raises:
+            EdgeblocksError: the loss is no longer finite; the run is as it was before the visit.
+            OutOfBudgetError: memory ran out and nothing was left to shrink; whole steps are saved.
+            WriteLimitError: more would be written to disk than the user allows; everything is saved.
+        """
+        steps = self.saved_steps()
+        self.progress.steps_total, self.progress.steps_done = self.settings.steps * len(steps), sum(steps)
+        visits = plan_visits(steps, steps=self.settings.steps, visit_steps=self.run.plan["visit_steps"])
+        following = next(visits, None)
+        while (visit := following) is not None and interruption.signal_name is None:
+            following = next(visits, None)
+            ending: Exception | None = None
+            # What was drawn ahead gives its memory back before the visit's end saves, evaluates and samples.
+            with self.visit(visit, following), closing(self._batches(visit)) as batches:
+                while steps[visit.block] < visit.last and interruption.signal_name is None and ending is None:
+                    try:
+                        self.train_step(visit, steps[visit.block], batches)
+                    except (OutOfBudgetError, WriteLimitError) as error:
+                        if not self.is_whole:
+                            raise
+                        ending = error
+                    else:
+                        steps[visit.block] += 1
+                        ending = self._report(on_step)
+            if ending is not None:
+                self._slots.flush()
+                raise ending
+            if interruption.signal_name is None:
+                between_visits(steps)
+        self._slots.flush()
+        return steps
+
+    def close(self) -> None:
+        """Stop the threads that move blocks and draw batches, and give the room on disk back."""
+        self._slots.close()
+        if self._helper is not None:
+            self._helper.shutdown(wait=True)
+
+    def update_(self, buffer: BlockBuffer, gradients: Tensor, step: int) -> None:
+        """AdamW, then the EMA, in a block or stage. Steps count from 0."""
+        adamw_(
+            buffer,
+            gradients,
+            step=step,
+            learning_rate=self.learning_rate(step),
+            weight_decay=self.settings.weight_decay,
+            workspace=self._workspace,
+        )
+        follow_(buffer, step=step, exponent=self._ema_exponent)
+
+    def learning_rate(self, step: int) -> float:
+        """Of a step, which counts from 0."""
+        settings = self.settings
+        return learning_rate_at(step, steps=settings.steps, warmup=settings.warmup, peak=settings.learning_rate)
+
+    def network_on(self, buffer: BlockBuffer, build: Callable[[], nn.Module], gradients: Tensor | None) -> nn.Module:
+        """A network whose parameters are views of a buffer's weights, and their gradients views of `gradients`."""
+        with torch.device("meta"):  # no memory is taken for parameters that are replaced at once
+            network = build()
+        with self.device:
+            network.reset_tables_()  # type: ignore[operator]
+        bind_parameters_(network, buffer.tensors("weights"), gradients)
+        return network.train()
+
+    def diverged(self, what: str, step: int, *, saved: int) -> EdgeblocksError:
+        """The error for a loss, a gradient or weights that are no numbers."""
+        return EdgeblocksError(
+            f"{what} at step {step}; a smaller --set learning_rate={self.settings.learning_rate / 3:.2g} or "
+            f"--set optimizer=adamw usually mends it. What was saved last, at step {saved}, is intact"
+        )
+
+    def check_write_limit(self, num_bytes: int, what: str) -> None:
+        """Before something that writes so many bytes to disk.
+
+        Raises:
+            WriteLimitError: with them, the run would have written more than the user allows.
+        """
+        allowed, written = self.settings.max_disk_writes, self.progress.bytes_written
+        if allowed is None or written + num_bytes <= parse_size(allowed):
+            return
+        self._slots.flush()  # "everything is saved" must be true
+        raise WriteLimitError(
+            f"the run has written {format_bytes(written)} to disk; {what} would pass --max-disk-writes {allowed}. "
+            f"Everything is saved; go on with a larger limit: edgeblocks train --resume {self.run.path} "
+            f"--max-disk-writes {math.ceil(2 * (written + num_bytes) / 1e9)}GB"
+        )
+
+    def note(self, timer: StepTimer, *, block: int | None, step: int, loss: float, gradient_norm: float) -> None:
+        """Count a step that was made: the progress, and a record of every so many steps in metrics.jsonl.
+
+        Args:
+            block: None where all are trained together.
+            step: counts from 0.
+            loss: the mean over the batch.
+            gradient_norm: before clipping.
+        """
+        progress, number = self.progress, block or 0
+        step_s = timer.add_to_(progress)
+        progress.block, progress.step, progress.steps_done = block, step + 1, progress.steps_done + 1
+        progress.used_bytes = self.guard.used_bytes
+        progress.bytes_written = max(progress.bytes_written, self.store.run_bytes_written)
+        former = progress.losses.get(number, loss)
+        progress.losses[number] = former + 0.05 * (loss - former)
+        speed = self.settings.batch / step_s
+        progress.examples_per_s += (0.1 if progress.examples_per_s else 1.0) * (speed - progress.examples_per_s)
+        if progress.step % self._metrics_every and progress.step != self.settings.steps:
+            return
+        self.run.append_metrics(
+            {
+                "block": number,
+                "step": step + 1,
+                "loss": loss,
+                "gradient_norm": gradient_norm,
+                "learning_rate": self.learning_rate(step),
+                "examples_per_s": round(speed, 2),
+                "seconds": progress.seconds,
+                "used_bytes": progress.used_bytes,
+            }
+        )
+
+    def _batches(self, visit: Visit) -> Batches:
+        noise, settings = self.partition.ranges[visit.block], self.settings
+        draw = drawing(self.family, self.data, noise, batch=settings.batch, seed=settings.seed, block=visit.block)
+        return Batches(draw, last=visit.last, helper=self._helper)
+
+    def _report(self, on_step: Callable[[Progress], None]) -> Exception | None:
+        """Report a step; what the listener fails with ends the run, after the step is saved."""
+        try:
+            on_step(self.progress)
+        except Exception as error:  # its pipe or its terminal was closed, or it is a user's own
+            if is_refusal(error):
+                return self.guard.refused("the report of a step (its display or callback)")
+            return error
+        return None
+
+
+def trainer_type(method: Method) -> type[Trainer]:
+    """What trains with a method."""
+    found: type[Trainer] = imported(method.trainer)
+    return found
