@@ -19,6 +19,7 @@ from edgeblocks.errors import ConfigError
 from edgeblocks.files.untrusted import MalformedFileError, read_text, shown
 from edgeblocks.limits import LONGEST_SEQUENCE, MOST_LAYERS, MOST_SAMPLES, MOST_STEPS, MOST_TOKENS
 from edgeblocks.methods import BoundaryDtype, Clipping, MethodName
+from edgeblocks.tasks import IMAGE_STEPS
 from edgeblocks.units import parse_size
 
 DEFAULT_PRESETS = {
@@ -80,7 +81,7 @@ class RunSettings(BaseModel):
     tier: Literal["auto", "ram", "disk"] = "auto"
     sample_grids: int = Field(default=4, ge=0, le=10_000)
     evaluations: int = Field(default=0, ge=0, le=10_000)
-    sample_steps: int = Field(default=18, ge=1, le=10_000)
+    sample_steps: int = Field(default=IMAGE_STEPS, ge=1, le=10_000)
 
     @field_validator("*", mode="before")
     @classmethod

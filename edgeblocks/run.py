@@ -129,7 +129,7 @@ class Run:
         self,
         *,
         n: int = 64,
-        steps: int = 18,
+        steps: int | None = None,
         solver: Solver = "heun",
         guidance: float = 1.0,
         label: int | str | None = None,
@@ -139,6 +139,9 @@ class Run:
         on_level: Callable[[int], None] | None = None,
     ) -> np.ndarray:
         """Samples, uint8 [n, H, W, C]. The classes take turns unless one is chosen by number or name.
+
+        Args:
+            steps: noise levels of the chain, at least one a block; None: 18, or one a block where there are more.
 
         Raises:
             ConfigError: an impossible argument.

@@ -22,10 +22,10 @@ from edgeblocks.diffusion.noise import (
     unmasking_steps,
 )
 from edgeblocks.diffusion.solver import Solver
+from edgeblocks.tasks import IMAGE_STEPS
 
 EXPORT_FORMAT_VERSION = 2
 KIND = "edgeblocks export"
-DEFAULT_STEPS = 18
 Task = Literal["images", "classes", "text", "continuation"]
 
 
@@ -49,7 +49,7 @@ class BlockFile:
 class SamplerSettings:
     """How the chain is run unless the caller says otherwise. `noises` are the chains whose mean gives the classes."""
 
-    steps: int = DEFAULT_STEPS
+    steps: int = IMAGE_STEPS
     solver: Solver = "heun"
     guidance: float = 1.0
     noises: int = 1

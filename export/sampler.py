@@ -9,7 +9,6 @@ from edgeblocks.data.pictures import to_uint8
 from edgeblocks.diffusion.noise import sampler_levels
 from edgeblocks.diffusion.solver import Solver, check_request, class_number, classes_in_turn, guide, integrate
 from edgeblocks.errors import ConfigError
-from edgeblocks.export.manifest_types import DEFAULT_STEPS
 from edgeblocks.export.onnx_chain import ImageChain, Values
 from edgeblocks.seeds import start_noise
 
@@ -25,7 +24,7 @@ class Sampler(ImageChain):
         self,
         n: int,
         *,
-        steps: int = DEFAULT_STEPS,
+        steps: int | None = None,
         solver: Solver = "heun",
         guidance: float = 1.0,
         label: int | str | None = None,
@@ -36,6 +35,7 @@ class Sampler(ImageChain):
         """Samples, uint8 [n, H, W, C]. The classes take turns unless one is chosen by number or name.
 
         Args:
+            steps: noise levels of the chain, at least one a block; None: as exported.
             micro_batch: samples that go through a block together; it sets the memory, not the samples. None: 16.
             on_level: called with the number of noise levels done.
 
@@ -59,7 +59,7 @@ class Sampler(ImageChain):
         self,
         n: int,
         *,
-        steps: int = DEFAULT_STEPS,
+        steps: int | None = None,
         solver: Solver = "heun",
         guidance: float = 1.0,
         label: int | str | None = None,
@@ -68,6 +68,7 @@ class Sampler(ImageChain):
         on_level: Callable[[int], None] | None = None,
     ) -> Values:
         """As `sample`, before the conversion to pixels: float32 [n, C, H, W]."""
+        steps = self.manifest.sampler.steps if steps is None else steps
         check_request(n=n, steps=steps, guidance=guidance, conditional=self.conditional)
         if solver not in ("euler", "heun"):
             raise ConfigError(f"--solver {solver}: there are euler and heun")

@@ -6,6 +6,8 @@ from typing import Annotated, Any
 
 import typer
 
+from edgeblocks.tasks import IMAGE_STEPS
+
 Family = Annotated[
     str | None,
     typer.Argument(
@@ -135,7 +137,9 @@ TopP = Annotated[
 SampleSteps = Annotated[
     int | None,
     typer.Option(
-        "--steps", help="Noise levels of the chain; at least one a block.", show_default="18; mdlm 64; ar and looped 8"
+        "--steps",
+        help="Noise levels of the chain; at least one a block.",
+        show_default=f"{IMAGE_STEPS}; mdlm 64; ar and looped 8",
     ),
 ]
 Solver = Annotated[str | None, typer.Option(help="heun (two evaluations a level) or euler (one).", show_default="heun")]

@@ -27,6 +27,7 @@ from edgeblocks.cli.options import (
 )
 from edgeblocks.cli.outputs import Wish, say_classes
 from edgeblocks.errors import ConfigError
+from edgeblocks.tasks import IMAGE_STEPS, TEXT_TASKS
 from edgeblocks.units import format_bytes
 
 
@@ -44,7 +45,7 @@ def evaluate(
         int | None,
         typer.Option(
             help="Noise levels of the chain; at least one a block.",
-            show_default="18 for images, 4 for classes, 8 of ar and looped",
+            show_default=f"{IMAGE_STEPS} for images, 4 for classes, 8 of ar and looped",
         ),
     ] = None,
     seed: SampleSeed = 0,
@@ -104,7 +105,7 @@ def sample(
     def work() -> None:
         from edgeblocks import api
         from edgeblocks.cli.console_progress import ConsoleListener
-        from edgeblocks.tasks import TEXT_TASKS
+        from edgeblocks.inference.sampling import usual_steps
 
         with ConsoleListener() as listener:
             loaded = api.load(run)
@@ -117,7 +118,7 @@ def sample(
 
                 wish.texts(partial(loaded.sample_text, steps=steps, seed=seed, mem_budget=mem_budget, on_step=told))
                 return
-            levels = 18 if steps is None else steps
+            levels = usual_steps(loaded.directory) if steps is None else steps
 
             def sampled(done: int) -> None:
                 listener.advance(done, levels, "sampling")
@@ -214,7 +215,6 @@ def run(
     def work() -> None:
         from edgeblocks.cli.console_progress import ConsoleListener
         from edgeblocks.registry import open_exported
-        from edgeblocks.tasks import TEXT_TASKS
 
         exported = open_exported(directory)
         manifest = exported.manifest

@@ -23,10 +23,10 @@ from edgeblocks.errors import ConfigError
 from edgeblocks.inference.block_runner import BlockRunner, EmaSource, class_labels, guided, token_chain
 from edgeblocks.runs.directory import RunDirectory
 from edgeblocks.seeds import start_noise
-from edgeblocks.tasks import TEXT_TASKS
+from edgeblocks.tasks import IMAGE_STEPS, TEXT_TASKS
 
 DEFAULT_STEPS = {
-    "images": 18,
+    "images": IMAGE_STEPS,
     "classes": classification.DEFAULT_STEPS,
     "text": unmasking.DEFAULT_STEPS,
     "continuation": generation.DEFAULT_STEPS,
@@ -72,7 +72,7 @@ def sample_images(
     runners: Runners,
     *,
     n: int,
-    steps: int,
+    steps: int | None = None,
     solver: Solver = "heun",
     guidance: float = 1.0,
     label: int | str | None = None,
@@ -87,6 +87,7 @@ def sample_images(
             f"{directory.path} is of the family {family.name}, which {does} and makes no images; see how well with: "
             f"edgeblocks eval {directory.path}"
         )
+    steps = usual_steps(directory) if steps is None else steps
     check_request(n=n, steps=steps, guidance=guidance, conditional=family.conditional)
     levels = sampler_levels(directory.partition, num_steps=steps)
     labels = class_labels(n, num_classes=directory.data.num_classes, chosen=class_number(label, directory.class_names))

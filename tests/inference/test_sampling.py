@@ -1,0 +1,36 @@
+"""What a run's blocks make when the caller leaves the chain's length to the run."""
+
+import numpy as np
+import pytest
+from support.random_run import make_run, torch_runner
+
+NUM_BLOCKS = 20
+"""More than the noise levels that are usual for images."""
+
+
+@pytest.fixture(scope="module")
+def deep_run(tmp_path_factory):
+    """A run of images with a block for each of its layers."""
+    return make_run(tmp_path_factory.mktemp("deep") / "run", layers=(1,) * NUM_BLOCKS, width=16, heads=2)
+
+
+def test_images_of_many_blocks_take_a_level_of_each(deep_run):
+    """Without a number of steps, a run of more blocks than usual steps is sampled with one level a block."""
+    runner, levels = torch_runner(deep_run), []
+    found = deep_run.sample(n=1, solver="euler", runner=runner, on_level=levels.append)
+    assert sorted(runner.loads) == list(range(NUM_BLOCKS))
+    assert levels == list(range(1, NUM_BLOCKS + 1))
+    np.testing.assert_array_equal(
+        found, deep_run.sample(n=1, steps=NUM_BLOCKS, solver="euler", runner=torch_runner(deep_run))
+    )
+
+
+def test_an_export_of_many_blocks_takes_as_many_levels(deep_run, tmp_path):
+    """The deployed chain's own default is what was exported: torch's, one level a block."""
+    pytest.importorskip("onnxruntime")
+    from edgeblocks.export.sampler import Sampler
+
+    deep_run.export(tmp_path / "exported")
+    found = Sampler(tmp_path / "exported").sample(1, solver="euler")
+    expected = deep_run.sample(n=1, solver="euler", runner=torch_runner(deep_run))
+    assert np.abs(found.astype(int) - expected).max() <= 1
