@@ -215,8 +215,8 @@ class Evaluation:
             nats = []
             for start in range(0, len(indices), self.runner.micro_batch):
                 part = {name: tensor[start : start + self.runner.micro_batch] for name, tensor in batch.items()}
-                with torch.no_grad():
-                    nats.append(family.scores(network, family.with_iterations(part, count))["loss"])
+                asking = family.with_iterations(part, count)
+                nats.append(metrics.scores_of(family, self.runner, network, asking)["loss"])
             rows.append({"steps": count, **metrics.bits(float(torch.cat(nats).mean()), None, text)})
             self.listener.advance(done + 1, len(CURVE_STEPS), "iterations")
         return rows

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from edgeblocks.data.dataset import DataSet
 from edgeblocks.data.images import ImageSet
@@ -82,11 +82,16 @@ def _scores(
     for start in range(0, len(indices), runner.micro_batch):
         examples, labels = data.gather(indices[start : start + runner.micro_batch])
         batch = family.at_level(examples, labels, level, generator)
-        with torch.no_grad():
-            there = {name: tensor.to(runner.device) for name, tensor in batch.items()}
-            for name, values in family.scores(network, there).items():
-                found.setdefault(name, []).append(values.cpu().numpy())
+        for name, values in scores_of(family, runner, network, batch).items():
+            found.setdefault(name, []).append(values.numpy())
     return {name: np.concatenate(parts).astype(np.float64) for name, parts in found.items()}
+
+
+@torch.no_grad()
+def scores_of(family: Any, runner: BlockRunner, network: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The family's scores of each example of a batch; the batch and the scores lie in the processor's memory."""
+    there = {name: tensor.to(runner.device) for name, tensor in batch.items()}
+    return {name: values.cpu() for name, values in family.scores(network, there).items()}
 
 
 def mean_by_block(
