@@ -82,7 +82,7 @@ def sample_images(
     """See `Run.sample`."""
     family = directory.family()
     if family.task != "images":
-        does = "tells images apart" if family.task == "classes" else "writes text (sample_text)"
+        does = "tells the classes of images" if family.task == "classes" else "writes text (sample_text)"
         raise ConfigError(
             f"{directory.path} is of the family {family.name}, which {does} and makes no images; see how well with: "
             f"edgeblocks eval {directory.path}"
@@ -218,9 +218,8 @@ def classify_images(
     """See `Run.classify`."""
     family = directory.family()
     if family.task != "classes":
-        raise ConfigError(
-            f"{directory.path} is of the family {family.name}, which makes images and does not classify them"
-        )
+        does = "makes images" if family.task == "images" else "writes text (sample_text)"
+        raise ConfigError(f"{directory.path} is of the family {family.name}, which {does} and does not classify images")
     data = directory.data
     shape = (data.height, data.width, data.channels)
     if pixels.shape[1:] != shape or pixels.dtype != np.uint8:

@@ -2,7 +2,9 @@
 
 import numpy as np
 import pytest
-from support.random_run import make_run, torch_runner
+from support.random_run import make_run, make_text_run, torch_runner
+
+from edgeblocks.errors import ConfigError
 
 NUM_BLOCKS = 20
 """More than the noise levels that are usual for images."""
@@ -34,3 +36,13 @@ def test_an_export_of_many_blocks_takes_as_many_levels(deep_run, tmp_path):
     found = Sampler(tmp_path / "exported").sample(1, solver="euler")
     expected = deep_run.sample(n=1, solver="euler", runner=torch_runner(deep_run))
     assert np.abs(found.astype(int) - expected).max() <= 1
+
+
+def test_a_run_that_is_no_classifier_is_told_what_it_makes(deep_run, tmp_path):
+    """`classify` names what the run does: one of text is not told that it makes images."""
+    text = make_text_run(tmp_path / "text", layers=(1,), width=16, heads=2, length=16, hold_out=0.0005)
+    pixels = np.zeros((1, 8, 8, 1), np.uint8)
+    with pytest.raises(ConfigError, match=r"mdlm, which writes text \(sample_text\) and does not classify images"):
+        text.classify(pixels)
+    with pytest.raises(ConfigError, match="dit, which makes images and does not classify images"):
+        deep_run.classify(pixels)
