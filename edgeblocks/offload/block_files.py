@@ -5,8 +5,11 @@ is exactly the memory of a `BlockBuffer`, so a block is read with one `readinto`
 a second copy (safetensors' own reader maps the file and doubles the resident bytes; its writer is several times slower
 with fsync). Any safetensors reader opens the file.
 
-Every part carries a SHA-256 of its bytes, and the header one of itself: a flipped byte is found before use. A write
-goes to a temporary name, is synced, and then renamed: at any instant the file under the final name is whole.
+Every part carries a SHA-256 of its bytes, and the header one of itself: a flipped byte is found before use. A part is
+hashed when it is read for the first time, and again once the file is another one by inode, times or size, also where
+this process wrote it: what came back from the disk is checked, not what was sent there. Bytes that a disk changes
+without a write, after this process found them sound, are found by the next process. A write goes to a temporary name,
+is synced, and then renamed: at any instant the file under the final name is whole.
 """
 
 import contextlib
@@ -14,6 +17,7 @@ import hashlib
 import json
 import os
 import shutil
+import time
 import weakref
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -31,7 +35,13 @@ from edgeblocks.offload.block_buffer import PARTS, BlockBuffer, BlockLayout, Par
 from edgeblocks.units import format_bytes
 
 FORMAT_VERSION = 1
+_CLOCK_TICK_NS = 2 * 10**9
+"""How coarse a file system's times may be (FAT's are): a later change within this of the last one may not show."""
 _DTYPES = {torch.float32: "F32", torch.int8: "I8", torch.uint8: "U8"}
+
+
+_Identity = tuple[int, int, int, int, int]
+"""A file's device, inode, times of the last change (of its bytes, of its entry) and size."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +73,8 @@ class BlockStore:
         self.bytes_read = 0
         self._former_bytes_written = 0
         self._held_folder: int | None = None
+        self._sound: dict[int, tuple[_Identity, set[Part]]] = {}
+        """Of each block's file, which one it was and which of its parts matched their checksums."""
 
     def buffer(self, parts: Sequence[Part] = PARTS) -> BlockBuffer:
         """Memory for these parts of any of the blocks."""
@@ -166,6 +178,7 @@ class BlockStore:
         try:
             with open_regular(path) as file:
                 header, data_start = self._read_header(block, file)
+                sound = self._sound_parts(block, os.fstat(file.fileno()))
                 for part in wanted:
                     start, num_bytes = layout.part_span(part)
                     file.seek(data_start + start)
@@ -176,11 +189,23 @@ class BlockStore:
                 raise RunError(f"block {block} is missing: there is no file {path}; {self._kept(block)}") from error
             raise storage_error(f"cannot read block {block}", path, error) from error
         for part in wanted:
+            if part in sound:
+                continue
             if _digest(buffer.part_bytes(part)) != header.digests[part]:
                 raise RunError(
                     f"block {block} is damaged: the {part} in {path} do not match their checksum; {self._kept(block)}"
                 )
+            sound.add(part)
         return header.step
+
+    def _sound_parts(self, block: int, status: os.stat_result) -> set[Part]:
+        """Parts of this very file that need not be hashed again; what is added to them is remembered."""
+        if time.time_ns() - status.st_mtime_ns < _CLOCK_TICK_NS:
+            return set()
+        identity = (status.st_dev, status.st_ino, status.st_mtime_ns, status.st_ctime_ns, status.st_size)
+        if block not in self._sound or self._sound[block][0] != identity:
+            self._sound[block] = identity, set()
+        return self._sound[block][1]
 
     def _read_header(self, block: int, file: Any) -> tuple[BlockHeader, int]:
         path = self.path(block)

@@ -1,7 +1,9 @@
 """A block's file: what is written is what is read, and its layout is that of every safetensors reader."""
 
+import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,7 @@ from support.small_blocks import RUN_ID, Small, all_bytes, filled_buffer, layout
 
 from edgeblocks.errors import StorageError
 from edgeblocks.files.durable import write_atomically
+from edgeblocks.offload import block_files
 from edgeblocks.offload.block_buffer import PARTS, BlockBuffer
 
 
@@ -68,6 +71,52 @@ def test_ema_alone_can_be_read(written):
     assert store.bytes_read == ema.num_bytes
     names = [name for name, _ in ema.tensors("ema")]
     assert set(names) == set(dict(Small().named_parameters()))
+
+
+@pytest.fixture
+def hashed(monkeypatch):
+    """The sizes of what is hashed from now on."""
+    sizes, digest = [], block_files._digest
+
+    def counted(data):
+        sizes.append(data.numel())
+        return digest(data)
+
+    monkeypatch.setattr(block_files, "_digest", counted)
+    return sizes
+
+
+def make_old(path):
+    """A minute ago, so that any change from now on shows in the file's time."""
+    former = time.time_ns() - 60 * 10**9
+    os.utime(path, ns=(former, former))
+
+
+def test_a_file_is_hashed_at_its_first_read_alone(written, hashed):
+    """Text that is written token by token reads each block for each token: a part is hashed once in a file's life."""
+    store, buffer = written
+    make_old(store.path(1))
+    ema, whole = BlockBuffer(store.layouts[1], ["ema"]), BlockBuffer(store.layouts[1])
+    sizes = {part: buffer.part_bytes(part).numel() for part in PARTS}
+    for _ in range(3):
+        store.read(1, ema)
+    assert hashed == [sizes["ema"]]
+    store.read(1, whole)
+    assert hashed == [sizes["ema"], sizes["weights"], sizes["optimizer"]]
+    assert all_bytes(whole) == all_bytes(buffer)
+    store.write(1, buffer, step=18)
+    make_old(store.path(1))
+    hashed.clear()
+    assert [store.read(1, ema) for _ in range(2)] == [18, 18]
+    assert hashed == [sizes["ema"]], "what this process wrote is read from the disk like any other file"
+
+
+def test_a_file_that_was_just_written_is_hashed_at_each_read(written, hashed):
+    """A change in the same tick of the file system's clock would not show in the file's time."""
+    store, _ = written
+    for _ in range(2):
+        store.read(1, BlockBuffer(store.layouts[1], ["ema"]))
+    assert len(hashed) == 2
 
 
 def test_a_buffer_serves_smaller_blocks(tmp_path):

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 
 import pytest
 import torch
@@ -32,6 +33,20 @@ def test_one_bad_ema_byte_does_not_bar_the_weights(written):
     ema = BlockBuffer(store.layouts[1], ["ema"])
     store.read(1, ema)
     assert torch.equal(ema.flat("ema"), buffer.flat("ema"))
+    with pytest.raises(RunError, match="block 1 is damaged: the optimizer"):
+        store.read(1, BlockBuffer(store.layouts[1]))
+
+
+def test_damage_after_a_read_is_found(written):
+    """A file that was read and found sound, and is changed in place by another program: the next read finds it."""
+    store, _ = written
+    os.utime(store.path(1), ns=(1, 1))
+    store.read(1, BlockBuffer(store.layouts[1]))
+    with store.path(1).open("r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        last = file.read(1)[0]
+        file.seek(-1, os.SEEK_END)
+        file.write(bytes([last ^ 1]))
     with pytest.raises(RunError, match="block 1 is damaged: the optimizer"):
         store.read(1, BlockBuffer(store.layouts[1]))
 
