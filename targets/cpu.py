@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import hashlib
 import os
 import sys
 import time
@@ -133,6 +134,7 @@ class CpuTarget:
             operator_s=operator_s,
             disk_read_bytes_per_s=disk.read_bytes_per_s,
             disk_write_bytes_per_s=disk.write_bytes_per_s,
+            checksum_s_per_byte=checksum_s_per_byte(),
         )
 
     def examine_disk(self, folder: Path, *, probe_bytes: int, limit_s: float) -> DiskSpeed:
@@ -231,6 +233,12 @@ def _measure_arithmetic() -> tuple[float, float, float]:
         small = torch.zeros(16)
         operator_s = _best_time(lambda: small * 2.0, 200)
     return flops_per_s, memory_bytes_per_s, operator_s
+
+
+def checksum_s_per_byte() -> float:
+    """Seconds a byte of SHA-256 on one thread."""
+    data = bytes(2**20)
+    return _best_time(lambda: hashlib.sha256(data).digest(), 10) / len(data)
 
 
 def _best_time(call: Callable[[], object], repeats: int) -> float:

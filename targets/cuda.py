@@ -17,7 +17,7 @@ from typing import Any
 
 from edgeblocks.errors import ConfigError
 from edgeblocks.planning.plans import Host, Machine
-from edgeblocks.targets.cpu import DISK_PROBE_BYTES, CpuTarget, run_every_kernel
+from edgeblocks.targets.cpu import DISK_PROBE_BYTES, CpuTarget, checksum_s_per_byte, run_every_kernel
 from edgeblocks.targets.disk import DiskSpeed, measure_disk
 from edgeblocks.targets.profile import WRITTEN_BYTES_PER_UPDATE
 
@@ -159,6 +159,7 @@ class CudaTarget:
             operator_s=operator_s,
             disk_read_bytes_per_s=disk.read_bytes_per_s,
             disk_write_bytes_per_s=disk.write_bytes_per_s,
+            checksum_s_per_byte=checksum_s_per_byte(),
             update_s_per_parameter=WRITTEN_BYTES_PER_UPDATE / memory_bytes_per_s,
             host=Host(
                 runtime_bytes=self.host_used_bytes(),

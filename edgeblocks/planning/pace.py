@@ -102,14 +102,15 @@ def _moving_s(machine: Machine, blocks: int, slots: int, ram_blocks: int, block_
     Beside a host, a block passes the link, and comes from disk before unless it lives in RAM. Wherever it lives it is
     written to disk after every visit: what is only in memory would be lost with the power.
     """
-    store_s = block_bytes / machine.disk_write_bytes_per_s
+    read_s = block_bytes * (1 / machine.disk_read_bytes_per_s + machine.checksum_s_per_byte)
+    store_s = block_bytes * (1 / machine.disk_write_bytes_per_s + machine.checksum_s_per_byte)
     if machine.host is None:
         streamed = 1 - kept_blocks(blocks, slots) / blocks
-        return streamed * block_bytes / machine.disk_read_bytes_per_s, store_s
+        return streamed * read_s, store_s
     link_s = block_bytes / machine.host.link_bytes_per_s
     if slots >= blocks:
         return 0.0, link_s + store_s
-    return link_s + (1 - ram_blocks / blocks) * block_bytes / machine.disk_read_bytes_per_s, link_s + store_s
+    return link_s + (1 - ram_blocks / blocks) * read_s, link_s + store_s
 
 
 def _most_rounds(wishes: Wishes, round_bytes: int) -> int:

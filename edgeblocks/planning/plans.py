@@ -34,6 +34,9 @@ class Machine:
     operator_s: float
     disk_read_bytes_per_s: float
     disk_write_bytes_per_s: float
+    checksum_s_per_byte: float = 0.0
+    """Of the SHA-256 of a block's file, which is hashed as it is written and after it was read; 0 where the disk's
+    speeds allow for that, as a profile's do. Scratch files have no checksum."""
     planning_bytes: int = 0
     """What a run occupies at least: the peak of the child process that traced the costs, or of this one while it
     measured the machine."""

@@ -137,14 +137,15 @@ def test_the_refusal_itemises():
 def test_streaming_takes_at_most_its_share_of_a_visit(machine, wishes):
     """With automatic visits, loading and storing take 2 % of a visit at most, unless a visit is the whole run.
 
-    Block bytes over the disk's speed, on average over the blocks, of which some stay in memory, against the steps of
-    the visit: computed here from the parts.
+    Block bytes over the disk's speed and their checksums, on average over the blocks, of which some stay in memory,
+    against the steps of the visit: computed here from the parts.
     """
     plan = plan_or_refusal(machine, replace(wishes, visit_steps=None))
     assume(not isinstance(plan, DoesNotFitError))
     chosen = plan.chosen
-    load_s = len(chosen.tiers["disk"]) / chosen.blocks * chosen.block_bytes / machine.disk_read_bytes_per_s
-    store_s = chosen.block_bytes / machine.disk_write_bytes_per_s
+    streamed_bytes = len(chosen.tiers["disk"]) / chosen.blocks * chosen.block_bytes
+    load_s = streamed_bytes / machine.disk_read_bytes_per_s + streamed_bytes * machine.checksum_s_per_byte
+    store_s = chosen.block_bytes / machine.disk_write_bytes_per_s + chosen.block_bytes * machine.checksum_s_per_byte
     assert 1 <= chosen.visit_steps <= wishes.steps
     if chosen.visit_steps < wishes.steps:
         assert load_s + store_s <= STREAMING_SHARE * chosen.visit_steps * chosen.step_s * (1 + 1e-9)

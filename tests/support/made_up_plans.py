@@ -47,6 +47,7 @@ MACHINES = st.builds(
     operator_s=st.floats(1e-7, 1e-4),
     disk_read_bytes_per_s=st.floats(1e7, 1e10),
     disk_write_bytes_per_s=st.floats(1e7, 1e10),
+    checksum_s_per_byte=st.floats(0, 1e-8),
 )
 HOST = Host(runtime_bytes=1000 * MB, memory_bytes=8000 * MB, link_bytes_per_s=1e10)
 GPU = replace(MACHINE, host=HOST, update_s_per_parameter=1e-10, flops_per_s=5e12, memory_bytes_per_s=1e11)
