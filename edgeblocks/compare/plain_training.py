@@ -10,6 +10,7 @@ import logging
 import math
 import time
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from edgeblocks.inference.quality import network_quality
 from edgeblocks.optim.update import BETA1, BETA2, EPS, ema_exponent, learning_rate_at
 from edgeblocks.progress import Listener
 from edgeblocks.seeds import generator_at
-from edgeblocks.training.batches import Batches, drawing, helper_for
+from edgeblocks.training.batches import BatchThread, drawing
 from edgeblocks.training.loop import METRICS_RECORDS
 
 
@@ -61,18 +62,19 @@ def train(
     optimizer = adamw(groups, eight_bit=eight_bit)
     on_start()
     draw = drawing(family, data, whole_range(family).ranges[0], batch=run.batch, seed=run.seed, block=0)
-    batches = Batches(draw, last=run.steps, helper=helper_for(torch.device(device)))
-    for step in range(run.steps):
-        batch = {name: tensor.to(device) for name, tensor in batches.of(step).items()}
-        loss = family.loss(network, batch).mean()
-        loss.backward()
-        nn.utils.clip_grad_norm_(network.parameters(), run.clip)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate_at(step, steps=run.steps, warmup=run.warmup, peak=run.learning_rate)
-        optimizer.step()
-        optimizer.zero_grad()
-        averaged.update_parameters(network)
-        on_step(step + 1, loss.item(), averaged.module)
+    with closing(BatchThread(torch.device(device))) as thread:
+        batches = thread.batches(draw, last=run.steps)
+        for step in range(run.steps):
+            batch = {name: tensor.to(device) for name, tensor in batches.of(step).items()}
+            loss = family.loss(network, batch).mean()
+            loss.backward()
+            nn.utils.clip_grad_norm_(network.parameters(), run.clip)
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate_at(step, steps=run.steps, warmup=run.warmup, peak=run.learning_rate)
+            optimizer.step()
+            optimizer.zero_grad()
+            averaged.update_parameters(network)
+            on_step(step + 1, loss.item(), averaged.module)
 
 
 def adamw(groups: list[dict[str, Any]], *, eight_bit: bool) -> torch.optim.Optimizer:

@@ -32,11 +32,27 @@ def drawing(family: Any, data: DataSet, noise: Any, *, batch: int, seed: int, bl
     return draw
 
 
-def helper_for(device: torch.device) -> ThreadPoolExecutor | None:
-    """A thread that draws for a device; a processor that trains has no time to spare."""
-    if device.type == "cpu":
-        return None
-    return ThreadPoolExecutor(max_workers=1, thread_name_prefix="edgeblocks-data")
+def draws_ahead(device: torch.device) -> bool:
+    """Whether a thread draws for a device; a processor that trains has no time to spare."""
+    return device.type != "cpu"
+
+
+class BatchThread:
+    """The thread that draws for a device, if one does. Its owner closes it."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._pool: ThreadPoolExecutor | None = None
+        if draws_ahead(device):
+            self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="edgeblocks-data")
+
+    def batches(self, draw: Callable[[int], Batch], *, last: int) -> "Batches":
+        """What `draw` gives for each step before `last`."""
+        return Batches(draw, last=last, helper=self._pool)
+
+    def close(self) -> None:
+        """End the thread, after what it is drawing."""
+        if self._pool is not None:
+            self._pool.shutdown(wait=True, cancel_futures=True)
 
 
 class Batches:

@@ -28,7 +28,7 @@ from edgeblocks.optim.adamw import Workspace
 from edgeblocks.optim.update import adamw_, ema_exponent, follow_, learning_rate_at
 from edgeblocks.progress import Progress
 from edgeblocks.runs.directory import RunDirectory
-from edgeblocks.training.batches import Batches, drawing, helper_for
+from edgeblocks.training.batches import Batches, BatchThread, drawing
 from edgeblocks.training.guard import Guard, is_refusal
 from edgeblocks.training.interruption import Interruption
 from edgeblocks.units import format_bytes, parse_size
@@ -96,7 +96,7 @@ class Trainer(ABC):
         self._workspace = Workspace.for_device(self.device) if quantized else None
         self._ema_exponent = ema_exponent(self.settings.ema_length)
         self._metrics_every = max(1, self.settings.steps // METRICS_RECORDS)
-        self._helper = helper_for(self.device)
+        self._thread = BatchThread(self.device)
         self.progress = Progress(
             bytes_written=self.store.run_bytes_written,
             budget_bytes=int(run.plan["budget_bytes"]),
@@ -193,8 +193,7 @@ class Trainer(ABC):
     def close(self) -> None:
         """Stop the threads that move blocks and draw batches, and give the room on disk back."""
         self._slots.close()
-        if self._helper is not None:
-            self._helper.shutdown(wait=True)
+        self._thread.close()
 
     def update_(self, buffer: BlockBuffer, gradients: Tensor, step: int) -> None:
         """AdamW, then the EMA, in a block or stage. Steps count from 0."""
@@ -281,7 +280,7 @@ class Trainer(ABC):
     def _batches(self, visit: Visit) -> Batches:
         noise, settings = self.partition.ranges[visit.block], self.settings
         draw = drawing(self.family, self.data, noise, batch=settings.batch, seed=settings.seed, block=visit.block)
-        return Batches(draw, last=visit.last, helper=self._helper)
+        return self._thread.batches(draw, last=visit.last)
 
     def _report(self, on_step: Callable[[Progress], None]) -> Exception | None:
         """Report a step; what the listener fails with ends the run, after the step is saved."""

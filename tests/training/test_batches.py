@@ -9,8 +9,7 @@ from support.equality import SMALL, assert_same_bits
 
 import edgeblocks
 from edgeblocks.errors import StorageError
-from edgeblocks.training import diffusion as trainer
-from edgeblocks.training import exact as exact_trainer
+from edgeblocks.training import batches as drawn
 from edgeblocks.training.batches import Batches
 
 ANSWER_S = 30
@@ -66,11 +65,16 @@ def test_what_fails_is_raised_at_its_step(helper):
 
 
 @pytest.mark.parametrize("method", ["diffusion", "exact"])
-def test_training_with_batches_drawn_ahead_makes_the_same_bits(tmp_path, monkeypatch, helper, method):
-    """Three blocks, visits of three steps: the files are those of a run that draws each batch when it needs it."""
+def test_training_with_batches_drawn_ahead_makes_the_same_bits(tmp_path, monkeypatch, method):
+    """Three blocks, visits of three steps: the files are those of a run that draws each batch when it needs it.
+
+    The thread that drew is gone afterwards.
+    """
     settings = {**SMALL, "steps": 8, "visit_steps": 3, "mem_budget": "4GB", "method": method}
     usual = edgeblocks.train(out=tmp_path / "usual", **settings)
-    for module in (trainer, exact_trainer):
-        monkeypatch.setattr(module, "helper_for", lambda device: helper)
+    began = []
+    monkeypatch.setattr(drawn, "draws_ahead", lambda device: began.append(device) or True)
     ahead = edgeblocks.train(out=tmp_path / "ahead", **settings)
+    assert began
     assert_same_bits(usual.path, ahead.path)
+    assert not [thread.name for thread in threading.enumerate() if thread.name.startswith("edgeblocks-data")]
