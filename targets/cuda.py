@@ -109,15 +109,16 @@ class CudaTarget:
 
     @contextlib.contextmanager
     def capped(self, budget_bytes: int) -> Iterator[None]:
-        """Let torch refuse memory that would carry the process past the budget."""
+        """Let torch refuse memory that would carry the process past the budget; a smaller share that was set stays."""
         import torch
 
         share = (budget_bytes - self._runtime_bytes) / self.total_bytes()
-        torch.cuda.set_per_process_memory_fraction(min(max(share, 0.0), 1.0))
+        former = torch.cuda.memory.get_per_process_memory_fraction()
+        torch.cuda.set_per_process_memory_fraction(min(max(share, 0.0), former))
         try:
             yield
         finally:
-            torch.cuda.set_per_process_memory_fraction(1.0)
+            torch.cuda.set_per_process_memory_fraction(former)
 
     def warm_up(self) -> None:
         """Run every kind of kernel that training uses once, so that context, code and workspaces are in memory."""
@@ -148,7 +149,7 @@ class CudaTarget:
         """Speeds of the GPU, its link and the disk, and what both memories hold before any block is loaded."""
         self.warm_up()
         flops_per_s, memory_bytes_per_s, operator_s = self._measure_arithmetic()
-        link_bytes_per_s = self._measure_link()
+        link_bytes_per_s = min(self.link_bytes_per_s(_LINK_PROBE_BYTES))
         disk = measure_disk(folder, probe_bytes=DISK_PROBE_BYTES, limit_s=3)
         self._note_runtime()  # again: large matrices brought 72 MB of code on an H100
         return Machine(
@@ -221,12 +222,16 @@ class CudaTarget:
             memory_bytes_per_s = large.nbytes / self._time(lambda: large * 2.0, 20)
             return flops_per_s, memory_bytes_per_s, self._time(lambda: small * 2.0, 200)
 
-    def _measure_link(self) -> float:
-        """Bytes per second of the slower direction."""
-        here, there = self.host_memory(_LINK_PROBE_BYTES), self.empty(_LINK_PROBE_BYTES)
+    def link_bytes_per_s(self, probe_bytes: int) -> tuple[float, float]:
+        """Bytes per second to torch's current GPU and from it, as blocks are copied.
+
+        Raises:
+            RuntimeError: so much memory is not free.
+        """
+        here, there = self.host_memory(probe_bytes), self.empty(probe_bytes)
         to_gpu_s = self._time(lambda: self.copy_(there, here), 5)
         from_gpu_s = self._time(lambda: self.copy_(here, there), 5)
-        return _LINK_PROBE_BYTES / max(to_gpu_s, from_gpu_s)
+        return probe_bytes / to_gpu_s, probe_bytes / from_gpu_s
 
     def _time(self, call: Callable[[], object], repeats: int) -> float:
         """Seconds of one of `repeats` calls given to the GPU in a row; the best of three such rows."""

@@ -94,7 +94,7 @@ def _whole_lines(output: bytes | None) -> list[str]:
 
 
 def _probe_gpus() -> dict[str, Any]:
-    """The GPUs that torch can use, and why there are none. Not yet run on a GPU."""
+    """The GPUs that torch can use, and why there are none."""
     import warnings
 
     import torch
@@ -111,18 +111,17 @@ def _probe_gpus() -> dict[str, Any]:
 
 
 def _probe_gpu(index: int) -> dict[str, Any]:
-    """Memory and link speed of a GPU: pinned copies both ways, the best of three. Not yet run on a GPU."""
+    """Memory and link speed of a GPU. The link is measured as for a plan, which was done on a GPU (docs/gpu.md)."""
     import torch
 
     device = torch.device("cuda", index)
     free_bytes, total_bytes = torch.cuda.mem_get_info(device)
     to_gpu = from_gpu = None
-    size_bytes = max(2**20, min(_LINK_PROBE_BYTES, free_bytes // 4))
-    with contextlib.suppress(RuntimeError):  # torch's out-of-memory errors, of the GPU and of pinned memory
-        host = torch.empty(size_bytes, dtype=torch.uint8, pin_memory=True)
-        there = torch.empty(size_bytes, dtype=torch.uint8, device=device)
-        to_gpu = size_bytes / min(_copy_s(there, host, device) for _ in range(3))
-        from_gpu = size_bytes / min(_copy_s(host, there, device) for _ in range(3))
+    probe_bytes = max(2**20, min(_LINK_PROBE_BYTES, free_bytes // 4))
+    # A target keeps a stream of the GPU that it copies to, hence one for each. torch's out-of-memory errors, of the GPU
+    # and of the host, mean that its memory is full.
+    with contextlib.suppress(RuntimeError), torch.cuda.device(device):
+        to_gpu, from_gpu = build_target("cuda").link_bytes_per_s(probe_bytes)
     return {
         "name": torch.cuda.get_device_name(device),
         "total_bytes": total_bytes,
@@ -130,16 +129,6 @@ def _probe_gpu(index: int) -> dict[str, Any]:
         "to_gpu_bytes_per_s": to_gpu,
         "from_gpu_bytes_per_s": from_gpu,
     }
-
-
-def _copy_s(to: Any, source: Any, device: Any) -> float:
-    import torch
-
-    torch.cuda.synchronize(device)
-    started = time.perf_counter()
-    to.copy_(source, non_blocking=True)
-    torch.cuda.synchronize(device)  # the copy was only queued
-    return time.perf_counter() - started
 
 
 def _probe_machine(folder: Path) -> Machine:

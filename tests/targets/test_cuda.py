@@ -7,6 +7,7 @@ import torch
 from support.equality import SMALL, StopAfter, block_tensors
 
 import edgeblocks
+from edgeblocks.doctor import probes
 from edgeblocks.errors import ConfigError, InterruptedRunError
 from edgeblocks.offload.slots import StreamTimes
 from edgeblocks.optim.adamw import Workspace, adamw_8bit_state, adamw_8bit_step_
@@ -24,6 +25,30 @@ def test_without_a_gpu_the_target_is_refused_with_what_to_do(tmp_path):
     with pytest.raises(ConfigError, match=message):
         edgeblocks.train(out=tmp_path / "run", target="cuda", **SMALL)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("former", [0.5, 0.05])
+def test_the_cap_leaves_the_share_of_memory_as_it_was(monkeypatch, former):
+    """A share that the program had set before holds afterwards too, and is not raised while a run is trained."""
+    shares = [former]
+    monkeypatch.setattr(torch.cuda.memory, "get_per_process_memory_fraction", lambda: shares[-1])
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", shares.append)
+    target = CudaTarget()
+    monkeypatch.setattr(target, "total_bytes", lambda: 1000)
+    with target.capped(200):
+        assert shares[-1] == min(former, 0.2)
+    assert shares[-1] == former
+
+
+@pytest.mark.gpu
+@on_a_gpu
+def test_the_doctor_measures_the_link_as_a_plan_does():
+    """Each GPU has a name, memory, and a speed of its link in both directions."""
+    found = probes._probe_gpus()
+    assert found["note"] is None and len(found["gpus"]) == torch.cuda.device_count()
+    for gpu in found["gpus"]:
+        assert 0 < gpu["free_bytes"] <= gpu["total_bytes"]
+        assert min(gpu["to_gpu_bytes_per_s"], gpu["from_gpu_bytes_per_s"]) > 1e9
 
 
 @pytest.mark.gpu
