@@ -1,4 +1,3 @@
-import itertools
 import math
 import subprocess
 import sys
@@ -6,6 +5,8 @@ import sys
 import numpy as np
 import pytest
 import torch
+from hypothesis import example, given
+from hypothesis import strategies as st
 
 from edgeblocks.seeds import generator_at, seed_at, start_noise
 
@@ -26,11 +27,21 @@ def test_start_noise_is_standard_normal():
     assert noise.var() == pytest.approx(1, abs=0.05)
 
 
-def test_different_positions_have_different_seeds():
-    """(1, 23) and (12, 3) are not the same place, and every seed suits numpy and torch."""
-    seeds = {seed_at(*position) for position in itertools.product((1, 12, "1"), (23, 3, "order"))}
-    assert len(seeds) == len({"/".join(map(str, p)) for p in itertools.product((1, 12, "1"), (23, 3, "order"))})
-    assert all(0 <= seed < 2**63 for seed in seeds)
+PARTS = st.one_of(st.integers(-20, 200), st.text("/01a-", max_size=4))
+
+
+@given(st.lists(PARTS, max_size=4), st.lists(PARTS, max_size=4))
+@example([1], ["1"])
+@example([1, "a/b"], [1, "a", "b"])
+@example([1, "//2f"], [1, "/"])
+@example([1, ""], [1])
+@example([""], [])
+@example([1, 23], [12, 3])
+def test_different_positions_have_different_seeds(one, other):
+    """A number is not the text of its digits, and a text with a slash is one part; every seed suits numpy and torch."""
+    alike = [(type(part), part) for part in one] == [(type(part), part) for part in other]
+    assert (seed_at(*one) == seed_at(*other)) == alike
+    assert all(0 <= seed_at(*position) < 2**63 for position in (one, other))
 
 
 def test_a_generator_is_decided_by_its_position():
@@ -42,9 +53,34 @@ def test_a_generator_is_decided_by_its_position():
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_seeds_are_for_ever():
+@pytest.mark.parametrize(
+    ("position", "seed"),
+    [
+        ((0,), 2033344993903900207),
+        ((0, "init", 0), 1391976149099393129),
+        ((0, "train", 1, 2), 7862477292193677372),
+        ((-3, "train", 0, 1), 8491869179483291011),
+        ((7, "order", 2, 5), 1034158381368431933),
+        ((0, "eval", 3), 1073349005583079152),
+        ((0, "bound", 1, 9), 6406239083384485124),
+        ((0, "unmask", 4), 5786511980534205767),
+        ((0, "continue", 4), 6298818252911891013),
+        ((0, "verify", 1, 2), 8449673720725000249),
+        (("export", 3), 8584289085864632450),
+        ((0, "chain", 1), 8295900662994219420),
+        ((0, "start", 0), 6646111252240885661),
+        ((0, "start", 16 * "0f9a"), 4718866867264564018),
+        ((0, "start", "photo 1.png"), 6408938030643180720),
+        ((0, "start", "007"), 9147807793842989528),
+    ],
+)
+def test_seeds_are_for_ever(position, seed):
     """A seed is a fixed function of its position: runs of former versions can be resumed, samples drawn again."""
-    assert seed_at(0, "train", 1, 2) == 7862477292193677372
+    assert seed_at(*position) == seed
+
+
+def test_start_noise_is_for_ever():
+    """As the seeds are."""
     assert start_noise((1,), samples=range(1), seed=0)[0, 0] == pytest.approx(-1.3040189, abs=1e-6)
 
 
