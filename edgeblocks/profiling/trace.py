@@ -19,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib import metadata, resources
 from pathlib import Path
 from types import ModuleType
@@ -32,6 +32,8 @@ from edgeblocks.registry import build_family, build_target, import_own_family, o
 
 RUN_TO_RUN_BYTES = 3_000_000
 """The child's peak differs by this much from one run to the next."""
+_KINDS = ("plain", "checkpointed", "forward")
+"""Of steps that are traced; see `LayerCosts`."""
 
 
 def trace_in_subprocess(
@@ -48,35 +50,63 @@ def trace_in_subprocess(
     Args:
         settings, data: fields of the family's settings and data description, as JSON values.
         sample_counts: micro-batches to trace.
-        cache: a folder of former answers, looked up and added to; None traces in any case.
+        cache: a folder of former answers, one file a sample count, looked up and added to; None traces in any case.
     """
     request: dict[str, Any] = {"family": family_name, "settings": settings, "data": data, "method": method}
-    request |= {"sample_counts": list(sample_counts), "own_family": own_family(family_name)}
-    kept = None if cache is None else cache / f"costs-{_fingerprint(request)}.json"
-    if kept is not None:
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):  # damaged: as if not there
-            answer, _, digest = kept.read_text().rstrip().rpartition("\n")
-            if digest == hashlib.sha256(answer.encode()).hexdigest():
-                return _parse_answer(answer)
+    request["own_family"] = own_family(family_name)
+    kept = {count: cache / f"costs-{_fingerprint(request, count)}.json" for count in sample_counts} if cache else {}
+    answers = {count: answer for count, path in kept.items() if (answer := _kept_answer(path)) is not None}
+    missing = sorted(set(sample_counts) - answers.keys())
+    if missing:
+        traced = _ask_child({**request, "sample_counts": missing})
+        for count in missing:
+            answers[count] = {
+                **traced,
+                **{kind: [one for one in traced[kind] if one["samples"] == count] for kind in _KINDS},
+            }
+            if count in kept:
+                _keep(kept[count], answers[count])
+    parsed = [_parse_answer(answers[count]) for count in sorted(answers)]
+    steps = {kind: tuple(step for costs, _ in parsed for step in getattr(costs, kind)) for kind in _KINDS}
+    return replace(parsed[0][0], **steps), max(planning_bytes for _, planning_bytes in parsed)
+
+
+def _ask_child(request: dict[str, Any]) -> dict[str, Any]:
+    """The answer of a child process, as `main` gives it."""
     command = [sys.executable, "-m", "edgeblocks.profiling.trace"]
     done = subprocess.run(command, input=json.dumps(request), capture_output=True, text=True, check=False)
     if done.returncode != 0:
-        raise EdgeblocksError(f"the cost trace of '{family_name}' failed (exit {done.returncode}):\n{done.stderr}")
-    text = done.stdout.strip()
-    costs = _parse_answer(text)
-    if kept is not None:
-        with contextlib.suppress(OSError):  # a full or read-only cache costs time only
-            kept.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile("w", dir=kept.parent, suffix=".partial", delete=False) as file:
-                file.write(f"{text}\n{hashlib.sha256(text.encode()).hexdigest()}\n")
-            Path(file.name).replace(kept)
-    return costs
+        raise EdgeblocksError(
+            f"the cost trace of '{request['family']}' failed (exit {done.returncode}):\n{done.stderr}"
+        )
+    answer: dict[str, Any] = json.loads(done.stdout)
+    return answer
 
 
-def _fingerprint(request: dict[str, Any]) -> str:
+def _kept_answer(path: Path) -> dict[str, Any] | None:
+    """A former answer; None where there is none, or a damaged one."""
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
+        text, _, digest = path.read_text().rstrip().rpartition("\n")
+        if digest == hashlib.sha256(text.encode()).hexdigest():
+            answer: dict[str, Any] = json.loads(text)
+            _parse_answer(answer)
+            return answer
+    return None
+
+
+def _keep(path: Path, answer: dict[str, Any]) -> None:
+    text = json.dumps(answer)
+    with contextlib.suppress(OSError):  # a full or read-only cache costs time only
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".partial", delete=False) as file:
+            file.write(f"{text}\n{hashlib.sha256(text.encode()).hexdigest()}\n")
+        Path(file.name).replace(path)
+
+
+def _fingerprint(request: dict[str, Any], samples: int) -> str:
     """Changes with everything that an answer depends on: the request, the code, torch, the threads of a step."""
     threads = [os.environ.get("OMP_NUM_THREADS"), os.cpu_count(), platform.machine()]
-    about = [request, _code_digest(), metadata.version("torch"), sys.version, threads]
+    about = [request, samples, _code_digest(), metadata.version("torch"), sys.version, threads]
     return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:32]
 
 
@@ -88,11 +118,11 @@ def _code_digest() -> str:
     return hashlib.sha256(b"".join(path.read_bytes() for path in sorted(package.rglob("*.py")))).hexdigest()
 
 
-def _parse_answer(text: str) -> tuple[LayerCosts, int]:
-    """The child's answer; anything else raises one of the errors that reading JSON as something it is not can raise."""
-    fields = json.loads(text)
+def _parse_answer(answer: dict[str, Any]) -> tuple[LayerCosts, int]:
+    """The child's answer; anything else raises one of the errors that using JSON as something it is not can raise."""
+    fields = dict(answer)
     planning_bytes = int(fields.pop("planning_bytes"))
-    for kind in ("plain", "checkpointed", "forward"):
+    for kind in _KINDS:
         fields[kind] = tuple(_step_cost(step) for step in fields[kind])
     return LayerCosts(**fields), planning_bytes
 
@@ -120,8 +150,7 @@ def trace(family: Any, sample_counts: Sequence[int]) -> LayerCosts:
     flops = [_flops(family, num_layers) for num_layers in (period, 2 * period)]
     layer_flops = (flops[1] - flops[0]) // period
     kinds = {
-        kind: tuple(_trace_growth(family, samples, kind) for samples in sorted(set(sample_counts)))
-        for kind in ("plain", "checkpointed", "forward")
+        kind: tuple(_trace_growth(family, samples, kind) for samples in sorted(set(sample_counts))) for kind in _KINDS
     }
     hidden_bytes, condition_bytes = _carried_bytes(family)
     return LayerCosts(

@@ -217,6 +217,26 @@ def test_a_kept_trace_is_taken_again_and_a_damaged_one_made_again(tmp_path, monk
     assert [path.name for path in tmp_path.iterdir()] == [kept.name]
 
 
+def test_only_sample_counts_that_are_not_known_are_traced(tmp_path, monkeypatch):
+    """Another list of micro-batches takes what former ones left; the answer is that of a trace of all, in any order."""
+    request = ("dit", asdict(SETTINGS), asdict(DATA))
+    trace_in_subprocess(*request, [8, 1], cache=tmp_path)
+    asked = []
+
+    def child(command, *, input, **options):
+        asked.append(json.loads(input)["sample_counts"])
+        return run(command, input=input, **options)
+
+    run = subprocess.run
+    monkeypatch.setattr(subprocess, "run", child)
+    known, _ = trace_in_subprocess(*request, [1, 8], cache=tmp_path)
+    assert asked == []
+    more, _ = trace_in_subprocess(*request, [8, 3, 1], cache=tmp_path)
+    assert asked == [[3]]
+    assert known == trace(FAMILY, [1, 8])
+    assert more == trace(FAMILY, [1, 3, 8])
+
+
 @pytest.mark.parametrize("kind", ["plain", "checkpointed", "forward"])
 def test_known_results_are_those_of_the_operators(kind, monkeypatch):
     """A step traced without looking results up has the same storages; looked up, hardly an operator is run again."""
