@@ -12,6 +12,7 @@ import json
 import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields, replace
+from functools import cached_property
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -106,7 +107,7 @@ class RunDirectory:
         """What a block's parameter is called in a file of all weights."""
         return tensor_name(block, name, self.file_layers, one_network=self.method.one_network)
 
-    @property
+    @cached_property
     def partition(self) -> NoisePartition:
         run = self.settings.run
         return partition_noise(
@@ -114,6 +115,11 @@ class RunDirectory:
         )
 
     def family(self) -> Any:
+        """The run's family, made once: `ar` and `looped` compare the codes of all tokens, which takes a while."""
+        return self._family
+
+    @cached_property
+    def _family(self) -> Any:
         run = self.settings.run
         return build_family(run.family, asdict(self.settings.family), asdict(self.data), run.method)
 
