@@ -278,10 +278,9 @@ def grid_sample_bytes(family: Any) -> int:
     """What a sample that is made during training keeps while it is written token by token."""
     if family.task != "continuation":
         return 0
-    shared = family.cache_key(0, 0) == family.cache_key(1, 0)
     return writing_bytes(
         length=min(family.data.length, GRID_TOKENS),
-        num_caches=family.num_caches(family.num_layers) * (1 if shared else DEFAULT_STEPS),
+        num_caches=family.num_caches(family.num_layers) * (1 if family.caches_per == "block" else DEFAULT_STEPS),
         width=family.settings.width,
         vocabulary=family.data.vocabulary,
         code_width=family.settings.code_width,

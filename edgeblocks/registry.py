@@ -1,6 +1,5 @@
 """Families, targets and machines by name. The one place that knows which exist; each is imported when asked for."""
 
-import dataclasses
 import difflib
 import hashlib
 import importlib
@@ -29,10 +28,6 @@ _OWN_FAMILIES: set[str] = set()
 _PROFILES = "edgeblocks.targets.profile"
 _CHAINS = {"onnxruntime": "edgeblocks.export.open_export:open_chain"}
 _EXPORTERS = {"onnx": "edgeblocks.export.export_run:export_run"}
-
-
-def family_names() -> tuple[str, ...]:
-    return tuple(_FAMILIES)
 
 
 def register_family(family: type) -> None:
@@ -104,11 +99,6 @@ def build_family(name: str, settings: dict[str, Any], data: dict[str, Any], meth
     """A family from plain values: the fields of its settings, and those of what it knows of the data."""
     cls = family_type(name, method)
     return cls(cls.settings_type(**settings), cls.data_type(**data))
-
-
-def family_fields(name: str) -> dict[str, Any]:
-    """Names and defaults of a family's settings."""
-    return {field.name: field.default for field in dataclasses.fields(family_type(name).settings_type)}
 
 
 def build_target(name: str) -> Any:

@@ -98,14 +98,6 @@ class ImageInfo:
         return images.mul_(self.scale / 255).sub_(self.mean * self.scale)
 
 
-class BlockNetwork(Protocol):
-    """A block as a module: callable, with parameters, initialised from a generator."""
-
-    def init_(self, generator: torch.Generator) -> None: ...
-
-    def reset_tables_(self) -> None: ...
-
-
 class Family(Protocol):
     """A kind of model and its objective."""
 

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from edgeblocks.diffusion.autoregression import CachesPer
 from edgeblocks.diffusion.codebook import check_codes, code_rows
 from edgeblocks.diffusion.noise import NoiseDistribution, NoisePartition, NoiseRange
 from edgeblocks.families.base import (
@@ -128,6 +129,11 @@ class TokenDenoiser(TextFamily, ABC):
     @abstractmethod
     def cache_key(self, step: int, block: int) -> int:
         """Which caches a step of the chain, run by a block, uses; steps of the same key share theirs."""
+
+    @property
+    def caches_per(self) -> CachesPer:
+        """What has caches of its own: a block, or each step of the chain."""
+        return "block" if self.cache_key(0, 0) == self.cache_key(1, 0) else "step"
 
     def block(self, *, num_layers: int, checkpointing: bool) -> TokenDenoiserBlock:
         """A block of `num_layers` layers on torch's default device, parameters not initialised."""

@@ -131,13 +131,12 @@ def token_chain(
         levels: of each token's chain, descending.
         length: positions of a text; None: as many as it was trained on.
     """
-    shared = family.cache_key(0, 0) == family.cache_key(1, 0)
     return TokenChain(
         codes=code_rows(family.data.vocabulary, family.settings.code_width),
         length=family.data.length if length is None else length,
         levels=tuple(levels),
         blocks=tuple(partition.block_of(sigma) for sigma in levels),
-        caches_per="block" if shared else "step",
+        caches_per=family.caches_per,
         num_caches=tuple(family.num_caches(num_layers) for num_layers in layers),
         heads=family.settings.heads,
         head_width=family.head_width,

@@ -70,7 +70,6 @@ class BlockStore:
         self.layouts = tuple(layouts)
         self.run_id = run_id
         self.bytes_written = 0
-        self.bytes_read = 0
         self._former_bytes_written = 0
         self._held_folder: int | None = None
         self._sound: dict[int, tuple[_Identity, set[Part]]] = {}
@@ -180,10 +179,8 @@ class BlockStore:
                 header, data_start = self._read_header(block, file)
                 sound = self._sound_parts(block, os.fstat(file.fileno()))
                 for part in wanted:
-                    start, num_bytes = layout.part_span(part)
-                    file.seek(data_start + start)
+                    file.seek(data_start + layout.part_span(part)[0])
                     _read_exactly(file, bytes_of(buffer.part_bytes(part)))
-                    self.bytes_read += num_bytes
         except OSError as error:
             if isinstance(error, FileNotFoundError) and self.folder.is_dir():
                 raise RunError(f"block {block} is missing: there is no file {path}; {self._kept(block)}") from error

@@ -67,7 +67,9 @@ def trace_in_subprocess(
             if count in kept:
                 _keep(kept[count], answers[count])
     parsed = [_parse_answer(answers[count]) for count in sorted(answers)]
-    steps = {kind: tuple(step for costs, _ in parsed for step in getattr(costs, kind)) for kind in _KINDS}
+    steps: dict[str, Any] = {
+        kind: tuple(step for costs, _ in parsed for step in getattr(costs, kind)) for kind in _KINDS
+    }
     return replace(parsed[0][0], **steps), max(planning_bytes for _, planning_bytes in parsed)
 
 
