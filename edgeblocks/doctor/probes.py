@@ -137,7 +137,7 @@ def _probe_machine(folder: Path) -> Machine:
 
     from edgeblocks.prepare import measured_machine
 
-    for name in ("api", "cli", "console_listener"):
+    for name in ("api", "cli.main", "cli.console_progress"):
         importlib.import_module(f"edgeblocks.{name}")
     Image.init()
     target = build_target("cpu")
