@@ -7,9 +7,9 @@ from edgeblocks.diffusion.autoregression import TokenChain, check_continuing, ch
 from edgeblocks.diffusion.codebook import code_rows
 from edgeblocks.diffusion.noise import sampler_levels
 from edgeblocks.diffusion.token_choice import Tokens, Values, check_options
+from edgeblocks.export.manifest import exported_tokenizer
 from edgeblocks.export.manifest_types import ContinuationManifest
 from edgeblocks.export.onnx_chain import DEFAULT_MICRO_BATCH, ExportedChain
-from edgeblocks.export.wording import exported_tokenizer
 
 
 class Continuer(ExportedChain):

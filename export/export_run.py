@@ -1,6 +1,6 @@
 """From a run to an exported directory: a graph for each block and a manifest, verified against torch."""
 
-from dataclasses import replace
+from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -19,10 +19,14 @@ from edgeblocks.export.manifest_types import (
     ContinuationManifest,
     ContinuerSettings,
     ImageManifest,
+    ImageSize,
     Manifest,
+    Noise,
     SamplerSettings,
     TextManifest,
     WriterSettings,
+    masking_levels,
+    noise_levels,
 )
 from edgeblocks.export.open_export import open_chain
 from edgeblocks.export.tolerances import NUM_OUTPUTS
@@ -64,7 +68,7 @@ def export_run(
         files = _write_blocks(run, runner, folder, listener, external_above_bytes)
         manifest = _describe(run, files, folder)
         verified = verify_export(run, runner, open_chain(folder, manifest=manifest), listener)
-        manifest = replace(manifest, verified=verified)
+        manifest = manifest.model_copy(update={"verified": verified})
         write_manifest(folder, manifest)
     return manifest.to_json()
 
@@ -78,21 +82,23 @@ SAMPLERS = {
 
 
 def _describe(run: RunDirectory, files: tuple[BlockFile, ...], folder: Path) -> Manifest:
-    family = run.family()
+    family, partition = run.family(), run.partition
     common: dict[str, Any] = {
         "edgeblocks": metadata.version("edgeblocks"),
         "family": run.settings.run.family,
         "task": family.task,
         "opset": OPSET,
-        "boundaries": run.partition.boundaries,
+        "boundaries": partition.boundaries,
         "files": files,
     }
     if family.task == "text":
-        sampler = WriterSettings(steps=max(WriterSettings().steps, len(files)))
-        return TextManifest(**common, **_wording(run, folder), sampler=sampler)
+        writer = WriterSettings(steps=max(WriterSettings().steps, len(files)))
+        levels = masking_levels(partition, num_steps=writer.steps)
+        return TextManifest(**common, **_wording(run, folder), sampler=writer, levels=levels)
+    common["noise"] = Noise(**asdict(family.noise))
     if family.task == "continuation":
-        steps = max(ContinuerSettings().steps, len(files))
-        chain = token_chain(family, run.layers, run.partition, sampler_levels(run.partition, num_steps=steps))
+        continuer = ContinuerSettings(steps=max(ContinuerSettings().steps, len(files)))
+        chain = token_chain(family, run.layers, partition, sampler_levels(partition, num_steps=continuer.steps))
         return ContinuationManifest(
             **common,
             **_wording(run, folder),
@@ -100,19 +106,21 @@ def _describe(run: RunDirectory, files: tuple[BlockFile, ...], folder: Path) -> 
             caches=CacheShape(
                 per=chain.caches_per, num_caches=chain.num_caches, heads=chain.heads, head_width=chain.head_width
             ),
-            noise=family.noise,
-            sampler=ContinuerSettings(steps=steps),
+            sampler=continuer,
+            levels=noise_levels(partition, num_steps=continuer.steps),
         )
-    of_images = SAMPLERS[family.task]
+    usual = SAMPLERS[family.task]
+    sampler = usual.model_copy(update={"steps": max(usual.steps, len(files))})
     return ImageManifest(
         **common,
-        image_shape=(run.data.channels, run.data.height, run.data.width),
+        image=ImageSize(channels=run.data.channels, height=run.data.height, width=run.data.width),
         mean=run.data.mean,
         scale=run.data.scale,
         sigma_data=family.sigma_data,
+        num_classes=len(run.class_names),
         class_names=run.class_names,
-        noise=family.noise,
-        sampler=replace(of_images, steps=max(of_images.steps, len(files))),
+        sampler=sampler,
+        levels=noise_levels(partition, num_steps=sampler.steps),
     )
 
 

@@ -1,16 +1,20 @@
-"""What a manifest tells of an exported chain: everything that running it needs besides the graphs.
+"""manifest.json of an exported chain: everything that running it needs besides the graphs, as it stands in the file.
 
-One class for each way in which chains are run. Plain Python: deployed machines have neither torch nor the run.
+One class for each way in which chains are run; it writes the file and checks what is read. No torch: deployed machines
+have neither it nor the run.
 """
 
+import math
 from abc import ABC, abstractmethod
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from functools import partial
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import AfterValidator, Field, model_validator
 
 from edgeblocks.data.tokenizer import Kind
-from edgeblocks.diffusion import autoregression as generation
-from edgeblocks.diffusion import unmasking
+from edgeblocks.diffusion import autoregression, unmasking
 from edgeblocks.diffusion.autoregression import CachesPer
 from edgeblocks.diffusion.noise import (
     LevelDistribution,
@@ -22,41 +26,96 @@ from edgeblocks.diffusion.noise import (
     unmasking_steps,
 )
 from edgeblocks.diffusion.solver import Solver
+from edgeblocks.diffusion.token_choice import HIGHEST_TEMPERATURE
+from edgeblocks.errors import ConfigError
+from edgeblocks.files.checked import AnyText, Checked, ListOf, NotNegative, Positive, Sha256, Text
+from edgeblocks.files.untrusted import shown
+from edgeblocks.limits import (
+    LONGEST_SEQUENCE,
+    LONGEST_SIDE,
+    MOST_CHANNELS,
+    MOST_CLASSES,
+    MOST_LAYERS,
+    MOST_NOISE,
+    MOST_PIXELS,
+    MOST_TOKENS,
+)
 from edgeblocks.tasks import IMAGE_STEPS
 
-EXPORT_FORMAT_VERSION = 2
-KIND = "edgeblocks export"
+EXPORT_FORMAT_VERSION: Literal[2] = 2
+KIND: Literal["edgeblocks export"] = "edgeblocks export"
+
+MOST_STEPS = 10_000
+MOST_NOISES = 1000
+MOST_BLOCKS = 2**12
+MOST_OPSET = 1000
+MOST_CODE_WIDTH = 2**12
+MOST_HEADS = 2**12
+MOST_HEAD_WIDTH = 2**20
+_MOST_NAME_CHARACTERS = 255
+_LAST = ("noise", "sampler", "boundaries", "levels", "files", "verified")
+"""The keys that follow those of one kind of chain in the file."""
 Task = Literal["images", "classes", "text", "continuation"]
 
 
-@dataclass(frozen=True, kw_only=True)
-class BlockFile:
+def _plain_name(name: str) -> str:
+    """A name inside the directory: it can lead nowhere else, on any system."""
+    if name.startswith(".") or any(bad in name for bad in "/\\:\0") or len(name) > _MOST_NAME_CHARACTERS:
+        raise ValueError("the plain name of a file in the directory is needed")
+    return name
+
+
+FileName = Annotated[Text, AfterValidator(_plain_name)]
+BlockNumber = Annotated[int, Field(ge=0, le=MOST_BLOCKS)]
+Side = Annotated[int, Field(ge=1, le=LONGEST_SIDE)]
+
+
+class BlockFile(Checked):
     """One block's graph. `data_file` holds its weights when they are not in the graph's file; `bytes` counts both."""
 
-    block: int
-    file: str
-    data_file: str | None
-    sha256: str
-    data_sha256: str | None
-    bytes: int
+    block: BlockNumber
+    file: FileName
+    data_file: FileName | None
+    sha256: Sha256
+    data_sha256: Sha256 | None
+    bytes: Annotated[int, Field(ge=1, le=2**63)]
 
     @property
     def names(self) -> tuple[str, ...]:
         return (self.file,) if self.data_file is None else (self.file, self.data_file)
 
+    @model_validator(mode="after")
+    def _has_a_checksum_for_each_file(self) -> Self:
+        if (self.data_file is None) != (self.data_sha256 is None):
+            raise ValueError("data_sha256 is given exactly when data_file is")
+        return self
 
-@dataclass(frozen=True, kw_only=True)
-class SamplerSettings:
+
+class SamplerSettings(Checked):
     """How the chain is run unless the caller says otherwise. `noises` are the chains whose mean gives the classes."""
 
-    steps: int = IMAGE_STEPS
+    steps: Annotated[int, Field(ge=1, le=MOST_STEPS)] = IMAGE_STEPS
     solver: Solver = "heun"
-    guidance: float = 1.0
-    noises: int = 1
+    guidance: NotNegative = 1.0
+    noises: Annotated[int, Field(ge=1, le=MOST_NOISES)] = 1
 
 
-@dataclass(frozen=True, kw_only=True)
-class Verified:
+class WriterSettings(Checked):
+    """How a chain that writes text is run unless the caller says otherwise."""
+
+    steps: Annotated[int, Field(ge=1, le=MOST_STEPS)] = unmasking.DEFAULT_STEPS
+    temperature: NotNegative = 1.0
+
+
+class ContinuerSettings(Checked):
+    """How a chain that writes token by token is run unless the caller says otherwise."""
+
+    steps: Annotated[int, Field(ge=1, le=autoregression.MOST_STEPS)] = autoregression.DEFAULT_STEPS
+    temperature: Annotated[float, Field(ge=0, le=HIGHEST_TEMPERATURE)] = 1.0
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+
+
+class Verified(Checked):
     """How far onnxruntime was from torch when the directory was written.
 
     output_max_abs_error: of `outputs` final images in model space, or of the classes' probabilities of as many images.
@@ -64,34 +123,16 @@ class Verified:
     real_inputs: whether the blocks also saw images of the run's data, not only random ones.
     """
 
-    block_max_abs_error: float
-    block_limit: float
-    output_max_abs_error: float
-    output_limit: float
-    output_equal_share: float
-    outputs: int
+    block_max_abs_error: NotNegative
+    block_limit: Positive
+    output_max_abs_error: NotNegative
+    output_limit: Positive
+    output_equal_share: NotNegative
+    outputs: Annotated[int, Field(ge=1, le=2**63)]
     real_inputs: bool
 
 
-@dataclass(frozen=True, kw_only=True)
-class WriterSettings:
-    """How a chain that writes text is run unless the caller says otherwise."""
-
-    steps: int = unmasking.DEFAULT_STEPS
-    temperature: float = 1.0
-
-
-@dataclass(frozen=True, kw_only=True)
-class ContinuerSettings:
-    """How a chain that writes token by token is run unless the caller says otherwise."""
-
-    steps: int = generation.DEFAULT_STEPS
-    temperature: float = 1.0
-    top_p: float = 1.0
-
-
-@dataclass(frozen=True, kw_only=True)
-class CacheShape:
+class CacheShape(Checked):
     """Keys and values that the graphs take and give, [num_caches, b, heads, positions, head_width].
 
     per: whether noise levels share those of their `block`, or each `step` of the chain has its own.
@@ -99,29 +140,91 @@ class CacheShape:
     """
 
     per: CachesPer
-    num_caches: tuple[int, ...]
-    heads: int
-    head_width: int
+    num_caches: ListOf[Annotated[int, Field(ge=1, le=2 * MOST_LAYERS)]]
+    heads: Annotated[int, Field(ge=1, le=MOST_HEADS)]
+    head_width: Annotated[int, Field(ge=1, le=MOST_HEAD_WIDTH)]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Manifest(ABC):
+class ImageSize(Checked):
+    """Of what a chain makes, or is given."""
+
+    channels: Annotated[int, Field(ge=1, le=MOST_CHANNELS)]
+    height: Side
+    width: Side
+
+    @model_validator(mode="after")
+    def _fits_into_memory(self) -> Self:
+        if self.height * self.width > MOST_PIXELS:
+            raise ValueError(f"{self.height} x {self.width} pixels are more than {MOST_PIXELS}")
+        return self
+
+
+class Noise(Checked):
+    """A `NoiseDistribution`."""
+
+    sigma_min: Annotated[float, Field(ge=1 / MOST_NOISE)]
+    sigma_max: Annotated[float, Field(gt=0, le=MOST_NOISE)]
+    p_mean: float
+    p_std: Positive
+
+
+class NoiseLevel(Checked):
+    """A level of Gaussian noise and the block that owns it."""
+
+    sigma: Positive
+    block: BlockNumber
+
+
+class MaskingLevel(Checked):
+    """A time at which tokens are masked and the block that owns it."""
+
+    t: Positive
+    block: BlockNumber
+
+
+def noise_levels(partition: NoisePartition, *, num_steps: int) -> tuple[NoiseLevel, ...]:
+    """The levels that a sampler takes, descending."""
+    levels = sampler_levels(partition, num_steps=num_steps)
+    return tuple(NoiseLevel(sigma=sigma, block=partition.block_of(sigma)) for sigma in levels)
+
+
+def masking_levels(partition: NoisePartition, *, num_steps: int) -> tuple[MaskingLevel, ...]:
+    """The middles of the steps in which text is unmasked, descending."""
+    middles = [(high + low) / 2 for high, low in unmasking_steps(partition, num_steps=num_steps)]
+    return tuple(MaskingLevel(t=t, block=partition.block_of(t)) for t in middles)
+
+
+def _numbers(levels: Sequence[NoiseLevel] | Sequence[MaskingLevel]) -> list[float]:
+    return [number for level in levels for number in level.model_dump().values()]
+
+
+def _close(some: list[float], others: list[float]) -> bool:
+    return len(some) == len(others) and all(map(partial(math.isclose, rel_tol=1e-9), some, others))
+
+
+class Manifest(Checked, ABC):
     """An exported chain of blocks.
 
     task: what the chain makes: `images`, the probabilities of an image's `classes`, `text` by filling gaps, or the
         `continuation` of a text.
-    boundaries: block b owns the noise levels [boundaries[b+1], boundaries[b]).
     sampler: how the chain is run unless the caller says otherwise.
+    boundaries: block b owns the noise levels [boundaries[b+1], boundaries[b]).
+    levels: those of `sampler`, for a reader that cannot make them; what is read must be what would be written.
     verified: None only while the directory is being written.
     """
 
-    edgeblocks: str
-    family: str
+    kind: Literal["edgeblocks export"] = KIND
+    format_version: Literal[2] = EXPORT_FORMAT_VERSION
+    edgeblocks: Text
+    family: Text
     task: Task
-    opset: int
-    boundaries: tuple[float, ...]
-    files: tuple[BlockFile, ...]
+    opset: Annotated[int, Field(ge=1, le=MOST_OPSET)]
     sampler: SamplerSettings | WriterSettings | ContinuerSettings
+    boundaries: Annotated[
+        ListOf[Annotated[float, Field(ge=0, le=MOST_NOISE)]], Field(min_length=2, max_length=MOST_BLOCKS + 1)
+    ]
+    levels: ListOf[NoiseLevel] | ListOf[MaskingLevel]
+    files: ListOf[BlockFile]
     verified: Verified | None = None
 
     @property
@@ -129,14 +232,9 @@ class Manifest(ABC):
     def distribution(self) -> LevelDistribution:
         """Of the noise levels."""
 
-    def levels(self) -> list[dict[str, Any]]:
-        """The default chain's noise levels, descending, each with the block that owns it."""
-        levels = sampler_levels(self.partition, num_steps=self.sampler.steps)
-        return [{"sigma": sigma, "block": self.partition.block_of(sigma)} for sigma in levels]
-
     @abstractmethod
-    def own_json(self) -> dict[str, Any]:
-        """What only such a chain has."""
+    def own_levels(self) -> tuple[NoiseLevel, ...] | tuple[MaskingLevel, ...]:
+        """What `levels` must be."""
 
     @property
     def partition(self) -> NoisePartition:
@@ -146,41 +244,69 @@ class Manifest(ABC):
         return NoisePartition(distribution=self.distribution, boundaries=self.boundaries, ranges=ranges)
 
     def to_json(self) -> dict[str, Any]:
-        return {
-            "kind": KIND,
-            "format_version": EXPORT_FORMAT_VERSION,
-            "edgeblocks": self.edgeblocks,
-            "family": self.family,
-            "task": self.task,
-            "opset": self.opset,
-            **self.own_json(),
-            "boundaries": list(self.boundaries),
-            "levels": self.levels(),
-            "files": [asdict(file) for file in self.files],
-            "verified": None if self.verified is None else asdict(self.verified),
-        }
+        content = self.model_dump(mode="json")
+        last = {name: content.pop(name) for name in _LAST if name in content}
+        return {**content, **last}
+
+    @model_validator(mode="after")
+    def _routes_each_level_to_a_block(self) -> Self:
+        """Boundaries, blocks and levels tell the same story."""
+        boundaries, num_blocks = self.boundaries, len(self.files)
+        top, bottom = self.distribution.top, self.distribution.bottom
+        if (boundaries[0], boundaries[-1]) != (top, bottom) or any(high <= low for high, low in pairwise(boundaries)):
+            needed = f"noise levels from {top:g} to {bottom:g}, strictly descending, are needed"
+            raise ValueError(f"boundaries={shown(boundaries)}: {needed}")
+        if num_blocks != len(boundaries) - 1:
+            raise ValueError(f"files lists {num_blocks} blocks, boundaries tells of {len(boundaries) - 1}")
+        if [file.block for file in self.files] != list(range(num_blocks)):
+            raise ValueError("the blocks of files are not listed in order")
+        names = [name for file in self.files for name in file.names]
+        if len(set(names)) != len(names):
+            raise ValueError("two of its files have the same name")
+        if self.sampler.steps < num_blocks:
+            raise ValueError(f"sampler.steps={self.sampler.steps} are fewer than {num_blocks}, the number of blocks")
+        try:
+            expected = self.own_levels()
+        except (ValueError, ArithmeticError, ConfigError) as error:
+            raise ValueError(f"no levels can be made from sampler.steps and boundaries ({error})") from error
+        if not _close(_numbers(self.levels), _numbers(expected)):
+            raise ValueError("levels are not those of sampler.steps and boundaries")
+        return self
 
 
-@dataclass(frozen=True, kw_only=True)
-class ImageManifest(Manifest):
+class NoiseManifest(Manifest):
+    """A chain along Gaussian noise."""
+
+    noise: Noise
+    levels: ListOf[NoiseLevel]
+
+    @property
+    def distribution(self) -> NoiseDistribution:
+        return NoiseDistribution(**self.noise.model_dump())
+
+    def own_levels(self) -> tuple[NoiseLevel, ...]:
+        return noise_levels(self.partition, num_steps=self.sampler.steps)
+
+
+class ImageManifest(NoiseManifest):
     """A chain that makes images, or tells their classes.
 
-    image_shape: (channels, height, width) of what it makes, or is given.
     mean, scale: model space is x = (pixel/255 - mean) * scale, with standard deviation sigma_data.
     class_names: () for an unconditional network; a graph takes class numbers, and `num_classes` for "no class".
     """
 
-    image_shape: tuple[int, int, int]
+    image: ImageSize
     mean: float
-    scale: float
-    sigma_data: float
-    class_names: tuple[str, ...]
-    noise: NoiseDistribution
+    scale: Positive
+    sigma_data: Positive
+    num_classes: Annotated[int, Field(ge=0, le=MOST_CLASSES)]
+    class_names: ListOf[AnyText]
     sampler: SamplerSettings
 
     @property
-    def num_classes(self) -> int:
-        return len(self.class_names)
+    def image_shape(self) -> tuple[int, int, int]:
+        """(channels, height, width)."""
+        return self.image.channels, self.image.height, self.image.width
 
     @property
     def condition_name(self) -> str | None:
@@ -189,66 +315,50 @@ class ImageManifest(Manifest):
             return "images"
         return "labels" if self.num_classes else None
 
-    @property
-    def distribution(self) -> NoiseDistribution:
-        return self.noise
-
-    def own_json(self) -> dict[str, Any]:
-        channels, height, width = self.image_shape
-        return {
-            "image": {"channels": channels, "height": height, "width": width},
-            "mean": self.mean,
-            "scale": self.scale,
-            "sigma_data": self.sigma_data,
-            "num_classes": self.num_classes,
-            "class_names": list(self.class_names),
-            "noise": asdict(self.noise),
-            "sampler": asdict(self.sampler),
-        }
+    @model_validator(mode="after")
+    def _names_every_class(self) -> Self:
+        if self.num_classes != len(self.class_names):
+            raise ValueError(f"num_classes={self.num_classes}: the number of class_names is {len(self.class_names)}")
+        if self.task == "classes" and self.num_classes < 2:
+            raise ValueError(f"num_classes={self.num_classes}: at least two are needed where classes are told")
+        if self.task == "classes" and (self.sampler.solver, self.sampler.guidance) != ("euler", 1.0):
+            raise ValueError("sampler must be euler without guidance, where classes are told")
+        return self
 
 
-@dataclass(frozen=True, kw_only=True)
 class WordedManifest(Manifest):
     """A chain that makes text.
 
     tokenizer_sha256: of tokenizer.json, which is there exactly for a bpe.
     """
 
-    vocabulary: int
-    length: int
+    vocabulary: Annotated[int, Field(ge=2, le=MOST_TOKENS)]
+    length: Annotated[int, Field(ge=1, le=LONGEST_SEQUENCE)]
     tokenizer: Kind
-    tokenizer_sha256: str | None
+    tokenizer_sha256: Sha256 | None
 
-    def own_json(self) -> dict[str, Any]:
-        return {
-            "vocabulary": self.vocabulary,
-            "length": self.length,
-            "tokenizer": self.tokenizer,
-            "tokenizer_sha256": self.tokenizer_sha256,
-        }
+    @model_validator(mode="after")
+    def _has_a_checksum_of_its_tokenizer(self) -> Self:
+        if (self.tokenizer_sha256 is None) != (self.tokenizer != "bpe"):
+            raise ValueError(f"tokenizer={self.tokenizer}: tokenizer_sha256 is given exactly for a bpe")
+        return self
 
 
-@dataclass(frozen=True, kw_only=True)
 class TextManifest(WordedManifest):
     """A chain that writes text by unmasking. A graph takes tokens int64 [b, length], the mask being `vocabulary`."""
 
+    levels: ListOf[MaskingLevel]
     sampler: WriterSettings
 
     @property
     def distribution(self) -> MaskingSchedule:
         return MaskingSchedule()
 
-    def levels(self) -> list[dict[str, Any]]:
-        partition = self.partition
-        middles = [(high + low) / 2 for high, low in unmasking_steps(partition, num_steps=self.sampler.steps)]
-        return [{"t": t, "block": partition.block_of(t)} for t in middles]
-
-    def own_json(self) -> dict[str, Any]:
-        return {**super().own_json(), "sampler": asdict(self.sampler)}
+    def own_levels(self) -> tuple[MaskingLevel, ...]:
+        return masking_levels(self.partition, num_steps=self.sampler.steps)
 
 
-@dataclass(frozen=True, kw_only=True)
-class ContinuationManifest(WordedManifest):
+class ContinuationManifest(WordedManifest, NoiseManifest):
     """A chain that writes text token by token.
 
     A graph takes noised codes z [b, n, code_width], sigma [b], the token before each position int64 [b, n] (at the
@@ -256,23 +366,22 @@ class ContinuationManifest(WordedManifest):
     own keys and values. The codes are those of `codebook.code_rows`.
     """
 
-    code_width: int
+    code_width: Annotated[int, Field(ge=8, le=MOST_CODE_WIDTH, multiple_of=8)]
     caches: CacheShape
-    noise: NoiseDistribution
     sampler: ContinuerSettings
 
-    @property
-    def distribution(self) -> NoiseDistribution:
-        return self.noise
-
-    def own_json(self) -> dict[str, Any]:
-        return {
-            **super().own_json(),
-            "code_width": self.code_width,
-            "caches": {**asdict(self.caches), "num_caches": list(self.caches.num_caches)},
-            "noise": asdict(self.noise),
-            "sampler": asdict(self.sampler),
-        }
+    @model_validator(mode="after")
+    def _has_caches_for_each_block(self) -> Self:
+        if len(self.caches.num_caches) != len(self.files):
+            raise ValueError(f"caches.num_caches must be a number for each of the {len(self.files)} blocks")
+        return self
 
 
 AnyManifest = ImageManifest | TextManifest | ContinuationManifest
+MANIFESTS: dict[str, type[AnyManifest]] = {
+    "images": ImageManifest,
+    "classes": ImageManifest,
+    "text": TextManifest,
+    "continuation": ContinuationManifest,
+}
+"""By what the chain makes."""

@@ -9,9 +9,9 @@ from edgeblocks.data.gaps import with_gaps
 from edgeblocks.diffusion.noise import unmasking_steps
 from edgeblocks.diffusion.token_choice import check_options
 from edgeblocks.diffusion.unmasking import check_writing, unmask
+from edgeblocks.export.manifest import exported_tokenizer
 from edgeblocks.export.manifest_types import TextManifest
 from edgeblocks.export.onnx_chain import DEFAULT_MICRO_BATCH, ExportedChain, Values
-from edgeblocks.export.wording import exported_tokenizer
 
 
 class Writer(ExportedChain):

@@ -12,9 +12,9 @@ from typing import Annotated, Any
 from pydantic import ConfigDict, Field
 
 from edgeblocks.errors import RunError, StorageError
+from edgeblocks.files.checked import Checked
 from edgeblocks.runs.directory import RunDirectory, open_run
 from edgeblocks.runs.schema import (
-    Checked,
     Count,
     Diverging,
     Layers,

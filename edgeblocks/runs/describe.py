@@ -1,7 +1,6 @@
 """What a directory of this project holds, in a few lines. Reads headers and JSON only."""
 
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -85,5 +84,5 @@ def _describe_export(path: Path) -> dict[str, Any]:
         "opset": manifest.opset,
         **facts,
         "disk": format_bytes(sum(file.bytes for file in manifest.files)),
-        "verified": asdict(manifest.verified),
+        "verified": manifest.verified.model_dump(),
     }

@@ -10,12 +10,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import ConfigDict, Field, ValidationError, model_validator
 
 from edgeblocks.config import MOST_YAML_BYTES
 from edgeblocks.data.tokenizer import Kind
 from edgeblocks.errors import RunError
-from edgeblocks.files.untrusted import MalformedFileError, open_regular, parse_json, read_object, read_text, shown
+from edgeblocks.files.checked import Checked, in_short
+from edgeblocks.files.untrusted import MalformedFileError, open_regular, parse_json, read_object, read_text
 from edgeblocks.limits import (
     LONGEST_SEQUENCE,
     LONGEST_SIDE,
@@ -29,7 +30,6 @@ from edgeblocks.limits import (
 )
 
 _MOST_RECORD_BYTES = 2**16
-_PROBLEMS_SHOWN = 5
 _CHECKSUM = "# sha256 of the lines above: "
 _AGAIN = "put the file back from a copy, or train again with a new --out"
 
@@ -40,12 +40,6 @@ Count = Annotated[int, Field(ge=0, le=2**63)]
 Side = Annotated[int, Field(ge=1, le=LONGEST_SIDE)]
 Seconds = Annotated[float, Field(ge=0)]
 Text = Annotated[str, Field(max_length=2**15)]
-
-
-class Checked(BaseModel):
-    """Values as JSON gives them, none converted: "1" and true are not 1, and NaN is no number."""
-
-    model_config = ConfigDict(strict=True, frozen=True, extra="ignore", allow_inf_nan=False)
 
 
 class ImageFields(Checked):
@@ -379,18 +373,4 @@ def checked(model: type[Fields], path: Path, content: dict[str, Any]) -> Fields:
     try:
         return model.model_validate(content)
     except ValidationError as error:
-        problems = [_problem(item) for item in error.errors(include_url=False, include_context=False)]
-    hidden = len(problems) - _PROBLEMS_SHOWN
-    more = f" and {hidden} more" if hidden > 0 else ""
-    raise RunError(f"{path} is damaged: {'; '.join(problems[:_PROBLEMS_SHOWN])}{more}; {_AGAIN}")
-
-
-def _problem(item: Any) -> str:
-    """One of pydantic's problems as text."""
-    where = ".".join(shown(part).strip("'") for part in item["loc"])
-    message = item["msg"].removeprefix("Value error, ")
-    if item["type"] == "missing":
-        return f"{where} is missing"
-    if item["type"] == "value_error":
-        return f"{where}: {message}" if where else str(message)
-    return f"{where}={shown(item['input'])}: {message[0].lower()}{message[1:]}"
+        raise RunError(f"{path} is damaged: {in_short(error)}; {_AGAIN}") from error

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import shutil
+from dataclasses import asdict
 
 from fuzz.readers.odd_entries import replace_by_something
 from fuzz.readers.reader import Reader
@@ -14,7 +15,8 @@ class ExportReader(Reader):
     """manifest.json of an exported directory, and now and then what its names lead to."""
 
     def __init__(self, folder):
-        from edgeblocks.export import manifest as module
+        from edgeblocks.export import manifest_types as module
+        from edgeblocks.export.manifest import write_manifest
 
         self.module, self.folder, self.outside = module, folder / "export", folder / "outside.onnx"
         self.folder.mkdir()
@@ -47,7 +49,7 @@ class ExportReader(Reader):
         )
         common = {"edgeblocks": "0.1.0", "opset": 18, "files": tuple(files), "verified": verified}
         manifest = self.manifest(common)
-        module.write_manifest(self.folder, manifest)
+        write_manifest(self.folder, manifest)
         self.sound = (self.folder / "manifest.json").read_bytes()
         self.value = json.loads(self.sound)
         self._restore()
@@ -62,14 +64,16 @@ class ExportReader(Reader):
             **common,
             family="dit",
             task="images",
-            image_shape=(1, 8, 8),
+            image=self.module.ImageSize(channels=1, height=8, width=8),
             mean=0.3,
             scale=1.5,
             sigma_data=0.5,
+            num_classes=2,
             class_names=("a", "b"),
-            noise=noise,
+            noise=self.module.Noise(**asdict(noise)),
             boundaries=partition.boundaries,
-            sampler=self.module.SamplerSettings(),
+            levels=self.module.noise_levels(partition, num_steps=18),
+            sampler=self.module.SamplerSettings(steps=18),
         )
 
     def _restore(self):
@@ -98,10 +102,12 @@ class ExportReader(Reader):
             (self.folder / "manifest.json").write_text(text, encoding="utf-8", errors="surrogatepass")
 
     def read(self):
-        manifest = self.module.read_manifest(self.folder)
+        from edgeblocks.export.manifest import checked_path, read_manifest
+
+        manifest = read_manifest(self.folder)
         json.dumps(manifest.to_json(), ensure_ascii=False).encode()
         for file in manifest.files:
-            path = self.module.checked_path(self.folder, file)
+            path = checked_path(self.folder, file)
             assert path.resolve().parent == self.folder.resolve()
 
 
@@ -130,7 +136,8 @@ class TextExportReader(ExportReader):
             tokenizer="bpe",
             tokenizer_sha256=hashlib.sha256(self.definition).hexdigest(),
             boundaries=partition.boundaries,
-            sampler=self.module.WriterSettings(),
+            levels=self.module.masking_levels(partition, num_steps=64),
+            sampler=self.module.WriterSettings(steps=64),
         )
 
     def prepare(self, rng):
@@ -154,10 +161,10 @@ class TextExportReader(ExportReader):
             path.write_text(json.dumps(value))
 
     def read(self):
-        from edgeblocks.export.wording import exported_tokenizer
+        from edgeblocks.export.manifest import exported_tokenizer, read_manifest
 
         super().read()
-        manifest = self.module.read_manifest(self.folder)
+        manifest = read_manifest(self.folder)
         if manifest.task == "text":
             tokenizer = exported_tokenizer(self.folder, manifest)
             tokens = tokenizer.encode("a whale")
@@ -183,15 +190,17 @@ class ContinuationExportReader(ExportReader):
             tokenizer_sha256=None,
             code_width=16,
             caches=self.module.CacheShape(per="block", num_caches=(4, 4, 4), heads=2, head_width=8),
-            noise=noise,
+            noise=self.module.Noise(**asdict(noise)),
             boundaries=partition.boundaries,
-            sampler=self.module.ContinuerSettings(),
+            levels=self.module.noise_levels(partition, num_steps=16),
+            sampler=self.module.ContinuerSettings(steps=16),
         )
 
     def read(self):
         """Also what a chain allocates from it is bounded: codes and noise levels."""
         from edgeblocks.diffusion.codebook import code_rows
+        from edgeblocks.export.manifest import read_manifest
 
         super().read()
-        manifest = self.module.read_manifest(self.folder)
+        manifest = read_manifest(self.folder)
         assert code_rows(manifest.vocabulary, manifest.code_width).shape[0] == manifest.vocabulary

@@ -1,0 +1,94 @@
+"""Values that anyone may have written, checked by a pydantic model before anything is made from them."""
+
+import functools
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Annotated, Any, TypeVar, get_type_hints
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, create_model
+
+from edgeblocks.files.untrusted import shown
+
+_PROBLEMS_SHOWN = 5
+_Item = TypeVar("_Item")
+
+
+def whole_text(text: str) -> str:
+    """The text, if it can be printed and written: JSON and YAML can name halves of characters, too.
+
+    Raises:
+        ValueError: it cannot.
+    """
+    if text.encode(errors="replace").decode() != text:
+        raise ValueError("it holds halves of characters")
+    return text
+
+
+AnyText = Annotated[str, AfterValidator(whole_text)]
+Text = Annotated[str, Field(min_length=1), AfterValidator(whole_text)]
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Positive = Annotated[float, Field(gt=0)]
+NotNegative = Annotated[float, Field(ge=0)]
+ListOf = Annotated[tuple[_Item, ...], Field(strict=False)]
+"""A list in the file, which cannot be changed once it is read."""
+
+
+class Checked(BaseModel):
+    """Values as JSON gives them, none converted: "1" and true are not 1, and NaN is no number."""
+
+    model_config = ConfigDict(strict=True, frozen=True, extra="ignore", allow_inf_nan=False)
+
+
+class _Fields(BaseModel):
+    """The fields of a dataclass, which may be of any class."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, arbitrary_types_allowed=True)
+
+
+@functools.cache
+def _fields_model(kind: type) -> type[BaseModel]:
+    hints = get_type_hints(kind, include_extras=True)
+    found: Any = {field.name: (hints[field.name], ...) for field in fields(kind)}
+    return create_model(kind.__name__, __base__=_Fields, **found)
+
+
+def field_problems(kind: type, values: Mapping[str, Any]) -> list[str]:
+    """What is wrong with the values of a dataclass, all its fields given, by its annotations alone.
+
+    >>> from dataclasses import dataclass
+    >>> @dataclass
+    ... class Shape:
+    ...     width: Annotated[int, Field(ge=1)]
+    >>> field_problems(Shape, {"width": 0})
+    ['width=0: input should be greater than or equal to 1']
+    """
+    try:
+        _fields_model(kind).model_validate(values)
+    except ValidationError as error:
+        return problems(error)
+    return []
+
+
+def problems(error: ValidationError) -> list[str]:
+    """What is wrong, one text a place: the place, its value, and what it may be."""
+    return [problem(item, item["loc"]) for item in error.errors(include_url=False, include_context=False)]
+
+
+def problem(item: Any, place: tuple[int | str, ...]) -> str:
+    """One of pydantic's errors as text."""
+    where = ".".join(shown(part).strip("'") for part in place)
+    if item["type"] == "missing":
+        return f"{where} is missing"
+    message = item["msg"].removeprefix("Value error, ").replace("a valid tuple", "a list")  # JSON has no tuples
+    if not where:
+        return str(message)
+    if item["type"] == "value_error" and isinstance(item["input"], dict):  # the message names what is wrong in it
+        return f"{where}: {message}"
+    return f"{where}={shown(item['input'])}: {message[0].lower()}{message[1:]}"
+
+
+def in_short(error: ValidationError) -> str:
+    """The first problems in one sentence, and how many more there are."""
+    found = problems(error)
+    hidden = len(found) - _PROBLEMS_SHOWN
+    return "; ".join(found[:_PROBLEMS_SHOWN]) + (f" and {hidden} more" if hidden > 0 else "")
