@@ -84,7 +84,7 @@ class Prepared:
         content = self.plan.to_json(self.partition.ranges)
         content["gb_written_a_day"] = self.plan.written_a_day_bytes / 1e9
         if self.profile is not None:
-            content["target"] = asdict(self.profile)
+            content["target"] = self.profile.model_dump()
             content["host_breakdown"] = self.plan.chosen.host_breakdown
         return content
 

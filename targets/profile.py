@@ -14,53 +14,77 @@ users publish what PyTorch reached, and what neither says is assumed. So three r
 """
 
 import difflib
-import math
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, fields
+from collections.abc import Iterable
 from importlib import resources
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, Self
 
 import yaml
+from pydantic import Field, ValidationError, model_validator
 
 from edgeblocks.errors import ConfigError
+from edgeblocks.files.checked import Checked, ListOf, Positive, problems
 from edgeblocks.planning.plans import UPDATE_S_PER_PARAMETER, Host, Machine
 
-Device = Literal["cpu", "cuda"]
+Count = Annotated[int, Field(gt=0)]
+Words = Annotated[str, Field(pattern=r"\S")]
 
 WRITTEN_BYTES_PER_UPDATE = 100
 """What an update on a GPU writes for a parameter, and reads as much. Its time is that of this traffic: an H100 that
 writes 1.37 TB/s takes 65 ps a parameter for the 8-bit step in long chunks, and 10 ps for clipping and EMA."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Profile:
+class Profile(Checked):
     """What a plan needs to know of a machine that is not here.
 
     On `cpu` the compute device is the host: both memories and both runtimes are the same, and there is no link.
     """
 
     name: str
-    description: str
-    device: Device
-    memory_bytes: int
+    """Of the file, no key in it."""
+    description: Words
+    device: Literal["cpu", "cuda"]
+    memory_bytes: Count
     """Memory of the compute device, as PyTorch or the system reports it."""
-    host_memory_bytes: int
-    runtime_bytes: int
+    host_memory_bytes: Count
+    runtime_bytes: Count
     """What the process occupies on the device before any block: interpreter and torch, or the CUDA context."""
-    host_runtime_bytes: int
+    host_runtime_bytes: Count
     """Resident set of the interpreter with torch before any block."""
-    cores: int
+    cores: Count
     """Physical processor cores."""
-    flops_per_s: float
-    memory_bytes_per_s: float
-    operator_s: float
+    flops_per_s: Positive
+    memory_bytes_per_s: Positive
+    operator_s: Positive
     """Start of a kernel."""
-    link_bytes_per_s: float | None
+    link_bytes_per_s: Positive | None
     """Copies between host and device in one direction, from pinned memory; None on `cpu`."""
-    disk_read_bytes_per_s: float
-    disk_write_bytes_per_s: float
+    disk_read_bytes_per_s: Positive
+    disk_write_bytes_per_s: Positive
     """Sustained: what remains when the disk's own fast cache is full."""
-    sources: tuple[str, ...]
+    sources: Annotated[ListOf[Words], Field(min_length=1)]
+
+    @model_validator(mode="after")
+    def _does_not_contradict_itself(self) -> Self:
+        found = []
+        if self.device == "cuda" and self.link_bytes_per_s is None:
+            found.append("link_bytes_per_s=None: a cuda machine copies over a link, so its speed is needed")
+        if self.device == "cpu":
+            if self.link_bytes_per_s is not None:
+                found.append(f"link_bytes_per_s={self.link_bytes_per_s:g}: a cpu machine has no link, write null")
+            if self.host_memory_bytes != self.memory_bytes:
+                found.append(f"host_memory_bytes={self.host_memory_bytes}: on cpu it must equal memory_bytes")
+            if self.host_runtime_bytes != self.runtime_bytes:
+                found.append(f"host_runtime_bytes={self.host_runtime_bytes}: on cpu it must equal runtime_bytes")
+        if self.runtime_bytes >= self.memory_bytes:
+            found.append(f"runtime_bytes={self.runtime_bytes} leaves nothing of memory_bytes={self.memory_bytes}")
+        if self.host_runtime_bytes >= self.host_memory_bytes:
+            found.append(
+                f"host_runtime_bytes={self.host_runtime_bytes} leaves nothing of "
+                f"host_memory_bytes={self.host_memory_bytes}"
+            )
+        if found:
+            raise ValueError("; ".join(found))
+        return self
 
     def machine(self) -> Machine:
         """The machine as the planner sees it."""
@@ -119,72 +143,15 @@ def parse_profile(name: str, text: str) -> Profile:
         raise ConfigError(f"machine profile {name} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
         raise ConfigError(f"machine profile {name} must hold 'key: value' lines, found {type(content).__name__}")
-    kinds = {field.name: _KINDS[field.type] for field in fields(Profile) if field.name != "name"}
-    problems = [f"unknown key '{key}'{_did_you_mean(key, kinds)}" for key in content if key not in kinds]
-    problems += [f"{key} is missing: {kind.words} is needed" for key, kind in kinds.items() if key not in content]
-    problems += [
-        f"{key}={content[key]!r}: {kind.words} is needed"
-        for key, kind in kinds.items()
-        if key in content and not kind.accepts(content[key])
-    ]
-    if not problems:
-        profile = Profile(name=name, **{key: kind.convert(content[key]) for key, kind in kinds.items()})
-        problems = _contradictions(profile)
-    if problems:
-        raise ConfigError(*(f"machine profile {name}: {problem}" for problem in problems))
+    keys = set(Profile.model_fields) - {"name"}
+    found = [f"unknown key '{key}'{_did_you_mean(key, keys)}" for key in content if key not in keys]
+    try:
+        profile = Profile.model_validate({**content, "name": name})
+    except ValidationError as error:
+        found += problems(error)
+    if found:
+        raise ConfigError(*(f"machine profile {name}: {problem}" for problem in found))
     return profile
-
-
-def _contradictions(profile: Profile) -> list[str]:
-    found = []
-    if profile.device == "cuda" and profile.link_bytes_per_s is None:
-        found.append("link_bytes_per_s=None: a cuda machine copies over a link, so its speed is needed")
-    if profile.device == "cpu":
-        if profile.link_bytes_per_s is not None:
-            found.append(f"link_bytes_per_s={profile.link_bytes_per_s:g}: a cpu machine has no link, write null")
-        for key in ("memory_bytes", "runtime_bytes"):
-            if getattr(profile, f"host_{key}") != getattr(profile, key):
-                found.append(f"host_{key}={getattr(profile, f'host_{key}')}: on cpu it must equal {key}")
-    for key in ("runtime_bytes", "host_runtime_bytes"):
-        whole = key.replace("runtime", "memory")
-        if getattr(profile, key) >= getattr(profile, whole):
-            found.append(f"{key}={getattr(profile, key)} leaves nothing of {whole}={getattr(profile, whole)}")
-    return found
-
-
-class _Kind(NamedTuple):
-    """What a key's value may be."""
-
-    words: str
-    accepts: Callable[[Any], bool]
-    convert: Callable[[Any], Any]
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
-
-
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str) and bool(value.strip())
-
-
-_KINDS: dict[Any, _Kind] = {
-    str: _Kind("text", _is_text, str),
-    Device: _Kind("cpu or cuda", lambda value: value in ("cpu", "cuda"), str),
-    int: _Kind("a whole number above zero", lambda value: isinstance(value, int) and _is_number(value), int),
-    float: _Kind("a number above zero", _is_number, float),
-    float | None: _Kind(
-        "a number above zero, or null,",
-        lambda value: value is None or _is_number(value),
-        lambda value: None if value is None else float(value),
-    ),
-    tuple[str, ...]: _Kind(
-        "a list of texts",
-        lambda value: isinstance(value, list) and bool(value) and all(map(_is_text, value)),
-        tuple,
-    ),
-}
-"""By the type that the field of `Profile` is annotated with."""
 
 
 def _did_you_mean(word: Any, known: Iterable[str]) -> str:

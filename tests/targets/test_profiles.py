@@ -1,5 +1,5 @@
 import re
-from dataclasses import fields, replace
+from dataclasses import fields
 from importlib import resources
 
 import pytest
@@ -93,7 +93,7 @@ def test_every_figure_says_where_it_errs_and_every_file_what_is_assumed(profile)
             keys.append(key)
             assert re.search("pessimistic|optimistic|neither way", remark), key
         remark = ""
-    assert set(keys) == {field.name for field in fields(Profile)} - {"name", "description", "device", "sources"}
+    assert set(keys) == set(Profile.model_fields) - {"name", "description", "device", "sources"}
     assert len(profile.sources) >= 4
     assert profile.sources[-1].startswith("Assumed and nowhere measured: ")
 
@@ -102,7 +102,7 @@ def test_the_planner_gets_the_same_figures(profile):
     """`machine()` copies every figure that the planner's Machine has a field for."""
     machine = profile.machine()
     assert isinstance(machine, Machine)
-    same = {field.name for field in fields(Machine)} & {field.name for field in fields(Profile)}
+    same = {field.name for field in fields(Machine)} & set(Profile.model_fields)
     assert len(same) >= 7
     for name in same:
         assert getattr(machine, name) == getattr(profile, name)
@@ -122,17 +122,17 @@ def test_a_misspelled_name_lists_all_and_names_the_closest():
 @pytest.mark.parametrize(
     ("key", "value", "needed"),
     [
-        ("cores", "four", "a whole number above zero"),
-        ("cores", "true", "a whole number above zero"),
-        ("memory_bytes", "7.7e+9", "a whole number above zero"),
-        ("runtime_bytes", "0", "a whole number above zero"),
-        ("flops_per_s", "-1.0", "a number above zero"),
-        ("flops_per_s", ".inf", "a number above zero"),
-        ("operator_s", ".nan", "a number above zero"),
-        ("operator_s", "null", "a number above zero"),
-        ("link_bytes_per_s", "fast", "a number above zero, or null,"),
-        ("device", "gpu", "cpu or cuda"),
-        ("description", "' '", "text"),
+        ("cores", "four", "a valid integer"),
+        ("cores", "true", "a valid integer"),
+        ("memory_bytes", "7.7e+9", "a valid integer"),
+        ("runtime_bytes", "0", "greater than 0"),
+        ("flops_per_s", "-1.0", "greater than 0"),
+        ("flops_per_s", ".inf", "a finite number"),
+        ("operator_s", ".nan", "a finite number"),
+        ("operator_s", "null", "a valid number"),
+        ("link_bytes_per_s", "fast", "a valid number"),
+        ("device", "gpu", "'cpu' or 'cuda'"),
+        ("description", "' '", "match pattern '\\S'"),
     ],
 )
 def test_a_wrong_value_is_refused_with_its_key(key, value, needed):
@@ -140,7 +140,7 @@ def test_a_wrong_value_is_refused_with_its_key(key, value, needed):
     text = re.sub(rf"^{key}: .*$", f"{key}: {value}", text_of("laptop-8gb"), flags=re.MULTILINE)
     (problem,) = problems_of(text)
     assert problem.startswith(f"machine profile mine: {key}=")
-    assert problem.endswith(f"{needed} is needed")
+    assert problem.endswith(needed)
 
 
 @pytest.mark.parametrize("sources", ["[]", "a book", "[1]"])
@@ -148,7 +148,7 @@ def test_a_machine_without_sources_is_refused(sources):
     """Sources are a list of texts with at least one."""
     text = text_of("laptop-8gb").partition("\nsources:")[0] + f"\nsources: {sources}\n"
     (problem,) = problems_of(text)
-    assert "sources=" in problem
+    assert problem.startswith("machine profile mine: sources")
 
 
 def test_all_problems_are_reported_at_once():
@@ -190,6 +190,6 @@ def test_what_is_no_mapping_is_refused(text, word):
 def test_a_profile_is_read_back_as_written():
     """Numbers keep their value and their type: bytes and cores whole, speeds not."""
     profile = load_profile("laptop-8gb")
-    assert parse_profile("mine", text_of("laptop-8gb")) == replace(profile, name="mine")
+    assert parse_profile("mine", text_of("laptop-8gb")) == profile.model_copy(update={"name": "mine"})
     assert (type(profile.memory_bytes), type(profile.flops_per_s)) == (int, float)
     assert (profile.operator_s, profile.cores) == (4e-6, 4)
