@@ -16,6 +16,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 from edgeblocks.errors import ConfigError
+from edgeblocks.files.checked import field_problems, problem, whole_text
 from edgeblocks.files.untrusted import MalformedFileError, read_text, shown
 from edgeblocks.limits import LONGEST_SEQUENCE, MOST_LAYERS, MOST_SAMPLES, MOST_STEPS, MOST_TOKENS
 from edgeblocks.methods import BoundaryDtype, Clipping, MethodName
@@ -93,9 +94,7 @@ class RunSettings(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _is_whole_text(cls, value: Any) -> Any:
-        if isinstance(value, str) and value.encode(errors="replace").decode() != value:
-            raise ValueError("it holds halves of characters")
-        return value
+        return whole_text(value) if isinstance(value, str) else value
 
     @field_validator("train_blocks", mode="before")
     @classmethod
@@ -332,10 +331,12 @@ def resolve_settings(
         run = RunSettings(**{key: value for key, value in merged.items() if key in run_keys})
     except ValidationError as error:
         problems += _validation_problems(error)
-    family_values = _with_numbers(family_type, {key: value for key, value in merged.items() if key in family_keys})
-    type_problems = _type_problems(family_type, family_values)
-    checked = family_type(**({} if type_problems else family_values))
-    problems += type_problems or checked.problems()
+    family_values = {key: value for key, value in merged.items() if key in family_keys}
+    family_values = {**vars(family_type()), **_with_numbers(family_type, family_values)}
+    # Here, not in `problems` alone: settings of a family of one's own may derive from nothing of ours.
+    wrong = field_problems(family_type, family_values)
+    checked = family_type(**({} if wrong else family_values))
+    problems += wrong or checked.problems()
     if problems:
         raise ConfigError(*problems)
     assert run is not None
@@ -349,25 +350,14 @@ def _is_name(value: Any) -> bool:
 def _with_numbers(family_type: Any, values: Mapping[str, Any]) -> dict[str, Any]:
     """The values with texts such as 3e-4, which YAML 1.1 takes for text, and whole numbers, as the floats they are."""
     numbers = {field.name for field in fields(family_type) if isinstance(field.default, float)}
-    return {key: _as_float(value) if key in numbers else value for key, value in values.items()}
+    return {key: _number(value) if key in numbers else value for key, value in values.items()}
 
 
-def _as_float(value: Any) -> Any:
-    if isinstance(value, str):
-        return _number(value)
-    if isinstance(value, bool) or not isinstance(value, int):
-        return value
+def _number(value: Any) -> Any:
     try:
-        return float(value)
-    except OverflowError:
+        return value if isinstance(value, bool) else float(value)
+    except (ValueError, TypeError, OverflowError):
         return value
-
-
-def _number(text: str) -> float | str:
-    try:
-        return float(text)
-    except ValueError:
-        return text
 
 
 def _preset_family(preset: str | None) -> str:
@@ -399,21 +389,9 @@ def _did_you_mean(word: str, known: Any) -> str:
 
 
 def _validation_problems(error: ValidationError) -> list[str]:
+    """One a setting: where it may be of two types, what is wrong for the first."""
     found: dict[str, str] = {}
     for item in error.errors():
         key = str(item["loc"][0])
-        message = item["msg"].removeprefix("Value error, ")
-        found.setdefault(key, f"{key}={shown(item['input'])}: {message[0].lower()}{message[1:]}")
+        found.setdefault(key, problem(item, (key,)))
     return list(found.values())
-
-
-def _type_problems(family_type: Any, values: Mapping[str, Any]) -> list[str]:
-    defaults = {field.name: field.default for field in fields(family_type)}
-    found = []
-    for key, value in values.items():
-        wanted = type(defaults[key])
-        fits = isinstance(value, wanted) and (wanted is bool or not isinstance(value, bool))
-        if not fits:
-            names = {int: "a whole number", float: "a number that fits a float", bool: "true or false", str: "text"}
-            found.append(f"{key}={shown(value)}: {names[wanted]} is needed")
-    return found

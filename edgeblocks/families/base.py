@@ -13,7 +13,6 @@ from edgeblocks.data.images import ImageSet
 from edgeblocks.data.text import TextSet
 from edgeblocks.diffusion.noise import LevelDistribution, NoiseDistribution, NoisePartition, NoiseRange
 from edgeblocks.errors import ConfigError
-from edgeblocks.limits import MOST_LAYERS, MOST_NOISE
 
 Batch = dict[str, Tensor]
 BatchSpec = Mapping[str, tuple[tuple[int, ...], torch.dtype]]
@@ -26,9 +25,6 @@ Task = Literal["images", "classes", "text", "continuation"]
 
 NOISE_FEATURES = 256
 NUM_LEVELS = 24
-MOST = {"width": 2**20, "depth": MOST_LAYERS, "heads": 2**12, "patch": 2**12}
-LEAST_MASS = 1e-6
-"""Of the noise distribution, inside [sigma_min, sigma_max]; with less, quantiles there cannot be told apart."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -274,35 +270,6 @@ def draw_sigmas(
     return sigma.clamp(noise_range.train_low, noise_range.train_high).float()
 
 
-def shape_problems(*, width: int, depth: int, heads: int, patch: int) -> list[str]:
-    """What is wrong with the shape of a transformer on patches, one sentence each."""
-    found = _size_problems({"width": width, "depth": depth, "heads": heads, "patch": patch})
-    if not found and width % heads:
-        found.append(f"width={width} is not divisible by heads={heads}; use --set heads=...")
-    if not found and width % 4:
-        found.append(f"width={width} is not divisible by 4, which 2-D positions need")
-    return found
-
-
-def text_shape_problems(*, width: int, depth: int, heads: int) -> list[str]:
-    """What is wrong with the shape of a transformer on tokens, one sentence each."""
-    found = _size_problems({"width": width, "depth": depth, "heads": heads})
-    if not found and width % (2 * heads):
-        found.append(
-            f"width={width} is not divisible by twice heads={heads}, which rotary positions need; use --set heads=..."
-        )
-    return found
-
-
-def _size_problems(sizes: Mapping[str, int]) -> list[str]:
-    found = [f"{name}={value} must be at least 1" for name, value in sizes.items() if value < 1]
-    return found + [
-        f"{name}={value} is more than the {MOST[name]} that are possible"
-        for name, value in sizes.items()
-        if value > MOST[name]
-    ]
-
-
 def patch_problems(patch: int, data: ImageInfo) -> list[str]:
     """Whether patches cover an image."""
     return [
@@ -310,29 +277,3 @@ def patch_problems(patch: int, data: ImageInfo) -> list[str]:
         for side, size in (("height", data.height), ("width", data.width))
         if size % patch
     ]
-
-
-def noise_problems(*, sigma_min: float, sigma_max: float, p_mean: float, p_std: float) -> list[str]:
-    """What is wrong with a distribution of noise levels, one sentence each."""
-    noise = {"sigma_min": sigma_min, "sigma_max": sigma_max, "p_mean": p_mean, "p_std": p_std}
-    found = [
-        f"{name}={value} must be a finite number between -{MOST_NOISE:g} and {MOST_NOISE:g}"
-        for name, value in noise.items()
-        if not -MOST_NOISE <= value <= MOST_NOISE
-    ]
-    if found:
-        return found
-    if not 1 / MOST_NOISE <= sigma_min < sigma_max:
-        found.append(
-            f"sigma_min={sigma_min} and sigma_max={sigma_max}: {1 / MOST_NOISE:g} <= sigma_min < sigma_max is needed"
-        )
-    if p_std <= 0:
-        found.append(f"p_std={p_std} must be larger than 0")
-    if not found:
-        distribution = NoiseDistribution(**noise)
-        if distribution.quantile(sigma_max) - distribution.quantile(sigma_min) < LEAST_MASS:
-            found.append(
-                f"p_mean={p_mean}, p_std={p_std}: hardly any of this noise distribution lies between "
-                f"sigma_min={sigma_min} and sigma_max={sigma_max}, so no levels can be drawn"
-            )
-    return found

@@ -22,36 +22,25 @@ from edgeblocks.families.base import (
     ImageFamily,
     Level,
     draw_sigmas,
-    noise_problems,
 )
 from edgeblocks.families.layers import LabelEmbedding, Linear, noise_features, run_layers
+from edgeblocks.families.settings import Depth, FamilySettings, PMean, PStd, Share, SigmaMax, SigmaMin, Width
 
 SIGMA_DATA = 0.5
 
 
 @dataclass(frozen=True, kw_only=True)
-class DenoiserSettings:
+class DenoiserSettings(FamilySettings):
     """Settings of every image denoiser: width of the condition, number of layers, and the objective's."""
 
-    width: int = 128
-    depth: int = 12
-    label_dropout: float = 0.1
+    width: Width = 128
+    depth: Depth = 12
+    label_dropout: Share = 0.1
     flip: bool = False
-    sigma_min: float = 0.002
-    sigma_max: float = 80.0
-    p_mean: float = -1.2
-    p_std: float = 1.2
-
-    def problems(self) -> list[str]:
-        """What is wrong with these values, one sentence each."""
-        found = [
-            f"{name}={getattr(self, name)} must be at least 1" for name in ("width", "depth") if getattr(self, name) < 1
-        ]
-        if not 0 <= self.label_dropout < 1:
-            found.append(f"label_dropout={self.label_dropout} must lie in [0, 1)")
-        return found + noise_problems(
-            sigma_min=self.sigma_min, sigma_max=self.sigma_max, p_mean=self.p_mean, p_std=self.p_std
-        )
+    sigma_min: SigmaMin = 0.002
+    sigma_max: SigmaMax = 80.0
+    p_mean: PMean = -1.2
+    p_std: PStd = 1.2
 
 
 class EdmBlock(nn.Module, ABC):

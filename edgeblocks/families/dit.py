@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from edgeblocks.families.base import NOISE_FEATURES, ImageInfo, patch_problems, shape_problems
+from edgeblocks.families.base import NOISE_FEATURES, ImageInfo, patch_problems
 from edgeblocks.families.denoiser import (
     SIGMA_DATA,
     DenoiserSettings,
@@ -29,6 +29,7 @@ from edgeblocks.families.layers import (
     patchify,
     unpatchify,
 )
+from edgeblocks.families.settings import Heads, Patch, WidthOfPatches
 
 __all__ = ["SIGMA_DATA", "Dit", "DitBlock", "DitSettings"]
 
@@ -37,13 +38,9 @@ __all__ = ["SIGMA_DATA", "Dit", "DitBlock", "DitSettings"]
 class DitSettings(DenoiserSettings):
     """The shape of the network and its objective's settings."""
 
-    heads: int = 4
-    patch: int = 2
-
-    def problems(self) -> list[str]:
-        """What is wrong with these values, one sentence each."""
-        shape = shape_problems(width=self.width, depth=self.depth, heads=self.heads, patch=self.patch)
-        return shape + [problem for problem in super().problems() if problem not in shape]
+    width: WidthOfPatches = 128
+    heads: Heads = 4
+    patch: Patch = 2
 
 
 class DitBlock(WithPositions, EdmBlock):

@@ -12,10 +12,12 @@ Trained end to end it is what Geiping et al. train: `PlainLooped`.
 
 import math
 from dataclasses import dataclass
+from typing import Annotated
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int
+from pydantic import Field
 from torch import Tensor, nn
 
 from edgeblocks.diffusion.noise import NoiseRange
@@ -28,6 +30,7 @@ from edgeblocks.families.token_block import TokenDenoiserBlock
 from edgeblocks.families.token_denoiser import TokenDenoiser, TokenDenoiserSettings
 
 MOST_ITERATIONS = 64
+Iterations = Annotated[int, Field(ge=1, le=MOST_ITERATIONS)]
 SPREAD = 0.5
 """Standard deviation of the logarithm of the mean number of iterations."""
 
@@ -40,16 +43,8 @@ class LoopedSettings(TokenDenoiserSettings):
     that gradients go back through.
     """
 
-    iterations: int = 8
-    truncation: int = 8
-
-    def problems(self) -> list[str]:
-        """What is wrong with these values, one sentence each."""
-        return super().problems() + [
-            f"{name}={getattr(self, name)} must lie between 1 and {MOST_ITERATIONS}"
-            for name in ("iterations", "truncation")
-            if not 1 <= getattr(self, name) <= MOST_ITERATIONS
-        ]
+    iterations: Iterations = 8
+    truncation: Iterations = 8
 
 
 class LoopedBlock(TokenDenoiserBlock):

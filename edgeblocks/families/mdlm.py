@@ -30,9 +30,9 @@ from edgeblocks.families.base import (
     TextFamily,
     TextInfo,
     spread_shares,
-    text_shape_problems,
 )
 from edgeblocks.families.layers import Linear, RotaryAdaLnLayer, TokenEmbedding, run_layers
+from edgeblocks.families.settings import Depth, FamilySettings, RotaryHeads, Width
 from edgeblocks.families.text_block import TextBlock
 from edgeblocks.families.token_loss import token_losses, token_scores
 
@@ -41,16 +41,12 @@ LEAST_TIMES = 128
 
 
 @dataclass(frozen=True, kw_only=True)
-class MdlmSettings:
+class MdlmSettings(FamilySettings):
     """The shape of the network."""
 
-    width: int = 256
-    depth: int = 12
-    heads: int = 4
-
-    def problems(self) -> list[str]:
-        """What is wrong with these values, one sentence each."""
-        return text_shape_problems(width=self.width, depth=self.depth, heads=self.heads)
+    width: Width = 256
+    depth: Depth = 12
+    heads: RotaryHeads = 4
 
 
 class MdlmBlock(TextBlock):

@@ -14,11 +14,13 @@ Source: arXiv 2506.14202, sections 4.4 and 4.5.
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import Annotated
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
+from pydantic import Field
 from torch import Tensor, nn
 
 from edgeblocks.diffusion.autoregression import CachesPer
@@ -32,10 +34,19 @@ from edgeblocks.families.base import (
     Task,
     TextFamily,
     TextInfo,
-    noise_problems,
     quantile_levels,
     spread_shares,
-    text_shape_problems,
+)
+from edgeblocks.families.settings import (
+    Depth,
+    FamilySettings,
+    PMean,
+    PStd,
+    RotaryHeads,
+    Share,
+    SigmaMax,
+    SigmaMin,
+    Width,
 )
 from edgeblocks.families.token_block import TokenDenoiserBlock
 from edgeblocks.families.token_loss import token_losses, token_scores
@@ -44,32 +55,21 @@ MOST_CODE_WIDTH = 2**12
 
 
 @dataclass(frozen=True, kw_only=True)
-class TokenDenoiserSettings:
+class TokenDenoiserSettings(FamilySettings):
     """The shape of the network, the width of a token's code, and the distribution of noise levels.
 
     `top_share` of the first block's samples are drawn at sigma_max, where inference starts.
     """
 
-    width: int = 256
-    depth: int = 12
-    heads: int = 4
-    code_width: int = 64
-    top_share: float = 0.4
-    sigma_min: float = 0.1
-    sigma_max: float = 10.0
-    p_mean: float = 0.0
-    p_std: float = 1.2
-
-    def problems(self) -> list[str]:
-        """What is wrong with these values, one sentence each."""
-        found = text_shape_problems(width=self.width, depth=self.depth, heads=self.heads)
-        if self.code_width % 8 or not 8 <= self.code_width <= MOST_CODE_WIDTH:
-            found.append(f"code_width={self.code_width} must be a multiple of 8 between 8 and {MOST_CODE_WIDTH}")
-        if not 0 <= self.top_share < 1:
-            found.append(f"top_share={self.top_share} must lie in [0, 1)")
-        return found + noise_problems(
-            sigma_min=self.sigma_min, sigma_max=self.sigma_max, p_mean=self.p_mean, p_std=self.p_std
-        )
+    width: Width = 256
+    depth: Depth = 12
+    heads: RotaryHeads = 4
+    code_width: Annotated[int, Field(ge=8, le=MOST_CODE_WIDTH, multiple_of=8)] = 64
+    top_share: Share = 0.4
+    sigma_min: SigmaMin = 0.1
+    sigma_max: SigmaMax = 10.0
+    p_mean: PMean = 0.0
+    p_std: PStd = 1.2
 
 
 class TokenDenoiser(TextFamily, ABC):

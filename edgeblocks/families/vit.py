@@ -10,11 +10,13 @@ of magnitude and would make it a lottery on the draw of sigma.
 """
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
+from pydantic import Field
 from torch import Tensor, nn
 
 from edgeblocks.data.augment import Augmentation, augmented
@@ -28,9 +30,7 @@ from edgeblocks.families.base import (
     ImageInfo,
     Level,
     draw_sigmas,
-    noise_problems,
     patch_problems,
-    shape_problems,
 )
 from edgeblocks.families.layers import (
     AdaLnZeroLayer,
@@ -47,13 +47,25 @@ from edgeblocks.families.layers import (
     patchify,
     run_layers,
 )
+from edgeblocks.families.settings import (
+    Depth,
+    FamilySettings,
+    Heads,
+    Patch,
+    PMean,
+    PStd,
+    Share,
+    SigmaMax,
+    SigmaMin,
+    WidthOfPatches,
+)
 
 SIGMA_DATA = 0.5
 """Of the preconditioning of z, and of the pixels."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class VitSettings:
+class VitSettings(FamilySettings):
     """The shape of the network and its objective's settings.
 
     `top_share` of the first block's samples are drawn at sigma_max, where inference starts. `crop` is the number of
@@ -61,39 +73,20 @@ class VitSettings:
     operations an image, of strength `randaugment_strength` (0 to 1).
     """
 
-    width: int = 128
-    depth: int = 12
-    heads: int = 4
-    patch: int = 4
-    label_smoothing: float = 0.0
+    width: WidthOfPatches = 128
+    depth: Depth = 12
+    heads: Heads = 4
+    patch: Patch = 4
+    label_smoothing: Share = 0.0
     flip: bool = False
-    crop: int = 0
-    randaugment: int = 0
-    randaugment_strength: float = 0.3
-    top_share: float = 0.4
-    sigma_min: float = 0.1
-    sigma_max: float = 10.0
-    p_mean: float = 0.0
-    p_std: float = 1.2
-
-    def problems(self) -> list[str]:
-        """What is wrong with these values, one sentence each."""
-        found = shape_problems(width=self.width, depth=self.depth, heads=self.heads, patch=self.patch)
-        found += [
-            f"{name}={getattr(self, name)} must lie in [0, 1)"
-            for name in ("label_smoothing", "top_share")
-            if not 0 <= getattr(self, name) < 1
-        ]
-        if not 0 <= self.randaugment_strength <= 1:
-            found.append(f"randaugment_strength={self.randaugment_strength} must lie in [0, 1]")
-        found += [
-            f"{name}={getattr(self, name)} must be between 0 and {most}"
-            for name, most in (("crop", 1024), ("randaugment", 16))
-            if not 0 <= getattr(self, name) <= most
-        ]
-        return found + noise_problems(
-            sigma_min=self.sigma_min, sigma_max=self.sigma_max, p_mean=self.p_mean, p_std=self.p_std
-        )
+    crop: Annotated[int, Field(ge=0, le=1024)] = 0
+    randaugment: Annotated[int, Field(ge=0, le=16)] = 0
+    randaugment_strength: Annotated[float, Field(ge=0, le=1)] = 0.3
+    top_share: Share = 0.4
+    sigma_min: SigmaMin = 0.1
+    sigma_max: SigmaMax = 10.0
+    p_mean: PMean = 0.0
+    p_std: PStd = 1.2
 
 
 class VitBlock(WithPositions):

@@ -64,9 +64,9 @@ WRONG_SETTINGS = {
     "no steps": (["--steps", "0"], 2, r"steps=0: input should be greater than or equal to 1"),
     "too many blocks": (["--blocks", "99"], 2, r"--blocks 99 is impossible: the network has 12 layers.*use 1 to 12"),
     "blocks in words": (["--blocks", "many"], 2, r"blocks='many': a whole number of at least 1, or auto, is needed"),
-    "heads": (["--set", "heads=5"], 2, r"width=128 is not divisible by heads=5; use --set heads="),
+    "heads": (["--set", "heads=5"], 2, r"heads=5: width=128 is not divisible by it; use --set heads="),
     "patch": (["--set", "patch=3"], 2, r"patch=3 does not divide the image height 8; use --set patch=.*image_size"),
-    "wrong type": (["--set", "width=wide"], 2, r"width='wide': a whole number is needed"),
+    "wrong type": (["--set", "width=wide"], 2, r"width='wide': input should be a valid integer"),
     "partition": (
         ["--partition", "halves"],
         2,

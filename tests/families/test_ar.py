@@ -378,11 +378,11 @@ def test_the_traced_peak_is_that_of_a_real_step(family):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"width": 0}, "width=0 must be at least 1"),
-        ({"heads": 3}, "width=16 is not divisible by twice heads=3"),
-        ({"code_width": 20}, "code_width=20 must be a multiple of 8 between 8 and 4096"),
-        ({"top_share": 1.0}, r"top_share=1.0 must lie in \[0, 1\)"),
-        ({"sigma_min": 20.0}, "sigma_min < sigma_max is needed"),
+        ({"width": 0}, "width=0: input should be greater than or equal to 1"),
+        ({"heads": 3}, "heads=3: width=16 is not divisible by twice it"),
+        ({"code_width": 20}, "code_width=20: input should be a multiple of 8"),
+        ({"top_share": 1.0}, "top_share=1.0: input should be less than 1"),
+        ({"sigma_min": 20.0}, "sigma_min=20.0, and sigma_min < sigma_max is needed"),
     ],
 )
 def test_impossible_settings_are_named(change, message):

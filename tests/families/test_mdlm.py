@@ -335,10 +335,10 @@ def test_the_readout_counts_in_flops():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"width": 0}, "width=0 must be at least 1"),
-        ({"heads": 3}, "width=16 is not divisible by twice heads=3"),
+        ({"width": 0}, "width=0: input should be greater than or equal to 1"),
+        ({"heads": 3}, "heads=3: width=16 is not divisible by twice it"),
         ({"heads": 16}, "rotary positions"),
-        ({"depth": 10**9}, "depth=1000000000 is more than"),
+        ({"depth": 10**9}, "depth=1000000000: input should be less than or equal to 4096"),
     ],
 )
 def test_impossible_settings_are_named(change, message):
