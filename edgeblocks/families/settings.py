@@ -33,7 +33,7 @@ def _divisible_by_4(width: int) -> int:
 
 
 def _divides_width(heads: int, info: ValidationInfo) -> int:
-    width = info.data.get("width", 0)  # one that is itself refused is not there
+    width = info.data.get("width", 0)
     if width % heads:
         raise ValueError(f"width={width} is not divisible by it; use --set heads=...")
     return heads
@@ -47,8 +47,9 @@ def _divides_half_of_width(heads: int, info: ValidationInfo) -> int:
 
 
 def _lies_above_sigma_min(sigma_max: float, info: ValidationInfo) -> float:
-    if not info.data.get("sigma_min", -MOST_NOISE) < sigma_max:
-        raise ValueError(f"sigma_min={info.data['sigma_min']}, and sigma_min < sigma_max is needed")
+    sigma_min = info.data.get("sigma_min", 0.0)
+    if sigma_min >= sigma_max:
+        raise ValueError(f"sigma_min={sigma_min}, and sigma_min < sigma_max is needed")
     return sigma_max
 
 
@@ -71,11 +72,11 @@ Patch = Annotated[int, Field(ge=1, le=MOST["patch"])]
 Share = Annotated[float, Field(ge=0, lt=1)]
 _AnyHeads = Annotated[int, Field(ge=1, le=MOST["heads"])]
 
-# A field sees those before it: `width` stands before `heads`, and the levels stand in this order.
+# A field sees those before it that are not refused: `width` stands before `heads`, and the levels stand in this order.
 WidthOfPatches = Annotated[Width, AfterValidator(_divisible_by_4)]
 Heads = Annotated[_AnyHeads, AfterValidator(_divides_width)]
 RotaryHeads = Annotated[_AnyHeads, AfterValidator(_divides_half_of_width)]
 SigmaMin = Annotated[float, Field(ge=1 / MOST_NOISE, le=MOST_NOISE)]
-SigmaMax = Annotated[float, Field(le=MOST_NOISE), AfterValidator(_lies_above_sigma_min)]
+SigmaMax = Annotated[float, Field(gt=0, le=MOST_NOISE), AfterValidator(_lies_above_sigma_min)]
 PMean = Annotated[float, Field(ge=-MOST_NOISE, le=MOST_NOISE)]
 PStd = Annotated[float, Field(gt=0, le=MOST_NOISE), AfterValidator(_leaves_levels_to_draw)]

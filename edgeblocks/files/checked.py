@@ -71,7 +71,7 @@ def field_problems(kind: type, values: Mapping[str, Any]) -> list[str]:
 
 def problems(error: ValidationError) -> list[str]:
     """What is wrong, one text a place: the place, its value, and what it may be."""
-    return [problem(item, item["loc"]) for item in error.errors(include_url=False, include_context=False)]
+    return [problem(item, item["loc"]) for item in error.errors(include_url=False)]
 
 
 def problem(item: Any, place: tuple[int | str, ...]) -> str:
@@ -80,6 +80,9 @@ def problem(item: Any, place: tuple[int | str, ...]) -> str:
     if item["type"] == "missing":
         return f"{where} is missing"
     message = item["msg"].removeprefix("Value error, ").replace("a valid tuple", "a list")  # JSON has no tuples
+    for limit in item.get("ctx", {}).values():
+        if isinstance(limit, float):  # pydantic writes 1e-30 with all its zeros
+            message = f"{message.rpartition(' ')[0]} {limit:g}"
     if not where:
         return str(message)
     if item["type"] == "value_error" and isinstance(item["input"], dict):  # the message names what is wrong in it

@@ -299,6 +299,8 @@ def test_every_parameter_of_a_conditional_block_learns():
         ({"patch": 4}, ["patch=4", "width 6", "image_size"]),
         ({"label_dropout": 1.0, "p_std": -1.0}, ["label_dropout=1.0", "p_std=-1.0"]),
         ({"sigma_min": 80.0}, ["sigma_min=80.0", "sigma_max=80.0"]),
+        ({"sigma_min": 0.0, "sigma_max": -1e31}, ["sigma_min=0.0", "sigma_max=-1e+31"]),
+        ({"width": 0, "heads": 3, "p_mean": 1e31}, ["width=0", "p_mean=1e+31"]),
     ],
 )
 def test_impossible_shapes_are_refused_with_all_their_reasons(changes, words):

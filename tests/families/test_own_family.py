@@ -3,14 +3,18 @@
 import re
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import pytest
+from pydantic import Field
 
 import edgeblocks
 from edgeblocks import registry
+from edgeblocks.config import resolve_settings
 from edgeblocks.errors import ConfigError
-from edgeblocks.families.denoiser import ImageDenoiser, OwnDenoiser
+from edgeblocks.families.denoiser import DenoiserSettings, ImageDenoiser, OwnDenoiser
 
 PAGE = (Path(__file__).parents[2] / "docs/own_family.md").read_text()
 
@@ -48,6 +52,43 @@ def test_the_page_works(tmp_path, edgeblocks_command):
     unknown = edgeblocks_command("eval", tmp_path / "run")
     assert unknown.returncode == 1
     assert "there is no family 'conv'" in unknown.stderr and "register_family" in unknown.stderr
+
+
+@dataclass(frozen=True, kw_only=True)
+class OwnSettings(DenoiserSettings):
+    kernel: Annotated[int, Field(ge=1)] = 3
+    groups: int = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class ForeignSettings:
+    """Derived from nothing of the package's."""
+
+    size: int = 3
+
+    def problems(self):
+        return ["size=2 is even"] if self.size % 2 == 0 else []
+
+
+@pytest.mark.parametrize(
+    ("settings_type", "given", "words"),
+    [
+        (
+            OwnSettings,
+            {"kernel": 0, "groups": "many", "label_dropout": 1.0},
+            ["kernel=0", "groups='many'", "dropout=1.0"],
+        ),
+        (OwnSettings, {"width": 0, "kernel": True, "sigma_max": 1e-3}, ["width=0", "kernel=True", "sigma_max=0.001"]),
+        (ForeignSettings, {"size": 1.5}, ["size=1.5"]),
+        (ForeignSettings, {"size": 2}, ["size=2 is even"]),
+    ],
+)
+def test_settings_of_ones_own_are_checked_by_their_annotations(settings_type, given, words):
+    """Types and ranges, with those that are inherited, all at once; and what the settings find themselves."""
+    with pytest.raises(ConfigError) as caught:
+        resolve_settings({"family": "own", **given}, family_settings=lambda name: settings_type)
+    assert len(caught.value.problems) == len(words)
+    assert all(any(word in problem for problem in caught.value.problems) for word in words)
 
 
 class Local(ImageDenoiser):
