@@ -4,6 +4,7 @@ Everything the command line does goes through here; `cli` only reads arguments a
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,6 @@ from edgeblocks.data.dataset import DataSet
 from edgeblocks.errors import ConfigError, InterruptedRunError, RunError
 from edgeblocks.offload.checkpoint import NextBlocks
 from edgeblocks.planning.plan_text import banner
-from edgeblocks.planning.plans import StepShape
 from edgeblocks.prepare import (
     Prepared,
     check_disk,
@@ -30,7 +30,8 @@ from edgeblocks.runs.directory import RunDirectory, bring_blocks_home, open_run,
 from edgeblocks.runs.load_weights import InitialWeights, initial_weights_of
 from edgeblocks.runs.locks import locked, locked_away
 from edgeblocks.runs.open_data import check_vocab, open_run_data
-from edgeblocks.runs.schema import InitFields, check_resumable
+from edgeblocks.runs.schema import InitFields
+from edgeblocks.runs.written_plan import written_plan
 from edgeblocks.training.guard import Guard, refusals_explained
 from edgeblocks.training.interruption import Interrupted, Interruption
 from edgeblocks.training.loop import trainer_type
@@ -128,7 +129,7 @@ def train(
         run = create_run(
             path,
             prepared.settings,
-            prepared.plan.to_json(prepared.partition.ranges),
+            prepared.written_plan,
             prepared.data,
             data_source=prepared.data_set.source,
             data_fingerprint=prepared.data_set.fingerprint,
@@ -191,7 +192,7 @@ def resume(
     """
     listener = listener or Silent()
     run = open_run(Path(path))
-    check_resumable(run.path / "plan.json", run.plan)
+    run = replace(run, plan=run.trainable_plan)
     with locked(run.path, listener.note):
         given = {"mem_budget": mem_budget, "ram_budget": ram_budget, "target": target, "data": data}
         given |= {"work_dir": work_dir, "max_disk_writes": max_disk_writes}
@@ -210,7 +211,7 @@ def resume(
 
 def _is_finished(run: RunDirectory) -> bool:
     """Whether there is nothing left to do: trained, evaluated, and its blocks at home."""
-    if Run(run).summary is None or not (run.path / "blocks").is_dir():
+    if run.summary is None or not (run.path / "blocks").is_dir():
         return False
     return min(run.saved_steps(run.store())) >= run.settings.run.steps
 
@@ -242,13 +243,14 @@ def _replanned_if_needed(
     run: RunDirectory, data_set: DataSet, other_budget: bool, target: Any, listener: Listener
 ) -> RunDirectory:
     """The run, planned again with the same blocks where its budget or target changed or its plan does not fit here."""
-    runtime_bytes = int(run.plan.get("breakdown", {}).get("runtime", 0))
-    here = int(run.plan["predicted_peak_bytes"]) - runtime_bytes + max(runtime_bytes, target.used_bytes())
-    moved = ("ram_budget_bytes" in run.plan) != (target.host_bytes() is not None)
-    if not (other_budget or moved) and here <= int(run.plan["budget_bytes"]):
+    former = run.trainable_plan
+    runtime_bytes = former.breakdown.get("runtime", 0)
+    here = former.predicted_peak_bytes - runtime_bytes + max(runtime_bytes, target.used_bytes())
+    moved = former.is_beside_a_host != (target.host_bytes() is not None)
+    if not (other_budget or moved) and here <= former.budget_bytes:
         return run
-    plan = replan(run.settings, run.data, data_set, run.plan, run.path, target, listener)
-    run = run.planned_again(plan.to_json(run.partition.ranges))
+    plan = replan(run.settings, run.data, data_set, former, run.path, target, listener)
+    run = run.planned_again(written_plan(plan, run.partition.ranges))
     chosen = plan.chosen
     listener.note(
         f"planned again for {format_bytes(plan.budget_bytes)}: predicted peak "
@@ -310,14 +312,15 @@ def _initial_again(run: RunDirectory) -> InitialWeights | None:
 def _train(run: RunDirectory, data_set: DataSet, listener: Listener, resumed_from: list[int] | None) -> "Run":
     target = build_target(run.settings.run.target)
     target.warm_up()
-    budget_bytes, breakdown = int(run.plan["budget_bytes"]), dict(run.plan["breakdown"])
+    plan = run.trainable_plan
+    budget_bytes, breakdown = plan.budget_bytes, plan.breakdown
     guard = Guard(
         target,
         budget_bytes=budget_bytes,
-        shapes=[StepShape(**shape) for shape in run.plan["shapes"]],
+        shapes=plan.step_shapes,
         breakdown=breakdown,
         note=listener.note,
-        ram_budget_bytes=run.plan.get("ram_budget_bytes"),
+        ram_budget_bytes=plan.ram_budget_bytes,
     )
     with refusals_explained(target, budget_bytes, breakdown):
         store = run.store()
@@ -345,7 +348,7 @@ def _train(run: RunDirectory, data_set: DataSet, listener: Listener, resumed_fro
         )
     bring_blocks_home(run)
     summary = summary_of(run, trainer, evaluation, data_set, target, budget_bytes, resumed_from)
-    run.write_json("summary.json", summary)
+    run.write_json("summary.json", summary.to_json())
     return Run(run)
 
 

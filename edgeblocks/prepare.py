@@ -25,6 +25,7 @@ from edgeblocks.progress import Listener
 from edgeblocks.registry import build_family, build_target, family_type
 from edgeblocks.runs.load_weights import InitialWeights, initial_weights_of
 from edgeblocks.runs.open_data import open_run_data
+from edgeblocks.runs.written_plan import TrainablePlan, WrittenPlan, written_plan
 from edgeblocks.tasks import GRID_SAMPLES, GRID_TOKENS
 from edgeblocks.units import advised_budget, format_bytes, format_duration, parse_size
 
@@ -79,9 +80,14 @@ class Prepared:
         blocks = len(self.plan.method.denoisers(self.plan.layers))
         return partition_noise(noise, num_blocks=blocks, kind=run.partition, overlap=run.overlap)
 
+    @property
+    def written_plan(self) -> TrainablePlan:
+        """The plan as plan.json has it."""
+        return written_plan(self.plan, self.partition.ranges)
+
     def to_json(self) -> dict[str, Any]:
         """What `plan --json` prints: the content of plan.json, and what only a plan that is not carried out needs."""
-        content = self.plan.to_json(self.partition.ranges)
+        content = self.written_plan.to_json()
         content["gb_written_a_day"] = self.plan.written_a_day_bytes / 1e9
         if self.profile is not None:
             content["target"] = self.profile.model_dump()
@@ -211,7 +217,7 @@ def replan(
     settings: Settings,
     data: Any,
     data_set: DataSet,
-    former: dict[str, Any],
+    former: WrittenPlan,
     out: Path,
     target: Any,
     listener: Listener,
@@ -226,16 +232,16 @@ def replan(
     listener.stage("planning again")
     budgets = budgets_here(settings.run, target)
     costs, machine = measure(settings, data, existing_folder(Path(settings.run.work_dir or out)), target, listener)
-    wishes = replace(_wishes(settings, data_set, data, budgets), blocks=int(former["blocks"]))
+    wishes = replace(_wishes(settings, data_set, data, budgets), blocks=len(former.layers_per_block))
     try:
-        return make_plan(costs, machine, replace(wishes, micro_batch=int(former["micro_batch"]), checkpointing=None))
+        return make_plan(costs, machine, replace(wishes, micro_batch=former.micro_batch, checkpointing=None))
     except DoesNotFitError:
         pass
     try:
         return make_plan(costs, machine, replace(wishes, micro_batch=None, checkpointing=None, tier=None))
     except DoesNotFitError as error:
         raise DoesNotFitError(
-            f"the run has {former['blocks']} blocks, which were fixed when it was created, and they do not fit "
+            f"the run has {wishes.blocks} blocks, which were fixed when it was created, and they do not fit "
             f"{format_bytes(budgets[0] if error.flag == '--mem-budget' else budgets[1] or 0)} here: "
             f"{format_bytes(error.as_fixed_bytes)} are needed; go on with {error.flag} "
             f"{advised_budget(error.as_fixed_bytes)} or more",

@@ -25,7 +25,6 @@ from edgeblocks.progress import Listener, Silent
 from edgeblocks.registry import build_exporter, build_target
 from edgeblocks.runs.directory import RunDirectory
 from edgeblocks.runs.save_weights import write_weights
-from edgeblocks.runs.schema import read_summary
 from edgeblocks.training.guard import is_refusal
 from edgeblocks.units import format_bytes
 
@@ -52,13 +51,13 @@ class Run:
 
     @property
     def summary(self) -> dict[str, Any] | None:
-        """The content of summary.json; None while the run is not finished.
+        """The content of summary.json, as `train --json` prints it; None while the run is not finished.
 
         Raises:
             RunError: it is damaged.
         """
-        path = self.path / "summary.json"
-        return read_summary(path) if path.exists() else None
+        summary = self.directory.summary
+        return None if summary is None else summary.to_json()
 
     def runner(self, source: EmaSource, *, micro_batch: int, residents: int = 1) -> BlockRunner:
         return sampling.runner_of(self.directory, source, micro_batch=micro_batch, residents=residents)
@@ -82,7 +81,7 @@ class Run:
         target = build_target(directory.settings.run.target)
         target.prepare()
         budget_bytes = (
-            device_budget_bytes(mem_budget, target) if mem_budget is not None else int(directory.plan["budget_bytes"])
+            device_budget_bytes(mem_budget, target) if mem_budget is not None else directory.plan.budget_bytes
         )
         costs, machine = measure(directory.settings, directory.data, directory.path, target, Silent())
         micro_batch, residents = _fitting(

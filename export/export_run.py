@@ -62,7 +62,7 @@ def export_run(
             f"the run is not finished: exporting its blocks as saved, at steps {', '.join(map(str, steps))} of "
             f"{run.settings.run.steps}"
         )
-    micro_batch = min(NUM_OUTPUTS, run.plan["micro_batch"])
+    micro_batch = min(NUM_OUTPUTS, run.plan.micro_batch)
     runner = BlockRunner(run.family(), run.layers, run.partition, _ema(run), micro_batch=micro_batch)
     with staged(out) as folder:
         files = _write_blocks(run, runner, folder, listener, external_above_bytes)

@@ -1,58 +1,63 @@
 """What the verbs print: the banner of a plan, its table, what a training, an export or an evaluation came to."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from edgeblocks.methods import METHODS
+from edgeblocks.runs.summary import Summary, TextScores
 from edgeblocks.units import format_bytes, format_duration
 
 
-def training_report(summary: dict[str, Any], path: Any) -> str:
-    """Planned beside measured, and what to type next."""
-    loss, method = summary["metrics"], METHODS[summary["method"]]
-    by_block = ", ".join("-" if value is None else f"{value:.3f}" for value in loss["validation_loss_by_block"])
+def training_report(summary: Summary, path: Any) -> str:
+    """Planned beside measured, and what to type next. A dash is what an earlier edgeblocks did not write down."""
+    loss, method = summary.metrics, METHODS[summary.method]
+    by_block = ", ".join("-" if value is None else f"{value:.3f}" for value in loss.validation_loss_by_block)
     by_block = f" (by block, high noise first: {by_block})" if not method.one_network else ""
-    unit, split = method.part, summary["time_split"]
-    total = max(summary["seconds"], 1e-9)
-    memories = [("peak memory", summary["predicted_peak_bytes"], summary["peak_bytes"])]
-    if summary["predicted_ram_peak_bytes"] is not None:
-        memories.append(("peak of the host", summary["predicted_ram_peak_bytes"], summary["ram_peak_bytes"]))
+    memories: list[tuple[str, int | None, int | None]] = [
+        ("peak memory", summary.predicted_peak_bytes, summary.peak_bytes)
+    ]
+    if summary.predicted_ram_peak_bytes is not None:
+        memories.append(("peak of the host", summary.predicted_ram_peak_bytes, summary.ram_peak_bytes))
     rows = [
-        *((name, format_bytes(planned), format_bytes(measured)) for name, planned, measured in memories),
-        ("budget", "", format_bytes(summary["budget_bytes"])),
+        *((name, _told(planned, format_bytes), _told(measured, format_bytes)) for name, planned, measured in memories),
+        ("budget", "", _told(summary.budget_bytes, format_bytes)),
         (
             "step" if method.trained_together else "step of a block",
-            format_duration(summary["predicted_step_s"]),
-            format_duration(summary["step_s"]),
+            _told(summary.predicted_step_s, format_duration),
+            _told(summary.step_s, format_duration),
         ),
     ]
+    total = max(summary.seconds or 0.0, 1e-9)
+    share = {part: summary.time_split.get(part, 0.0) / total for part in ("compute", "stall", "data")}
     lines = [f"{'':<18}{'planned':>12}{'measured':>12}"]
     lines += [f"{name:<18}{planned:>12}{measured:>12}" for name, planned, measured in rows]
     lines += [
-        f"time: {format_duration(total)}; compute {split['compute'] / total:.1%}, waiting for {unit}s "
-        f"{split['stall'] / total:.1%}, data {split['data'] / total:.1%}; "
-        f"{format_bytes(summary['disk_bytes_written'])} written to disk",
-        f"validation loss {loss['validation_loss']:.4f}{by_block}",
-        "",
-        *_next_commands(summary["makes"], path),
+        f"time: {format_duration(total)}; compute {share['compute']:.1%}, waiting for {method.part}s "
+        f"{share['stall']:.1%}, data {share['data']:.1%}; {_told(summary.disk_bytes_written, format_bytes)} written to "
+        f"disk",
+        f"validation loss {loss.validation_loss:.4f}{by_block}",
     ]
-    if "text" in loss:
-        lines.insert(-len(_next_commands(summary["makes"], path)) - 1, _bits_line(loss["text"]))
-    return "\n".join(lines)
+    if loss.text is not None:
+        lines.append(_bits_line(loss.text))
+    return "\n".join([*lines, "", *_next_commands(summary.makes, path)])
 
 
-def _bits_line(text: dict[str, Any]) -> str:
+def _told(value: float | None, write: Callable[[float], str]) -> str:
+    return "-" if value is None else write(value)
+
+
+def _bits_line(text: TextScores) -> str:
     """The bound of a text in bits."""
-    per_token = "" if text["tokenizer"] == "chars" else f", {text['bits_per_token']:.3f} a token"
-    error = text["bits_per_character_error"]
+    per_token = "" if text.tokenizer == "chars" else f", {text.bits_per_token:.3f} a token"
+    error = text.bits_per_character_error
     spread = "" if error is None else f" ± {error:.3f}"
     return (
-        f"at most {text['bits_per_character']:.3f}{spread} bits a character{per_token} "
-        f"(bound on {text['sequences']} sequences of {text['length']} tokens)"
+        f"at most {text.bits_per_character:.3f}{spread} bits a character{per_token} "
+        f"(bound on {text.sequences} sequences of {text.length} tokens)"
     )
 
 
-def _next_commands(makes: str, path: Any) -> list[str]:
+def _next_commands(makes: str | None, path: Any) -> list[str]:
     """What to type after a training run."""
     export = f"      edgeblocks export {path} -o {path}-onnx && edgeblocks run {path}-onnx"
     if makes == "classes":
@@ -92,7 +97,7 @@ def evaluation_report(result: dict[str, Any]) -> str:
         *(_level_lines(validation["levels"]) if len(validation["levels"]) > 1 else ()),
     ]
     if "text" in result:
-        lines.append(_bits_line(result["text"]))
+        lines.append(_bits_line(TextScores(**result["text"])))
     if "bounds" in result:
         lines += _continuation_lines(result)
     found = result.get("classification")

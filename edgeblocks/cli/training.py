@@ -178,9 +178,9 @@ def train(
                 run = api.resume(resume, reinit_blocks=reinit_block or (), listener=listener, **given)
             else:
                 run = api.train(out=out or _free_run_path(given), config=config, listener=listener, **given)
-        summary = run.summary
+        summary = run.directory.summary
         assert summary is not None
-        print(json.dumps(summary) if as_json else training_report(summary, run.path))
+        print(json.dumps(summary.to_json()) if as_json else training_report(summary, run.path))
 
     guarded(work, verbose=verbose)
 

@@ -16,11 +16,12 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
 from edgeblocks import api
+from edgeblocks.compare.plain_training import PlainSummary
 from edgeblocks.config import RunSettings, Settings, read_yaml
 from edgeblocks.errors import ConfigError, DoesNotFitError, EdgeblocksError, RunError
 from edgeblocks.inference.quality import EXAMPLES, MEASURES
@@ -203,6 +204,21 @@ def _check_folder(wanted: Wanted, out: Path) -> None:
     write_text(path, text)
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Measured:
+    """Of one training, which may be an ordinary one: that has one block, no budget, and does not split its time."""
+
+    steps: int
+    peak_bytes: int
+    runtime_bytes: int
+    """Of the process before there was a network: interpreter and libraries."""
+    step_s: float
+    """Of a step of all layers: where blocks are trained alone, of one step of each."""
+    blocks: int = 1
+    budget_bytes: int | None = None
+    time_split: dict[str, float] | None = None
+
+
 class _Training:
     """One arm with one seed."""
 
@@ -231,8 +247,7 @@ class _Training:
         self.listener.note(f"a trial of {PROBE_STEPS} steps, to see how many fill {self.wanted.minutes:g} minutes")
         if not (trial / "summary.json").exists():
             self._train(trial, PROBE_STEPS)
-        summary = json.loads((trial / "summary.json").read_text())
-        steps = max(1, round(self.wanted.minutes * 60 / self._whole_step_s(summary)))
+        steps = max(1, round(self.wanted.minutes * 60 / self._measured(trial).step_s))
         write_text(told, str(steps))
         return steps
 
@@ -278,34 +293,42 @@ class _Training:
             raise _FailedError(f"it ended with exit code {code}; its message is on standard error")
 
     def _figures(self) -> dict[str, Any]:
-        summary = json.loads((self.path / "summary.json").read_text())
+        measured = self._measured(self.path)
         quality = _records(self.path / "quality.jsonl", "value")
         if not quality:
             raise RunError(f"{self.path} has no figures of quality; remove it and compare again")
-        split = summary.get("time_split")
         return {
-            "steps": summary["steps"],
-            "blocks": summary.get("blocks", 1),
-            "peak_bytes": summary["peak_bytes"],
-            "budget_bytes": None if self.arm.is_plain else summary["budget_bytes"],
-            "runtime_bytes": self._runtime_bytes(summary),
+            **asdict(measured),
             "seconds": quality[-1]["seconds"],
-            "step_s": self._whole_step_s(summary),
-            "time_split": split,
             "quality": quality,
             "memory": _thinned(_records(self.path / "metrics.jsonl", "used_bytes")),
         }
 
-    def _whole_step_s(self, summary: dict[str, Any]) -> float:
-        """Of a step of all layers: where blocks are trained alone, of one step of each."""
-        blocks = 1 if self.arm.is_plain else METHODS[self.arm.network].trained_apart(summary["blocks"])
-        return float(summary["step_s"]) * blocks
+    def _measured(self, path: Path) -> _Measured:
+        """What the summary of a training tells.
 
-    def _runtime_bytes(self, summary: dict[str, Any]) -> int:
-        """Of the process before there was a network: interpreter and libraries."""
+        Raises:
+            RunError: it is damaged.
+        """
         if self.arm.is_plain:
-            return int(summary["runtime_bytes"])
-        return int(open_run(self.path).plan["breakdown"]["runtime"])
+            plain = PlainSummary(**json.loads((path / "summary.json").read_text()))
+            return _Measured(
+                steps=plain.steps, peak_bytes=plain.peak_bytes, runtime_bytes=plain.runtime_bytes, step_s=plain.step_s
+            )
+        run = open_run(path)
+        summary, breakdown = run.summary, run.trainable_plan.breakdown
+        if summary is None or summary.step_s is None:
+            raise RunError(f"{path} has no figures of time; remove it and compare again")
+        blocks = len(run.file_layers)
+        return _Measured(
+            steps=run.settings.run.steps,
+            blocks=blocks,
+            peak_bytes=summary.peak_bytes,
+            budget_bytes=summary.budget_bytes,
+            runtime_bytes=breakdown["runtime"],
+            step_s=summary.step_s * run.method.trained_apart(blocks),
+            time_split=summary.time_split,
+        )
 
 
 def _exit_code(command: list[str]) -> int:

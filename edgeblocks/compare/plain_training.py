@@ -93,6 +93,19 @@ def whole_range(family: Any) -> NoisePartition:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PlainSummary:
+    """summary.json of an ordinary training."""
+
+    steps: int
+    seconds: float
+    """Of training, without the evaluations."""
+    step_s: float
+    peak_bytes: int
+    runtime_bytes: int
+    """Of the process before there was a network."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class WholeNetwork:
     """A network in memory, where evaluation asks for blocks."""
 
@@ -154,14 +167,14 @@ class Recorder:
 
     def finish(self) -> None:
         """Write the summary, which tells that the training is finished."""
-        content = {
-            "steps": self.run.steps,
-            "seconds": self.seconds,
-            "step_s": (self.seconds - self._first_s) / max(self.run.steps - 1, 1),
-            "peak_bytes": self.target.peak_bytes(),
-            "runtime_bytes": self.runtime_bytes,
-        }
-        (self.out / "summary.json").write_text(json.dumps(content))
+        summary = PlainSummary(
+            steps=self.run.steps,
+            seconds=self.seconds,
+            step_s=(self.seconds - self._first_s) / max(self.run.steps - 1, 1),
+            peak_bytes=self.target.peak_bytes(),
+            runtime_bytes=self.runtime_bytes,
+        )
+        (self.out / "summary.json").write_text(json.dumps(asdict(summary)))
 
     def _append(self, name: str, record: dict[str, Any]) -> None:
         with (self.out / name).open("a", encoding="utf-8") as file:

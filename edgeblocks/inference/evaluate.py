@@ -91,7 +91,7 @@ def _run_data(directory: RunDirectory, mem_budget: str | None, listener: Listene
     """The data of a run, after a look that they are those."""
     target = build_target(directory.settings.run.target)
     target.prepare()
-    budget_bytes = directory.plan.get("ram_budget_bytes") or directory.plan["budget_bytes"]
+    budget_bytes = directory.plan.ram_budget_bytes or directory.plan.budget_bytes
     if mem_budget is not None and target.host_bytes() is None:
         budget_bytes = device_budget_bytes(mem_budget, target)
     data_set = open_run_data(directory.data_settings, listener, budget_bytes=budget_bytes, target=target)

@@ -2,8 +2,8 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass, field
+from typing import Literal
 
 from edgeblocks.methods import DIFFUSION, BoundaryDtype, BoundaryTier, Clipping, Method
 
@@ -43,13 +43,6 @@ class Machine:
     update_s_per_parameter: float = UPDATE_S_PER_PARAMETER
     host: Host | None = None
     """None where the device's memory is the process's own."""
-
-    def to_json(self) -> dict[str, Any]:
-        """The machine in plan.json; without a host, what was measured of it."""
-        content = asdict(self)
-        if self.host is None:
-            del content["host"], content["update_s_per_parameter"]
-        return content
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,12 +138,6 @@ class Candidate:
             return "device" if self.host_breakdown else "ram"
         return "ram" if self.ram_blocks >= self.blocks else "disk"
 
-    def to_json(self) -> dict[str, Any]:
-        content = {**asdict(self), "tier": self.tier, "predicted_peak_bytes": self.predicted_peak_bytes}
-        if not self.host_breakdown:
-            del content["host_breakdown"], content["ram_blocks"]
-        return content
-
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
@@ -197,43 +184,6 @@ class Plan:
     def written_a_day_bytes(self) -> float:
         """Bytes written to disk in 24 hours of training, or in all where the run ends sooner."""
         return self.chosen.bytes_written / max(1.0, self.predicted_s / DAY_S)
-
-    def to_json(self, noise_ranges: Sequence[Any]) -> dict[str, Any]:
-        """The content of plan.json. Where the device has a host, its share is there too."""
-        chosen = self.chosen
-        of_host = {
-            "ram_budget_bytes": self.ram_budget_bytes,
-            "predicted_host_peak_bytes": chosen.predicted_host_peak_bytes,
-            "host_breakdown": chosen.host_breakdown,
-            "ram_blocks": chosen.ram_blocks,
-        }
-        return {
-            "blocks": chosen.blocks,
-            "layers_per_block": list(self.layers),
-            "noise_ranges": [asdict(noise_range) for noise_range in noise_ranges],
-            "micro_batch": chosen.micro_batch,
-            "accumulation": chosen.accumulation,
-            "checkpointing": chosen.checkpointing,
-            "optimizer": self.optimizer,
-            "precision": "fp32",
-            "method": self.method.name,
-            **({} if self.trained is None else {"trained_blocks": list(self.trained)}),
-            **({"boundary_disk_bytes": self.boundary_disk_bytes} if self.boundary_disk_bytes else {}),
-            "tiers": chosen.tiers,
-            "slots": chosen.slots,
-            "shapes": [asdict(shape) for shape in self.shapes],
-            "look_micro_batch": self.look_micro_batch,
-            "visit_steps": chosen.visit_steps,
-            "budget_bytes": self.budget_bytes,
-            "parameters": self.parameters,
-            "predicted_peak_bytes": chosen.predicted_peak_bytes,
-            "predicted_step_s": chosen.step_s,
-            "breakdown": chosen.breakdown,
-            **({} if self.machine.host is None else of_host),
-            "machine": self.machine.to_json(),
-            "warnings": list(self.warnings),
-            "candidates": [candidate.to_json() for candidate in self.candidates],
-        }
 
 
 def split_layers(num_layers: int, blocks: int) -> tuple[int, ...]:

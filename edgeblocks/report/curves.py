@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from markupsafe import Markup
 
 from edgeblocks.report import page
-from edgeblocks.report.facts import LevelFields, RunFacts
+from edgeblocks.report.facts import RunFacts
 from edgeblocks.report.figures import Reference, Series, line_figure
+from edgeblocks.runs.summary import LevelScores
 
 SCORES = {"accuracy": "share of tokens guessed right", "top1": "share of images classified right (top 1)"}
 """What families tell of a noise level beside the loss."""
@@ -65,7 +66,7 @@ def validation_figures(facts: RunFacts) -> list[Markup]:
     ]
 
 
-def _level_figure(facts: RunFacts, levels: Sequence[LevelFields], name: str, *, title: str, y_label: str) -> Markup:
+def _level_figure(facts: RunFacts, levels: Sequence[LevelScores], name: str, *, title: str, y_label: str) -> Markup:
     found = facts.summary.metrics.validation if facts.summary is not None else None
     series = []
     for block in sorted({level.block for level in levels}):
@@ -106,13 +107,13 @@ def memory_figure(facts: RunFacts) -> Markup:
             "losses are shown against steps, its peak in the table above."
         )
         return page.card(title, reason)
-    references = [Reference(label="budget", value=run.plan["budget_bytes"])]
-    if run.plan.get("predicted_peak_bytes") is not None:
-        references.append(Reference(label="predicted peak", value=run.plan["predicted_peak_bytes"]))
+    references = [Reference(label="budget", value=run.plan.budget_bytes)]
+    if run.plan.predicted_peak_bytes is not None:
+        references.append(Reference(label="predicted peak", value=run.plan.predicted_peak_bytes))
     if facts.summary is not None:
         peak = "measured peak since it was resumed" if facts.is_resumed else "measured peak"
         references.append(Reference(label=peak, value=facts.summary.peak_bytes))
-    where = "device" if "ram_budget_bytes" in run.plan else "process's resident"
+    where = "device" if run.plan.is_beside_a_host else "process's resident"
     return line_figure(
         [Series(label="in use before a step", x=[seconds for seconds, _ in told], y=[used for _, used in told])],
         title=title,

@@ -3,7 +3,8 @@
 from markupsafe import Markup
 
 from edgeblocks.report import page
-from edgeblocks.report.facts import RunFacts, TrainedFields
+from edgeblocks.report.facts import RunFacts
+from edgeblocks.runs.summary import Summary
 from edgeblocks.units import format_bytes, format_count, format_duration
 
 _SCORES = {"accuracy": "tokens guessed right", "top1": "accuracy (top 1)"}
@@ -11,7 +12,7 @@ _SCORES = {"accuracy": "tokens guessed right", "top1": "accuracy (top 1)"}
 
 def headline(facts: RunFacts) -> Markup:
     """The verdict, the numbers that are looked for first, and remarks."""
-    remarks = [*facts.doubts, *facts.planned.warnings, *_memory_changes(facts)]
+    remarks = [*facts.doubts, *facts.directory.plan.warnings, *_memory_changes(facts)]
     return Markup().join(
         [
             page.verdict(_verdict(facts), good=_is_good(facts)),
@@ -22,7 +23,7 @@ def headline(facts: RunFacts) -> Markup:
 
 
 def _is_good(facts: RunFacts) -> bool:
-    budget_bytes = facts.directory.plan["budget_bytes"]
+    budget_bytes = facts.directory.plan.budget_bytes
     return facts.summary is not None and facts.summary.peak_bytes <= (facts.summary.budget_bytes or budget_bytes)
 
 
@@ -32,7 +33,7 @@ def _verdict(facts: RunFacts) -> str:
     count = len(run.file_layers)
     what = "the network, end to end," if run.method.trained_together else "each block" if count > 1 else "the block"
     if facts.summary is not None:
-        budget_bytes = facts.summary.budget_bytes or run.plan["budget_bytes"]
+        budget_bytes = facts.summary.budget_bytes or run.plan.budget_bytes
         peak, budget = format_bytes(facts.summary.peak_bytes), format_bytes(budget_bytes)
         peak += " since it was resumed" if facts.is_resumed else ""
         if facts.summary.peak_bytes <= budget_bytes:
@@ -48,7 +49,7 @@ def _verdict(facts: RunFacts) -> str:
 
 def _tiles(facts: RunFacts) -> list[tuple[str, str, str]]:
     run, summary = facts.directory, facts.summary
-    parameters = run.plan.get("parameters")
+    parameters = run.plan.parameters
     count, unit = len(run.file_layers), facts.unit
     network = (
         "network",
@@ -59,7 +60,7 @@ def _tiles(facts: RunFacts) -> list[tuple[str, str, str]]:
         trained_s = _trained_s(facts)
         time = [] if trained_s is None else [("trained so far", format_duration(trained_s), "")]
         return [network, _progress_tile(facts), *time]
-    budget_bytes = summary.budget_bytes or run.plan["budget_bytes"]
+    budget_bytes = summary.budget_bytes or run.plan.budget_bytes
     share = f"{summary.peak_bytes / budget_bytes:.0%} of {format_bytes(budget_bytes)}"
     return [
         network,
@@ -77,7 +78,7 @@ def _progress_tile(facts: RunFacts) -> tuple[str, str, str]:
     return ("saved so far", f"{done / wanted:.0%}", f"{done:,} of {wanted:,} {unit}")
 
 
-def _quality_tiles(summary: TrainedFields) -> list[tuple[str, str, str]]:
+def _quality_tiles(summary: Summary) -> list[tuple[str, str, str]]:
     """The validation loss, and what says more of the family's task."""
     found = summary.metrics.validation
     error = "" if found.standard_error is None else f"± {found.standard_error:.2g}"
@@ -99,7 +100,7 @@ def _quality_tiles(summary: TrainedFields) -> list[tuple[str, str, str]]:
     return tiles
 
 
-def _time_tiles(facts: RunFacts, summary: TrainedFields) -> list[tuple[str, str, str]]:
+def _time_tiles(facts: RunFacts, summary: Summary) -> list[tuple[str, str, str]]:
     """Of the whole run where the records tell it, else since it was resumed last."""
     per_s = summary.images_or_tokens_per_s
     unit = "images" if facts.directory.tokenizer is None else "tokens"

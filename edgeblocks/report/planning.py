@@ -6,7 +6,8 @@ from markupsafe import Markup
 
 from edgeblocks.report import page
 from edgeblocks.report.bars import Part, stacked_bar
-from edgeblocks.report.facts import RunFacts, TrainedFields
+from edgeblocks.report.facts import RunFacts
+from edgeblocks.runs.summary import Summary
 from edgeblocks.units import format_bytes, format_duration, parse_size
 
 _NOTHING = "\N{EN DASH}"
@@ -28,17 +29,17 @@ _PARTS = {
 
 def plan_table(facts: RunFacts) -> Markup:
     """Predicted against measured; of a run that is not finished, what is known so far."""
-    run, summary, chosen = facts.directory, facts.summary, facts.chosen
-    plan = run.plan
+    run, summary, plan = facts.directory, facts.summary, facts.directory.plan
+    chosen = plan.chosen
     highest = max((record.used_bytes for record in facts.records if record.used_bytes is not None), default=None)
     peak = highest if summary is None else summary.peak_bytes
     memory = "peak memory" if summary is not None else "memory so far"
-    rows = [_row(memory, plan.get("predicted_peak_bytes"), peak, format_bytes, limit=plan["budget_bytes"])]
-    if "ram_budget_bytes" in plan:
-        planned, host = plan.get("predicted_host_peak_bytes"), None if summary is None else summary.ram_peak_bytes
-        rows.append(_row("peak of the host", planned, host, format_bytes, limit=plan["ram_budget_bytes"]))
+    rows = [_row(memory, plan.predicted_peak_bytes, peak, format_bytes, limit=plan.budget_bytes)]
+    if plan.is_beside_a_host:
+        host, limit = None if summary is None else summary.ram_peak_bytes, plan.ram_budget_bytes
+        rows.append(_row("peak of the host", plan.predicted_host_peak_bytes, host, format_bytes, limit=limit))
     step = "step" if run.method.trained_together else "step of a block"
-    rows.append(_row(step, plan.get("predicted_step_s"), _step_s(facts), format_duration))
+    rows.append(_row(step, plan.predicted_step_s, _step_s(facts), format_duration))
     planned, allowed = None if chosen is None else chosen.bytes_written, run.settings.run.max_disk_writes
     limit = None if allowed is None else parse_size(allowed)
     rows.append(_row("written to disk", planned, facts.bytes_written, format_bytes, limit=limit))
@@ -74,32 +75,29 @@ def _conditions(facts: RunFacts) -> str:
     run = facts.directory
     plan, batch, count = run.plan, run.settings.run.batch, len(run.file_layers)
     parts = [
-        f"Batch {batch} in micro-batches of {plan['micro_batch']}",
+        f"Batch {batch} in micro-batches of {plan.micro_batch}",
         f"{run.settings.run.optimizer}",
-        *([f"checkpointing {'on' if plan['checkpointing'] else 'off'}"] if "checkpointing" in plan else []),
-        f"all {facts.unit}s in memory"
-        if plan["slots"] >= count
-        else f"{plan['slots']} of {count} {facts.unit}s in memory",
+        *([] if plan.checkpointing is None else [f"checkpointing {'on' if plan.checkpointing else 'off'}"]),
+        f"all {facts.unit}s in memory" if plan.slots >= count else f"{plan.slots} of {count} {facts.unit}s in memory",
     ]
     more = ""
     if facts.summary is None:
         more = " Not finished: memory is the largest amount before a step, a step's time the median of those recorded."
     elif facts.is_resumed:
         more = " Resumed: memory and times are measured since then, what was written is of the whole run."
-    if facts.chosen is not None and facts.chosen.disk_bytes is not None and facts.summary is not None:
+    if plan.chosen is not None and plan.chosen.disk_bytes is not None and facts.summary is not None:
         more += " The prediction for the disk holds what is there for a moment while files are written."
     return f"{', '.join(parts)}.{more}"
 
 
 def breakdown_bars(facts: RunFacts) -> list[Markup]:
     """The predicted peak in parts, up to the budget; the host's, too, beside a device with its own memory."""
-    run = facts.directory
-    bars = []
-    if run.plan.get("breakdown"):
-        bars.append(_breakdown_bar("Predicted peak, in parts", run.plan["breakdown"], run.plan["budget_bytes"]))
-    if facts.planned.host_breakdown and run.plan.get("ram_budget_bytes"):
-        host = facts.planned.host_breakdown
-        bars.append(_breakdown_bar("Predicted peak of the host, in parts", host, run.plan["ram_budget_bytes"]))
+    plan, bars = facts.directory.plan, []
+    if plan.breakdown:
+        bars.append(_breakdown_bar("Predicted peak, in parts", plan.breakdown, plan.budget_bytes))
+    if plan.host_breakdown and plan.ram_budget_bytes:
+        title = "Predicted peak of the host, in parts"
+        bars.append(_breakdown_bar(title, plan.host_breakdown, plan.ram_budget_bytes))
     return bars
 
 
@@ -164,7 +162,7 @@ def block_table(facts: RunFacts, *, wide: bool) -> list[Markup]:
     return [page.table(head, rows, caption=caption, wide=wide)]
 
 
-def _score_table(summary: TrainedFields, *, wide: bool) -> Markup:
+def _score_table(summary: Summary, *, wide: bool) -> Markup:
     found, text = summary.metrics.validation, summary.metrics.text
     rows = [["validation loss", _with_error(summary.metrics.validation_loss, found.standard_error)]]
     if len(found.levels) == 1:

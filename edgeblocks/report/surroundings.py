@@ -34,7 +34,7 @@ def environment_table(facts: RunFacts) -> Markup:
         **({"tokenizer": run.tokenizer.kind} if run.tokenizer is not None else {}),
         "run": run.run_id,
         **facts.environment,
-        "machine": run.plan.get("machine", {}),
+        "machine": run.plan.machine,
     }
     leave_out = {"sha256", "run_id"}
     return values_table({name: value for name, value in values.items() if name not in leave_out})

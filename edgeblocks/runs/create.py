@@ -22,13 +22,14 @@ from edgeblocks.offload.sections import Section, init_section_
 from edgeblocks.runs.directory import RUN_FORMAT_VERSION, RunDirectory, remove_leftovers, write_text
 from edgeblocks.runs.load_weights import InitialWeights
 from edgeblocks.runs.schema import InitFields, read_json
+from edgeblocks.runs.written_plan import WrittenPlan
 from edgeblocks.seeds import generator_at
 
 
 def create_run(
     path: Path,
     settings: Settings,
-    plan: dict[str, Any],
+    plan: WrittenPlan,
     data: Any,
     *,
     data_source: str,
@@ -70,7 +71,7 @@ def create_run(
         raise storage_error("cannot create the run directory", path, error) from error
     remove_leftovers(run)
     run.save_settings()
-    run.write_json("plan.json", plan)
+    run.write_json("plan.json", plan.to_json())
     if tokenizer is not None and (definition := tokenizer.to_json()) is not None:
         write_text(path / TOKENIZER_FILE, definition)
     return run

@@ -23,7 +23,6 @@ def describe(path: Path) -> dict[str, Any]:
 
 def _describe_run(path: Path) -> dict[str, Any]:
     from edgeblocks.runs.directory import open_run
-    from edgeblocks.runs.schema import read_summary
 
     run = open_run(path)
     store = run.store()
@@ -34,7 +33,7 @@ def _describe_run(path: Path) -> dict[str, Any]:
         "family": run.settings.run.family,
         "preset": run.settings.run.preset,
         "method": run.settings.run.method,
-        "parameters": _told(run.plan.get("parameters"), format_count),
+        "parameters": _told(run.plan.parameters, format_count),
         f"{unit}s": len(run.file_layers),
         f"layers_per_{unit}": list(run.file_layers),
         "steps": steps,
@@ -44,14 +43,14 @@ def _describe_run(path: Path) -> dict[str, Any]:
         **({} if run.init is None else {"init": f"{run.init.file}, sha256 {run.init.sha256[:16]}.."}),
         "data": run.data_source,
         **_data_facts(run),
-        "budget": format_bytes(run.plan["budget_bytes"]),
-        "predicted_peak": _told(run.plan.get("predicted_peak_bytes"), format_bytes),
+        "budget": format_bytes(run.plan.budget_bytes),
+        "predicted_peak": _told(run.plan.predicted_peak_bytes, format_bytes),
         "disk": format_bytes(sum(store.path(block).stat().st_size for block in range(len(steps)))),
     }
-    if (path / "summary.json").exists():
-        summary = read_summary(path / "summary.json")
-        described["measured_peak"] = format_bytes(summary["peak_bytes"])
-        described["validation_loss"] = round(summary["metrics"]["validation_loss"], 5)
+    summary = run.summary
+    if summary is not None:
+        described["measured_peak"] = format_bytes(summary.peak_bytes)
+        described["validation_loss"] = round(summary.metrics.validation_loss, 5)
     return described
 
 

@@ -37,7 +37,7 @@ from edgeblocks.runs.schema import (
     check_checksum,
     check_config,
     check_manifest,
-    check_plan,
+    checked,
     checked_record,
     config_with_checksum,
     is_up_to,
@@ -45,6 +45,8 @@ from edgeblocks.runs.schema import (
     read_records,
     with_checksum,
 )
+from edgeblocks.runs.summary import Summary, read_summary
+from edgeblocks.runs.written_plan import TrainablePlan, WrittenPlan, check_plan
 
 RUN_FORMAT_VERSION = 2
 
@@ -56,7 +58,7 @@ class RunDirectory:
     path: Path
     run_id: str
     settings: Settings
-    plan: dict[str, Any]
+    plan: WrittenPlan
     data: Any
     """What the network knows of the data: the family's `data_type`."""
     data_source: str
@@ -68,9 +70,30 @@ class RunDirectory:
     """The file that the weights began with; None where they came from the seed."""
 
     @property
+    def trainable_plan(self) -> TrainablePlan:
+        """The plan with all that training needs.
+
+        Raises:
+            RunError: names what its plan.json lacks, for example after it was written by hand.
+        """
+        if isinstance(self.plan, TrainablePlan):
+            return self.plan
+        return checked(TrainablePlan, self.path / "plan.json", self.plan.to_json())
+
+    @property
+    def summary(self) -> Summary | None:
+        """What the finished training told of itself; None while the run is not finished.
+
+        Raises:
+            RunError: summary.json is damaged.
+        """
+        path = self.path / "summary.json"
+        return read_summary(path) if path.exists() else None
+
+    @property
     def file_layers(self) -> tuple[int, ...]:
         """Layers in each block file."""
-        return tuple(self.plan["layers_per_block"])
+        return tuple(self.plan.layers_per_block)
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -190,18 +213,18 @@ class RunDirectory:
         except OSError as error:
             raise storage_error("cannot make blocks again in", self.path, error) from error
 
-    def planned_again(self, plan: dict[str, Any]) -> "RunDirectory":
+    def planned_again(self, plan: WrittenPlan) -> "RunDirectory":
         """The run with another plan for the same blocks, here and in its plan.json."""
-        assert plan["layers_per_block"] == list(self.file_layers)
-        self.write_json("plan.json", plan)
+        assert plan.layers_per_block == list(self.file_layers)
+        self.write_json("plan.json", plan.to_json())
         return replace(self, plan=plan)
 
     def append_metrics(self, record: dict[str, Any]) -> None:
-        """Add a line to metrics.jsonl: `run_files.RecordFields` says what is in it."""
+        """Add a line to metrics.jsonl: `schema.RecordFields` says what is in it."""
         self._append("metrics.jsonl", record)
 
     def append_quality(self, record: dict[str, Any]) -> None:
-        """Add a line to quality.jsonl: `run_files.QualityFields` says what is in it."""
+        """Add a line to quality.jsonl: `schema.QualityFields` says what is in it."""
         self._append("quality.jsonl", record)
 
     def _append(self, name: str, record: dict[str, Any]) -> None:
@@ -333,11 +356,12 @@ def open_run(path: Path) -> RunDirectory:
         raise RunError(
             f"{path} is damaged: {error}; put config.yaml back from a copy, or train again with a new --out"
         ) from error
+    plan = read_json(path / "plan.json")
     run = RunDirectory(
         path=path,
         run_id=manifest.run_id,
         settings=settings,
-        plan=check_plan(path / "plan.json", read_json(path / "plan.json"), num_layers=family.num_layers),
+        plan=check_plan(path / "plan.json", plan, num_layers=family.num_layers),
         data=data,
         data_source=manifest.data.source,
         data_fingerprint=manifest.data.fingerprint,
@@ -352,7 +376,7 @@ def open_run(path: Path) -> RunDirectory:
         )
     # Checksums come last: what the other checks find they say better.
     check_checksum(path / "manifest.json", content)
-    check_checksum(path / "plan.json", run.plan)
+    check_checksum(path / "plan.json", plan)
     check_config(path / "config.yaml")
     return run
 

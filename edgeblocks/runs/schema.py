@@ -31,7 +31,7 @@ from edgeblocks.limits import (
 
 _MOST_RECORD_BYTES = 2**16
 _CHECKSUM = "# sha256 of the lines above: "
-_AGAIN = "put the file back from a copy, or train again with a new --out"
+AGAIN = "put the file back from a copy, or train again with a new --out"
 
 Layers = Annotated[int, Field(ge=1, le=MOST_LAYERS)]
 Samples = Annotated[int, Field(ge=1, le=MOST_SAMPLES)]
@@ -107,77 +107,10 @@ class TextManifestFields(ManifestFields):
     data: TextFields
 
 
-class StepShapeFields(Checked):
-    """One of `shapes` in plan.json: how a training step may be cut."""
-
-    micro_batch: Samples
-    checkpointing: bool
-    step_bytes: Count
-
-
-class PlanFields(Checked):
-    """plan.json, as far as a run needs it for sampling, evaluation and export."""
-
-    layers_per_block: Annotated[list[Layers], Field(min_length=1, max_length=MOST_LAYERS)]
-    micro_batch: Samples
-    slots: Layers
-    budget_bytes: Annotated[int, Field(ge=1, le=2**63)]
-    blocks: Layers | None = None
-    visit_steps: Steps | None = None
-    checkpointing: bool | None = None
-    look_micro_batch: Samples | None = None
-    shapes: Annotated[list[StepShapeFields], Field(min_length=1, max_length=256)] | None = None
-    parameters: Count | None = None
-    predicted_peak_bytes: Count | None = None
-    predicted_step_s: Seconds | None = None
-    breakdown: Annotated[dict[str, Count], Field(max_length=64)] | None = None
-    ram_blocks: Annotated[int, Field(ge=0, le=MOST_LAYERS)] = 0
-    ram_budget_bytes: Count | None = None
-    predicted_host_peak_bytes: Count | None = None
-
-    @model_validator(mode="after")
-    def _agrees_with_itself(self) -> Self:
-        num_blocks = len(self.layers_per_block)
-        if self.blocks is not None and self.blocks != num_blocks:
-            raise ValueError(f"blocks={self.blocks}, but layers_per_block lists {num_blocks}")
-        if self.slots > num_blocks:
-            raise ValueError(f"slots={self.slots} are more than the {num_blocks} blocks")
-        if self.ram_blocks > num_blocks:
-            raise ValueError(f"ram_blocks={self.ram_blocks} are more than the {num_blocks} blocks")
-        return self
-
-
-class ResumablePlanFields(PlanFields):
-    """plan.json, as far as training needs it."""
-
-    blocks: Layers
-    visit_steps: Steps
-    checkpointing: bool
-    shapes: Annotated[list[StepShapeFields], Field(min_length=1, max_length=256)]
-    parameters: Count
-    boundary_disk_bytes: Count = 0
-    predicted_peak_bytes: Count
-    predicted_step_s: Seconds
-    breakdown: Annotated[dict[str, Count], Field(max_length=64)]
-
-
 class Diverging(Checked):
     """Measured values, which may be NaN where training diverged."""
 
     model_config = ConfigDict(allow_inf_nan=True)
-
-
-class MetricFields(Diverging):
-    """`metrics` in summary.json."""
-
-    validation_loss: float
-
-
-class SummaryFields(Diverging):
-    """summary.json, as far as it is read again."""
-
-    peak_bytes: Count
-    metrics: MetricFields
 
 
 class RecordFields(Diverging):
@@ -227,9 +160,9 @@ def read_json(path: Path, *, finite: bool = True) -> dict[str, Any]:
     try:
         return read_object(path, finite=finite)
     except OSError as error:
-        raise RunError(f"cannot read {path}: {error.strerror}; {_AGAIN}") from error
+        raise RunError(f"cannot read {path}: {error.strerror}; {AGAIN}") from error
     except MalformedFileError as error:
-        raise RunError(f"{path} is damaged: {error}; {_AGAIN}") from error
+        raise RunError(f"{path} is damaged: {error}; {AGAIN}") from error
 
 
 def with_checksum(content: dict[str, Any]) -> dict[str, Any]:
@@ -245,7 +178,7 @@ def check_checksum(path: Path, content: dict[str, Any]) -> None:
     """
     if "sha256" in content and content["sha256"] != _json_digest(content):
         raise RunError(
-            f'{path} is damaged: it does not match its checksum; {_AGAIN}. Who changed it on purpose takes "sha256" out'
+            f'{path} is damaged: it does not match its checksum; {AGAIN}. Who changed it on purpose takes "sha256" out'
         )
 
 
@@ -268,7 +201,7 @@ def check_config(path: Path) -> None:
     text, comment, claimed = read_text(path, most_bytes=MOST_YAML_BYTES).rpartition(_CHECKSUM)
     if comment and claimed.strip() != hashlib.sha256(text.encode()).hexdigest():
         raise RunError(
-            f"{path} is damaged: it does not match its checksum; {_AGAIN}. Who changed it on purpose takes its last "
+            f"{path} is damaged: it does not match its checksum; {AGAIN}. Who changed it on purpose takes its last "
             f"line out"
         )
 
@@ -287,44 +220,6 @@ def check_manifest(
     if reads == "text":
         return checked(TextManifestFields, path, content)
     return checked(ImageManifestFields, path, content)
-
-
-def check_plan(path: Path, content: dict[str, Any], *, num_layers: int) -> dict[str, Any]:
-    """The content of plan.json, itself, after its types and ranges were checked.
-
-    Args:
-        num_layers: of the whole network.
-
-    Raises:
-        RunError: names the file and the values.
-    """
-    plan = checked(PlanFields, path, content)
-    if sum(plan.layers_per_block) != num_layers:
-        raise RunError(
-            f"{path} is damaged: its blocks have {sum(plan.layers_per_block)} layers, the network {num_layers} "
-            f"(config.yaml); {_AGAIN}"
-        )
-    return content
-
-
-def check_resumable(path: Path, content: dict[str, Any]) -> None:
-    """That plan.json holds all that training needs, for example after it was written by hand.
-
-    Raises:
-        RunError: names the file and the values.
-    """
-    checked(ResumablePlanFields, path, content)
-
-
-def read_summary(path: Path) -> dict[str, Any]:
-    """The content of summary.json; `peak_bytes` and `metrics.validation_loss` are there.
-
-    Raises:
-        RunError: unreadable or damaged.
-    """
-    content = read_json(path, finite=False)
-    checked(SummaryFields, path, content)
-    return content
 
 
 def read_records(path: Path) -> Iterator[dict[str, Any]]:
@@ -373,4 +268,4 @@ def checked(model: type[Fields], path: Path, content: dict[str, Any]) -> Fields:
     try:
         return model.model_validate(content)
     except ValidationError as error:
-        raise RunError(f"{path} is damaged: {in_short(error)}; {_AGAIN}") from error
+        raise RunError(f"{path} is damaged: {in_short(error)}; {AGAIN}") from error

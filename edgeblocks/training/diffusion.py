@@ -40,8 +40,8 @@ class DiffusionTrainer(Trainer):
 
     @classmethod
     def open(cls, run: RunDirectory, data: DataSet, store: BlockStore, guard: Guard, device: Device | None) -> Self:
-        tier = tier_of(store, device, ram_blocks=run.plan.get("ram_blocks", 0))
-        return cls(run, data, BlockSlots(tier, slots=run.plan["slots"]), guard)
+        tier = tier_of(store, device, ram_blocks=run.plan.ram_blocks)
+        return cls(run, data, BlockSlots(tier, slots=run.plan.slots), guard)
 
     @property
     def ema(self) -> BlockSlots:

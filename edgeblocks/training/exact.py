@@ -48,7 +48,7 @@ class ExactTrainer(Trainer):
         self._trained, self._late = run.trained, self.settings.clip_by == "network"
         self._uses = uses_of_a_step(self._trained, late=self._late)
         self._clipping = self._clipping_by_settings(device)
-        self._boundary_bytes = int(run.plan.get("boundary_disk_bytes", 0))
+        self._boundary_bytes = run.plan.boundary_disk_bytes
         """Written in every step: the activations at the stage boundaries, where these wait on disk."""
         self._boundaries_on_disk: OnDisk | None = None
         if self._boundary_bytes:
@@ -62,8 +62,8 @@ class ExactTrainer(Trainer):
     @classmethod
     def open(cls, run: RunDirectory, data: DataSet, store: BlockStore, guard: Guard, device: Device | None) -> Self:
         swap = SwapFile(run.blocks_folder, store.layouts)
-        tier = tier_of(store, device, swap=swap, ram_blocks=run.plan.get("ram_blocks", 0))
-        return cls(run, data, StageSlots(tier, slots=run.plan["slots"]), guard, device=device)
+        tier = tier_of(store, device, swap=swap, ram_blocks=run.plan.ram_blocks)
+        return cls(run, data, StageSlots(tier, slots=run.plan.slots), guard, device=device)
 
     @property
     def ema(self) -> StagedEma:
@@ -159,7 +159,7 @@ class ExactTrainer(Trainer):
     def _most_bytes_written(self) -> int:
         """What a step and a checkpoint after it write to disk at the most."""
         sizes = [self.store.file_bytes(stage) for stage, trained in enumerate(self._trained) if trained]
-        in_ram = int(self.run.plan.get("ram_blocks", 0))
+        in_ram = self.run.plan.ram_blocks
         traffic = traffic_of_a_step(self._trained, self.slots.num_slots, late=self._late, in_ram=in_ram)
         return traffic.put_away * max(sizes) + self._clipping.step_bytes + self._boundary_bytes + sum(sizes)
 

@@ -99,7 +99,7 @@ class Trainer(ABC):
         self._thread = BatchThread(self.device)
         self.progress = Progress(
             bytes_written=self.store.run_bytes_written,
-            budget_bytes=int(run.plan["budget_bytes"]),
+            budget_bytes=run.plan.budget_bytes,
             example="img" if self.family.reads == "images" else "seq",
             earlier_s=run.trained_s(),
         )
@@ -165,7 +165,7 @@ class Trainer(ABC):
         """
         steps = self.saved_steps()
         self.progress.steps_total, self.progress.steps_done = self.settings.steps * len(steps), sum(steps)
-        visits = plan_visits(steps, steps=self.settings.steps, visit_steps=self.run.plan["visit_steps"])
+        visits = plan_visits(steps, steps=self.settings.steps, visit_steps=self.run.trainable_plan.visit_steps)
         following = next(visits, None)
         while (visit := following) is not None and interruption.signal_name is None:
             following = next(visits, None)

@@ -91,7 +91,7 @@ class Previews:
     def _micro_batch(self) -> int:
         """As planned, or as small as a step had to become since."""
         plan, step = self._run.plan, self._guard.shape.micro_batch
-        return int(plan.get("look_micro_batch", step)) if step == plan["micro_batch"] else step
+        return plan.look_micro_batch or step if step == plan.micro_batch else step
 
     def _runner(self) -> BlockRunner:
         """With all blocks, where they are in memory anyway."""

@@ -6,6 +6,7 @@ from typing import Any
 from edgeblocks.data.dataset import DataSet
 from edgeblocks.inference import metrics
 from edgeblocks.runs.directory import RunDirectory
+from edgeblocks.runs.summary import MemoryChange, Metrics, Summary, TextScores, Validation
 from edgeblocks.tasks import TEXT_TASKS
 from edgeblocks.training.loop import Trainer
 
@@ -18,7 +19,13 @@ def summary_of(
     target: Any,
     budget_bytes: int,
     resumed_from: list[int] | None,
-) -> dict[str, Any]:
+) -> Summary:
+    """The summary of a run whose training has just ended, in this process.
+
+    Args:
+        evaluation: what `validation_loss` found at the end.
+        resumed_from: the blocks' steps that this process began with; None where it began the run.
+    """
     progress, times = trainer.progress, trainer.times
     seconds = time.perf_counter() - progress.started
     former = resumed_from or [0]
@@ -34,47 +41,47 @@ def summary_of(
     # Blocks that are trained alone are waited for between steps, stages within them.
     working_s = progress.compute_s + progress.data_s + (times.stall_s if run.method.trained_together else 0.0)
     per_example = run.data.length if run.family().reads == "text" else 1
-    return {
-        "family": run.settings.run.family,
-        "makes": run.family().task,
-        "method": run.settings.run.method,
-        "blocks": len(run.file_layers),
-        "layers_per_block": list(run.file_layers),
-        "trained_blocks": [block for block, trained in enumerate(run.trained) if trained],
-        "parameters": run.plan["parameters"],
-        "steps": run.settings.run.steps,
-        "budget_bytes": budget_bytes,
-        "predicted_peak_bytes": run.plan["predicted_peak_bytes"],
-        "peak_bytes": target.peak_bytes(),
-        "ram_peak_bytes": target.host_peak_bytes(),
-        "predicted_ram_peak_bytes": run.plan.get("predicted_host_peak_bytes"),
-        "disk_bytes": sum(path.stat().st_size for path in run.blocks_folder.glob("*.safetensors")),
-        "disk_bytes_written": trainer.store.run_bytes_written,
-        "memory_changes": trainer.guard.changes,
-        "seconds": seconds,
-        "images_or_tokens_per_s": per_example * done_here * run.settings.run.batch / max(working_s, 1e-9),
-        "step_s": working_s / max(done_here, 1),
-        "predicted_step_s": run.plan["predicted_step_s"],
-        "time_split": {name: round(value, 3) for name, value in split.items()},
-        "sampling_s": round(progress.previews_s, 3),
-        "metrics": {
-            "train_loss_by_block": [progress.losses.get(block) for block in range(len(run.file_layers))],
-            "validation_loss": evaluation["total"],
-            "validation_loss_by_block": metrics.mean_by_block(evaluation["levels"], run.partition),
-            "validation": evaluation,
+    return Summary(
+        family=run.settings.run.family,
+        makes=run.family().task,
+        method=run.settings.run.method,
+        blocks=len(run.file_layers),
+        layers_per_block=list(run.file_layers),
+        trained_blocks=[block for block, trained in enumerate(run.trained) if trained],
+        parameters=run.plan.parameters,
+        steps=run.settings.run.steps,
+        budget_bytes=budget_bytes,
+        predicted_peak_bytes=run.plan.predicted_peak_bytes,
+        peak_bytes=target.peak_bytes(),
+        ram_peak_bytes=target.host_peak_bytes(),
+        predicted_ram_peak_bytes=run.plan.predicted_host_peak_bytes,
+        disk_bytes=sum(path.stat().st_size for path in run.blocks_folder.glob("*.safetensors")),
+        disk_bytes_written=trainer.store.run_bytes_written,
+        memory_changes=[MemoryChange(**change) for change in trainer.guard.changes],
+        seconds=seconds,
+        images_or_tokens_per_s=per_example * done_here * run.settings.run.batch / max(working_s, 1e-9),
+        step_s=working_s / max(done_here, 1),
+        predicted_step_s=run.plan.predicted_step_s,
+        time_split={name: round(value, 3) for name, value in split.items()},
+        sampling_s=round(progress.previews_s, 3),
+        metrics=Metrics(
+            train_loss_by_block=[progress.losses.get(block) for block in range(len(run.file_layers))],
+            validation_loss=evaluation["total"],
+            validation_loss_by_block=metrics.mean_by_block(evaluation["levels"], run.partition),
+            validation=Validation(**evaluation),
             **_text_metrics(run, evaluation, data_set),
-        },
-        "init": None if run.init is None else run.init.model_dump(),
-        "resumed_from": resumed_from,
-    }
+        ),
+        init=run.init,
+        resumed_from=resumed_from,
+    )
 
 
-def _text_metrics(run: RunDirectory, evaluation: dict[str, Any], data_set: DataSet) -> dict[str, Any]:
+def _text_metrics(run: RunDirectory, evaluation: dict[str, Any], data_set: DataSet) -> dict[str, TextScores]:
     """The bound in bits, where the run makes text: of a chain for mdlm; for ar and looped of the top level alone."""
     task = run.family().task
     if task not in TEXT_TASKS:
         return {}
     if task == "text":
-        return {"text": metrics.text_scores(evaluation, data_set)}
+        return {"text": TextScores(**metrics.text_scores(evaluation, data_set))}
     top = {"total": evaluation["levels"][0]["loss"], "standard_error": None, "images": evaluation["images"]}
-    return {"text": metrics.text_scores(top, data_set)}
+    return {"text": TextScores(**metrics.text_scores(top, data_set))}

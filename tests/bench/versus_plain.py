@@ -36,7 +36,6 @@ from edgeblocks.offload.block_slots import BlockSlots
 from edgeblocks.offload.tiers import DiskTier
 from edgeblocks.optim.adamw import Workspace, adamw_8bit_step_, adamw_step_
 from edgeblocks.planning.layer_costs import LARGEST_HEAP_BYTES
-from edgeblocks.planning.plans import StepShape
 from edgeblocks.progress import Progress, Silent
 from edgeblocks.registry import family_type
 from edgeblocks.runs.directory import open_run
@@ -233,8 +232,10 @@ def measure_time(
             )
             run = open_run(path)
             scheduler = BlockSlots(DiskTier(run.store()), slots=blocks)
-            shapes = [StepShape(**shape) for shape in run.plan["shapes"]]
-            guard = Guard(CpuTarget(), budget_bytes=2**62, shapes=shapes, breakdown=run.plan["breakdown"], note=print)
+            plan = run.trainable_plan
+            guard = Guard(
+                CpuTarget(), budget_bytes=2**62, shapes=plan.step_shapes, breakdown=plan.breakdown, note=print
+            )
             arms[optimizer] = (Trainer(run, plain.data, scheduler, guard), scheduler)
         plain.step(batch)
         times: dict[str, list[float]] = {"plain": [], "adamw": [], "adamw8bit": []}

@@ -22,6 +22,7 @@ import edgeblocks
 from edgeblocks.cli.console import training_report
 from edgeblocks.cli.console_progress import ConsoleListener
 from edgeblocks.progress import Progress
+from edgeblocks.runs.summary import Metrics, Summary, read_summary
 
 TINY = ["--steps", "2", "--batch", "4", "--set", "depth=3", "--set", "width=16", "--set", "sample_grids=0"]
 TINY += ["--set", "hold_out=0.02"]  # to evaluate takes longer than to train
@@ -292,9 +293,16 @@ def test_training_says_how_it_goes_on_standard_error_and_prints_the_summary(edge
     assert not set(done.stdout + done.stderr) & {"\r", "\x1b"}
     for expected in ("predicted peak", f"run directory: {out}", "creating blocks", "written", "loss 0:"):
         assert expected in done.stderr
-    assert done.stdout == training_report(json.loads((out / "summary.json").read_text()), out) + "\n"
+    assert done.stdout == training_report(read_summary(out / "summary.json"), out) + "\n"
     for expected in ("planned", "measured", "validation loss", "next: edgeblocks sample"):
         assert expected in done.stdout
+
+
+def test_a_report_has_dashes_for_what_a_summary_lacks():
+    """An earlier edgeblocks wrote less into it; what is there is told."""
+    report = training_report(Summary(peak_bytes=5_000_000, metrics=Metrics(validation_loss=float("nan"))), "run")
+    assert re.search(r"peak memory +- +5 MB\nbudget +-\n", report) and "; - written to disk" in report
+    assert "validation loss nan\n" in report
 
 
 def test_a_live_line_is_written_to_the_terminal_alone(run, tmp_path):

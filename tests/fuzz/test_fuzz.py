@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from support.fuzzing import MEMORY_BYTES, READERS, failure_kinds, fuzz
 
 from edgeblocks.errors import RunError
-from edgeblocks.runs.schema import check_manifest, check_plan, check_resumable, is_up_to
+from edgeblocks.runs.schema import check_manifest, checked, is_up_to
+from edgeblocks.runs.written_plan import TrainablePlan, check_plan
 
 CASES = 200
 MENDED = ("image cache", "token cache")
@@ -61,33 +62,33 @@ def test_each_kind_of_failure_is_noticed():
 
 @given(st.sampled_from(sorted({*PLAN, "blocks", "shapes", "breakdown", "visit_steps"})), JSON_VALUES)
 def test_a_plan_with_any_value_anywhere_is_refused_or_itself(key, value):
-    """The plan that comes out is the object that went in, and its sizes are small enough to be allocated."""
-    plan = {**PLAN, key: value}
+    """The plan that comes out says what went in, and its sizes are small enough to be allocated."""
+    content = {**PLAN, key: value}
     try:
-        checked = check_plan("plan.json", plan, num_layers=3)
+        plan = check_plan("plan.json", content, num_layers=3)
     except RunError as error:
         assert "plan.json is damaged" in str(error)
         return
-    assert checked is plan
-    assert 1 <= plan["slots"] <= len(plan["layers_per_block"]) and 1 <= plan["micro_batch"] <= 2**20
+    assert plan.to_json() == content
+    assert 1 <= plan.slots <= len(plan.layers_per_block) and 1 <= plan.micro_batch <= 2**20
     with pytest.raises(RunError, match="is missing"):
-        check_resumable("plan.json", plan)
+        checked(TrainablePlan, "plan.json", plan.to_json())
 
 
 @given(st.sampled_from(sorted(MANIFEST)), st.sampled_from([None, *DATA, "source"]), JSON_VALUES)
 def test_a_manifest_with_any_value_anywhere_is_refused_or_typed(key, inner, value):
     """What comes out has the types that the rest of the code relies on."""
-    manifest = {**MANIFEST, key: value}
+    content = {**MANIFEST, key: value}
     if inner is not None:
-        manifest = {**MANIFEST, "data": {**MANIFEST["data"], inner: value}}
+        content = {**MANIFEST, "data": {**MANIFEST["data"], inner: value}}
     try:
-        checked = check_manifest("manifest.json", manifest, reads="images")
+        manifest = check_manifest("manifest.json", content, reads="images")
     except RunError as error:
         assert "manifest.json is damaged" in str(error)
         return
-    assert len(checked.class_names) == checked.data.num_classes
-    assert all(type(size) is int for size in (checked.data.height, checked.data.width, checked.data.channels))
-    assert 0 <= checked.data.mean <= 1 and checked.data.scale > 0
+    assert len(manifest.class_names) == manifest.data.num_classes
+    assert all(type(size) is int for size in (manifest.data.height, manifest.data.width, manifest.data.channels))
+    assert 0 <= manifest.data.mean <= 1 and manifest.data.scale > 0
 
 
 @given(st.dictionaries(st.sampled_from(["block", "step", "loss"]), JSON_VALUES))

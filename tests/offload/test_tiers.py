@@ -103,10 +103,10 @@ def test_training_on_a_device_equals_training_on_the_processor(on_cpu, tmp_path,
     settings["mem_budget"] = str(tight.predicted_peak_bytes)  # all blocks do not fit the device
     run = edgeblocks.train(out=tmp_path / "run", tier=tier, **settings)
     plan = run.directory.plan
-    assert (plan["slots"], plan["ram_blocks"]) == (2, ram_blocks)
-    assert plan["tiers"] == {"device": [], "ram": [0, 1, 2][:ram_blocks], "disk": [0, 1, 2][ram_blocks:]}
-    assert plan["machine"]["host"]["memory_bytes"] == SeparateMemory().host_bytes()
-    assert plan["predicted_host_peak_bytes"] <= plan["ram_budget_bytes"] == SeparateMemory().host_bytes() // 2
+    assert (plan.slots, plan.ram_blocks) == (2, ram_blocks)
+    assert plan.tiers == {"device": [], "ram": [0, 1, 2][:ram_blocks], "disk": [0, 1, 2][ram_blocks:]}
+    assert plan.machine["host"]["memory_bytes"] == SeparateMemory().host_bytes()
+    assert plan.predicted_host_peak_bytes <= plan.ram_budget_bytes == SeparateMemory().host_bytes() // 2
     assert run.summary["peak_bytes"] <= run.summary["budget_bytes"]
     assert run.summary["ram_peak_bytes"] > run.summary["peak_bytes"]
     assert_same_bits(on_cpu, run.path)
@@ -134,7 +134,7 @@ def test_a_run_moves_between_a_processor_and_a_device(on_cpu, tmp_path):
         edgeblocks.resume(out, target="cuda", mem_budget="2GB", listener=StopAt(20))
     assert "ram_budget_bytes" in json.loads((out / "plan.json").read_text())
     run = edgeblocks.resume(out, target="cpu")
-    assert "ram_budget_bytes" not in run.directory.plan
+    assert not run.directory.plan.is_beside_a_host
     assert run.directory.settings.run.ram_budget is None
     assert_same_bits(on_cpu, out)
 

@@ -89,7 +89,7 @@ def test_training_on_a_device_equals_training_on_the_processor(on_cpu, tmp_path,
     out = begun_on_a_device(tmp_path / "run", name, 4, boundaries=boundaries)
     plan = json.loads((out / "plan.json").read_text())
     del plan["sha256"]
-    looks = one.directory.plan["look_micro_batch"]
+    looks = one.directory.plan.look_micro_batch
     changed = {"slots": slots, "ram_blocks": ram_blocks, "look_micro_batch": looks}
     (out / "plan.json").write_text(json.dumps({**plan, **changed}))
     again = edgeblocks.resume(out)
@@ -122,14 +122,14 @@ def test_a_planned_run_is_used_as_any_other(on_cpu, tmp_path, tier, ram_blocks):
     budget = str(tight.predicted_peak_bytes)  # all stages do not fit the device
     run = edgeblocks.train(out=tmp_path / "run", **wanted, mem_budget=budget, tier=tier, sample_grids=2)
     device, plan = SeparateMemory.newest, run.directory.plan
-    assert (plan["slots"], plan["ram_blocks"]) == (2, ram_blocks)
-    assert plan["tiers"] == {"device": [], "ram": [0, 1, 2, 3][:ram_blocks], "disk": [0, 1, 2, 3][ram_blocks:]}
-    planned, on_host = plan["breakdown"], plan["host_breakdown"]
+    assert (plan.slots, plan.ram_blocks) == (2, ram_blocks)
+    assert plan.tiers == {"device": [], "ram": [0, 1, 2, 3][:ram_blocks], "disk": [0, 1, 2, 3][ram_blocks:]}
+    planned, on_host = plan.breakdown, plan.host_breakdown
     assert sum(device.device_buffers) <= planned["weights"] + planned["ema"] + planned["optimizer"]
     assert sum(device.host_buffers) <= on_host["blocks"] + on_host["staging"]
     assert run.summary["peak_bytes"] <= run.summary["budget_bytes"]
-    assert plan["predicted_host_peak_bytes"] <= plan["ram_budget_bytes"]
-    assert any("not yet run on a GPU" in warning for warning in plan["warnings"])
+    assert plan.predicted_host_peak_bytes <= plan.ram_budget_bytes
+    assert any("not yet run on a GPU" in warning for warning in plan.warnings)
     assert len(list((run.path / "samples").glob("*.png"))) == 2
     one = on_cpu("fp32")
     assert_same_bits(one.path, run.path, blocks=4)
@@ -159,7 +159,7 @@ def test_a_run_moves_between_a_processor_and_a_device(on_cpu, tmp_path):
         edgeblocks.resume(out, target="cuda", mem_budget="2GB", listener=StopAfter(5))
     assert "ram_budget_bytes" in json.loads((out / "plan.json").read_text())
     run = edgeblocks.resume(out, target="cpu", mem_budget="4GB")
-    assert "ram_budget_bytes" not in run.directory.plan
+    assert not run.directory.plan.is_beside_a_host
     assert_same_training(on_cpu("8 bit, one norm"), run)
 
 

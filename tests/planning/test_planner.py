@@ -31,6 +31,7 @@ from edgeblocks.planning.pace import STREAMING_SHARE, USUAL_VISIT_S
 from edgeblocks.planning.planner import inference_micro_batch, make_plan
 from edgeblocks.planning.plans import micro_batches, split_layers
 from edgeblocks.profiling.trace import trace_in_subprocess
+from edgeblocks.runs.written_plan import written_plan
 from edgeblocks.units import advised_budget
 
 
@@ -278,7 +279,7 @@ def test_plan_json_has_what_readers_rely_on():
     """plan.json holds the keys of DESIGN section 8, is plain JSON, and its noise ranges are the partition's."""
     plan = make_plan(costs(), MACHINE, replace(WISHES, budget_bytes=450 * MB))
     partition = partition_noise(NoiseDistribution(), num_blocks=plan.chosen.blocks, kind="uniform", overlap=0.05)
-    content = json.loads(json.dumps(plan.to_json(partition.ranges)))
+    content = json.loads(json.dumps(written_plan(plan, partition.ranges).to_json()))
     promised = """blocks layers_per_block noise_ranges micro_batch accumulation checkpointing optimizer precision tiers
         visit_steps predicted_peak_bytes breakdown candidates"""
     assert set(promised.split()) <= set(content)

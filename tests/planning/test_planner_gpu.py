@@ -25,6 +25,7 @@ from edgeblocks.errors import DoesNotFitError
 from edgeblocks.methods import EXACT
 from edgeblocks.planning import memory as footprint
 from edgeblocks.planning.planner import make_plan
+from edgeblocks.runs.written_plan import written_plan
 from edgeblocks.units import advised_budget
 
 
@@ -196,7 +197,7 @@ def test_plan_json_speaks_of_a_host_only_where_there_is_one():
     def content(machine):
         plan = make_plan(costs(), machine, replace(WISHES, budget_bytes=450 * MB))
         partition = partition_noise(NoiseDistribution(), num_blocks=plan.chosen.blocks, kind="uniform", overlap=0.05)
-        return json.loads(json.dumps(plan.to_json(partition.ranges)))
+        return json.loads(json.dumps(written_plan(plan, partition.ranges).to_json()))
 
     of_gpu, of_cpu = content(GPU), content(MACHINE)
     assert of_gpu["tiers"].keys() == {"device", "ram", "disk"}

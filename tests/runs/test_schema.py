@@ -6,11 +6,12 @@ import os
 import pytest
 from support.random_run import make_run
 
+import edgeblocks
 from edgeblocks.errors import RunError
 from edgeblocks.run import Run
 from edgeblocks.runs.describe import describe
 from edgeblocks.runs.directory import open_run
-from edgeblocks.runs.schema import check_resumable
+from edgeblocks.runs.written_plan import WrittenPlan, check_plan
 
 
 @pytest.fixture(scope="module")
@@ -44,11 +45,11 @@ def change(path, keys, value):
 
 def test_a_sound_run_is_opened_with_the_plan_that_was_written(run):
     """Only the four keys that sampling needs are there; more are kept, known or not."""
-    assert open_run(run).plan == json.loads((run / "plan.json").read_text())
+    assert open_run(run).plan.to_json() == json.loads((run / "plan.json").read_text())
     plan = json.loads((run / "plan.json").read_text()) | {"work_of_a_later_version": {"any": ["thing"]}}
     del plan["sha256"]
     (run / "plan.json").write_text(json.dumps(plan))
-    assert open_run(run).plan["work_of_a_later_version"] == {"any": ["thing"]}
+    assert open_run(run).plan.to_json() == plan
     assert describe(run)["parameters"] is None
 
 
@@ -95,10 +96,29 @@ def test_a_plan_without_a_needed_key_names_it(run, key):
 
 
 def test_a_plan_that_cannot_be_resumed_lists_what_is_missing(run):
-    """A plan may do for sampling and not for training."""
-    plan = open_run(run).plan
-    with pytest.raises(RunError, match=r"blocks is missing; visit_steps is missing; .* and 3 more"):
-        check_resumable(run / "plan.json", plan)
+    """A plan may do for sampling and not for training, which needs four keys more."""
+    missing = "shapes is missing; visit_steps is missing; predicted_peak_bytes is missing; breakdown is missing;"
+    with pytest.raises(RunError, match=rf"plan\.json is damaged: {missing}"):
+        open_run(run).trainable_plan  # noqa: B018 - asking is what fails
+    with pytest.raises(RunError, match=rf"plan\.json is damaged: {missing}"):
+        edgeblocks.resume(run)
+
+
+def test_of_many_faults_the_first_are_named(run):
+    """Five of them, and how many more there are."""
+    change(run / "plan.json", ["layers_per_block"], ["a"] * 8)
+    with pytest.raises(RunError, match=r"layers_per_block\.4='a': [a-z ]+ and 3 more; put the file back"):
+        open_run(run)
+
+
+def test_a_written_plan_is_read_back_as_it_was(tmp_path):
+    """Of a processor and of a device beside a host, whose keys stand in the file there alone."""
+    for beside in ({}, {"ram_budget_bytes": 5 * 10**9, "host_breakdown": {"runtime": 10**8}, "ram_blocks": 0}):
+        plan = WrittenPlan(layers_per_block=[2, 1], micro_batch=4, slots=1, budget_bytes=10**9, **beside)
+        content = json.loads(json.dumps(plan.to_json()))
+        assert content.keys() == {"layers_per_block", "micro_batch", "slots", "budget_bytes", *beside}
+        assert check_plan(tmp_path / "plan.json", content, num_layers=3) == plan
+        assert plan.is_beside_a_host == bool(beside)
 
 
 @pytest.mark.parametrize(

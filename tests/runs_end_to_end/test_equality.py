@@ -31,7 +31,7 @@ def resident(tmp_path_factory):
     """A run of 60 steps with all blocks in memory, and visits as long as the run."""
     out = tmp_path_factory.mktemp("resident") / "run"
     run = edgeblocks.train(out=out, steps=60, mem_budget="4GB", tier="ram", visit_steps=60, **SMALL)
-    assert run.directory.plan["slots"] == 3
+    assert run.directory.plan.slots == 3
     return out
 
 

@@ -97,7 +97,7 @@ def with_slots(begun, run, slots):
     out = shutil.copytree(begun, begun.with_name(f"{slots} slots"))
     plan = json.loads((out / "plan.json").read_text())
     del plan["sha256"]
-    looks = run.directory.plan["look_micro_batch"]
+    looks = run.directory.plan.look_micro_batch
     (out / "plan.json").write_text(json.dumps({**plan, "slots": slots, "look_micro_batch": looks}))
     return out
 

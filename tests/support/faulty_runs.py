@@ -76,7 +76,7 @@ def lay_out(path, like, cache, *, fails_at=None, limit=0, **changes):
 
     os.environ["EDGEBLOCKS_CACHE"] = str(cache)
     former = open_run(like)
-    plan, settings = {**former.plan, **changes.pop("plan", {})}, former.settings
+    plan, settings = former.plan.model_copy(update=changes.pop("plan", {})), former.settings
     data = replace(former.data, **changes.pop("data", {}))
     family = replace(settings.family, **changes.pop("family", {}))
     settings = replace(settings, run=settings.run.model_copy(update=changes), family=family)

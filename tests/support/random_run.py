@@ -11,6 +11,7 @@ from edgeblocks.offload.block_buffer import BlockBuffer
 from edgeblocks.registry import family_type
 from edgeblocks.run import Run
 from edgeblocks.runs.create import create_run, seal_run
+from edgeblocks.runs.written_plan import WrittenPlan
 
 
 def make_run(path, *, layers, step=1, **settings):
@@ -45,7 +46,7 @@ def make_text_run(path, *, layers, step=1, **settings):
 
 
 def _filled(path, resolved, data, layers, step, **given):
-    plan = {"layers_per_block": list(layers), "micro_batch": 4, "slots": 1, "budget_bytes": 10**9}
+    plan = WrittenPlan(layers_per_block=list(layers), micro_batch=4, slots=1, budget_bytes=10**9)
     run = create_run(
         path,
         resolved,

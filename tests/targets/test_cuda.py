@@ -119,7 +119,7 @@ def test_training_on_a_gpu_keeps_both_budgets_and_the_numbers(tmp_path, tier):
     on_cpu = edgeblocks.train(out=tmp_path / "cpu", mem_budget="4GB", target="cpu", **settings)
     run = edgeblocks.train(out=tmp_path / "gpu", mem_budget="2GB", target="cuda", tier=tier, **settings)
     assert run.summary["peak_bytes"] <= run.summary["budget_bytes"]
-    assert run.summary["ram_peak_bytes"] <= run.directory.plan["ram_budget_bytes"]
+    assert run.summary["ram_peak_bytes"] <= run.directory.plan.ram_budget_bytes
     one, two = block_tensors(on_cpu.path), block_tensors(run.path)
     for name in one:
         if name[1].startswith("weights."):
@@ -145,7 +145,7 @@ def test_end_to_end_training_on_a_gpu_keeps_both_budgets_and_the_numbers(tmp_pat
     del plan["sha256"]
     (out / "plan.json").write_text(json.dumps({**plan, "ram_blocks": copies}))  # planned, all would fit the GPU
     run = edgeblocks.resume(out)
-    assert run.directory.plan["slots"] == 2 and run.directory.plan["ram_blocks"] == copies
+    assert run.directory.plan.slots == 2 and run.directory.plan.ram_blocks == copies
     assert run.summary["peak_bytes"] <= run.summary["budget_bytes"]
     assert run.summary["ram_peak_bytes"] <= plan["ram_budget_bytes"]
     one, two = block_tensors(on_cpu.path), block_tensors(run.path)

@@ -36,7 +36,7 @@ def test_where_they_wait_changes_no_bit(in_memory, tmp_path):
     for other in (run, again):
         assert_same_bits(in_memory.path, other.path, blocks=4)
         assert not list((other.path / "blocks").glob(".*"))
-    step_bytes = run.directory.plan["boundary_disk_bytes"]
+    step_bytes = run.directory.plan.boundary_disk_bytes
     tokens = (8 // 2) ** 2 if in_memory.directory.settings.family.patch == 2 else 64
     assert step_bytes == 3 * 16 * tokens * 32 * 4
     written = [one.summary["disk_bytes_written"] for one in (in_memory, run)]

@@ -131,7 +131,7 @@ def test_gradients_that_wait_are_counted_as_written(vit, tmp_path):
     """Four bytes a parameter and step; and the limit of writes holds."""
     store = vit.directory.store()
     files = sum(store.path(stage).stat().st_size for stage in range(4))
-    gradients = 8 * 4 * vit.directory.plan["parameters"]
+    gradients = 8 * 4 * vit.directory.plan.parameters
     assert 0 <= vit.summary["disk_bytes_written"] - gradients - 2 * files < 4000  # headers tell steps of other lengths
     with pytest.raises(WriteLimitError, match="Everything is saved"):
         trained("vit", tmp_path / "run", **{**MADE, "steps": 200}, max_disk_writes="8MB")

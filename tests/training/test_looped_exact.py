@@ -78,7 +78,7 @@ def test_it_is_evaluated_and_exported(run, tmp_path):
     run.export(tmp_path / "onnx")
     (path,) = (tmp_path / "onnx").glob("*.onnx")
     stored = sum(math.prod(tensor.dims) for tensor in onnx.load(path).graph.initializer)
-    assert stored < 1.05 * run.directory.plan["parameters"]  # the core's weights once, not once an iteration
+    assert stored < 1.05 * run.directory.plan.parameters  # the core's weights once, not once an iteration
 
 
 def test_gradients_go_back_through_the_last_iterations_alone():

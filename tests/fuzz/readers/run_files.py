@@ -24,9 +24,8 @@ class RunReader(Reader):
         import edgeblocks.profiling.trace  # noqa: F401 - imported before memory is measured
         from edgeblocks.report.run_page import run_page  # noqa: F401 - the same
         from edgeblocks.runs.describe import describe
-        from edgeblocks.runs.schema import check_resumable
 
-        self._describe, self._check_resumable = describe, check_resumable
+        self._describe = describe
         self.path = folder / "run"
         run = self.make(self.path)
         self.settings = {**run.directory.settings.run.model_dump(), **asdict(run.directory.settings.family)}
@@ -62,7 +61,7 @@ class RunReader(Reader):
         run = open_run(self.path)
         assert run.partition.num_blocks == len(run.layers) == len(run.store().layouts)
         with contextlib.suppress(EdgeblocksError):  # the more is asked, the more may be refused
-            self._check_resumable(self.path / "plan.json", run.plan)
+            assert run.trainable_plan.step_shapes
         json.dumps(self._describe(self.path))
         json.dumps(Run(run).summary)
         assert len(list(run.metrics())) <= 10**6
