@@ -4,7 +4,7 @@ import os
 import shutil
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
@@ -15,6 +15,7 @@ from edgeblocks.diffusion.autoregression import DEFAULT_STEPS, writing_bytes
 from edgeblocks.diffusion.noise import NoisePartition, partition_noise
 from edgeblocks.errors import ConfigError, DoesNotFitError, StorageError
 from edgeblocks.methods import METHODS
+from edgeblocks.offload.device import Target
 from edgeblocks.planning.layer_costs import LayerCosts
 from edgeblocks.planning.planner import make_plan
 from edgeblocks.planning.plans import Machine, Plan, Wishes, micro_batches
@@ -27,6 +28,9 @@ from edgeblocks.runs.load_weights import InitialWeights, initial_weights_of
 from edgeblocks.runs.open_data import open_run_data
 from edgeblocks.tasks import GRID_SAMPLES, GRID_TOKENS
 from edgeblocks.units import advised_budget, format_bytes, format_duration, parse_size
+
+if TYPE_CHECKING:
+    from edgeblocks.targets.profile import Profile
 
 LONGEST_MOVING_S = 600.0
 """A slow disk is refused when it takes longer than this, and longer than the computing."""
@@ -69,8 +73,8 @@ class Prepared:
     plan: Plan
     initial: InitialWeights | None = None
     """The file that the weights begin with; None where they come from the seed."""
-    profile: Any = None
-    """The machine that the plan is for (a `targets.profile.Profile`) where it is not this one."""
+    profile: "Profile | None" = None
+    """The machine that the plan is for where it is not this one."""
 
     @property
     def partition(self) -> NoisePartition:
@@ -158,7 +162,7 @@ def _told_of_gpus(plan: Plan, *, elsewhere: bool) -> Plan:
     return replace(plan, warnings=(*told, *plan.warnings))
 
 
-def _open_data(settings: Settings, listener: Listener, *, budget_bytes: int, target: Any) -> tuple[DataSet, Any]:
+def _open_data(settings: Settings, listener: Listener, *, budget_bytes: int, target: Target) -> tuple[DataSet, Any]:
     """The data set, and what a network must know of it; reports shapes that are impossible for it at once."""
     run = settings.run
     data_set = open_run_data(settings, listener, budget_bytes=budget_bytes, target=target)
@@ -177,12 +181,8 @@ def _initial_weights(settings: Settings, data: Any, plan: Plan, listener: Listen
     )
 
 
-def prepare_elsewhere(settings: Settings, profile: Any, listener: Listener) -> Prepared:
-    """The same for a machine that is not this one: memory and speeds are its profile's, nothing is measured.
-
-    Args:
-        profile: a `targets.profile.Profile`.
-    """
+def prepare_elsewhere(settings: Settings, profile: "Profile", listener: Listener) -> Prepared:
+    """The same for a machine that is not this one: memory and speeds are its profile's, nothing is measured."""
     machine = profile.machine()
     check_method(settings.run)
     settings = with_budgets(settings, beside_a_host=machine.host is not None)
@@ -213,7 +213,7 @@ def replan(
     data_set: DataSet,
     former: dict[str, Any],
     out: Path,
-    target: Any,
+    target: Target,
     listener: Listener,
 ) -> Plan:
     """Another plan for a run's budget on this machine, with the blocks that the run has.
@@ -345,7 +345,7 @@ def measure(
     settings: Settings,
     data: Any,
     folder: Path,
-    target: Any,
+    target: Target,
     listener: Listener,
 ) -> tuple[LayerCosts, Machine]:
     """Trace the costs in a child process, then measure the machine when it is quiet again."""
@@ -359,10 +359,10 @@ def measure(
     return costs, replace(machine, planning_bytes=max(machine.planning_bytes, planning_bytes))
 
 
-def measured_machine(target: Any, folder: Path) -> Machine:
+def measured_machine(target: Target, folder: Path) -> Machine:
     """The machine; what measuring it took of the process's memory is the least that planning takes."""
     former_peak_bytes = target.host_peak_bytes()
-    machine: Machine = target.measure(folder)
+    machine = target.measure(folder)
     peak_bytes = target.host_peak_bytes()
     return replace(machine, planning_bytes=peak_bytes if peak_bytes > former_peak_bytes else 0)
 

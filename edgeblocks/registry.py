@@ -6,10 +6,14 @@ import hashlib
 import importlib
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from edgeblocks.errors import ConfigError
 from edgeblocks.methods import METHODS, MethodName, imported
+
+if TYPE_CHECKING:
+    from edgeblocks.offload.device import Target
+    from edgeblocks.targets.profile import Profile
 
 _FAMILIES = {
     "ar": "edgeblocks.families.ar:Ar",
@@ -111,9 +115,10 @@ def family_fields(name: str) -> dict[str, Any]:
     return {field.name: field.default for field in dataclasses.fields(family_type(name).settings_type)}
 
 
-def build_target(name: str) -> Any:
+def build_target(name: str) -> "Target":
     """A target by name. `auto` is the processor, for the other one was run on one kind of GPU only."""
-    return _load(_TARGETS, "cpu" if name == "auto" else name, "target")()
+    target: Target = _load(_TARGETS, "cpu" if name == "auto" else name, "target")()
+    return target
 
 
 def profile_names() -> tuple[str, ...]:
@@ -122,13 +127,14 @@ def profile_names() -> tuple[str, ...]:
     return names
 
 
-def build_profile(name: str) -> Any:
+def build_profile(name: str) -> "Profile":
     """A machine by name: its memory and speeds, and where these are from.
 
     Raises:
         ConfigError: there is no such machine.
     """
-    return importlib.import_module(_PROFILES).load_profile(name)
+    profile: Profile = importlib.import_module(_PROFILES).load_profile(name)
+    return profile
 
 
 def build_exporter() -> Any:

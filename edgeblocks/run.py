@@ -18,6 +18,7 @@ from edgeblocks.inference.block_runner import BlockRunner, EmaSource
 from edgeblocks.inference.ema_loader import EmaLoader
 from edgeblocks.inference.sampling import Runners
 from edgeblocks.inference.staged_weights import loaded_stages
+from edgeblocks.offload.device import Target
 from edgeblocks.planning.planner import inference_micro_batch
 from edgeblocks.prepare import measure
 from edgeblocks.profiling.budgets import device_budget_bytes
@@ -113,11 +114,10 @@ class Run:
                 f"--mem-budget {int(budget_bytes * 1.25 / 1e6)}MB, or ask for fewer samples"
             ) from error
 
-    def _ema(self, target: Any, residents: int) -> EmaSource:
-        device = None if target.host_bytes() is None else target
+    def _ema(self, target: Target, residents: int) -> EmaSource:
         if self.directory.method.one_network:
-            return loaded_stages(self.directory, slots=residents, device=device)
-        return EmaLoader(self.directory.store(), device=device, slots=residents)
+            return loaded_stages(self.directory, slots=residents, device=target.device)
+        return EmaLoader(self.directory.store(), device=target.device, slots=residents)
 
     def _runners(self, runner: BlockRunner | None, mem_budget: str | None) -> Runners:
         """The runner that is given, or those that fit."""

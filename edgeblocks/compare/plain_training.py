@@ -22,6 +22,7 @@ from edgeblocks.data.dataset import DataSet
 from edgeblocks.diffusion.noise import NoisePartition, partition_noise
 from edgeblocks.errors import EdgeblocksError
 from edgeblocks.inference.quality import network_quality
+from edgeblocks.offload.device import Target
 from edgeblocks.optim.update import BETA1, BETA2, EPS, ema_exponent, learning_rate_at
 from edgeblocks.progress import Listener
 from edgeblocks.seeds import generator_at
@@ -106,7 +107,7 @@ class WholeNetwork:
 class Recorder:
     """Writes figures of a training, and has its network evaluated now and then; that time is not counted."""
 
-    def __init__(self, out: Path, family: Any, data: DataSet, run: Any, target: Any, listener: Listener) -> None:
+    def __init__(self, out: Path, family: Any, data: DataSet, run: Any, target: Target, listener: Listener) -> None:
         self.out, self.family, self.data, self.run = out, family, data, run
         self.target, self.listener = target, listener
         self.runtime_bytes = self.target.used_bytes()

@@ -10,6 +10,7 @@ from edgeblocks.data.images import Progress, open_images
 from edgeblocks.data.text import open_text
 from edgeblocks.data.tokenizer import build_tokenizer
 from edgeblocks.errors import ConfigError, DoesNotFitError, NoRoomToReadError
+from edgeblocks.offload.device import Target
 from edgeblocks.progress import Listener
 from edgeblocks.registry import family_type
 from edgeblocks.units import advised_budget, format_bytes
@@ -92,7 +93,7 @@ def check_vocab(run: RunSettings, typed: Mapping[str, Any], from_file: Mapping[s
     )
 
 
-def open_run_data(settings: Settings, listener: Listener, *, budget_bytes: int, target: Any) -> DataSet:
+def open_run_data(settings: Settings, listener: Listener, *, budget_bytes: int, target: Target) -> DataSet:
     """The data of a run; pictures are decoded first, inside the budget of the memory that this process is in.
 
     Raises:

@@ -5,6 +5,8 @@ from typing import Any
 
 from edgeblocks.data.dataset import DataSet
 from edgeblocks.inference import metrics
+from edgeblocks.offload.device import Target
+from edgeblocks.offload.slots import StreamTimes
 from edgeblocks.runs.directory import RunDirectory
 from edgeblocks.tasks import TEXT_TASKS
 from edgeblocks.training.loop import Trainer
@@ -15,7 +17,7 @@ def summary_of(
     trainer: Trainer,
     evaluation: dict[str, Any],
     data_set: DataSet,
-    target: Any,
+    target: Target,
     budget_bytes: int,
     resumed_from: list[int] | None,
 ) -> dict[str, Any]:
