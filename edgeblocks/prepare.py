@@ -11,7 +11,7 @@ from PIL import Image
 from edgeblocks.config import RunSettings, Settings
 from edgeblocks.data.cache import cache_folder
 from edgeblocks.data.dataset import DataSet
-from edgeblocks.diffusion.autoregression import DEFAULT_STEPS, writing_bytes
+from edgeblocks.diffusion.autoregression import writing_bytes
 from edgeblocks.diffusion.noise import NoisePartition, partition_noise
 from edgeblocks.errors import ConfigError, DoesNotFitError, StorageError
 from edgeblocks.methods import METHODS
@@ -26,7 +26,7 @@ from edgeblocks.progress import Listener
 from edgeblocks.registry import build_family, build_target, family_type
 from edgeblocks.runs.load_weights import InitialWeights, initial_weights_of
 from edgeblocks.runs.open_data import open_run_data
-from edgeblocks.tasks import GRID_SAMPLES, GRID_TOKENS
+from edgeblocks.tasks import GRID_TOKENS, TASKS
 from edgeblocks.units import advised_budget, format_bytes, format_duration, parse_size
 
 if TYPE_CHECKING:
@@ -265,7 +265,7 @@ def _wishes(settings: Settings, data_set: DataSet, data: Any, budgets: tuple[int
         boundaries=None if run.boundaries == "auto" else run.boundaries,
         boundary_dtype=run.boundary_dtype,
         data_bytes=data_set.batch_resident_bytes(run.batch),
-        grid_samples=GRID_SAMPLES[family_type(run.family).task],
+        grid_samples=TASKS[family_type(run.family).task].grid_samples,
         sample_bytes=grid_sample_bytes(build_family(run.family, asdict(settings.family), asdict(data), run.method)),
         looks=max(run.sample_grids, run.evaluations),
         max_disk_writes=None if run.max_disk_writes is None else parse_size(run.max_disk_writes),
@@ -281,7 +281,7 @@ def grid_sample_bytes(family: Any) -> int:
     shared = family.cache_key(0, 0) == family.cache_key(1, 0)
     return writing_bytes(
         length=min(family.data.length, GRID_TOKENS),
-        num_caches=family.num_caches(family.num_layers) * (1 if shared else DEFAULT_STEPS),
+        num_caches=family.num_caches(family.num_layers) * (1 if shared else TASKS[family.task].steps),
         width=family.settings.width,
         vocabulary=family.data.vocabulary,
         code_width=family.settings.code_width,

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 
 from edgeblocks.diffusion.autoregression import TokenChain
-from edgeblocks.diffusion.classification import DEFAULT_NOISES
 from edgeblocks.diffusion.solver import Solver
 from edgeblocks.errors import DoesNotFitError, OutOfBudgetError
 from edgeblocks.inference import evaluate as evaluation
@@ -27,6 +26,7 @@ from edgeblocks.registry import build_exporter, build_target
 from edgeblocks.runs.directory import RunDirectory
 from edgeblocks.runs.save_weights import write_weights
 from edgeblocks.runs.schema import read_summary
+from edgeblocks.tasks import TASKS
 from edgeblocks.training.guard import is_refusal
 from edgeblocks.units import format_bytes
 
@@ -220,10 +220,10 @@ class Run:
         text: the bound in bits a token and a character.
 
         Args:
-            samples: images made (None: 256) or classified (None: 1024), 0 leaves the chain out; sequences of text that
-                the bound is estimated on (None: 256).
-            steps: noise levels of the chain, at least one a block; None: 18 for images, 4 for classes; the bound of a
-                text has its own.
+            samples: images made or classified, 0 leaves the chain out; sequences of text that the bound is estimated
+                on. None: what is usual for the task (`tasks.TASKS`).
+            steps: noise levels of the chain, at least one a block; None: what is usual for the task. The bound of a
+                text that is filled in has its own.
             data: where the run's data are now, if they were moved.
 
         Raises:
@@ -245,7 +245,7 @@ class Run:
         pixels: np.ndarray,
         *,
         steps: int | None = None,
-        noises: int = DEFAULT_NOISES,
+        noises: int = TASKS["classes"].noises,
         seed: int = 0,
         mem_budget: str | None = None,
     ) -> np.ndarray:

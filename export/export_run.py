@@ -8,7 +8,6 @@ from typing import Any
 import onnx
 
 from edgeblocks.data.tokenizer import TOKENIZER_FILE
-from edgeblocks.diffusion import classification
 from edgeblocks.diffusion.noise import sampler_levels
 from edgeblocks.export.destination import check_destination, staged, synced
 from edgeblocks.export.graph import OPSET, Template, Tensors, make_template, trace_own, write_graph
@@ -31,6 +30,7 @@ from edgeblocks.inference.block_runner import BlockRunner, EmaSource, token_chai
 from edgeblocks.inference.ema_loader import EmaLoader
 from edgeblocks.inference.staged_weights import loaded_stages
 from edgeblocks.runs.directory import RunDirectory
+from edgeblocks.tasks import TASKS
 
 EXTERNAL_ABOVE_BYTES = 10**9  # a protobuf file ends at 2 GB, and reading one takes twice its size
 
@@ -69,14 +69,6 @@ def export_run(
     return manifest.to_json()
 
 
-SAMPLERS = {
-    "images": SamplerSettings(),
-    "classes": SamplerSettings(
-        steps=classification.DEFAULT_STEPS, solver="euler", noises=classification.DEFAULT_NOISES
-    ),
-}
-
-
 def _describe(run: RunDirectory, files: tuple[BlockFile, ...], folder: Path) -> Manifest:
     family = run.family()
     common: dict[str, Any] = {
@@ -103,7 +95,7 @@ def _describe(run: RunDirectory, files: tuple[BlockFile, ...], folder: Path) -> 
             noise=family.noise,
             sampler=ContinuerSettings(steps=steps),
         )
-    of_images = SAMPLERS[family.task]
+    usual = TASKS[family.task]
     return ImageManifest(
         **common,
         image_shape=(run.data.channels, run.data.height, run.data.width),
@@ -112,7 +104,7 @@ def _describe(run: RunDirectory, files: tuple[BlockFile, ...], folder: Path) -> 
         sigma_data=family.sigma_data,
         class_names=run.class_names,
         noise=family.noise,
-        sampler=replace(of_images, steps=max(of_images.steps, len(files))),
+        sampler=SamplerSettings(steps=max(usual.steps, len(files)), solver=usual.solver, noises=usual.noises),
     )
 
 

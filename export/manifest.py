@@ -34,7 +34,6 @@ from edgeblocks.export.manifest_types import (
     ImageManifest,
     Manifest,
     SamplerSettings,
-    Task,
     TextManifest,
     Verified,
     WriterSettings,
@@ -50,6 +49,7 @@ from edgeblocks.limits import (
     MOST_PIXELS,
     MOST_TOKENS,
 )
+from edgeblocks.tasks import Task
 
 FILE_NAME = "manifest.json"
 MOST_STEPS = 10_000

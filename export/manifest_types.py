@@ -6,11 +6,9 @@ One class for each way in which chains are run. Plain Python: deployed machines 
 from abc import ABC, abstractmethod
 from dataclasses import asdict, dataclass
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Any
 
 from edgeblocks.data.tokenizer import Kind
-from edgeblocks.diffusion import autoregression as generation
-from edgeblocks.diffusion import unmasking
 from edgeblocks.diffusion.autoregression import CachesPer
 from edgeblocks.diffusion.noise import (
     LevelDistribution,
@@ -22,11 +20,10 @@ from edgeblocks.diffusion.noise import (
     unmasking_steps,
 )
 from edgeblocks.diffusion.solver import Solver
+from edgeblocks.tasks import TASKS, Task
 
 EXPORT_FORMAT_VERSION = 2
 KIND = "edgeblocks export"
-DEFAULT_STEPS = 18
-Task = Literal["images", "classes", "text", "continuation"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +46,7 @@ class BlockFile:
 class SamplerSettings:
     """How the chain is run unless the caller says otherwise. `noises` are the chains whose mean gives the classes."""
 
-    steps: int = DEFAULT_STEPS
+    steps: int = TASKS["images"].steps
     solver: Solver = "heun"
     guidance: float = 1.0
     noises: int = 1
@@ -77,7 +74,7 @@ class Verified:
 class WriterSettings:
     """How a chain that writes text is run unless the caller says otherwise."""
 
-    steps: int = unmasking.DEFAULT_STEPS
+    steps: int = TASKS["text"].steps
     temperature: float = 1.0
 
 
@@ -85,7 +82,7 @@ class WriterSettings:
 class ContinuerSettings:
     """How a chain that writes token by token is run unless the caller says otherwise."""
 
-    steps: int = generation.DEFAULT_STEPS
+    steps: int = TASKS["continuation"].steps
     temperature: float = 1.0
     top_p: float = 1.0
 

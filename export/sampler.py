@@ -9,9 +9,9 @@ from edgeblocks.data.pictures import to_uint8
 from edgeblocks.diffusion.noise import sampler_levels
 from edgeblocks.diffusion.solver import Solver, check_request, class_number, classes_in_turn, guide, integrate
 from edgeblocks.errors import ConfigError
-from edgeblocks.export.manifest_types import DEFAULT_STEPS
 from edgeblocks.export.onnx_chain import ImageChain, Values
 from edgeblocks.seeds import start_noise
+from edgeblocks.tasks import TASKS
 
 
 class Sampler(ImageChain):
@@ -25,7 +25,7 @@ class Sampler(ImageChain):
         self,
         n: int,
         *,
-        steps: int = DEFAULT_STEPS,
+        steps: int = TASKS["images"].steps,
         solver: Solver = "heun",
         guidance: float = 1.0,
         label: int | str | None = None,
@@ -59,7 +59,7 @@ class Sampler(ImageChain):
         self,
         n: int,
         *,
-        steps: int = DEFAULT_STEPS,
+        steps: int = TASKS["images"].steps,
         solver: Solver = "heun",
         guidance: float = 1.0,
         label: int | str | None = None,

@@ -24,6 +24,8 @@ from edgeblocks.targets.profile import WRITTEN_BYTES_PER_UPDATE
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from edgeblocks.offload.device import Target
+
 
 _LINK_PROBE_BYTES = 64 * 2**20
 

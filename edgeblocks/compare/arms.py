@@ -32,6 +32,7 @@ from edgeblocks.runs.create import environment
 from edgeblocks.runs.directory import open_run, write_text
 from edgeblocks.runs.open_data import data_of
 from edgeblocks.runs.schema import read_records
+from edgeblocks.tasks import TASKS
 from edgeblocks.training.interruption import Interruption
 
 DEFAULT_ARMS = ("diffusion", "exact", "plain", "plain+ckpt+8bit")
@@ -112,7 +113,7 @@ def compare(wanted: Wanted, out: Path, listener: Listener) -> dict[str, Any]:
     """
     _check(wanted)
     _check_folder(wanted, out)
-    rows = []
+    rows, usual = [], TASKS[family_type(wanted.settings.run.family).task]
     for number, (arm, seed) in enumerate(product_of(wanted)):
         listener.note(
             f"\n{number + 1} of {len(wanted.arms) * len(wanted.seeds)}: {arm.name}, seed {seed}: {arm.meaning}"
@@ -120,9 +121,9 @@ def compare(wanted: Wanted, out: Path, listener: Listener) -> dict[str, Any]:
         rows.append(_Training(wanted, arm, seed, out, listener).row())
     content = {
         "family": wanted.settings.run.family,
-        "measure": MEASURES[_task(wanted)].name,
-        "higher_is_better": MEASURES[_task(wanted)].higher_is_better,
-        "examples": EXAMPLES[_task(wanted)],
+        "measure": usual.measure.name,
+        "higher_is_better": usual.measure.higher_is_better,
+        "examples": usual.quality_examples,
         "equal": _what_is_equal(wanted),
         "evaluations_a_step": None
         if _is_unrolled(wanted)
@@ -152,10 +153,6 @@ def _what_is_equal(wanted: Wanted) -> str:
     if wanted.minutes is not None:
         return "time"
     return "steps" if _is_unrolled(wanted) else "layer evaluations"
-
-
-def _task(wanted: Wanted) -> str:
-    return str(family_type(wanted.settings.run.family).task)
 
 
 def _check(wanted: Wanted) -> None:

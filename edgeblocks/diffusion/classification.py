@@ -10,8 +10,6 @@ from numpy.typing import NDArray
 from edgeblocks.diffusion.solver import integrate
 from edgeblocks.seeds import seed_at, start_noise
 
-DEFAULT_STEPS = 4
-DEFAULT_NOISES = 4
 CALIBRATION_BINS = 15
 LEAST_PROBABILITY = 1e-12
 """A class that is given less counts as this in the cross-entropy."""

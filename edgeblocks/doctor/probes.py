@@ -166,7 +166,7 @@ def _probe_presets() -> dict[str, dict[str, Any]]:
     from edgeblocks.families.base import ImageInfo, TextInfo
     from edgeblocks.prepare import grid_sample_bytes
     from edgeblocks.runs.open_data import open_run_data
-    from edgeblocks.tasks import GRID_SAMPLES
+    from edgeblocks.tasks import TASKS
 
     requests = {}
     for name in preset_names():
@@ -189,7 +189,7 @@ def _probe_presets() -> dict[str, dict[str, Any]]:
             optimizer=run.optimizer,
             preferred_blocks=kind.preferred_blocks,
             data_bytes=data_bytes,
-            grid_samples=GRID_SAMPLES[kind.task],
+            grid_samples=TASKS[kind.task].grid_samples,
             sample_bytes=grid_sample_bytes(build_family(run.family, asdict(settings.family), asdict(data))),
         )
         family = {"name": run.family, "settings": asdict(settings.family), "data": asdict(data)}

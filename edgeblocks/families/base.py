@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -14,15 +14,12 @@ from edgeblocks.data.text import TextSet
 from edgeblocks.diffusion.noise import LevelDistribution, NoiseDistribution, NoisePartition, NoiseRange
 from edgeblocks.errors import ConfigError
 from edgeblocks.limits import MOST_LAYERS, MOST_NOISE
+from edgeblocks.tasks import Reads, Task
 
 Batch = dict[str, Tensor]
 BatchSpec = Mapping[str, tuple[tuple[int, ...], torch.dtype]]
 ConditionSpec = tuple[str, tuple[int, ...], torch.dtype]
 """Name, shape of one sample's, dtype."""
-Reads = Literal["images", "text"]
-"""What kind of data a family is trained on."""
-Task = Literal["images", "classes", "text", "continuation"]
-"""What a family's chain makes: images, the probabilities of an image's classes, text, or text token by token."""
 
 NOISE_FEATURES = 256
 NUM_LEVELS = 24

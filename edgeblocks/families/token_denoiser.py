@@ -28,7 +28,6 @@ from edgeblocks.families.base import (
     BatchSpec,
     ConditionSpec,
     Level,
-    Task,
     TextFamily,
     TextInfo,
     noise_problems,
@@ -38,6 +37,7 @@ from edgeblocks.families.base import (
 )
 from edgeblocks.families.token_block import TokenDenoiserBlock
 from edgeblocks.families.token_loss import token_losses, token_scores
+from edgeblocks.tasks import Task
 
 MOST_CODE_WIDTH = 2**12
 

@@ -16,8 +16,6 @@ from edgeblocks.families.base import Level
 from edgeblocks.inference.block_runner import BlockRunner
 from edgeblocks.seeds import generator_at
 
-MOST_EXAMPLES = {"images": 512, "classes": 512, "text": 64, "continuation": 64}
-"""That evaluation looks at, by what the family's chain makes."""
 FEATURE_CHUNK = 64
 
 

@@ -23,21 +23,13 @@ from edgeblocks.errors import ConfigError
 from edgeblocks.inference.block_runner import BlockRunner, EmaSource, class_labels, guided, token_chain
 from edgeblocks.runs.directory import RunDirectory
 from edgeblocks.seeds import start_noise
-from edgeblocks.tasks import TEXT_TASKS
-
-DEFAULT_STEPS = {
-    "images": 18,
-    "classes": classification.DEFAULT_STEPS,
-    "text": unmasking.DEFAULT_STEPS,
-    "continuation": generation.DEFAULT_STEPS,
-}
-"""Of a chain, by the family's task."""
+from edgeblocks.tasks import TASKS, TEXT_TASKS
 
 
 def usual_steps(directory: RunDirectory) -> int:
     """Of a run's chain: what is usual for the family's task, one where there is no chain, at least one a block."""
     family = directory.family()
-    return max(getattr(family, "chain_steps", DEFAULT_STEPS[family.task]), len(directory.layers))
+    return max(getattr(family, "chain_steps", TASKS[family.task].steps), len(directory.layers))
 
 
 def runner_of(directory: RunDirectory, source: EmaSource, *, micro_batch: int, residents: int = 1) -> BlockRunner:

@@ -17,6 +17,8 @@ from edgeblocks.progress import Listener
 from edgeblocks.runs.directory import RunDirectory, write_text
 from edgeblocks.tasks import GRID_SAMPLES, GRID_TOKENS, TEXT_TASKS
 from edgeblocks.training.guard import is_refusal
+from edgeblocks.tasks import GRID_TOKENS, TASKS, TEXT_TASKS
+from edgeblocks.training.guard import Guard, is_refusal
 from edgeblocks.training.interruption import Interrupted, Interruption
 from edgeblocks.training.loop import Trainer
 
@@ -33,9 +35,8 @@ class Previews:
         self._run, self._data_set, self._interruption = run, data_set, interruption
         self._task = run.family().task
         self._total = run.settings.run.steps
-        self._grids = _Marks(
-            run.settings.run.sample_grids if GRID_SAMPLES[self._task] else 0, self._total, made=self._newest_grid()
-        )
+        grids = run.settings.run.sample_grids if TASKS[self._task].grid_samples else 0
+        self._grids = _Marks(grids, self._total, made=self._newest_grid())
         self._evaluations = _Marks(
             run.settings.run.evaluations, self._total, made=max((mark.step for mark in run.quality()), default=0)
         )
@@ -72,7 +73,7 @@ class Previews:
 
     def _make_grid(self, done: int) -> None:
         path = self._run.path / "samples" / f"step_{done:07d}"
-        count, runners = GRID_SAMPLES[self._task], always(self._runner())
+        count, runners = TASKS[self._task].grid_samples, always(self._runner())
         if self._task in TEXT_TASKS:
             short = {} if self._task == "text" else {"length": min(self._run.data.length, GRID_TOKENS)}
             texts = sample_texts(self._run, runners, n=count, seed=0, on_step=self._go_on, **short)
@@ -112,7 +113,7 @@ class Previews:
             self._runner(),
             self._data_set,
             seed=self._run.settings.run.seed,
-            most_examples=metrics.MOST_EXAMPLES[self._run.family().task],
+            most_examples=TASKS[self._task].loss_examples,
             on_level=on_level,
         )
 
