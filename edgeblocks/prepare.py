@@ -15,6 +15,8 @@ from edgeblocks.diffusion.autoregression import writing_bytes
 from edgeblocks.diffusion.noise import NoisePartition, partition_noise
 from edgeblocks.errors import ConfigError, DoesNotFitError, StorageError
 from edgeblocks.methods import METHODS
+from edgeblocks.families.base import DataInfo
+from edgeblocks.families.family import AnyFamily
 from edgeblocks.offload.device import Target
 from edgeblocks.planning.layer_costs import LayerCosts
 from edgeblocks.planning.planner import make_plan
@@ -66,7 +68,7 @@ class Prepared:
     settings: Settings
     budget_bytes: int
     data_set: DataSet
-    data: Any
+    data: DataInfo
     """What the network knows of the data set: the family's `data_type`."""
     costs: LayerCosts
     machine: Machine
@@ -144,7 +146,7 @@ def check_method(run: RunSettings) -> None:
 
 def _is_one_stage(run: RunSettings) -> bool:
     """Whether the family's network cannot be cut where it is trained end to end."""
-    return METHODS[run.method].one_network and getattr(family_type(run.family, run.method), "one_stage", False)
+    return METHODS[run.method].one_network and family_type(run.family, run.method).one_stage
 
 
 def torch_sees_a_gpu() -> bool:
@@ -162,7 +164,9 @@ def _told_of_gpus(plan: Plan, *, elsewhere: bool) -> Plan:
     return replace(plan, warnings=(*told, *plan.warnings))
 
 
-def _open_data(settings: Settings, listener: Listener, *, budget_bytes: int, target: Target) -> tuple[DataSet, Any]:
+def _open_data(
+    settings: Settings, listener: Listener, *, budget_bytes: int, target: Target
+) -> tuple[DataSet, DataInfo]:
     """The data set, and what a network must know of it; reports shapes that are impossible for it at once."""
     run = settings.run
     data_set = open_run_data(settings, listener, budget_bytes=budget_bytes, target=target)
@@ -171,7 +175,7 @@ def _open_data(settings: Settings, listener: Listener, *, budget_bytes: int, tar
     return data_set, data
 
 
-def _initial_weights(settings: Settings, data: Any, plan: Plan, listener: Listener) -> InitialWeights | None:
+def _initial_weights(settings: Settings, data: DataInfo, plan: Plan, listener: Listener) -> InitialWeights | None:
     """The file that the plan's blocks begin with, after a look at all of it."""
     run = settings.run
     if run.init is not None:
@@ -209,7 +213,7 @@ def prepare_elsewhere(settings: Settings, profile: "Profile", listener: Listener
 
 def replan(
     settings: Settings,
-    data: Any,
+    data: DataInfo,
     data_set: DataSet,
     former: dict[str, Any],
     out: Path,
@@ -244,7 +248,7 @@ def replan(
         ) from error
 
 
-def _wishes(settings: Settings, data_set: DataSet, data: Any, budgets: tuple[int, int | None]) -> Wishes:
+def _wishes(settings: Settings, data_set: DataSet, data: DataInfo, budgets: tuple[int, int | None]) -> Wishes:
     run = settings.run
     budget_bytes, ram_budget_bytes = budgets
     fixed = {
@@ -274,17 +278,17 @@ def _wishes(settings: Settings, data_set: DataSet, data: Any, budgets: tuple[int
     )
 
 
-def grid_sample_bytes(family: Any) -> int:
+def grid_sample_bytes(family: AnyFamily) -> int:
     """What a sample that is made during training keeps while it is written token by token."""
     if family.task != "continuation":
         return 0
-    shared = family.cache_key(0, 0) == family.cache_key(1, 0)
+    sets = 1 if family.caches_per == "block" else TASKS[family.task].steps
     return writing_bytes(
         length=min(family.data.length, GRID_TOKENS),
-        num_caches=family.num_caches(family.num_layers) * (1 if shared else TASKS[family.task].steps),
-        width=family.settings.width,
+        num_caches=family.num_caches(family.num_layers) * sets,
+        width=family.heads * family.head_width,
         vocabulary=family.data.vocabulary,
-        code_width=family.settings.code_width,
+        code_width=family.code_width,
     )
 
 
@@ -343,7 +347,7 @@ def check_work_dir(work_dir: str | None) -> None:
 
 def measure(
     settings: Settings,
-    data: Any,
+    data: DataInfo,
     folder: Path,
     target: Target,
     listener: Listener,
@@ -367,7 +371,7 @@ def measured_machine(target: Target, folder: Path) -> Machine:
     return replace(machine, planning_bytes=peak_bytes if peak_bytes > former_peak_bytes else 0)
 
 
-def trace_costs(settings: Settings, data: Any) -> tuple[LayerCosts, int]:
+def trace_costs(settings: Settings, data: DataInfo) -> tuple[LayerCosts, int]:
     """The costs of the network at the micro-batches that matter, and the peak of the child process that traced them."""
     sizes = micro_batches(settings.run.batch)
     counts = {sizes[0], sizes[len(sizes) // 2], 1}

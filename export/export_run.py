@@ -26,6 +26,7 @@ from edgeblocks.export.manifest_types import (
 from edgeblocks.export.open_export import open_chain
 from edgeblocks.export.tolerances import NUM_OUTPUTS
 from edgeblocks.export.verify import Listener, verify_export
+from edgeblocks.families.base import TextInfo
 from edgeblocks.inference.block_runner import BlockRunner, EmaSource, token_chain
 from edgeblocks.inference.ema_loader import EmaLoader
 from edgeblocks.inference.staged_weights import loaded_stages
@@ -81,14 +82,14 @@ def _describe(run: RunDirectory, files: tuple[BlockFile, ...], folder: Path) -> 
     }
     if family.task == "text":
         sampler = WriterSettings(steps=max(WriterSettings().steps, len(files)))
-        return TextManifest(**common, **_wording(run, folder), sampler=sampler)
+        return TextManifest(**common, **_wording(run, family.data, folder), sampler=sampler)
     if family.task == "continuation":
         steps = max(ContinuerSettings().steps, len(files))
         chain = token_chain(family, run.layers, run.partition, sampler_levels(run.partition, num_steps=steps))
         return ContinuationManifest(
             **common,
-            **_wording(run, folder),
-            code_width=family.settings.code_width,
+            **_wording(run, family.data, folder),
+            code_width=family.code_width,
             caches=CacheShape(
                 per=chain.caches_per, num_caches=chain.num_caches, heads=chain.heads, head_width=chain.head_width
             ),
@@ -98,9 +99,9 @@ def _describe(run: RunDirectory, files: tuple[BlockFile, ...], folder: Path) -> 
     usual = TASKS[family.task]
     return ImageManifest(
         **common,
-        image_shape=(run.data.channels, run.data.height, run.data.width),
-        mean=run.data.mean,
-        scale=run.data.scale,
+        image_shape=(family.data.channels, family.data.height, family.data.width),
+        mean=family.data.mean,
+        scale=family.data.scale,
         sigma_data=family.sigma_data,
         class_names=run.class_names,
         noise=family.noise,
@@ -108,7 +109,7 @@ def _describe(run: RunDirectory, files: tuple[BlockFile, ...], folder: Path) -> 
     )
 
 
-def _wording(run: RunDirectory, folder: Path) -> dict[str, Any]:
+def _wording(run: RunDirectory, data: TextInfo, folder: Path) -> dict[str, Any]:
     """A text's facts in a manifest; writes tokenizer.json where the tokenizer was trained."""
     assert run.tokenizer is not None
     definition = run.tokenizer.to_json()
@@ -116,8 +117,8 @@ def _wording(run: RunDirectory, folder: Path) -> dict[str, Any]:
         with synced(folder / TOKENIZER_FILE) as file:
             file.write(definition.encode())
     return {
-        "vocabulary": run.data.vocabulary,
-        "length": run.data.length,
+        "vocabulary": data.vocabulary,
+        "length": data.length,
         "tokenizer": run.tokenizer.kind,
         "tokenizer_sha256": None if definition is None else sha256_of(folder / TOKENIZER_FILE),
     }

@@ -129,7 +129,7 @@ def sample(
 
             wish.images(
                 partial(loaded.sample, steps=levels, seed=seed, mem_budget=mem_budget, on_level=sampled),
-                num_classes=loaded.directory.data.num_classes,
+                num_classes=len(loaded.directory.class_names),
             )
 
     guarded(work, verbose=verbose)

@@ -146,7 +146,7 @@ def product_of(wanted: Wanted) -> Iterator[tuple[Arm, int]]:
 
 def _is_unrolled(wanted: Wanted) -> bool:
     """Whether end-to-end training runs some layers several times a step, so that steps differ in layer evaluations."""
-    return hasattr(family_type(wanted.settings.run.family, "exact"), "with_iterations")
+    return family_type(wanted.settings.run.family, "exact").unrolled
 
 
 def _what_is_equal(wanted: Wanted) -> str:

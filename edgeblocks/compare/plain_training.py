@@ -18,9 +18,11 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
+from edgeblocks.config import RunSettings
 from edgeblocks.data.dataset import DataSet
 from edgeblocks.diffusion.noise import NoisePartition, partition_noise
 from edgeblocks.errors import EdgeblocksError
+from edgeblocks.families.family import Family
 from edgeblocks.inference.quality import network_quality
 from edgeblocks.offload.device import Target
 from edgeblocks.optim.update import BETA1, BETA2, EPS, ema_exponent, learning_rate_at
@@ -31,9 +33,9 @@ from edgeblocks.training.loop import METRICS_RECORDS
 
 
 def train(
-    family: Any,
+    family: Family,
     data: DataSet,
-    run: Any,
+    run: RunSettings,
     *,
     device: str,
     eight_bit: bool,
@@ -43,7 +45,6 @@ def train(
     """The network of a family, end to end.
 
     Args:
-        run: `config.RunSettings`.
         device: torch's name of where the network is.
         on_start: called before the first step.
         on_step: called after every step with the number of steps, the loss, and the mean of the weights.
@@ -66,7 +67,7 @@ def train(
     for step in range(run.steps):
         batch = {name: tensor.to(device) for name, tensor in batches.of(step).items()}
         loss = family.loss(network, batch).mean()
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(network.parameters(), run.clip)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate_at(step, steps=run.steps, warmup=run.warmup, peak=run.learning_rate)
@@ -86,7 +87,7 @@ def adamw(groups: list[dict[str, Any]], *, eight_bit: bool) -> torch.optim.Optim
     return optimizer
 
 
-def whole_range(family: Any) -> NoisePartition:
+def whole_range(family: Family) -> NoisePartition:
     """All noise levels, as one block has them."""
     return partition_noise(family.noise, num_blocks=1, kind="equal-probability", overlap=0.0)
 
@@ -107,7 +108,9 @@ class WholeNetwork:
 class Recorder:
     """Writes figures of a training, and has its network evaluated now and then; that time is not counted."""
 
-    def __init__(self, out: Path, family: Any, data: DataSet, run: Any, target: Target, listener: Listener) -> None:
+    def __init__(
+        self, out: Path, family: Family, data: DataSet, run: RunSettings, target: Target, listener: Listener
+    ) -> None:
         self.out, self.family, self.data, self.run = out, family, data, run
         self.target, self.listener = target, listener
         self.runtime_bytes = self.target.used_bytes()

@@ -175,7 +175,7 @@ class Evaluation:
         }
         if chain.caches_per == "step":
             result["curve"] = self._curve(text, tokens[:CURVE_TEXTS])
-        elif hasattr(self.directory.family(), "with_iterations"):
+        elif self.runner.family.unrolled:
             result["curve"] = self._iterations_curve(text)
         written = sample_texts(
             self.directory,
@@ -205,7 +205,8 @@ class Evaluation:
 
     def _iterations_curve(self, text: TextSet) -> list[dict[str, Any]]:
         """Bits against the number of iterations of a core that was trained unrolled."""
-        family, rows = self.directory.family(), []
+        family, rows = self.runner.family, []
+        assert family.task == "continuation"
         indices, network = text.evaluation_indices(CURVE_TEXTS), self.runner.network(0)
         level = family.evaluation_levels(self.directory.partition)[0]
         batch = family.at_level(*text.gather(indices), level, generator_at(0))

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -13,15 +13,34 @@ from edgeblocks.data.images import ImageSet
 from edgeblocks.data.text import TextSet
 from edgeblocks.diffusion.noise import NoisePartition
 from edgeblocks.families.base import Level
-from edgeblocks.inference.block_runner import BlockRunner
+from edgeblocks.families.family import Family
 from edgeblocks.seeds import generator_at
 
 FEATURE_CHUNK = 64
 
 
+class NetworkSource(Protocol):
+    """Where the networks are that evaluation looks at: the blocks of a run, or one network for all levels."""
+
+    @property
+    def partition(self) -> NoisePartition: ...
+
+    @property
+    def micro_batch(self) -> int: ...
+
+    @property
+    def device(self) -> torch.device:
+        """Where the network is that was given last."""
+        ...
+
+    def network(self, block: int) -> nn.Module:
+        """A block as a module in evaluation."""
+        ...
+
+
 def validation_loss(
-    family: Any,
-    runner: BlockRunner,
+    family: Family,
+    runner: NetworkSource,
     data: DataSet,
     *,
     seed: int,
@@ -67,8 +86,8 @@ def validation_loss(
 
 
 def _scores(
-    family: Any,
-    runner: BlockRunner,
+    family: Family,
+    runner: NetworkSource,
     network: nn.Module,
     data: DataSet,
     indices: np.ndarray,

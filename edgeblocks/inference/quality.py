@@ -6,12 +6,13 @@ network is one; an ordinary network answers in one pass.
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 from edgeblocks.data.dataset import DataSet
 from edgeblocks.data.text import TextSet
+from edgeblocks.families.family import Family
 from edgeblocks.inference import likelihood, metrics
 from edgeblocks.inference.block_runner import BlockRunner
+from edgeblocks.inference.metrics import NetworkSource
 from edgeblocks.inference.sampling import class_probabilities, token_chain_of, usual_steps
 from edgeblocks.runs.directory import RunDirectory
 from edgeblocks.tasks import TASKS, TEXT_TASKS
@@ -42,7 +43,7 @@ def run_quality(directory: RunDirectory, runner: BlockRunner, data: DataSet) -> 
     return _bits(*likelihood.bound(runner, chain, examples, seed=seed, noises=(1,))[1], data)
 
 
-def network_quality(family: Any, runner: Any, data: DataSet, *, seed: int) -> Quality:
+def network_quality(family: Family, runner: NetworkSource, data: DataSet, *, seed: int) -> Quality:
     """Of one pass of a network at each level that evaluation looks at; at the first level alone where that says most.
 
     Args:

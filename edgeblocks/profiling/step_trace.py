@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from edgeblocks.families.family import Family
 from edgeblocks.planning.layer_costs import LARGEST_HEAP_BYTES
 
 
@@ -159,7 +160,7 @@ def _cpu_attention() -> Iterator[None]:
         F.scaled_dot_product_attention = usual
 
 
-def traced_step(family: Any, num_layers: int, samples: int, kind: str) -> LiveStorages:
+def traced_step(family: Family, num_layers: int, samples: int, kind: str) -> LiveStorages:
     """Run one step on the meta device and follow its storages; weights, gradients and the batch are not counted.
 
     A block's fixed tables are: of 50,000 tokens the codes take 13 MB.
@@ -185,5 +186,5 @@ def traced_step(family: Any, num_layers: int, samples: int, kind: str) -> LiveSt
             with torch.no_grad():
                 family.loss(block, batch)
         else:
-            family.loss(block, batch).sum().backward()
+            family.loss(block, batch).sum().backward()  # type: ignore[no-untyped-call]
     return storages

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from edgeblocks.config import TOKENIZERS, Settings, read_yaml, resolve_settings
 from edgeblocks.data.tokenizer import TOKENIZER_FILE, Tokenizer, stored_tokenizer
@@ -45,6 +45,10 @@ from edgeblocks.runs.schema import (
     with_checksum,
 )
 
+if TYPE_CHECKING:
+    from edgeblocks.families.base import DataInfo
+    from edgeblocks.families.family import AnyFamily
+
 RUN_FORMAT_VERSION = 2
 
 
@@ -56,7 +60,7 @@ class RunDirectory:
     run_id: str
     settings: Settings
     plan: dict[str, Any]
-    data: Any
+    data: "DataInfo"
     """What the network knows of the data: the family's `data_type`."""
     data_source: str
     data_fingerprint: str
@@ -113,7 +117,7 @@ class RunDirectory:
             self.family().noise, num_blocks=len(self.layers), kind=run.partition, overlap=run.overlap
         )
 
-    def family(self) -> Any:
+    def family(self) -> "AnyFamily":
         run = self.settings.run
         return build_family(run.family, asdict(self.settings.family), asdict(self.data), run.method)
 

@@ -9,6 +9,7 @@ from typing import Any
 from edgeblocks.data import pictures
 from edgeblocks.data.dataset import DataSet
 from edgeblocks.diffusion.unmasking import texts_as_file
+from edgeblocks.families.base import TextInfo
 from edgeblocks.inference import metrics
 from edgeblocks.inference.block_runner import BlockRunner
 from edgeblocks.inference.quality import run_quality
@@ -75,8 +76,10 @@ class Previews:
         path = self._run.path / "samples" / f"step_{done:07d}"
         count, runners = TASKS[self._task].grid_samples, always(self._runner())
         if self._task in TEXT_TASKS:
-            short = {} if self._task == "text" else {"length": min(self._run.data.length, GRID_TOKENS)}
-            texts = sample_texts(self._run, runners, n=count, seed=0, on_step=self._go_on, **short)
+            data = self._run.data
+            assert isinstance(data, TextInfo)
+            length = None if self._task == "text" else min(data.length, GRID_TOKENS)
+            texts = sample_texts(self._run, runners, n=count, length=length, seed=0, on_step=self._go_on)
             write_text(path.with_suffix(".txt"), texts_as_file(texts))
             return
         images = sample_images(

@@ -4,6 +4,7 @@ import time
 from typing import Any
 
 from edgeblocks.data.dataset import DataSet
+from edgeblocks.families.base import TextInfo
 from edgeblocks.inference import metrics
 from edgeblocks.offload.device import Target
 from edgeblocks.offload.slots import StreamTimes
@@ -35,7 +36,7 @@ def summary_of(
     split["other"] = max(0.0, seconds - split["compute"] - split["data"] - split["stall"])
     # Blocks that are trained alone are waited for between steps, stages within them.
     working_s = progress.compute_s + progress.data_s + (times.stall_s if run.method.trained_together else 0.0)
-    per_example = run.data.length if run.family().reads == "text" else 1
+    per_example = run.data.length if isinstance(run.data, TextInfo) else 1
     return {
         "family": run.settings.run.family,
         "makes": run.family().task,
