@@ -213,7 +213,7 @@ class Run:
         data: str | None = None,
         mem_budget: str | None = None,
         listener: Listener | None = None,
-    ) -> dict[str, Any]:
+    ) -> dict[str, object]:
         """Validation loss per noise level and in total, and how good the chain is at what it makes.
 
         Of images: the Frechet distance of fresh samples. Of classes: accuracy and calibration on hold-out images. Of

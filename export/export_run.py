@@ -38,7 +38,7 @@ EXTERNAL_ABOVE_BYTES = 10**9  # a protobuf file ends at 2 GB, and reading one ta
 
 def export_run(
     run: RunDirectory, out: Path, listener: Listener, *, external_above_bytes: int = EXTERNAL_ABOVE_BYTES
-) -> dict[str, Any]:
+) -> dict[str, object]:
     """Write a run's EMA weights as ONNX graphs with a manifest, verified against torch, and return the manifest.
 
     Args:

@@ -274,7 +274,7 @@ class _Training:
         if code != 0:
             raise _FailedError(f"it ended with exit code {code}; its message is on standard error")
 
-    def _figures(self) -> dict[str, Any]:
+    def _figures(self) -> dict[str, object]:
         summary = json.loads((self.path / "summary.json").read_text())
         quality = _records(self.path / "quality.jsonl", "value")
         if not quality:
@@ -335,7 +335,7 @@ class _FailedError(EdgeblocksError):
     """An arm has no result; the others are trained nevertheless."""
 
 
-def _records(path: Path, field: str) -> list[dict[str, Any]]:
+def _records(path: Path, field: str) -> list[dict[str, object]]:
     """Records that have a time and a figure."""
     if not path.exists():
         return []

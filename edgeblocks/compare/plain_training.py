@@ -9,7 +9,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -77,7 +77,7 @@ def train(
         on_step(step + 1, loss.item(), averaged.module)
 
 
-def adamw(groups: list[dict[str, Any]], *, eight_bit: bool) -> torch.optim.Optimizer:
+def adamw(groups: list[dict[str, object]], *, eight_bit: bool) -> torch.optim.Optimizer:
     """AdamW with moments of 32 bits or 8."""
     if not eight_bit:
         return torch.optim.AdamW(groups, betas=(BETA1, BETA2), eps=EPS, fused=True)
@@ -165,6 +165,6 @@ class Recorder:
         }
         (self.out / "summary.json").write_text(json.dumps(content))
 
-    def _append(self, name: str, record: dict[str, Any]) -> None:
+    def _append(self, name: str, record: Mapping[str, object]) -> None:
         with (self.out / name).open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")

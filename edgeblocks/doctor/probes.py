@@ -42,7 +42,7 @@ class Answer:
 
 
 def ask(
-    names: Sequence[str], request: Mapping[str, Any] | None = None, *, limit_s: float, deadline: float
+    names: Sequence[str], request: Mapping[str, object] | None = None, *, limit_s: float, deadline: float
 ) -> dict[str, Answer]:
     """Run probes one after the other in a child process; one that takes the child with it does not stop the others.
 
@@ -69,7 +69,7 @@ def ask(
     return answers
 
 
-def _run_child(names: Sequence[str], request: Mapping[str, Any], limit_s: float) -> tuple[list[str], Answer]:
+def _run_child(names: Sequence[str], request: Mapping[str, object], limit_s: float) -> tuple[list[str], Answer]:
     """The finished lines of a child's answer, and the answer of the probe at which it ended, if it did not finish."""
     # -P: a folder named edgeblocks where the user stands is not the installed package.
     command = [sys.executable, "-P", "-m", "edgeblocks.doctor.probes", "--probe", *names]
@@ -93,7 +93,7 @@ def _whole_lines(output: bytes | None) -> list[str]:
     return [line for line in (output or b"").decode().splitlines(keepends=True) if line.endswith("\n")]
 
 
-def _probe_gpus() -> dict[str, Any]:
+def _probe_gpus() -> dict[str, object]:
     """The GPUs that torch can use, and why there are none. Not yet run on a GPU."""
     import warnings
 
@@ -110,7 +110,7 @@ def _probe_gpus() -> dict[str, Any]:
     return {"gpus": [_probe_gpu(index) for index in range(torch.cuda.device_count())], "note": None}
 
 
-def _probe_gpu(index: int) -> dict[str, Any]:
+def _probe_gpu(index: int) -> dict[str, object]:
     """Memory and link speed of a GPU: pinned copies both ways, the best of three. Not yet run on a GPU."""
     import torch
 

@@ -45,7 +45,7 @@ def evaluate(
     seed: int,
     mem_budget: str | None,
     listener: Listener,
-) -> dict[str, Any]:
+) -> dict[str, object]:
     """See `Run.evaluate`."""
     task = directory.family().task
     _check(task, samples, steps)
@@ -192,7 +192,7 @@ class Evaluation:
         }
         return result
 
-    def _curve(self, text: TextSet, tokens: np.ndarray) -> list[dict[str, Any]]:
+    def _curve(self, text: TextSet, tokens: np.ndarray) -> list[dict[str, object]]:
         """The bound with one noise against the number of levels."""
         rows = []
         for done, steps in enumerate(CURVE_STEPS):
@@ -203,7 +203,7 @@ class Evaluation:
             self.listener.advance(done + 1, len(CURVE_STEPS), "levels")
         return rows
 
-    def _iterations_curve(self, text: TextSet) -> list[dict[str, Any]]:
+    def _iterations_curve(self, text: TextSet) -> list[dict[str, object]]:
         """Bits against the number of iterations of a core that was trained unrolled."""
         family, rows = self.runner.family, []
         assert family.task == "continuation"

@@ -18,7 +18,7 @@ import platform
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from importlib import metadata, resources
 from pathlib import Path
@@ -39,8 +39,8 @@ RUN_TO_RUN_BYTES = 3_000_000
 
 def trace_in_subprocess(
     family_name: str,
-    settings: dict[str, Any],
-    data: dict[str, Any],
+    settings: Mapping[str, object],
+    data: Mapping[str, object],
     sample_counts: Sequence[int],
     *,
     method: MethodName = "diffusion",
@@ -76,7 +76,7 @@ def trace_in_subprocess(
     return costs
 
 
-def _fingerprint(request: dict[str, Any]) -> str:
+def _fingerprint(request: Mapping[str, object]) -> str:
     """Changes with everything that an answer depends on: the request, the code, torch, the threads of a step."""
     threads = [os.environ.get("OMP_NUM_THREADS"), os.cpu_count(), platform.machine()]
     about = [request, _code_digest(), metadata.version("torch"), sys.version, threads]
@@ -220,10 +220,10 @@ class _NoCompiler(ModuleType):
     1.3 s, and 39 MB, which would be the largest share of the smallest budget.
     """
 
-    def disable(self, function: Any, recursive: bool = True, wrapping: bool = True) -> Any:
+    def disable(self, function: object, recursive: bool = True, wrapping: bool = True) -> object:
         return function
 
-    def __getattr__(self, name: str) -> Any:
+    def __getattr__(self, name: str) -> object:
         if name.startswith("__"):  # what the import system asks of every module
             raise AttributeError(name)
         sys.modules.pop(self.__name__, None)

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from edgeblocks.runs.directory import RunDirectory
 
 
-def describe(path: Path) -> dict[str, Any]:
+def describe(path: Path) -> dict[str, object]:
     """Facts of a run directory or of an exported directory.
 
     Raises:
@@ -25,7 +25,7 @@ def describe(path: Path) -> dict[str, Any]:
     raise RunError(f"{path} is neither a run directory nor an exported directory (it has no manifest.json)")
 
 
-def _describe_run(path: Path) -> dict[str, Any]:
+def _describe_run(path: Path) -> dict[str, object]:
     from edgeblocks.runs.directory import open_run
     from edgeblocks.runs.schema import read_summary
 

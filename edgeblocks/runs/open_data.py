@@ -1,7 +1,6 @@
 """The data that a run's settings name, opened inside its budget."""
 
 from collections.abc import Mapping
-from typing import Any
 
 from edgeblocks.config import TOKENIZERS, RunSettings, Settings
 from edgeblocks.data.cache import cache_folder
@@ -66,7 +65,7 @@ def check_data_settings(run: RunSettings, reads: str) -> None:
         raise ConfigError(*problems)
 
 
-def check_vocab(run: RunSettings, typed: Mapping[str, Any], from_file: Mapping[str, Any]) -> None:
+def check_vocab(run: RunSettings, typed: Mapping[str, object], from_file: Mapping[str, object]) -> None:
     """That a number of byte pairs is asked for only where some are learned.
 
     A file may hold one all the same: for the tokenizer that the command line replaces, or the usual one, as the

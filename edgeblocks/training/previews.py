@@ -4,7 +4,6 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from typing import Any
 
 from edgeblocks.data import pictures
 from edgeblocks.data.dataset import DataSet
@@ -106,7 +105,7 @@ class Previews:
             residents=self._residents if self._residents >= len(self._run.layers) else 1,
         )
 
-    def evaluation(self, listener: Listener) -> dict[str, Any]:
+    def evaluation(self, listener: Listener) -> dict[str, object]:
         def on_level(done: int, total: int) -> None:
             listener.advance(done, total, "evaluating")
             self._go_on(done)
