@@ -12,8 +12,6 @@ from edgeblocks.data.dataset import DataSet
 from edgeblocks.errors import ConfigError, InterruptedRunError, RunError
 from edgeblocks.offload.checkpoint import NextBlocks
 from edgeblocks.offload.device import Target
-from edgeblocks.offload.stage_slots import StageSlots
-from edgeblocks.offload.tiers import HostTier
 from edgeblocks.planning.plan_text import banner
 from edgeblocks.planning.plans import StepShape
 from edgeblocks.prepare import (

@@ -19,7 +19,6 @@ from edgeblocks.errors import ConfigError
 from edgeblocks.files.untrusted import MalformedFileError, read_text, shown
 from edgeblocks.limits import LONGEST_SEQUENCE, MOST_LAYERS, MOST_SAMPLES, MOST_STEPS, MOST_TOKENS
 from edgeblocks.methods import BoundaryDtype, Clipping, MethodName
-from edgeblocks.methods import BoundaryDtype, Clipping, Method
 from edgeblocks.tasks import TASKS
 from edgeblocks.units import parse_size
 

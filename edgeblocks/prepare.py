@@ -14,9 +14,9 @@ from edgeblocks.data.dataset import DataSet
 from edgeblocks.diffusion.autoregression import writing_bytes
 from edgeblocks.diffusion.noise import NoisePartition, partition_noise
 from edgeblocks.errors import ConfigError, DoesNotFitError, StorageError
-from edgeblocks.methods import METHODS
 from edgeblocks.families.base import DataInfo
 from edgeblocks.families.family import AnyFamily
+from edgeblocks.methods import METHODS
 from edgeblocks.offload.device import Target
 from edgeblocks.planning.layer_costs import LayerCosts
 from edgeblocks.planning.planner import make_plan

@@ -23,7 +23,6 @@ from typing import Any, Literal, cast
 from edgeblocks import api
 from edgeblocks.config import RunSettings, Settings, read_yaml
 from edgeblocks.errors import ConfigError, DoesNotFitError, EdgeblocksError, RunError
-from edgeblocks.inference.quality import EXAMPLES, MEASURES
 from edgeblocks.methods import EXACT, METHODS, MethodName
 from edgeblocks.prepare import check_method
 from edgeblocks.progress import Listener

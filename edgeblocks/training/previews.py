@@ -15,10 +15,8 @@ from edgeblocks.inference.quality import run_quality
 from edgeblocks.inference.sampling import always, runner_of, sample_images, sample_texts
 from edgeblocks.progress import Listener
 from edgeblocks.runs.directory import RunDirectory, write_text
-from edgeblocks.tasks import GRID_SAMPLES, GRID_TOKENS, TEXT_TASKS
-from edgeblocks.training.guard import is_refusal
 from edgeblocks.tasks import GRID_TOKENS, TASKS, TEXT_TASKS
-from edgeblocks.training.guard import Guard, is_refusal
+from edgeblocks.training.guard import is_refusal
 from edgeblocks.training.interruption import Interrupted, Interruption
 from edgeblocks.training.loop import Trainer
 

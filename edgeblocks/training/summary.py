@@ -7,7 +7,6 @@ from edgeblocks.data.dataset import DataSet
 from edgeblocks.families.base import TextInfo
 from edgeblocks.inference import metrics
 from edgeblocks.offload.device import Target
-from edgeblocks.offload.slots import StreamTimes
 from edgeblocks.runs.directory import RunDirectory
 from edgeblocks.tasks import TEXT_TASKS
 from edgeblocks.training.loop import Trainer
