@@ -327,8 +327,7 @@ def _train(run: RunDirectory, data_set: DataSet, listener: Listener, resumed_fro
         store = run.store()
         store.continue_meter(store.header(block) for block in range(len(run.file_layers)))
         store.hold_folder()
-        device = None if target.host_bytes() is None else target
-        trainer = trainer_type(run.method).open(run, data_set, store, guard, device)
+        trainer = trainer_type(run.method).open(run, data_set, store, guard, target.device)
         try:
             with target.capped(budget_bytes), Interruption(listener.note).listening() as interruption:
                 previews = Previews(run, data_set, trainer, interruption)
