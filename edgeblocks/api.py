@@ -6,12 +6,13 @@ Everything the command line does goes through here; `cli` only reads arguments a
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from edgeblocks.config import Settings, read_yaml, resolve_settings
 from edgeblocks.data.dataset import DataSet
 from edgeblocks.errors import ConfigError, InterruptedRunError, RunError
 from edgeblocks.offload.checkpoint import NextBlocks
+from edgeblocks.offload.device import Target
 from edgeblocks.planning.plan_text import banner
 from edgeblocks.prepare import (
     Prepared,
@@ -38,6 +39,9 @@ from edgeblocks.training.loop import trainer_type
 from edgeblocks.training.previews import Previews
 from edgeblocks.training.summary import summary_of
 from edgeblocks.units import format_bytes
+
+if TYPE_CHECKING:
+    from edgeblocks.targets.profile import Profile
 
 __all__ = ["Prepared", "Run", "load", "plan", "register_family", "resume", "train"]
 
@@ -82,7 +86,7 @@ def settings_for_here(*, config: Path | str | None = None, **settings: Any) -> S
     return resolved
 
 
-def _resolved(config: Path | str | None, settings: dict[str, Any]) -> tuple[Settings, Any]:
+def _resolved(config: Path | str | None, settings: dict[str, Any]) -> tuple[Settings, "Profile | None"]:
     """The settings, and the profile of the machine that `target` names; None where it names this one."""
     from_file = read_yaml(Path(config)) if config is not None else {}
     problems, profile = [], None
@@ -240,7 +244,7 @@ def _resume(run: RunDirectory, other_budget: bool, reinit_blocks: Sequence[int],
 
 
 def _replanned_if_needed(
-    run: RunDirectory, data_set: DataSet, other_budget: bool, target: Any, listener: Listener
+    run: RunDirectory, data_set: DataSet, other_budget: bool, target: Target, listener: Listener
 ) -> RunDirectory:
     """The run, planned again with the same blocks where its budget or target changed or its plan does not fit here."""
     former = run.trainable_plan
@@ -326,8 +330,7 @@ def _train(run: RunDirectory, data_set: DataSet, listener: Listener, resumed_fro
         store = run.store()
         store.continue_meter(store.header(block) for block in range(len(run.file_layers)))
         store.hold_folder()
-        device = None if target.host_bytes() is None else target
-        trainer = trainer_type(run.method).open(run, data_set, store, guard, device)
+        trainer = trainer_type(run.method).open(run, data_set, store, guard, target.device)
         try:
             with target.capped(budget_bytes), Interruption(listener.note).listening() as interruption:
                 previews = Previews(run, data_set, trainer, interruption)

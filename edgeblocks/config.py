@@ -20,7 +20,7 @@ from edgeblocks.files.checked import field_problems, problem, whole_text
 from edgeblocks.files.untrusted import MalformedFileError, read_text, shown
 from edgeblocks.limits import LONGEST_SEQUENCE, MOST_LAYERS, MOST_SAMPLES, MOST_STEPS, MOST_TOKENS
 from edgeblocks.methods import BoundaryDtype, Clipping, MethodName
-from edgeblocks.tasks import IMAGE_STEPS
+from edgeblocks.tasks import TASKS
 from edgeblocks.units import parse_size
 
 DEFAULT_PRESETS = {
@@ -82,7 +82,7 @@ class RunSettings(BaseModel):
     tier: Literal["auto", "ram", "disk"] = "auto"
     sample_grids: int = Field(default=4, ge=0, le=10_000)
     evaluations: int = Field(default=0, ge=0, le=10_000)
-    sample_steps: int = Field(default=IMAGE_STEPS, ge=1, le=10_000)
+    sample_steps: int = Field(default=TASKS["images"].steps, ge=1, le=10_000)
 
     @field_validator("*", mode="before")
     @classmethod

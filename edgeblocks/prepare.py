@@ -4,17 +4,20 @@ import os
 import shutil
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
 from edgeblocks.config import RunSettings, Settings
 from edgeblocks.data.cache import cache_folder
 from edgeblocks.data.dataset import DataSet
-from edgeblocks.diffusion.autoregression import DEFAULT_STEPS, writing_bytes
+from edgeblocks.diffusion.autoregression import writing_bytes
 from edgeblocks.diffusion.noise import NoisePartition, partition_noise
 from edgeblocks.errors import ConfigError, DoesNotFitError, StorageError
+from edgeblocks.families.base import DataInfo
+from edgeblocks.families.family import AnyFamily
 from edgeblocks.methods import METHODS
+from edgeblocks.offload.device import Target
 from edgeblocks.planning.layer_costs import LayerCosts
 from edgeblocks.planning.planner import make_plan
 from edgeblocks.planning.plans import Machine, Plan, Wishes, micro_batches
@@ -26,8 +29,11 @@ from edgeblocks.registry import build_family, build_target, family_type
 from edgeblocks.runs.load_weights import InitialWeights, initial_weights_of
 from edgeblocks.runs.open_data import open_run_data
 from edgeblocks.runs.written_plan import TrainablePlan, WrittenPlan, written_plan
-from edgeblocks.tasks import GRID_SAMPLES, GRID_TOKENS
+from edgeblocks.tasks import GRID_TOKENS, TASKS
 from edgeblocks.units import advised_budget, format_bytes, format_duration, parse_size
+
+if TYPE_CHECKING:
+    from edgeblocks.targets.profile import Profile
 
 LONGEST_MOVING_S = 600.0
 """A slow disk is refused when it takes longer than this, and longer than the computing."""
@@ -63,15 +69,15 @@ class Prepared:
     settings: Settings
     budget_bytes: int
     data_set: DataSet
-    data: Any
+    data: DataInfo
     """What the network knows of the data set: the family's `data_type`."""
     costs: LayerCosts
     machine: Machine
     plan: Plan
     initial: InitialWeights | None = None
     """The file that the weights begin with; None where they come from the seed."""
-    profile: Any = None
-    """The machine that the plan is for (a `targets.profile.Profile`) where it is not this one."""
+    profile: "Profile | None" = None
+    """The machine that the plan is for where it is not this one."""
 
     @property
     def partition(self) -> NoisePartition:
@@ -146,7 +152,7 @@ def check_method(run: RunSettings) -> None:
 
 def _is_one_stage(run: RunSettings) -> bool:
     """Whether the family's network cannot be cut where it is trained end to end."""
-    return METHODS[run.method].one_network and getattr(family_type(run.family, run.method), "one_stage", False)
+    return METHODS[run.method].one_network and family_type(run.family, run.method).one_stage
 
 
 def torch_sees_a_gpu() -> bool:
@@ -164,7 +170,9 @@ def _told_of_gpus(plan: Plan, *, elsewhere: bool) -> Plan:
     return replace(plan, warnings=(*told, *plan.warnings))
 
 
-def _open_data(settings: Settings, listener: Listener, *, budget_bytes: int, target: Any) -> tuple[DataSet, Any]:
+def _open_data(
+    settings: Settings, listener: Listener, *, budget_bytes: int, target: Target
+) -> tuple[DataSet, DataInfo]:
     """The data set, and what a network must know of it; reports shapes that are impossible for it at once."""
     run = settings.run
     data_set = open_run_data(settings, listener, budget_bytes=budget_bytes, target=target)
@@ -173,7 +181,7 @@ def _open_data(settings: Settings, listener: Listener, *, budget_bytes: int, tar
     return data_set, data
 
 
-def _initial_weights(settings: Settings, data: Any, plan: Plan, listener: Listener) -> InitialWeights | None:
+def _initial_weights(settings: Settings, data: DataInfo, plan: Plan, listener: Listener) -> InitialWeights | None:
     """The file that the plan's blocks begin with, after a look at all of it."""
     run = settings.run
     if run.init is not None:
@@ -183,12 +191,8 @@ def _initial_weights(settings: Settings, data: Any, plan: Plan, listener: Listen
     )
 
 
-def prepare_elsewhere(settings: Settings, profile: Any, listener: Listener) -> Prepared:
-    """The same for a machine that is not this one: memory and speeds are its profile's, nothing is measured.
-
-    Args:
-        profile: a `targets.profile.Profile`.
-    """
+def prepare_elsewhere(settings: Settings, profile: "Profile", listener: Listener) -> Prepared:
+    """The same for a machine that is not this one: memory and speeds are its profile's, nothing is measured."""
     machine = profile.machine()
     check_method(settings.run)
     settings = with_budgets(settings, beside_a_host=machine.host is not None)
@@ -215,11 +219,11 @@ def prepare_elsewhere(settings: Settings, profile: Any, listener: Listener) -> P
 
 def replan(
     settings: Settings,
-    data: Any,
+    data: DataInfo,
     data_set: DataSet,
     former: WrittenPlan,
     out: Path,
-    target: Any,
+    target: Target,
     listener: Listener,
 ) -> Plan:
     """Another plan for a run's budget on this machine, with the blocks that the run has.
@@ -250,7 +254,7 @@ def replan(
         ) from error
 
 
-def _wishes(settings: Settings, data_set: DataSet, data: Any, budgets: tuple[int, int | None]) -> Wishes:
+def _wishes(settings: Settings, data_set: DataSet, data: DataInfo, budgets: tuple[int, int | None]) -> Wishes:
     run = settings.run
     budget_bytes, ram_budget_bytes = budgets
     fixed = {
@@ -271,7 +275,7 @@ def _wishes(settings: Settings, data_set: DataSet, data: Any, budgets: tuple[int
         boundaries=None if run.boundaries == "auto" else run.boundaries,
         boundary_dtype=run.boundary_dtype,
         data_bytes=data_set.batch_resident_bytes(run.batch),
-        grid_samples=GRID_SAMPLES[family_type(run.family).task],
+        grid_samples=TASKS[family_type(run.family).task].grid_samples,
         sample_bytes=grid_sample_bytes(build_family(run.family, asdict(settings.family), asdict(data), run.method)),
         looks=max(run.sample_grids, run.evaluations),
         max_disk_writes=None if run.max_disk_writes is None else parse_size(run.max_disk_writes),
@@ -280,16 +284,17 @@ def _wishes(settings: Settings, data_set: DataSet, data: Any, budgets: tuple[int
     )
 
 
-def grid_sample_bytes(family: Any) -> int:
+def grid_sample_bytes(family: AnyFamily) -> int:
     """What a sample that is made during training keeps while it is written token by token."""
     if family.task != "continuation":
         return 0
+    sets = 1 if family.caches_per == "block" else TASKS[family.task].steps
     return writing_bytes(
         length=min(family.data.length, GRID_TOKENS),
-        num_caches=family.num_caches(family.num_layers) * (1 if family.caches_per == "block" else DEFAULT_STEPS),
-        width=family.settings.width,
+        num_caches=family.num_caches(family.num_layers) * sets,
+        width=family.heads * family.head_width,
         vocabulary=family.data.vocabulary,
-        code_width=family.settings.code_width,
+        code_width=family.code_width,
     )
 
 
@@ -348,9 +353,9 @@ def check_work_dir(work_dir: str | None) -> None:
 
 def measure(
     settings: Settings,
-    data: Any,
+    data: DataInfo,
     folder: Path,
-    target: Any,
+    target: Target,
     listener: Listener,
 ) -> tuple[LayerCosts, Machine]:
     """Trace the costs in a child process, then measure the machine when it is quiet again."""
@@ -364,15 +369,15 @@ def measure(
     return costs, replace(machine, planning_bytes=max(machine.planning_bytes, planning_bytes))
 
 
-def measured_machine(target: Any, folder: Path) -> Machine:
+def measured_machine(target: Target, folder: Path) -> Machine:
     """The machine; what measuring it took of the process's memory is the least that planning takes."""
     former_peak_bytes = target.host_peak_bytes()
-    machine: Machine = target.measure(folder)
+    machine = target.measure(folder)
     peak_bytes = target.host_peak_bytes()
     return replace(machine, planning_bytes=peak_bytes if peak_bytes > former_peak_bytes else 0)
 
 
-def trace_costs(settings: Settings, data: Any) -> tuple[LayerCosts, int]:
+def trace_costs(settings: Settings, data: DataInfo) -> tuple[LayerCosts, int]:
     """The costs of the network at the micro-batches that matter, and the peak of the child process that traced them."""
     sizes = micro_batches(settings.run.batch)
     counts = {sizes[0], sizes[len(sizes) // 2], 1}

@@ -4,11 +4,30 @@ import difflib
 import hashlib
 import importlib
 import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from edgeblocks.errors import ConfigError
 from edgeblocks.methods import METHODS, MethodName, imported
+
+if TYPE_CHECKING:
+    from edgeblocks.families.ar import Ar, PlainAr
+    from edgeblocks.families.dit import Dit
+    from edgeblocks.families.family import (
+        AnyFamily,
+        Family,
+        FamilyOfClasses,
+        FamilyOfContinuations,
+        FamilyOfImages,
+        FamilyOfText,
+        FamilyType,
+    )
+    from edgeblocks.families.looped import Looped, PlainLooped
+    from edgeblocks.families.mdlm import Mdlm
+    from edgeblocks.families.vit import PlainVit, Vit
+    from edgeblocks.offload.device import Target
+    from edgeblocks.targets.profile import Profile
 
 _FAMILIES = {
     "ar": "edgeblocks.families.ar:Ar",
@@ -23,14 +42,21 @@ _END_TO_END = {
     "vit": "edgeblocks.families.vit:PlainVit",
 }
 """Families that are another network where they are trained end to end."""
+if TYPE_CHECKING:
+    _images: type[FamilyOfImages] = Dit
+    _classes: list[type[FamilyOfClasses]] = [Vit, PlainVit]
+    _text: type[FamilyOfText] = Mdlm
+    _continuations: list[type[FamilyOfContinuations]] = [Ar, Looped, PlainAr, PlainLooped]
+
 _TARGETS = {"cpu": "edgeblocks.targets.cpu:CpuTarget", "cuda": "edgeblocks.targets.cuda:CudaTarget"}
 _OWN_FAMILIES: set[str] = set()
+_FAMILY = "edgeblocks.families.family"
 _PROFILES = "edgeblocks.targets.profile"
 _CHAINS = {"onnxruntime": "edgeblocks.export.open_export:open_chain"}
 _EXPORTERS = {"onnx": "edgeblocks.export.export_run:export_run"}
 
 
-def register_family(family: type) -> None:
+def register_family(family: type["Family"]) -> None:
     """Make a family of your own known by its `name` in this process; see docs/own_family.md.
 
     It is known by its import path as well, because planning happens in a process of its own.
@@ -38,7 +64,7 @@ def register_family(family: type) -> None:
     Raises:
         ConfigError: the name is taken, or the class is not at the top of a module that can be imported.
     """
-    name, module = str(getattr(family, "name", "")), family.__module__
+    name, module = family.name, family.__module__
     path = f"{module}:{family.__qualname__}"
     if not name or (name in _FAMILIES and _FAMILIES[name] != path):
         raise ConfigError(f"a family needs a name that is not taken, found {name!r}; taken are: {', '.join(_FAMILIES)}")
@@ -78,32 +104,42 @@ def target_names() -> tuple[str, ...]:
     return tuple(_TARGETS)
 
 
-def family_type(name: str, method: MethodName = "diffusion") -> Any:
+def family_type(name: str, method: MethodName = "diffusion") -> "FamilyType":
     """The class of a family, for a method of training.
 
     Raises:
         ConfigError: there is no such family, or it has no end-to-end form.
     """
+    cls: FamilyType
     if not METHODS[method].trained_together:
-        return _load(_FAMILIES, name, "family")
+        cls = _load(_FAMILIES, name, "family")
+        return cls
     cls = _load(_END_TO_END if name in _END_TO_END else _FAMILIES, name, "family")
-    if not hasattr(cls, "loss_after"):
+    if not issubclass(cls, importlib.import_module(_FAMILY).EndToEnd):
         raise ConfigError(
-            f"--method {method}: the family '{name}' has no end-to-end form in stages"
-            + " (it needs `enter` and `loss_after`); use --method diffusion"
+            f"--method {method}: the family '{name}' has no end-to-end form in stages (it does not derive from "
+            f"edgeblocks.families.family.EndToEnd); use --method diffusion"
         )
     return cls
 
 
-def build_family(name: str, settings: dict[str, Any], data: dict[str, Any], method: MethodName = "diffusion") -> Any:
-    """A family from plain values: the fields of its settings, and those of what it knows of the data."""
+def build_family(
+    name: str, settings: Mapping[str, object], data: Mapping[str, object], method: MethodName = "diffusion"
+) -> "AnyFamily":
+    """A family from plain values: the fields of its settings, and those of what it knows of the data.
+
+    Raises:
+        ConfigError: with everything that is impossible.
+    """
     cls = family_type(name, method)
-    return cls(cls.settings_type(**settings), cls.data_type(**data))
+    make: Callable[[object, object], AnyFamily] = cls
+    return make(cls.settings_type(**settings), cls.data_type(**data))
 
 
-def build_target(name: str) -> Any:
+def build_target(name: str) -> "Target":
     """A target by name. `auto` is the processor, for the other one was run on one kind of GPU only."""
-    return _load(_TARGETS, "cpu" if name == "auto" else name, "target")()
+    target: Target = _load(_TARGETS, "cpu" if name == "auto" else name, "target")()
+    return target
 
 
 def profile_names() -> tuple[str, ...]:
@@ -112,13 +148,14 @@ def profile_names() -> tuple[str, ...]:
     return names
 
 
-def build_profile(name: str) -> Any:
+def build_profile(name: str) -> "Profile":
     """A machine by name: its memory and speeds, and where these are from.
 
     Raises:
         ConfigError: there is no such machine.
     """
-    return importlib.import_module(_PROFILES).load_profile(name)
+    profile: Profile = importlib.import_module(_PROFILES).load_profile(name)
+    return profile
 
 
 def build_exporter() -> Any:

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 
 from edgeblocks.diffusion.autoregression import TokenChain
-from edgeblocks.diffusion.classification import DEFAULT_NOISES
 from edgeblocks.diffusion.solver import Solver
 from edgeblocks.errors import DoesNotFitError, OutOfBudgetError
 from edgeblocks.inference import evaluate as evaluation
@@ -18,6 +17,7 @@ from edgeblocks.inference.block_runner import BlockRunner, EmaSource
 from edgeblocks.inference.ema_loader import EmaLoader
 from edgeblocks.inference.sampling import Runners
 from edgeblocks.inference.staged_weights import loaded_stages
+from edgeblocks.offload.device import Target
 from edgeblocks.planning.planner import inference_micro_batch
 from edgeblocks.prepare import measure
 from edgeblocks.profiling.budgets import device_budget_bytes
@@ -25,6 +25,7 @@ from edgeblocks.progress import Listener, Silent
 from edgeblocks.registry import build_exporter, build_target
 from edgeblocks.runs.directory import RunDirectory
 from edgeblocks.runs.save_weights import write_weights
+from edgeblocks.tasks import TASKS
 from edgeblocks.training.guard import is_refusal
 from edgeblocks.units import format_bytes
 
@@ -112,11 +113,10 @@ class Run:
                 f"--mem-budget {int(budget_bytes * 1.25 / 1e6)}MB, or ask for fewer samples"
             ) from error
 
-    def _ema(self, target: Any, residents: int) -> EmaSource:
-        device = None if target.host_bytes() is None else target
+    def _ema(self, target: Target, residents: int) -> EmaSource:
         if self.directory.method.one_network:
-            return loaded_stages(self.directory, slots=residents, device=device)
-        return EmaLoader(self.directory.store(), device=device, slots=residents)
+            return loaded_stages(self.directory, slots=residents, device=target.device)
+        return EmaLoader(self.directory.store(), device=target.device, slots=residents)
 
     def _runners(self, runner: BlockRunner | None, mem_budget: str | None) -> Runners:
         """The runner that is given, or those that fit."""
@@ -215,17 +215,17 @@ class Run:
         data: str | None = None,
         mem_budget: str | None = None,
         listener: Listener | None = None,
-    ) -> dict[str, Any]:
+    ) -> dict[str, object]:
         """Validation loss per noise level and in total, and how good the chain is at what it makes.
 
         Of images: the Frechet distance of fresh samples. Of classes: accuracy and calibration on hold-out images. Of
         text: the bound in bits a token and a character.
 
         Args:
-            samples: images made (None: 256) or classified (None: 1024), 0 leaves the chain out; sequences of text that
-                the bound is estimated on (None: 256).
-            steps: noise levels of the chain, at least one a block; None: 18 for images, 4 for classes; the bound of a
-                text has its own.
+            samples: images made or classified, 0 leaves the chain out; sequences of text that the bound is estimated
+                on. None: what is usual for the task (`tasks.TASKS`).
+            steps: noise levels of the chain, at least one a block; None: what is usual for the task. The bound of a
+                text that is filled in has its own.
             data: where the run's data are now, if they were moved.
 
         Raises:
@@ -247,7 +247,7 @@ class Run:
         pixels: np.ndarray,
         *,
         steps: int | None = None,
-        noises: int = DEFAULT_NOISES,
+        noises: int = TASKS["classes"].noises,
         seed: int = 0,
         mem_budget: str | None = None,
     ) -> np.ndarray:

@@ -8,7 +8,6 @@ from typing import Any
 import onnx
 
 from edgeblocks.data.tokenizer import TOKENIZER_FILE
-from edgeblocks.diffusion import classification
 from edgeblocks.diffusion.noise import sampler_levels
 from edgeblocks.export.destination import check_destination, staged, synced
 from edgeblocks.export.graph import OPSET, Template, Tensors, make_template, trace_own, write_graph
@@ -31,17 +30,19 @@ from edgeblocks.export.manifest_types import (
 from edgeblocks.export.open_export import open_chain
 from edgeblocks.export.tolerances import NUM_OUTPUTS
 from edgeblocks.export.verify import Listener, verify_export
+from edgeblocks.families.base import TextInfo
 from edgeblocks.inference.block_runner import BlockRunner, EmaSource, token_chain
 from edgeblocks.inference.ema_loader import EmaLoader
 from edgeblocks.inference.staged_weights import loaded_stages
 from edgeblocks.runs.directory import RunDirectory
+from edgeblocks.tasks import TASKS
 
 EXTERNAL_ABOVE_BYTES = 10**9  # a protobuf file ends at 2 GB, and reading one takes twice its size
 
 
 def export_run(
     run: RunDirectory, out: Path, listener: Listener, *, external_above_bytes: int = EXTERNAL_ABOVE_BYTES
-) -> dict[str, Any]:
+) -> dict[str, object]:
     """Write a run's EMA weights as ONNX graphs with a manifest, verified against torch, and return the manifest.
 
     Args:
@@ -73,14 +74,6 @@ def export_run(
     return manifest.to_json()
 
 
-SAMPLERS = {
-    "images": SamplerSettings(),
-    "classes": SamplerSettings(
-        steps=classification.DEFAULT_STEPS, solver="euler", noises=classification.DEFAULT_NOISES
-    ),
-}
-
-
 def _describe(run: RunDirectory, files: tuple[BlockFile, ...], folder: Path) -> Manifest:
     family, partition = run.family(), run.partition
     common: dict[str, Any] = {
@@ -94,28 +87,28 @@ def _describe(run: RunDirectory, files: tuple[BlockFile, ...], folder: Path) -> 
     if family.task == "text":
         writer = WriterSettings(steps=max(WriterSettings().steps, len(files)))
         levels = masking_levels(partition, num_steps=writer.steps)
-        return TextManifest(**common, **_wording(run, folder), sampler=writer, levels=levels)
+        return TextManifest(**common, **_wording(run, family.data, folder), sampler=writer, levels=levels)
     common["noise"] = Noise(**asdict(family.noise))
     if family.task == "continuation":
         continuer = ContinuerSettings(steps=max(ContinuerSettings().steps, len(files)))
         chain = token_chain(family, run.layers, partition, sampler_levels(partition, num_steps=continuer.steps))
         return ContinuationManifest(
             **common,
-            **_wording(run, folder),
-            code_width=family.settings.code_width,
+            **_wording(run, family.data, folder),
+            code_width=family.code_width,
             caches=CacheShape(
                 per=chain.caches_per, num_caches=chain.num_caches, heads=chain.heads, head_width=chain.head_width
             ),
             sampler=continuer,
             levels=noise_levels(partition, num_steps=continuer.steps),
         )
-    usual = SAMPLERS[family.task]
-    sampler = usual.model_copy(update={"steps": max(usual.steps, len(files))})
+    usual = TASKS[family.task]
+    sampler = SamplerSettings(steps=max(usual.steps, len(files)), solver=usual.solver, noises=usual.noises)
     return ImageManifest(
         **common,
-        image=ImageSize(channels=run.data.channels, height=run.data.height, width=run.data.width),
-        mean=run.data.mean,
-        scale=run.data.scale,
+        image=ImageSize(channels=family.data.channels, height=family.data.height, width=family.data.width),
+        mean=family.data.mean,
+        scale=family.data.scale,
         sigma_data=family.sigma_data,
         num_classes=len(run.class_names),
         class_names=run.class_names,
@@ -124,7 +117,7 @@ def _describe(run: RunDirectory, files: tuple[BlockFile, ...], folder: Path) -> 
     )
 
 
-def _wording(run: RunDirectory, folder: Path) -> dict[str, Any]:
+def _wording(run: RunDirectory, data: TextInfo, folder: Path) -> dict[str, Any]:
     """A text's facts in a manifest; writes tokenizer.json where the tokenizer was trained."""
     assert run.tokenizer is not None
     definition = run.tokenizer.to_json()
@@ -132,8 +125,8 @@ def _wording(run: RunDirectory, folder: Path) -> dict[str, Any]:
         with synced(folder / TOKENIZER_FILE) as file:
             file.write(definition.encode())
     return {
-        "vocabulary": run.data.vocabulary,
-        "length": run.data.length,
+        "vocabulary": data.vocabulary,
+        "length": data.length,
         "tokenizer": run.tokenizer.kind,
         "tokenizer_sha256": None if definition is None else sha256_of(folder / TOKENIZER_FILE),
     }

@@ -24,6 +24,7 @@ import torch
 from torch import nn
 
 from edgeblocks.export.destination import synced
+from edgeblocks.families.family import AnyFamily, Family, FamilyOfContinuations
 from edgeblocks.seeds import generator_at
 
 OPSET = 20  # GELU is one node from 20 on, which onnxruntime 1.20 runs; 23 (Attention nodes) is no faster
@@ -64,7 +65,7 @@ class Template:
         return {key: lazy(name, transposed) for key, (name, transposed) in self.parameters.items()}
 
 
-def make_template(family: Any, num_layers: int) -> Template | None:
+def make_template(family: AnyFamily, num_layers: int) -> Template | None:
     """Trace a block with random weights and find each parameter among the graph's initializers.
 
     None when a parameter is not there as it is or transposed.
@@ -125,7 +126,7 @@ def _bytes_of(initializer: onnx.TensorProto, tensors: Tensors) -> np.ndarray:
     return values
 
 
-def _trace(network: nn.Module, family: Any) -> Any:
+def _trace(network: nn.Module, family: AnyFamily) -> Any:
     """The network as an ONNX program for any batch size, with the inputs and outputs of its family's task."""
     signature = _continuation_signature(network, family) if family.task == "continuation" else _signature(family)
     with _quiet():
@@ -149,7 +150,7 @@ class Signature:
     outputs: list[str]
 
 
-def _signature(family: Any) -> Signature:
+def _signature(family: Family) -> Signature:
     """z, the noise level, and what a block sees beside them."""
     of_text = family.task == "text"
     examples = {
@@ -166,10 +167,10 @@ def _signature(family: Any) -> Signature:
     )
 
 
-def _continuation_signature(network: nn.Module, family: Any) -> Signature:
+def _continuation_signature(network: nn.Module, family: FamilyOfContinuations) -> Signature:
     """Any number of positions, behind any number of others (none, too) whose keys and values are `past`."""
     num_caches = family.num_caches(len(network.get_submodule("layers")))  # type: ignore[arg-type]  # a ModuleList
-    code_width, heads = family.settings.code_width, family.settings.heads
+    code_width, heads = family.code_width, family.heads
     batch, new, before = (torch.export.Dim(name, min=least) for name, least in (("batch", 1), ("n", 1), ("past", 0)))
     return Signature(
         inputs={
@@ -248,7 +249,7 @@ def _rename_initializers_(graph: onnx.ModelProto, names: Mapping[str, str]) -> N
         node.input[:] = [names.get(name, name) for name in node.input]
 
 
-def trace_own(network: nn.Module, family: Any) -> tuple[onnx.ModelProto, Tensors]:
+def trace_own(network: nn.Module, family: AnyFamily) -> tuple[onnx.ModelProto, Tensors]:
     """The graph of one block traced as it is, and its constants, which may be any function of its weights."""
     program = _trace(network, family)
     constants = {

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AfterValidator, Field, model_validator
 
 from edgeblocks.data.tokenizer import Kind
-from edgeblocks.diffusion import autoregression, unmasking
+from edgeblocks.diffusion import autoregression
 from edgeblocks.diffusion.autoregression import CachesPer
 from edgeblocks.diffusion.noise import (
     LevelDistribution,
@@ -40,7 +40,7 @@ from edgeblocks.limits import (
     MOST_PIXELS,
     MOST_TOKENS,
 )
-from edgeblocks.tasks import IMAGE_STEPS
+from edgeblocks.tasks import TASKS, Task
 
 EXPORT_FORMAT_VERSION: Literal[2] = 2
 KIND: Literal["edgeblocks export"] = "edgeblocks export"
@@ -55,7 +55,6 @@ MOST_HEAD_WIDTH = 2**20
 _MOST_NAME_CHARACTERS = 255
 _LAST = ("noise", "sampler", "boundaries", "levels", "files", "verified")
 """The keys that follow those of one kind of chain in the file."""
-Task = Literal["images", "classes", "text", "continuation"]
 
 
 def _plain_name(name: str) -> str:
@@ -94,7 +93,7 @@ class BlockFile(Checked):
 class SamplerSettings(Checked):
     """How the chain is run unless the caller says otherwise. `noises` are the chains whose mean gives the classes."""
 
-    steps: Annotated[int, Field(ge=1, le=MOST_STEPS)] = IMAGE_STEPS
+    steps: Annotated[int, Field(ge=1, le=MOST_STEPS)] = TASKS["images"].steps
     solver: Solver = "heun"
     guidance: NotNegative = 1.0
     noises: Annotated[int, Field(ge=1, le=MOST_NOISES)] = 1
@@ -103,14 +102,14 @@ class SamplerSettings(Checked):
 class WriterSettings(Checked):
     """How a chain that writes text is run unless the caller says otherwise."""
 
-    steps: Annotated[int, Field(ge=1, le=MOST_STEPS)] = unmasking.DEFAULT_STEPS
+    steps: Annotated[int, Field(ge=1, le=MOST_STEPS)] = TASKS["text"].steps
     temperature: NotNegative = 1.0
 
 
 class ContinuerSettings(Checked):
     """How a chain that writes token by token is run unless the caller says otherwise."""
 
-    steps: Annotated[int, Field(ge=1, le=autoregression.MOST_STEPS)] = autoregression.DEFAULT_STEPS
+    steps: Annotated[int, Field(ge=1, le=autoregression.MOST_STEPS)] = TASKS["continuation"].steps
     temperature: Annotated[float, Field(ge=0, le=HIGHEST_TEMPERATURE)] = 1.0
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
 

@@ -110,7 +110,7 @@ class ImageChain(ExportedChain):
         return self.run_graph(block, feed)[0]
 
 
-def session_options() -> Any:
+def session_options() -> object:
     """Options for little memory that cost no speed.
 
     Measured on a block of 11M parameters (45 MB), 64 samples of 64 tokens, 2 threads; peak resident set and run time:

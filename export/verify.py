@@ -153,7 +153,7 @@ def block_cases(run: RunDirectory, data_set: DataSet | None, block: int) -> Iter
     owned, family = run.partition.ranges[block], run.family()
     levels = levels_of(owned)
     random = np.random.default_rng([run.settings.run.seed, block])
-    labels = _shown_labels(run.data.num_classes) if family.task == "images" else None
+    labels = _shown_labels(family.data.num_classes) if family.task == "images" else None
 
     def noised(sigma: Values) -> Values:
         eps, clean = random.standard_normal((2, len(sigma), *family.state_shape), dtype=np.float32)
@@ -163,6 +163,7 @@ def block_cases(run: RunDirectory, data_set: DataSet | None, block: int) -> Iter
     def condition(chosen: Labels | None, count: int) -> Condition | None:
         if family.task == "images":
             return chosen
+        assert family.condition_spec is not None
         return 0.5 * random.standard_normal((count, *family.condition_spec[1]), dtype=np.float32)
 
     for index, sigma in enumerate(levels):
@@ -187,13 +188,15 @@ def block_cases(run: RunDirectory, data_set: DataSet | None, block: int) -> Iter
 
 def text_cases(run: RunDirectory, data_set: DataSet | None, block: int) -> Iterator[Case]:
     """Tokens over the whole range of times of a block with both its ends, random ones and those of the run's text."""
-    family, data = run.family(), run.data
+    family = run.family()
+    assert family.task == "text"
+    data, mask = family.data, family.mask
     levels = levels_of(run.partition.ranges[block])
     random = np.random.default_rng([run.settings.run.seed, block])
 
     def masked(tokens: NDArray[np.int64], t: Values) -> NDArray[np.int64]:
         hidden = random.random(tokens.shape) < t[:, None]
-        return np.where(hidden, family.mask, tokens)
+        return np.where(hidden, mask, tokens)
 
     texts = {"random tokens": random.integers(0, data.vocabulary, (BATCH, data.length))}
     if data_set is not None:
@@ -227,9 +230,10 @@ def _class_difference(
     run: RunDirectory, runner: BlockRunner, classifier: Classifier, data_set: DataSet | None
 ) -> tuple[float, float]:
     """Of probabilities, and the share of images whose likeliest class is the same."""
-    settings, data = classifier.manifest.sampler, run.data
+    settings = classifier.manifest.sampler
     if data_set is None:
-        shape = (NUM_OUTPUTS, data.height, data.width, data.channels)
+        channels, height, width = classifier.manifest.image_shape
+        shape = (NUM_OUTPUTS, height, width, channels)
         pixels = np.random.default_rng(run.settings.run.seed).integers(0, 256, shape, dtype=np.uint8)
     else:
         pixels = data_set.gather(np.resize(data_set.evaluation_indices(NUM_OUTPUTS), NUM_OUTPUTS))[0]
@@ -244,7 +248,8 @@ def _class_difference(
 
 def _text_difference(run: RunDirectory, runner: BlockRunner, writer: Writer) -> tuple[float, float]:
     """Of the probabilities at each step of torch's chain, and the share of the tokens that both chains end with."""
-    settings, data, family = writer.manifest.sampler, run.data, run.family()
+    settings, family = writer.manifest.sampler, run.family()
+    assert family.task == "text"
     worst = 0.0
 
     def both(tokens: NDArray[np.int64], t: float, wanted: NDArray[np.bool_]) -> Values:
@@ -257,7 +262,7 @@ def _text_difference(run: RunDirectory, runner: BlockRunner, writer: Writer) -> 
 
     expected = unmask(
         both,
-        np.full((NUM_OUTPUTS, data.length), family.mask),
+        np.full((NUM_OUTPUTS, family.data.length), family.mask),
         steps=unmasking_steps(run.partition, num_steps=settings.steps),
         mask=family.mask,
         temperature=settings.temperature,
@@ -270,11 +275,13 @@ def _text_difference(run: RunDirectory, runner: BlockRunner, writer: Writer) -> 
 
 def _image_difference(run: RunDirectory, runner: BlockRunner, sampler: Sampler) -> tuple[float, float]:
     """Of images in model space, and the share of their pixels that agree as uint8."""
-    settings, data = sampler.manifest.sampler, run.data
+    settings, family = sampler.manifest.sampler, run.family()
+    assert family.task == "images"
+    data = family.data
     labels = class_labels(NUM_OUTPUTS, num_classes=data.num_classes, chosen=None)
     expected = integrate(
         guided(runner.denoise, labels, guidance=settings.guidance, no_class=data.num_classes),
-        torch.from_numpy(start_noise(run.family().state_shape, samples=range(NUM_OUTPUTS), seed=0)),
+        torch.from_numpy(start_noise(family.state_shape, samples=range(NUM_OUTPUTS), seed=0)),
         sampler_levels(run.partition, num_steps=settings.steps),
         solver=settings.solver,
     ).numpy()

@@ -11,6 +11,7 @@ from edgeblocks.diffusion.autoregression import write_texts
 from edgeblocks.diffusion.token_choice import Tokens, Values, softmax
 from edgeblocks.export.continuer import Continuer
 from edgeblocks.export.tolerances import BATCH, NUM_OUTPUTS, check_finite, largest_difference, levels_of
+from edgeblocks.families.base import TextInfo
 from edgeblocks.inference.block_runner import BlockRunner
 from edgeblocks.runs.directory import RunDirectory
 
@@ -55,11 +56,13 @@ def block_difference(
 
 def _segments(run: RunDirectory, data_set: DataSet | None, block: int) -> Iterator[Segment]:
     """Texts over the noise range of a block with both its ends: whole, one token at the end, and two in the middle."""
-    family, length, levels = run.family(), run.data.length, levels_of(run.partition.ranges[block])
+    family, levels = run.family(), levels_of(run.partition.ranges[block])
+    assert family.task == "continuation"
+    length = family.data.length
     random = np.random.default_rng([run.settings.run.seed, block])
     z = random.standard_normal((BATCH, *family.state_shape), dtype=np.float32)
-    for what, tokens in _texts(run, data_set, random).items():
-        inputs = np.insert(tokens[:, :-1], 0, run.data.vocabulary, axis=1)
+    for what, tokens in _texts(family.data, data_set, random).items():
+        inputs = np.insert(tokens[:, :-1], 0, family.data.vocabulary, axis=1)
         middle = length // 2
         for start, stop in sorted({(0, length), (length - 1, length), (middle, min(middle + 2, length))}):
             yield Segment(
@@ -75,11 +78,11 @@ def _segments(run: RunDirectory, data_set: DataSet | None, block: int) -> Iterat
         )
 
 
-def _texts(run: RunDirectory, data_set: DataSet | None, random: np.random.Generator) -> dict[str, Tokens]:
+def _texts(data: TextInfo, data_set: DataSet | None, random: np.random.Generator) -> dict[str, Tokens]:
     """Tokens [5, length]: random ones, and the run's own text."""
-    texts = {"random tokens": random.integers(0, run.data.vocabulary, (BATCH, run.data.length))}
+    texts = {"random tokens": random.integers(0, data.vocabulary, (BATCH, data.length))}
     if data_set is not None:
-        texts["real text"] = np.resize(data_set.gather(data_set.evaluation_indices(BATCH))[0], (BATCH, run.data.length))
+        texts["real text"] = np.resize(data_set.gather(data_set.evaluation_indices(BATCH))[0], (BATCH, data.length))
     return texts
 
 
@@ -88,8 +91,10 @@ def text_difference(
 ) -> tuple[float, float]:
     """Of the probabilities at each level of each token of torch's texts, and the share of tokens that both write."""
     settings = continuer.manifest.sampler
-    *_, tokens = _texts(run, data_set, np.random.default_rng(run.settings.run.seed)).values()
-    length = min(run.data.length, MOST_TOKENS)
+    data = run.data
+    assert isinstance(data, TextInfo)
+    *_, tokens = _texts(data, data_set, np.random.default_rng(run.settings.run.seed)).values()
+    length = min(data.length, MOST_TOKENS)
     prompt = tokens[0, : min(PROMPT_TOKENS, length - 1)]
     chain = continuer.token_chain(settings.steps, length=length)
     worst = 0.0

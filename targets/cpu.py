@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 import psutil
@@ -17,6 +17,9 @@ from edgeblocks.files.cgroups import memory_limit_bytes
 from edgeblocks.planning.layer_costs import LARGEST_HEAP_BYTES
 from edgeblocks.planning.plans import Machine
 from edgeblocks.targets.disk import DiskSpeed, measure_disk
+
+if TYPE_CHECKING:
+    from edgeblocks.offload.device import Target
 
 # glibc's default raises its own threshold and gives memory back at the top of the heap whenever it can: the resident
 # set then depends on history. Pages of their own for all tensors over 256 KB follow the live tensors best, but fresh
@@ -34,6 +37,8 @@ class CpuTarget:
 
     name = "cpu"
     torch_device = "cpu"
+    device = None
+    """There is none with memory of its own."""
 
     def prepare(self) -> None:
         """Settings of the process that must come before the first large allocation."""
@@ -144,6 +149,10 @@ class CpuTarget:
             StorageError: the folder cannot be written to or is full.
         """
         return measure_disk(folder, probe_bytes=probe_bytes, limit_s=limit_s, num_syncs=10)
+
+
+if TYPE_CHECKING:
+    _is_a_target: Target = CpuTarget()
 
 
 def _process_status() -> dict[str, int]:

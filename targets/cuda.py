@@ -13,13 +13,19 @@ import time
 import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from edgeblocks.errors import ConfigError
 from edgeblocks.planning.plans import Host, Machine
 from edgeblocks.targets.cpu import DISK_PROBE_BYTES, CpuTarget, checksum_s_per_byte, run_every_kernel
 from edgeblocks.targets.disk import DiskSpeed, measure_disk
 from edgeblocks.targets.profile import WRITTEN_BYTES_PER_UPDATE
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from edgeblocks.offload.device import Target
+
 
 _LINK_PROBE_BYTES = 64 * 2**20
 
@@ -35,6 +41,11 @@ class CudaTarget:
         self._runtime_bytes = self._scratch_bytes = 0
         self._copies = threading.local()
         """A stream for each thread that copies: one does not wait for what another one copies."""
+
+    @property
+    def device(self) -> "CudaTarget":
+        """The GPU."""
+        return self
 
     def prepare(self) -> None:
         """Settings of the process that must come before the first large allocation.
@@ -173,13 +184,13 @@ class CudaTarget:
         """As `CpuTarget.examine_disk`."""
         return self._host.examine_disk(folder, probe_bytes=probe_bytes, limit_s=limit_s)
 
-    def empty(self, num_bytes: int) -> Any:
+    def empty(self, num_bytes: int) -> "Tensor":
         """uint8 [num_bytes] on the GPU."""
         import torch
 
         return torch.empty(num_bytes, dtype=torch.uint8, device=self.torch_device)
 
-    def host_memory(self, num_bytes: int) -> Any:
+    def host_memory(self, num_bytes: int) -> "Tensor":
         """uint8 [num_bytes] in page-locked memory of the host, from which copies run at the link's speed.
 
         Registered rather than taken from torch's pool of page-locked memory, which gives the next power of two. Where
@@ -193,7 +204,7 @@ class CudaTarget:
             weakref.finalize(memory, runtime.cudaHostUnregister, memory.data_ptr())
         return memory
 
-    def copy_(self, destination: Any, source: Any) -> None:
+    def copy_(self, destination: "Tensor", source: "Tensor") -> None:
         """Copy between the memories after all work given to the GPU before; returns when it is done.
 
         On a stream of its own, so that a block moves while the other one is trained. From any thread.
@@ -246,3 +257,7 @@ class CudaTarget:
             torch.cuda.synchronize()
             times.append((time.perf_counter() - started) / repeats)
         return min(times)
+
+
+if TYPE_CHECKING:
+    _is_a_target: Target = CudaTarget()

@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -71,7 +71,7 @@ def doctor(
     guarded(work, verbose=verbose)
 
 
-def _told(value: Any) -> str:
+def _told(value: object) -> str:
     """A value as people read it."""
     if isinstance(value, dict):
         return ", ".join(f"{name.replace('_', ' ')} {_told(part)}" for name, part in value.items())

@@ -6,8 +6,10 @@ from typing import Annotated, Any
 
 import typer
 
-from edgeblocks.tasks import IMAGE_STEPS
+from edgeblocks.tasks import TASKS
 
+STEPS = {task: usual.steps for task, usual in TASKS.items()}
+"""Of a chain, by what it makes."""
 Family = Annotated[
     str | None,
     typer.Argument(
@@ -139,7 +141,7 @@ SampleSteps = Annotated[
     typer.Option(
         "--steps",
         help="Noise levels of the chain; at least one a block.",
-        show_default=f"{IMAGE_STEPS}; mdlm 64; ar and looped 8",
+        show_default=f"{STEPS['images']}; mdlm {STEPS['text']}; ar and looped {STEPS['continuation']}",
     ),
 ]
 Solver = Annotated[str | None, typer.Option(help="heun (two evaluations a level) or euler (one).", show_default="heun")]

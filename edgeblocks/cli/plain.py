@@ -5,13 +5,14 @@ python -m edgeblocks.cli.plain SETTINGS.yaml OUT [--checkpointing] [--eight-bit]
 
 import argparse
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 from edgeblocks.api import settings_for_here
 from edgeblocks.cli.console_progress import ConsoleListener
 from edgeblocks.compare.plain_training import Recorder, train
 from edgeblocks.errors import EdgeblocksError
-from edgeblocks.registry import build_target, family_type
+from edgeblocks.registry import build_family, build_target, family_type
 from edgeblocks.runs.open_data import data_of
 
 
@@ -26,7 +27,7 @@ def main() -> None:
     run = settings.run.model_copy(update={"checkpointing": wanted.checkpointing})
     data = data_of(run, lambda *_: None)
     kind = family_type(run.family, "exact")
-    family = kind(settings.family, kind.data_info(data))
+    family = build_family(run.family, asdict(settings.family), asdict(kind.data_info(data)), "exact")
     target = build_target(run.target)
     if target.host_bytes() is not None:  # on a processor ordinary training has the allocator's own settings
         target.prepare()

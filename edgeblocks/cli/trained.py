@@ -9,6 +9,7 @@ import typer
 
 from edgeblocks.cli.exit_codes import guarded
 from edgeblocks.cli.options import (
+    STEPS,
     ClassChoice,
     Fill,
     Guidance,
@@ -27,8 +28,10 @@ from edgeblocks.cli.options import (
 )
 from edgeblocks.cli.outputs import Wish, say_classes
 from edgeblocks.errors import ConfigError
-from edgeblocks.tasks import IMAGE_STEPS, TEXT_TASKS
+from edgeblocks.tasks import TASKS, TEXT_TASKS
 from edgeblocks.units import format_bytes
+
+_EVALUATED = {task: usual.evaluation_samples for task, usual in TASKS.items()}
 
 
 def evaluate(
@@ -38,14 +41,16 @@ def evaluate(
         typer.Option(
             help="Images that are made for the Frechet distance, or classified (0 leaves the chain out); sequences of "
             "text.",
-            show_default="256 made, 1024 classified, 256 sequences; 64 of ar and looped",
+            show_default=f"{_EVALUATED['images']} made, {_EVALUATED['classes']} classified, {_EVALUATED['text']} "
+            f"sequences; {_EVALUATED['continuation']} of ar and looped",
         ),
     ] = None,
     steps: Annotated[
         int | None,
         typer.Option(
             help="Noise levels of the chain; at least one a block.",
-            show_default=f"{IMAGE_STEPS} for images, 4 for classes, 8 of ar and looped",
+            show_default=f"{STEPS['images']} for images, {STEPS['classes']} for classes, {STEPS['continuation']} of ar "
+            "and looped",
         ),
     ] = None,
     seed: SampleSeed = 0,
@@ -125,7 +130,7 @@ def sample(
 
             wish.images(
                 partial(loaded.sample, steps=levels, seed=seed, mem_budget=mem_budget, on_level=sampled),
-                num_classes=loaded.directory.data.num_classes,
+                num_classes=len(loaded.directory.class_names),
             )
 
     guarded(work, verbose=verbose)

@@ -24,7 +24,6 @@ from edgeblocks import api
 from edgeblocks.compare.plain_training import PlainSummary
 from edgeblocks.config import RunSettings, Settings, read_yaml
 from edgeblocks.errors import ConfigError, DoesNotFitError, EdgeblocksError, RunError
-from edgeblocks.inference.quality import EXAMPLES, MEASURES
 from edgeblocks.methods import EXACT, METHODS, MethodName
 from edgeblocks.prepare import check_method
 from edgeblocks.progress import Listener
@@ -33,6 +32,7 @@ from edgeblocks.runs.create import environment
 from edgeblocks.runs.directory import open_run, write_text
 from edgeblocks.runs.open_data import data_of
 from edgeblocks.runs.schema import read_records
+from edgeblocks.tasks import TASKS
 from edgeblocks.training.interruption import Interruption
 
 DEFAULT_ARMS = ("diffusion", "exact", "plain", "plain+ckpt+8bit")
@@ -113,7 +113,7 @@ def compare(wanted: Wanted, out: Path, listener: Listener) -> dict[str, Any]:
     """
     _check(wanted)
     _check_folder(wanted, out)
-    rows = []
+    rows, usual = [], TASKS[family_type(wanted.settings.run.family).task]
     for number, (arm, seed) in enumerate(product_of(wanted)):
         listener.note(
             f"\n{number + 1} of {len(wanted.arms) * len(wanted.seeds)}: {arm.name}, seed {seed}: {arm.meaning}"
@@ -121,9 +121,9 @@ def compare(wanted: Wanted, out: Path, listener: Listener) -> dict[str, Any]:
         rows.append(_Training(wanted, arm, seed, out, listener).row())
     content = {
         "family": wanted.settings.run.family,
-        "measure": MEASURES[_task(wanted)].name,
-        "higher_is_better": MEASURES[_task(wanted)].higher_is_better,
-        "examples": EXAMPLES[_task(wanted)],
+        "measure": usual.measure.name,
+        "higher_is_better": usual.measure.higher_is_better,
+        "examples": usual.quality_examples,
         "equal": _what_is_equal(wanted),
         "evaluations_a_step": None
         if _is_unrolled(wanted)
@@ -146,17 +146,13 @@ def product_of(wanted: Wanted) -> Iterator[tuple[Arm, int]]:
 
 def _is_unrolled(wanted: Wanted) -> bool:
     """Whether end-to-end training runs some layers several times a step, so that steps differ in layer evaluations."""
-    return hasattr(family_type(wanted.settings.run.family, "exact"), "with_iterations")
+    return family_type(wanted.settings.run.family, "exact").unrolled
 
 
 def _what_is_equal(wanted: Wanted) -> str:
     if wanted.minutes is not None:
         return "time"
     return "steps" if _is_unrolled(wanted) else "layer evaluations"
-
-
-def _task(wanted: Wanted) -> str:
-    return str(family_type(wanted.settings.run.family).task)
 
 
 def _check(wanted: Wanted) -> None:
@@ -292,7 +288,7 @@ class _Training:
         if code != 0:
             raise _FailedError(f"it ended with exit code {code}; its message is on standard error")
 
-    def _figures(self) -> dict[str, Any]:
+    def _figures(self) -> dict[str, object]:
         measured = self._measured(self.path)
         quality = _records(self.path / "quality.jsonl", "value")
         if not quality:
@@ -361,7 +357,7 @@ class _FailedError(EdgeblocksError):
     """An arm has no result; the others are trained nevertheless."""
 
 
-def _records(path: Path, field: str) -> list[dict[str, Any]]:
+def _records(path: Path, field: str) -> list[dict[str, object]]:
     """Records that have a time and a figure."""
     if not path.exists():
         return []

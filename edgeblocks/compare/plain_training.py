@@ -9,7 +9,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,10 +19,13 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
+from edgeblocks.config import RunSettings
 from edgeblocks.data.dataset import DataSet
 from edgeblocks.diffusion.noise import NoisePartition, partition_noise
 from edgeblocks.errors import EdgeblocksError
+from edgeblocks.families.family import Family
 from edgeblocks.inference.quality import network_quality
+from edgeblocks.offload.device import Target
 from edgeblocks.optim.update import BETA1, BETA2, EPS, ema_exponent, learning_rate_at
 from edgeblocks.progress import Listener
 from edgeblocks.seeds import generator_at
@@ -31,9 +34,9 @@ from edgeblocks.training.loop import METRICS_RECORDS
 
 
 def train(
-    family: Any,
+    family: Family,
     data: DataSet,
-    run: Any,
+    run: RunSettings,
     *,
     device: str,
     eight_bit: bool,
@@ -43,7 +46,6 @@ def train(
     """The network of a family, end to end.
 
     Args:
-        run: `config.RunSettings`.
         device: torch's name of where the network is.
         on_start: called before the first step.
         on_step: called after every step with the number of steps, the loss, and the mean of the weights.
@@ -67,7 +69,7 @@ def train(
         for step in range(run.steps):
             batch = {name: tensor.to(device) for name, tensor in batches.of(step).items()}
             loss = family.loss(network, batch).mean()
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
             nn.utils.clip_grad_norm_(network.parameters(), run.clip)
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate_at(step, steps=run.steps, warmup=run.warmup, peak=run.learning_rate)
@@ -77,7 +79,7 @@ def train(
             on_step(step + 1, loss.item(), averaged.module)
 
 
-def adamw(groups: list[dict[str, Any]], *, eight_bit: bool) -> torch.optim.Optimizer:
+def adamw(groups: list[dict[str, object]], *, eight_bit: bool) -> torch.optim.Optimizer:
     """AdamW with moments of 32 bits or 8."""
     if not eight_bit:
         return torch.optim.AdamW(groups, betas=(BETA1, BETA2), eps=EPS, fused=True)
@@ -87,7 +89,7 @@ def adamw(groups: list[dict[str, Any]], *, eight_bit: bool) -> torch.optim.Optim
     return optimizer
 
 
-def whole_range(family: Any) -> NoisePartition:
+def whole_range(family: Family) -> NoisePartition:
     """All noise levels, as one block has them."""
     return partition_noise(family.noise, num_blocks=1, kind="equal-probability", overlap=0.0)
 
@@ -121,7 +123,9 @@ class WholeNetwork:
 class Recorder:
     """Writes figures of a training, and has its network evaluated now and then; that time is not counted."""
 
-    def __init__(self, out: Path, family: Any, data: DataSet, run: Any, target: Any, listener: Listener) -> None:
+    def __init__(
+        self, out: Path, family: Family, data: DataSet, run: RunSettings, target: Target, listener: Listener
+    ) -> None:
         self.out, self.family, self.data, self.run = out, family, data, run
         self.target, self.listener = target, listener
         self.runtime_bytes = self.target.used_bytes()
@@ -176,6 +180,6 @@ class Recorder:
         )
         (self.out / "summary.json").write_text(json.dumps(asdict(summary)))
 
-    def _append(self, name: str, record: dict[str, Any]) -> None:
+    def _append(self, name: str, record: Mapping[str, object]) -> None:
         with (self.out / name).open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")

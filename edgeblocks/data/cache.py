@@ -59,7 +59,7 @@ class CacheKind:
 class RowFile:
     """Rows of an .npy file, read with pread: only what is asked for comes into memory."""
 
-    def __init__(self, path: Path, dtype: np.dtype[Any] | type[np.generic], *, row: str, most_rows: int) -> None:
+    def __init__(self, path: Path, dtype: np.dtype[np.generic] | type[np.generic], *, row: str, most_rows: int) -> None:
         self.path, self._dtype, self._row = path, np.dtype(dtype), row
         with open_regular(path) as file:
             self.shape, self.offset = _array_in(file, self._dtype, most_rows)
@@ -81,7 +81,7 @@ class RowFile:
             self._read_at(self.offset + int(index) * row_bytes, row)
         return rows
 
-    def _read_at(self, position: int, row: NDArray[Any]) -> None:
+    def _read_at(self, position: int, row: NDArray[np.generic]) -> None:
         try:
             num_read = os.preadv(self.descriptor, [row.data.cast("B")], position)
         except OSError as error:
@@ -96,7 +96,7 @@ class RowFile:
 class GrowingArray:
     """An .npy file to which rows are appended; numpy leaves room in the header for the final number of rows."""
 
-    def __init__(self, path: Path, dtype: np.dtype[Any] | type[np.generic], row_shape: tuple[int, ...]) -> None:
+    def __init__(self, path: Path, dtype: np.dtype[np.generic] | type[np.generic], row_shape: tuple[int, ...]) -> None:
         self._dtype, self._row_shape, self._num_rows = np.dtype(dtype), row_shape, 0
         self._file = path.open("wb")
         self._write_header()
@@ -171,7 +171,7 @@ class CacheFiles:
             file.flush()
             os.fsync(file.fileno())
 
-    def finish(self, told: Mapping[str, Any]) -> None:
+    def finish(self, told: Mapping[str, object]) -> None:
         """Writes `told` and a checksum of it into meta.json, and flushes everything to the disk."""
         with self._storing():
             for array in self._arrays.values():
@@ -295,7 +295,7 @@ def _open_cache(folder: Path, read: Callable[[Path], Stored]) -> Stored | None:
         return None
 
 
-def _array_in(file: BinaryIO, dtype: np.dtype[Any], most_rows: int) -> tuple[tuple[int, ...], int]:
+def _array_in(file: BinaryIO, dtype: np.dtype[np.generic], most_rows: int) -> tuple[tuple[int, ...], int]:
     """Shape of the array in an .npy file, and the byte at which its values begin.
 
     Raises:

@@ -73,7 +73,7 @@ def read_npy_header(file: Readable) -> NpyHeader:
     )
 
 
-def _literal(text: str) -> Any:
+def _literal(text: str) -> object:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Python's parser warns of odd escapes
@@ -82,7 +82,7 @@ def _literal(text: str) -> Any:
         raise MalformedFileError(f"its header cannot be read ({type(error).__name__})") from error
 
 
-def _dtype(described: Any) -> np.dtype[Any]:
+def _dtype(described: object) -> np.dtype[np.generic]:
     if not isinstance(described, str) or not _PLAIN_DTYPE.fullmatch(described):
         raise MalformedFileError(f"its values are {shown(described)}, not numbers of one type")
     try:

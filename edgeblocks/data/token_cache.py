@@ -74,7 +74,7 @@ class StoredTokens:
 class TokenFile:
     """tokens.npy of a finished cache, read page by page, each compared with its check."""
 
-    def __init__(self, folder: Path, dtype: np.dtype[Any]) -> None:
+    def __init__(self, folder: Path, dtype: np.dtype[np.generic]) -> None:
         self._tokens = RowFile(folder / "tokens.npy", dtype, row=_KIND.row, most_rows=_MOST_PAGES)
         self._checks = RowFile(folder / "checks.npy", np.uint32, row=_KIND.row, most_rows=_MOST_PAGES)
         self.num_pages, self.page_tokens = self._tokens.shape
@@ -245,7 +245,7 @@ def _encoded(
         yield tokens, extent, stretch.held_out
 
 
-def _append(files: CacheFiles, pages: NDArray[Any]) -> None:
+def _append(files: CacheFiles, pages: NDArray[np.generic]) -> None:
     if len(pages):
         pages = np.ascontiguousarray(pages)
         files.append("tokens.npy", pages)

@@ -8,8 +8,7 @@ unpacked is compared with its size first. What else is wrong with a file the lib
 import base64
 import json
 import math
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Mapping
 
 from edgeblocks.files.untrusted import MalformedFileError, shown
 from edgeblocks.limits import MOST_TOKENS
@@ -54,7 +53,7 @@ def check_definition(definition: str) -> None:
         )
 
 
-def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _without_twins(pairs: list[tuple[str, object]]) -> dict[str, object]:
     """An object whose keys are there once: of two, the library may take the other one."""
     found = dict(pairs)
     if len(found) != len(pairs):
@@ -62,7 +61,7 @@ def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _parts(part: Any) -> Iterator[dict[str, Any]]:
+def _parts(part: object) -> Iterator[dict[str, object]]:
     """The parts that a normalizer, pre-tokenizer or decoder is a chain of."""
     if isinstance(part, dict):
         yield part
@@ -72,7 +71,7 @@ def _parts(part: Any) -> Iterator[dict[str, Any]]:
                     yield from _parts(item)
 
 
-def _growth(part: dict[str, Any]) -> int:
+def _growth(part: Mapping[str, object]) -> int:
     """How many times longer a part can make a text, in bytes."""
     kind = part.get("type")
     if kind == "Replace":
@@ -88,11 +87,11 @@ def _growth(part: dict[str, Any]) -> int:
     return 2 if kind in ("ByteLevel", "Metaspace") else 1
 
 
-def _num_bytes(text: Any) -> int:
+def _num_bytes(text: object) -> int:
     return len(text.encode(errors="replace")) if isinstance(text, str) else 0
 
 
-def _check_table(packed: Any) -> None:
+def _check_table(packed: object) -> None:
     """That a table of characters and their replacements is as long as it says: a trie's size, the trie, and texts."""
     table = base64.b64decode(packed, validate=True) if isinstance(packed, str) else b""
     trie_bytes = int.from_bytes(table[:4], "little")

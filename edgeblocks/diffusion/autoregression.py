@@ -20,7 +20,6 @@ from edgeblocks.diffusion.token_choice import Shares, Tokens, Values, choose, dr
 from edgeblocks.errors import ConfigError
 from edgeblocks.seeds import seed_at
 
-DEFAULT_STEPS = 8
 MOST_STEPS = 1000
 PROBABILITY_COPIES = 8
 PROMPT_SEGMENT = 64

@@ -2,7 +2,6 @@
 
 import hashlib
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,8 +9,6 @@ from numpy.typing import NDArray
 from edgeblocks.diffusion.solver import integrate
 from edgeblocks.seeds import seed_at, start_noise
 
-DEFAULT_STEPS = 4
-DEFAULT_NOISES = 4
 CALIBRATION_BINS = 15
 LEAST_PROBABILITY = 1e-12
 """A class that is given less counts as this in the cross-entropy."""
@@ -60,7 +57,7 @@ def classify(
     return mean
 
 
-def classification_scores(probabilities: NDArray[np.float32], labels: NDArray[np.int64]) -> dict[str, Any]:
+def classification_scores(probabilities: NDArray[np.float32], labels: NDArray[np.int64]) -> dict[str, object]:
     """How good probabilities [images, classes] are, given the classes [images].
 
     Shares of images whose class is the likeliest (top1) or among the five likeliest (top5). `cross_entropy` is the mean

@@ -9,7 +9,6 @@ from edgeblocks.diffusion.token_choice import drawing_problems, drawn_at, length
 from edgeblocks.errors import ConfigError
 from edgeblocks.seeds import seed_at
 
-DEFAULT_STEPS = 64
 MOST_STEPS = 10_000
 
 Logits = NDArray[np.float32]

@@ -156,7 +156,7 @@ def _int8_weight(weight: Any) -> tuple[Any, float]:
     return (weight / scale).round().astype("int8"), scale
 
 
-def _torch_int8_linear() -> dict[str, Any]:
+def _torch_int8_linear() -> dict[str, object]:
     import warnings
 
     import torch
@@ -176,7 +176,7 @@ def _torch_int8_linear() -> dict[str, Any]:
         return _compared(call, error=error, tolerance=0.05, fp32=lambda: activations @ weight)
 
 
-def _torch_bf16_matmul() -> dict[str, Any]:
+def _torch_bf16_matmul() -> dict[str, object]:
     import torch
 
     activations, weight = (torch.from_numpy(array) for array in _linear_problem())

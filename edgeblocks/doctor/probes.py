@@ -42,7 +42,7 @@ class Answer:
 
 
 def ask(
-    names: Sequence[str], request: Mapping[str, Any] | None = None, *, limit_s: float, deadline: float
+    names: Sequence[str], request: Mapping[str, object] | None = None, *, limit_s: float, deadline: float
 ) -> dict[str, Answer]:
     """Run probes one after the other in a child process; one that takes the child with it does not stop the others.
 
@@ -69,7 +69,7 @@ def ask(
     return answers
 
 
-def _run_child(names: Sequence[str], request: Mapping[str, Any], limit_s: float) -> tuple[list[str], Answer]:
+def _run_child(names: Sequence[str], request: Mapping[str, object], limit_s: float) -> tuple[list[str], Answer]:
     """The finished lines of a child's answer, and the answer of the probe at which it ended, if it did not finish."""
     # -P: a folder named edgeblocks where the user stands is not the installed package.
     command = [sys.executable, "-P", "-m", "edgeblocks.doctor.probes", "--probe", *names]
@@ -93,7 +93,7 @@ def _whole_lines(output: bytes | None) -> list[str]:
     return [line for line in (output or b"").decode().splitlines(keepends=True) if line.endswith("\n")]
 
 
-def _probe_gpus() -> dict[str, Any]:
+def _probe_gpus() -> dict[str, object]:
     """The GPUs that torch can use, and why there are none."""
     import warnings
 
@@ -110,7 +110,7 @@ def _probe_gpus() -> dict[str, Any]:
     return {"gpus": [_probe_gpu(index) for index in range(torch.cuda.device_count())], "note": None}
 
 
-def _probe_gpu(index: int) -> dict[str, Any]:
+def _probe_gpu(index: int) -> dict[str, object]:
     """Memory and link speed of a GPU. The link is measured as for a plan, which was done on a GPU (docs/gpu.md)."""
     import torch
 
@@ -121,7 +121,9 @@ def _probe_gpu(index: int) -> dict[str, Any]:
     # A target keeps a stream of the GPU that it copies to, hence one for each. torch's out-of-memory errors, of the GPU
     # and of the host, mean that its memory is full.
     with contextlib.suppress(RuntimeError), torch.cuda.device(device):
-        to_gpu, from_gpu = build_target("cuda").link_bytes_per_s(probe_bytes)
+        gpu = build_target("cuda").device
+        assert gpu is not None
+        to_gpu, from_gpu = gpu.link_bytes_per_s(probe_bytes)
     return {
         "name": torch.cuda.get_device_name(device),
         "total_bytes": total_bytes,
@@ -155,7 +157,7 @@ def _probe_presets() -> dict[str, dict[str, Any]]:
     from edgeblocks.families.base import ImageInfo, TextInfo
     from edgeblocks.prepare import grid_sample_bytes
     from edgeblocks.runs.open_data import open_run_data
-    from edgeblocks.tasks import GRID_SAMPLES
+    from edgeblocks.tasks import TASKS
 
     requests = {}
     for name in preset_names():
@@ -178,7 +180,7 @@ def _probe_presets() -> dict[str, dict[str, Any]]:
             optimizer=run.optimizer,
             preferred_blocks=kind.preferred_blocks,
             data_bytes=data_bytes,
-            grid_samples=GRID_SAMPLES[kind.task],
+            grid_samples=TASKS[kind.task].grid_samples,
             sample_bytes=grid_sample_bytes(build_family(run.family, asdict(settings.family), asdict(data))),
         )
         family = {"name": run.family, "settings": asdict(settings.family), "data": asdict(data)}

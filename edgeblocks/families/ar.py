@@ -10,9 +10,11 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from edgeblocks.diffusion.autoregression import CachesPer
 from edgeblocks.diffusion.noise import NoisePartition
 from edgeblocks.families.base import Batch, Level, TextInfo
 from edgeblocks.families.causal_layers import CausalLayer, PlainCausalLayer, TwoStreamLayer
+from edgeblocks.families.family import EndToEnd
 from edgeblocks.families.layers import Linear, TokenEmbedding, init_plain_, init_zero_, rotary_table
 from edgeblocks.families.token_block import TokenDenoiserBlock
 from edgeblocks.families.token_denoiser import TokenDenoiser
@@ -50,10 +52,8 @@ class Ar(TokenDenoiser):
     name = "ar"
     preferred_blocks = 4
     block_type = ArBlock
-
-    def cache_key(self, step: int, block: int) -> int:
-        """The block: the clean stream is the same at all its levels."""
-        return block
+    caches_per: CachesPer = "block"
+    """The clean stream is the same at all levels of a block."""
 
 
 class PlainArBlock(TokenDenoiserBlock):
@@ -108,7 +108,7 @@ class PlainArBlock(TokenDenoiserBlock):
         return out
 
 
-class PlainAr(Ar):
+class PlainAr(Ar, EndToEnd):
     """What `ar` is where it is trained end to end: an ordinary language model, one pass a token, without a chain."""
 
     chain_steps = 1
@@ -127,12 +127,14 @@ class PlainAr(Ar):
         """One, as no noise level differs from another."""
         return (Level.at(self.settings.sigma_max),)
 
-    def enter(self, block: PlainArBlock, batch: Batch) -> tuple[Tensor, Tensor]:
+    def enter(self, block: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
         """What the first layer is given, and a condition that says nothing."""
+        assert isinstance(block, PlainArBlock)
         return block.enter(F.pad(batch["tokens"][:, :-1], (1, 0), value=self.begin))
 
-    def loss_after(self, block: PlainArBlock, hidden: Tensor, condition: Tensor, batch: Batch) -> Tensor:
+    def loss_after(self, block: nn.Module, hidden: Tensor, condition: Tensor, batch: Batch) -> Tensor:
         """`loss` from what the last layer gives."""
+        assert isinstance(block, PlainArBlock)
         return (
             token_losses(*self._read_from(block, block.readout_norm(hidden), batch)).view(batch["tokens"].shape).mean(1)
         )

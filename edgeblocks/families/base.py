@@ -1,27 +1,25 @@
-"""What the runtime asks of a family. A new family is one file that satisfies `Family`, plus presets."""
+"""What families are made of: what they know of their data, base classes, checks of settings. See `family.Family`."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
+from edgeblocks.data.dataset import DataSet
 from edgeblocks.data.images import ImageSet
 from edgeblocks.data.text import TextSet
-from edgeblocks.diffusion.noise import LevelDistribution, NoiseDistribution, NoisePartition, NoiseRange
+from edgeblocks.diffusion.noise import NoiseDistribution, NoisePartition, NoiseRange
 from edgeblocks.errors import ConfigError
+from edgeblocks.tasks import TASKS, Reads, Task
 
 Batch = dict[str, Tensor]
 BatchSpec = Mapping[str, tuple[tuple[int, ...], torch.dtype]]
 ConditionSpec = tuple[str, tuple[int, ...], torch.dtype]
 """Name, shape of one sample's, dtype."""
-Reads = Literal["images", "text"]
-"""What kind of data a family is trained on."""
-Task = Literal["images", "classes", "text", "continuation"]
-"""What a family's chain makes: images, the probabilities of an image's classes, text, or text token by token."""
 
 NOISE_FEATURES = 256
 NUM_LEVELS = 24
@@ -94,88 +92,79 @@ class ImageInfo:
         return images.mul_(self.scale / 255).sub_(self.mean * self.scale)
 
 
-class Family(Protocol):
-    """A kind of model and its objective."""
+DataInfo = ImageInfo | TextInfo
+"""What a network must know of the data."""
 
-    name: str
-    task: Task
-    reads: Reads
-    data_type: type
-    """What the network must know of the data: a frozen dataclass of plain values."""
-    preferred_blocks: int
-    sigma_data: float
-    """Standard deviation of the clean target, per component."""
-    settings: Any
-    data: Any
 
-    @classmethod
-    def data_info(cls, data: Any) -> Any:
-        """The `data_type` of a data set of the kind that the family reads."""
+class FamilySettings(Protocol):
+    """The settings of every family: a frozen dataclass of plain values that all have defaults."""
+
+    @property
+    def depth(self) -> int:
+        """Layers of the whole network."""
         ...
 
-    @property
-    def num_layers(self) -> int: ...
+    def problems(self) -> list[str]:
+        """What is wrong with these values, one sentence each."""
+        ...
+
+
+class NoiseSettings(FamilySettings, Protocol):
+    """Those of a family whose noise levels are log-normal."""
 
     @property
-    def noise(self) -> LevelDistribution: ...
+    def sigma_min(self) -> float: ...
+
+    @property
+    def sigma_max(self) -> float: ...
+
+    @property
+    def p_mean(self) -> float: ...
+
+    @property
+    def p_std(self) -> float: ...
+
+
+class BaseFamily:
+    """What all families share, unless they say otherwise; see `family.Family`."""
+
+    name = ""
+    task: Task
+    settings_type: type
+    data_type: type
+    one_stage = False
+    layer_period = 1
+    unrolled = False
+    settings: FamilySettings
+
+    @property
+    def num_layers(self) -> int:
+        return self.settings.depth
 
     @property
     def conditional(self) -> bool:
-        """Whether samples are asked for by class."""
-        ...
+        return False
 
     @property
-    def state_shape(self) -> tuple[int, ...]:
-        """Shape of a sample's z."""
-        ...
-
-    @property
-    def condition_spec(self) -> ConditionSpec | None:
-        """What a block is given beside z and sigma; None where it is given nothing."""
-        ...
-
-    def block(self, *, num_layers: int, checkpointing: bool) -> nn.Module: ...
-
-    def batch_spec(self, batch: int) -> BatchSpec: ...
-
-    def draw(
-        self, examples: np.ndarray, labels: np.ndarray | None, noise_range: NoiseRange, generator: torch.Generator
-    ) -> Batch: ...
-
-    def at_level(
-        self, examples: np.ndarray, labels: np.ndarray | None, level: Level, generator: torch.Generator
-    ) -> Batch:
-        """A batch at a noise level, drawn within it where it is a stratum; for evaluation, nothing augmented."""
-        ...
-
-    def evaluation_levels(self, partition: NoisePartition) -> Sequence[Level]:
-        """Where evaluation looks, descending; the shares add up to 1."""
-        ...
-
-    def inputs(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
-        """z and the condition with which a block is called on a batch."""
-        ...
-
-    def loss(self, block: nn.Module, batch: Batch) -> Float[Tensor, " batch"]: ...
-
-    def scores(self, block: nn.Module, batch: Batch) -> dict[str, Float[Tensor, " batch"]]:
-        """What evaluation reports of each sample: `loss`, and more where the family knows more."""
-        ...
+    def chain_steps(self) -> int:
+        """What is usual for the task."""
+        return TASKS[self.task].steps
 
 
-class TextFamily:
-    """What families on text share: `settings` with a depth."""
+class TextFamily(BaseFamily):
+    """What families on text share."""
 
     reads: Reads = "text"
-    task: Task = "text"
-    data_type = TextInfo
+    data_type: type = TextInfo
+    data: TextInfo
 
     @classmethod
-    def data_info(cls, text: TextSet) -> TextInfo:
+    def data_info(cls, data: DataSet) -> TextInfo:
         """What the network must know of a text."""
-        return TextInfo(vocabulary=text.vocabulary, length=text.length)
+        assert isinstance(data, TextSet)
+        return TextInfo(vocabulary=data.vocabulary, length=data.length)
 
-    def __init__(self, settings: Any, data: TextInfo) -> None:
+    def __init__(self, settings: FamilySettings, data: TextInfo) -> None:
         """A family of these settings on this text.
 
         Raises:
@@ -186,32 +175,31 @@ class TextFamily:
         if problems:
             raise ConfigError(*problems)
 
-    @property
-    def num_layers(self) -> int:
-        return int(self.settings.depth)
 
-
-class ImageFamily:
-    """What families on images share: `settings` with a depth and a log-normal distribution of noise levels."""
+class ImageFamily(BaseFamily):
+    """What families on images share: a log-normal distribution of noise levels."""
 
     reads: Reads = "images"
-    data_type = ImageInfo
+    data_type: type = ImageInfo
+    data: ImageInfo
     sigma_data: float
+    settings: NoiseSettings
 
     @classmethod
-    def data_info(cls, images: ImageSet) -> ImageInfo:
+    def data_info(cls, data: DataSet) -> ImageInfo:
         """What the network must know of an image set; model space has the standard deviation `sigma_data`."""
-        _, height, width, channels = images.images.shape
+        assert isinstance(data, ImageSet)
+        _, height, width, channels = data.images.shape
         return ImageInfo(
             channels=channels,
             height=height,
             width=width,
-            num_classes=len(images.class_names),
-            mean=images.mean,
-            scale=cls.sigma_data / images.std,
+            num_classes=len(data.class_names),
+            mean=data.mean,
+            scale=cls.sigma_data / data.std,
         )
 
-    def __init__(self, settings: Any, data: ImageInfo) -> None:
+    def __init__(self, settings: NoiseSettings, data: ImageInfo) -> None:
         """A family of these settings on these images.
 
         Raises:
@@ -225,10 +213,6 @@ class ImageFamily:
     def data_problems(self, data: ImageInfo) -> list[str]:
         """What of the data is impossible for these settings."""
         return []
-
-    @property
-    def num_layers(self) -> int:
-        return int(self.settings.depth)
 
     @property
     def noise(self) -> NoiseDistribution:

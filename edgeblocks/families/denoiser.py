@@ -5,7 +5,7 @@ Source: Karras et al. 2022, arXiv 2206.00364, table 1 (preconditioning, loss wei
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -23,6 +23,8 @@ from edgeblocks.families.base import (
     Level,
     draw_sigmas,
 )
+from edgeblocks.families.block import Block
+from edgeblocks.families.family import EndToEnd
 from edgeblocks.families.layers import LabelEmbedding, Linear, noise_features, run_layers
 from edgeblocks.families.settings import Depth, FamilySettings, PMean, PStd, Share, SigmaMax, SigmaMin, Width
 
@@ -43,11 +45,8 @@ class DenoiserSettings(FamilySettings):
     p_std: PStd = 1.2
 
 
-class EdmBlock(nn.Module, ABC):
+class EdmBlock(Block):
     """A block between EDM's preconditioning: `begun`, its layers, `ended`."""
-
-    layers: nn.ModuleList
-    checkpointing: bool
 
     @abstractmethod
     def begun(self, x: Tensor, c_noise: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -86,6 +85,24 @@ class EdmBlock(nn.Module, ABC):
         return self.leave(hidden, condition, z, sigma)
 
 
+@runtime_checkable
+class WithTables(Protocol):
+    """A part of a network that has fixed tables, which are not stored."""
+
+    def reset_tables_(self) -> None:
+        """Make them on torch's default device."""
+        ...
+
+
+@runtime_checkable
+class WithOwnValues(Protocol):
+    """A part of a network some of whose parameters start otherwise than `ResidualBlock.init_` has them."""
+
+    def init_(self, generator: torch.Generator) -> None:
+        """Set these, in place."""
+        ...
+
+
 class ResidualBlock(EdmBlock):
     """One block of a residual network: stem, `num_layers` layers, readout.
 
@@ -117,8 +134,8 @@ class ResidualBlock(EdmBlock):
 
     def reset_tables_(self) -> None:
         """Make fixed tables (buffers that are not stored) on torch's default device, where a part has some."""
-        for part in (getattr(self, "stem", None), *self.layers, getattr(self, "readout", None)):
-            if hasattr(part, "reset_tables_"):
+        for part in (self.stem, *self.layers, self.readout):
+            if isinstance(part, WithTables):
                 part.reset_tables_()
 
     @torch.no_grad()
@@ -136,7 +153,7 @@ class ResidualBlock(EdmBlock):
                     nn.init.constant_(parameter, float(name == "weight" and "Norm" in type(module).__name__))
         init_condition_(self.noise_up, self.noise_down, self.label_embedding, generator)
         for part in (self.stem, *self.layers, self.readout):
-            if hasattr(part, "init_"):
+            if isinstance(part, WithOwnValues):
                 part.init_(generator)
 
     def begun(self, x: Tensor, c_noise: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -186,14 +203,14 @@ class _WithoutValues(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-class ImageDenoiser(ImageFamily):
+class ImageDenoiser(ImageFamily, EndToEnd):
     """What families of image denoisers share: what they draw, and their loss."""
 
-    task = "images"
+    task: Literal["images"] = "images"
     preferred_blocks = 3
     sigma_data = SIGMA_DATA
-    settings_type: Any = DenoiserSettings
-    settings: Any
+    settings_type: type = DenoiserSettings
+    settings: DenoiserSettings
 
     @property
     def conditional(self) -> bool:
@@ -262,14 +279,15 @@ class ImageDenoiser(ImageFamily):
         z, labels = self.inputs(batch)
         return self._weighted_error(block(z, batch["sigma"], labels), batch)
 
-    def enter(self, block: Any, batch: Batch) -> tuple[Tensor, Tensor]:
+    def enter(self, block: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
         """What the block's first layer is given, and what all layers are told."""
+        assert isinstance(block, EdmBlock)
         z, labels = self.inputs(batch)
-        entered: tuple[Tensor, Tensor] = block.enter(z, batch["sigma"], labels)
-        return entered
+        return block.enter(z, batch["sigma"], labels)
 
-    def loss_after(self, block: Any, hidden: Tensor, condition: Tensor, batch: Batch) -> Float[Tensor, " batch"]:
+    def loss_after(self, block: nn.Module, hidden: Tensor, condition: Tensor, batch: Batch) -> Float[Tensor, " batch"]:
         """`loss` from what the last layer gives."""
+        assert isinstance(block, EdmBlock)
         denoised = block.leave(hidden, condition, self.inputs(batch)[0], batch["sigma"])
         return self._weighted_error(denoised, batch)
 
@@ -287,6 +305,9 @@ class ImageDenoiser(ImageFamily):
 class OwnDenoiser(ImageDenoiser, ABC):
     """A residual network of your own: a name, settings, and three parts of a block."""
 
+    settings: Any
+    """An instance of its `settings_type`."""
+
     @abstractmethod
     def stem(self) -> nn.Module:
         """A module that makes hidden values of an image [batch, channels, height, width]."""
@@ -299,7 +320,7 @@ class OwnDenoiser(ImageDenoiser, ABC):
     def readout(self) -> nn.Module:
         """A module that takes (hidden, condition) and gives an image."""
 
-    def block(self, *, num_layers: int, checkpointing: bool) -> nn.Module:
+    def block(self, *, num_layers: int, checkpointing: bool) -> ResidualBlock:
         """A block of `num_layers` layers on torch's default device, parameters not initialised."""
         with _WithoutValues():
             return ResidualBlock(

@@ -92,7 +92,7 @@ class Dit(ImageDenoiser):
     """The family: builds blocks, draws what a training step needs, and computes the per-sample loss."""
 
     name = "dit"
-    settings_type = DitSettings
+    settings_type: type = DitSettings
     settings: DitSettings
 
     def data_problems(self, data: ImageInfo) -> list[str]:

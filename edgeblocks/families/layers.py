@@ -28,7 +28,7 @@ class _AddingToGradients(torch.autograd.Function):
         return F.linear(x, weight, bias)
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias = ctx.saved_tensors
         rows = grad_outputs[0].flatten(0, -2)
         weight.grad.addmm_(rows.t(), x.flatten(0, -2))
@@ -69,7 +69,7 @@ class _AddingRowsToGradients(torch.autograd.Function):
         return F.embedding(tokens, weight)
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         tokens, weight = ctx.saved_tensors
         weight.grad.index_put_((tokens.flatten(),), grad_outputs[0].flatten(0, -2), accumulate=True)
         return None, None
@@ -129,7 +129,7 @@ class _Turned(torch.autograd.Function):
         return queries, keys, qkv[:, :, 2].transpose(1, 2)
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         (turns,) = ctx.saved_tensors
         back = turns.conj().resolve_conj()[:, None]
         grad_queries, grad_keys, grad_values = (grad.transpose(1, 2) for grad in grad_outputs)
@@ -372,7 +372,7 @@ class _WithGradient(torch.autograd.Function):
         return out.new_zeros(())
 
     @staticmethod
-    def backward(ctx: Any, *_: Tensor) -> Any:
+    def backward(ctx: Any, *_: Tensor) -> tuple[Tensor | None, ...]:
         return ctx.saved_tensors[0], None
 
 
@@ -392,7 +392,7 @@ class _Checkpointed(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         inputs = [tensor.detach().requires_grad_(tensor.requires_grad) for tensor in ctx.saved_tensors]
         with torch.enable_grad():
             out = ctx.layer(*inputs)

@@ -20,6 +20,7 @@ from jaxtyping import Float, Int
 from pydantic import Field
 from torch import Tensor, nn
 
+from edgeblocks.diffusion.autoregression import CachesPer
 from edgeblocks.diffusion.noise import NoiseRange
 from edgeblocks.errors import ConfigError
 from edgeblocks.families.ar import PlainAr, PlainArBlock
@@ -105,12 +106,10 @@ class Looped(TokenDenoiser):
 
     name = "looped"
     preferred_blocks = 1
-    settings_type = LoopedSettings
+    settings_type: type = LoopedSettings
     block_type = LoopedBlock
-
-    def cache_key(self, step: int, block: int) -> int:
-        """The step: states, and so keys and values, differ from level to level."""
-        return step
+    caches_per: CachesPer = "step"
+    """States, and so keys and values, differ from level to level."""
 
 
 class PlainLoopedBlock(PlainArBlock):
@@ -184,9 +183,10 @@ class PlainLooped(PlainAr):
     name = "looped"
     preferred_blocks = 1
     one_stage = True
+    unrolled = True
     layer_period = 4
     """Layers after which the structure repeats: one of the prelude, two of the core, one of the coda."""
-    settings_type = LoopedSettings
+    settings_type: type = LoopedSettings
     settings: LoopedSettings
 
     def __init__(self, settings: LoopedSettings, data: TextInfo) -> None:
@@ -243,6 +243,6 @@ class PlainLooped(PlainAr):
         """The batch, asking for so many iterations."""
         return {**batch, "iterations": torch.zeros(len(batch["tokens"]), count)}
 
-    def enter(self, block: PlainArBlock, batch: Batch) -> tuple[Tensor, Tensor]:
+    def enter(self, block: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
         """What the first layer is given, and a row as long as there are iterations."""
         return super().enter(block, batch)[0], batch["iterations"]

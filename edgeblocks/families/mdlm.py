@@ -14,10 +14,11 @@ Source: arXiv 2506.14202, section 4 (partition of the schedule into equal decrem
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from edgeblocks.diffusion.noise import MaskingSchedule, NoisePartition, NoiseRange, unmasking_steps
@@ -31,6 +32,7 @@ from edgeblocks.families.base import (
     TextInfo,
     spread_shares,
 )
+from edgeblocks.families.family import EndToEnd
 from edgeblocks.families.layers import Linear, RotaryAdaLnLayer, TokenEmbedding, run_layers
 from edgeblocks.families.settings import Depth, FamilySettings, RotaryHeads, Width
 from edgeblocks.families.text_block import TextBlock
@@ -93,18 +95,18 @@ class MdlmBlock(TextBlock):
         return self.token_embedding(z), self.condition(2 * t - 1)
 
 
-class Mdlm(TextFamily):
+class Mdlm(TextFamily, EndToEnd):
     """The family: builds blocks, draws what a training step needs, and computes the per-sample loss.
 
     A batch has the clean `tokens`, which of them are `masked`, and each sequence's `t`.
     """
 
     name = "mdlm"
+    task: Literal["text"] = "text"
     preferred_blocks = 3
     sigma_data = 1.0
-    settings_type = MdlmSettings
+    settings_type: type = MdlmSettings
     condition_spec = None
-    conditional = False
     settings: MdlmSettings
 
     @property
@@ -171,13 +173,27 @@ class Mdlm(TextFamily):
         """The sequence's share of the bound at its t, in nats a token: cross-entropy of masked tokens, times 1/t."""
         return _weighted(token_losses(*_readout_inputs(block, self.inputs(batch)[0], batch)), batch)
 
-    def enter(self, block: MdlmBlock, batch: Batch) -> tuple[Tensor, Tensor]:
+    def enter(self, block: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
         """What the block's first layer is given, and what all layers are told."""
+        assert isinstance(block, MdlmBlock)
         return block.enter(self.inputs(batch)[0], batch["t"])
 
-    def loss_after(self, block: MdlmBlock, hidden: Tensor, condition: Tensor, batch: Batch) -> Float[Tensor, " batch"]:
+    def loss_after(self, block: nn.Module, hidden: Tensor, condition: Tensor, batch: Batch) -> Float[Tensor, " batch"]:
         """`loss` from what the last layer gives."""
+        assert isinstance(block, MdlmBlock)
         return _weighted(token_losses(*_read_from(block, block.normalised(hidden, condition), batch)), batch)
+
+    def logits(
+        self,
+        block: nn.Module,
+        z: Int[Tensor, "batch length"],
+        t: Float[Tensor, " batch"],
+        wanted: Bool[Tensor, "batch length"],
+    ) -> Float[Tensor, "answers vocabulary"]:
+        """Logits at the wanted places alone: those of all would take more memory than the network."""
+        assert isinstance(block, MdlmBlock)
+        out: Tensor = block.readout(block.hidden(z, t)[wanted])
+        return out
 
     def scores(self, block: nn.Module, batch: Batch) -> dict[str, Float[Tensor, " batch"]]:
         """The loss, and the share of masked tokens that the likeliest answers get right.

@@ -6,6 +6,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from edgeblocks.families.base import NOISE_FEATURES
+from edgeblocks.families.block import Block
 from edgeblocks.families.layers import (
     AdaLnZeroLayer,
     Linear,
@@ -19,7 +20,7 @@ from edgeblocks.families.layers import (
 )
 
 
-class TextBlock(nn.Module):
+class TextBlock(Block):
     """A subclass makes the parts, in the order in which `init_` is to draw them, and says how tokens go through."""
 
     stem_parts: tuple[str, ...] = ("token_embedding", "noise_up", "noise_down")
@@ -29,7 +30,6 @@ class TextBlock(nn.Module):
     token_embedding: TokenEmbedding
     noise_up: Linear
     noise_down: Linear
-    layers: nn.ModuleList
     readout_modulation: Linear
     readout: Linear
 

@@ -12,9 +12,8 @@ where z tells nothing and the tokens before decide, so `top_share` of the first 
 Source: arXiv 2506.14202, sections 4.4 and 4.5.
 """
 
-from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
@@ -31,7 +30,6 @@ from edgeblocks.families.base import (
     BatchSpec,
     ConditionSpec,
     Level,
-    Task,
     TextFamily,
     TextInfo,
     quantile_levels,
@@ -48,8 +46,8 @@ from edgeblocks.families.settings import (
     SigmaMin,
     Width,
 )
-from edgeblocks.families.token_block import TokenDenoiserBlock
-from edgeblocks.families.token_loss import token_losses, token_scores
+from edgeblocks.families.token_block import Past, Present, TokenDenoiserBlock
+from edgeblocks.families.token_loss import token_estimates, token_losses, token_scores
 
 MOST_CODE_WIDTH = 2**12
 
@@ -72,17 +70,18 @@ class TokenDenoiserSettings(FamilySettings):
     p_std: PStd = 1.2
 
 
-class TokenDenoiser(TextFamily, ABC):
+class TokenDenoiser(TextFamily):
     """Draws what a training step needs, and computes the per-sample loss; a subclass names its kind of block.
 
     A batch has the clean `tokens`, the noise `eps` of their codes and each sequence's `sigma`.
     """
 
-    task: Task = "continuation"
-    settings_type = TokenDenoiserSettings
-    conditional = False
+    task: Literal["continuation"] = "continuation"
+    settings_type: type = TokenDenoiserSettings
     settings: TokenDenoiserSettings
     block_type: type[TokenDenoiserBlock]
+    caches_per: CachesPer
+    """What keys and values depend on: the tokens alone, so that each block has one set, or noised codes as well."""
 
     def __init__(self, settings: TokenDenoiserSettings, data: TextInfo) -> None:
         """A family of these settings on this text.
@@ -119,21 +118,20 @@ class TokenDenoiser(TextFamily, ABC):
         return "tokens", (self.data.length,), torch.int64
 
     @property
+    def code_width(self) -> int:
+        return self.settings.code_width
+
+    @property
+    def heads(self) -> int:
+        return self.settings.heads
+
+    @property
     def head_width(self) -> int:
         return self.settings.width // self.settings.heads
 
     def num_caches(self, num_layers: int) -> int:
         """Tensors of keys and of values that a block of `num_layers` layers keeps."""
         return 2 * num_layers
-
-    @abstractmethod
-    def cache_key(self, step: int, block: int) -> int:
-        """Which caches a step of the chain, run by a block, uses; steps of the same key share theirs."""
-
-    @property
-    def caches_per(self) -> CachesPer:
-        """What has caches of its own: a block, or each step of the chain."""
-        return "block" if self.cache_key(0, 0) == self.cache_key(1, 0) else "step"
 
     def block(self, *, num_layers: int, checkpointing: bool) -> TokenDenoiserBlock:
         """A block of `num_layers` layers on torch's default device, parameters not initialised."""
@@ -208,6 +206,39 @@ class TokenDenoiser(TextFamily, ABC):
         losses, right = token_scores(*self._readout_inputs(block, batch))
         shape = batch["tokens"].shape
         return {"loss": losses.view(shape).mean(1), "accuracy": right.view(shape).float().mean(1)}
+
+    def next_logits(
+        self,
+        block: nn.Module,
+        z: Float[Tensor, "batch tokens code"],
+        sigma: Float[Tensor, " batch"],
+        tokens: Int[Tensor, "batch tokens"],
+        past: Past,
+    ) -> tuple[Float[Tensor, "batch vocabulary"], Present]:
+        """Logits of the last position, and keys and values of all; see `TokenDenoiserBlock.forward`."""
+        assert isinstance(block, TokenDenoiserBlock)
+        hidden, present = block.hidden(z, sigma, tokens, past)
+        return block.readout(hidden[:, -1]), present
+
+    def estimates(
+        self,
+        block: nn.Module,
+        z: Float[Tensor, "batch tokens code"],
+        known: Float[Tensor, "batch tokens code"],
+        sigma: Float[Tensor, " batch"],
+        tokens: Int[Tensor, "batch tokens"],
+        answers: Int[Tensor, "batch tokens"],
+        codes: Float[Tensor, "vocabulary code"],
+    ) -> tuple[Float[Tensor, "batch tokens code"], Float[Tensor, "batch tokens"]]:
+        """The denoised code and log p(answer) at each position of a known text; see `TokenDenoiserBlock`."""
+        assert isinstance(block, TokenDenoiserBlock)
+        states, readout = block.reading_states(z, known, sigma, tokens).flatten(0, 1), block.readout
+        denoised, logarithms = token_estimates(states, readout.weight, readout.bias, answers.flatten(), codes)
+        return denoised.view(z.shape), logarithms.view(answers.shape)
+
+    def with_iterations(self, batch: Batch, count: int) -> Batch:
+        """The batch: layers are run once."""
+        return batch
 
     def _readout_inputs(self, block: nn.Module, batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """Hidden states, the readout's weight and bias, answers, and which of them count: all."""

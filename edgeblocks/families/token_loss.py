@@ -40,7 +40,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return losses
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias, targets, counts, log_sums = ctx.saved_tensors
         in_place = weight.grad is not None
         grad_x = torch.zeros_like(x)

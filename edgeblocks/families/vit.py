@@ -10,7 +10,7 @@ of magnitude and would make it a lottery on the draw of sigma.
 """
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
@@ -32,6 +32,8 @@ from edgeblocks.families.base import (
     draw_sigmas,
     patch_problems,
 )
+from edgeblocks.families.block import Block
+from edgeblocks.families.family import EndToEnd
 from edgeblocks.families.layers import (
     AdaLnZeroLayer,
     Linear,
@@ -89,7 +91,7 @@ class VitSettings(FamilySettings):
     p_std: PStd = 1.2
 
 
-class VitBlock(WithPositions):
+class VitBlock(WithPositions, Block):
     """One block: stem, `num_layers` layers, readout from the class token's normalised hidden state.
 
     z enters through the class token by a projection that starts at zero: at sigma_max z is noise and disturbs.
@@ -169,7 +171,7 @@ class VitBlock(WithPositions):
         return out
 
 
-class PlainVitBlock(WithPositions):
+class PlainVitBlock(WithPositions, Block):
     """A vision transformer as classifiers are, or some of its layers: told of images alone."""
 
     stem_parts = ("patch_embedding", "class_token")
@@ -227,10 +229,10 @@ class Vit(ImageFamily):
     """The family: builds blocks, draws what a training step needs, and computes the per-sample loss."""
 
     name = "vit"
-    task = "classes"
+    task: Literal["classes"] = "classes"
     preferred_blocks = 2
     sigma_data = SIGMA_DATA
-    settings_type = VitSettings
+    settings_type: type = VitSettings
     settings: VitSettings
 
     def data_problems(self, data: ImageInfo) -> list[str]:
@@ -246,10 +248,6 @@ class Vit(ImageFamily):
         ]
 
     @property
-    def conditional(self) -> bool:
-        return False
-
-    @property
     def state_shape(self) -> tuple[int, ...]:
         """Shape of a sample's z."""
         return (self.data.num_classes,)
@@ -259,7 +257,7 @@ class Vit(ImageFamily):
         """The image in model space."""
         return "images", (self.data.channels, self.data.height, self.data.width), torch.float32
 
-    def block(self, *, num_layers: int, checkpointing: bool) -> VitBlock:
+    def block(self, *, num_layers: int, checkpointing: bool) -> Block:
         """A block of `num_layers` layers on torch's default device, parameters not initialised."""
         return VitBlock(settings=self.settings, data=self.data, num_layers=num_layers, checkpointing=checkpointing)
 
@@ -330,12 +328,12 @@ class Vit(ImageFamily):
         return block.logits(z, batch["sigma"], images)
 
 
-class PlainVit(Vit):
+class PlainVit(Vit, EndToEnd):
     """What `vit` is where it is trained end to end: an ordinary classifier, without noise and without a chain."""
 
     chain_steps = 1
 
-    def block(self, *, num_layers: int, checkpointing: bool) -> PlainVitBlock:  # type: ignore[override]
+    def block(self, *, num_layers: int, checkpointing: bool) -> PlainVitBlock:
         """The network, or some of its layers, on torch's default device, parameters not initialised."""
         return PlainVitBlock(settings=self.settings, data=self.data, num_layers=num_layers, checkpointing=checkpointing)
 
@@ -343,12 +341,14 @@ class PlainVit(Vit):
         """One, as no noise level differs from another."""
         return (Level.at(self.settings.sigma_max),)
 
-    def enter(self, block: PlainVitBlock, batch: Batch) -> tuple[Tensor, Tensor]:
+    def enter(self, block: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
         """What the first layer is given, and a condition that says nothing."""
+        assert isinstance(block, PlainVitBlock)
         return block.enter(batch["images"])
 
-    def loss_after(self, block: PlainVitBlock, hidden: Tensor, condition: Tensor, batch: Batch) -> Tensor:
+    def loss_after(self, block: nn.Module, hidden: Tensor, condition: Tensor, batch: Batch) -> Tensor:
         """`loss` from what the last layer gives."""
+        assert isinstance(block, PlainVitBlock)
         smoothing = self.settings.label_smoothing if block.training else 0.0
         return F.cross_entropy(block.leave(hidden), batch["labels"], reduction="none", label_smoothing=smoothing)
 

@@ -113,7 +113,7 @@ class TensorFile:
         return StoredTensor(dtype=dtype, shape=tuple(shape), start=data_start + start, num_bytes=end - start)
 
 
-def encode_header(table: Mapping[str, Any], metadata: Mapping[str, str]) -> bytes:
+def encode_header(table: Mapping[str, object], metadata: Mapping[str, str]) -> bytes:
     """What a safetensors file begins with, before its data section."""
     text = json.dumps({"__metadata__": dict(metadata), **table}, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)

@@ -6,7 +6,7 @@ correction at the next level belongs to the next level's block).
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -19,6 +19,8 @@ from edgeblocks.diffusion.codebook import code_rows
 from edgeblocks.diffusion.noise import NoisePartition
 from edgeblocks.diffusion.solver import classes_in_turn, guide
 from edgeblocks.diffusion.token_choice import Tokens, Values
+from edgeblocks.families.block import Block
+from edgeblocks.families.family import AnyFamily, FamilyOfContinuations
 from edgeblocks.offload.slots import slot_of
 
 Denoise = Callable[[Tensor, float], Tensor]
@@ -30,7 +32,7 @@ class EmaWeights(Protocol):
     @property
     def device(self) -> torch.device: ...
 
-    def bind_(self, network: nn.Module) -> None: ...
+    def bind_(self, network: Block) -> None: ...
 
 
 @runtime_checkable
@@ -45,7 +47,7 @@ class BlockRunner:
 
     def __init__(
         self,
-        family: Any,
+        family: AnyFamily,
         layers: Sequence[int],
         partition: NoisePartition,
         source: EmaSource,
@@ -62,7 +64,7 @@ class BlockRunner:
         """Where the network is; what `denoise` is given and gives lies in the processor's memory."""
         self.loads: list[int] = []
         """The blocks made resident, in order."""
-        self._family, self._layers, self._source = family, tuple(layers), source
+        self.family, self._layers, self._source = family, tuple(layers), source
         self._residents: list[tuple[int, nn.Module] | None] = [None] * residents
 
     def network(self, block: int) -> nn.Module:
@@ -72,7 +74,7 @@ class BlockRunner:
         if resident is None or resident[0] != block:
             self._residents[slot] = None
             with torch.device("meta"):
-                network = self._family.block(num_layers=self._layers[block], checkpointing=False)
+                network = self.family.block(num_layers=self._layers[block], checkpointing=False)
             with self._source.ema_weights(block) as weights:
                 weights.bind_(network)
                 self.device = weights.device
@@ -101,23 +103,25 @@ class BlockRunner:
     @torch.no_grad()
     def logits(self, tokens: NDArray[np.int64], t: float, wanted: NDArray[np.bool_]) -> NDArray[np.float32]:
         """Logits [wanted, vocabulary] at the wanted places of tokens [some, length], by the block that owns t."""
-        network: Any = self.network(self.partition.block_of(t))
+        family, network = self.family, self.network(self.partition.block_of(t))
+        assert family.task == "text"
         z = torch.from_numpy(tokens).to(self.device)
-        hidden = network.hidden(z, torch.full((len(z),), t, device=self.device))
-        found: NDArray[np.float32] = network.readout(hidden[torch.from_numpy(wanted)]).cpu().numpy()
+        times = torch.full((len(z),), t, device=self.device)
+        found: NDArray[np.float32] = family.logits(network, z, times, torch.from_numpy(wanted)).cpu().numpy()
         return found
 
     @torch.no_grad()
     def continued(self, block: int, z: Values, sigma: Values, inputs: Tokens, past: Values) -> tuple[Values, Values]:
         """A `generation.Network`: logits of the last position, and keys and values of all."""
-        network: Any = self.network(block)
+        family, network = self.family, self.network(block)
+        assert family.task == "continuation"
         given = [torch.from_numpy(array).to(self.device) for array in (z, sigma, inputs, past)]
-        hidden, present = network.hidden(*given)
-        return network.readout(hidden[:, -1]).cpu().numpy(), present.cpu().numpy()
+        logits, present = family.next_logits(network, *given)
+        return logits.cpu().numpy(), present.cpu().numpy()
 
 
 def token_chain(
-    family: Any,
+    family: FamilyOfContinuations,
     layers: Sequence[int],
     partition: NoisePartition,
     levels: Sequence[float],
@@ -132,13 +136,13 @@ def token_chain(
         length: positions of a text; None: as many as it was trained on.
     """
     return TokenChain(
-        codes=code_rows(family.data.vocabulary, family.settings.code_width),
+        codes=code_rows(family.data.vocabulary, family.code_width),
         length=family.data.length if length is None else length,
         levels=tuple(levels),
         blocks=tuple(partition.block_of(sigma) for sigma in levels),
         caches_per=family.caches_per,
         num_caches=tuple(family.num_caches(num_layers) for num_layers in layers),
-        heads=family.settings.heads,
+        heads=family.heads,
         head_width=family.head_width,
     )
 

@@ -29,10 +29,8 @@ from edgeblocks.registry import build_target
 from edgeblocks.runs.directory import RunDirectory
 from edgeblocks.runs.open_data import open_run_data
 from edgeblocks.seeds import generator_at
-from edgeblocks.tasks import TEXT_TASKS
+from edgeblocks.tasks import TASKS, TEXT_TASKS
 
-DEFAULT_SAMPLES = {"images": 256, "classes": 1024, "text": 256, "continuation": 64}
-"""By the family's task: images made, images classified, sequences of the bound."""
 VARIETY_TEXTS = 16
 CURVE_STEPS = (1, 2, 4, 8, 16, 32)
 CURVE_TEXTS = 16
@@ -47,17 +45,17 @@ def evaluate(
     seed: int,
     mem_budget: str | None,
     listener: Listener,
-) -> dict[str, Any]:
+) -> dict[str, object]:
     """See `Run.evaluate`."""
     task = directory.family().task
     _check(task, samples, steps)
     data_set = _run_data(directory, mem_budget, listener)
     if samples is None:
-        samples = DEFAULT_SAMPLES[task]
+        samples = TASKS[task].evaluation_samples
     samples = len(data_set.evaluation_indices(samples)) if data_set.has_held_out else samples
     steps = usual_steps(directory) if steps is None else max(steps, len(directory.layers))
     chain = token_chain_of(directory, steps) if task == "continuation" else None
-    with runners(samples=max(samples, metrics.MOST_EXAMPLES[task]), chain=chain) as runner:
+    with runners(samples=max(samples, TASKS[task].loss_examples), chain=chain) as runner:
         return Evaluation(
             directory=directory,
             runner=runner,
@@ -121,7 +119,7 @@ class Evaluation:
             self.runner,
             data_set,
             seed=directory.settings.run.seed,
-            most_examples=max(samples, 2) if family.task in TEXT_TASKS else metrics.MOST_EXAMPLES[family.task],
+            most_examples=max(samples, 2) if family.task in TEXT_TASKS else TASKS[family.task].loss_examples,
             on_level=lambda done, total: self.listener.advance(done, total, "validation loss"),
         )
         result: dict[str, Any] = {
@@ -177,7 +175,7 @@ class Evaluation:
         }
         if chain.caches_per == "step":
             result["curve"] = self._curve(text, tokens[:CURVE_TEXTS])
-        elif hasattr(self.directory.family(), "with_iterations"):
+        elif self.runner.family.unrolled:
             result["curve"] = self._iterations_curve(text)
         written = sample_texts(
             self.directory,
@@ -194,7 +192,7 @@ class Evaluation:
         }
         return result
 
-    def _curve(self, text: TextSet, tokens: np.ndarray) -> list[dict[str, Any]]:
+    def _curve(self, text: TextSet, tokens: np.ndarray) -> list[dict[str, object]]:
         """The bound with one noise against the number of levels."""
         rows = []
         for done, steps in enumerate(CURVE_STEPS):
@@ -205,9 +203,10 @@ class Evaluation:
             self.listener.advance(done + 1, len(CURVE_STEPS), "levels")
         return rows
 
-    def _iterations_curve(self, text: TextSet) -> list[dict[str, Any]]:
+    def _iterations_curve(self, text: TextSet) -> list[dict[str, object]]:
         """Bits against the number of iterations of a core that was trained unrolled."""
-        family, rows = self.directory.family(), []
+        family, rows = self.runner.family, []
+        assert family.task == "continuation"
         indices, network = text.evaluation_indices(CURVE_TEXTS), self.runner.network(0)
         level = family.evaluation_levels(self.directory.partition)[0]
         batch = family.at_level(*text.gather(indices), level, generator_at(0))
@@ -230,7 +229,7 @@ class Evaluation:
             self.runner,
             pixels,
             steps=self.steps,
-            noises=classification.DEFAULT_NOISES,
+            noises=TASKS["classes"].noises,
             seed=self.seed,
             on_level=lambda done: self.listener.advance(done, self.steps, "classifying"),
         )

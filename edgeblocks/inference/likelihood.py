@@ -11,7 +11,6 @@ where keys and values come from noised codes, those of the known positions befor
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -19,7 +18,6 @@ from numpy.typing import NDArray
 
 from edgeblocks.diffusion.autoregression import TokenChain, read_levels
 from edgeblocks.diffusion.token_choice import Tokens, Values
-from edgeblocks.families.token_loss import token_estimates
 from edgeblocks.inference.block_runner import BlockRunner
 from edgeblocks.seeds import seed_at
 
@@ -56,7 +54,9 @@ def log_shares(runner: BlockRunner, chain: TokenChain, tokens: Tokens, *, seed: 
 @torch.no_grad()
 def _read(runner: BlockRunner, chain: TokenChain, tokens: Tokens, noise: Values) -> LogShares:
     """`log_shares` of some texts with a noise [texts, length, code_width]."""
-    runner.network(chain.blocks[0])
+    family = runner.family
+    assert family.task == "continuation"
+    runner.network(chain.blocks[0])  # from now on its device is known
     device = runner.device
     answers, eps = torch.from_numpy(tokens).to(device), torch.from_numpy(noise).to(device)
     inputs = torch.nn.functional.pad(answers[:, :-1], (1, 0), value=len(chain.codes))
@@ -64,14 +64,12 @@ def _read(runner: BlockRunner, chain: TokenChain, tokens: Tokens, noise: Values)
     clean, z = torch.nn.functional.embedding(answers, codes), eps * chain.levels[0]
     found = np.empty((len(chain.levels), *tokens.shape))
     for step, sigma in enumerate(chain.levels):
-        network: Any = runner.network(chain.blocks[step])
-        sigmas = torch.full((len(z),), sigma, device=device)
-        states = network.reading_states(z, torch.add(clean, eps, alpha=sigma), sigmas, inputs).flatten(0, 1)
-        readout = network.readout
-        denoised, logarithms = token_estimates(states, readout.weight, readout.bias, answers.flatten(), codes)
-        found[step] = logarithms.view(answers.shape).cpu().numpy()
+        network, sigmas = runner.network(chain.blocks[step]), torch.full((len(z),), sigma, device=device)
+        known = torch.add(clean, eps, alpha=sigma)
+        denoised, logarithms = family.estimates(network, z, known, sigmas, inputs, answers, codes)
+        found[step] = logarithms.cpu().numpy()
         sigma_next = chain.levels[step + 1] if step + 1 < len(chain.levels) else 0.0
-        z = z + (z - denoised.view(z.shape)) / sigma * (sigma_next - sigma)
+        z = z + (z - denoised) / sigma * (sigma_next - sigma)
     return found
 
 

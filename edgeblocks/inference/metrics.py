@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -13,17 +13,34 @@ from edgeblocks.data.images import ImageSet
 from edgeblocks.data.text import TextSet
 from edgeblocks.diffusion.noise import NoisePartition
 from edgeblocks.families.base import Level
-from edgeblocks.inference.block_runner import BlockRunner
+from edgeblocks.families.family import Family
 from edgeblocks.seeds import generator_at
 
-MOST_EXAMPLES = {"images": 512, "classes": 512, "text": 64, "continuation": 64}
-"""That evaluation looks at, by what the family's chain makes."""
 FEATURE_CHUNK = 64
 
 
+class NetworkSource(Protocol):
+    """Where the networks are that evaluation looks at: the blocks of a run, or one network for all levels."""
+
+    @property
+    def partition(self) -> NoisePartition: ...
+
+    @property
+    def micro_batch(self) -> int: ...
+
+    @property
+    def device(self) -> torch.device:
+        """Where the network is that was given last."""
+        ...
+
+    def network(self, block: int) -> nn.Module:
+        """A block as a module in evaluation."""
+        ...
+
+
 def validation_loss(
-    family: Any,
-    runner: BlockRunner,
+    family: Family,
+    runner: NetworkSource,
     data: DataSet,
     *,
     seed: int,
@@ -69,8 +86,8 @@ def validation_loss(
 
 
 def _scores(
-    family: Any,
-    runner: BlockRunner,
+    family: Family,
+    runner: NetworkSource,
     network: nn.Module,
     data: DataSet,
     indices: np.ndarray,
@@ -88,7 +105,7 @@ def _scores(
 
 
 @torch.no_grad()
-def scores_of(family: Any, runner: BlockRunner, network: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+def scores_of(family: Family, runner: NetworkSource, network: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
     """The family's scores of each example of a batch; the batch and the scores lie in the processor's memory."""
     there = {name: tensor.to(runner.device) for name, tensor in batch.items()}
     return {name: values.cpu() for name, values in family.scores(network, there).items()}

@@ -6,35 +6,16 @@ network is one; an ordinary network answers in one pass.
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 from edgeblocks.data.dataset import DataSet
 from edgeblocks.data.text import TextSet
-from edgeblocks.diffusion import classification
+from edgeblocks.families.family import Family
 from edgeblocks.inference import likelihood, metrics
 from edgeblocks.inference.block_runner import BlockRunner
+from edgeblocks.inference.metrics import NetworkSource
 from edgeblocks.inference.sampling import class_probabilities, token_chain_of, usual_steps
 from edgeblocks.runs.directory import RunDirectory
-from edgeblocks.tasks import TEXT_TASKS
-
-EXAMPLES = {"images": 256, "classes": 1024, "text": 64, "continuation": 32}
-"""Of the hold-out part, by the family's task."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Measure:
-    """What a figure is called, and which of two is better."""
-
-    name: str
-    higher_is_better: bool = False
-
-
-MEASURES = {
-    "images": Measure(name="denoising loss"),
-    "classes": Measure(name="top-1 accuracy", higher_is_better=True),
-    "text": Measure(name="bits per character"),
-    "continuation": Measure(name="bits per character"),
-}
+from edgeblocks.tasks import TASKS, TEXT_TASKS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,11 +31,11 @@ def run_quality(directory: RunDirectory, runner: BlockRunner, data: DataSet) -> 
     family, seed = directory.family(), directory.settings.run.seed
     if directory.method.trained_together or family.task in ("images", "text"):
         return network_quality(family, runner, data, seed=seed)
-    indices = data.evaluation_indices(EXAMPLES[family.task])
+    indices = data.evaluation_indices(TASKS[family.task].quality_examples)
     examples, labels = data.gather(indices)
     if family.task == "classes":
         assert labels is not None
-        steps, noises = usual_steps(directory), classification.DEFAULT_NOISES
+        steps, noises = usual_steps(directory), TASKS[family.task].noises
         probabilities = class_probabilities(directory, runner, examples, steps=steps, noises=noises, seed=seed)
         return _accuracy(float((probabilities.argmax(axis=1) == labels).mean()), len(labels))
     assert isinstance(data, TextSet)
@@ -62,13 +43,13 @@ def run_quality(directory: RunDirectory, runner: BlockRunner, data: DataSet) -> 
     return _bits(*likelihood.bound(runner, chain, examples, seed=seed, noises=(1,))[1], data)
 
 
-def network_quality(family: Any, runner: Any, data: DataSet, *, seed: int) -> Quality:
+def network_quality(family: Family, runner: NetworkSource, data: DataSet, *, seed: int) -> Quality:
     """Of one pass of a network at each level that evaluation looks at; at the first level alone where that says most.
 
     Args:
         runner: gives the network; see `metrics.validation_loss`.
     """
-    found = metrics.validation_loss(family, runner, data, seed=seed, most_examples=EXAMPLES[family.task])
+    found = metrics.validation_loss(family, runner, data, seed=seed, most_examples=TASKS[family.task].quality_examples)
     first = found["levels"][0]
     if family.task == "classes":
         return _accuracy(first["top1"], found["images"])

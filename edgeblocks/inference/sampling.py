@@ -20,24 +20,17 @@ from edgeblocks.diffusion.autoregression import TokenChain
 from edgeblocks.diffusion.noise import sampler_levels, unmasking_steps
 from edgeblocks.diffusion.solver import Solver, check_request, class_number, integrate
 from edgeblocks.errors import ConfigError
+from edgeblocks.families.family import FamilyOfContinuations, FamilyOfText
 from edgeblocks.inference.block_runner import BlockRunner, EmaSource, class_labels, guided, token_chain
 from edgeblocks.runs.directory import RunDirectory
 from edgeblocks.seeds import start_noise
-from edgeblocks.tasks import IMAGE_STEPS, TEXT_TASKS
-
-DEFAULT_STEPS = {
-    "images": IMAGE_STEPS,
-    "classes": classification.DEFAULT_STEPS,
-    "text": unmasking.DEFAULT_STEPS,
-    "continuation": generation.DEFAULT_STEPS,
-}
-"""Of a chain, by the family's task."""
+from edgeblocks.tasks import TEXT_TASKS
 
 
 def usual_steps(directory: RunDirectory) -> int:
     """Of a run's chain: what is usual for the family's task, one where there is no chain, at least one a block."""
     family = directory.family()
-    return max(getattr(family, "chain_steps", DEFAULT_STEPS[family.task]), len(directory.layers))
+    return max(family.chain_steps, len(directory.layers))
 
 
 def runner_of(directory: RunDirectory, source: EmaSource, *, micro_batch: int, residents: int = 1) -> BlockRunner:
@@ -90,8 +83,8 @@ def sample_images(
     steps = usual_steps(directory) if steps is None else steps
     check_request(n=n, steps=steps, guidance=guidance, conditional=family.conditional)
     levels = sampler_levels(directory.partition, num_steps=steps)
-    labels = class_labels(n, num_classes=directory.data.num_classes, chosen=class_number(label, directory.class_names))
-    data = directory.data
+    labels = class_labels(n, num_classes=family.data.num_classes, chosen=class_number(label, directory.class_names))
+    data = family.data
     with runners(samples=n) as runner:
         noise = torch.from_numpy(start_noise((data.channels, data.height, data.width), samples=range(n), seed=seed))
         denoise = guided(runner.denoise, labels, guidance=guidance, no_class=data.num_classes)
@@ -115,9 +108,8 @@ def sample_texts(
 ) -> list[str]:
     """See `Run.sample_text`."""
     family = directory.family()
-    if family.task not in TEXT_TASKS:
-        raise ConfigError(f"{directory.path} is of the family {family.name}, which makes no text")
-    drawing.check_options(family.task, fill=fill, prompt=prompt, top_p=top_p, length=length)
+    if family.task in TEXT_TASKS:
+        drawing.check_options(family.task, fill=fill, prompt=prompt, top_p=top_p, length=length)
     steps = usual_steps(directory) if steps is None else steps
     common: dict[str, Any] = {
         "n": n,
@@ -128,13 +120,16 @@ def sample_texts(
         "on_step": on_step,
     }
     if family.task == "text":
-        return _unmasked(directory, runners, fill=fill, **common)
-    top_p = 1.0 if top_p is None else top_p
-    return _continued(directory, runners, prompt=prompt or "", top_p=top_p, **common)
+        return _unmasked(directory, family, runners, fill=fill, **common)
+    if family.task == "continuation":
+        top_p = 1.0 if top_p is None else top_p
+        return _continued(directory, family, runners, prompt=prompt or "", top_p=top_p, **common)
+    raise ConfigError(f"{directory.path} is of the family {family.name}, which makes no text")
 
 
 def _unmasked(
     directory: RunDirectory,
+    family: FamilyOfText,
     runners: Runners,
     *,
     n: int,
@@ -146,8 +141,7 @@ def _unmasked(
     on_step: Callable[[int, int], None] | None,
 ) -> list[str]:
     """Texts from masked diffusion; see `sample_text`."""
-    family = directory.family()
-    trained_length = directory.data.length
+    trained_length = family.data.length
     unmasking.check_writing(n=n, steps=steps, temperature=temperature, length=length, trained_length=trained_length)
     intervals = unmasking_steps(directory.partition, num_steps=steps)
     tokenizer = directory.tokenizer
@@ -169,6 +163,7 @@ def _unmasked(
 
 def _continued(
     directory: RunDirectory,
+    family: FamilyOfContinuations,
     runners: Runners,
     *,
     n: int,
@@ -183,7 +178,7 @@ def _continued(
     """Texts written token by token; see `sample_text`."""
     tokenizer = directory.tokenizer
     assert tokenizer is not None
-    trained_length = directory.data.length
+    trained_length = family.data.length
     generation.check_continuing(
         n=n, steps=steps, temperature=temperature, top_p=top_p, length=length, trained_length=trained_length
     )
@@ -208,8 +203,9 @@ def _continued(
 
 def token_chain_of(directory: RunDirectory, steps: int, *, length: int | None = None) -> TokenChain:
     """How a token is written over `steps` noise levels; None is as long as the training's texts."""
-    levels = sampler_levels(directory.partition, num_steps=steps)
-    return token_chain(directory.family(), directory.layers, directory.partition, levels, length=length)
+    family, levels = directory.family(), sampler_levels(directory.partition, num_steps=steps)
+    assert family.task == "continuation"
+    return token_chain(family, directory.layers, directory.partition, levels, length=length)
 
 
 def classify_images(
@@ -220,7 +216,7 @@ def classify_images(
     if family.task != "classes":
         does = "makes images" if family.task == "images" else "writes text (sample_text)"
         raise ConfigError(f"{directory.path} is of the family {family.name}, which {does} and does not classify images")
-    data = directory.data
+    data = family.data
     shape = (data.height, data.width, data.channels)
     if pixels.shape[1:] != shape or pixels.dtype != np.uint8:
         raise ConfigError(f"images are {pixels.dtype} {pixels.shape[1:]}; the run takes uint8 {shape}")
@@ -240,11 +236,13 @@ def class_probabilities(
     on_level: Callable[[int], None] | None = None,
 ) -> np.ndarray:
     """Probabilities of the classes, float32 [N, classes], of images uint8 [N, H, W, C] of the run's size."""
-    condition = directory.family().condition(pixels)
+    family = directory.family()
+    assert family.task == "classes"
+    condition = family.condition(pixels)
     return classification.classify(
         lambda z, sigma: runner.denoise(torch.from_numpy(z), sigma, condition).numpy(),
         pixels=pixels,
-        num_classes=directory.data.num_classes,
+        num_classes=family.data.num_classes,
         levels=sampler_levels(directory.partition, num_steps=steps),
         noises=noises,
         seed=seed,

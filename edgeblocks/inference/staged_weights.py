@@ -5,10 +5,11 @@ A pass through the network brings its stages one after the other; with as many i
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any, Protocol
+from typing import Protocol
 
 from torch import nn
 
+from edgeblocks.families.block import Block
 from edgeblocks.inference.ema_loader import EmaLoader
 from edgeblocks.offload.block_buffer import BlockBuffer, bind_parameters_
 from edgeblocks.offload.device import Device
@@ -63,7 +64,7 @@ class StagedWeights:
         with stages.ema_weights(0) as buffer:
             self.device = buffer.device
 
-    def bind_(self, network: Any) -> None:
+    def bind_(self, network: Block) -> None:
         """Copies of the stem and the readout become parameters of the network; its layers come when they are run."""
         for stage in sorted({0, len(self._layers) - 1}):
             with self._stages.ema_weights(stage) as buffer:
@@ -98,8 +99,7 @@ class _ComingLayers(nn.ModuleList):
         self._bound: dict[int, int] = {}
         """By stage, the buffer that its layers' parameters are views of."""
 
-    def __getitem__(self, number: Any) -> Any:
-        assert isinstance(number, int), "layers come one at a time"
+    def __getitem__(self, number: int) -> nn.Module:  # type: ignore[override]  # layers come one at a time
         self._fetch(self._stage_of[number], self, self._bound)
         return super().__getitem__(number)
 

@@ -4,7 +4,6 @@ Such figures depend on how much text there is, so they are compared between equa
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 DISTINCT_GROUPS = (1, 2, 3)
 REPEATED_GROUP = 4
@@ -43,7 +42,7 @@ def repeated_share(texts: Sequence[str], count: int = REPEATED_GROUP) -> float |
     return sum(len(some) - len(set(some)) for some in groups) / total if total else None
 
 
-def variety(texts: Sequence[str]) -> dict[str, Any]:
+def variety(texts: Sequence[str]) -> dict[str, object]:
     """The figures of some texts: `distinct_1` to `distinct_3`, `repeated_4`, and how many `words` they are from."""
     return {
         **{f"distinct_{count}": distinct_share(texts, count) for count in DISTINCT_GROUPS},

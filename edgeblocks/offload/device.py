@@ -1,15 +1,24 @@
-"""What moving blocks asks of a device with memory of its own."""
+"""What the runtime asks of a machine (`Target`), and of a device of it that has memory of its own (`Device`)."""
 
-from typing import Any, Protocol
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
 
-from torch import Tensor
+from torch import Tensor, device
+
+from edgeblocks.planning.plans import Machine
+
+if TYPE_CHECKING:
+    from edgeblocks.targets.disk import DiskSpeed
 
 
 class Device(Protocol):
     """What moving blocks needs to know of a device with memory of its own."""
 
-    torch_device: Any
-    """A `torch.device`, or its name."""
+    @property
+    def torch_device(self) -> str | device:
+        """As torch names it."""
+        ...
 
     def empty(self, num_bytes: int) -> Tensor:
         """uint8 [num_bytes] in the device's memory."""
@@ -21,4 +30,96 @@ class Device(Protocol):
 
     def copy_(self, destination: Tensor, source: Tensor) -> None:
         """Copy between the two memories after all work that was given to the device before; returns when it is done."""
+        ...
+
+    def link_bytes_per_s(self, probe_bytes: int) -> tuple[float, float]:
+        """Speeds of copies of so many bytes: from the host to the device, and back.
+
+        Raises:
+            RuntimeError: so much memory is not free.
+        """
+        ...
+
+
+class Target(Protocol):
+    """A kind of machine that training runs on: its memory, its speeds, its cap. `targets.cpu` and `targets.cuda` are.
+
+    The compute device's memory is what a budget bounds. The host's memory beside it is another one, or the same.
+    """
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def torch_device(self) -> str:
+        """What torch calls the compute device."""
+        ...
+
+    @property
+    def device(self) -> Device | None:
+        """The compute device where it has memory of its own; None where its memory is the process's."""
+        ...
+
+    def prepare(self) -> None:
+        """Settings of the process that must come before the first large allocation.
+
+        Raises:
+            ConfigError: there is no such device here.
+        """
+        ...
+
+    def warm_up(self) -> None:
+        """Run every kind of kernel that training uses once, so that their code and scratch memory are resident."""
+        ...
+
+    def measure(self, folder: Path) -> Machine:
+        """Speeds of the device and of a folder's disk, and what is occupied before any block is loaded."""
+        ...
+
+    def examine_disk(self, folder: Path, *, probe_bytes: int, limit_s: float) -> "DiskSpeed":
+        """A closer look at a folder's disk than the planner's.
+
+        Raises:
+            StorageError: the folder cannot be written to or is full.
+        """
+        ...
+
+    def capped(self, budget_bytes: int) -> AbstractContextManager[None]:
+        """Memory of the device past the budget is refused inside, as an error that can be caught."""
+        ...
+
+    def give_back(self) -> None:
+        """Return memory that is kept for later and unused."""
+        ...
+
+    def total_bytes(self) -> int:
+        """The device's memory."""
+        ...
+
+    def available_bytes(self) -> int:
+        """Of it, what can be taken now."""
+        ...
+
+    def used_bytes(self) -> int:
+        """What the process holds of the device's memory now."""
+        ...
+
+    def live_bytes(self) -> int:
+        """The same without what is kept for the next allocation."""
+        ...
+
+    def peak_bytes(self) -> int:
+        """The largest `used_bytes` so far."""
+        ...
+
+    def host_bytes(self) -> int | None:
+        """The host's memory beside the device's; None where there is none."""
+        ...
+
+    def host_used_bytes(self) -> int:
+        """The process's resident set now."""
+        ...
+
+    def host_peak_bytes(self) -> int:
+        """The process's largest resident set so far."""
         ...

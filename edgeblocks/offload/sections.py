@@ -7,11 +7,12 @@ are hidden values and a condition, which the stem makes once and every layer is 
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from edgeblocks.families.block import Block
+from edgeblocks.families.family import Family
 from edgeblocks.offload.block_buffer import bind_parameters_
 
 
@@ -41,16 +42,16 @@ def stages_of(layers: Sequence[int]) -> tuple[Section, ...]:
     )
 
 
-def network_of(family: Any, section: Section, *, checkpointing: bool = False) -> nn.Module:
+def network_of(family: Family, section: Section, *, checkpointing: bool = False) -> Block:
     """A section as a module on torch's default device, parameters not initialised."""
-    network: Any = family.block(num_layers=section.num_layers, checkpointing=checkpointing)
+    network = family.block(num_layers=section.num_layers, checkpointing=checkpointing)
     for name in _left_out(network, section):
-        delattr(network, name)
-    return network  # type: ignore[no-any-return]
+        setattr(network, name, None)
+    return network
 
 
 def init_section_(
-    family: Any, section: Section, tensors: Iterable[tuple[str, Tensor]], generator: torch.Generator
+    family: Family, section: Section, tensors: Iterable[tuple[str, Tensor]], generator: torch.Generator
 ) -> None:
     """Initialise a section's parameters, as those of a whole network of so many layers are initialised.
 
@@ -58,19 +59,21 @@ def init_section_(
         tensors: parameters by their names; the order is that of a section's own.
     """
     with torch.device("meta"):
-        network: Any = family.block(num_layers=section.num_layers, checkpointing=False)
+        network = family.block(num_layers=section.num_layers, checkpointing=False)
     for name in _left_out(network, section):
-        part = getattr(network, name)  # not `to_empty`: with meta tensors it would import 25 MB of symbolic libraries
+        part = network.get_submodule(name)
+        # Not `to_empty`: with meta tensors it would import 25 MB of symbolic libraries.
         bind_parameters_(part, [(own, torch.empty(parameter.shape)) for own, parameter in part.named_parameters()])
     bind_parameters_(network, tensors)
     network.init_(generator)
 
 
-def _left_out(network: Any, section: Section) -> tuple[str, ...]:
+def _left_out(network: Block, section: Section) -> tuple[str, ...]:
     """Names of the parts that a section does not have."""
     stem = () if section.stem else network.stem_parts
     readout = () if section.readout else network.readout_parts
-    return tuple(name for name in (*stem, *readout) if getattr(network, name) is not None)
+    parts = dict(network.named_children())
+    return tuple(name for name in (*stem, *readout) if name in parts)
 
 
 def whole_name(name: str, layers: Sequence[int], stage: int) -> str:

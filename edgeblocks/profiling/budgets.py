@@ -1,10 +1,10 @@
 """The budgets that a user names or leaves to us, in bytes: of a device's memory, and of its host's."""
 
 from dataclasses import replace
-from typing import Any
 
 from edgeblocks.config import RunSettings, Settings
 from edgeblocks.errors import ConfigError
+from edgeblocks.offload.device import Target
 from edgeblocks.registry import build_target
 from edgeblocks.units import format_bytes, parse_size
 
@@ -33,7 +33,7 @@ def usual_budgets(target: str) -> dict[str, str | None]:
     return {"mem_budget": GPU_BUDGET, "ram_budget": RAM_BUDGET}
 
 
-def budgets_here(run: RunSettings, target: Any) -> tuple[int, int | None]:
+def budgets_here(run: RunSettings, target: Target) -> tuple[int, int | None]:
     """Bytes of the device's budget, and of the host's where the device has its own memory.
 
     Raises:
@@ -42,7 +42,7 @@ def budgets_here(run: RunSettings, target: Any) -> tuple[int, int | None]:
     return budgets_of(run, target.total_bytes(), target.host_bytes(), "this machine")
 
 
-def budget_of_this_process(run: RunSettings, target: Any) -> int:
+def budget_of_this_process(run: RunSettings, target: Target) -> int:
     """Bytes of the budget that bounds the resident set: the host's where the device has memory of its own.
 
     Raises:
@@ -66,7 +66,7 @@ def budgets_of(run: RunSettings, memory_bytes: int, host_bytes: int | None, mach
     return _size_within("--mem-budget", run.mem_budget, memory_bytes, machine), None
 
 
-def device_budget_bytes(text: str, target: Any) -> int:
+def device_budget_bytes(text: str, target: Target) -> int:
     """Bytes of a budget for a target's memory.
 
     Raises:

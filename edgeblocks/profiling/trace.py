@@ -18,17 +18,20 @@ import platform
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from importlib import metadata, resources
 from pathlib import Path
 from types import ModuleType
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 from edgeblocks.errors import EdgeblocksError
 from edgeblocks.methods import MethodName
 from edgeblocks.planning.layer_costs import Growth, LayerCosts, StepCost
 from edgeblocks.registry import build_family, build_target, import_own_family, own_family
+
+if TYPE_CHECKING:
+    from edgeblocks.families.family import Family
 
 RUN_TO_RUN_BYTES = 3_000_000
 """The child's peak differs by this much from one run to the next."""
@@ -38,8 +41,8 @@ _KINDS = ("plain", "checkpointed", "forward")
 
 def trace_in_subprocess(
     family_name: str,
-    settings: dict[str, Any],
-    data: dict[str, Any],
+    settings: Mapping[str, object],
+    data: Mapping[str, object],
     sample_counts: Sequence[int],
     *,
     method: MethodName = "diffusion",
@@ -134,14 +137,14 @@ def _step_cost(fields: dict[str, Any]) -> StepCost:
     return StepCost(samples=int(fields["samples"]), **growths)
 
 
-def trace(family: Any, sample_counts: Sequence[int]) -> LayerCosts:
+def trace(family: "Family", sample_counts: Sequence[int]) -> LayerCosts:
     """`LayerCosts` of a family, traced in this process on the meta device (`step_trace`)."""
     import torch
 
     from edgeblocks.offload.block_buffer import Optimizer, state_bytes
     from edgeblocks.optim.adamw import GPU_CHUNK_SIZE, workspace_bytes
 
-    period = getattr(family, "layer_period", 1)
+    period = family.layer_period
     (one, one_quantizable), (two, two_quantizable) = (_count_parameters(family, count) for count in (1, 2))
     moments = {
         optimizer: [
@@ -172,11 +175,13 @@ def trace(family: Any, sample_counts: Sequence[int]) -> LayerCosts:
     )
 
 
-def _carried_bytes(family: Any) -> tuple[int, int]:
+def _carried_bytes(family: "Family") -> tuple[int, int]:
     """Of one sample's hidden values and condition, which go from stage to stage."""
     import torch
 
-    if not hasattr(family, "enter"):
+    from edgeblocks.families.family import EndToEnd
+
+    if not isinstance(family, EndToEnd):
         return 0, 0
     with torch.device("meta"), torch.no_grad():
         block = family.block(num_layers=1, checkpointing=False)
@@ -186,7 +191,7 @@ def _carried_bytes(family: Any) -> tuple[int, int]:
     return _num_bytes(hidden.shape, hidden.dtype), _num_bytes(condition.shape, condition.dtype)
 
 
-def _count_parameters(family: Any, num_layers: int) -> tuple[int, int]:
+def _count_parameters(family: "Family", num_layers: int) -> tuple[int, int]:
     """Parameters of a block, and those of them whose optimizer state may be 8-bit."""
     import torch
 
@@ -197,11 +202,11 @@ def _count_parameters(family: Any, num_layers: int) -> tuple[int, int]:
     return sum(p.numel() for p in parameters), sum(p.numel() for p in parameters if is_quantizable(p.shape))
 
 
-def _trace_growth(family: Any, samples: int, kind: str) -> StepCost:
+def _trace_growth(family: "Family", samples: int, kind: str) -> StepCost:
     """From blocks of one, two and three layers, or as many periods of a structure that repeats after some layers."""
     from edgeblocks.profiling.step_trace import traced_step
 
-    period = getattr(family, "layer_period", 1)
+    period = family.layer_period
     traces = [traced_step(family, period * count, samples, kind) for count in (1, 2, 3)]
     growths = {
         name: _growth(*(getattr(found, name) for found in traces), period=period)
@@ -226,7 +231,7 @@ def _num_bytes(shape: Sequence[int], dtype: Any) -> int:
     return count * int(dtype.itemsize)
 
 
-def _flops(family: Any, num_layers: int) -> int:
+def _flops(family: "Family", num_layers: int) -> int:
     """Floating-point operations of a forward pass of one sample, counted by torch."""
     import torch
     from torch.utils.flop_counter import FlopCounterMode
@@ -246,17 +251,17 @@ class _NoCompiler(ModuleType):
     1.3 s, and 39 MB, which would be the largest share of the smallest budget.
     """
 
-    def disable(self, function: Any, recursive: bool = True, wrapping: bool = True) -> Any:
+    def disable(self, function: object, recursive: bool = True, wrapping: bool = True) -> object:
         return function
 
-    def __getattr__(self, name: str) -> Any:
+    def __getattr__(self, name: str) -> object:
         if name.startswith("__"):  # what the import system asks of every module
             raise AttributeError(name)
         sys.modules.pop(self.__name__, None)
         return getattr(importlib.import_module(self.__name__), name)
 
 
-def trace_without_compiler(family: Any, sample_counts: Sequence[int]) -> LayerCosts:
+def trace_without_compiler(family: "Family", sample_counts: Sequence[int]) -> LayerCosts:
     """`trace` in a process that does nothing else: torch's compiler is imported only for a network that uses it."""
     name = "torch._dynamo"
     sys.modules[name] = _NoCompiler(name)

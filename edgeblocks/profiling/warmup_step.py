@@ -6,19 +6,18 @@ MB more of the host than the process had after a few kernels of another network.
 before anything is planned.
 """
 
-from typing import Any
-
 import torch
 
+from edgeblocks.families.family import Family
 from edgeblocks.offload.block_buffer import BlockBuffer, BlockLayout, Optimizer, bind_parameters_
 from edgeblocks.optim.adamw import Workspace
 from edgeblocks.optim.update import adamw_, clip_, follow_
 
 
-def rehearse(family: Any, optimizer: Optimizer, device: str) -> None:
+def rehearse(family: Family, optimizer: Optimizer, device: str) -> None:
     """Train the smallest block of a family on one example of zeros for two steps, and look at it; nothing is kept."""
     with torch.device("meta"):
-        network = family.block(num_layers=getattr(family, "layer_period", 1), checkpointing=False)
+        network = family.block(num_layers=family.layer_period, checkpointing=False)
     with torch.device(device):
         network.reset_tables_()
     layout = BlockLayout.of(network, optimizer)
@@ -31,7 +30,7 @@ def rehearse(family: Any, optimizer: Optimizer, device: str) -> None:
     workspace = Workspace.for_device(device) if layout.num_quantized else None
     buffer.flat("weights").normal_(std=0.02)
     for step in range(2):
-        family.loss(network, batch).sum().backward()
+        family.loss(network, batch).sum().backward()  # type: ignore[no-untyped-call]
         gradients.nan_to_num_()
         clip_(gradients, 1.0)
         adamw_(buffer, gradients, step=step, learning_rate=1e-3, weight_decay=0.1, workspace=workspace)

@@ -2,7 +2,7 @@
 
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -60,7 +60,7 @@ def _lead(content: dict[str, Any]) -> Markup:
     return Markup().join(pieces)
 
 
-def _verdict(content: dict[str, Any], arms: dict[str, list[Row]]) -> str:
+def _verdict(content: Mapping[str, object], arms: dict[str, list[Row]]) -> str:
     """Which arm is best, and whether the difference is more than the noise of the measurement."""
     if not arms:
         return "No arm has a result"
@@ -84,7 +84,7 @@ def _error(rows: Sequence[Row]) -> float:
     return max(of_examples, statistics.stdev(values) if len(values) > 1 else 0.0) / math.sqrt(len(values))
 
 
-def _tile(content: dict[str, Any], name: str, rows: Sequence[Row]) -> tuple[str, str, str]:
+def _tile(content: Mapping[str, object], name: str, rows: Sequence[Row]) -> tuple[str, str, str]:
     peak = format_bytes(max(row["peak_bytes"] for row in rows))
     return name, f"{final_value(rows):.4g}", f"{content['measure']}, peak memory {peak}"
 

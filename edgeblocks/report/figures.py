@@ -12,7 +12,7 @@ import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from markupsafe import Markup
@@ -21,6 +21,11 @@ from numpy.typing import NDArray
 from edgeblocks.report.colours import MOST_NAMED, series_colour
 from edgeblocks.report.page import fragment
 from edgeblocks.units import format_bytes
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
+    from matplotlib.figure import Figure
 
 Unit = Literal["number", "bytes", "seconds", "share"]
 Points = tuple[NDArray[np.float64], NDArray[np.float64]]
@@ -137,7 +142,7 @@ def _time_scale(lines: Sequence[Points]) -> tuple[float, str]:
     return 1.0, " (seconds)"
 
 
-def _empty_axes(*, log_x: bool, log_y: bool) -> tuple[Any, Any]:
+def _empty_axes(*, log_x: bool, log_y: bool) -> tuple["Figure", "Axes"]:
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
@@ -158,7 +163,7 @@ def _empty_axes(*, log_x: bool, log_y: bool) -> tuple[Any, Any]:
     return figure, axes
 
 
-def _draw_all(axes: Any, series: Sequence[Series], lines: Sequence[Points], references: Sequence[Reference]) -> None:
+def _draw_all(axes: "Axes", series: Sequence[Series], lines: Sequence[Points], references: Sequence[Reference]) -> None:
     for number, (one, (x, y)) in enumerate(zip(series, lines, strict=True)):
         _draw(axes, one, x, y, colour=_OF_SERIES % number, over=number)
     for number, reference in enumerate(references):
@@ -166,8 +171,8 @@ def _draw_all(axes: Any, series: Sequence[Series], lines: Sequence[Points], refe
         axes.axhline(reference.value, color=_INK, linestyle=dash, linewidth=1.4, zorder=1.5)
 
 
-def _draw(axes: Any, one: Series, x: NDArray[np.float64], y: NDArray[np.float64], *, colour: str, over: int) -> None:
-    marks = {"marker": "o", "markersize": 4.5} if one.marks or len(x) == 1 else {}
+def _draw(axes: "Axes", one: Series, x: NDArray[np.float64], y: NDArray[np.float64], *, colour: str, over: int) -> None:
+    marks: dict[str, Any] = {"marker": "o", "markersize": 4.5} if one.marks or len(x) == 1 else {}
     if not one.smooth or len(x) < 8:
         axes.plot(*_thinned(x, y), color=colour, linewidth=1.8, zorder=3 + over / 100, **marks)
         return
@@ -227,7 +232,7 @@ def limits(values: NDArray[np.float64], *, log: bool) -> tuple[float, float]:
     return low - max(room, 1e-12), high + max(room, 1e-12)
 
 
-def _write_axis(axis: Any, unit: Unit, *, log: bool) -> None:
+def _write_axis(axis: "Axis", unit: Unit, *, log: bool) -> None:
     """Numbers as people write them, few enough for a narrow figure."""
     from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
@@ -268,7 +273,7 @@ _WRITERS: dict[Unit, Callable[[float], str]] = {
 }
 
 
-def _svg_of(figure: Any) -> str:
+def _svg_of(figure: "Figure") -> str:
     import matplotlib as mpl
     from matplotlib.backends.backend_svg import FigureCanvasSVG
 

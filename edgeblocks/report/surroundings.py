@@ -1,6 +1,6 @@
 """What a result depends on: the settings, the data, the machine and the versions."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -47,7 +47,7 @@ def values_table(values: dict[str, Any]) -> Markup:
     return page.table([], rows[:_MOST_ROWS], caption=more)
 
 
-def _flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+def _flat(values: Mapping[str, object], prefix: str = "") -> Iterator[tuple[str, str]]:
     for name, value in values.items():
         if isinstance(value, dict):
             yield from _flat(value, f"{prefix}{name}: ")
@@ -55,7 +55,7 @@ def _flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]
             yield _told(f"{prefix}{name}"), _told(value)
 
 
-def _told(value: Any) -> str:
+def _told(value: object) -> str:
     """A value as people read it, not longer than a paragraph."""
     if value is None:
         return "\N{EN DASH}"

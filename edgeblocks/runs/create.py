@@ -17,6 +17,8 @@ import torch
 from edgeblocks.config import Settings
 from edgeblocks.data.tokenizer import TOKENIZER_FILE, Tokenizer
 from edgeblocks.errors import ConfigError, RunError
+from edgeblocks.families.base import DataInfo
+from edgeblocks.families.family import Family
 from edgeblocks.offload.block_files import BlockStore, storage_error
 from edgeblocks.offload.sections import Section, init_section_
 from edgeblocks.runs.directory import RUN_FORMAT_VERSION, RunDirectory, remove_leftovers, write_text
@@ -30,7 +32,7 @@ def create_run(
     path: Path,
     settings: Settings,
     plan: WrittenPlan,
-    data: Any,
+    data: DataInfo,
     *,
     data_source: str,
     data_fingerprint: str,
@@ -135,7 +137,7 @@ def environment() -> dict[str, Any]:
 
 
 def create_blocks(
-    family: Any,
+    family: Family,
     store: BlockStore,
     sections: Sequence[Section],
     seed: int,

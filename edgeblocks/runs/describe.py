@@ -2,13 +2,16 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from edgeblocks.errors import RunError
 from edgeblocks.units import format_bytes, format_count
 
+if TYPE_CHECKING:
+    from edgeblocks.runs.directory import RunDirectory
 
-def describe(path: Path) -> dict[str, Any]:
+
+def describe(path: Path) -> dict[str, object]:
     """Facts of a run directory or of an exported directory.
 
     Raises:
@@ -21,7 +24,7 @@ def describe(path: Path) -> dict[str, Any]:
     raise RunError(f"{path} is neither a run directory nor an exported directory (it has no manifest.json)")
 
 
-def _describe_run(path: Path) -> dict[str, Any]:
+def _describe_run(path: Path) -> dict[str, object]:
     from edgeblocks.runs.directory import open_run
 
     run = open_run(path)
@@ -54,9 +57,12 @@ def _describe_run(path: Path) -> dict[str, Any]:
     return described
 
 
-def _data_facts(run: Any) -> dict[str, Any]:
+def _data_facts(run: "RunDirectory") -> dict[str, object]:
+    from edgeblocks.families.base import TextInfo
+
     data = run.data
-    if run.tokenizer is not None:
+    if isinstance(data, TextInfo):
+        assert run.tokenizer is not None
         return {"tokenizer": run.tokenizer.kind, "vocabulary": data.vocabulary, "length": data.length}
     return {"image": f"{data.height}x{data.width}x{data.channels}", "classes": data.num_classes}
 

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from edgeblocks.config import TOKENIZERS, Settings, read_yaml, resolve_settings
 from edgeblocks.data.tokenizer import TOKENIZER_FILE, Tokenizer, stored_tokenizer
@@ -48,6 +48,10 @@ from edgeblocks.runs.schema import (
 from edgeblocks.runs.summary import Summary, read_summary
 from edgeblocks.runs.written_plan import TrainablePlan, WrittenPlan, check_plan
 
+if TYPE_CHECKING:
+    from edgeblocks.families.base import DataInfo
+    from edgeblocks.families.family import AnyFamily
+
 RUN_FORMAT_VERSION = 2
 
 
@@ -59,7 +63,7 @@ class RunDirectory:
     run_id: str
     settings: Settings
     plan: WrittenPlan
-    data: Any
+    data: "DataInfo"
     """What the network knows of the data: the family's `data_type`."""
     data_source: str
     data_fingerprint: str
@@ -137,12 +141,12 @@ class RunDirectory:
             self.family().noise, num_blocks=len(self.layers), kind=run.partition, overlap=run.overlap
         )
 
-    def family(self) -> Any:
+    def family(self) -> "AnyFamily":
         """The run's family, made once: `ar` and `looped` compare the codes of all tokens, which takes a while."""
         return self._family
 
     @cached_property
-    def _family(self) -> Any:
+    def _family(self) -> "AnyFamily":
         run = self.settings.run
         return build_family(run.family, asdict(self.settings.family), asdict(self.data), run.method)
 

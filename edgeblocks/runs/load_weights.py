@@ -5,13 +5,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from edgeblocks.config import RunSettings
 from edgeblocks.errors import ConfigError, RunError
+from edgeblocks.families.family import Family
 from edgeblocks.files.tensor_file import READABLE, TensorFile
 from edgeblocks.files.untrusted import MalformedFileError, shown
 from edgeblocks.methods import METHODS
@@ -51,7 +51,7 @@ class InitialWeights:
                 raise RunError(f"cannot read {self.file.path}: {error.strerror or error}; start again") from error
 
 
-def initial_weights_of(run: RunSettings, family: Any, layers: Sequence[int]) -> InitialWeights | None:
+def initial_weights_of(run: RunSettings, family: Family, layers: Sequence[int]) -> InitialWeights | None:
     """What a run's settings have a network start from; None where that is the seed alone.
 
     Args:
@@ -79,7 +79,7 @@ def initial_weights_of(run: RunSettings, family: Any, layers: Sequence[int]) -> 
 
 def open_initial_weights(
     path: Path,
-    family: Any,
+    family: Family,
     sections: Sequence[Section],
     name_of: Callable[[int, str], str],
     *,
@@ -111,7 +111,9 @@ def open_initial_weights(
     return InitialWeights(file=file, sha256=digest, fresh=left_out, name_of=name_of)
 
 
-def _shapes(family: Any, sections: Sequence[Section], name_of: Callable[[int, str], str]) -> dict[str, tuple[int, ...]]:
+def _shapes(
+    family: Family, sections: Sequence[Section], name_of: Callable[[int, str], str]
+) -> dict[str, tuple[int, ...]]:
     """Of all tensors, by their names in a file."""
     of_section = {}
     for section in set(sections):

@@ -1,7 +1,6 @@
 """The data that a run's settings name, opened inside its budget."""
 
 from collections.abc import Mapping
-from typing import Any
 
 from edgeblocks.config import TOKENIZERS, RunSettings, Settings
 from edgeblocks.data.cache import cache_folder
@@ -10,6 +9,7 @@ from edgeblocks.data.images import Progress, open_images
 from edgeblocks.data.text import open_text
 from edgeblocks.data.tokenizer import build_tokenizer
 from edgeblocks.errors import ConfigError, DoesNotFitError, NoRoomToReadError
+from edgeblocks.offload.device import Target
 from edgeblocks.progress import Listener
 from edgeblocks.registry import family_type
 from edgeblocks.units import advised_budget, format_bytes
@@ -65,7 +65,7 @@ def check_data_settings(run: RunSettings, reads: str) -> None:
         raise ConfigError(*problems)
 
 
-def check_vocab(run: RunSettings, typed: Mapping[str, Any], from_file: Mapping[str, Any]) -> None:
+def check_vocab(run: RunSettings, typed: Mapping[str, object], from_file: Mapping[str, object]) -> None:
     """That a number of byte pairs is asked for only where some are learned.
 
     A file may hold one all the same: for the tokenizer that the command line replaces, or the usual one, as the
@@ -92,7 +92,7 @@ def check_vocab(run: RunSettings, typed: Mapping[str, Any], from_file: Mapping[s
     )
 
 
-def open_run_data(settings: Settings, listener: Listener, *, budget_bytes: int, target: Any) -> DataSet:
+def open_run_data(settings: Settings, listener: Listener, *, budget_bytes: int, target: Target) -> DataSet:
     """The data of a run; pictures are decoded first, inside the budget of the memory that this process is in.
 
     Raises:

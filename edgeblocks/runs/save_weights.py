@@ -12,7 +12,7 @@ from edgeblocks.offload.block_files import BlockStore
 from edgeblocks.runs.directory import RunDirectory, check_whole
 
 
-def write_weights(run: RunDirectory, out: Path, *, last: bool) -> dict[str, Any]:
+def write_weights(run: RunDirectory, out: Path, *, last: bool) -> dict[str, object]:
     """Write the EMA weights of all blocks, one block after the other; returns the file's path and size.
 
     Blocks that were trained alone are networks of their own: their names begin with `block_0.`, `block_1.` and so on.

@@ -9,9 +9,9 @@ from typing import Annotated, Any
 
 from pydantic import ConfigDict, Field
 
+from edgeblocks.files.checked import Checked
 from edgeblocks.methods import MethodName
 from edgeblocks.runs.schema import (
-    Checked,
     Count,
     Diverging,
     InitFields,

@@ -14,9 +14,10 @@ from pydantic import ConfigDict, Field, JsonValue, model_validator
 
 from edgeblocks.diffusion.noise import NoiseRange
 from edgeblocks.errors import RunError
+from edgeblocks.files.checked import Checked
 from edgeblocks.limits import MOST_LAYERS
 from edgeblocks.planning.plans import Candidate, Machine, Plan, StepShape
-from edgeblocks.runs.schema import AGAIN, Checked, Count, Layers, Samples, Seconds, Steps, Text, checked
+from edgeblocks.runs.schema import AGAIN, Count, Layers, Samples, Seconds, Steps, Text, checked
 
 Block = Annotated[int, Field(ge=0, lt=MOST_LAYERS)]
 Blocks = Annotated[list[Block], Field(max_length=MOST_LAYERS)]

@@ -5,18 +5,19 @@ A step's batch depends on nothing but the step, so it is the same whenever it is
 
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
 
 import torch
-from torch import Tensor
 
 from edgeblocks.data.dataset import DataSet
+from edgeblocks.diffusion.noise import NoiseRange
+from edgeblocks.families.base import Batch
+from edgeblocks.families.family import Family
 from edgeblocks.seeds import generator_at
 
-Batch = dict[str, Tensor]
 
-
-def drawing(family: Any, data: DataSet, noise: Any, *, batch: int, seed: int, block: int) -> Callable[[int], Batch]:
+def drawing(
+    family: Family, data: DataSet, noise: NoiseRange, *, batch: int, seed: int, block: int
+) -> Callable[[int], Batch]:
     """Draws the batch of each step of a block: examples in the block's order, the rest from (seed, block, step).
 
     Args:
@@ -26,8 +27,7 @@ def drawing(family: Any, data: DataSet, noise: Any, *, batch: int, seed: int, bl
 
     def draw(step: int) -> Batch:
         examples, labels = data.gather(order.indices(step))
-        drawn: Batch = family.draw(examples, labels, noise, generator_at(seed, "train", block, step))
-        return drawn
+        return family.draw(examples, labels, noise, generator_at(seed, "train", block, step))
 
     return draw
 

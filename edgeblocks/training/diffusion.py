@@ -11,9 +11,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Self
 
-from torch import nn
-
 from edgeblocks.data.dataset import DataSet
+from edgeblocks.families.block import Block
 from edgeblocks.offload.block_files import BlockStore
 from edgeblocks.offload.block_slots import BlockSlots
 from edgeblocks.offload.device import Device
@@ -35,7 +34,7 @@ class DiffusionTrainer(Trainer):
         self.slots = slots
         self._resident: Slot | None = None
         """The block of the visit that goes on."""
-        self._network: tuple[bool, nn.Module] | None = None
+        self._network: tuple[bool, Block] | None = None
         """That block as a module, and whether it is built with checkpointing."""
 
     @classmethod
@@ -86,7 +85,7 @@ class DiffusionTrainer(Trainer):
                 rows = slice(start, start + shape.micro_batch)
                 part = {name: tensor[rows].to(self.device) for name, tensor in batch.items()}
                 loss = self.family.loss(network, part).sum() / settings.batch
-                loss.backward()
+                loss.backward()  # type: ignore[no-untyped-call]
                 losses.append(loss.detach())
             return float(sum(loss.item() for loss in losses))  # a device is waited for here, once
 
@@ -102,14 +101,13 @@ class DiffusionTrainer(Trainer):
 
         self.note(timer, block=visit.block, step=step, loss=loss, gradient_norm=gradient_norm)
 
-    def _block(self, number: int, resident: Slot, checkpointing: bool) -> nn.Module:
+    def _block(self, number: int, resident: Slot, checkpointing: bool) -> Block:
         """The resident block as a module; made once a visit, and again where the guard turns checkpointing on."""
         if self._network is None or self._network[0] != checkpointing:
             self._network = None  # the former one is gone before the next is made
 
-            def build() -> nn.Module:
-                block: nn.Module = self.family.block(num_layers=self.run.layers[number], checkpointing=checkpointing)
-                return block
+            def build() -> Block:
+                return self.family.block(num_layers=self.run.layers[number], checkpointing=checkpointing)
 
             self._network = checkpointing, self.network_on(resident.buffer, build, self.gradients)
         return self._network[1]

@@ -10,9 +10,9 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Self
 
-from torch import nn
-
 from edgeblocks.data.dataset import DataSet
+from edgeblocks.families.block import Block
+from edgeblocks.families.family import EndToEnd
 from edgeblocks.inference.staged_weights import StagedEma
 from edgeblocks.offload.block_buffer import BlockBuffer
 from edgeblocks.offload.block_files import BlockStore
@@ -44,6 +44,8 @@ class ExactTrainer(Trainer):
             device: the one that the slots are on, where it has memory of its own.
         """
         super().__init__(run, data, slots, guard)
+        assert isinstance(self.family, EndToEnd)
+        self._end_to_end: EndToEnd = self.family
         self.slots, self._ema = slots, StagedEma(slots, run.file_layers)
         self._trained, self._late = run.trained, self.settings.clip_by == "network"
         self._uses = uses_of_a_step(self._trained, late=self._late)
@@ -56,7 +58,7 @@ class ExactTrainer(Trainer):
                 self.settings.batch, self.store.folder, self.times, dtype=self.settings.boundary_dtype
             )
         self._is_whole = True
-        self._networks: dict[tuple[int, int], nn.Module] = {}
+        self._networks: dict[tuple[int, int], Block] = {}
         self._saved = self.progress.step = min(run.saved_steps(self.store))
 
     @classmethod
@@ -98,7 +100,7 @@ class ExactTrainer(Trainer):
         # Forward through all stages but the last, keeping the activations at their boundaries; then backward from the
         # last stage to the lowest trained one, each stage run again from the activations that entered it.
         boundaries = self._boundaries_on_disk or InMemory(settings.batch, dtype=settings.boundary_dtype)
-        streamed = StreamedBackward(self.family, batch, num_stages=last + 1, lowest=lowest, boundaries=boundaries)
+        streamed = StreamedBackward(self._end_to_end, batch, num_stages=last + 1, lowest=lowest, boundaries=boundaries)
         for use, then in zip(self._uses, [*self._uses[1:], self._uses[0]], strict=True):
             stage = use.stage
             with self.slots.use(Need.of(use), then=Need.of(then)) as buffer:
@@ -130,7 +132,7 @@ class ExactTrainer(Trainer):
         network = self._network(stage, buffer)
         streamed.backward(stage, network, micro_batch=shape.micro_batch, checkpointing=shape.checkpointing)
 
-    def _network(self, stage: int, buffer: BlockBuffer) -> nn.Module:
+    def _network(self, stage: int, buffer: BlockBuffer) -> Block:
         """A stage as a module on a buffer that has it; made once for each buffer that it comes to lie in."""
         key = stage, id(buffer)
         if key not in self._networks:

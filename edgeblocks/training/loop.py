@@ -14,10 +14,11 @@ from dataclasses import dataclass
 from typing import Self
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from edgeblocks.data.dataset import DataSet
 from edgeblocks.errors import EdgeblocksError, OutOfBudgetError, WriteLimitError
+from edgeblocks.families.block import Block
 from edgeblocks.inference.block_runner import EmaSource
 from edgeblocks.methods import Method, imported
 from edgeblocks.offload.block_buffer import BlockBuffer, bind_parameters_
@@ -212,12 +213,12 @@ class Trainer(ABC):
         settings = self.settings
         return learning_rate_at(step, steps=settings.steps, warmup=settings.warmup, peak=settings.learning_rate)
 
-    def network_on(self, buffer: BlockBuffer, build: Callable[[], nn.Module], gradients: Tensor | None) -> nn.Module:
+    def network_on(self, buffer: BlockBuffer, build: Callable[[], Block], gradients: Tensor | None) -> Block:
         """A network whose parameters are views of a buffer's weights, and their gradients views of `gradients`."""
         with torch.device("meta"):  # no memory is taken for parameters that are replaced at once
             network = build()
         with self.device:
-            network.reset_tables_()  # type: ignore[operator]
+            network.reset_tables_()
         bind_parameters_(network, buffer.tensors("weights"), gradients)
         return network.train()
 

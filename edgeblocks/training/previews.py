@@ -4,18 +4,18 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from typing import Any
 
 from edgeblocks.data import pictures
 from edgeblocks.data.dataset import DataSet
 from edgeblocks.diffusion.unmasking import texts_as_file
+from edgeblocks.families.base import TextInfo
 from edgeblocks.inference import metrics
 from edgeblocks.inference.block_runner import BlockRunner
 from edgeblocks.inference.quality import run_quality
 from edgeblocks.inference.sampling import always, runner_of, sample_images, sample_texts
 from edgeblocks.progress import Listener
 from edgeblocks.runs.directory import RunDirectory, write_text
-from edgeblocks.tasks import GRID_SAMPLES, GRID_TOKENS, TEXT_TASKS
+from edgeblocks.tasks import GRID_TOKENS, TASKS, TEXT_TASKS
 from edgeblocks.training.guard import is_refusal
 from edgeblocks.training.interruption import Interrupted, Interruption
 from edgeblocks.training.loop import Trainer
@@ -33,9 +33,8 @@ class Previews:
         self._run, self._data_set, self._interruption = run, data_set, interruption
         self._task = run.family().task
         self._total = run.settings.run.steps
-        self._grids = _Marks(
-            run.settings.run.sample_grids if GRID_SAMPLES[self._task] else 0, self._total, made=self._newest_grid()
-        )
+        grids = run.settings.run.sample_grids if TASKS[self._task].grid_samples else 0
+        self._grids = _Marks(grids, self._total, made=self._newest_grid())
         self._evaluations = _Marks(
             run.settings.run.evaluations, self._total, made=max((mark.step for mark in run.quality()), default=0)
         )
@@ -72,10 +71,12 @@ class Previews:
 
     def _make_grid(self, done: int) -> None:
         path = self._run.path / "samples" / f"step_{done:07d}"
-        count, runners = GRID_SAMPLES[self._task], always(self._runner())
+        count, runners = TASKS[self._task].grid_samples, always(self._runner())
         if self._task in TEXT_TASKS:
-            short = {} if self._task == "text" else {"length": min(self._run.data.length, GRID_TOKENS)}
-            texts = sample_texts(self._run, runners, n=count, seed=0, on_step=self._go_on, **short)
+            data = self._run.data
+            assert isinstance(data, TextInfo)
+            length = None if self._task == "text" else min(data.length, GRID_TOKENS)
+            texts = sample_texts(self._run, runners, n=count, length=length, seed=0, on_step=self._go_on)
             write_text(path.with_suffix(".txt"), texts_as_file(texts))
             return
         images = sample_images(
@@ -102,7 +103,7 @@ class Previews:
             residents=self._residents if self._residents >= len(self._run.layers) else 1,
         )
 
-    def evaluation(self, listener: Listener) -> dict[str, Any]:
+    def evaluation(self, listener: Listener) -> dict[str, object]:
         def on_level(done: int, total: int) -> None:
             listener.advance(done, total, "evaluating")
             self._go_on(done)
@@ -112,7 +113,7 @@ class Previews:
             self._runner(),
             self._data_set,
             seed=self._run.settings.run.seed,
-            most_examples=metrics.MOST_EXAMPLES[self._run.family().task],
+            most_examples=TASKS[self._task].loss_examples,
             on_level=on_level,
         )
 

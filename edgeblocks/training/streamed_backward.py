@@ -9,13 +9,12 @@ The gradients are those of ordinary back-propagation. What a condition contribut
 which autograd sums it when all stages are one graph: from the last layer to the first, one at a time.
 """
 
-from typing import Any
-
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from edgeblocks.families.base import Batch
-from edgeblocks.families.layers import run_layers
+from edgeblocks.families.block import Block
+from edgeblocks.families.family import EndToEnd
 from edgeblocks.training.boundaries import Boundaries, InMemory
 
 
@@ -28,7 +27,7 @@ class StreamedBackward:
 
     def __init__(
         self,
-        family: Any,
+        family: EndToEnd,
         batch: Batch,
         *,
         num_stages: int,
@@ -50,7 +49,7 @@ class StreamedBackward:
         self.loss = 0.0
         """The mean over the batch; known when the last stage is behind."""
 
-    def forward(self, number: int, stage: nn.Module, *, micro_batch: int) -> None:
+    def forward(self, number: int, stage: Block, *, micro_batch: int) -> None:
         """Send all samples through a stage that is not the last one, a micro-batch at a time."""
         told = _Rows(self._size)
         with torch.no_grad():
@@ -58,24 +57,24 @@ class StreamedBackward:
                 hidden, condition = self._entered(number, stage, part)
                 if number == 0:
                     told.put(part, condition)
-                self._entering.put(number + 1, part, _through(stage, hidden, condition, checkpointing=False))
+                self._entering.put(number + 1, part, stage.through_stage(hidden, condition, checkpointing=False))
         if number < self._lowest:
             self._entering.forget(number)
         if number == 0:
             self._condition = told.all()
 
-    def backward(self, number: int, stage: nn.Module, *, micro_batch: int, checkpointing: bool) -> None:
+    def backward(self, number: int, stage: Block, *, micro_batch: int, checkpointing: bool) -> None:
         """Run a stage again and add the gradient of all samples to its parameters' gradients."""
         loss, by_hidden, by_condition = 0.0, _Rows(self._size), _Rows(self._size)
         for part in self._parts(micro_batch):
             hidden, condition = self._entered(number, stage, part)
             if number > 0:
                 hidden, condition = hidden.detach().requires_grad_(), condition.detach().requires_grad_()
-            out = _through(stage, hidden, condition, checkpointing=checkpointing)
+            out = stage.through_stage(hidden, condition, checkpointing=checkpointing)
             if number == self._last:
                 losses = self._family.loss_after(stage, out, condition, self._samples(part))
                 mean = losses.sum() / self._size
-                mean.backward()
+                mean.backward()  # type: ignore[no-untyped-call]
                 loss += mean.item()
             else:
                 self._continue_backward(out, condition, part)
@@ -94,11 +93,10 @@ class StreamedBackward:
     def _samples(self, part: slice) -> Batch:
         return {name: tensor[part] for name, tensor in self._batch.items()}
 
-    def _entered(self, number: int, stage: nn.Module, part: slice) -> tuple[Tensor, Tensor]:
+    def _entered(self, number: int, stage: Block, part: slice) -> tuple[Tensor, Tensor]:
         """What a stage is given of some samples."""
         if number == 0:
-            entered: tuple[Tensor, Tensor] = self._family.enter(stage, self._samples(part))
-            return entered
+            return self._family.enter(stage, self._samples(part))
         assert self._condition is not None
         return self._entering.of(number, part), self._condition[part]
 
@@ -132,11 +130,3 @@ class _Rows:
     def all(self) -> Tensor:
         assert self._whole is not None
         return self._whole
-
-
-def _through(stage: Any, hidden: Tensor, condition: Tensor, *, checkpointing: bool) -> Tensor:
-    """Through a stage's layers, one after the other unless the network goes another way (`through_stage`)."""
-    if hasattr(stage, "through_stage"):
-        out: Tensor = stage.through_stage(hidden, condition, checkpointing=checkpointing)
-        return out
-    return run_layers(stage.layers, hidden, condition, checkpointing=checkpointing)

@@ -4,7 +4,9 @@ import time
 from typing import Any
 
 from edgeblocks.data.dataset import DataSet
+from edgeblocks.families.base import TextInfo
 from edgeblocks.inference import metrics
+from edgeblocks.offload.device import Target
 from edgeblocks.runs.directory import RunDirectory
 from edgeblocks.runs.summary import MemoryChange, Metrics, Summary, TextScores, Validation
 from edgeblocks.tasks import TEXT_TASKS
@@ -16,7 +18,7 @@ def summary_of(
     trainer: Trainer,
     evaluation: dict[str, Any],
     data_set: DataSet,
-    target: Any,
+    target: Target,
     budget_bytes: int,
     resumed_from: list[int] | None,
 ) -> Summary:
@@ -40,7 +42,7 @@ def summary_of(
     split["other"] = max(0.0, seconds - split["compute"] - split["data"] - split["stall"])
     # Blocks that are trained alone are waited for between steps, stages within them.
     working_s = progress.compute_s + progress.data_s + (times.stall_s if run.method.trained_together else 0.0)
-    per_example = run.data.length if run.family().reads == "text" else 1
+    per_example = run.data.length if isinstance(run.data, TextInfo) else 1
     return Summary(
         family=run.settings.run.family,
         makes=run.family().task,

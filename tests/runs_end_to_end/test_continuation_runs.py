@@ -11,7 +11,7 @@ import torch
 
 import edgeblocks
 from edgeblocks.cli.console import evaluation_report
-from edgeblocks.diffusion.autoregression import DEFAULT_STEPS, CachedPredict, Window, read_levels
+from edgeblocks.diffusion.autoregression import CachedPredict, Window, read_levels
 from edgeblocks.diffusion.token_choice import softmax
 from edgeblocks.errors import ConfigError
 from edgeblocks.export.open_export import open_chain
@@ -21,7 +21,7 @@ from edgeblocks.inference.ema_loader import EmaLoader
 from edgeblocks.inference.sampling import token_chain_of
 from edgeblocks.prepare import grid_sample_bytes
 from edgeblocks.seeds import seed_at
-from edgeblocks.tasks import GRID_TOKENS
+from edgeblocks.tasks import GRID_TOKENS, TASKS
 
 WORDS = ["the", "white", "whale", "swims", "under", "a", "cold", "sea", "and", "sings", "to", "no", "ship"]
 LENGTH = 16
@@ -77,7 +77,7 @@ def runner_of(run, *, micro_batch=4, residents=1):
 
 def test_what_a_text_keeps_while_training_is_foreseen(run):
     """The planner's figure is the chain's."""
-    chain = token_chain_of(run.directory, DEFAULT_STEPS, length=min(LENGTH, GRID_TOKENS))
+    chain = token_chain_of(run.directory, TASKS["continuation"].steps, length=min(LENGTH, GRID_TOKENS))
     assert grid_sample_bytes(run.directory.family()) == chain.sample_bytes
 
 

@@ -30,6 +30,10 @@ class SeparateMemory(CpuTarget):
         self._on_host = set()
         SeparateMemory.newest = self
 
+    @property
+    def device(self):
+        return self
+
     def total_bytes(self):
         return DEVICE_BYTES
 

@@ -1,0 +1,34 @@
+"""What the runtime asks of a network: `Block`. Every kind of family builds its own kind."""
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor, nn
+
+from edgeblocks.families.layers import run_layers
+
+
+class Block(nn.Module, ABC):
+    """A network of some layers between a stem and a readout: one block, or a whole network that is cut into stages.
+
+    It is built without values, and initialised when its parameters are bound to memory. `stem_parts` and
+    `readout_parts` name the sub-modules that only the first, or only the last, of several stages has.
+    """
+
+    layers: nn.ModuleList
+    """Each takes (hidden, condition) and gives hidden."""
+    checkpointing: bool
+    """Whether activations are computed again on the way back."""
+    stem_parts: tuple[str, ...] = ()
+    readout_parts: tuple[str, ...] = ()
+
+    @abstractmethod
+    def init_(self, generator: torch.Generator) -> None:
+        """Initialise all parameters in place."""
+
+    def reset_tables_(self) -> None:
+        """Make the fixed tables, which are not stored, on torch's default device; needed before use."""
+
+    def through_stage(self, hidden: Tensor, condition: Tensor, *, checkpointing: bool) -> Tensor:
+        """Through the layers of a stage of end-to-end training, one after the other."""
+        return run_layers(self.layers, hidden, condition, checkpointing=checkpointing)

@@ -1,0 +1,261 @@
+"""What the runtime asks of a family: `Family`, and what it asks beside of families that make one thing or another.
+
+The base classes in `base` and `denoiser` have most of it. A new family is one file: a subclass of one of them.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Literal, Protocol, runtime_checkable
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from edgeblocks.data.dataset import DataSet
+from edgeblocks.diffusion.autoregression import CachesPer
+from edgeblocks.diffusion.noise import LevelDistribution, NoiseDistribution, NoisePartition, NoiseRange
+from edgeblocks.families.base import (
+    Batch,
+    BatchSpec,
+    ConditionSpec,
+    DataInfo,
+    FamilySettings,
+    ImageInfo,
+    Level,
+    TextInfo,
+)
+from edgeblocks.families.block import Block
+from edgeblocks.tasks import Reads, Task
+
+
+@runtime_checkable
+class Family(Protocol):
+    """A kind of model and its objective. A family is built from an instance of `settings_type` and one of `data_type`.
+
+    Raises `ConfigError` where it is built, with everything that is impossible.
+    """
+
+    name: str
+    reads: Reads
+    """What kind of data set it is trained on."""
+    settings_type: type
+    """A frozen dataclass of plain values that all have defaults; see `FamilySettings`."""
+    data_type: type
+    """What the network must know of the data: a frozen dataclass of plain values."""
+    preferred_blocks: int
+    one_stage: bool
+    """Whether all layers are needed together, so that a network trained end to end cannot be cut."""
+    layer_period: int
+    """Layers after which the structure repeats."""
+    unrolled: bool
+    """Whether some layers are run several times in a pass, so that passes differ in their number."""
+
+    @classmethod
+    def data_info(cls, data: DataSet) -> DataInfo:
+        """The `data_type` of a data set of the kind that the family reads."""
+        ...
+
+    @property
+    def task(self) -> Task:
+        """What a chain of its blocks makes."""
+        ...
+
+    @property
+    def settings(self) -> FamilySettings: ...
+
+    @property
+    def data(self) -> DataInfo: ...
+
+    @property
+    def sigma_data(self) -> float:
+        """Standard deviation of the clean target, per component."""
+        ...
+
+    @property
+    def num_layers(self) -> int: ...
+
+    @property
+    def noise(self) -> LevelDistribution: ...
+
+    @property
+    def chain_steps(self) -> int:
+        """Levels of a chain where the user asks for no number."""
+        ...
+
+    @property
+    def conditional(self) -> bool:
+        """Whether samples are asked for by class."""
+        ...
+
+    @property
+    def state_shape(self) -> tuple[int, ...]:
+        """Shape of a sample's z."""
+        ...
+
+    @property
+    def condition_spec(self) -> ConditionSpec | None:
+        """What a block is given beside z and sigma; None where it is given nothing."""
+        ...
+
+    def block(self, *, num_layers: int, checkpointing: bool) -> Block:
+        """A block on torch's default device, parameters not initialised."""
+        ...
+
+    def batch_spec(self, batch: int) -> BatchSpec:
+        """Shape and dtype of each tensor that `draw` gives."""
+        ...
+
+    def draw(
+        self, examples: np.ndarray, labels: np.ndarray | None, noise_range: NoiseRange, generator: torch.Generator, /
+    ) -> Batch:
+        """One training step's batch."""
+        ...
+
+    def at_level(
+        self, examples: np.ndarray, labels: np.ndarray | None, level: Level, generator: torch.Generator, /
+    ) -> Batch:
+        """A batch at a noise level, drawn within it where it is a stratum; for evaluation, nothing augmented."""
+        ...
+
+    def evaluation_levels(self, partition: NoisePartition) -> Sequence[Level]:
+        """Where evaluation looks, descending; the shares add up to 1."""
+        ...
+
+    def inputs(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
+        """z and the condition with which a block is called on a batch."""
+        ...
+
+    def loss(self, block: nn.Module, batch: Batch) -> Float[Tensor, " batch"]: ...
+
+    def scores(self, block: nn.Module, batch: Batch) -> dict[str, Float[Tensor, " batch"]]:
+        """What evaluation reports of each sample: `loss`, and more where the family knows more."""
+        ...
+
+
+class EndToEnd(ABC):
+    """A family that has an end-to-end form as well, derives from this: its network can be trained stage by stage.
+
+    What goes from stage to stage are hidden values and a condition, which the stem makes once and every layer is given.
+    """
+
+    @abstractmethod
+    def enter(self, block: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+        """What the first layer is given, and the condition of all layers."""
+
+    @abstractmethod
+    def loss_after(self, block: nn.Module, hidden: Tensor, condition: Tensor, batch: Batch) -> Float[Tensor, " batch"]:
+        """`Family.loss` from what the last layer gives."""
+
+
+@runtime_checkable
+class FamilyOfImages(Family, Protocol):
+    """What is asked of a family whose chain makes images."""
+
+    task: Literal["images"]
+
+    @property
+    def data(self) -> ImageInfo: ...
+
+    @property
+    def noise(self) -> NoiseDistribution: ...
+
+
+@runtime_checkable
+class FamilyOfClasses(Family, Protocol):
+    """What is asked of a family whose chain makes the probabilities of an image's classes."""
+
+    task: Literal["classes"]
+
+    @property
+    def data(self) -> ImageInfo: ...
+
+    @property
+    def noise(self) -> NoiseDistribution: ...
+
+    def condition(self, pixels: np.ndarray) -> Tensor:
+        """What a chain is given beside z, of images uint8 [N, H, W, C]."""
+        ...
+
+
+@runtime_checkable
+class FamilyOfText(Family, Protocol):
+    """What is asked of a family whose chain fills masked tokens of a text."""
+
+    task: Literal["text"]
+
+    @property
+    def data(self) -> TextInfo: ...
+
+    @property
+    def mask(self) -> int:
+        """The id that stands at masked positions."""
+        ...
+
+    def logits(self, block: nn.Module, z: Tensor, t: Tensor, wanted: Tensor) -> Float[Tensor, "answers vocabulary"]:
+        """Logits at the wanted places, bool [batch, length], of partly masked tokens z [batch, length] at times t."""
+        ...
+
+
+@runtime_checkable
+class FamilyOfContinuations(Family, Protocol):
+    """What is asked of a family whose chain writes text token by token, each token by denoising its code.
+
+    Of former positions a block sees keys and values that were kept, `num_caches` tensors [batch, heads, positions,
+    head_width].
+    """
+
+    task: Literal["continuation"]
+
+    @property
+    def data(self) -> TextInfo: ...
+
+    @property
+    def noise(self) -> NoiseDistribution: ...
+
+    @property
+    def code_width(self) -> int: ...
+
+    @property
+    def heads(self) -> int: ...
+
+    @property
+    def head_width(self) -> int: ...
+
+    @property
+    def caches_per(self) -> CachesPer:
+        """Whether all levels of a block share keys and values, or each step of a chain has its own."""
+        ...
+
+    def num_caches(self, num_layers: int) -> int:
+        """Tensors of keys and of values that a block of `num_layers` layers keeps."""
+        ...
+
+    def next_logits(
+        self, block: nn.Module, z: Tensor, sigma: Tensor, tokens: Tensor, past: Tensor
+    ) -> tuple[Float[Tensor, "batch vocabulary"], Tensor]:
+        """Logits of the last position's token, and keys and values of all positions; see `TokenDenoiserBlock`."""
+        ...
+
+    def estimates(
+        self, block: nn.Module, z: Tensor, known: Tensor, sigma: Tensor, tokens: Tensor, answers: Tensor, codes: Tensor
+    ) -> tuple[Float[Tensor, "batch tokens code"], Float[Tensor, "batch tokens"]]:
+        """Of a known text, at each position as if it were to be written: the denoised code, and log p(its token).
+
+        Args:
+            z: states that do not know the token at their position.
+            known: its noised code, which later positions may see.
+            tokens: the token before each position.
+            answers: the token at each position.
+            codes: the code-book.
+        """
+        ...
+
+    def with_iterations(self, batch: Batch, count: int) -> Batch:
+        """The batch, asking for so many iterations of the core of a network that is `unrolled`."""
+        ...
+
+
+AnyFamily = FamilyOfImages | FamilyOfClasses | FamilyOfText | FamilyOfContinuations
+"""`task` tells which one it is."""
+FamilyType = type[FamilyOfImages] | type[FamilyOfClasses] | type[FamilyOfText] | type[FamilyOfContinuations]
