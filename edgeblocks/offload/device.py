@@ -2,7 +2,7 @@
 
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from torch import Tensor, device
 
@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from edgeblocks.targets.disk import DiskSpeed
 
 
+@runtime_checkable
 class Device(Protocol):
     """What moving blocks needs to know of a device with memory of its own."""
 
