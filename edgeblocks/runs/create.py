@@ -10,7 +10,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -123,7 +122,7 @@ def seal_run(run: RunDirectory) -> None:
     )
 
 
-def environment() -> dict[str, Any]:
+def environment() -> dict[str, object]:
     """Versions and machine, so that a result can be reproduced."""
 
     packages = ("edgeblocks", "torch", "numpy", "safetensors")
