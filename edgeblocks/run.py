@@ -48,6 +48,7 @@ class Run:
 
     @property
     def path(self) -> Path:
+        """The run's directory."""
         return self.directory.path
 
     @property

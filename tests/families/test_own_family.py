@@ -1,26 +1,19 @@
 """docs/own_family.md as a stranger follows it: a network of one's own in one file."""
 
-import re
 import subprocess
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated
 
 import pytest
 from pydantic import Field
+from support.pages import code_after
 
 import edgeblocks
 from edgeblocks import registry
 from edgeblocks.config import resolve_settings
 from edgeblocks.errors import ConfigError
 from edgeblocks.families.denoiser import DenoiserSettings, ImageDenoiser, OwnDenoiser
-
-PAGE = (Path(__file__).parents[2] / "docs/own_family.md").read_text()
-
-
-def code(name):
-    return re.search(rf"<!-- test: {re.escape(name)} -->\n```python\n(.*?)```", PAGE, re.DOTALL)[1]
 
 
 @pytest.mark.slow
@@ -29,7 +22,7 @@ def test_the_page_works(tmp_path, edgeblocks_command):
 
     The exported network runs where the family is not known.
     """
-    (tmp_path / "my_family.py").write_text(code("my_family.py"))
+    (tmp_path / "my_family.py").write_text(code_after("test: my_family.py"))
     more = (
         "assert images.shape == (4, 8, 8, 1)\n"
         "assert run.summary['peak_bytes'] <= run.summary['budget_bytes']\n"
@@ -44,7 +37,7 @@ def test_the_page_works(tmp_path, edgeblocks_command):
         "    assert all(one[name].tobytes() == two[name].tobytes() for name in one), path\n"
         "    assert abs(one['ema.layers.0.norm.weight'] - 1).max() < 0.1\n"
     )
-    (tmp_path / "train.py").write_text(code("train.py") + more)
+    (tmp_path / "train.py").write_text(code_after("test: train.py") + more)
     done = subprocess.run([sys.executable, "train.py"], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     ran = edgeblocks_command("run", tmp_path / "onnx", "-o", tmp_path / "grid.png", "--n", "4")

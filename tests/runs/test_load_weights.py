@@ -9,7 +9,7 @@ import torch
 from safetensors.numpy import load_file
 from safetensors.torch import save_file
 from support.equality import StopAfter, assert_same_bits
-from support.readme import code_after
+from support.pages import code_after
 
 import edgeblocks
 from edgeblocks.errors import ConfigError, InterruptedRunError, RunError
@@ -90,7 +90,7 @@ def test_torch_loads_the_file_and_a_file_of_torch_is_begun_with(run, weights, tm
             np.testing.assert_array_equal(value, network.state_dict()[name].to(dtype).float().numpy(), err_msg=name)
 
 
-def test_the_lines_of_the_readme_write_a_file_that_is_begun_with(run, weights, tmp_path, monkeypatch):
+def test_the_lines_of_the_docs_write_a_file_that_is_begun_with(run, weights, tmp_path, monkeypatch):
     """As printed, in a folder where the run is `runs/cls` and its weights are `cls.safetensors`."""
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs/cls").symlink_to(run.path)

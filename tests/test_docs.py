@@ -1,0 +1,99 @@
+"""What the README and the pages of docs/ promise can be typed as it stands."""
+
+import re
+import subprocess
+import sys
+from itertools import pairwise
+
+import pytest
+import typer
+import yaml
+from support.pages import PAGES, ROOT, code_after, commands, links, page, rows
+
+from edgeblocks.cli.main import app
+from edgeblocks.config import RunSettings, load_preset, preset_names
+from edgeblocks.registry import family_names, family_type, profile_names, target_names
+
+
+def family_defaults():
+    """{setting: {family: default}} of what only a family has."""
+    found = {}
+    for family in ("dit", "vit", "mdlm", "ar", "looped"):
+        for name, value in vars(family_type(family).settings_type()).items():
+            found.setdefault(name, {})[family] = value
+    return found
+
+
+@pytest.mark.slow
+def test_the_python_examples_run_as_printed(tmp_path):
+    """The README's lines and those of docs/python.md train, sample, export, fail and listen in an empty directory."""
+    first = code_after("test: python")
+    assert first in page("docs/python.md")
+    parts = [first, "assert images.shape == (16, 8, 8, 1), images.shape"]
+    parts += [code_after(f"test: python, {name}") for name in ("summary", "errors", "listener")]
+    done = subprocess.run(
+        [sys.executable, "-c", "\n".join(parts)], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "runs/python-onnx/manifest.json").exists()
+    lines = done.stdout.splitlines()
+    printed = re.findall(r"# (\(.*depht.*\))", page("docs/python.md"))
+    assert printed and printed[0].replace('"', "").strip("(,)") in "".join(lines).replace('"', "")
+    assert sum(bool(re.match(r"this needs \d+ MB$", line)) for line in lines) == 1
+    assert sum(line.startswith(("0 1 {", "2 2 {")) for line in lines) == 2
+
+
+def test_every_command_has_valid_options_and_settings():
+    """Each `edgeblocks VERB` line uses only options, settings, presets and machines that exist."""
+    verbs = typer.main.get_command(app).commands
+    settings = {*RunSettings.model_fields, *family_defaults()}
+    values = {"--preset": preset_names(), "--target": (*target_names(), *profile_names(), "auto", "NAME")}
+    values["--set"] = (*settings, "key", "..")
+    seen = set()
+    for name, verb, words in commands():
+        shown = f"{name}: edgeblocks {verb} {' '.join(words)}"
+        assert verb in verbs, shown
+        options = {option for parameter in verbs[verb].params for option in parameter.opts}
+        for word, value in pairwise([*words, ""]):
+            if word.startswith("-"):
+                assert word in options | {"--help"}, shown
+            if word in values:
+                assert value.partition("=")[0] in values[word], shown
+        seen.add(verb)
+    assert seen == set(verbs), f"no page shows {set(verbs) - seen}"
+
+
+def test_settings_in_running_text_exist():
+    """Each `--set key=value` outside of a command, too."""
+    settings = {*RunSettings.model_fields, *family_defaults(), "key"}
+    for path, text in PAGES.items():
+        for key in re.findall(r"`--set ([\w-]+)=", text):
+            assert key.replace("-", "_") in settings, f"{path.name}: --set {key}"
+
+
+def test_relative_links_and_pictures_exist():
+    """No link of a page points to a file that is not there."""
+    found = list(links())
+    assert len(found) > 50
+    for path, target in found:
+        assert (path.parent / target).exists(), f"{path.name}: {target}"
+    assert (ROOT / "docs/digits.png").stat().st_size > 1000
+
+
+def test_the_page_of_settings_has_all_of_them_with_their_defaults():
+    """Of runs, of families, and the presets."""
+    told = {name.strip("`"): default.strip("`") for name, default, _ in rows("docs/settings.md", "Of every run")}
+    held = {name: field.default for name, field in RunSettings.model_fields.items()}
+    assert told == {name: "none" if value is None else str(value) for name, value in held.items()}
+
+    told = {
+        name.strip("`"): {family: yaml.safe_load(value) for family, value in re.findall(r"`(\w+)` ([^,]+)", defaults)}
+        for name, defaults, _ in rows("docs/settings.md", "Of a family")
+    }
+    assert told == family_defaults() and set(family_names()) >= {"dit", "vit", "mdlm", "ar", "looped"}
+
+    told = {name.strip("`"): numbers for name, *numbers in rows("docs/settings.md", "Presets")}
+    assert told == {
+        name: [str({"batch": 64, **load_preset(name)}[key]) for key in ("width", "depth", "heads", "steps", "batch")]
+        for name in preset_names()
+    }
