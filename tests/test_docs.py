@@ -97,3 +97,13 @@ def test_the_page_of_settings_has_all_of_them_with_their_defaults():
         name: [str({"batch": 64, **load_preset(name)}[key]) for key in ("width", "depth", "heads", "steps", "batch")]
         for name in preset_names()
     }
+
+
+def test_files_that_the_architecture_names_exist():
+    """Each path in backticks on that page and in CONTRIBUTING.md, in the package or at the top of the project."""
+    places = [ROOT / "edgeblocks", ROOT]
+    text = page("docs/ARCHITECTURE.md") + page("CONTRIBUTING.md")
+    paths = re.findall(r"`((?:\w+/)*\w+(?:\.py|\.toml|/))`", text)
+    assert len(paths) > 60
+    missing = [path for path in paths if "NAME" not in path and not any((place / path).exists() for place in places)]
+    assert not missing
