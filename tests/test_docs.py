@@ -12,7 +12,7 @@ from support.pages import PAGES, ROOT, code_after, commands, links, page, rows
 
 from edgeblocks.cli.main import app
 from edgeblocks.config import RunSettings, load_preset, preset_names
-from edgeblocks.registry import family_names, family_type, profile_names, target_names
+from edgeblocks.registry import family_type, profile_names, target_names
 
 
 def family_defaults():
@@ -65,7 +65,7 @@ def test_every_command_has_valid_options_and_settings():
 
 def test_settings_in_running_text_exist():
     """Each `--set key=value` outside of a command, too."""
-    settings = {*RunSettings.model_fields, *family_defaults(), "key"}
+    settings = {*RunSettings.model_fields, *family_defaults(), "key", "kernel"}  # `kernel`: own_family.md's own
     for path, text in PAGES.items():
         for key in re.findall(r"`--set ([\w-]+)=", text):
             assert key.replace("-", "_") in settings, f"{path.name}: --set {key}"
@@ -90,10 +90,20 @@ def test_the_page_of_settings_has_all_of_them_with_their_defaults():
         name.strip("`"): {family: yaml.safe_load(value) for family, value in re.findall(r"`(\w+)` ([^,]+)", defaults)}
         for name, defaults, _ in rows("docs/settings.md", "Of a family")
     }
-    assert told == family_defaults() and set(family_names()) >= {"dit", "vit", "mdlm", "ar", "looped"}
+    assert told == family_defaults()
 
     told = {name.strip("`"): numbers for name, *numbers in rows("docs/settings.md", "Presets")}
     assert told == {
         name: [str({"batch": 64, **load_preset(name)}[key]) for key in ("width", "depth", "heads", "steps", "batch")]
         for name in preset_names()
     }
+
+
+def test_files_that_the_architecture_names_exist():
+    """Each path in backticks on that page and in CONTRIBUTING.md, in the package or at the top of the project."""
+    places = [ROOT / "edgeblocks", ROOT]
+    text = page("docs/ARCHITECTURE.md") + page("CONTRIBUTING.md")
+    paths = re.findall(r"`((?:\w+/)*\w+(?:\.py|\.toml|/))`", text)
+    assert len(paths) > 60
+    missing = [path for path in paths if "NAME" not in path and not any((place / path).exists() for place in places)]
+    assert not missing
