@@ -29,7 +29,8 @@ from edgeblocks.targets.disk import DiskSpeed
 
 PLANNING_BYTES = 300_000_000
 """What a child process that traces costs takes at most, about."""
-_MEASURE_ARITHMETIC, _MEASURE_DISK = cpu._measure_arithmetic, cpu.measure_disk
+_MEASURED = ("_measure_arithmetic", "measure_disk", "checksum_s_per_byte")
+_REAL = [(cpu, name, getattr(cpu, name)) for name in _MEASURED]
 
 
 def _arithmetic() -> tuple[float, float, float]:
@@ -103,6 +104,7 @@ def known_answers():
             (trace, "subprocess", SimpleNamespace(run=_answer)),
             (cpu, "_measure_arithmetic", _arithmetic),
             (cpu, "measure_disk", _disk),
+            (cpu, "checksum_s_per_byte", lambda: 6e-10),
             (export_run, "make_template", _make_template),
         ]
     )
@@ -111,7 +113,7 @@ def known_answers():
 @pytest.fixture(scope="module")
 def measured_speeds(known_answers):
     """Speeds are those of this machine, measured each time."""
-    yield from _stand_ins([(cpu, "_measure_arithmetic", _MEASURE_ARITHMETIC), (cpu, "measure_disk", _MEASURE_DISK)])
+    yield from _stand_ins(_REAL)
 
 
 @pytest.fixture(scope="module")
