@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 from jaxtyping import install_import_hook
+from support.shapes import checked_shapes
 
 # Before torch is loaded: threads that spin while they wait make small steps ten times slower and more as soon as
 # another program needs a core.
@@ -17,44 +18,23 @@ os.environ.setdefault("GOMP_SPINCOUNT", "5000")
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-settings.register_profile("untimed", deadline=None)  # machines are shared
-settings.load_profile("untimed")
+# Machines are shared, hence no deadline. `EDGEBLOCKS_TESTS=thorough pytest` looks further.
+settings.register_profile("usual", deadline=None, max_examples=25)
+settings.register_profile("thorough", deadline=None, max_examples=300)
+settings.load_profile(os.environ.get("EDGEBLOCKS_TESTS", "usual"))
 
 _CHECKED = (
     *(f"families.{name}" for name in ("ar", "causal_layers", "dit", "layers", "looped", "mdlm", "text_block")),
     *(f"families.{name}" for name in ("token_block", "token_denoiser", "token_loss")),
-    *("inference.block_runner", "inference.frechet", "training.diffusion"),
+    *("inference.block_runner", "inference.frechet"),
 )
 """Modules whose annotated shapes are checked when they are called."""
 _hook = install_import_hook([f"edgeblocks.{name}" for name in _CHECKED], "beartype.beartype")
 for _name in _CHECKED:
     assert find_spec(f"edgeblocks.{_name}"), f"edgeblocks.{_name} is gone: nothing would check its shapes"
 
-
-LONGEST_FIRST = (
-    "test_equality.py",
-    "test_exact.py",
-    "test_continuation_runs.py",
-    "test_text_cli.py",
-    "test_killing.py",
-    "test_text_runs.py",
-    "test_arms.py",
-    "test_examination.py",
-    "test_looped_exact.py",
-    "test_clipping.py",
-    "test_train_blocks.py",
-    "test_waiting_stages.py",
-    "test_report.py",
-    "test_load_weights.py",
-    "test_cli.py",
-    "test_budget.py",
-)
-"""Files that take a minute and more: a process that began one of them last would end long after the other."""
-
-
-def pytest_collection_modifyitems(items):
-    places = {name: place for place, name in enumerate(LONGEST_FIRST)}
-    items.sort(key=lambda item: places.get(item.path.name, len(places)))
+pytest_plugins = ["support.known_answers"]
+_FOLDERS_WITH_CHECKS = ("families", "inference")
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -64,6 +44,12 @@ def _cache_folder(tmp_path_factory):
     if "PYTEST_XDIST_WORKER" in os.environ:
         folder = folder.parent
     os.environ["EDGEBLOCKS_CACHE"] = str(folder / "cache")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _shapes(request):
+    with checked_shapes(request.path.parent.name in _FOLDERS_WITH_CHECKS):
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -54,7 +54,7 @@ def main() -> None:
 def trained(family: str, target: str, mem_budget: str) -> dict[str, object]:
     """Figures of a training, from its summary."""
     with tempfile.TemporaryDirectory(prefix="edgeblocks-bench-") as name:
-        command = [sys.executable, "-m", "edgeblocks.cli.main", "train", family, "--target", target, "--json"]
+        command = [sys.executable, "-m", "edgeblocks.cli", "train", family, "--target", target, "--json"]
         command += ["--mem-budget", mem_budget, "--steps", "12", "--out", f"{name}/run"]
         settings = {**SHAPES[family], "visit_steps": 6, "sample_grids": 1, "evaluations": 1}
         if "patch" in settings:

@@ -92,7 +92,7 @@ def measured(
     try:
         rng = np.random.default_rng(0)
         np.savez(folder / "random.npz", images=rng.integers(0, 255, (512, 32, 32, 3), dtype=np.uint8))
-        command = [sys.executable, "-m", "edgeblocks.cli.main", "compare", "dit", "--data", str(folder / "random.npz")]
+        command = [sys.executable, "-m", "edgeblocks.cli", "compare", "dit", "--data", str(folder / "random.npz")]
         command += ["--arms", ",".join(arms), "--steps", str(steps), "--mem-budget", BUDGET, "--json"]
         given = {"patch": 4, "heads": 4, "hold_out": 0.01, "visit_steps": steps, **shape, **settings}
         command += [part for name, value in given.items() for part in ("--set", f"{name}={value}")]

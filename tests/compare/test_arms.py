@@ -1,4 +1,4 @@
-"""`edgeblocks compare`: several ways to train one network, side by side."""
+"""`edgeblocks compare`: several ways to train one network, side by side, each in a process of its own."""
 
 import json
 import re
@@ -20,13 +20,13 @@ IMAGES = ["dit", "--data", "digits", *SMALL, "--mem-budget", "1GB"]
 
 
 @pytest.fixture(scope="module")
-def compared(tmp_path_factory, edgeblocks_command):
+def compared(tmp_path_factory):
     """Three ways at equal steps; fp32 moments and one clipping norm, so that two of them do the same."""
     out = tmp_path_factory.mktemp("compare") / "out"
     asked = [*IMAGES, "--steps", "24", "--set", "optimizer=adamw", "--set", "learning_rate=0.003"]
     asked += ["--set", "visit_steps=3", "-o", out]
-    done = edgeblocks_command("compare", *asked, "--arms", "diffusion,exact,plain")
-    assert done.returncode == 0, done.stderr
+    done = invoke("compare", *asked, "--arms", "diffusion,exact,plain")
+    assert done.exit_code == 0, done.stderr
     return out, asked, done
 
 
@@ -63,33 +63,33 @@ def test_exact_training_is_what_the_ordinary_loop_does(compared):
         assert mine["value"] == pytest.approx(ordinary["value"], rel=1e-5)
 
 
-def test_the_same_comparison_goes_on_with_what_is_missing(compared, edgeblocks_command):
+def test_the_same_comparison_goes_on_with_what_is_missing(compared):
     """Arms that are done are not trained again, another arm joins them, and other settings are refused."""
     out, asked, _ = compared
     before = {path: path.stat().st_mtime_ns for path in out.glob("*/summary.json")}
     former = rows_of(out)
-    done = edgeblocks_command("compare", *asked, "--arms", "exact,plain,plain+ckpt", "--json")
-    assert done.returncode == 0, done.stderr
+    done = invoke("compare", *asked, "--arms", "exact,plain,plain+ckpt", "--json")
+    assert done.exit_code == 0, done.stderr
     assert {path: path.stat().st_mtime_ns for path in before} == before
     rows = {row["arm"]: row for row in json.loads(done.stdout)["arms"]}
     assert rows["plain"] == former["plain"] and rows["plain+ckpt"]["failure"] is None
     assert_refused(invoke("compare", *asked, "--batch", "8"), 2, "other settings")
 
 
-def test_a_time_instead_of_steps(tmp_path, edgeblocks_command):
+def test_a_time_instead_of_steps(tmp_path):
     """A short trial tells how many steps fill the time."""
     asked = [*IMAGES, "--minutes", "0.05", "-o", tmp_path / "out"]
-    done = edgeblocks_command("compare", *asked, "--arms", "plain", "--json")
-    assert done.returncode == 0, done.stderr
+    done = invoke("compare", *asked, "--arms", "plain", "--json")
+    assert done.exit_code == 0, done.stderr
     content = json.loads(done.stdout)
     assert content["equal"] == "time" and content["arms"][0]["steps"] > 20
 
 
-def test_what_does_not_fit_has_no_result_and_the_others_have(tmp_path, edgeblocks_command):
+def test_what_does_not_fit_has_no_result_and_the_others_have(tmp_path):
     """The table and compare.json say so."""
     asked = ["vit", "--data", "digits", *SMALL, "--steps", "2", "--mem-budget", "50MB", "-o", tmp_path / "out"]
-    done = edgeblocks_command("compare", *asked, "--arms", "exact,plain")
-    assert done.returncode == 0, done.stderr
+    done = invoke("compare", *asked, "--arms", "exact,plain")
+    assert done.exit_code == 0, done.stderr
     rows = rows_of(tmp_path / "out")
     assert "does not fit the budget of 50MB" in rows["exact"]["failure"]
     assert rows["plain"]["failure"] is None and 0 <= rows["plain"]["quality"][-1]["value"] <= 1
@@ -130,10 +130,10 @@ def test_extras_have_one_order():
         Arm.parse("plain+8bit+8bit")
 
 
-def test_other_minutes_are_another_comparison(tmp_path, edgeblocks_command):
+def test_other_minutes_are_another_comparison(tmp_path):
     """Figures of one length of training are not told as those of another."""
     asked = [*IMAGES, "--steps", "3", "-o", tmp_path / "out", "--arms", "plain"]
-    assert edgeblocks_command("compare", *asked).returncode == 0
+    assert invoke("compare", *asked).exit_code == 0
     (tmp_path / "steps.yaml").write_text("steps: 3\n")
     again = [part for part in asked if part not in ("--steps", "3")]
     other = invoke("compare", *again, "--config", tmp_path / "steps.yaml", "--minutes", "1")
@@ -141,11 +141,11 @@ def test_other_minutes_are_another_comparison(tmp_path, edgeblocks_command):
     assert_refused(invoke("compare", *again, "--minutes", "1"), 2, "for another time")
 
 
-def test_it_fails_where_no_arm_has_a_result(tmp_path, edgeblocks_command):
+def test_it_fails_where_no_arm_has_a_result(tmp_path):
     """Exit code 1; the table says why."""
     asked = [*IMAGES, "--steps", "3", "--mem-budget", "50MB", "-o", tmp_path / "out", "--arms", "diffusion"]
-    done = edgeblocks_command("compare", *asked)
-    assert done.returncode == 1 and "no arm has a result" in done.stderr and "does not fit" in done.stdout
+    done = invoke("compare", *asked)
+    assert done.exit_code == 1 and "no arm has a result" in done.stderr and "does not fit" in done.stdout
 
 
 def test_a_signal_ends_the_training_and_the_same_command_goes_on(tmp_path):

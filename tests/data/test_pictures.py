@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -16,7 +16,6 @@ def random_images(*shape):
     return np.random.default_rng(0).integers(0, 256, size=shape, dtype=np.uint8)
 
 
-@settings(max_examples=60, deadline=None)
 @given(
     num=st.integers(1, 20),
     shape=st.tuples(st.integers(1, 20), st.integers(1, 20), st.sampled_from([1, 3])),
@@ -123,7 +122,6 @@ def test_a_full_disk_is_reported(tmp_path, monkeypatch):
     assert [entry.name for entry in tmp_path.iterdir()] == ["grid.png"]
 
 
-@settings(max_examples=40, deadline=None)
 @given(mean=st.floats(0, 1), scale=st.floats(0.1, 10), dtype=st.sampled_from([np.float32, np.float64]))
 def test_pixels_survive_model_space(mean, scale, dtype):
     """All 256 values return exactly from model space, in the order [N, H, W, C]."""

@@ -1,7 +1,7 @@
 """Tokens from probabilities: how often each is drawn, and which ones may be."""
 
 import numpy as np
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from edgeblocks.diffusion.token_choice import choose, nucleus
@@ -28,7 +28,6 @@ def test_tokens_are_drawn_as_often_as_they_are_likely():
         np.testing.assert_allclose(np.bincount(drawn, minlength=5) / 10_000, expected / expected.sum(), atol=2e-4)
 
 
-@settings(deadline=None)
 @given(
     st.lists(st.integers(0, 50), min_size=1, max_size=8).filter(any),
     st.floats(0.01, 1.0),

@@ -1,8 +1,6 @@
 """Probes in child processes: nothing that a library does there ends the examination."""
 
 import os
-import subprocess
-import sys
 
 import pytest
 
@@ -51,11 +49,3 @@ def test_nothing_begins_after_the_deadline():
 
 def ask(*names, limit_s):
     return probes.ask(names, limit_s=limit_s, deadline=float("inf"))
-
-
-def test_the_asking_process_stays_small():
-    """The module imports neither torch nor onnxruntime."""
-    code = (
-        "import sys, edgeblocks.doctor.examination; sys.exit(bool({'torch', 'onnxruntime', 'onnx'} & set(sys.modules)))"
-    )
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

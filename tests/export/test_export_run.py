@@ -144,7 +144,7 @@ def test_a_graph_has_the_documented_inputs_and_named_weights(runs, exports):
             np.testing.assert_array_equal(own, parameter.numpy())
 
 
-def test_export_prints_nothing(runs, tmp_path, capfd):
+def test_export_prints_nothing(runs, tmp_path, capfd, exported_anew):
     """torch's exporter is kept quiet: neither stdout nor stderr gets a word."""
     export_run(runs["unconditional"].directory, tmp_path / "out", Notes())
     assert capfd.readouterr() == ("", "")

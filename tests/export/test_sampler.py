@@ -397,7 +397,7 @@ _JSON = st.recursive(
 )
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data(), value=_JSON)
 def test_any_value_anywhere_in_a_manifest_is_read_or_refused(copy, exported, data, value):
     """Fuzz: with any JSON value in the place of any field, reading gives a manifest or a RunError, nothing else."""

@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 from support.blocks import fresh_block, random_block, seeded
+from support.commands import invoke
 from support.random_run import make_run, unlabelled_images
 from torch import nn
 
@@ -290,24 +291,24 @@ def test_exported_probabilities_are_those_of_torch(exported):
     assert f"next: edgeblocks run {folder} picture.png" in export_report(manifest, folder)
 
 
-def test_run_prints_classes_of_image_files(exported, tmp_path, edgeblocks_command):
+def test_run_prints_classes_of_image_files(exported, tmp_path):
     """Text and JSON of a colour photograph of another size, and a file of answers; wrong uses are told."""
     _, folder, _ = exported
     pixels = np.random.default_rng(0).integers(0, 256, (30, 40, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(tmp_path / "a.png")
     Image.fromarray(pixels[::-1].copy()).save(tmp_path / "b.jpg")
-    text = edgeblocks_command("run", folder, tmp_path / "a.png", tmp_path / "b.jpg")
-    assert text.returncode == 0, text.stderr
+    text = invoke("run", folder, tmp_path / "a.png", tmp_path / "b.jpg")
+    assert text.exit_code == 0, text.stderr
     lines = text.stdout.splitlines()
     assert len(lines) == 2 and lines[0].startswith(f"{tmp_path}/a.png: ") and lines[0].count("%") == 5
-    found = json.loads(edgeblocks_command("run", folder, tmp_path / "a.png", "--json").stdout)
+    found = json.loads(invoke("run", folder, tmp_path / "a.png", "--json").stdout)
     assert found[0]["path"] == str(tmp_path / "a.png")
     shares = [one["probability"] for one in found[0]["classes"]]
     assert shares == sorted(shares, reverse=True) and {one["name"] for one in found[0]["classes"]} <= set("0123456789")
-    written = edgeblocks_command("run", folder, tmp_path / "a.png", "-o", tmp_path / "answers.json")
-    assert written.returncode == 0 and json.loads((tmp_path / "answers.json").read_text()) == found
-    some = edgeblocks_command("run", folder, tmp_path / "none.png", tmp_path / "a.png", tmp_path, "--json")
-    assert some.returncode == 2 and json.loads(some.stdout) == found  # one bad file takes no other's answer
+    written = invoke("run", folder, tmp_path / "a.png", "-o", tmp_path / "answers.json")
+    assert written.exit_code == 0 and json.loads((tmp_path / "answers.json").read_text()) == found
+    some = invoke("run", folder, tmp_path / "none.png", tmp_path / "a.png", tmp_path, "--json")
+    assert some.exit_code == 2 and json.loads(some.stdout) == found  # one bad file takes no other's answer
     assert "none.png" in some.stderr and "2 of 3 images have no answer" in some.stderr
     for wrong, words in (
         ([], "name some image files"),
@@ -317,5 +318,5 @@ def test_run_prints_classes_of_image_files(exported, tmp_path, edgeblocks_comman
         ([folder / "manifest.json"], "its content is of no kind of picture"),
         ([tmp_path / "a.png", "-o", tmp_path / "grid.png"], "ends in .json"),
     ):
-        done = edgeblocks_command("run", folder, *wrong)
-        assert done.returncode in (1, 2) and words in done.stderr, done.stderr
+        done = invoke("run", folder, *wrong)
+        assert done.exit_code in (1, 2) and words in done.stderr, done.stderr

@@ -3,7 +3,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from scipy.linalg import sqrtm
 from sklearn.datasets import load_digits
@@ -120,7 +120,6 @@ def test_symmetric(digits):
     assert frechet_distance(first, second) == pytest.approx(frechet_distance(second, first), rel=1e-9)
 
 
-@settings(max_examples=25, deadline=None)
 @given(seed=st.integers(0, 2**32 - 1), width=st.integers(1, 12), offset=st.floats(-3, 3))
 def test_equals_the_textbook_formula(seed, width, offset):
     """Oracle: the formula as FID's authors compute it, with scipy's general matrix square root."""
@@ -133,7 +132,6 @@ def test_equals_the_textbook_formula(seed, width, offset):
     assert frechet_distance(first, second) == pytest.approx(expected, rel=1e-6, abs=1e-6)
 
 
-@settings(max_examples=25, deadline=None)
 @given(seed=st.integers(0, 2**32 - 1), num=st.integers(2, 6))
 def test_never_negative(seed, num):
     """Few images, singular covariances and tiny scales give a finite figure of at least 0."""

@@ -63,7 +63,7 @@ def header_bytes(content):
 
 
 @pytest.mark.parametrize("part", PARTS)
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=25, deadline=None)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(share=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7))
 def test_a_flipped_bit_in_any_part_is_found(written, tmp_path_factory, part, share, bit):
     """One bit, anywhere in weights, EMA or optimizer state: RunError that names the block and the part."""
@@ -76,7 +76,7 @@ def test_a_flipped_bit_in_any_part_is_found(written, tmp_path_factory, part, sha
         copy.read(1, BlockBuffer(store.layouts[1]))
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=150, deadline=None)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(share=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7))
 def test_a_flipped_bit_in_the_header_is_found(written, tmp_path_factory, share, bit):
     """One bit, anywhere in the header or its length: RunError that names the block, in `read` and in `header`."""
@@ -89,7 +89,7 @@ def test_a_flipped_bit_in_the_header_is_found(written, tmp_path_factory, share, 
             ask(1)
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=40, deadline=None)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(share=st.floats(0, 1, exclude_max=True))
 def test_a_truncated_file_is_found(written, tmp_path_factory, share):
     """A file cut anywhere, the empty one included: RunError that names the block and says it was cut short."""

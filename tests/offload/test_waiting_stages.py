@@ -26,7 +26,7 @@ SETTINGS = {
     "fp32": {"optimizer": "adamw"},
     "8 bit, one norm": {"optimizer": "adamw8bit", "clip_by": "network"},
     "some frozen": {"optimizer": "adamw", "clip_by": "network", "train_blocks": "1,3"},
-    "text": {"optimizer": "adamw8bit", "micro_batch": 4},
+    "text": {"optimizer": "adamw8bit", "micro_batch": 2},
 }
 KIND_OF = dict.fromkeys(SETTINGS, "vit") | {"fp32": "dit", "text": "ar"}
 
@@ -66,22 +66,16 @@ def assert_same_training(one, other):
 @pytest.mark.parametrize(
     ("name", "slots", "ram_blocks", "boundaries"),
     [
-        ("fp32", 1, 2, "disk"),
-        ("fp32", 2, 0, "ram"),
         ("fp32", 2, 4, "ram"),
-        ("8 bit, one norm", 1, 4, "ram"),
-        ("8 bit, one norm", 2, 1, "disk"),
         ("8 bit, one norm", 3, 0, "ram"),
-        ("8 bit, one norm", 4, 0, "disk"),
-        ("some frozen", 1, 0, "ram"),
-        ("some frozen", 2, 0, "ram"),
-        ("some frozen", 2, 3, "disk"),
+        ("some frozen", 1, 3, "disk"),
         ("text", 2, 2, "disk"),
     ],
 )
 def test_training_on_a_device_equals_training_on_the_processor(on_cpu, tmp_path, name, slots, ram_blocks, boundaries):
     """However many stages are on the device and in its host's memory; interrupted on the way, with checkpoints.
 
+    All numbers of slots and of stages in the host's memory are tried without a run, in `test_exact`.
     Buffers are those of the slots on the device, and on the host the copies, one staging buffer for the others, and
     room for one gradient where gradients wait for the norm of all.
     """

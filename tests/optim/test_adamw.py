@@ -1,6 +1,6 @@
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from edgeblocks.optim.adamw import Workspace, adamw_8bit_state, adamw_8bit_step_, adamw_step_, workspace_bytes
@@ -145,7 +145,6 @@ def test_parameters_without_gradient_do_not_explode(first_gradient):
         assert (parameters[idle] == 0).all()
 
 
-@settings(max_examples=25, deadline=None)
 @given(
     num_groups=st.integers(1, 40),
     chunk_groups=st.integers(1, 45),
@@ -239,7 +238,6 @@ def test_tensors_that_do_not_match_are_refused(short):
         adamw_8bit_step_(*tensors, step=1, workspace=Workspace(num_threads=1, chunk_size=GROUP_SIZE), **SETTINGS)
 
 
-@settings(max_examples=20, deadline=None)
 @given(num_threads=st.integers(1, 4), chunk_groups=st.integers(1, 300))
 def test_workspace_bytes_are_true(num_threads, chunk_groups):
     """The formula, the attribute and the tensors held agree to the byte."""

@@ -3,7 +3,7 @@ import sys
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from edgeblocks.optim.moments import GROUP_SIZE, SIGNED, UNSIGNED, Scratch, dequantize_, quantize_, scratch_bytes
@@ -46,7 +46,6 @@ def test_codes_are_fourth_roots(kind):
     torch.testing.assert_close(back.double(), expected, rtol=1e-6, atol=0)
 
 
-@settings(max_examples=50, deadline=None)
 @given(
     seed=st.integers(0, 2**32 - 1),
     exponent=st.integers(-30, 30),
@@ -102,7 +101,6 @@ def test_updates_err_less_than_with_the_code_of_bitsandbytes(spread, percent, sh
     assert ours <= share * theirs
 
 
-@settings(max_examples=30, deadline=None)
 @given(seed=st.integers(0, 2**32 - 1), kind=st.sampled_from([SIGNED, UNSIGNED]))
 def test_requantizing_changes_nothing(seed, kind):
     """What came back once gets the same codes again, and differs by rounding: the code adds no drift of its own."""

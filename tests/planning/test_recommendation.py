@@ -1,18 +1,16 @@
 """Which method `edgeblocks plan` recommends."""
 
 import json
-import sys
 from dataclasses import replace
 from importlib import resources
-from pathlib import Path
 
 import pytest
+from support.commands import invoke
 
 from edgeblocks.config import DEFAULT_PRESETS
 from edgeblocks.errors import ConfigError, DoesNotFitError
 from edgeblocks.planning.recommendation import Measured, Option, measured, option, recommendation
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
 BOTH = {"diffusion": Option(seconds=100.0), "exact": Option(seconds=140.0)}
 
 
@@ -98,12 +96,12 @@ def test_the_tables_are_those_of_the_trainings():
     assert measured("none of ours") is None
 
 
-def test_plan_tells_a_method(edgeblocks_command):
+def test_plan_tells_a_method():
     """In one line, and in the JSON."""
     asked = ["vit", "--data", "digits", "--set", "depth=2", "--set", "width=32", "--mem-budget", "1GB"]
-    done = edgeblocks_command("plan", *asked)
-    assert done.returncode == 0, done.stderr
+    done = invoke("plan", *asked)
+    assert done.exit_code == 0, done.stderr
     assert sum(line.startswith("method: ") for line in done.stdout.splitlines()) == 1
-    advice = json.loads(edgeblocks_command("plan", *asked, "--json").stdout)["recommendation"]
+    advice = json.loads(invoke("plan", *asked, "--json").stdout)["recommendation"]
     assert advice["method"] in ("diffusion", "exact", None)
     assert f"{advice['method'] or 'none'} is recommended" in done.stdout

@@ -5,8 +5,6 @@ import html
 import json
 import re
 import shutil
-import subprocess
-import sys
 import warnings
 from html.parser import HTMLParser
 from pathlib import Path
@@ -33,12 +31,12 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 COMMON = {"mem_budget": "2GB", "width": 16, "depth": 3, "batch": 4, "steps": 12, "sample_steps": 3}
 IMAGES = {**COMMON, "family": "dit", "data": "digits", "blocks": 2, "visit_steps": 3, "sample_grids": 2}
-IMAGES |= {"hold_out": 0.02}
+IMAGES |= {"hold_out": 0.005}
 TEXT = {**COMMON, "family": "mdlm", "data": "moby-dick", "length": 16, "hold_out": 0.00005, "sample_grids": 1}
 KINDS = {"dit": IMAGES, "exact": {**IMAGES, "method": "exact"}, "vit": {**IMAGES, "family": "vit", "sample_grids": 0}}
 # Other tests' shapes, whose costs may have been traced already.
 KINDS["vit"] |= {"width": 32, "heads": 2, "depth": 6, "patch": 4, "batch": 16}
-KINDS["mdlm"] = {**TEXT, "blocks": 2, "width": 32, "heads": 2, "batch": 8, "micro_batch": 4}
+KINDS["mdlm"] = {**TEXT, "blocks": 2, "width": 32, "heads": 2, "batch": 4, "micro_batch": 2}
 VOID = {"meta", "img"}
 SCRIPT = "<script>alert(1)</script>"
 
@@ -362,7 +360,7 @@ def test_of_many_looks_the_newest_and_some_others_are_shown(tmp_path):
 POINTS = st.lists(st.tuples(st.floats(), st.floats()), max_size=40)
 
 
-@settings(max_examples=40, deadline=None, phases=[Phase.explicit, Phase.generate])  # shrinking takes minutes
+@settings(phases=[Phase.explicit, Phase.generate])  # shrinking takes minutes
 @given(
     lines=st.lists(POINTS, min_size=1, max_size=10),
     log_x=st.booleans(),
@@ -401,11 +399,3 @@ def test_a_figure_of_many_points_keeps_its_peaks_and_stays_small():
     line = max(re.findall(r'd="([^"]*)"', figure), key=len)
     heights = [float(pair.split()[1]) for pair in re.findall(r"[\d.]+ [\d.]+", line)]
     assert len(figure) < 40_000 and sorted(heights)[1] - min(heights) > 20
-
-
-def test_training_knows_no_matplotlib():
-    """Its 20 MB and more would have to be in every budget."""
-    code = "import sys, edgeblocks.api, edgeblocks.cli.main, edgeblocks.training.diffusion as _; "
-    code += "print('matplotlib' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout == "False\n"

@@ -18,10 +18,10 @@ from edgeblocks.seeds import generator_at
 IMAGES = {"family": "dit", "data": "digits", "width": 32, "heads": 2, "depth": 6, "batch": 16, "micro_batch": 8}
 
 
-TEXT = {"family": "mdlm", "data": "moby-dick", "width": 32, "heads": 2, "depth": 6, "batch": 8, "micro_batch": 4}
+TEXT = {"family": "mdlm", "data": "moby-dick", "width": 32, "heads": 2, "depth": 6, "batch": 4, "micro_batch": 2}
 
 
-KINDS = {"dit": {**IMAGES, "hold_out": 0.02}, "mdlm": {**TEXT, "length": 16, "hold_out": 0.00005}}
+KINDS = {"dit": {**IMAGES, "hold_out": 0.005}, "mdlm": {**TEXT, "length": 16, "hold_out": 0.00005}}
 
 
 KINDS |= {"vit": {**KINDS["dit"], "family": "vit"}, "ar": {**KINDS["mdlm"], "family": "ar"}}

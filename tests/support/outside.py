@@ -11,7 +11,7 @@ done = subprocess.run(sys.argv[1:], capture_output=True, text=True)
 peak_bytes = 1024 * resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
 print(json.dumps({"code": done.returncode, "out": done.stdout, "err": done.stderr, "peak_bytes": peak_bytes}))
 """
-EDGEBLOCKS = (sys.executable, "-m", "edgeblocks.cli.main")
+EDGEBLOCKS = (sys.executable, "-m", "edgeblocks.cli")
 
 
 def measured(*command, cwd=None):

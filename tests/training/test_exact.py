@@ -5,10 +5,11 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from support.equality import StopAfter, assert_same_bits
 from support.exact_runs import KINDS, SLOTS, plain_training, trained, waiting_in, whole_weights, with_slots
+from support.shapes import checked_shapes
 from support.small_blocks import all_bytes, filled_buffer, layout_of, store_in
 
 import edgeblocks
@@ -53,7 +54,7 @@ def test_streamed_stages_give_the_bits_of_resident_ones(resident, tmp_path):
     """
     kind, made, run = resident
     settings = {**made, "tier": "disk", "checkpointing": True, "visit_steps": 7}
-    with pytest.raises(InterruptedRunError):
+    with pytest.raises(InterruptedRunError), checked_shapes():
         trained(kind, tmp_path / "begun", listener=StopAfter(1), **settings)
     for slots in SLOTS[kind]:
         again = edgeblocks.resume(with_slots(tmp_path / "begun", run, slots))
@@ -172,7 +173,6 @@ def test_the_cut_changes_no_gradient(resident):
 LAYOUTS = [layout_of(width=width) for width in (64, 32, 64, 16)]
 
 
-@settings(max_examples=40, deadline=None)
 @given(
     slots=st.integers(1, 4),
     uses=st.lists(st.tuples(st.integers(0, 3), st.booleans()), max_size=20),

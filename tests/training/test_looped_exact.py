@@ -25,8 +25,8 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 SETTINGS = LoopedSettings(width=32, heads=2, depth=4, code_width=16, iterations=3, truncation=2)
 FAMILY = PlainLooped(SETTINGS, TextInfo(vocabulary=27, length=12))
 RANGE = partition_noise(FAMILY.noise, num_blocks=1, kind="equal-probability", overlap=0.0).ranges[0]
-RUN = {"family": "looped", "data": "moby-dick", "width": 32, "heads": 2, "depth": 4, "length": 16, "batch": 8}
-RUN |= {"hold_out": 0.00005, "iterations": 3, "truncation": 2, "optimizer": "adamw", "clip": 1e9, "micro_batch": 4}
+RUN = {"family": "looped", "data": "moby-dick", "width": 32, "heads": 2, "depth": 4, "length": 16, "batch": 4}
+RUN |= {"hold_out": 0.00005, "iterations": 3, "truncation": 2, "optimizer": "adamw", "clip": 1e9, "micro_batch": 2}
 
 
 def trained(out, listener=None):

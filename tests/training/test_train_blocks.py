@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import load_file
 from safetensors.torch import save_file
+from support.commands import invoke
 from support.equality import StopAfter, assert_same_bits
 from support.exact_runs import KINDS, SLOTS, plain_training, trained, whole_weights, with_slots
 from support.made_up_plans import MACHINE, WISHES, costs
@@ -175,17 +176,17 @@ def test_stages_that_a_plan_does_not_have_are_a_damaged_run(run, tmp_path):
         edgeblocks.load(tmp_path / "run")
 
 
-def test_the_command_says_what_is_trained(tmp_path, edgeblocks_command):
+def test_the_command_says_what_is_trained(tmp_path):
     """On the plan, and in `info` of the run."""
     small = [f"--set={key}={value}" for key, value in KINDS["vit"].items() if key not in ("family", "batch", "data")]
     common = ["vit", "--method", "exact", *small, "--batch", "16", "--mem-budget", "2GB", "--steps", "2"]
     common += ["--blocks", "3", "--train-blocks", "1,2"]
-    done = edgeblocks_command("plan", *common)
+    done = invoke("plan", *common)
     assert (
         "in 3 stages of 2 layers, of which 1, 2 (the first is 0) trained end to end, the others frozen" in done.stdout
     )
-    done = edgeblocks_command("train", *common, "--out", tmp_path / "run")
-    assert done.returncode == 0, done.stderr
-    assert "trained_stages    1, 2" in edgeblocks_command("info", tmp_path / "run").stdout
-    done = edgeblocks_command("plan", *common[:-1], "3")
-    assert done.returncode == 2 and "--train-blocks 3: the network is cut into 3 stages, 0 to 2" in done.stderr
+    done = invoke("train", *common, "--out", tmp_path / "run")
+    assert done.exit_code == 0, done.stderr
+    assert "trained_stages    1, 2" in invoke("info", tmp_path / "run").stdout
+    done = invoke("plan", *common[:-1], "3")
+    assert done.exit_code == 2 and "--train-blocks 3: the network is cut into 3 stages, 0 to 2" in done.stderr

@@ -1,0 +1,132 @@
+"""What is the same for every run of a shape, found once: costs and exported graphs. And a machine of given speeds.
+
+To trace a shape's costs in a process of its own takes 11 s, most of it to import torch; to trace the graph that is
+exported takes 10 to 20 s; to measure this machine takes 0.3 s and writes 32 MiB, each time. Tests of these things ask
+for `traced_apart`, `exported_anew` and `measured_speeds`; every export is verified against torch in any case.
+"""
+
+import functools
+import hashlib
+import json
+import os
+import pickle
+import subprocess
+import tempfile
+import traceback
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from edgeblocks.planning.layer_costs import LayerCosts
+from edgeblocks.profiling import trace
+from edgeblocks.registry import build_family
+from edgeblocks.targets import cpu
+from edgeblocks.targets.disk import DiskSpeed
+
+PLANNING_BYTES = 300_000_000
+"""What a child process that traces costs takes at most, about."""
+_MEASURED = ("_measure_arithmetic", "measure_disk", "checksum_s_per_byte")
+_REAL = [(cpu, name, getattr(cpu, name)) for name in _MEASURED]
+
+
+def _arithmetic() -> tuple[float, float, float]:
+    cpu.run_every_kernel()  # their code and scratch memory belong to what the process occupies
+    return 6e10, 2e10, 6e-6
+
+
+def _disk(folder, *, probe_bytes, limit_s, num_syncs=0) -> DiskSpeed:
+    return DiskSpeed(
+        probe_bytes=probe_bytes, write_bytes_per_s=4e8, read_bytes_per_s=1e9, read_way="direct", sync_s=None
+    )
+
+
+@functools.cache
+def _traced(family: str, settings: str, data: str, method: str, samples: int) -> LayerCosts:
+    return trace.trace(build_family(family, json.loads(settings), json.loads(data), method), [samples])
+
+
+def _costs(request: dict[str, Any], samples: int) -> LayerCosts:
+    """Traced with 12 layers whatever the depth: it changes nothing but the number of layers."""
+    settings = {**request["settings"], "depth": 12}
+    words = [json.dumps(part) for part in (settings, request["data"])]
+    traced = _traced(request["family"], *words, request["method"], samples)
+    return replace(traced, num_layers=request["settings"]["depth"])
+
+
+def _answer(command, *, input, **_):
+    """What `python -m edgeblocks.profiling.trace` answers, made here; each micro-batch of a shape is traced once."""
+    assert command[1:] == ["-m", "edgeblocks.profiling.trace"]
+    request = json.loads(input)
+    try:
+        build_family(request["family"], request["settings"], request["data"], request["method"])
+        each = [asdict(_costs(request, samples)) for samples in sorted(set(request["sample_counts"]))]
+    except Exception:
+        return SimpleNamespace(returncode=1, stdout="", stderr=traceback.format_exc())
+    kinds = {kind: [cost for costs in each for cost in costs[kind]] for kind in ("plain", "checkpointed", "forward")}
+    answer = json.dumps({**each[0], **kinds, "planning_bytes": PLANNING_BYTES})
+    return SimpleNamespace(returncode=0, stdout=answer, stderr="")
+
+
+def _make_template(family: Any, num_layers: int) -> Any:
+    """A graph without its weights: kept where all processes of this session find it."""
+    from edgeblocks.export import graph
+
+    shape = (type(family).__qualname__, asdict(family.settings) | {"depth": 0}, asdict(family.data), num_layers)
+    path = Path(os.environ["EDGEBLOCKS_CACHE"]) / f"graph-{hashlib.sha256(repr(shape).encode()).hexdigest()}"
+    if path.exists():
+        return pickle.loads(path.read_bytes())
+    made = graph.make_template(family, num_layers)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
+        file.write(pickle.dumps(made))
+    Path(file.name).replace(path)
+    return made
+
+
+def _stand_ins(values) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patched:
+        for module, name, value in values:
+            patched.setattr(module, name, value)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def known_answers():
+    """For all tests that do not ask for others."""
+    from edgeblocks.export import export_run
+
+    yield from _stand_ins(
+        [
+            (trace, "subprocess", SimpleNamespace(run=_answer)),
+            (cpu, "_measure_arithmetic", _arithmetic),
+            (cpu, "measure_disk", _disk),
+            (cpu, "checksum_s_per_byte", lambda: 6e-10),
+            (export_run, "make_template", _make_template),
+        ]
+    )
+
+
+@pytest.fixture(scope="module")
+def measured_speeds(known_answers):
+    """Speeds are those of this machine, measured each time."""
+    yield from _stand_ins(_REAL)
+
+
+@pytest.fixture(scope="module")
+def traced_apart(known_answers, tmp_path_factory):
+    """Costs are traced in a process of its own, and kept where no answer lies that was made in this one."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("EDGEBLOCKS_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield from _stand_ins([(trace, "subprocess", subprocess)])
+
+
+@pytest.fixture
+def exported_anew(known_answers):
+    """Graphs are traced when they are exported."""
+    from edgeblocks.export import export_run, graph
+
+    yield from _stand_ins([(export_run, "make_template", graph.make_template)])

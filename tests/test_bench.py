@@ -1,0 +1,136 @@
+"""Every program in tests/bench runs, on something tiny, so that none of them is found broken when it is needed.
+
+What they measure says nothing at this size. Constants that name large networks are made small; the rest is as it is.
+"""
+
+import gzip
+import importlib
+import json
+import shutil
+import struct
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).parents[1]
+TINY = {"width": 32, "heads": 2, "depth": 2, "batch": 8}
+CHANGES = [part for name, value in TINY.items() for part in ("--set", f"{name}={value}")]
+
+
+@pytest.fixture
+def bench(monkeypatch, capsys, tmp_path):
+    """Runs one of the programs with arguments, in `tmp_path`; gives what it printed."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(name, *arguments, **constants):
+        program = importlib.import_module(name)
+        for constant, value in constants.items():
+            assert hasattr(program, constant)
+            monkeypatch.setattr(program, constant, value)
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, arguments)])
+        assert not program.main()
+        return capsys.readouterr().out
+
+    return run
+
+
+def test_each_program_is_run_here():
+    programs = {path.stem for path in (ROOT / "tests/bench").glob("*.py")}
+    text = Path(__file__).read_text()
+    assert programs == {name for name in programs if f'bench("{name}"' in text} | {"plain"}  # of versus_plain
+
+
+def test_budget_grid(bench, tmp_path):
+    shape = {"family": "vit", **TINY, "image": 8, "channels": 1, "patch": 4}
+    told = bench("budget_grid", "grid.jsonl", "--table", "grid.md", SHAPES=(shape,))
+    rows = [json.loads(line) for line in (tmp_path / "grid.jsonl").read_text().splitlines()]
+    assert {"smallest", "ample"} <= {row["kind"] for row in rows} and all(row["code"] == 0 for row in rows), told
+    assert "| vit | 32 |" in (tmp_path / "grid.md").read_text()
+
+
+def test_compiled_block(bench, monkeypatch):
+    """With a compiler that gives the function back: compiling takes half a minute."""
+    monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")
+    told = bench("compiled_block", "--family", "vit", *CHANGES, "--set", "patch=8", "--blocks", 2, "--rounds", 1)
+    assert "compiled / as it is" in told
+
+
+def test_fashion_mnist(bench, tmp_path):
+    for name, shape in {"train-images-idx3": (3, 4, 4), "train-labels-idx1": (3,)}.items():
+        for part, size in (("train", 3), ("t10k", 2)):
+            header = struct.pack(f">HBB{len(shape)}I", 0, 8, len(shape), size, *shape[1:])
+            content = gzip.compress(header + bytes(range(size * int(np.prod(shape[1:])))))
+            (tmp_path / f"{name.replace('train', part)}-ubyte.gz").write_bytes(content)
+    bench("fashion_mnist", "out.npz", FOLDER=tmp_path)
+    with np.load(tmp_path / "out.npz") as found:
+        assert found["x_train"].shape == (3, 4, 4) and found["y_test"].tolist() == [0, 1]
+
+
+def test_four_arms(bench, tmp_path):
+    """The tables are tested where they are used."""
+    images = np.random.default_rng(0).integers(0, 256, (64, 8, 8, 1), dtype=np.uint8)
+    np.savez(tmp_path / "fashion.npz", images=images, labels=np.arange(64) % 4)
+    tiny = {"SETTINGS": {"vit": {**TINY, "patch": 4}}, "TRAININGS": tmp_path / "rows.jsonl", "EXAMPLES": {"vit": 4}}
+    bench("four_arms", "fashion.npz", "--family", "vit", "--steps", 2, "--seeds", 0, tables=dict, **tiny)
+    rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    assert [(row["method"], row["blocks"]) for row in rows] == [("diffusion", 2), ("diffusion", 1), *[("exact", 1)] * 2]
+
+
+def test_fuzz_readers(bench):
+    assert "| block file | 3 |" in bench("fuzz_readers", "block file", "--cases", 3)
+
+
+def test_gpu(bench, monkeypatch):
+    told = bench("gpu", "plans", "--target", "cpu", "--families", "ar", SHAPES={"ar": {**TINY, "length": 16}})
+    assert json.loads(told)["family"] == "ar"
+    assert "fused, fp32: " in bench("gpu", "update", "--target", "cpu", "--parameters", 2**14)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the campaign forks its processes and looks into /proc")
+def test_kill_campaign(bench):
+    assert "1 x SIGKILL" in bench("kill_campaign", "--kills", 1)
+
+
+def test_scaling(bench, tmp_path):
+    """The table from what was measured, as it is in docs/; and one more measurement."""
+    shutil.copy(ROOT / "docs/scaling.jsonl", tmp_path)
+    bench("scaling", "scaling.jsonl", "--docs", tmp_path)
+    tables = [[line for line in path.read_text().splitlines() if line.startswith("|")] for path in
+              (tmp_path / "scaling.md", ROOT / "docs/scaling.md")]  # fmt: skip
+    assert tables[0] == tables[1] and len(tables[0]) > 30
+    (row,) = importlib.import_module("scaling").measured({"depth": 2, "width": 32, "batch": 4}, 3, arms=("plain",))
+    assert row["failure"] is None and row["step_s"] > 0
+
+
+def test_state_of_the_union(bench, tmp_path):
+    (tmp_path / "package/data").mkdir(parents=True)
+    for year in (1791, 1790):
+        (tmp_path / f"package/data/{year}.json").write_text(json.dumps({"text": f"of {year}", "year": year}))
+    bench("state_of_the_union", "package", "out.jsonl")
+    texts = [json.loads(line)["text"] for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert texts == ["of 1790", "of 1791"]
+
+
+def test_text_compressors(bench, tmp_path):
+    (tmp_path / "sea.txt").write_text(" ".join(np.random.default_rng(0).choice(["white", "whale", "sea"], 2000)))
+    assert "zlib" in bench("text_compressors", "sea.txt")
+
+
+def test_text_curve(bench, tmp_path):
+    """A training in one stretch, its row, the table and the picture."""
+    (tmp_path / "sea.txt").write_text(" ".join(np.random.default_rng(0).choice(["white", "whale", "sea"], 2000)))
+    given = [part for name, value in {**TINY, "length": 16, "hold_out": 0.02}.items() for part in
+             ("--set", f"{name}={value}")]  # fmt: skip
+    bench("text_curve", "ar", "curve.jsonl", "--data", "sea.txt", "--out", "run", "--steps", 2, "--samples", 2, *given,
+          "--table", "curve.md", "--plot", "curve.png")  # fmt: skip
+    assert "## ar" in (tmp_path / "curve.md").read_text() and (tmp_path / "curve.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize("what", [["time"], ["exact"], ["arm", "--arm", "plain+ckpt+8bit"]], ids=lambda words: words[0])
+def test_versus_plain(bench, what):
+    """Trainers and ordinary loops in turns, and one arm of the memory's table."""
+    shape = [*CHANGES, "--set", "patch=8"]
+    told = bench("versus_plain", *what, "--family", "vit", *shape, "--blocks", 2, "--rounds", 1)
+    assert ("median" in told) == (what[0] != "arm") and told
