@@ -23,7 +23,7 @@ settings.load_profile("untimed")
 _CHECKED = (
     *(f"families.{name}" for name in ("ar", "causal_layers", "dit", "layers", "looped", "mdlm", "text_block")),
     *(f"families.{name}" for name in ("token_block", "token_denoiser", "token_loss")),
-    *("inference.block_runner", "inference.frechet", "training.diffusion"),
+    *("inference.block_runner", "inference.frechet"),
 )
 """Modules whose annotated shapes are checked when they are called."""
 _hook = install_import_hook([f"edgeblocks.{name}" for name in _CHECKED], "beartype.beartype")
