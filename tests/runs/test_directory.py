@@ -21,6 +21,6 @@ def test_a_change_makes_both_anew(directory):
     changed = directory.changed({"overlap": 0.2, "sigma_max": 40.0})
     assert changed.family().settings.sigma_max == 40.0
     assert changed.partition.ranges[0] != before[1].ranges[0]
-    planned = directory.planned_again({**directory.plan, "micro_batch": 2})
-    assert planned.plan["micro_batch"] == 2 and planned.partition == before[1]
+    planned = directory.planned_again(directory.plan.model_copy(update={"micro_batch": 2}))
+    assert planned.plan.micro_batch == 2 and planned.partition == before[1]
     assert (directory.family(), directory.partition) == before
