@@ -46,7 +46,7 @@ class ExportedChain:
         """The blocks loaded, in order."""
         self._sessions: dict[int, Any] = {}
 
-    def run_graph(self, block: int, feed: dict[str, NDArray[Any]]) -> list[Values]:
+    def run_graph(self, block: int, feed: dict[str, NDArray[np.generic]]) -> list[Values]:
         """The outputs of one block's graph on a micro-batch, whichever noise levels it owns; it stays loaded."""
         found: list[Values] = self._load(block).run(None, feed)
         return found

@@ -131,7 +131,7 @@ def comparison_table(content: dict[str, Any], folder: Path) -> str:
     return "\n".join([*lines, "", f"{folder / 'report.html'}: curves, memory over time; compare.json: the figures"])
 
 
-def by_arm(rows: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+def by_arm(rows: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, object]]]:
     """The trainings of each arm, in the order of the arms."""
     return {name: [row for row in rows if row["arm"] == name] for name in dict.fromkeys(row["arm"] for row in rows)}
 

@@ -1,6 +1,7 @@
 """`plan` and `train`."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -185,7 +186,7 @@ def train(
     guarded(work, verbose=verbose)
 
 
-def _left_out(names: list[str], given: dict[str, Any]) -> str:
+def _left_out(names: list[str], given: Mapping[str, object]) -> str:
     """Settings as the user typed them; a family has no flag."""
     family = f"'{given['family']}'" if "family" in names else ""
     return ", ".join(part for part in (family, as_flags([name for name in names if name != "family"])) if part)
@@ -215,7 +216,7 @@ def _print_plan(given: dict[str, Any], config: Path | None, out: Path, *, as_jso
         print(advice.line())
 
 
-def _free_run_path(given: dict[str, Any]) -> Path:
+def _free_run_path(given: Mapping[str, object]) -> Path:
     """runs/FAMILY-DATA, numbered when it is taken."""
     name = f"{given.get('family', 'dit')}-{Path(str(given.get('data', 'digits'))).stem or 'images'}"
     path, number = Path("runs") / name, 2

@@ -147,7 +147,7 @@ class CacheFiles:
                 array.close()
 
     def begin(
-        self, arrays: Mapping[str, tuple[np.dtype[Any] | type[np.generic], tuple[int, ...]]], needed_bytes: int
+        self, arrays: Mapping[str, tuple[np.dtype[np.generic] | type[np.generic], tuple[int, ...]]], needed_bytes: int
     ) -> None:
         """Opens a file for each name in `arrays` (type and shape of a row), after a look at the free space."""
         self._needed_bytes = needed_bytes
@@ -268,7 +268,7 @@ def read_meta(folder: Path, version: int) -> dict[str, Any]:
     return meta
 
 
-def meta_digest(meta: dict[str, Any]) -> str:
+def meta_digest(meta: Mapping[str, object]) -> str:
     """The checksum in meta.json, of everything else in it."""
     return hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()
 

@@ -185,7 +185,7 @@ def _torch_bf16_matmul() -> dict[str, object]:
     return _compared(lambda: half[0] @ half[1], error=error, tolerance=0.02, fp32=lambda: activations @ weight)
 
 
-def _torchao_int8_linear() -> dict[str, Any]:
+def _torchao_int8_linear() -> dict[str, object]:
     """On the GPU where there is one. Not yet run on a GPU."""
     import torch
 
@@ -226,7 +226,7 @@ def _onnx_session(nodes: Sequence[Any], constants: Mapping[str, Any]) -> Any:
     return onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
 
 
-def _onnx_fp32(weight: Any) -> Any:
+def _onnx_fp32(weight: object) -> Any:
     import onnx
 
     return _onnx_session([onnx.helper.make_node("MatMul", ["x", "w"], ["y"])], {"w": weight})

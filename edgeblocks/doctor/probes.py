@@ -195,7 +195,7 @@ def _example(data: Mapping[str, Any]) -> str:
     return f"{data['height']}x{data['width']}x{data['channels']}"
 
 
-def _plan_preset(name: str, request: Mapping[str, Any]) -> dict[str, Any]:
+def _plan_preset(name: str, request: Mapping[str, Any]) -> dict[str, object]:
     """The fields of a `PresetFit`, as `edgeblocks plan` plans: in a process that traces costs and does nothing else."""
     from edgeblocks.profiling import trace as cost
 
@@ -243,7 +243,7 @@ def _plan_preset(name: str, request: Mapping[str, Any]) -> dict[str, Any]:
     )
 
 
-def _run_probe(name: str, request: Mapping[str, Any]) -> Any:
+def _run_probe(name: str, request: Mapping[str, Any]) -> object:
     if name in KERNELS:
         return KERNELS[name].run()
     if name == "gpus":

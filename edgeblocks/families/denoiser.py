@@ -197,7 +197,7 @@ class _WithoutValues(TorchFunctionMode):
 
     _NAMES = frozenset({"uniform_", "normal_", "fill_", "zero_", "constant_", "kaiming_uniform_", "kaiming_normal_"})
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> object:
         if getattr(func, "__name__", "") in self._NAMES:
             return args[0] if args else (kwargs or {}).get("tensor")
         return func(*args, **(kwargs or {}))

@@ -145,7 +145,7 @@ def bits(nats: float, error: float | None, text: TextSet) -> dict[str, Any]:
     }
 
 
-def text_facts(text: TextSet, sequences: int) -> dict[str, Any]:
+def text_facts(text: TextSet, sequences: int) -> dict[str, object]:
     """What a bound is of."""
     return {
         "characters_per_token": text.characters_per_token,

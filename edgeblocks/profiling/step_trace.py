@@ -58,7 +58,7 @@ class _KnownResults:
         self._made: dict[Any, _Result | Literal["first"] | None] = {}
         """By operator and arguments: how its result is made, or that it is the first argument; None: it must be run."""
 
-    def of(self, operator: Any, args: Any, kwargs: Any) -> Any:
+    def of(self, operator: Any, args: Any, kwargs: Any) -> object:
         key = operator, _described(args), _described(tuple(kwargs.items()))
         try:
             known = self._made.get(key, "unknown")
@@ -85,12 +85,12 @@ class _Result:
     tensors: tuple[tuple[Any, ...], ...]
     is_tuple: bool
 
-    def again(self) -> Any:
+    def again(self) -> object:
         made = (torch.empty_strided(shape, stride, dtype=dtype, device="meta") for shape, stride, dtype in self.tensors)
         return tuple(made) if self.is_tuple else next(made)
 
 
-def _described(value: Any) -> Any:
+def _described(value: Any) -> object:
     """All of an argument that a result's shape can depend on, to be looked up."""
     if isinstance(value, torch.Tensor):
         return value.shape, value.stride(), value.dtype, value.device.type, value.is_conj(), value.is_neg()
@@ -150,7 +150,7 @@ def _cpu_attention() -> Iterator[None]:
     """
     usual = F.scaled_dot_product_attention
 
-    def fused(*args: Any, **kwargs: Any) -> Any:
+    def fused(*args: object, **kwargs: object) -> Any:
         return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*args, **kwargs)[0]
 
     F.scaled_dot_product_attention = fused

@@ -7,7 +7,6 @@ request (a content security policy), whatever text a run may bring along.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
@@ -42,7 +41,7 @@ def render(
     return fragment("page.html", title=title, kind=kind, lead=lead or "", sections=sections, footer=footer)
 
 
-def fragment(template: str, /, **values: Any) -> Markup:
+def fragment(template: str, /, **values: object) -> Markup:
     """HTML of one of this package's templates. Strings are escaped unless they are HTML of this package already."""
     return Markup(_environment().get_template(template).render(values))
 

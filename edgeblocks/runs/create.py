@@ -123,7 +123,7 @@ def seal_run(run: RunDirectory) -> None:
     )
 
 
-def environment() -> dict[str, Any]:
+def environment() -> dict[str, object]:
     """Versions and machine, so that a result can be reproduced."""
 
     packages = ("edgeblocks", "torch", "numpy", "safetensors")
