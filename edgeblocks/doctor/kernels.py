@@ -6,12 +6,21 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+    from onnx import NodeProto
+    from torch import Tensor
+
+    Float32s = NDArray[np.float32]
+    Values = TypeVar("Values", Tensor, Float32s)
 
 
 def _compared(
     call: Callable[[], object], *, error: float, tolerance: float, fp32: Callable[[], object] | None = None
-) -> dict[str, Any]:
+) -> dict[str, object]:
     """The fields of a `Kernel` whose result differs from the exact one by `error`."""
     works = error <= tolerance  # not for NaN
     time_s, fp32_time_s = _best_times(call, fp32) if fp32 else (*_best_times(call), None)
@@ -39,8 +48,8 @@ def _best_times(*calls: Callable[[], object]) -> list[float]:
     return best
 
 
-def _relative_error(found: Any, exact: Any) -> float:
-    """Of two tensors or arrays, in the Frobenius norm."""
+def _relative_error(found: "Values", exact: "Values") -> float:
+    """In the Frobenius norm."""
     return float(((found - exact) ** 2).sum() ** 0.5 / (exact**2).sum() ** 0.5)
 
 
@@ -49,7 +58,7 @@ _NUM_CHECKED_STEPS = 2
 _ADAMW: dict[str, Any] = {"learning_rate": 1e-3, "beta1": 0.9, "beta2": 0.99, "eps": 1e-8, "weight_decay": 0.01}
 
 
-def _adamw_problem() -> tuple[Any, list[Any]]:
+def _adamw_problem() -> tuple["Tensor", list["Tensor"]]:
     """Parameters, and the gradients of some steps."""
     import torch
 
@@ -58,7 +67,7 @@ def _adamw_problem() -> tuple[Any, list[Any]]:
     return drawn[0], drawn[1:]
 
 
-def _fp32_steps() -> tuple[Any, Callable[[], object]]:
+def _fp32_steps() -> tuple["Tensor", Callable[[], object]]:
     """Parameters after some fused fp32 steps, and a function that does one more."""
     import torch
 
@@ -72,12 +81,14 @@ def _fp32_steps() -> tuple[Any, Callable[[], object]]:
     return after, lambda: adamw_step_(parameters, gradients[0], *state, step=9, **_ADAMW)
 
 
-def _torch_fused_adamw() -> dict[str, Any]:
+def _torch_fused_adamw() -> dict[str, object]:
     """Against the definition of AdamW in double precision; the error is that of the parameters' movement."""
+    import torch
+
     drawn, gradients = _adamw_problem()
     checked = slice(0, 2**16)
     start = drawn[checked].double()
-    exact, exp_avg, exp_avg_sq = start, 0.0, 0.0
+    exact, exp_avg, exp_avg_sq = start, torch.zeros_like(start), torch.zeros_like(start)
     for step, gradient in enumerate(gradients, start=1):
         exp_avg = _ADAMW["beta1"] * exp_avg + (1 - _ADAMW["beta1"]) * gradient[checked].double()
         exp_avg_sq = _ADAMW["beta2"] * exp_avg_sq + (1 - _ADAMW["beta2"]) * gradient[checked].double() ** 2
@@ -88,7 +99,7 @@ def _torch_fused_adamw() -> dict[str, Any]:
     return _compared(call, error=_relative_error(after[checked] - start, exact - start), tolerance=1e-3)
 
 
-def _edgeblocks_adamw8bit() -> dict[str, Any]:
+def _edgeblocks_adamw8bit() -> dict[str, object]:
     import torch
 
     from edgeblocks.optim.adamw import Workspace, adamw_8bit_state, adamw_8bit_step_
@@ -98,7 +109,7 @@ def _edgeblocks_adamw8bit() -> dict[str, Any]:
     state = adamw_8bit_state(_NUM_PARAMETERS)
     workspace = Workspace(num_threads=torch.get_num_threads())
 
-    def one_step(gradient: Any, step: int) -> None:
+    def one_step(gradient: "Tensor", step: int) -> None:
         adamw_8bit_step_(parameters, gradient, *state, step=step, workspace=workspace, **_ADAMW)
 
     for step, gradient in enumerate(gradients, start=1):
@@ -108,7 +119,7 @@ def _edgeblocks_adamw8bit() -> dict[str, Any]:
     return _compared(lambda: one_step(gradients[0], 9), error=error, tolerance=0.05, fp32=fp32)
 
 
-def _bitsandbytes_adamw8bit() -> dict[str, Any]:
+def _bitsandbytes_adamw8bit() -> dict[str, object]:
     """On the GPU where there is one. Not yet run on a GPU."""
     import torch
 
@@ -141,7 +152,7 @@ def _bitsandbytes_adamw8bit() -> dict[str, Any]:
 _TOKENS, _WIDTH, _HIDDEN_WIDTH = 256, 384, 1536
 
 
-def _linear_problem() -> tuple[Any, Any]:
+def _linear_problem() -> tuple["Float32s", "Float32s"]:
     """Activations [tokens, width] and a weight [width, hidden width], as a small transformer's MLP has them."""
     import numpy as np
 
@@ -150,7 +161,7 @@ def _linear_problem() -> tuple[Any, Any]:
     return activations, generator.standard_normal((_WIDTH, _HIDDEN_WIDTH), dtype=np.float32) / _WIDTH**0.5
 
 
-def _int8_weight(weight: Any) -> tuple[Any, float]:
+def _int8_weight(weight: "Float32s") -> tuple["NDArray[np.int8]", float]:
     """A weight as int8 with one scale."""
     scale = float(abs(weight).max()) / 127
     return (weight / scale).round().astype("int8"), scale
@@ -168,9 +179,10 @@ def _torch_int8_linear() -> dict[str, object]:
         scale = float(rows.abs().max()) / 127
         packed = torch.ops.quantized.linear_prepack(torch.quantize_per_tensor(rows, scale, 0, torch.qint8), None)
 
-        def call() -> Any:
+        def call() -> "Tensor":
             # Without the reduced range, processors without VNNI saturate.
-            return torch.ops.quantized.linear_dynamic(activations, packed, reduce_range=True)
+            out: Tensor = torch.ops.quantized.linear_dynamic(activations, packed, reduce_range=True)
+            return out
 
         error = _relative_error(call(), activations @ weight)
         return _compared(call, error=error, tolerance=0.05, fp32=lambda: activations @ weight)
@@ -199,8 +211,8 @@ def _torchao_int8_linear() -> dict[str, object]:
         quantized = torch.nn.Sequential(copy.deepcopy(linear))  # quantize_ replaces the linears inside a module
         quantization.quantize_(quantized, quantization.Int8WeightOnlyConfig())
 
-        def run(network: Any) -> Any:
-            output = network(activations)
+        def run(network: torch.nn.Module) -> "Tensor":
+            output: Tensor = network(activations)
             if on_gpu:
                 torch.cuda.synchronize()
             return output
@@ -209,8 +221,10 @@ def _torchao_int8_linear() -> dict[str, object]:
         return _compared(lambda: run(quantized), error=error, tolerance=0.03, fp32=lambda: run(linear))
 
 
-def _onnx_session(nodes: Sequence[Any], constants: Mapping[str, Any]) -> Any:
-    """A session from the activations `x` to `y`."""
+def _onnx_session(
+    nodes: Sequence["NodeProto"], constants: Mapping[str, "NDArray[np.generic]"]
+) -> Callable[["Float32s"], "Float32s"]:
+    """A session as a function from the activations `x` to `y`."""
     import onnx
     import onnxruntime
 
@@ -223,33 +237,31 @@ def _onnx_session(nodes: Sequence[Any], constants: Mapping[str, Any]) -> Any:
     )
     # Old numbers on purpose: onnx writes newer ones than the installed onnxruntime may read.
     model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 17)], ir_version=8)
-    return onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    return lambda activations: session.run(None, {"x": activations})[0]
 
 
-def _onnx_fp32(weight: object) -> Any:
+def _onnx_fp32(weight: "Float32s") -> Callable[["Float32s"], "Float32s"]:
     import onnx
 
     return _onnx_session([onnx.helper.make_node("MatMul", ["x", "w"], ["y"])], {"w": weight})
 
 
-def _onnxruntime_matmul() -> dict[str, Any]:
+def _onnxruntime_matmul() -> dict[str, object]:
     activations, weight = _linear_problem()
-    session = _onnx_fp32(weight)
-
-    def call() -> Any:
-        return session.run(None, {"x": activations})[0]
-
-    return _compared(call, error=_relative_error(call(), activations @ weight), tolerance=1e-4)
+    run = _onnx_fp32(weight)
+    error = _relative_error(run(activations), activations @ weight)
+    return _compared(lambda: run(activations), error=error, tolerance=1e-4)
 
 
-def _onnxruntime_int8() -> dict[str, Any]:
+def _onnxruntime_int8() -> dict[str, object]:
     import numpy as np
     import onnx
 
     activations, weight = _linear_problem()
     integers, scale = _int8_weight(weight)
     node = onnx.helper.make_node
-    session = _onnx_session(
+    run = _onnx_session(
         [
             node("DynamicQuantizeLinear", ["x"], ["x_integers", "x_scale", "x_zero"]),
             node("MatMulInteger", ["x_integers", "w_integers", "x_zero", "w_zero"], ["sums"]),
@@ -260,12 +272,8 @@ def _onnxruntime_int8() -> dict[str, Any]:
         {"w_integers": integers, "w_zero": np.array(0, np.int8), "w_scale": np.array(scale, np.float32)},
     )
     fp32 = _onnx_fp32(weight)
-
-    def call() -> Any:
-        return session.run(None, {"x": activations})[0]
-
-    error = _relative_error(call(), activations @ weight)
-    return _compared(call, error=error, tolerance=0.05, fp32=lambda: fp32.run(None, {"x": activations}))
+    error = _relative_error(run(activations), activations @ weight)
+    return _compared(lambda: run(activations), error=error, tolerance=0.05, fp32=lambda: fp32(activations))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -274,7 +282,7 @@ class KernelProbe:
 
     what: str
     library: str
-    run: Callable[[], dict[str, Any]]
+    run: Callable[[], dict[str, object]]
 
 
 KERNELS = {
