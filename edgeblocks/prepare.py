@@ -20,10 +20,10 @@ from edgeblocks.methods import METHODS
 from edgeblocks.offload.device import Target
 from edgeblocks.planning.layer_costs import LayerCosts
 from edgeblocks.planning.planner import make_plan
-from edgeblocks.planning.plans import Machine, Plan, Wishes, micro_batches
-from edgeblocks.profiling import trace as cost
+from edgeblocks.planning.plans import Machine, Plan, PlanRequest, micro_batches
+from edgeblocks.profiling import trace
 from edgeblocks.profiling.budgets import budgets_here, budgets_of, with_budgets
-from edgeblocks.profiling.warmup_step import rehearse
+from edgeblocks.profiling.warmup_step import run_warmup_step
 from edgeblocks.progress import Listener
 from edgeblocks.registry import build_family, build_target, family_type
 from edgeblocks.runs.load_weights import InitialWeights, initial_weights_of
@@ -113,7 +113,7 @@ def prepare(settings: Settings, out: Path, listener: Listener) -> Prepared:
     data_set, data = _open_data(settings, listener, budget_bytes=budgets[1] or budgets[0], target=target)
     listener.stage("planning")
     costs, machine = measure(settings, data, existing_folder(Path(run.work_dir or out)), target, listener)
-    plan = make_plan(costs, machine, _wishes(settings, data_set, data, budgets))
+    plan = make_plan(costs, machine, _request(settings, data_set, data, budgets))
     plan = _told_of_gpus(plan, elsewhere=False)
     if run.target == "auto" and torch_sees_a_gpu():
         plan = replace(plan, warnings=(A_GPU_IS_HERE, *plan.warnings))
@@ -202,7 +202,7 @@ def prepare_elsewhere(settings: Settings, profile: "Profile", listener: Listener
     listener.stage("planning")
     costs, planning_bytes = trace_costs(settings, data)
     machine = replace(machine, planning_bytes=planning_bytes)
-    plan = make_plan(costs, machine, _wishes(settings, data_set, data, budgets))
+    plan = make_plan(costs, machine, _request(settings, data_set, data, budgets))
     plan = _told_of_gpus(plan, elsewhere=True)
     return Prepared(
         settings=settings,
@@ -236,16 +236,16 @@ def replan(
     listener.stage("planning again")
     budgets = budgets_here(settings.run, target)
     costs, machine = measure(settings, data, existing_folder(Path(settings.run.work_dir or out)), target, listener)
-    wishes = replace(_wishes(settings, data_set, data, budgets), blocks=len(former.layers_per_block))
+    request = replace(_request(settings, data_set, data, budgets), blocks=len(former.layers_per_block))
     try:
-        return make_plan(costs, machine, replace(wishes, micro_batch=former.micro_batch, checkpointing=None))
+        return make_plan(costs, machine, replace(request, micro_batch=former.micro_batch, checkpointing=None))
     except DoesNotFitError:
         pass
     try:
-        return make_plan(costs, machine, replace(wishes, micro_batch=None, checkpointing=None, tier=None))
+        return make_plan(costs, machine, replace(request, micro_batch=None, checkpointing=None, tier=None))
     except DoesNotFitError as error:
         raise DoesNotFitError(
-            f"the run has {wishes.blocks} blocks, which were fixed when it was created, and they do not fit "
+            f"the run has {request.blocks} blocks, which were fixed when it was created, and they do not fit "
             f"{format_bytes(budgets[0] if error.flag == '--mem-budget' else budgets[1] or 0)} here: "
             f"{format_bytes(error.as_fixed_bytes)} are needed; go on with {error.flag} "
             f"{advised_budget(error.as_fixed_bytes)} or more",
@@ -254,7 +254,7 @@ def replan(
         ) from error
 
 
-def _wishes(settings: Settings, data_set: DataSet, data: DataInfo, budgets: tuple[int, int | None]) -> Wishes:
+def _request(settings: Settings, data_set: DataSet, data: DataInfo, budgets: tuple[int, int | None]) -> PlanRequest:
     run = settings.run
     budget_bytes, ram_budget_bytes = budgets
     fixed = {
@@ -263,7 +263,7 @@ def _wishes(settings: Settings, data_set: DataSet, data: DataInfo, budgets: tupl
     }
     if _is_one_stage(run):
         fixed["blocks"] = 1
-    return Wishes(
+    return PlanRequest(
         budget_bytes=budget_bytes,
         batch=run.batch,
         steps=run.steps,
@@ -277,7 +277,7 @@ def _wishes(settings: Settings, data_set: DataSet, data: DataInfo, budgets: tupl
         data_bytes=data_set.batch_resident_bytes(run.batch),
         grid_samples=TASKS[family_type(run.family).task].grid_samples,
         sample_bytes=grid_sample_bytes(build_family(run.family, asdict(settings.family), asdict(data), run.method)),
-        looks=max(run.sample_grids, run.evaluations),
+        previews=max(run.sample_grids, run.evaluations),
         max_disk_writes=None if run.max_disk_writes is None else parse_size(run.max_disk_writes),
         ram_budget_bytes=ram_budget_bytes,
         **fixed,
@@ -364,7 +364,7 @@ def measure(
     Image.init()  # what saving pictures will need belongs to the runtime's share
     if target.host_bytes() is not None:
         family = build_family(run.family, asdict(settings.family), asdict(data), run.method)
-        rehearse(family, run.optimizer, target.torch_device)
+        run_warmup_step(family, run.optimizer, target.torch_device)
     machine = measured_machine(target, folder)
     return costs, replace(machine, planning_bytes=max(machine.planning_bytes, planning_bytes))
 
@@ -386,7 +386,7 @@ def trace_costs(settings: Settings, data: DataInfo) -> tuple[LayerCosts, int]:
     # An image set's mean and scale shape no tensor: sets that differ in nothing else share an answer.
     shapes = {name: 1.0 if isinstance(value, float) else value for name, value in asdict(data).items()}
     fields = (settings.run.family, asdict(settings.family), shapes, sorted(counts))
-    return cost.trace_in_subprocess(*fields, method=settings.run.method, cache=cache_folder())
+    return trace.trace_in_subprocess(*fields, method=settings.run.method, cache=cache_folder())
 
 
 def existing_folder(path: Path) -> Path:

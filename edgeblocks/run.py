@@ -11,10 +11,10 @@ import numpy as np
 from edgeblocks.diffusion.autoregression import TokenChain
 from edgeblocks.diffusion.solver import Solver
 from edgeblocks.errors import DoesNotFitError, OutOfBudgetError
-from edgeblocks.inference import evaluate as evaluation
 from edgeblocks.inference import sampling
 from edgeblocks.inference.block_runner import BlockRunner, EmaSource
 from edgeblocks.inference.ema_loader import EmaLoader
+from edgeblocks.inference.evaluate import evaluate
 from edgeblocks.inference.sampling import Runners
 from edgeblocks.inference.staged_weights import loaded_stages
 from edgeblocks.offload.device import Target
@@ -95,7 +95,7 @@ class Run:
                 samples=samples,
                 budget_bytes=budget_bytes,
                 held_bytes=8 * samples * directory.data.example_bytes,
-                ends_bytes=4 * costs.parameters(0) if directory.method.one_network else 0,
+                stem_readout_bytes=4 * costs.parameters(0) if directory.method.one_network else 0,
                 sample_bytes=0 if chain is None else chain.sample_bytes,
             ),
             most_residents=1 if chain is None and not directory.method.one_network else len(directory.file_layers),
@@ -233,7 +233,7 @@ class Run:
             ConfigError: it cannot be asked for like that.
             RunError: the data are not those of the run.
         """
-        return evaluation.evaluate(
+        return evaluate(
             self.directory if data is None else self.directory.changed({"data": data}),
             self._runners(None, mem_budget),
             samples=samples,

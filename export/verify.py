@@ -18,7 +18,7 @@ from edgeblocks.diffusion.solver import integrate
 from edgeblocks.diffusion.token_choice import softmax
 from edgeblocks.diffusion.unmasking import unmask
 from edgeblocks.errors import ConfigError, DataError, EdgeblocksError, StorageError
-from edgeblocks.export import verify_text as continuation
+from edgeblocks.export import verify_text
 from edgeblocks.export.classifier import Classifier
 from edgeblocks.export.continuer import Continuer
 from edgeblocks.export.manifest_types import Verified
@@ -122,7 +122,7 @@ def block_difference(
 ) -> tuple[float, str]:
     """The largest difference of a block's output between torch and onnxruntime, and the input that shows it."""
     if isinstance(chain, Continuer):
-        return continuation.block_difference(run, runner, chain, data_set, block)
+        return verify_text.block_difference(run, runner, chain, data_set, block)
     network = runner.network(block)
     worst, worst_case = -1.0, None
     cases = text_cases if isinstance(chain, Writer) else block_cases
@@ -221,7 +221,7 @@ def output_difference(
     if isinstance(chain, Writer):
         return _text_difference(run, runner, chain)
     if isinstance(chain, Continuer):
-        return continuation.text_difference(run, runner, chain, data_set)
+        return verify_text.text_difference(run, runner, chain, data_set)
     assert isinstance(chain, Sampler)
     return _image_difference(run, runner, chain)
 

@@ -68,7 +68,7 @@ def compare(
     seed: Seed = None,
     out: Annotated[
         Path | None,
-        typer.Option("--out", "-o", help="Folder of the comparison.", show_default="compare/FAMILY-DATA"),
+        typer.Option("--out", "-o", help="Folder of the arms.", show_default="compare/FAMILY-DATA"),
     ] = None,
     as_json: Json = False,
     verbose: Verbose = False,

@@ -16,7 +16,15 @@ from typing import Literal, Protocol
 import numpy as np
 
 from edgeblocks.diffusion.solver import integrate
-from edgeblocks.diffusion.token_choice import Shares, Tokens, Values, choose, drawing_problems, length_problems, softmax
+from edgeblocks.diffusion.token_choice import (
+    Probabilities,
+    Tokens,
+    Values,
+    choose_tokens,
+    drawing_problems,
+    length_problems,
+    softmax,
+)
 from edgeblocks.errors import ConfigError
 from edgeblocks.seeds import seed_at
 
@@ -176,7 +184,7 @@ class Window:
         return self._inputs[:, 1:]
 
     def fill(self, predict: Predict, upto: int) -> None:
-        """Give a network the known positions before `upto` but for those that `shares_at` gives it again."""
+        """Give a network the known positions before `upto` but for those that `probabilities_at` gives it again."""
         chain, last = self._chain, upto - self._restated
         for step, sigma in enumerate(chain.levels):
             if chain.cache_keys[step] not in chain.cache_keys[:step]:
@@ -184,7 +192,7 @@ class Window:
                     stop = min(start + PROMPT_SEGMENT, last)
                     predict(step, sigma, self._inputs[:, start:stop], self._known(start, stop, sigma), start)
 
-    def shares_at(self, predict: Predict, position: int) -> Shares:
+    def probabilities_at(self, predict: Predict, position: int) -> Probabilities:
         """The probabilities [samples, vocabulary] of a position's token, given those before."""
         chain, start = self._chain, max(0, position - self._restated)
         inputs = self._inputs[:, start : position + 1]
@@ -195,10 +203,10 @@ class Window:
         def denoise(z: Values, sigma: float) -> Values:
             step = next(steps)
             states = np.append(self._known(start, position, sigma), z[:, None], axis=1)
-            shares = softmax(predict(step, sigma, inputs, states, start))
+            probabilities = softmax(predict(step, sigma, inputs, states, start))
             if step in wanted:
-                np.add(total, shares, out=total)
-            denoised: Values = shares @ chain.codes
+                np.add(total, probabilities, out=total)
+            denoised: Values = probabilities @ chain.codes
             return denoised
 
         integrate(denoise, self._noise[:, position], chain.levels, solver="euler")
@@ -248,8 +256,10 @@ def continue_texts(
     window.tokens[:, : len(prompt)] = prompt
     window.fill(predict, len(prompt))
     for position in range(len(prompt), chain.length):
-        shares = window.shares_at(predict, position)
-        window.tokens[:, position] = choose(shares, uniform[:, position], temperature=temperature, top_p=top_p)
+        probabilities = window.probabilities_at(predict, position)
+        window.tokens[:, position] = choose_tokens(
+            probabilities, uniform[:, position], temperature=temperature, top_p=top_p
+        )
         if on_token is not None:
             on_token()
     return window.tokens

@@ -13,7 +13,7 @@ GAP_PATTERN = r"(_|\[MASK\])"
 
 Values = NDArray[np.float32]
 Tokens = NDArray[np.int64]
-Shares = NDArray[np.float64]
+Probabilities = NDArray[np.float64]
 
 
 def drawing_problems(*, n: int, temperature: float, top_p: float = 1.0) -> list[str]:
@@ -34,7 +34,7 @@ def drawing_problems(*, n: int, temperature: float, top_p: float = 1.0) -> list[
 
 
 def length_problems(length: int | None, *, trained_length: int) -> list[str]:
-    """What is wrong with a wish for texts of so many tokens; None wishes for as many as the network was trained on."""
+    """What is wrong with a wish for texts of so many tokens; None request for as many as the network was trained on."""
     if length is None or 1 <= length <= trained_length:
         return []
     longer = ""
@@ -88,22 +88,23 @@ def softmax(logits: Values) -> Values:
     return found
 
 
-def choose(shares: Shares, uniform: Shares, *, temperature: float, top_p: float) -> Tokens:
+def choose_tokens(probabilities: Probabilities, uniform: Probabilities, *, temperature: float, top_p: float) -> Tokens:
     """A token for each row of probabilities [b, vocabulary], decided by one uniform number [b] each.
 
     >>> row = np.array([[0.1, 0.6, 0.3]])
-    >>> [int(choose(row, np.array([u]), temperature=1.0, top_p=p)[0]) for u, p in ((0.05, 1), (0.05, 0.8), (0.9, 0.5))]
+    >>> drawn = ((0.05, 1.0), (0.05, 0.8), (0.9, 0.5))
+    >>> [int(choose_tokens(row, np.array([u]), temperature=1.0, top_p=p)[0]) for u, p in drawn]
     [0, 1, 1]
     """
     if temperature == 0:
-        likeliest: Tokens = shares.argmax(axis=1)
+        likeliest: Tokens = probabilities.argmax(axis=1)
         return likeliest
     with np.errstate(divide="ignore"):
-        logarithms = np.log(shares) - np.log(shares.max(axis=1, keepdims=True))
-    return drawn_at(nucleus(np.exp(logarithms / temperature), top_p), uniform)
+        logarithms = np.log(probabilities) - np.log(probabilities.max(axis=1, keepdims=True))
+    return token_at(nucleus(np.exp(logarithms / temperature), top_p), uniform)
 
 
-def nucleus(weights: Shares, top_p: float) -> Shares:
+def nucleus(weights: Probabilities, top_p: float) -> Probabilities:
     """Weights [b, vocabulary] with zeros but for the smallest set of the largest that has a share of top_p.
 
     Source: Holtzman et al. 2020, arXiv 1904.09751, section 3.1.
@@ -121,10 +122,10 @@ def nucleus(weights: Shares, top_p: float) -> Shares:
     return np.where(kept, weights, 0.0)
 
 
-def drawn_at(weights: NDArray[np.float64], uniform: NDArray[np.float64]) -> Tokens:
+def token_at(weights: NDArray[np.float64], uniform: NDArray[np.float64]) -> Tokens:
     """For each row of weights [rows, tokens] the token at which their sum so far exceeds a share of the whole sum.
 
-    >>> drawn_at(np.array([[1.0, 0.0, 3.0]] * 3), np.array([0.2, 0.25, 0.9])).tolist()
+    >>> token_at(np.array([[1.0, 0.0, 3.0]] * 3), np.array([0.2, 0.25, 0.9])).tolist()
     [0, 2, 2]
     """
     sums = np.cumsum(weights, axis=1)

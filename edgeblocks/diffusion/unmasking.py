@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from edgeblocks.diffusion.token_choice import drawing_problems, drawn_at, length_problems
+from edgeblocks.diffusion.token_choice import drawing_problems, length_problems, token_at
 from edgeblocks.errors import ConfigError
 from edgeblocks.seeds import seed_at
 
@@ -83,7 +83,7 @@ def _drawn(logits: Logits, temperature: float, uniform: NDArray[np.float64]) -> 
         likeliest: Tokens = logits.argmax(axis=1)
         return likeliest
     scaled = (logits.astype(np.float64) - logits.max(axis=1, keepdims=True)) / temperature
-    return drawn_at(np.exp(scaled), uniform)
+    return token_at(np.exp(scaled), uniform)
 
 
 def texts_as_file(texts: Sequence[str]) -> str:

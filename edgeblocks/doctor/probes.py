@@ -21,7 +21,7 @@ from edgeblocks.doctor.findings import PATIENCE_S, PresetFit
 from edgeblocks.doctor.kernels import KERNELS
 from edgeblocks.errors import DoesNotFitError
 from edgeblocks.planning.planner import make_plan
-from edgeblocks.planning.plans import Machine, Wishes, micro_batches
+from edgeblocks.planning.plans import Machine, PlanRequest, micro_batches
 from edgeblocks.progress import Silent
 from edgeblocks.registry import build_family, build_target, family_type
 
@@ -173,7 +173,7 @@ def _probe_presets() -> dict[str, dict[str, Any]]:
         else:
             data = ImageInfo(channels=3, height=32, width=32, num_classes=10, mean=0.5, scale=2.0)
             data_bytes = run.batch * (data.height * data.width * data.channels + 8)
-        wishes = Wishes(
+        request = PlanRequest(
             budget_bytes=1,
             batch=run.batch,
             steps=run.steps,
@@ -184,7 +184,7 @@ def _probe_presets() -> dict[str, dict[str, Any]]:
             sample_bytes=grid_sample_bytes(build_family(run.family, asdict(settings.family), asdict(data))),
         )
         family = {"name": run.family, "settings": asdict(settings.family), "data": asdict(data)}
-        requests[name] = {"family": family, "wishes": asdict(wishes)}
+        requests[name] = {"family": family, "request": asdict(request)}
     return requests
 
 
@@ -195,31 +195,33 @@ def _example(data: Mapping[str, Any]) -> str:
     return f"{data['height']}x{data['width']}x{data['channels']}"
 
 
-def _plan_preset(name: str, request: Mapping[str, Any]) -> dict[str, object]:
+def _plan_preset(name: str, asked: Mapping[str, Any]) -> dict[str, object]:
     """The fields of a `PresetFit`, as `edgeblocks plan` plans: in a process that traces costs and does nothing else."""
-    from edgeblocks.profiling import trace as cost
+    from edgeblocks.profiling import trace
 
-    preset = request["presets"][name]
-    data, wishes = preset["family"]["data"], Wishes(**preset["wishes"])
-    sizes = micro_batches(wishes.batch)
-    costs = cost.trace_without_compiler(build_family(**preset["family"]), sorted({sizes[0], sizes[len(sizes) // 2], 1}))
-    machine = Machine(**request["machine"])
-    own_peak_bytes = build_target("cpu").peak_bytes() + cost.RUN_TO_RUN_BYTES
+    preset = asked["presets"][name]
+    data, request = preset["family"]["data"], PlanRequest(**preset["request"])
+    sizes = micro_batches(request.batch)
+    costs = trace.trace_without_compiler(
+        build_family(**preset["family"]), sorted({sizes[0], sizes[len(sizes) // 2], 1})
+    )
+    machine = Machine(**asked["machine"])
+    own_peak_bytes = build_target("cpu").peak_bytes() + trace.RUN_TO_RUN_BYTES
     machine = replace(machine, planning_bytes=max(machine.planning_bytes, own_peak_bytes))
-    budget_bytes = int(request["budget_bytes"])
+    budget_bytes = int(asked["budget_bytes"])
     fit = PresetFit(
         preset=name,
         example=_example(data),
         parameters=costs.parameters(costs.num_layers),
         budget_bytes=budget_bytes,
-        steps=wishes.steps,
+        steps=request.steps,
     )
     try:
-        make_plan(costs, machine, wishes)
+        make_plan(costs, machine, request)
     except DoesNotFitError as error:
         fit = replace(fit, smallest_bytes=error.smallest_bytes)
     try:
-        plan = make_plan(costs, machine, replace(wishes, budget_bytes=budget_bytes))
+        plan = make_plan(costs, machine, replace(request, budget_bytes=budget_bytes))
     except DoesNotFitError:
         return asdict(replace(fit, fits=False, sensible=False))
     chosen = plan.chosen
@@ -229,7 +231,7 @@ def _plan_preset(name: str, request: Mapping[str, Any]) -> dict[str, object]:
             fit,
             parameters=plan.parameters,
             fits=True,
-            sensible=plan.predicted_s <= PATIENCE_S and chosen.disk_bytes <= request["free_disk_bytes"],
+            sensible=plan.predicted_s <= PATIENCE_S and chosen.disk_bytes <= asked["free_disk_bytes"],
             blocks=chosen.blocks,
             layers_per_block=chosen.layers_per_block,
             micro_batch=chosen.micro_batch,

@@ -236,7 +236,7 @@ def quantile_levels(distribution: NoiseDistribution, num_levels: int = NUM_LEVEL
 
 
 def spread_shares(count: int, generator: torch.Generator) -> Float[Tensor, " count"]:
-    """Shares in [0, 1), float64, evenly spaced from one random start.
+    """Probabilities in [0, 1), float64, evenly spaced from one random start.
 
     Low-discrepancy sampling, arXiv 2107.00630 (VDM), appendix I.1: it lowers the variance of the loss.
     """

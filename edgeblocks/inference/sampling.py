@@ -13,9 +13,7 @@ import torch
 from edgeblocks.data import pictures
 from edgeblocks.data.gaps import with_gaps
 from edgeblocks.data.tokenizer import check_readable
-from edgeblocks.diffusion import autoregression as generation
-from edgeblocks.diffusion import classification, unmasking
-from edgeblocks.diffusion import token_choice as drawing
+from edgeblocks.diffusion import autoregression, classification, token_choice, unmasking
 from edgeblocks.diffusion.autoregression import TokenChain
 from edgeblocks.diffusion.noise import sampler_levels, unmasking_steps
 from edgeblocks.diffusion.solver import Solver, check_request, class_number, integrate
@@ -109,7 +107,7 @@ def sample_texts(
     """See `Run.sample_text`."""
     family = directory.family()
     if family.task in TEXT_TASKS:
-        drawing.check_options(family.task, fill=fill, prompt=prompt, top_p=top_p, length=length)
+        token_choice.check_options(family.task, fill=fill, prompt=prompt, top_p=top_p, length=length)
     steps = usual_steps(directory) if steps is None else steps
     common: dict[str, Any] = {
         "n": n,
@@ -179,15 +177,15 @@ def _continued(
     tokenizer = directory.tokenizer
     assert tokenizer is not None
     trained_length = family.data.length
-    generation.check_continuing(
+    autoregression.check_continuing(
         n=n, steps=steps, temperature=temperature, top_p=top_p, length=length, trained_length=trained_length
     )
     chain = token_chain_of(directory, steps, length=length)
     check_readable("--prompt", prompt, tokenizer)
     given = tokenizer.encode(prompt)
-    generation.check_prompt(given, length=chain.length, trained_length=trained_length)
+    autoregression.check_prompt(given, length=chain.length, trained_length=trained_length)
     with runners(samples=n, chain=chain) as runner:
-        tokens = generation.write_texts(
+        tokens = autoregression.write_texts(
             runner.continued,
             chain,
             prompt=given,

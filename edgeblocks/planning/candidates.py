@@ -8,66 +8,72 @@ from edgeblocks.methods import imported
 from edgeblocks.planning.layer_costs import LayerCosts
 from edgeblocks.planning.memory import device_memory, host_budget_bytes, host_memory
 from edgeblocks.planning.pace import Pace
-from edgeblocks.planning.plans import Candidate, Machine, Wishes, micro_batches
+from edgeblocks.planning.plans import Candidate, Machine, PlanRequest, micro_batches
 
 
-def block_counts(num_layers: int, wishes: Wishes) -> list[int]:
+def block_counts(num_layers: int, request: PlanRequest) -> list[int]:
     """Numbers of blocks worth comparing: the forced one, or the smallest for each size of the largest block."""
-    if wishes.blocks is not None:
-        return [wishes.blocks]
-    start = min(wishes.preferred_blocks, num_layers) if wishes.method.cut_changes_result else 1
+    if request.blocks is not None:
+        return [request.blocks]
+    start = min(request.preferred_blocks, num_layers) if request.method.cut_changes_result else 1
     counts: dict[int, int] = {}
     for blocks in range(start, num_layers + 1):
         counts.setdefault(math.ceil(num_layers / blocks), blocks)
     return list(counts.values())
 
 
-def options_of(costs: LayerCosts, machine: Machine, wishes: Wishes, blocks: int) -> list[Candidate]:
+def options_of(costs: LayerCosts, machine: Machine, request: PlanRequest, blocks: int) -> list[Candidate]:
     """Every way to train in so many blocks, whether it fits or not."""
-    sizes = micro_batches(wishes.batch) if wishes.micro_batch is None else (min(wishes.micro_batch, wishes.batch),)
-    checkpointing = (False, True) if wishes.checkpointing is None else (wishes.checkpointing,)
+    sizes = micro_batches(request.batch) if request.micro_batch is None else (min(request.micro_batch, request.batch),)
+    checkpointing = (False, True) if request.checkpointing is None else (request.checkpointing,)
     return [
-        candidate(costs, machine, wishes, blocks, micro_batch, keep, count)
+        candidate(costs, machine, request, blocks, micro_batch, keep, count)
         for micro_batch in sizes
         for keep in checkpointing
-        for count in _slot_counts(machine, wishes, blocks)
+        for count in _slot_counts(machine, request, blocks)
     ]
 
 
-def _slot_counts(machine: Machine, wishes: Wishes, blocks: int) -> Sequence[int]:
+def _slot_counts(machine: Machine, request: PlanRequest, blocks: int) -> Sequence[int]:
     """Numbers of blocks on the device at once that are worth trying, largest first.
 
     Beside a host, blocks are kept in its memory rather than some of them on the device: all, two or one are tried.
     """
     if machine.host is not None:
         few = range(min(2, blocks), 0, -1)
-        return few if wishes.tier == "disk" or blocks <= 2 else (blocks, *few)
-    most, fewest = {"ram": (blocks, blocks), "disk": (min(2, blocks), 1), None: (blocks, 1)}[wishes.tier]
+        return few if request.tier == "disk" or blocks <= 2 else (blocks, *few)
+    most, fewest = {"ram": (blocks, blocks), "disk": (min(2, blocks), 1), None: (blocks, 1)}[request.tier]
     return range(most, fewest - 1, -1)
 
 
 def candidate(
-    costs: LayerCosts, machine: Machine, wishes: Wishes, blocks: int, micro_batch: int, checkpointing: bool, slots: int
+    costs: LayerCosts,
+    machine: Machine,
+    request: PlanRequest,
+    blocks: int,
+    micro_batch: int,
+    checkpointing: bool,
+    slots: int,
 ) -> Candidate:
     """One way: what it takes of memory, how long a step and moving blocks take, and what is written."""
     num_layers = math.ceil(costs.num_layers / blocks)
     parameters = costs.parameters(num_layers)
-    moments = costs.moment_bytes(num_layers, wishes.optimizer)
+    moments = costs.moment_bytes(num_layers, request.optimizer)
     block_bytes = 8 * parameters + moments
-    accumulation = math.ceil(wishes.batch / micro_batch)
+    accumulation = math.ceil(request.batch / micro_batch)
     breakdown = device_memory(
         costs,
         machine,
-        wishes,
+        request,
         num_layers,
         blocks=blocks,
         micro_batch=micro_batch,
         checkpointing=checkpointing,
         slots=slots,
     )
-    host_breakdown, ram_blocks = host_memory(costs, machine, wishes, blocks, slots, block_bytes, micro_batch)
-    pace: Pace = imported(wishes.method.pace)(
-        costs, machine, wishes, blocks, micro_batch, checkpointing, slots, ram_blocks, block_bytes
+    host_breakdown, ram_blocks = host_memory(costs, machine, request, blocks, slots, block_bytes, micro_batch)
+    pace: Pace = imported(request.method.pace)(
+        costs, machine, request, blocks, micro_batch, checkpointing, slots, ram_blocks, block_bytes
     )
     return Candidate(
         blocks=blocks,
@@ -79,8 +85,8 @@ def candidate(
         breakdown=breakdown,
         block_bytes=block_bytes,
         **asdict(pace),
-        fits=sum(breakdown.values()) <= wishes.budget_bytes
-        and sum(host_breakdown.values()) <= host_budget_bytes(machine, wishes),
+        fits=sum(breakdown.values()) <= request.budget_bytes
+        and sum(host_breakdown.values()) <= host_budget_bytes(machine, request),
         host_breakdown=host_breakdown,
         ram_blocks=ram_blocks,
     )

@@ -54,14 +54,14 @@ class LayerCosts:
     """
 
     num_layers: int
-    ends_parameters: int
+    stem_readout_parameters: int
     layer_parameters: int
-    ends_moments: dict[str, int]
+    stem_readout_moments: dict[str, int]
     layer_moments: dict[str, int]
     workspace_bytes: dict[str, int]
     gpu_workspace_bytes: dict[str, int]
     batch_bytes_per_sample: int
-    ends_flops_per_sample: int
+    stem_readout_flops_per_sample: int
     layer_flops_per_sample: int
     hidden_bytes_per_sample: int
     condition_bytes_per_sample: int
@@ -70,13 +70,13 @@ class LayerCosts:
     forward: tuple[StepCost, ...]
 
     def parameters(self, num_layers: int) -> int:
-        return self.ends_parameters + num_layers * self.layer_parameters
+        return self.stem_readout_parameters + num_layers * self.layer_parameters
 
     def moment_bytes(self, num_layers: int, optimizer: str) -> int:
-        return self.ends_moments[optimizer] + num_layers * self.layer_moments[optimizer]
+        return self.stem_readout_moments[optimizer] + num_layers * self.layer_moments[optimizer]
 
     def forward_flops_per_sample(self, num_layers: int) -> int:
-        return self.ends_flops_per_sample + num_layers * self.layer_flops_per_sample
+        return self.stem_readout_flops_per_sample + num_layers * self.layer_flops_per_sample
 
 
 def heap_bytes_at(costs: Sequence[StepCost], samples: int, num_layers: int) -> int:

@@ -3,7 +3,7 @@
 import math
 
 from edgeblocks.planning.layer_costs import LayerCosts, at_samples, heap_bytes_at
-from edgeblocks.planning.plans import Machine, Wishes
+from edgeblocks.planning.plans import Machine, PlanRequest
 
 GAPS_SHARE = {"plain": 0.36, "checkpointed": 0.85, "staged": 0.7, "forward": 0.3}
 """Memory that the allocator keeps beyond live tensors, measured (tests/bench/budget_grid.py): as a share of those on
@@ -31,7 +31,7 @@ SLACK_SHARE = 0.01
 def device_memory(
     costs: LayerCosts,
     machine: Machine,
-    wishes: Wishes,
+    request: PlanRequest,
     num_layers: int,
     *,
     blocks: int,
@@ -46,62 +46,62 @@ def device_memory(
         slots: blocks that are in memory at a time.
     """
     parameters = costs.parameters(num_layers)
-    moments = costs.moment_bytes(num_layers, wishes.optimizer)
+    moments = costs.moment_bytes(num_layers, request.optimizer)
     activations, gaps = step_memory(costs, machine, num_layers, micro_batch, checkpointing)
-    if wishes.method.trained_together and blocks > 1:
+    if request.method.trained_together and blocks > 1:
         gaps = max(gaps, int(GAPS_SHARE["staged"] * activations))
-    drawn_bytes = batch_bytes(costs, wishes)
+    drawn_bytes = batch_bytes(costs, request)
     breakdown = {
         "runtime": machine.runtime_bytes,
         "weights": 4 * parameters * slots,
         "gradients": 4 * parameters,
-        "optimizer": moments * slots + _workspace_bytes(costs, machine, wishes),
+        "optimizer": moments * slots + _workspace_bytes(costs, machine, request),
         "ema": 4 * parameters * slots,
         "activations": activations,
-        "boundaries": _boundary_bytes(costs, wishes, blocks, micro_batch),
-        "data": (wishes.data_bytes if machine.host is None else 0) + drawn_bytes,
+        "boundaries": _boundary_bytes(costs, request, blocks, micro_batch),
+        "data": (request.data_bytes if machine.host is None else 0) + drawn_bytes,
         "evaluation": max(
             0,
-            look_bytes(costs, machine, wishes, num_layers, micro_batch) - activations - gaps - drawn_bytes,
+            preview_bytes(costs, machine, request, num_layers, micro_batch) - activations - gaps - drawn_bytes,
         ),
         "slack": gaps + SLACK_BYTES,
     }
-    if not wishes.method.trained_together:
+    if not request.method.trained_together:
         del breakdown["boundaries"]
     breakdown["slack"] += int(SLACK_SHARE * (sum(breakdown.values()) - machine.runtime_bytes))
     breakdown["planning"] = max(0, machine.planning_bytes - sum(breakdown.values())) if machine.host is None else 0
     return breakdown
 
 
-def _boundary_bytes(costs: LayerCosts, wishes: Wishes, stages: int, micro_batch: int) -> int:
+def _boundary_bytes(costs: LayerCosts, request: PlanRequest, stages: int, micro_batch: int) -> int:
     """What a batch leaves at the stages' boundaries on its way forward, and one of them more on the way back.
 
     On the way back a micro-batch has its gradient, and its product with what leaves a stage, beside; see
     `training.streamed_backward`. These live on the heap, with gaps as the tensors of a step. Where they wait on disk
     there is the gradient alone, as it comes and as it goes.
     """
-    if not wishes.method.trained_together or stages == 1:
+    if not request.method.trained_together or stages == 1:
         return 0
-    lowest = wishes.trained_stages(stages).index(True)
+    lowest = request.trained_stages(stages).index(True)
     kept = stages - max(0, lowest - 1)  # what enters a stage below the lowest trained one is not needed again
     of_batch, beside = float(kept), 3
-    if wishes.boundaries == "disk":
+    if request.boundaries == "disk":
         of_batch, beside = 2.0, 5
-    elif wishes.boundary_dtype == "bfloat16":
+    elif request.boundary_dtype == "bfloat16":
         of_batch, beside = (kept - 1) / 2 + 1.5, 4
-    hidden = (of_batch * wishes.batch + beside * micro_batch) * costs.hidden_bytes_per_sample
-    return int((1 + GAPS_SHARE["plain"]) * (hidden + 3 * wishes.batch * costs.condition_bytes_per_sample))
+    hidden = (of_batch * request.batch + beside * micro_batch) * costs.hidden_bytes_per_sample
+    return int((1 + GAPS_SHARE["plain"]) * (hidden + 3 * request.batch * costs.condition_bytes_per_sample))
 
 
-def _ends_bytes(costs: LayerCosts, wishes: Wishes) -> int:
+def _stem_readout_bytes(costs: LayerCosts, request: PlanRequest) -> int:
     """The copies of stem and readout that a look at a network holds, while its stages come and go."""
-    return 4 * costs.parameters(0) if wishes.method.one_network else 0
+    return 4 * costs.parameters(0) if request.method.one_network else 0
 
 
 def host_memory(
     costs: LayerCosts,
     machine: Machine,
-    wishes: Wishes,
+    request: PlanRequest,
     blocks: int,
     slots: int,
     block_bytes: int,
@@ -117,39 +117,39 @@ def host_memory(
         return {}, 0
     needed = {
         "runtime": machine.host.runtime_bytes,
-        "data": wishes.data_bytes + 2 * batch_bytes(costs, wishes),  # one is drawn while the device has the other
-        "evaluation": _grid_bytes(costs, wishes, micro_batch),
+        "data": request.data_bytes + 2 * batch_bytes(costs, request),  # one is drawn while the device has the other
+        "evaluation": _grid_bytes(costs, request, micro_batch),
         "staging": block_bytes,
         "slack": SLACK_BYTES + GPU_CODE_BYTES,
     }
-    if wishes.clip_by == "network":
+    if request.clip_by == "network":
         needed["gradients"] = 4 * costs.parameters(math.ceil(costs.num_layers / blocks))
-    if wishes.boundaries == "disk" and blocks > 1:
+    if request.boundaries == "disk" and blocks > 1:
         needed["boundaries"] = int((1 + GAPS_SHARE["plain"]) * micro_batch * costs.hidden_bytes_per_sample)
     needed["planning"] = max(0, machine.planning_bytes - sum(needed.values()))
-    room = host_budget_bytes(machine, wishes) - sum(needed.values())
-    if slots >= blocks or wishes.tier == "disk":
+    room = host_budget_bytes(machine, request) - sum(needed.values())
+    if slots >= blocks or request.tier == "disk":
         ram_blocks = 0
     else:
-        ram_blocks = blocks if wishes.tier == "ram" else min(blocks, max(0, room) // block_bytes)
+        ram_blocks = blocks if request.tier == "ram" else min(blocks, max(0, room) // block_bytes)
     return {**needed, "blocks": ram_blocks * block_bytes}, ram_blocks
 
 
-def batch_bytes(costs: LayerCosts, wishes: Wishes) -> int:
+def batch_bytes(costs: LayerCosts, request: PlanRequest) -> int:
     """Of a whole batch while it is drawn."""
-    return int(BATCH_COPIES * wishes.batch * costs.batch_bytes_per_sample)
+    return int(BATCH_COPIES * request.batch * costs.batch_bytes_per_sample)
 
 
-def _workspace_bytes(costs: LayerCosts, machine: Machine, wishes: Wishes) -> int:
+def _workspace_bytes(costs: LayerCosts, machine: Machine, request: PlanRequest) -> int:
     """What an optimizer step needs beside the state."""
-    return (costs.workspace_bytes if machine.host is None else costs.gpu_workspace_bytes)[wishes.optimizer]
+    return (costs.workspace_bytes if machine.host is None else costs.gpu_workspace_bytes)[request.optimizer]
 
 
-def host_budget_bytes(machine: Machine, wishes: Wishes) -> int:
+def host_budget_bytes(machine: Machine, request: PlanRequest) -> int:
     """The bound of the host's memory; without a host there is nothing to bound."""
     if machine.host is None:
         return 0
-    return machine.host.memory_bytes if wishes.ram_budget_bytes is None else wishes.ram_budget_bytes
+    return machine.host.memory_bytes if request.ram_budget_bytes is None else request.ram_budget_bytes
 
 
 def step_memory(
@@ -168,22 +168,22 @@ def step_memory(
     )
 
 
-def look_bytes(costs: LayerCosts, machine: Machine, wishes: Wishes, num_layers: int, micro_batch: int) -> int:
+def preview_bytes(costs: LayerCosts, machine: Machine, request: PlanRequest, num_layers: int, micro_batch: int) -> int:
     """Bytes of evaluating and sampling between visits: a forward pass, and the samples at the solver's levels.
 
     Beside a host the samples are there, and a micro-batch of them on the device.
     """
-    forward = forward_bytes(costs, machine, num_layers, micro_batch) + _ends_bytes(costs, wishes)
+    forward = forward_bytes(costs, machine, num_layers, micro_batch) + _stem_readout_bytes(costs, request)
     if machine.host is not None:
-        return forward + micro_batch * (costs.batch_bytes_per_sample + wishes.sample_bytes)
-    return forward + _grid_bytes(costs, wishes, micro_batch)
+        return forward + micro_batch * (costs.batch_bytes_per_sample + request.sample_bytes)
+    return forward + _grid_bytes(costs, request, micro_batch)
 
 
-def _grid_bytes(costs: LayerCosts, wishes: Wishes, micro_batch: int) -> int:
+def _grid_bytes(costs: LayerCosts, request: PlanRequest, micro_batch: int) -> int:
     """Bytes of the samples that are made between visits; texts that are written token by token, a micro-batch of them
     at a time, keep their keys and values."""
-    written_bytes = min(wishes.grid_samples, micro_batch) * wishes.sample_bytes
-    return SAMPLE_COPIES * wishes.grid_samples * costs.batch_bytes_per_sample + written_bytes
+    written_bytes = min(request.grid_samples, micro_batch) * request.sample_bytes
+    return SAMPLE_COPIES * request.grid_samples * costs.batch_bytes_per_sample + written_bytes
 
 
 def forward_bytes(costs: LayerCosts, machine: Machine, num_layers: int, micro_batch: int) -> int:

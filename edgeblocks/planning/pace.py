@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 
 from edgeblocks.planning.layer_costs import LayerCosts
-from edgeblocks.planning.plans import Machine, Wishes, kept_blocks, streaming_share
+from edgeblocks.planning.plans import Machine, PlanRequest, kept_blocks, streaming_share
 from edgeblocks.planning.step_times import predicted_step_s, staged_step
 
 STREAMING_SHARE = 0.02
@@ -28,7 +28,7 @@ class Pace:
 def pace_of_blocks(
     costs: LayerCosts,
     machine: Machine,
-    wishes: Wishes,
+    request: PlanRequest,
     blocks: int,
     micro_batch: int,
     checkpointing: bool,
@@ -38,24 +38,24 @@ def pace_of_blocks(
 ) -> Pace:
     """Of blocks that are trained alone: every visit writes one, and brings one unless it is in memory anyway."""
     num_layers = math.ceil(costs.num_layers / blocks)
-    step_s = predicted_step_s(costs, machine, num_layers, wishes.batch, micro_batch, checkpointing)
+    step_s = predicted_step_s(costs, machine, num_layers, request.batch, micro_batch, checkpointing)
     load_s, store_s = _moving_s(machine, blocks, slots, ram_blocks, block_bytes)
-    visit_steps = wishes.visit_steps or _visit_steps(
-        wishes, step_s, load_s + store_s, most_rounds=_most_rounds(wishes, blocks * block_bytes)
+    visit_steps = request.visit_steps or _visit_steps(
+        request, step_s, load_s + store_s, most_rounds=_most_rounds(request, blocks * block_bytes)
     )
     return Pace(
         visit_steps=visit_steps,
         step_s=step_s,
         streaming_s=streaming_share(slots) * (load_s + store_s) / visit_steps,
         disk_bytes=(blocks + 1) * block_bytes,
-        bytes_written=blocks * block_bytes * (math.ceil(wishes.steps / visit_steps) + 1),
+        bytes_written=blocks * block_bytes * (math.ceil(request.steps / visit_steps) + 1),
     )
 
 
 def pace_of_stages(
     costs: LayerCosts,
     machine: Machine,
-    wishes: Wishes,
+    request: PlanRequest,
     blocks: int,
     micro_batch: int,
     checkpointing: bool,
@@ -72,27 +72,29 @@ def pace_of_stages(
     step = staged_step(
         costs,
         machine,
-        wishes,
+        request,
         blocks=blocks,
         slots=slots,
         ram_blocks=ram_blocks,
         micro_batch=micro_batch,
         checkpointing=checkpointing,
     )
-    trained = sum(wishes.trained_stages(blocks))
+    trained = sum(request.trained_stages(blocks))
     frozen_bytes = 8 * costs.parameters(math.ceil(costs.num_layers / blocks))
     files_bytes, saved_bytes = trained * block_bytes + (blocks - trained) * frozen_bytes, trained * block_bytes
-    usual = min(math.ceil(USUAL_VISIT_S / (step.step_s + step.stall_s)), math.ceil(wishes.steps / max(wishes.looks, 1)))
-    visit_steps = wishes.visit_steps or max(1, usual)
+    usual = min(
+        math.ceil(USUAL_VISIT_S / (step.step_s + step.stall_s)), math.ceil(request.steps / max(request.previews, 1))
+    )
+    visit_steps = request.visit_steps or max(1, usual)
     _, store_s = _moving_s(machine, blocks, slots, ram_blocks, block_bytes)
     return Pace(
         visit_steps=visit_steps,
         step_s=step.step_s,
         streaming_s=step.stall_s + streaming_share(slots) * trained * store_s / visit_steps,
-        disk_bytes=files_bytes + saved_bytes + step.put_away_bytes,
+        disk_bytes=files_bytes + saved_bytes + step.offloaded_bytes,
         bytes_written=files_bytes
-        + saved_bytes * math.ceil(wishes.steps / visit_steps)
-        + step.put_away_bytes * wishes.steps,
+        + saved_bytes * math.ceil(request.steps / visit_steps)
+        + step.offloaded_bytes * request.steps,
     )
 
 
@@ -113,16 +115,16 @@ def _moving_s(machine: Machine, blocks: int, slots: int, ram_blocks: int, block_
     return link_s + (1 - ram_blocks / blocks) * read_s, link_s + store_s
 
 
-def _most_rounds(wishes: Wishes, round_bytes: int) -> int:
+def _most_rounds(request: PlanRequest, round_bytes: int) -> int:
     """Rounds over all blocks that the user's limit of disk writes allows, after the one that creates them."""
-    if wishes.max_disk_writes is None:
-        return wishes.steps
-    return max(1, wishes.max_disk_writes // round_bytes - 1)
+    if request.max_disk_writes is None:
+        return request.steps
+    return max(1, request.max_disk_writes // round_bytes - 1)
 
 
-def _visit_steps(wishes: Wishes, step_s: float, streaming_s: float, *, most_rounds: int) -> int:
+def _visit_steps(request: PlanRequest, step_s: float, streaming_s: float, *, most_rounds: int) -> int:
     """Long enough that streaming stays below its share; else some minutes, but several rounds over all blocks."""
-    steps, rounds = wishes.steps, max(FEWEST_ROUNDS, wishes.looks)
+    steps, rounds = request.steps, max(FEWEST_ROUNDS, request.previews)
     needed = max(math.ceil(streaming_s / (STREAMING_SHARE * step_s)), math.ceil(steps / most_rounds))
     pleasant = min(math.ceil(USUAL_VISIT_S / step_s), math.ceil(steps / rounds))
     return max(1, min(max(needed, pleasant), steps))

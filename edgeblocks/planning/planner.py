@@ -18,15 +18,15 @@ from edgeblocks.planning.memory import (
     batch_bytes,
     forward_bytes,
     host_budget_bytes,
-    look_bytes,
+    preview_bytes,
     step_memory,
 )
 from edgeblocks.planning.plans import (
     Candidate,
     Machine,
     Plan,
+    PlanRequest,
     StepShape,
-    Wishes,
     micro_batches,
     split_layers,
 )
@@ -38,58 +38,58 @@ ABOUT_AS_FAST = 1.1
 """Of two ways to train end to end, one that takes so many times as long is still preferred where it writes less."""
 
 
-def make_plan(costs: LayerCosts, machine: Machine, wishes: Wishes) -> Plan:
+def make_plan(costs: LayerCosts, machine: Machine, request: PlanRequest) -> Plan:
     """The plan for a budget.
 
     Raises:
         ConfigError: the user fixed something impossible.
         DoesNotFitError: nothing fits; it carries the smallest budget that would work.
     """
-    if wishes.blocks is not None and not 1 <= wishes.blocks <= costs.num_layers:
+    if request.blocks is not None and not 1 <= request.blocks <= costs.num_layers:
         raise ConfigError(
-            f"--blocks {wishes.blocks} is impossible: the network has {costs.num_layers} layers and a block needs at "
+            f"--blocks {request.blocks} is impossible: the network has {costs.num_layers} layers and a block needs at "
             f"least one; use 1 to {costs.num_layers}"
         )
-    assert machine.host is not None or wishes.ram_budget_bytes is None, "a RAM budget needs a machine with a host"
-    if wishes.method.trained_together and wishes.boundaries is None:
+    assert machine.host is not None or request.ram_budget_bytes is None, "a RAM budget needs a machine with a host"
+    if request.method.trained_together and request.boundaries is None:
         with contextlib.suppress(DoesNotFitError):
-            return make_plan(costs, machine, replace(wishes, boundaries="ram"))
-        wishes = replace(wishes, boundaries="disk")
-    cut_by_budget, wishes = wishes.blocks is None, _with_a_cut(costs, machine, wishes)
+            return make_plan(costs, machine, replace(request, boundaries="ram"))
+        request = replace(request, boundaries="disk")
+    cut_by_budget, request = request.blocks is None, _with_a_cut(costs, machine, request)
     rows = []
-    for blocks in block_counts(costs.num_layers, wishes):
-        options = options_of(costs, machine, wishes, blocks)
+    for blocks in block_counts(costs.num_layers, request):
+        options = options_of(costs, machine, request, blocks)
         fitting = [option for option in options if option.fits]
         if fitting:
-            rows.append(_best(fitting, wishes))
+            rows.append(_best(fitting, request))
         else:
             rows.append(min(options, key=lambda option: option.predicted_peak_bytes))
     fitting_rows = [row for row in rows if row.fits]
     if not fitting_rows:
-        raise _does_not_fit(costs, machine, wishes)
-    chosen = fitting_rows[0] if wishes.method.cut_changes_result else _best(fitting_rows, wishes)
+        raise _does_not_fit(costs, machine, request)
+    chosen = fitting_rows[0] if request.method.cut_changes_result else _best(fitting_rows, request)
     layers = split_layers(costs.num_layers, chosen.blocks)
     return Plan(
         chosen=chosen,
         candidates=tuple(rows),
         layers=layers,
-        shapes=_shapes(costs, machine, wishes, chosen),
-        look_micro_batch=_look_micro_batch(costs, machine, wishes, chosen),
-        steps=wishes.steps,
-        budget_bytes=wishes.budget_bytes,
-        parameters=_parameters(costs, wishes, layers),
-        optimizer=wishes.optimizer,
+        shapes=_shapes(costs, machine, request, chosen),
+        look_micro_batch=_preview_micro_batch(costs, machine, request, chosen),
+        steps=request.steps,
+        budget_bytes=request.budget_bytes,
+        parameters=_parameters(costs, request, layers),
+        optimizer=request.optimizer,
         machine=machine,
-        method=wishes.method,
-        trained=wishes.trained,
-        boundary_disk_bytes=boundary_disk_bytes(costs, wishes, chosen.blocks),
-        warnings=plan_warnings(costs, machine, wishes, chosen, fitting_rows, cut_by_budget=cut_by_budget),
-        ram_budget_bytes=None if machine.host is None else host_budget_bytes(machine, wishes),
+        method=request.method,
+        trained=request.trained,
+        boundary_disk_bytes=boundary_disk_bytes(costs, request, chosen.blocks),
+        warnings=plan_warnings(costs, machine, request, chosen, fitting_rows, cut_by_budget=cut_by_budget),
+        ram_budget_bytes=None if machine.host is None else host_budget_bytes(machine, request),
     )
 
 
-def _with_a_cut(costs: LayerCosts, machine: Machine, wishes: Wishes) -> Wishes:
-    """The wishes, with the number of stages that numbers of trained ones are counted in.
+def _with_a_cut(costs: LayerCosts, machine: Machine, request: PlanRequest) -> PlanRequest:
+    """The request, with the number of stages that numbers of trained ones are counted in.
 
     Where the user does not fix it, it is that of a plan that trains all of them: else the fastest plan would be the one
     that trains least.
@@ -97,20 +97,20 @@ def _with_a_cut(costs: LayerCosts, machine: Machine, wishes: Wishes) -> Wishes:
     Raises:
         ConfigError: there are no stages of these numbers.
     """
-    if wishes.trained is None:
-        return wishes
-    whole = wishes.blocks or make_plan(costs, machine, replace(wishes, trained=None)).chosen.blocks
-    wrong = [stage for stage in wishes.trained if stage >= whole]
+    if request.trained is None:
+        return request
+    whole = request.blocks or make_plan(costs, machine, replace(request, trained=None)).chosen.blocks
+    wrong = [stage for stage in request.trained if stage >= whole]
     if wrong:
         there = "1 stage, stage 0" if whole == 1 else f"{whole} stages, 0 to {whole - 1}"
         raise ConfigError(
-            f"--train-blocks {','.join(map(str, wishes.trained))}: the network is cut into {there}; name these, or cut "
-            f"it into more with --blocks {max(wrong) + 1}"
+            f"--train-blocks {','.join(map(str, request.trained))}: the network is cut into {there}; name these, or "
+            f"cut it into more with --blocks {max(wrong) + 1}"
         )
-    return replace(wishes, blocks=whole)
+    return replace(request, blocks=whole)
 
 
-def _best(options: Sequence[Candidate], wishes: Wishes) -> Candidate:
+def _best(options: Sequence[Candidate], request: PlanRequest) -> Candidate:
     """The one that takes least time, of which streaming is a part; the largest micro-batch where times are equal.
 
     Parts that are trained together move in every step, which wears the disk: among ways that are about as fast as the
@@ -120,24 +120,24 @@ def _best(options: Sequence[Candidate], wishes: Wishes) -> Candidate:
     def time(option: Candidate) -> tuple[float, int]:
         return option.step_s + option.streaming_s, -option.micro_batch
 
-    if not wishes.method.trained_together:
+    if not request.method.trained_together:
         return min(options, key=time)
     longest_s = ABOUT_AS_FAST * min(time(option)[0] for option in options)
     fast = [option for option in options if time(option)[0] <= longest_s]
     return min(fast, key=lambda option: (option.bytes_written, *time(option)))
 
 
-def _parameters(costs: LayerCosts, wishes: Wishes, layers: Sequence[int]) -> int:
+def _parameters(costs: LayerCosts, request: PlanRequest, layers: Sequence[int]) -> int:
     """Of all blocks, each with a stem and a readout of its own; or of the one network that is cut into stages."""
-    return sum(map(costs.parameters, wishes.method.denoisers(layers)))
+    return sum(map(costs.parameters, request.method.denoisers(layers)))
 
 
-def _shapes(costs: LayerCosts, machine: Machine, wishes: Wishes, chosen: Candidate) -> tuple[StepShape, ...]:
+def _shapes(costs: LayerCosts, machine: Machine, request: PlanRequest, chosen: Candidate) -> tuple[StepShape, ...]:
     """The chosen step, then ever smaller ones: first the micro-batch is halved, then checkpointing comes on."""
     found: list[StepShape] = []
-    drawn_bytes = batch_bytes(costs, wishes)
+    drawn_bytes = batch_bytes(costs, request)
     for checkpointing in (False, True):
-        for micro_batch in micro_batches(wishes.batch):
+        for micro_batch in micro_batches(request.batch):
             if micro_batch > chosen.micro_batch or (chosen.checkpointing and not checkpointing):
                 continue
             memory = step_memory(costs, machine, chosen.layers_per_block, micro_batch, checkpointing)
@@ -147,39 +147,39 @@ def _shapes(costs: LayerCosts, machine: Machine, wishes: Wishes, chosen: Candida
     return tuple(found)
 
 
-def _look_micro_batch(costs: LayerCosts, machine: Machine, wishes: Wishes, chosen: Candidate) -> int:
+def _preview_micro_batch(costs: LayerCosts, machine: Machine, request: PlanRequest, chosen: Candidate) -> int:
     """Samples that go through the network together when it is looked at.
 
     Stages come from the disk for every micro-batch, so of them there should be few: as many samples as take no more
     memory than a training step. A block stays for all micro-batches, and there the step's own will do.
     """
     found = chosen.micro_batch
-    if not wishes.method.one_network:
+    if not request.method.one_network:
         return found
     room = chosen.breakdown["activations"] + chosen.breakdown["evaluation"]
-    for size in micro_batches(wishes.batch):
-        if size > found and look_bytes(costs, machine, wishes, chosen.layers_per_block, size) <= room:
+    for size in micro_batches(request.batch):
+        if size > found and preview_bytes(costs, machine, request, chosen.layers_per_block, size) <= room:
             return size
     return found
 
 
-def _does_not_fit(costs: LayerCosts, machine: Machine, wishes: Wishes) -> DoesNotFitError:
+def _does_not_fit(costs: LayerCosts, machine: Machine, request: PlanRequest) -> DoesNotFitError:
     """The refusal: which of the two budgets is too small, for what, and which one would do."""
-    free = replace(wishes, micro_batch=None, checkpointing=None, tier=None, blocks=None)
+    free = replace(request, micro_batch=None, checkpointing=None, tier=None, blocks=None)
     options, free_options = (
         [
             option
             for blocks in block_counts(costs.num_layers, asked)
             for option in options_of(costs, machine, asked, blocks)
         ]
-        for asked in (wishes, free)
+        for asked in (request, free)
     )
     forced = [
-        f"--{name}" if name == "blocks" else f"{name}={getattr(wishes, name)}"
+        f"--{name}" if name == "blocks" else f"{name}={getattr(request, name)}"
         for name in ("blocks", "micro_batch", "checkpointing", "tier")
-        if getattr(wishes, name) is not None
+        if getattr(request, name) is not None
     ]
-    ram_budget_bytes = host_budget_bytes(machine, wishes)
+    ram_budget_bytes = host_budget_bytes(machine, request)
     on_host, free_on_host = (
         [option for option in some if option.predicted_host_peak_bytes <= ram_budget_bytes]
         for some in (options, free_options)
@@ -189,19 +189,19 @@ def _does_not_fit(costs: LayerCosts, machine: Machine, wishes: Wishes) -> DoesNo
             [option.breakdown for option in on_host],
             [option.breakdown for option in free_on_host],
             flag="--mem-budget",
-            budget_bytes=wishes.budget_bytes,
+            budget_bytes=request.budget_bytes,
             where="" if machine.host is None else " on the device",
             runtime="its context alone needs" if machine.host else "the interpreter and its libraries alone need",
             forced=forced,
         )
     # Of the options that fit the device, if any: what follows from the answer must not be the other refusal.
     on_device, free_on_device = (
-        [option for option in some if option.predicted_peak_bytes <= wishes.budget_bytes]
+        [option for option in some if option.predicted_peak_bytes <= request.budget_bytes]
         for some in (options, free_options)
     )
     device_bytes = min(option.predicted_peak_bytes for option in options)
     device_too = (
-        f". The device's {format_bytes(wishes.budget_bytes)} are too little as well: --mem-budget "
+        f". The device's {format_bytes(request.budget_bytes)} are too little as well: --mem-budget "
         f"{advised_budget(device_bytes)} or more"
     )
     return _refusal(
@@ -262,7 +262,7 @@ def inference_micro_batch(
     samples: int,
     budget_bytes: int,
     held_bytes: int,
-    ends_bytes: int = 0,
+    stem_readout_bytes: int = 0,
     sample_bytes: int = 0,
     residents: int = 1,
 ) -> int:
@@ -270,7 +270,7 @@ def inference_micro_batch(
 
     Args:
         held_bytes: what the caller keeps beside the network (images, features); in the host's memory if there is one.
-        ends_bytes: of what is kept of a network whose stages come and go: its stem and readout.
+        stem_readout_bytes: of what is kept of a network whose stages come and go: its stem and readout.
         sample_bytes: as `held_bytes` for each sample of the micro-batch, as keys and values; a device has them for a
             moment.
         residents: blocks that are in memory at a time.
@@ -279,7 +279,7 @@ def inference_micro_batch(
         DoesNotFitError: one sample does not fit.
     """
     largest = max(layers)
-    fixed = machine.runtime_bytes + 4 * residents * costs.parameters(largest) + ends_bytes + SLACK_BYTES
+    fixed = machine.runtime_bytes + 4 * residents * costs.parameters(largest) + stem_readout_bytes + SLACK_BYTES
     for size in micro_batches(samples):
         here = size * sample_bytes + (held_bytes if machine.host is None else size * costs.batch_bytes_per_sample)
         needed = fixed + here + forward_bytes(costs, machine, largest, size)

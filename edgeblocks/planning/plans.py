@@ -1,4 +1,4 @@
-"""What planning takes and gives, as values: a machine, the user's wishes, the candidates, the plan."""
+"""What planning takes and gives, as values: a machine, the user's request, the candidates, the plan."""
 
 import math
 from collections.abc import Sequence
@@ -46,7 +46,7 @@ class Machine:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Wishes:
+class PlanRequest:
     """What the user fixed; None leaves the choice to the planner."""
 
     budget_bytes: int
@@ -72,7 +72,7 @@ class Wishes:
     """Samples that are made together during training."""
     sample_bytes: int = 0
     """What one that is written token by token keeps: its keys and values."""
-    looks: int = 0
+    previews: int = 0
     """Times that the network is looked at on the way; blocks are saved then."""
     max_disk_writes: int | None = None
     """Bytes that the run may write to disk."""

@@ -23,9 +23,9 @@ class Use:
 class Traffic:
     """Stages that a step moves: put away whole, weights fetched, and the rest (EMA, optimizer state) fetched."""
 
-    put_away: int
-    weights_fetched: int
-    rest_fetched: int
+    offloaded: int
+    weights_loaded: int
+    rest_loaded: int
 
 
 def uses_of_a_step(trained: tuple[bool, ...], *, late: bool = False) -> list[Use]:
@@ -60,19 +60,19 @@ def traffic_of_a_step(trained: tuple[bool, ...], slots: int, *, late: bool = Fal
     Args:
         in_ram: so many stages, from the first one on, are not counted: they wait in memory.
 
-    >>> [traffic_of_a_step((True,) * 6, slots).put_away for slots in (1, 2, 3, 4, 5, 6)]
+    >>> [traffic_of_a_step((True,) * 6, slots).offloaded for slots in (1, 2, 3, 4, 5, 6)]
     [6, 6, 6, 4, 2, 0]
-    >>> [traffic_of_a_step((False, False, True, True), slots).put_away for slots in (1, 2, 3, 4)]
+    >>> [traffic_of_a_step((False, False, True, True), slots).offloaded for slots in (1, 2, 3, 4)]
     [2, 2, 1, 0]
-    >>> [traffic_of_a_step((True,) * 6, 2, in_ram=in_ram).weights_fetched for in_ram in (0, 1, 2, 5, 6)]
+    >>> [traffic_of_a_step((True,) * 6, 2, in_ram=in_ram).weights_loaded for in_ram in (0, 1, 2, 5, 6)]
     [8, 7, 6, 1, 0]
     """
     stages = len(trained)
     if slots >= stages:
-        return Traffic(put_away=0, weights_fetched=0, rest_fetched=0)
+        return Traffic(offloaded=0, weights_loaded=0, rest_loaded=0)
     if all(trained) and not late and not in_ram:
         swapped = min(stages, 2 * (stages - slots))
-        return Traffic(put_away=swapped, weights_fetched=2 * (stages - slots), rest_fetched=swapped)
+        return Traffic(offloaded=swapped, weights_loaded=2 * (stages - slots), rest_loaded=swapped)
     held: OrderedDict[int, tuple[bool, bool]] = OrderedDict()
     """Of each stage in memory, the one that was used longest ago first: whether it changed, and whether it is whole."""
     uses = uses_of_a_step(trained, late=late)
@@ -83,16 +83,16 @@ def traffic_of_a_step(trained: tuple[bool, ...], slots: int, *, late: bool = Fal
 
 def _gone_through(uses: Sequence[Use], slots: int, held: OrderedDict[int, tuple[bool, bool]], in_ram: int) -> Traffic:
     """What one step moves; `held` is as the step before it left it, and is changed."""
-    put_away = weights_fetched = rest_fetched = 0
+    offloaded = weights_loaded = rest_loaded = 0
     for use in uses:
         if use.stage not in held:
             if len(held) == slots:
                 leaves, (changed, _) = held.popitem(last=False)
-                put_away += changed and leaves >= in_ram
-            weights_fetched += use.stage >= in_ram
+                offloaded += changed and leaves >= in_ram
+            weights_loaded += use.stage >= in_ram
             held[use.stage] = (False, False)
         changed, whole = held[use.stage]
-        rest_fetched += use.changes and not whole and use.stage >= in_ram
+        rest_loaded += use.changes and not whole and use.stage >= in_ram
         held[use.stage] = (changed or use.changes, whole or use.changes)
         held.move_to_end(use.stage)
-    return Traffic(put_away=put_away, weights_fetched=weights_fetched, rest_fetched=rest_fetched)
+    return Traffic(offloaded=offloaded, weights_loaded=weights_loaded, rest_loaded=rest_loaded)

@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 
 from edgeblocks.planning.layer_costs import LayerCosts, at_samples
-from edgeblocks.planning.plans import Machine, Wishes, streaming_share
+from edgeblocks.planning.plans import Machine, PlanRequest, streaming_share
 from edgeblocks.planning.stage_order import Traffic, traffic_of_a_step
 
 _WEIGHT_BYTES = 20
@@ -44,13 +44,13 @@ class StagedStep:
 
     step_s: float
     stall_s: float
-    put_away_bytes: int
+    offloaded_bytes: int
 
 
 def staged_step(
     costs: LayerCosts,
     machine: Machine,
-    wishes: Wishes,
+    request: PlanRequest,
     *,
     blocks: int,
     slots: int,
@@ -66,22 +66,22 @@ def staged_step(
     and the first `ram_blocks` stages come from no disk.
     """
     num_layers = math.ceil(costs.num_layers / blocks)
-    trained = wishes.trained_stages(blocks)
-    stage_s = predicted_step_s(costs, machine, num_layers, wishes.batch, micro_batch, checkpointing)
+    trained = request.trained_stages(blocks)
+    stage_s = predicted_step_s(costs, machine, num_layers, request.batch, micro_batch, checkpointing)
     parameters = costs.parameters(num_layers)
     passed = sum(not one for one in trained[trained.index(True) :])
-    forward_s = wishes.batch * costs.num_layers * costs.layer_flops_per_sample / machine.flops_per_s
+    forward_s = request.batch * costs.num_layers * costs.layer_flops_per_sample / machine.flops_per_s
     step_s = sum(trained) * stage_s + passed * 2 / 3 * (stage_s - parameters * machine.update_s_per_parameter)
     step_s += (blocks - 1) / blocks * forward_s
-    late = wishes.clip_by == "network"
-    weights_bytes, rest_bytes = 4 * parameters, 4 * parameters + costs.moment_bytes(num_layers, wishes.optimizer)
+    late = request.clip_by == "network"
+    weights_bytes, rest_bytes = 4 * parameters, 4 * parameters + costs.moment_bytes(num_layers, request.optimizer)
     traffic = traffic_of_a_step(trained, slots, late=late, in_ram=ram_blocks)
-    fetched_bytes, put_away_bytes = _moved_bytes(traffic, weights_bytes, rest_bytes)
+    loaded_bytes, offloaded_bytes = _moved_bytes(traffic, weights_bytes, rest_bytes)
     waiting_bytes = 4 * parameters * sum(trained) * late
     waiting_s = waiting_bytes / machine.disk_read_bytes_per_s + waiting_bytes / machine.disk_write_bytes_per_s
-    boundary_bytes = boundary_disk_bytes(costs, wishes, blocks)
+    boundary_bytes = boundary_disk_bytes(costs, request, blocks)
     waiting_s += 2 * boundary_bytes / machine.disk_read_bytes_per_s + boundary_bytes / machine.disk_write_bytes_per_s
-    moving_s = fetched_bytes / machine.disk_read_bytes_per_s + put_away_bytes / machine.disk_write_bytes_per_s
+    moving_s = loaded_bytes / machine.disk_read_bytes_per_s + offloaded_bytes / machine.disk_write_bytes_per_s
     if machine.host is not None:
         passing = traffic_of_a_step(trained, slots, late=late)
         moving_s += sum(_moved_bytes(passing, weights_bytes, rest_bytes)) / machine.host.link_bytes_per_s
@@ -89,19 +89,19 @@ def staged_step(
     return StagedStep(
         step_s=step_s,
         stall_s=max(streaming_share(slots) * moving_s, moving_s - step_s) + waiting_s,
-        put_away_bytes=put_away_bytes + waiting_bytes + boundary_bytes,
+        offloaded_bytes=offloaded_bytes + waiting_bytes + boundary_bytes,
     )
 
 
 def _moved_bytes(traffic: Traffic, weights_bytes: int, rest_bytes: int) -> tuple[int, int]:
     """Bytes that a step fetches and puts away, given those of a stage's weights and of the rest of it."""
-    fetched = weights_bytes * traffic.weights_fetched + rest_bytes * traffic.rest_fetched
-    return fetched, (weights_bytes + rest_bytes) * traffic.put_away
+    fetched = weights_bytes * traffic.weights_loaded + rest_bytes * traffic.rest_loaded
+    return fetched, (weights_bytes + rest_bytes) * traffic.offloaded
 
 
-def boundary_disk_bytes(costs: LayerCosts, wishes: Wishes, stages: int) -> int:
+def boundary_disk_bytes(costs: LayerCosts, request: PlanRequest, stages: int) -> int:
     """What a step writes of what enters the stages, all but the first; it is read on the way on and on the way back."""
-    if wishes.boundaries != "disk" or not wishes.method.trained_together:
+    if request.boundaries != "disk" or not request.method.trained_together:
         return 0
-    hidden_bytes = costs.hidden_bytes_per_sample // (2 if wishes.boundary_dtype == "bfloat16" else 1)
-    return (stages - 1) * wishes.batch * hidden_bytes
+    hidden_bytes = costs.hidden_bytes_per_sample // (2 if request.boundary_dtype == "bfloat16" else 1)
+    return (stages - 1) * request.batch * hidden_bytes

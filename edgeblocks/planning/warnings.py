@@ -5,7 +5,7 @@ from dataclasses import replace
 
 from edgeblocks.planning.candidates import candidate
 from edgeblocks.planning.layer_costs import LayerCosts
-from edgeblocks.planning.plans import Candidate, Machine, Wishes
+from edgeblocks.planning.plans import Candidate, Machine, PlanRequest
 from edgeblocks.units import format_bytes
 
 FEWEST_GOOD_LAYERS = 4
@@ -18,7 +18,7 @@ TOLD_STALL = 0.25
 def plan_warnings(
     costs: LayerCosts,
     machine: Machine,
-    wishes: Wishes,
+    request: PlanRequest,
     chosen: Candidate,
     others: Sequence[Candidate],
     *,
@@ -30,7 +30,7 @@ def plan_warnings(
         others: for each number of blocks the best that fits.
         cut_by_budget: the user left the number of blocks to the planner.
     """
-    found, num_layers, method = [], costs.num_layers, wishes.method
+    found, num_layers, method = [], costs.num_layers, request.method
     holds_stages = "--mem-budget" if machine.host is None or chosen.tier == "ram" else "--mem-budget or --ram-budget"
     if method.cut_changes_result and chosen.layers_per_block < min(FEWEST_GOOD_LAYERS, num_layers):
         found.append(
@@ -38,12 +38,12 @@ def plan_warnings(
             f"block denoises alone with the layers it has (ImageNet FID in the paper: 3 blocks 11.1, 6 blocks 14.4). "
             + (
                 "A larger --mem-budget or a smaller width gives deeper blocks"
-                if wishes.blocks is None and chosen.blocks > wishes.preferred_blocks
+                if request.blocks is None and chosen.blocks > request.preferred_blocks
                 else "More layers (--set depth=..) or fewer --blocks give deeper ones"
             )
         )
-    if method.cut_changes_result and wishes.blocks is None and chosen.blocks > wishes.preferred_blocks:
-        found.append(f"{chosen.blocks} blocks instead of the preferred {wishes.preferred_blocks}: fewer do not fit")
+    if method.cut_changes_result and request.blocks is None and chosen.blocks > request.preferred_blocks:
+        found.append(f"{chosen.blocks} blocks instead of the preferred {request.preferred_blocks}: fewer do not fit")
     faster = _much_faster_cut(chosen, others) if method.cut_changes_result else None
     if faster is not None:
         blocks, share = faster
@@ -51,36 +51,36 @@ def plan_warnings(
             f"{blocks} blocks (--blocks {blocks}) would take {1 - share:.0%} less time: the layers of each of "
             f"{chosen.blocks} leave little memory for a batch. Fewer are preferred all the same, for quality"
         )
-    if wishes.clip_by == "network":
+    if request.clip_by == "network":
         found.append(
             "clip_by=network: every step writes the gradients of all trained stages to disk and reads them, 4 bytes a "
             "parameter, because the norm of all is known at its end; clip_by=stage does not"
         )
-    if wishes.boundaries == "disk" and chosen.blocks > 1:
+    if request.boundaries == "disk" and chosen.blocks > 1:
         found.append(
             "what enters each stage waits on disk: it is written once and read twice in every step; a larger "
             "--mem-budget keeps it in memory, --set boundary_dtype=bfloat16 halves it"
         )
     if method.trained_together and chosen.slots < chosen.blocks and _stall(chosen) > TOLD_STALL:
-        hiding = _hiding_batch(costs, machine, wishes, chosen)
+        hiding = _hiding_batch(costs, machine, request, chosen)
         waited_for = "the disk" if chosen.tier == "disk" else "the link to the host"
         found.append(
-            f"waiting for {waited_for} takes {_stall(chosen):.0%} of the time of computing with {wishes.batch} samples "
-            f"a step; "
+            f"waiting for {waited_for} takes {_stall(chosen):.0%} of the time of computing with {request.batch} "
+            f"samples a step; "
             + (f"--batch {hiding} hides most of it behind the computation, and " if hiding else "")
             + f"a {holds_stages} that holds more stages leaves less of it"
         )
-    if wishes.trained is not None and cut_by_budget:
+    if request.trained is not None and cut_by_budget:
         found.append(
             f"--train-blocks counts the {chosen.blocks} stages that the budget chose, and another budget may cut the "
             f"network elsewhere; --blocks {chosen.blocks} fixes the cut"
         )
-    if wishes.max_disk_writes is not None and chosen.bytes_written > wishes.max_disk_writes:
+    if request.max_disk_writes is not None and chosen.bytes_written > request.max_disk_writes:
         swaps = method.trained_together and chosen.tier == "disk"
         larger = f"{holds_stages} that holds more stages" if swaps else "visit_steps"
         found.append(
             f"the run would write {format_bytes(chosen.bytes_written)} to disk and will end, saved, before it has "
-            f"written {format_bytes(wishes.max_disk_writes)}, as --max-disk-writes asks; fewer --steps, or a larger "
+            f"written {format_bytes(request.max_disk_writes)}, as --max-disk-writes asks; fewer --steps, or a larger "
             f"{larger}, write less"
         )
     return tuple(found)
@@ -102,14 +102,14 @@ def _stall(option: Candidate) -> float:
     return option.streaming_s / option.step_s
 
 
-def _hiding_batch(costs: LayerCosts, machine: Machine, wishes: Wishes, chosen: Candidate) -> int | None:
+def _hiding_batch(costs: LayerCosts, machine: Machine, request: PlanRequest, chosen: Candidate) -> int | None:
     """The batch, some doublings larger, that fits and hides most of the waiting; None: there is none."""
     for doublings in range(1, 10):
-        batch = wishes.batch << doublings
+        batch = request.batch << doublings
         option = candidate(
             costs,
             machine,
-            replace(wishes, batch=batch),
+            replace(request, batch=batch),
             chosen.blocks,
             chosen.micro_batch,
             chosen.checkpointing,

@@ -160,14 +160,14 @@ def trace(family: "Family", sample_counts: Sequence[int]) -> LayerCosts:
     hidden_bytes, condition_bytes = _carried_bytes(family)
     return LayerCosts(
         num_layers=family.num_layers,
-        ends_parameters=2 * one - two,
+        stem_readout_parameters=2 * one - two,
         layer_parameters=two - one,
-        ends_moments={optimizer: 2 * first - second for optimizer, (first, second) in moments.items()},
+        stem_readout_moments={optimizer: 2 * first - second for optimizer, (first, second) in moments.items()},
         layer_moments={optimizer: second - first for optimizer, (first, second) in moments.items()},
         workspace_bytes={"adamw8bit": workspace_bytes(num_threads=torch.get_num_threads()), "adamw": 0},
         gpu_workspace_bytes={"adamw8bit": workspace_bytes(num_threads=1, chunk_size=GPU_CHUNK_SIZE), "adamw": 0},
         batch_bytes_per_sample=sum(_num_bytes(shape, dtype) for shape, dtype in family.batch_spec(1).values()),
-        ends_flops_per_sample=flops[0] - period * layer_flops,
+        stem_readout_flops_per_sample=flops[0] - period * layer_flops,
         layer_flops_per_sample=layer_flops,
         hidden_bytes_per_sample=hidden_bytes,
         condition_bytes_per_sample=condition_bytes,

@@ -2,7 +2,7 @@
 
 CUDA loads a kernel when it is first launched, into the device's memory and the host's, and takes scratch memory for
 libraries and threads at their first use. Measured on an H100, a training took 130 MB more of the device and 270 to 470
-MB more of the host than the process had after a few kernels of another network. After a rehearsal both are there
+MB more of the host than the process had after a few kernels of another network. After a warm-up step both are there
 before anything is planned.
 """
 
@@ -14,7 +14,7 @@ from edgeblocks.optim.adamw import Workspace
 from edgeblocks.optim.update import adamw_, clip_, follow_
 
 
-def rehearse(family: Family, optimizer: Optimizer, device: str) -> None:
+def run_warmup_step(family: Family, optimizer: Optimizer, device: str) -> None:
     """Train the smallest block of a family on one example of zeros for two steps, and look at it; nothing is kept."""
     with torch.device("meta"):
         network = family.block(num_layers=family.layer_period, checkpointing=False)

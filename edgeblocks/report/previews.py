@@ -38,7 +38,7 @@ class Look:
         return f"after {self.step:,} steps"
 
 
-def read_looks(folder: Path) -> tuple[list[Look], list[str]]:
+def read_previews(folder: Path) -> tuple[list[Look], list[str]]:
     """The looks in a run's folder of samples, the newest first, and what is to be said of those left out."""
     found = sorted(
         ((int(match[1]), path) for path in _entries(folder) if (match := _NAME.fullmatch(path.name))), reverse=True
@@ -56,7 +56,7 @@ def read_looks(folder: Path) -> tuple[list[Look], list[str]]:
     return looks, remarks
 
 
-def looks_piece(looks: Sequence[Look]) -> Markup:
+def previews_piece(looks: Sequence[Look]) -> Markup:
     """HTML of looks: pictures in rows, texts as they are."""
     return fragment("looks.html", looks=looks, kind="pictures" if looks[0].picture else "texts")
 

@@ -10,7 +10,7 @@ from edgeblocks.report.facts import RunFacts
 from edgeblocks.report.headline import headline
 from edgeblocks.report.page import Section
 from edgeblocks.report.planning import block_table, breakdown_bars, plan_table, time_bar
-from edgeblocks.report.previews import looks_piece, read_looks
+from edgeblocks.report.previews import previews_piece, read_previews
 from edgeblocks.report.surroundings import environment_table, settings_table
 
 
@@ -43,8 +43,8 @@ def _sections(facts: RunFacts) -> list[Section]:
 
 def _samples(facts: RunFacts) -> Section:
     """What the run made while it was trained, as far as it is to be seen."""
-    looks, remarks = read_looks(facts.directory.path / "samples")
-    pieces = [looks_piece(looks)] if looks else []
+    looks, remarks = read_previews(facts.directory.path / "samples")
+    pieces = [previews_piece(looks)] if looks else []
     if not looks and not remarks:
         remarks = ["The run has made no samples" + (" yet." if facts.summary is None else ".")]
     note = "The same noise each time, EMA weights; the newest first. " if looks else ""

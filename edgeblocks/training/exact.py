@@ -163,7 +163,7 @@ class ExactTrainer(Trainer):
         sizes = [self.store.file_bytes(stage) for stage, trained in enumerate(self._trained) if trained]
         in_ram = self.run.plan.ram_blocks
         traffic = traffic_of_a_step(self._trained, self.slots.num_slots, late=self._late, in_ram=in_ram)
-        return traffic.put_away * max(sizes) + self._clipping.step_bytes + self._boundary_bytes + sum(sizes)
+        return traffic.offloaded * max(sizes) + self._clipping.step_bytes + self._boundary_bytes + sum(sizes)
 
     def _clipping_by_settings(self, device: Device | None) -> Clipping:
         clip, place = self.settings.clip, (self.store.folder, "a stage's gradient")

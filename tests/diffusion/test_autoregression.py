@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from edgeblocks.diffusion import autoregression as generation
+from edgeblocks.diffusion import autoregression
 from edgeblocks.diffusion.autoregression import (
     LEAST_READ_SIGMA,
     TokenChain,
@@ -126,7 +126,7 @@ def test_a_prompt_of_several_segments_is_one_prompt(kind, monkeypatch):
     """A prompt that goes through a network in parts of 3 positions gives the texts of the whole."""
     prompt = (1, 4, 2, 6, 0, 0, 5, 3)
     whole = written(kind, prompt=prompt)
-    monkeypatch.setattr(generation, "PROMPT_SEGMENT", 3)
+    monkeypatch.setattr(autoregression, "PROMPT_SEGMENT", 3)
     np.testing.assert_array_equal(written(kind, prompt=prompt), whole)
 
 

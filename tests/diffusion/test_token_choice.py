@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edgeblocks.diffusion.token_choice import choose, nucleus
+from edgeblocks.diffusion.token_choice import choose_tokens, nucleus
 
 RANDOM = np.random.default_rng(0)
 
@@ -13,9 +13,9 @@ def test_temperature_zero_takes_the_likeliest():
     """Whatever the random number; a low temperature comes to the same."""
     shares = RANDOM.dirichlet(np.ones(9), size=20)
     for uniform in (0.01, 0.99):
-        drawn = choose(shares, np.full(20, uniform), temperature=0.0, top_p=1.0)
+        drawn = choose_tokens(shares, np.full(20, uniform), temperature=0.0, top_p=1.0)
         np.testing.assert_array_equal(drawn, shares.argmax(1))
-        np.testing.assert_array_equal(choose(shares, np.full(20, uniform), temperature=1e-3, top_p=1.0), drawn)
+        np.testing.assert_array_equal(choose_tokens(shares, np.full(20, uniform), temperature=1e-3, top_p=1.0), drawn)
 
 
 def test_tokens_are_drawn_as_often_as_they_are_likely():
@@ -23,7 +23,7 @@ def test_tokens_are_drawn_as_often_as_they_are_likely():
     shares = np.array([0.5, 0.3, 0.15, 0.05, 0.0])
     uniform = (np.arange(10_000) + 0.5) / 10_000
     for temperature in (1.0, 2.0):
-        drawn = choose(np.tile(shares, (10_000, 1)), uniform, temperature=temperature, top_p=1.0)
+        drawn = choose_tokens(np.tile(shares, (10_000, 1)), uniform, temperature=temperature, top_p=1.0)
         expected = shares ** (1 / temperature)
         np.testing.assert_allclose(np.bincount(drawn, minlength=5) / 10_000, expected / expected.sum(), atol=2e-4)
 

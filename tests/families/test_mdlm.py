@@ -328,7 +328,7 @@ def test_the_traced_peak_is_that_of_a_real_step(family):
 def test_the_readout_counts_in_flops():
     """Twice its weights a position, so a large vocabulary is seen by the planner."""
     families = [Mdlm(SETTINGS, replace(DATA, vocabulary=vocabulary)) for vocabulary in (100, 1100)]
-    small, large = (trace(family, (1,)).ends_flops_per_sample for family in families)
+    small, large = (trace(family, (1,)).stem_readout_flops_per_sample for family in families)
     assert large - small == 2 * 1000 * SETTINGS.width * DATA.length
 
 

@@ -200,10 +200,10 @@ def test_a_step_moves_what_the_plan_counts(tmp_path, trained_stages, ram_stages)
         given_out.close()
         written, copied = (after - before for before, after in zip(moved[2], moved[3], strict=True))
         to_disk = traffic_of_a_step(trained_stages, slots, in_ram=ram_stages)
-        assert written == to_disk.put_away * layout.num_bytes
+        assert written == to_disk.offloaded * layout.num_bytes
         over_link = traffic_of_a_step(trained_stages, slots)
-        fetched = over_link.weights_fetched * sizes["weights"] + over_link.rest_fetched * rest_bytes
-        assert copied == fetched + over_link.put_away * layout.num_bytes
+        fetched = over_link.weights_loaded * sizes["weights"] + over_link.rest_loaded * rest_bytes
+        assert copied == fetched + over_link.offloaded * layout.num_bytes
 
 
 def test_a_stage_is_saved_while_another_one_is_on_its_way(tmp_path):

@@ -11,7 +11,7 @@ from edgeblocks.cli.main import app
 from edgeblocks.errors import ConfigError
 from edgeblocks.planning import plan_text
 from edgeblocks.planning.planner import make_plan
-from edgeblocks.planning.plans import UPDATE_S_PER_PARAMETER, Host, Wishes
+from edgeblocks.planning.plans import UPDATE_S_PER_PARAMETER, Host, PlanRequest
 from edgeblocks.profiling.trace import trace_in_subprocess
 from edgeblocks.registry import build_profile, profile_names
 from edgeblocks.units import format_bytes, parse_size
@@ -53,10 +53,10 @@ def test_every_machine_can_train_a_dit_s(name, dit_s_costs):
     """
     profile = build_profile(name)
     machine = profile.machine()
-    wishes = Wishes(
+    request = PlanRequest(
         budget_bytes=profile.memory_bytes // 2, batch=64, steps=1000, optimizer="adamw8bit", preferred_blocks=3
     )
-    chosen = make_plan(dit_s_costs, machine, wishes).chosen
+    chosen = make_plan(dit_s_costs, machine, request).chosen
     assert chosen.blocks == 3
     flops = 64 * 3 * dit_s_costs.forward_flops_per_sample(4)
     assert flops / machine.flops_per_s < chosen.step_s < 10 * flops / machine.flops_per_s

@@ -7,14 +7,14 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from support.made_up_plans import (
-    EXACT_GPU_WISHES,
+    EXACT_GPU_REQUESTS,
     GPU,
-    GPU_WISHES,
+    GPU_REQUESTS,
     GPUS,
     HOST,
     MACHINE,
     MB,
-    WISHES,
+    REQUEST,
     costs,
     plan_or_refusal,
     total_s,
@@ -35,18 +35,18 @@ def _traced_once():
     costs()
 
 
-@given(GPUS, st.one_of(GPU_WISHES, EXACT_GPU_WISHES))
-def test_a_plan_for_a_gpu_keeps_both_promises(machine, wishes):
+@given(GPUS, st.one_of(GPU_REQUESTS, EXACT_GPU_REQUESTS))
+def test_a_plan_for_a_gpu_keeps_both_promises(machine, request):
     """Predicted peaks of device and host are within their budgets; every block or stage lives in exactly one place.
 
     The host has room for one gradient where gradients wait for the norm of all, and for what enters a stage where that
     waits on disk.
     """
-    plan = plan_or_refusal(machine, wishes)
+    plan = plan_or_refusal(machine, request)
     assume(not isinstance(plan, DoesNotFitError))
     chosen = plan.chosen
-    assert chosen.predicted_peak_bytes == sum(chosen.breakdown.values()) <= wishes.budget_bytes
-    ram_budget_bytes = machine.host.memory_bytes if wishes.ram_budget_bytes is None else wishes.ram_budget_bytes
+    assert chosen.predicted_peak_bytes == sum(chosen.breakdown.values()) <= request.budget_bytes
+    ram_budget_bytes = machine.host.memory_bytes if request.ram_budget_bytes is None else request.ram_budget_bytes
     assert chosen.predicted_host_peak_bytes == sum(chosen.host_breakdown.values()) <= ram_budget_bytes
     assert plan.ram_budget_bytes == ram_budget_bytes
     assert all(size >= 0 for size in (*chosen.breakdown.values(), *chosen.host_breakdown.values()))
@@ -59,23 +59,23 @@ def test_a_plan_for_a_gpu_keeps_both_promises(machine, wishes):
     assert chosen.host_breakdown["blocks"] == len(tiers["ram"]) * chosen.block_bytes
     assert chosen.slots in (1, 2, chosen.blocks)
     assert bool(tiers["device"]) == (chosen.slots == chosen.blocks)
-    assert ("gradients" in chosen.host_breakdown) == (wishes.clip_by == "network")
-    if wishes.clip_by == "network":
+    assert ("gradients" in chosen.host_breakdown) == (request.clip_by == "network")
+    if request.clip_by == "network":
         assert chosen.host_breakdown["gradients"] == chosen.breakdown["gradients"]
     assert ("boundaries" in chosen.host_breakdown) == (plan.boundary_disk_bytes > 0)
-    if wishes.tier == "ram":
+    if request.tier == "ram":
         assert not tiers["disk"]
-    if wishes.tier == "disk":
+    if request.tier == "disk":
         assert chosen.slots <= 2
         assert not tiers["ram"]
 
 
-@given(GPUS, GPU_WISHES, st.integers(100 * MB, 3000 * MB), st.integers(100 * MB, 3000 * MB))
-def test_more_ram_never_gives_more_blocks_nor_keeps_fewer_in_ram(machine, wishes, one_bytes, other_bytes):
+@given(GPUS, GPU_REQUESTS, st.integers(100 * MB, 3000 * MB), st.integers(100 * MB, 3000 * MB))
+def test_more_ram_never_gives_more_blocks_nor_keeps_fewer_in_ram(machine, request, one_bytes, other_bytes):
     """Of two RAM budgets the larger fits if the smaller does, with no more blocks; of equally many, no fewer in RAM."""
     small, large = sorted((one_bytes, other_bytes))
     with_small, with_large = (
-        plan_or_refusal(machine, replace(wishes, ram_budget_bytes=size, visit_steps=10)) for size in (small, large)
+        plan_or_refusal(machine, replace(request, ram_budget_bytes=size, visit_steps=10)) for size in (small, large)
     )
     if isinstance(with_large, DoesNotFitError):
         assert isinstance(with_small, DoesNotFitError)
@@ -86,13 +86,13 @@ def test_more_ram_never_gives_more_blocks_nor_keeps_fewer_in_ram(machine, wishes
             assert total_s(with_large.chosen) <= total_s(with_small.chosen) * (1 + 1e-9)
 
 
-@given(GPUS, GPU_WISHES)
-def test_a_refusal_for_a_gpu_names_the_memory_that_is_too_small(machine, wishes):
+@given(GPUS, GPU_REQUESTS)
+def test_a_refusal_for_a_gpu_names_the_memory_that_is_too_small(machine, request):
     """The budget that the message names works when the other is ample, a megabyte less does not."""
-    wishes = replace(
-        wishes, budget_bytes=wishes.budget_bytes // 2, ram_budget_bytes=wishes.ram_budget_bytes or 900 * MB
+    request = replace(
+        request, budget_bytes=request.budget_bytes // 2, ram_budget_bytes=request.ram_budget_bytes or 900 * MB
     )
-    refusal = plan_or_refusal(machine, wishes)
+    refusal = plan_or_refusal(machine, request)
     assume(isinstance(refusal, DoesNotFitError))
     on_host = "on the host" in str(refusal)
     assert on_host != ("on the device:" in str(refusal))
@@ -100,7 +100,7 @@ def test_a_refusal_for_a_gpu_names_the_memory_that_is_too_small(machine, wishes)
     if not on_host:
         flag, named, other = ("--mem-budget", "budget_bytes", "ram_budget_bytes")
     assert f"use {flag} {advised_budget(refusal.as_fixed_bytes)} or more" in str(refusal)
-    fixed = wishes if "as well" not in str(refusal) else replace(wishes, **{other: 10**12})
+    fixed = request if "as well" not in str(refusal) else replace(request, **{other: 10**12})
     make_plan(costs(), machine, replace(fixed, **{named: refusal.as_fixed_bytes}))
     with pytest.raises(DoesNotFitError):
         make_plan(costs(), machine, replace(fixed, **{named: refusal.as_fixed_bytes - MB}))
@@ -109,11 +109,11 @@ def test_a_refusal_for_a_gpu_names_the_memory_that_is_too_small(machine, wishes)
 def test_a_refusal_names_both_memories_where_both_are_too_small():
     """One message has both flags, and both together work."""
     with pytest.raises(DoesNotFitError, match=r"on the host.*--ram-budget \d+MB.*--mem-budget \d+MB") as caught:
-        make_plan(costs(), GPU, replace(WISHES, budget_bytes=100 * MB, ram_budget_bytes=900 * MB))
+        make_plan(costs(), GPU, replace(REQUEST, budget_bytes=100 * MB, ram_budget_bytes=900 * MB))
     ram, memory = (
         int(str(caught.value).partition(f"{flag} ")[2].partition("MB")[0]) for flag in ("--ram-budget", "--mem-budget")
     )
-    make_plan(costs(), GPU, replace(WISHES, budget_bytes=memory * MB, ram_budget_bytes=ram * MB))
+    make_plan(costs(), GPU, replace(REQUEST, budget_bytes=memory * MB, ram_budget_bytes=ram * MB))
 
 
 def test_a_block_of_a_gpu_is_loaded_over_the_link_and_from_disk_where_it_lives_there():
@@ -121,12 +121,12 @@ def test_a_block_of_a_gpu_is_loaded_over_the_link_and_from_disk_where_it_lives_t
 
     def streaming_s(ram_blocks, **fixed):
         room = HOST.runtime_bytes + 100 * MB + (1 + ram_blocks) * block_bytes
-        chosen = make_plan(costs(), GPU, replace(wishes, ram_budget_bytes=room, **fixed)).chosen
+        chosen = make_plan(costs(), GPU, replace(request, ram_budget_bytes=room, **fixed)).chosen
         assert chosen.ram_blocks == (0 if chosen.slots == 4 else ram_blocks)
         return chosen.slots, chosen.streaming_s * chosen.visit_steps
 
-    wishes = replace(WISHES, blocks=4, visit_steps=10)
-    block_bytes = make_plan(costs(), GPU, wishes).chosen.block_bytes
+    request = replace(REQUEST, blocks=4, visit_steps=10)
+    block_bytes = make_plan(costs(), GPU, request).chosen.block_bytes
     link_s, read_s, write_s = block_bytes / 1e10, block_bytes / 1e9, block_bytes / 3e8
     few = {"budget_bytes": 370 * MB, "micro_batch": 1, "checkpointing": True}
     for ram_blocks in range(5):
@@ -140,9 +140,9 @@ def test_a_block_of_a_gpu_is_loaded_over_the_link_and_from_disk_where_it_lives_t
 
 def test_stages_of_a_gpu_pass_the_link_and_the_disk_where_they_live_there():
     """What moves takes the link's time; what lives in RAM no disk, whose bytes and whose time become less and less."""
-    wishes = replace(WISHES, method=EXACT, blocks=6, micro_batch=8, checkpointing=True, visit_steps=1000)
+    request = replace(REQUEST, method=EXACT, blocks=6, micro_batch=8, checkpointing=True, visit_steps=1000)
     slow = replace(GPU, flops_per_s=1e9)  # so that moving hides behind the computation, but for its share
-    tight = make_plan(costs(), slow, replace(wishes, tier="disk")).chosen
+    tight = make_plan(costs(), slow, replace(request, tier="disk")).chosen
     room = sum(tight.host_breakdown.values())
     moments = costs().moment_bytes(2, "adamw8bit")
     weights, whole = 4 * costs().parameters(2), 8 * costs().parameters(2) + moments
@@ -150,7 +150,7 @@ def test_stages_of_a_gpu_pass_the_link_and_the_disk_where_they_live_there():
     found = []
     for ram_blocks in (0, 3, 6):
         budgets = {"budget_bytes": tight.predicted_peak_bytes, "ram_budget_bytes": room + ram_blocks * whole}
-        plan = make_plan(costs(), slow, replace(wishes, **budgets))
+        plan = make_plan(costs(), slow, replace(request, **budgets))
         chosen = plan.chosen
         assert (chosen.slots, chosen.ram_blocks) == (2, ram_blocks)
         assert chosen.tiers["disk"] == list(range(ram_blocks, 6))
@@ -161,15 +161,15 @@ def test_stages_of_a_gpu_pass_the_link_and_the_disk_where_they_live_there():
     disk_s = (8 * weights + 6 * (whole - weights)) / 1e9 + 6 * whole / 3e8
     assert found[0][0] == pytest.approx(found[2][0] + 0.25 * disk_s)
     assert found[2][1] == 2 * 6 * whole, "created and saved once"
-    assert found[0][1] - found[2][1] == 6 * whole * wishes.steps
+    assert found[0][1] - found[2][1] == 6 * whole * request.steps
 
 
 def test_a_plan_says_that_the_link_is_waited_for():
     """Where all stages wait in RAM there is no word of the disk."""
     host = replace(HOST, link_bytes_per_s=1e8)
-    wishes = replace(WISHES, method=EXACT, batch=4, blocks=6, tier="disk")
-    tight = make_plan(costs(), replace(GPU, host=host), wishes).chosen
-    in_ram = replace(wishes, tier="ram", budget_bytes=tight.predicted_peak_bytes)
+    request = replace(REQUEST, method=EXACT, batch=4, blocks=6, tier="disk")
+    tight = make_plan(costs(), replace(GPU, host=host), request).chosen
+    in_ram = replace(request, tier="ram", budget_bytes=tight.predicted_peak_bytes)
     warnings = " ".join(make_plan(costs(), replace(GPU, host=host), in_ram).warnings)
     assert "waiting for the link to the host takes" in warnings and "the disk" not in warnings
     assert "a --mem-budget that holds more stages" in warnings
@@ -178,7 +178,7 @@ def test_a_plan_says_that_the_link_is_waited_for():
 def test_a_gpus_memory_is_counted_apart_from_its_hosts():
     """The context and batches are on the device; the interpreter, the data and what planning took are on the host."""
     machine = replace(GPU, planning_bytes=1500 * MB)
-    chosen = make_plan(costs(), machine, replace(WISHES, blocks=4, data_bytes=100 * MB)).chosen
+    chosen = make_plan(costs(), machine, replace(REQUEST, blocks=4, data_bytes=100 * MB)).chosen
     batch_bytes = int(footprint.BATCH_COPIES * 64 * costs().batch_bytes_per_sample)
     assert chosen.breakdown["runtime"] == machine.runtime_bytes
     assert chosen.breakdown["data"] == batch_bytes
@@ -195,7 +195,7 @@ def test_plan_json_speaks_of_a_host_only_where_there_is_one():
     """Three tiers, the host's parts and its budget for a GPU; without one plan.json holds none of these words."""
 
     def content(machine):
-        plan = make_plan(costs(), machine, replace(WISHES, budget_bytes=450 * MB))
+        plan = make_plan(costs(), machine, replace(REQUEST, budget_bytes=450 * MB))
         partition = partition_noise(NoiseDistribution(), num_blocks=plan.chosen.blocks, kind="uniform", overlap=0.05)
         return json.loads(json.dumps(written_plan(plan, partition.ranges).to_json()))
 

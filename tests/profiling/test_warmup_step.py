@@ -1,4 +1,4 @@
-"""A rehearsal runs what a training step of the family runs, for every family and optimizer."""
+"""A warm-up step runs what a training step of the family runs, for every family and optimizer."""
 
 from dataclasses import asdict
 
@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from edgeblocks.config import resolve_settings
 from edgeblocks.families.base import ImageInfo, TextInfo
-from edgeblocks.profiling.warmup_step import rehearse
+from edgeblocks.profiling.warmup_step import run_warmup_step
 from edgeblocks.registry import build_family, family_type
 
 IMAGES = ImageInfo(channels=1, height=8, width=8, num_classes=10, mean=0.5, scale=2.0)
@@ -30,15 +30,15 @@ class Operators(TorchDispatchMode):
 @pytest.mark.parametrize("optimizer", ["adamw8bit", "adamw"])
 @pytest.mark.parametrize("family", ["dit", "vit", "mdlm", "ar", "looped"])
 def test_a_rehearsal_runs_the_operators_of_a_step(family, optimizer):
-    """Forward and backward of two layers on real shapes of a batch of two need no operator that was not rehearsed."""
+    """Forward and backward of two layers on real shapes of a batch of two need no operator that was not warmed_up."""
     kind = family_type(family)
     resolved = resolve_settings(
         {"family": family, "width": 64, "heads": 2, "depth": 2},
         family_settings=lambda name: family_type(name).settings_type,
     )
     built = build_family(family, asdict(resolved.family), asdict(TEXT if kind.reads == "text" else IMAGES))
-    with Operators() as rehearsed:
-        rehearse(built, optimizer, "cpu")
+    with Operators() as warmed_up:
+        run_warmup_step(built, optimizer, "cpu")
     network = built.block(num_layers=2, checkpointing=False)
     network.reset_tables_()
     for parameter in network.parameters():
@@ -47,5 +47,5 @@ def test_a_rehearsal_runs_the_operators_of_a_step(family, optimizer):
     with Operators() as trained:
         built.loss(network, batch).sum().backward()
     assert "aten::add_" in trained.seen
-    assert trained.seen <= rehearsed.seen
-    assert "aten::_fused_adamw_" in rehearsed.seen
+    assert trained.seen <= warmed_up.seen
+    assert "aten::_fused_adamw_" in warmed_up.seen

@@ -23,7 +23,7 @@ from edgeblocks.errors import InterruptedRunError
 from edgeblocks.progress import Silent
 from edgeblocks.report.bars import Part, stacked_bar
 from edgeblocks.report.figures import Reference, Series, line_figure, moving_mean
-from edgeblocks.report.previews import MOST_LOOKS, read_looks
+from edgeblocks.report.previews import MOST_LOOKS, read_previews
 from edgeblocks.runs.locks import locked
 from edgeblocks.units import format_bytes, format_duration
 
@@ -349,7 +349,7 @@ def test_of_many_looks_the_newest_and_some_others_are_shown(tmp_path):
     (tmp_path / "step_0000042.png").write_bytes(png + bytes(5_000_000))
     (tmp_path / "step_0000043.txt").write_bytes(b"\xff\xfe")
     (tmp_path / "step_x.png").write_bytes(png)
-    looks, remarks = read_looks(tmp_path)
+    looks, remarks = read_previews(tmp_path)
     assert [look.step for look in looks] == sorted((look.step for look in looks), reverse=True)
     assert looks[-1].step == 1 and len(looks) + len(remarks) == MOST_LOOKS + 1
     assert (

@@ -1,4 +1,4 @@
-"""Machines, wishes and a network that plans are made for; whatever Hypothesis draws of them."""
+"""Machines, request and a network that plans are made for; whatever Hypothesis draws of them."""
 
 import functools
 from dataclasses import replace
@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from edgeblocks.errors import DoesNotFitError
 from edgeblocks.methods import EXACT
 from edgeblocks.planning.planner import make_plan
-from edgeblocks.planning.plans import Host, Machine, Wishes
+from edgeblocks.planning.plans import Host, Machine, PlanRequest
 from edgeblocks.profiling.trace import trace_in_subprocess
 
 MB = 1_000_000
@@ -21,11 +21,11 @@ MACHINE = Machine(
     disk_read_bytes_per_s=1e9,
     disk_write_bytes_per_s=3e8,
 )
-WISHES = Wishes(budget_bytes=2000 * MB, batch=64, steps=1000, optimizer="adamw8bit", preferred_blocks=3)
+REQUEST = PlanRequest(budget_bytes=2000 * MB, batch=64, steps=1000, optimizer="adamw8bit", preferred_blocks=3)
 BUDGETS = st.integers(150 * MB, 1500 * MB)
-ALL_WISHES = st.builds(
+REQUESTS = st.builds(
     replace,
-    st.just(WISHES),
+    st.just(REQUEST),
     budget_bytes=BUDGETS,
     batch=st.integers(1, 200),
     steps=st.integers(1, 100_000),
@@ -58,10 +58,10 @@ HOSTS = st.builds(
     link_bytes_per_s=st.floats(1e9, 1e11),
 )
 GPUS = st.builds(replace, MACHINES, host=HOSTS, planning_bytes=st.integers(0, 500 * MB))
-GPU_WISHES = st.builds(replace, ALL_WISHES, ram_budget_bytes=st.one_of(st.none(), st.integers(100 * MB, 3000 * MB)))
-EXACT_GPU_WISHES = st.builds(
+GPU_REQUESTS = st.builds(replace, REQUESTS, ram_budget_bytes=st.one_of(st.none(), st.integers(100 * MB, 3000 * MB)))
+EXACT_GPU_REQUESTS = st.builds(
     replace,
-    GPU_WISHES,
+    GPU_REQUESTS,
     method=st.just(EXACT),
     trained=st.sampled_from([None, (0,)]),
     clip_by=st.sampled_from(["stage", "network"]),
@@ -78,9 +78,9 @@ def costs():
     return trace_in_subprocess("dit", network, data, [1, 8, 64])[0]
 
 
-def plan_or_refusal(machine, wishes):
+def plan_or_refusal(machine, request):
     try:
-        return make_plan(costs(), machine, wishes)
+        return make_plan(costs(), machine, request)
     except DoesNotFitError as error:
         return error
 

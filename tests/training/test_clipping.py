@@ -9,7 +9,7 @@ import pytest
 import torch
 from support.equality import StopAfter, assert_same_bits
 from support.exact_runs import KINDS, SLOTS, plain_training, trained, whole_weights, with_slots
-from support.made_up_plans import MACHINE, WISHES, costs
+from support.made_up_plans import MACHINE, REQUEST, costs
 
 import edgeblocks
 from edgeblocks.errors import ConfigError, InterruptedRunError, OutOfBudgetError, WriteLimitError
@@ -144,11 +144,11 @@ def test_gradients_that_wait_are_counted_as_written(vit, tmp_path):
 @pytest.mark.parametrize("tier", ["ram", "disk"])
 def test_a_plan_counts_what_waits(tier):
     """On disk, in what is written, and in time."""
-    wishes = replace(WISHES, method=EXACT, blocks=4, tier=tier, budget_bytes=4_000_000_000, visit_steps=100)
-    own, whole = (make_plan(costs(), MACHINE, replace(wishes, clip_by=one)).chosen for one in ("stage", "network"))
+    request = replace(REQUEST, method=EXACT, blocks=4, tier=tier, budget_bytes=4_000_000_000, visit_steps=100)
+    own, whole = (make_plan(costs(), MACHINE, replace(request, clip_by=one)).chosen for one in ("stage", "network"))
     waiting_bytes = 4 * costs().parameters(3) * 4
     assert own.slots == whole.slots
-    assert whole.bytes_written - own.bytes_written >= waiting_bytes * wishes.steps
+    assert whole.bytes_written - own.bytes_written >= waiting_bytes * request.steps
     assert whole.disk_bytes - own.disk_bytes >= waiting_bytes
     assert whole.streaming_s > own.streaming_s
     assert whole.predicted_peak_bytes == own.predicted_peak_bytes

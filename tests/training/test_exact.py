@@ -241,7 +241,7 @@ def test_a_step_moves_as_many_stages_as_the_plan_counts(tmp_path, trained):
             given_out.flush()  # waits for what is on its way
             written.append(store.bytes_written)
         given_out.close()
-        assert (written[3] - written[2]) / block_bytes == traffic_of_a_step(trained, slots).put_away
+        assert (written[3] - written[2]) / block_bytes == traffic_of_a_step(trained, slots).offloaded
 
 
 def test_a_checkpoint_puts_nothing_away(tmp_path):

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from support.commands import invoke
 from support.equality import StopAfter, assert_same_bits
 from support.exact_runs import KINDS, SLOTS, plain_training, trained, whole_weights, with_slots
-from support.made_up_plans import MACHINE, WISHES, costs
+from support.made_up_plans import MACHINE, REQUEST, costs
 
 import edgeblocks
 from edgeblocks.errors import ConfigError, InterruptedRunError, RunError
@@ -113,8 +113,8 @@ def test_what_was_trained_in_part_is_used_as_any_other(run, tmp_path):
 def test_frozen_stages_are_never_put_away_and_save_traffic(trained, slots):
     """Fewer trained stages never move more; below the lowest trained one nothing runs backward."""
     some, whole = traffic_of_a_step(trained, slots), traffic_of_a_step((True,) * len(trained), slots)
-    assert some.put_away <= min(sum(trained), whole.put_away)
-    assert some.rest_fetched <= sum(trained)
+    assert some.offloaded <= min(sum(trained), whole.offloaded)
+    assert some.rest_loaded <= sum(trained)
     uses = uses_of_a_step(trained)
     assert min(use.stage for use in uses if use.backward) == trained.index(True)
     assert all(trained[use.stage] for use in uses if use.changes)
@@ -122,8 +122,8 @@ def test_frozen_stages_are_never_put_away_and_save_traffic(trained, slots):
 
 def test_a_plan_knows_what_is_frozen():
     """Less time, fewer bytes written and less disk than with all stages trained, and no more memory."""
-    wishes = replace(WISHES, method=EXACT, blocks=6, tier="disk")
-    whole, some = (make_plan(costs(), MACHINE, replace(wishes, trained=one)).chosen for one in (None, (4, 5)))
+    request = replace(REQUEST, method=EXACT, blocks=6, tier="disk")
+    whole, some = (make_plan(costs(), MACHINE, replace(request, trained=one)).chosen for one in (None, (4, 5)))
     assert some.step_s < 0.7 * whole.step_s
     assert some.bytes_written < 0.5 * whole.bytes_written
     assert some.disk_bytes < 0.7 * whole.disk_bytes
@@ -132,8 +132,8 @@ def test_a_plan_knows_what_is_frozen():
 
 def test_the_budget_cuts_as_if_all_were_trained():
     """The fastest plan must not be the one that trains least; and where the cut is the budget's, the plan says so."""
-    wishes = replace(WISHES, method=EXACT, budget_bytes=400_000_000)
-    whole, some = (make_plan(costs(), MACHINE, replace(wishes, trained=one)) for one in (None, (0,)))
+    request = replace(REQUEST, method=EXACT, budget_bytes=400_000_000)
+    whole, some = (make_plan(costs(), MACHINE, replace(request, trained=one)) for one in (None, (0,)))
     assert some.chosen.blocks == whole.chosen.blocks > 1
     assert any(f"--blocks {some.chosen.blocks} fixes the cut" in warning for warning in some.warnings)
 
