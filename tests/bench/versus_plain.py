@@ -20,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -42,9 +43,8 @@ from edgeblocks.runs.directory import open_run
 from edgeblocks.runs.open_data import data_of
 from edgeblocks.seeds import generator_at
 from edgeblocks.targets.cpu import CpuTarget
-from edgeblocks.training.diffusion import Trainer, Visit
+from edgeblocks.training.diffusion import DiffusionTrainer, Visit
 from edgeblocks.training.guard import Guard
-from edgeblocks.training.interruption import Interruption
 
 LAYERS = {"depth": 12, "width": 384, "heads": 6}
 SHAPES: dict[str, dict[str, int]] = {
@@ -236,7 +236,7 @@ def measure_time(
             guard = Guard(
                 CpuTarget(), budget_bytes=2**62, shapes=plan.step_shapes, breakdown=plan.breakdown, note=print
             )
-            arms[optimizer] = (Trainer(run, plain.data, scheduler, guard), scheduler)
+            arms[optimizer] = (DiffusionTrainer(run, plain.data, scheduler, guard), scheduler)
         plain.step(batch)
         times: dict[str, list[float]] = {"plain": [], "adamw": [], "adamw8bit": []}
         for number in range(1, rounds + 1):
@@ -246,11 +246,10 @@ def measure_time(
             for optimizer, (trainer, scheduler) in arms.items():
                 total = 0.0
                 for block in range(blocks):
-                    with scheduler.visit(block, then=None) as resident:
+                    visit = Visit(block=block, first=number, last=number + 1)
+                    with trainer.visit(visit, then=None), closing(trainer._batches(visit)) as batches:
                         started = time.perf_counter()
-                        trainer.visit(
-                            Visit(block=block, first=number, last=number + 1), resident, Interruption(), lambda _: None
-                        )
+                        trainer.train_step(visit, number, batches)
                         total += time.perf_counter() - started
                     scheduler.flush()
                 times[optimizer].append(total)
