@@ -12,7 +12,7 @@ def training_report(summary: Summary, path: Any) -> str:
     """Planned beside measured, and what to type next. A dash is what an earlier edgeblocks did not write down."""
     loss, method = summary.metrics, METHODS[summary.method]
     by_block = ", ".join("-" if value is None else f"{value:.3f}" for value in loss.validation_loss_by_block)
-    by_block = f" (by block, high noise first: {by_block})" if not method.one_network else ""
+    by_block = f" (by block, high noise first: {by_block})" if by_block and not method.one_network else ""
     memories: list[tuple[str, int | None, int | None]] = [
         ("peak memory", summary.predicted_peak_bytes, summary.peak_bytes)
     ]

@@ -184,7 +184,9 @@ def _probe_presets() -> dict[str, dict[str, Any]]:
             sample_bytes=grid_sample_bytes(build_family(run.family, asdict(settings.family), asdict(data))),
         )
         family = {"name": run.family, "settings": asdict(settings.family), "data": asdict(data)}
-        requests[name] = {"family": family, "request": asdict(request)}
+        fields = asdict(request)
+        del fields["method"]  # the usual one, and no JSON
+        requests[name] = {"family": family, "request": fields}
     return requests
 
 
