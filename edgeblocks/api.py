@@ -3,7 +3,7 @@
 Everything the command line does goes through here; `cli` only reads arguments and prints.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -51,7 +51,7 @@ def plan(
     config: Path | str | None = None,
     out: Path | str = ".",
     listener: Listener | None = None,
-    **settings: Any,
+    **settings: object,
 ) -> Prepared:
     """What `train` would do with these settings, without doing it; here, or on a machine named as `target`.
 
@@ -71,7 +71,7 @@ def plan(
     return prepare(resolved, Path(out), listener or Silent())
 
 
-def settings_for_here(*, config: Path | str | None = None, **settings: Any) -> Settings:
+def settings_for_here(*, config: Path | str | None = None, **settings: object) -> Settings:
     """The settings of a run on this machine.
 
     Raises:
@@ -86,7 +86,7 @@ def settings_for_here(*, config: Path | str | None = None, **settings: Any) -> S
     return resolved
 
 
-def _resolved(config: Path | str | None, settings: dict[str, Any]) -> tuple[Settings, "Profile | None"]:
+def _resolved(config: Path | str | None, settings: Mapping[str, object]) -> tuple[Settings, "Profile | None"]:
     """The settings, and the profile of the machine that `target` names; None where it names this one."""
     from_file = read_yaml(Path(config)) if config is not None else {}
     problems, profile = [], None
@@ -117,7 +117,7 @@ def train(
     out: Path | str,
     config: Path | str | None = None,
     listener: Listener | None = None,
-    **settings: Any,
+    **settings: object,
 ) -> "Run":
     """Train a new run in the directory `out` and return it; see `plan` for settings and errors.
 

@@ -6,11 +6,11 @@ resolved settings are written to the run directory as config.yaml.
 
 import difflib
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal, Protocol, SupportsFloat
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
@@ -86,19 +86,19 @@ class RunSettings(BaseModel):
 
     @field_validator("*", mode="before")
     @classmethod
-    def _is_no_boolean(cls, value: Any, info: ValidationInfo) -> Any:
+    def _is_no_boolean(cls, value: object, info: ValidationInfo) -> object:
         if isinstance(value, bool) and info.field_name != "checkpointing":
             raise ValueError("true or false is no answer here")
         return value
 
     @field_validator("*", mode="before")
     @classmethod
-    def _is_whole_text(cls, value: Any) -> Any:
+    def _is_whole_text(cls, value: object) -> object:
         return whole_text(value) if isinstance(value, str) else value
 
     @field_validator("train_blocks", mode="before")
     @classmethod
-    def _is_list_of_numbers(cls, value: Any) -> Any:
+    def _is_list_of_numbers(cls, value: object) -> object:
         """One number, which YAML reads as such, is a list as well."""
         text = str(value) if isinstance(value, int) else value
         if isinstance(text, str) and not re.fullmatch(r"\d{1,6}( *, *\d{1,6})*", text):
@@ -121,17 +121,19 @@ class RunSettings(BaseModel):
 
     @field_validator("blocks", "micro_batch", "visit_steps", mode="before")
     @classmethod
-    def _is_count_or_auto(cls, value: Any, info: ValidationInfo) -> Any:
-        if value != "auto" and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+    def _is_count_or_auto(cls, value: object, info: ValidationInfo) -> object:
+        if value == "auto":
+            return value
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ValueError("a whole number of at least 1, or auto, is needed")
         most = _MOST_COUNTS[str(info.field_name)]
-        if value != "auto" and value > most:
+        if value > most:
             raise ValueError(f"at most {most} are possible")
         return value
 
     @field_validator("mem_budget", "ram_budget", "max_disk_writes", mode="before")
     @classmethod
-    def _is_short(cls, value: Any) -> Any:
+    def _is_short(cls, value: object) -> object:
         if isinstance(value, str) and len(value) > _MOST_DIGITS:
             raise ValueError(f"a size of at most {_MOST_DIGITS} characters is needed, for example 6GB")
         return value
@@ -160,6 +162,16 @@ class RunSettings(BaseModel):
         if self.train_blocks is None:
             return None
         return tuple(sorted({int(number) for number in self.train_blocks.split(",")}))
+
+
+class FamilySettings(Protocol):
+    """A family's own settings: a frozen dataclass whose fields all have defaults."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+    def problems(self) -> list[str]:
+        """What is wrong with them together."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -202,24 +214,24 @@ class _SettingsLoader(yaml.SafeLoader):
     whole numbers are limited; a date is a text, as a path such as 2024-05-01 is meant.
     """
 
-    def __init__(self, stream: Any) -> None:
+    def __init__(self, stream: str) -> None:
         super().__init__(stream)
         self._depth = 0
 
-    def compose_node(self, parent: Any, index: Any) -> Any:
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         event = self.peek_event()  # type: ignore[no-untyped-call]
         if isinstance(event, yaml.AliasEvent):
-            raise _refused(event, f"an alias ({shown(event.anchor)}) is not read here; write the value out")
+            raise _refused(event.start_mark, f"an alias ({shown(event.anchor)}) is not read here; write the value out")
         if self._depth >= _MOST_YAML_DEPTH:
-            raise _refused(event, f"a value is nested more than {_MOST_YAML_DEPTH} levels deep")
+            raise _refused(event.start_mark, f"a value is nested more than {_MOST_YAML_DEPTH} levels deep")
         self._depth += 1
         node = super().compose_node(parent, index)
         self._depth -= 1
         return node
 
-    def construct_yaml_int(self, node: Any) -> int:
+    def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
         if len(node.value) > _MOST_DIGITS:
-            raise _refused(node, f"a whole number has more than {_MOST_DIGITS} digits")
+            raise _refused(node.start_mark, f"a whole number has more than {_MOST_DIGITS} digits")
         return int(super().construct_yaml_int(node))
 
 
@@ -230,11 +242,11 @@ _SettingsLoader.yaml_implicit_resolvers = {
 }
 
 
-def _refused(at: Any, why: str) -> yaml.YAMLError:
-    return yaml.constructor.ConstructorError(None, None, why, at.start_mark)
+def _refused(mark: Any, why: str) -> yaml.YAMLError:
+    return yaml.constructor.ConstructorError(None, None, why, mark)
 
 
-def _load_yaml(text: str) -> Any:
+def _load_yaml(text: str) -> object:
     """The value of a YAML text.
 
     Raises:
@@ -249,7 +261,7 @@ def _load_yaml(text: str) -> Any:
         raise ValueError(f"a value does not suit its tag ({type(error).__name__}: {error})") from error
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path) -> dict[str, object]:
     """A settings file.
 
     Raises:
@@ -270,7 +282,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return content
 
 
-def parse_assignments(assignments: list[str]) -> dict[str, Any]:
+def parse_assignments(assignments: list[str]) -> dict[str, object]:
     """`key=value` texts as settings; dashes in keys become underscores, and a value is read as YAML.
 
     >>> parse_assignments(["patch=1", "flip=true", "learning_rate=3e-4", "data=my.npz"])
@@ -285,7 +297,7 @@ def parse_assignments(assignments: list[str]) -> dict[str, Any]:
     return settings
 
 
-def _parse_value(text: str) -> Any:
+def _parse_value(text: str) -> object:
     try:
         value = _load_yaml(text)
     except ValueError:
@@ -294,10 +306,10 @@ def _parse_value(text: str) -> Any:
 
 
 def resolve_settings(
-    given: Mapping[str, Any],
+    given: Mapping[str, object],
     *,
-    family_settings: Any,
-    config: Mapping[str, Any] | None = None,
+    family_settings: Callable[[str], type[FamilySettings]],
+    config: Mapping[str, object] | None = None,
 ) -> Settings:
     """Settings from what the user gave over a config file over a preset over the defaults.
 
@@ -310,14 +322,15 @@ def resolve_settings(
         ConfigError: with all problems found.
     """
     user = {**(config or {}), **{key: value for key, value in given.items() if value is not None}}
-    names = [
-        f"{name}={shown(user[name])}: a name is needed" for name in ("family", "preset") if not _is_name(user.get(name))
-    ]
-    if names:
-        raise ConfigError(*names)
-    family = user.get("family") or _preset_family(user.get("preset"))
+    given_family, given_preset = user.get("family"), user.get("preset")
+    if not isinstance(given_family, str | None) or not isinstance(given_preset, str | None):
+        given_names = (("family", given_family), ("preset", given_preset))
+        raise ConfigError(
+            *(f"{key}={shown(name)}: a name is needed" for key, name in given_names if not isinstance(name, str | None))
+        )
+    family = given_family or _preset_family(given_preset)
     family_type = family_settings(family)
-    preset_name = user.get("preset") or DEFAULT_PRESETS.get(family, family)  # a family of one's own has no presets
+    preset_name = given_preset or DEFAULT_PRESETS.get(family, family)  # a family of one's own has no presets
     preset = load_preset(preset_name) if preset_name != family else {}
     if preset.get("family", family) != family:
         raise ConfigError(f"--preset {preset_name} belongs to the family '{preset['family']}', not to '{family}'")
@@ -328,7 +341,7 @@ def resolve_settings(
     problems = [_unknown(key, family, run_keys | family_keys) for key in merged if key not in run_keys | family_keys]
     run: RunSettings | None = None
     try:
-        run = RunSettings(**{key: value for key, value in merged.items() if key in run_keys})
+        run = RunSettings.model_validate({key: value for key, value in merged.items() if key in run_keys})
     except ValidationError as error:
         problems += _validation_problems(error)
     family_values = {key: value for key, value in merged.items() if key in family_keys}
@@ -343,19 +356,15 @@ def resolve_settings(
     return Settings(run=run, family=checked)
 
 
-def _is_name(value: Any) -> bool:
-    return value is None or isinstance(value, str)
-
-
-def _with_numbers(family_type: Any, values: Mapping[str, Any]) -> dict[str, Any]:
+def _with_numbers(family_type: type[FamilySettings], values: Mapping[str, object]) -> dict[str, object]:
     """The values with texts such as 3e-4, which YAML 1.1 takes for text, and whole numbers, as the floats they are."""
     numbers = {field.name for field in fields(family_type) if isinstance(field.default, float)}
     return {key: _number(value) if key in numbers else value for key, value in values.items()}
 
 
-def _number(value: Any) -> Any:
+def _number(value: object) -> object:
     try:
-        return value if isinstance(value, bool) else float(value)
+        return float(value) if isinstance(value, str | SupportsFloat) and not isinstance(value, bool) else value
     except (ValueError, TypeError, OverflowError):
         return value
 
@@ -364,7 +373,7 @@ def _preset_family(preset: str | None) -> str:
     return str(load_preset(preset).get("family", "dit")) if preset else "dit"
 
 
-def load_preset(name: str) -> dict[str, Any]:
+def load_preset(name: str) -> dict[str, object]:
     """A preset's settings.
 
     Raises:
@@ -383,7 +392,7 @@ def _unknown(key: str, family: str, known: set[str]) -> str:
     return f"unknown setting '{key}' for the family '{family}'{_did_you_mean(key, known)}"
 
 
-def _did_you_mean(word: str, known: Any) -> str:
+def _did_you_mean(word: str, known: Collection[str]) -> str:
     close = difflib.get_close_matches(str(word), known, n=1)
     return f"; did you mean '{close[0]}'?" if close else f"; known: {', '.join(sorted(known))}"
 

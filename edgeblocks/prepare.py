@@ -4,7 +4,7 @@ import os
 import shutil
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from PIL import Image
 
@@ -91,7 +91,7 @@ class Prepared:
         """The plan as plan.json has it."""
         return written_plan(self.plan, self.partition.ranges)
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
         """What `plan --json` prints: the content of plan.json, and what only a plan that is not carried out needs."""
         content = self.written_plan.to_json()
         content["gb_written_a_day"] = self.plan.written_a_day_bytes / 1e9

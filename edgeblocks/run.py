@@ -14,7 +14,7 @@ from edgeblocks.errors import DoesNotFitError, OutOfBudgetError
 from edgeblocks.inference import sampling
 from edgeblocks.inference.block_runner import BlockRunner, EmaSource
 from edgeblocks.inference.ema_loader import EmaLoader
-from edgeblocks.inference.evaluate import evaluate
+from edgeblocks.inference.evaluate import Evaluated, evaluate
 from edgeblocks.inference.sampling import Runners
 from edgeblocks.inference.staged_weights import loaded_stages
 from edgeblocks.offload.device import Target
@@ -24,7 +24,7 @@ from edgeblocks.profiling.budgets import device_budget_bytes
 from edgeblocks.progress import Listener, Silent
 from edgeblocks.registry import build_exporter, build_target
 from edgeblocks.runs.directory import RunDirectory
-from edgeblocks.runs.save_weights import write_weights
+from edgeblocks.runs.save_weights import WrittenWeights, write_weights
 from edgeblocks.tasks import TASKS
 from edgeblocks.training.guard import is_refusal
 from edgeblocks.units import format_bytes
@@ -216,7 +216,7 @@ class Run:
         data: str | None = None,
         mem_budget: str | None = None,
         listener: Listener | None = None,
-    ) -> dict[str, object]:
+    ) -> Evaluated:
         """Validation loss per noise level and in total, and how good the chain is at what it makes.
 
         Of images: the Frechet distance of fresh samples. Of classes: accuracy and calibration on hold-out images. Of
@@ -270,7 +270,7 @@ class Run:
         manifest: dict[str, Any] = build_exporter()(self.directory, Path(out), listener or Silent())
         return manifest
 
-    def save_weights(self, out: Path | str, *, last: bool = False) -> dict[str, Any]:
+    def save_weights(self, out: Path | str, *, last: bool = False) -> WrittenWeights:
         """Write the weights as one safetensors file, that another run can begin with and torch can load.
 
         Args:

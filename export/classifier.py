@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +16,20 @@ from edgeblocks.export.onnx_chain import ImageChain, Values
 MOST_SHOWN = 5
 _TOGETHER = 64
 """Images that go through the chain together."""
+
+
+class Likely(TypedDict):
+    """A class and how likely it is."""
+
+    name: str
+    probability: float
+
+
+class Answer(TypedDict):
+    """An image file and its likeliest classes, likeliest first."""
+
+    path: str
+    classes: list[Likely]
 
 
 class Classifier(ImageChain):
@@ -71,7 +85,7 @@ class Classifier(ImageChain):
         noises: int | None = None,
         seed: int = 0,
         on_unreadable: Callable[[DataError], None] | None = None,
-    ) -> list[dict[str, Any]]:
+    ) -> list[Answer]:
         """For each image file its likeliest classes: {path, classes: [{name, probability}, ..]}, likeliest first.
 
         An image is cut to its central square and resized where the network's images are square.
@@ -83,7 +97,7 @@ class Classifier(ImageChain):
             DataError: a file is no image that can be read, or has another size than a network takes that is not square.
             ConfigError, RunError: as `classify`.
         """
-        found = []
+        found: list[Answer] = []
         for start in range(0, len(paths), _TOGETHER):
             read: list[tuple[Path, NDArray[np.uint8]]] = []
             for path in paths[start : start + _TOGETHER]:
@@ -100,7 +114,7 @@ class Classifier(ImageChain):
             for (path, _), row in zip(read, probabilities, strict=True):
                 order = np.argsort(-row, kind="stable")[:MOST_SHOWN]
                 names = self.manifest.class_names
-                classes = [{"name": names[number], "probability": float(row[number])} for number in order]
+                classes: list[Likely] = [{"name": names[number], "probability": float(row[number])} for number in order]
                 found.append({"path": str(path), "classes": classes})
         return found
 

@@ -7,8 +7,8 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from io import BufferedWriter
 from pathlib import Path
-from typing import Any
 
 from edgeblocks.errors import ConfigError, RunError, StorageError
 from edgeblocks.export.manifest import FILE_NAME, read_manifest
@@ -17,7 +17,7 @@ from edgeblocks.units import format_bytes
 
 
 @contextmanager
-def synced(path: Path) -> Iterator[Any]:
+def synced(path: Path) -> Iterator[BufferedWriter]:
     """A new file that is on the disk when the block ends."""
     with path.open("wb") as file:
         yield file

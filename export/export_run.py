@@ -3,11 +3,11 @@
 from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import onnx
 
-from edgeblocks.data.tokenizer import TOKENIZER_FILE
+from edgeblocks.data.tokenizer import TOKENIZER_FILE, Kind
 from edgeblocks.diffusion.noise import sampler_levels
 from edgeblocks.export.destination import check_destination, staged, synced
 from edgeblocks.export.graph import OPSET, Template, Tensors, make_template, trace_own, write_graph
@@ -117,7 +117,16 @@ def _describe(run: RunDirectory, files: tuple[BlockFile, ...], folder: Path) -> 
     )
 
 
-def _wording(run: RunDirectory, data: TextInfo, folder: Path) -> dict[str, Any]:
+class Wording(TypedDict):
+    """A text's facts in a manifest."""
+
+    vocabulary: int
+    length: int
+    tokenizer: Kind
+    tokenizer_sha256: str | None
+
+
+def _wording(run: RunDirectory, data: TextInfo, folder: Path) -> Wording:
     """A text's facts in a manifest; writes tokenizer.json where the tokenizer was trained."""
     assert run.tokenizer is not None
     definition = run.tokenizer.to_json()

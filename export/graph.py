@@ -77,7 +77,7 @@ def make_template(family: AnyFamily, num_layers: int) -> Template | None:
         for parameter in probe.parameters():
             parameter.normal_(generator=generator)
     program = _trace(probe.eval(), family)
-    matches = {key: _match(values.numpy(), probe) for key, values in _constants(program).items()}
+    matches = {key: _match(values, probe) for key, values in _constants(program).items()}
     found = {key: match for key, match in matches.items() if match is not None}
     renamed = {key: f"{name}.transposed" if transposed else name for key, (name, transposed) in found.items()}
     if {name for name, _ in found.values()} != {name for name, _ in probe.named_parameters()}:
@@ -126,11 +126,11 @@ def _bytes_of(initializer: onnx.TensorProto, tensors: Tensors) -> np.ndarray:
     return values
 
 
-def _trace(network: nn.Module, family: AnyFamily) -> Any:
+def _trace(network: nn.Module, family: AnyFamily) -> torch.onnx.ONNXProgram:
     """The network as an ONNX program for any batch size, with the inputs and outputs of its family's task."""
     signature = _continuation_signature(network, family) if family.task == "continuation" else _signature(family)
     with _quiet():
-        return torch.onnx.export(
+        program = torch.onnx.export(
             network,
             tuple(tensor for tensor, _ in signature.inputs.values()),
             dynamo=True,
@@ -140,6 +140,8 @@ def _trace(network: nn.Module, family: AnyFamily) -> Any:
             output_names=signature.outputs,
             dynamic_shapes=tuple(dimensions for _, dimensions in signature.inputs.values()),
         )
+    assert program is not None
+    return program
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -196,8 +198,9 @@ def _quiet() -> Iterator[None]:
         logging.disable(former)
 
 
-def _constants(program: Any) -> dict[str, Any]:
-    return {key: value.const_value for key, value in program.model.graph.initializers.items()}
+def _constants(program: torch.onnx.ONNXProgram) -> dict[str, np.ndarray]:
+    initializers = program.model.graph.initializers.items()
+    return {key: value.const_value.numpy() for key, value in initializers if value.const_value is not None}
 
 
 def _match(values: np.ndarray, probe: nn.Module) -> tuple[str, bool] | None:
@@ -211,7 +214,7 @@ def _match(values: np.ndarray, probe: nn.Module) -> tuple[str, bool] | None:
     return None
 
 
-def _graph_without(program: Any, keys: set[str]) -> onnx.ModelProto:
+def _graph_without(program: torch.onnx.ONNXProgram, keys: set[str]) -> onnx.ModelProto:
     """The program as a graph in which the initializers `keys` have their shapes but no values.
 
     What the exporter noted on each node goes, too: source lines and paths of this machine.
@@ -221,6 +224,7 @@ def _graph_without(program: Any, keys: set[str]) -> onnx.ModelProto:
     shapes = {}
     for key in keys:
         initializer = program.model.graph.initializers[key]
+        assert initializer.const_value is not None
         shapes[key] = tuple(initializer.const_value.shape)
         initializer.const_value = onnx_ir.tensor(np.empty(0, dtype=np.float32), name=key)
     graph: onnx.ModelProto = program.model_proto
@@ -253,9 +257,9 @@ def trace_own(network: nn.Module, family: AnyFamily) -> tuple[onnx.ModelProto, T
     """The graph of one block traced as it is, and its constants, which may be any function of its weights."""
     program = _trace(network, family)
     constants = {
-        key: values.numpy()
+        key: values
         for key, values in _constants(program).items()
-        if values.nbytes >= _SMALL_BYTES and values.numpy().dtype == np.float32
+        if values.nbytes >= _SMALL_BYTES and values.dtype == np.float32
     }
     tensors = {
         key: LazyTensor(num_bytes=values.nbytes, array=partial(constants.__getitem__, key))

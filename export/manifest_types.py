@@ -9,7 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from functools import partial
 from itertools import pairwise
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, Field, model_validator
 
@@ -242,7 +242,7 @@ class Manifest(Checked, ABC):
         ranges = tuple(NoiseRange(low=low, high=high, train_low=low, train_high=high) for high, low in ends)
         return NoisePartition(distribution=self.distribution, boundaries=self.boundaries, ranges=ranges)
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
         content = self.model_dump(mode="json")
         last = {name: content.pop(name) for name in _LAST if name in content}
         return {**content, **last}

@@ -16,7 +16,7 @@ users publish what PyTorch reached, and what neither says is assumed. So three r
 import difflib
 from collections.abc import Iterable
 from importlib import resources
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Literal, Self
 
 import yaml
 from pydantic import Field, ValidationError, model_validator
@@ -154,6 +154,6 @@ def parse_profile(name: str, text: str) -> Profile:
     return profile
 
 
-def _did_you_mean(word: Any, known: Iterable[str]) -> str:
+def _did_you_mean(word: object, known: Iterable[str]) -> str:
     close = difflib.get_close_matches(str(word), list(known), n=1)
     return f"; did you mean '{close[0]}'?" if close else ""

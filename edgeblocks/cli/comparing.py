@@ -4,7 +4,7 @@ import json
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -32,6 +32,9 @@ from edgeblocks.cli.options import (
 from edgeblocks.errors import ConfigError, EdgeblocksError
 from edgeblocks.methods import DIFFUSION
 from edgeblocks.units import format_bytes, format_duration
+
+if TYPE_CHECKING:
+    from edgeblocks.report.comparison import Comparison, Row
 
 
 def compare(
@@ -121,7 +124,7 @@ COMPARED_FLAGS = frozenset(
 """Flags of compare that are settings, by their names."""
 
 
-def comparison_table(content: dict[str, Any], folder: Path) -> str:
+def comparison_table(content: "Comparison", folder: Path) -> str:
     """What `compare` prints: one line an arm, means over the seeds with each seed's figure behind."""
     better = "higher" if content["higher_is_better"] else "lower"
     rows = [["arm", f"{content['measure']} ({better} is better)", "steps", "time", "a step", "peak", "budget"]]
@@ -131,12 +134,12 @@ def comparison_table(content: dict[str, Any], folder: Path) -> str:
     return "\n".join([*lines, "", f"{folder / 'report.html'}: curves, memory over time; compare.json: the figures"])
 
 
-def by_arm(rows: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, object]]]:
+def by_arm(rows: "Sequence[Row]") -> "dict[str, list[Row]]":
     """The trainings of each arm, in the order of the arms."""
     return {name: [row for row in rows if row["arm"] == name] for name in dict.fromkeys(row["arm"] for row in rows)}
 
 
-def _cells(name: str, rows: Sequence[dict[str, Any]]) -> list[str]:
+def _cells(name: str, rows: "Sequence[Row]") -> list[str]:
     done = [row for row in rows if row["failure"] is None]
     if not done:
         return [name, f"none: {rows[0]['failure']}", "", "", "", "", ""]

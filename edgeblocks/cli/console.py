@@ -1,14 +1,19 @@
 """What the verbs print: the banner of a plan, its table, what a training, an export or an evaluation came to."""
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from edgeblocks.methods import METHODS
 from edgeblocks.runs.summary import Summary, TextScores
 from edgeblocks.units import format_bytes, format_duration
 
+if TYPE_CHECKING:
+    from edgeblocks.inference.evaluate import Evaluated
+    from edgeblocks.inference.metrics import Bits
 
-def training_report(summary: Summary, path: Any) -> str:
+
+def training_report(summary: Summary, path: Path) -> str:
     """Planned beside measured, and what to type next. A dash is what an earlier edgeblocks did not write down."""
     loss, method = summary.metrics, METHODS[summary.method]
     by_block = ", ".join("-" if value is None else f"{value:.3f}" for value in loss.validation_loss_by_block)
@@ -57,7 +62,7 @@ def _bits_line(text: TextScores) -> str:
     )
 
 
-def _next_commands(makes: str | None, path: Any) -> list[str]:
+def _next_commands(makes: str | None, path: Path) -> list[str]:
     """What to type after a training run."""
     export = f"      edgeblocks export {path} -o {path}-onnx && edgeblocks run {path}-onnx"
     if makes == "classes":
@@ -69,7 +74,7 @@ def _next_commands(makes: str | None, path: Any) -> list[str]:
     return [f"next: edgeblocks sample {path} -o grid.png", f"{export} -o grid.png"]
 
 
-def export_report(manifest: dict[str, Any], path: Any) -> str:
+def export_report(manifest: Mapping[str, Any], path: Path) -> str:
     """How far an export is from torch, and what to type next."""
     verified = manifest["verified"]
     what, arguments = {
@@ -85,7 +90,7 @@ def export_report(manifest: dict[str, Any], path: Any) -> str:
     )
 
 
-def evaluation_report(result: dict[str, Any]) -> str:
+def evaluation_report(result: "Evaluated") -> str:
     """Losses per level and the Frechet distance beside its floor."""
     validation = result["validation"]
     error = validation["standard_error"]
@@ -97,7 +102,7 @@ def evaluation_report(result: dict[str, Any]) -> str:
         *(_level_lines(validation["levels"]) if len(validation["levels"]) > 1 else ()),
     ]
     if "text" in result:
-        lines.append(_bits_line(TextScores(**result["text"])))
+        lines.append(_bits_line(TextScores.model_validate(result["text"])))
     if "bounds" in result:
         lines += _continuation_lines(result)
     found = result.get("classification")
@@ -126,7 +131,7 @@ def evaluation_report(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _continuation_lines(result: dict[str, Any]) -> list[str]:
+def _continuation_lines(result: "Evaluated") -> list[str]:
     """What is told of text that is written token by token, beside its bound."""
     lines = []
     if not METHODS[result["method"]].trained_together:
@@ -146,7 +151,7 @@ def _continuation_lines(result: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _with_error(row: dict[str, Any]) -> str:
+def _with_error(row: "Bits") -> str:
     error = row["bits_per_character_error"]
     spread = "" if error is None else f" ± {error:.3f}"
     return f"{row['bits_per_character']:.3f}{spread} bits a character"
@@ -156,7 +161,7 @@ def _share(value: float | None) -> str:
     return "-" if value is None else f"{value:.1%}"
 
 
-def _level_lines(levels: Sequence[dict[str, Any]]) -> list[str]:
+def _level_lines(levels: Sequence[Mapping[str, float]]) -> list[str]:
     """One line a noise level, one column a score."""
     names = [name for name in levels[0] if name not in ("sigma", "block", "share")]
     rows = [f"{'level':>10} {'block':>6}" + "".join(f" {name:>9}" for name in names)]

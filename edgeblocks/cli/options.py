@@ -1,6 +1,6 @@
 """Options that several verbs have, with their help."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -158,11 +158,12 @@ def as_flags(names: Iterable[str]) -> str:
     return ", ".join(f"--{name.replace('_', '-')}" for name in sorted(names))
 
 
-def given_settings(set_values: list[str] | None, flags: dict[str, Any]) -> dict[str, Any]:
+def given_settings(set_values: list[str] | None, flags: Mapping[str, object]) -> dict[str, Any]:
     """The settings that the user typed, flags over `--set`."""
     from edgeblocks.config import parse_assignments
 
     typed = {name: value for name, value in flags.items() if value is not None}
-    if str(typed.get("blocks", "")).isdigit():
-        typed["blocks"] = int(typed["blocks"])
+    blocks = str(typed.get("blocks", ""))
+    if blocks.isdigit():
+        typed["blocks"] = int(blocks)
     return {**parse_assignments(set_values or []), **typed}

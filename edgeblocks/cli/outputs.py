@@ -1,13 +1,19 @@
 """What a network makes, asked of it and given to the user: a grid of images, texts, the classes of images."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from edgeblocks.cli.options import as_flags
 from edgeblocks.errors import ConfigError, DataError, StorageError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from edgeblocks.export.classifier import Answer, Classifier
 
 _MOST_UNREADABLE = 10
 """Files without an answer that are named."""
@@ -37,7 +43,7 @@ class Wish:
             raise ConfigError(f"-o {self.out}: this network writes text; give a name that ends in .txt or .json")
         _say_texts(write(n=4 if self.n is None else self.n, **asked), self.out, as_json=self.as_json)
 
-    def images(self, draw: Callable[..., Any], *, num_classes: int) -> None:
+    def images(self, draw: "Callable[..., NDArray[np.uint8]]", *, num_classes: int) -> None:
         """Have images made, and save a grid of them.
 
         Args:
@@ -64,7 +70,13 @@ class Wish:
 
 
 def say_classes(
-    classifier: Any, images: list[Path], out: Path | None, steps: int | None, seed: int, *, as_json: bool
+    classifier: "Classifier",
+    images: list[Path],
+    out: Path | None,
+    steps: int | None,
+    seed: int,
+    *,
+    as_json: bool,
 ) -> None:
     """Classify image files; print the likeliest classes of each, or save them as JSON.
 
@@ -88,7 +100,7 @@ def say_classes(
         raise DataError("\n".join(shown))
 
 
-def _say_answers(found: list[dict[str, Any]], out: Path | None, *, as_json: bool) -> None:
+def _say_answers(found: "list[Answer]", out: Path | None, *, as_json: bool) -> None:
     if out is not None:
         _write(out, json.dumps(found, indent=1) + "\n")
         print(json.dumps({"path": str(out), "n": len(found)}) if as_json else f"saved {len(found)} answers to {out}")
@@ -101,7 +113,7 @@ def _say_answers(found: list[dict[str, Any]], out: Path | None, *, as_json: bool
         print(f"{answer['path']}: {classes}")
 
 
-def _only(own: dict[str, Any], others: dict[str, Any], what: str) -> dict[str, Any]:
+def _only(own: Mapping[str, object], others: Mapping[str, object], what: str) -> dict[str, Any]:
     """What the user typed of a network's own options, after a look that nothing else was typed."""
     wrong = ["class" if name == "label" else name for name, value in others.items() if value is not None]
     if wrong:

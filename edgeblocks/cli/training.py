@@ -192,7 +192,7 @@ def _left_out(names: list[str], given: Mapping[str, object]) -> str:
     return ", ".join(part for part in (family, as_flags([name for name in names if name != "family"])) if part)
 
 
-def _print_plan(given: dict[str, Any], config: Path | None, out: Path, *, as_json: bool) -> None:
+def _print_plan(given: Mapping[str, Any], config: Path | None, out: Path, *, as_json: bool) -> None:
     from edgeblocks import api
     from edgeblocks.cli.console_progress import ConsoleListener
     from edgeblocks.methods import METHODS, MethodName

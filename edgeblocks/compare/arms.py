@@ -15,8 +15,8 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -28,10 +28,11 @@ from edgeblocks.methods import EXACT, METHODS, MethodName
 from edgeblocks.prepare import check_method
 from edgeblocks.progress import Listener
 from edgeblocks.registry import build_target, family_type
+from edgeblocks.report.comparison import Comparison, Mark, Row
 from edgeblocks.runs.create import environment
 from edgeblocks.runs.directory import open_run, write_text
 from edgeblocks.runs.open_data import data_of
-from edgeblocks.runs.schema import read_records
+from edgeblocks.runs.schema import QualityFields, checked_record, read_records
 from edgeblocks.tasks import TASKS
 from edgeblocks.training.interruption import Interruption
 
@@ -103,7 +104,7 @@ class Wanted:
     """Of training of each arm; None where all make the same number of steps."""
 
 
-def compare(wanted: Wanted, out: Path, listener: Listener) -> dict[str, Any]:
+def compare(wanted: Wanted, out: Path, listener: Listener) -> Comparison:
     """Train every arm with every seed and gather the figures, which are written to compare.json.
 
     Raises:
@@ -119,7 +120,7 @@ def compare(wanted: Wanted, out: Path, listener: Listener) -> dict[str, Any]:
             f"\n{number + 1} of {len(wanted.arms) * len(wanted.seeds)}: {arm.name}, seed {seed}: {arm.meaning}"
         )
         rows.append(_Training(wanted, arm, seed, out, listener).row())
-    content = {
+    content: Comparison = {
         "family": wanted.settings.run.family,
         "measure": usual.measure.name,
         "higher_is_better": usual.measure.higher_is_better,
@@ -222,16 +223,16 @@ class _Training:
         self.wanted, self.arm, self.seed, self.listener = wanted, arm, seed, listener
         self.path = out / f"{arm.name}-seed{seed}"
 
-    def row(self) -> dict[str, Any]:
+    def row(self) -> Row:
         """Train what is not trained yet; the figures, or why there are none."""
-        told = {"arm": self.arm.name, "meaning": self.arm.meaning, "seed": self.seed, "path": str(self.path)}
+        row = Row(arm=self.arm.name, meaning=self.arm.meaning, seed=self.seed, path=str(self.path), failure=None)
         try:
             if not (self.path / "summary.json").exists():
                 self._train(self.path, self._steps())
         except _FailedError as error:
             self.listener.note(f"{self.arm.name} has no result: {error}")
-            return {**told, "failure": str(error)}
-        return {**told, "failure": None, **self._figures()}
+            return {**row, "failure": str(error)}
+        return self._with_figures(row)
 
     def _steps(self) -> int:
         """Of the training: as set, or as many as a short trial shows to fill the time."""
@@ -288,16 +289,23 @@ class _Training:
         if code != 0:
             raise _FailedError(f"it ended with exit code {code}; its message is on standard error")
 
-    def _figures(self) -> dict[str, object]:
+    def _with_figures(self, row: Row) -> Row:
         measured = self._measured(self.path)
-        quality = _records(self.path / "quality.jsonl", "value")
+        quality = _marks(self.path / "quality.jsonl")
         if not quality:
             raise RunError(f"{self.path} has no figures of quality; remove it and compare again")
         return {
-            **asdict(measured),
+            **row,
+            "steps": measured.steps,
+            "peak_bytes": measured.peak_bytes,
+            "runtime_bytes": measured.runtime_bytes,
+            "step_s": measured.step_s,
+            "blocks": measured.blocks,
+            "budget_bytes": measured.budget_bytes,
+            "time_split": measured.time_split,
             "seconds": quality[-1]["seconds"],
             "quality": quality,
-            "memory": _thinned(_records(self.path / "metrics.jsonl", "used_bytes")),
+            "memory": _thinned(_memory(self.path / "metrics.jsonl")),
         }
 
     def _measured(self, path: Path) -> _Measured:
@@ -357,21 +365,29 @@ class _FailedError(EdgeblocksError):
     """An arm has no result; the others are trained nevertheless."""
 
 
-def _records(path: Path, field: str) -> list[dict[str, object]]:
-    """Records that have a time and a figure."""
+def _marks(path: Path) -> list[Mark]:
+    """What was found of the quality, in the order of the training."""
     if not path.exists():
         return []
+    found = (checked_record(QualityFields, record) for record in read_records(path))
     return [
-        record
-        for record in read_records(path)
-        if isinstance(record.get("seconds"), float) and isinstance(record.get(field), float | int)
+        Mark(step=one.step, seconds=one.seconds, value=one.value, standard_error=one.standard_error)
+        for one in found
+        if one is not None
     ]
 
 
-def _thinned(records: Sequence[dict[str, Any]], most: int = 200) -> list[tuple[float, int]]:
-    """Seconds and bytes of at most so many records."""
-    every = math.ceil(len(records) / most) or 1
-    return [(record["seconds"], record["used_bytes"]) for record in records[::every]]
+def _memory(path: Path) -> list[tuple[float, int]]:
+    """Seconds and bytes of the records that have both."""
+    if not path.exists():
+        return []
+    found = ((record.get("seconds"), record.get("used_bytes")) for record in read_records(path))
+    return [(seconds, used) for seconds, used in found if isinstance(seconds, float) and isinstance(used, int)]
+
+
+def _thinned(points: Sequence[tuple[float, int]], most: int = 200) -> list[tuple[float, int]]:
+    """At most so many of them."""
+    return list(points[:: math.ceil(len(points) / most) or 1])
 
 
 def free_path(family: str, data: str) -> Path:
@@ -383,8 +399,8 @@ def wanted_of(
     arms: str | None,
     seeds: int,
     minutes: float | None,
-    settings: dict[str, Any],
-    config: Any,
+    settings: Mapping[str, Any],
+    config: str | Path | None,
     *,
     note: Callable[[str], None],
 ) -> Wanted:

@@ -23,7 +23,7 @@ from PIL import Image
 
 from edgeblocks.data.decoding import fit_square
 from edgeblocks.data.image_cache import FORMAT_VERSION, CacheWriter, Content
-from edgeblocks.data.npy import NpyHeader, read_npy_header
+from edgeblocks.data.npy import NpyHeader, Readable, read_npy_header
 from edgeblocks.errors import DataError
 from edgeblocks.files.untrusted import MalformedFileError, open_regular
 from edgeblocks.limits import LONGEST_SIDE, MOST_CLASSES, MOST_DECODED_PIXELS, MOST_IMAGES, MOST_PIXELS
@@ -171,7 +171,7 @@ class ImageArchive:
                 f"of {present_bytes}; the file is damaged: copy or save it again"
             )
 
-    def _header(self, stream: Any, name: str) -> NpyHeader:
+    def _header(self, stream: Readable, name: str) -> NpyHeader:
         try:
             return read_npy_header(stream)
         except MalformedFileError as error:

@@ -21,7 +21,7 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Self, TypeVar
+from typing import Any, BinaryIO, Generic, Self, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,6 +36,7 @@ _MOST_META_BYTES = 2**26
 _ABANDONED_S = 60
 
 Stored = TypeVar("Stored")
+Value = TypeVar("Value", bound=np.generic)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,17 +57,18 @@ class CacheKind:
     version: int
 
 
-class RowFile:
+class RowFile(Generic[Value]):
     """Rows of an .npy file, read with pread: only what is asked for comes into memory."""
 
-    def __init__(self, path: Path, dtype: np.dtype[np.generic] | type[np.generic], *, row: str, most_rows: int) -> None:
-        self.path, self._dtype, self._row = path, np.dtype(dtype), row
+    def __init__(self, path: Path, dtype: np.dtype[Value] | type[Value], *, row: str, most_rows: int) -> None:
+        self.path, self._row = path, row
+        self._dtype: np.dtype[Value] = np.dtype(dtype)
         with open_regular(path) as file:
             self.shape, self.offset = _array_in(file, self._dtype, most_rows)
             self.descriptor = os.dup(file.fileno())
         weakref.finalize(self, os.close, self.descriptor)
 
-    def read(self, indices: NDArray[np.int64]) -> NDArray[Any]:
+    def read(self, indices: NDArray[np.int64]) -> NDArray[Value]:
         """Rows [b, ...] at `indices` (any order, 0 <= index < N).
 
         Raises:
@@ -102,7 +104,7 @@ class GrowingArray:
         self._write_header()
         self._header_bytes = self._file.tell()
 
-    def append(self, rows: NDArray[Any]) -> None:
+    def append(self, rows: NDArray[np.generic]) -> None:
         self._file.write(np.ascontiguousarray(rows, dtype=self._dtype).data.cast("B"))
         self._num_rows += len(rows)
 
@@ -159,7 +161,7 @@ class CacheFiles:
                 name: GrowingArray(self._folder / name, dtype, row_shape) for name, (dtype, row_shape) in arrays.items()
             }
 
-    def append(self, name: str, rows: NDArray[Any]) -> None:
+    def append(self, name: str, rows: NDArray[np.generic]) -> None:
         """Adds rows [n, ...] to the array of that name."""
         with self._storing():
             self._arrays[name].append(rows)
@@ -260,7 +262,7 @@ def read_meta(folder: Path, version: int) -> dict[str, Any]:
     Raises:
         OSError, ValueError, LookupError, TypeError, AttributeError: it is not what `finish` wrote.
     """
-    meta = read_object(folder / "meta.json", most_bytes=_MOST_META_BYTES)
+    meta: dict[str, Any] = read_object(folder / "meta.json", most_bytes=_MOST_META_BYTES)
     if meta["version"] != version or meta.pop("sha256") != meta_digest(meta):
         raise ValueError("another version, or damaged")
     if any((folder / name).stat().st_size != size for name, size in meta["file_bytes"].items()):

@@ -11,7 +11,6 @@ import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -201,12 +200,14 @@ def _read_cache(folder: Path) -> StoredImages:
     )
 
 
-def _content(told: dict[str, Any], num_images: int, labels: NDArray[np.int64] | None) -> Content:
+def _content(told: object, num_images: int, labels: NDArray[np.int64] | None) -> Content:
     """What meta.json tells of the images, compared with the arrays.
 
     Raises:
         ValueError, LookupError, TypeError: it is not what `CacheWriter` wrote.
     """
+    if not isinstance(told, dict):
+        raise ValueError("the content is told by name")
     class_names, unreadable, num_test = told["class_names"], told["unreadable"], told["num_test"]
     for names, most in ((class_names, MOST_CLASSES), (unreadable, MOST_UNREADABLE)):
         if not isinstance(names, list) or len(names) > most or not all(isinstance(name, str) for name in names):

@@ -11,7 +11,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -81,7 +81,7 @@ class TokenFile:
         if self.page_tokens * dtype.itemsize != PAGE_BYTES or self._checks.shape != (self.num_pages,):
             raise ValueError("pages of another size, or another number of checks")
 
-    def read(self, start: int, length: int) -> NDArray[Any]:
+    def read(self, start: int, length: int) -> NDArray[np.generic]:
         """The tokens [length] from position `start`.
 
         Raises:
@@ -124,7 +124,7 @@ def open_or_build_tokens(
     return open_or_build(_KIND, cache_dir, key, build=build, read=_read_cache)
 
 
-def token_type(vocabulary: int) -> np.dtype[Any]:
+def token_type(vocabulary: int) -> np.dtype[np.generic]:
     """The smallest type of tokens from 0 to vocabulary - 1.
 
     >>> [token_type(vocabulary).name for vocabulary in (256, 257, 65_537)]
@@ -287,9 +287,11 @@ def _read_cache(folder: Path) -> StoredTokens:
     )
 
 
-def _extent(told: dict[str, Any]) -> Extent:
-    if told.keys() != {"tokens", "characters", "bytes"} or any(
-        type(n) is not int or not 0 <= n < 2**63 for n in told.values()
+def _extent(told: object) -> Extent:
+    if (
+        not isinstance(told, dict)
+        or told.keys() != {"tokens", "characters", "bytes"}
+        or any(type(n) is not int or not 0 <= n < 2**63 for n in told.values())
     ):
         raise ValueError("an extent is three counts")
     return Extent(**told)

@@ -5,9 +5,10 @@ Training and the deployed chain use the same tokenizers, so that a prompt means 
 
 import hashlib
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from types import ModuleType
+from typing import Any, Literal, ParamSpec, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -287,14 +288,18 @@ def read_tokenizer(path: Path) -> PairTokenizer:
         ) from error
 
 
+Arguments = ParamSpec("Arguments")
+Answer = TypeVar("Answer")
+
+
 class _RefusedError(Exception):
     """What the library said."""
 
 
-def _guarded(call: Any, *arguments: Any) -> Any:
+def _guarded(call: Callable[Arguments, Answer], *arguments: Arguments.args, **options: Arguments.kwargs) -> Answer:
     """A call of the library, whose errors are plain Exceptions, and where it is surprised, panics past Exception."""
     try:
-        return call(*arguments)
+        return call(*arguments, **options)
     except BaseException as error:
         if isinstance(error, MemoryError) or not (
             isinstance(error, Exception) or type(error).__name__ == "PanicException"
@@ -303,7 +308,7 @@ def _guarded(call: Any, *arguments: Any) -> Any:
         raise _RefusedError(" ".join(str(error).split())[:200]) from error
 
 
-def _library() -> Any:
+def _library() -> ModuleType:
     try:
         import tokenizers
     except ImportError as error:

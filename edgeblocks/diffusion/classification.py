@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Callable, Sequence
+from typing import TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
@@ -57,7 +58,26 @@ def classify(
     return mean
 
 
-def classification_scores(probabilities: NDArray[np.float32], labels: NDArray[np.int64]) -> dict[str, object]:
+class CalibrationBin(TypedDict):
+    """Answers that are about equally sure."""
+
+    images: int
+    confidence: float
+    accuracy: float
+
+
+class Classification(TypedDict):
+    """What `classification_scores` found."""
+
+    top1: float
+    top5: float
+    cross_entropy: float
+    calibration_error: float
+    calibration: list[CalibrationBin]
+    images: int
+
+
+def classification_scores(probabilities: NDArray[np.float32], labels: NDArray[np.int64]) -> Classification:
     """How good probabilities [images, classes] are, given the classes [images].
 
     Shares of images whose class is the likeliest (top1) or among the five likeliest (top5). `cross_entropy` is the mean
@@ -73,7 +93,7 @@ def classification_scores(probabilities: NDArray[np.float32], labels: NDArray[np
     right = order == labels[:, None]
     sure = probabilities.max(axis=1)
     bins = np.minimum((sure * CALIBRATION_BINS).astype(np.int64), CALIBRATION_BINS - 1)
-    rows = []
+    rows: list[CalibrationBin] = []
     for number in range(CALIBRATION_BINS):
         inside = bins == number
         if inside.any():

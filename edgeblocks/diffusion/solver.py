@@ -6,7 +6,7 @@ a Python float joins a float32 array as a float32 in both. The same denoiser giv
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Literal, Protocol, Self, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,13 +19,13 @@ Solver = Literal["euler", "heun"]
 class Arithmetic(Protocol):
     """An array of numpy or of torch."""
 
-    def __add__(self, other: Any, /) -> Any: ...
+    def __add__(self, other: Self, /) -> Self: ...
 
-    def __sub__(self, other: Any, /) -> Any: ...
+    def __sub__(self, other: Self, /) -> Self: ...
 
-    def __mul__(self, other: Any, /) -> Any: ...
+    def __mul__(self, other: float, /) -> Self: ...
 
-    def __truediv__(self, other: Any, /) -> Any: ...
+    def __truediv__(self, other: float, /) -> Self: ...
 
 
 Array = TypeVar("Array", bound=Arithmetic)
@@ -72,8 +72,7 @@ def guide(conditional: Array, unconditional: Array, guidance: float) -> Array:
 
     Source: Ho and Salimans 2022, arXiv 2207.12598.
     """
-    guided: Array = unconditional + (conditional - unconditional) * guidance
-    return guided
+    return unconditional + (conditional - unconditional) * guidance
 
 
 def check_request(*, n: int, steps: int, guidance: float, conditional: bool) -> None:

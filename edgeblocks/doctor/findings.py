@@ -3,7 +3,6 @@
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
 
 from edgeblocks.planning.plans import Machine
 
@@ -177,7 +176,7 @@ class Report:
     unknown: Mapping[str, str]
     seconds: float
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
         """Plain values.
 
         null is "no such limit", "not installed" or unknown. For what is unknown the reason stands beside it (`reason`)

@@ -147,7 +147,7 @@ def _probe_machine(folder: Path) -> Machine:
     return measured_machine(target, folder)
 
 
-def _probe_presets() -> dict[str, dict[str, Any]]:
+def _probe_presets() -> dict[str, dict[str, object]]:
     """What `_plan_preset` is told of each preset: the default ones on the built-in data, others on 32x32x3 images
     or 4,096 byte pairs.
 
@@ -159,7 +159,7 @@ def _probe_presets() -> dict[str, dict[str, Any]]:
     from edgeblocks.runs.open_data import open_run_data
     from edgeblocks.tasks import TASKS
 
-    requests = {}
+    requests: dict[str, dict[str, object]] = {}
     for name in preset_names():
         settings = resolve_settings({"preset": name}, family_settings=lambda family: family_type(family).settings_type)
         run, kind = settings.run, family_type(settings.run.family)
@@ -190,7 +190,7 @@ def _probe_presets() -> dict[str, dict[str, Any]]:
     return requests
 
 
-def _example(data: Mapping[str, Any]) -> str:
+def _example(data: Mapping[str, object]) -> str:
     """One example of the data, in short."""
     if "length" in data:
         return f"{data['length']} tokens"

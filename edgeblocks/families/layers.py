@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Complex, Float, Int
 from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx
 
 
 class _AddingToGradients(torch.autograd.Function):
@@ -23,7 +24,7 @@ class _AddingToGradients(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    def forward(ctx: FunctionCtx, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         ctx.save_for_backward(x, weight, bias)
         return F.linear(x, weight, bias)
 
@@ -64,7 +65,7 @@ class _AddingRowsToGradients(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, tokens: Tensor, weight: Tensor) -> Tensor:
+    def forward(ctx: FunctionCtx, tokens: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(tokens, weight)
         return F.embedding(tokens, weight)
 
@@ -122,7 +123,7 @@ class _Turned(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, qkv: Tensor, turns: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(ctx: FunctionCtx, qkv: Tensor, turns: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         ctx.save_for_backward(turns)
         turned = torch.view_as_real(_pairs(qkv[:, :, :2]) * turns[:, None, None]).flatten(-2)
         queries, keys = turned.permute(2, 0, 3, 1, 4).unbind(0)
@@ -367,7 +368,7 @@ class _WithGradient(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, out: Tensor, grad_output: Tensor) -> Tensor:
+    def forward(ctx: FunctionCtx, out: Tensor, grad_output: Tensor) -> Tensor:
         ctx.save_for_backward(grad_output)
         return out.new_zeros(())
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.autograd.function import FunctionCtx
 
 MOST_CHUNK_ROWS = 4096
 CHUNK_BYTES = 16 * 2**20
@@ -32,7 +33,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     """-log softmax(x W^T + b)[target] of each row that counts; adds to W's and b's gradients where they lie."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, counts: Tensor) -> Tensor:
+    def forward(ctx: FunctionCtx, x: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, counts: Tensor) -> Tensor:
         losses, log_sums = x.new_zeros(len(x)), x.new_zeros(len(x))
         for rows, _, logits in _chunks(x, weight, bias, counts):
             log_sums[rows], losses[rows] = _cross_entropy_(logits, targets[rows])

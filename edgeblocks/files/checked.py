@@ -6,6 +6,7 @@ from dataclasses import fields
 from typing import Annotated, Any, TypeVar, get_type_hints
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, create_model
+from pydantic_core import ErrorDetails
 
 from edgeblocks.files.untrusted import shown
 
@@ -52,7 +53,7 @@ def _fields_model(kind: type) -> type[BaseModel]:
     return create_model(kind.__name__, __base__=_Fields, **found)
 
 
-def field_problems(kind: type, values: Mapping[str, Any]) -> list[str]:
+def field_problems(kind: type, values: Mapping[str, object]) -> list[str]:
     """What is wrong with the values of a dataclass, all its fields given, by its annotations alone.
 
     >>> from dataclasses import dataclass
@@ -74,7 +75,7 @@ def problems(error: ValidationError) -> list[str]:
     return [problem(item, item["loc"]) for item in error.errors(include_url=False)]
 
 
-def problem(item: Any, place: tuple[int | str, ...]) -> str:
+def problem(item: ErrorDetails, place: tuple[int | str, ...]) -> str:
     """One of pydantic's errors as text."""
     where = ".".join(shown(part).strip("'") for part in place)
     if item["type"] == "missing":

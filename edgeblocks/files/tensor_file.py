@@ -11,7 +11,6 @@ import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -97,8 +96,10 @@ class TensorFile:
         for start, piece in self.pieces(name):
             flat[start : start + len(piece)] = piece
 
-    def _stored(self, name: str, entry: Any, data_start: int) -> StoredTensor:
+    def _stored(self, name: str, entry: object, data_start: int) -> StoredTensor:
         damaged = MalformedFileError(f"it is no safetensors file, or is damaged, at the tensor {shown(name)}")
+        if not isinstance(entry, dict):
+            raise damaged
         try:
             dtype, shape, (start, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
         except (KeyError, TypeError, ValueError) as error:

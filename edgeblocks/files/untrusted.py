@@ -69,7 +69,7 @@ def read_text(path: Path, *, most_bytes: int) -> str:
         raise MalformedFileError(f"it is not UTF-8 text ({error.reason} at byte {error.start})") from error
 
 
-def read_object(path: Path, *, most_bytes: int = MOST_JSON_BYTES, finite: bool = True) -> dict[str, Any]:
+def read_object(path: Path, *, most_bytes: int = MOST_JSON_BYTES, finite: bool = True) -> dict[str, object]:
     """The JSON object in a file. Of a key that is there twice, the last counts.
 
     Args:
@@ -85,7 +85,7 @@ def read_object(path: Path, *, most_bytes: int = MOST_JSON_BYTES, finite: bool =
     return content
 
 
-def parse_json(text: str, *, finite: bool = True) -> Any:
+def parse_json(text: str, *, finite: bool = True) -> object:
     """The value of a JSON text.
 
     Raises:
@@ -138,7 +138,7 @@ class _Shown(reprlib.Repr):
         return f"a number of {x.bit_length()} bits" if x.bit_length() > 256 else repr(x)
 
 
-def shown(value: Any) -> str:
+def shown(value: object) -> str:
     """A value as it appears in a message: short, however long, deep or large it is.
 
     >>> shown("a"), shown(10**5000)

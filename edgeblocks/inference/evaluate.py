@@ -1,7 +1,7 @@
 """How good a run is: its loss at each noise level, and what its chain makes beside the hold-out part of the data."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import NotRequired, TypedDict
 
 import numpy as np
 import torch
@@ -13,6 +13,7 @@ from edgeblocks.diffusion import classification
 from edgeblocks.errors import ConfigError, RunError
 from edgeblocks.inference import likelihood, metrics
 from edgeblocks.inference.block_runner import BlockRunner
+from edgeblocks.inference.metrics import Bits, SampleDistance, TextBound, TextFacts, ValidationLoss
 from edgeblocks.inference.sampling import (
     Runners,
     always,
@@ -23,6 +24,7 @@ from edgeblocks.inference.sampling import (
     usual_steps,
 )
 from edgeblocks.inference.text_variety import variety
+from edgeblocks.methods import MethodName
 from edgeblocks.profiling.budgets import device_budget_bytes
 from edgeblocks.progress import Listener
 from edgeblocks.registry import build_target
@@ -36,6 +38,54 @@ CURVE_STEPS = (1, 2, 4, 8, 16, 32)
 CURVE_TEXTS = 16
 
 
+class Bound(Bits):
+    """Of text that is continued: with so many noises a token."""
+
+    noises: int
+    nats_per_token: float
+
+
+class OfCurve(Bits):
+    """Of text that is continued: with so many levels, or iterations."""
+
+    steps: int
+
+
+class Variety(TypedDict):
+    """How varied texts are that were written, beside as many of the hold-out part, see `text_variety.variety`."""
+
+    samples: dict[str, float | None]
+    held_out: dict[str, float | None]
+
+
+class ChainBound(Bound, TextFacts):
+    """The bound of text that is continued, and what it is of."""
+
+    steps: int
+    """Of the chain."""
+
+
+class Evaluated(TypedDict):
+    """What `Run.evaluate` gives, and `eval --json` prints."""
+
+    run: str
+    method: MethodName
+    blocks: int
+    steps: list[int]
+    """Of each block."""
+    validation_loss: float
+    validation_loss_by_block: list[float | None]
+    validation: ValidationLoss
+    text: NotRequired[TextBound | ChainBound]
+    bounds: NotRequired[list[Bound]]
+    curve: NotRequired[list[OfCurve]]
+    variety: NotRequired[Variety]
+    cross_entropy_at_top: NotRequired[float]
+    top1_by_block: NotRequired[list[float | None]]
+    classification: NotRequired[classification.Classification]
+    frechet: NotRequired[SampleDistance]
+
+
 def evaluate(
     directory: RunDirectory,
     runners: Runners,
@@ -45,7 +95,7 @@ def evaluate(
     seed: int,
     mem_budget: str | None,
     listener: Listener,
-) -> dict[str, object]:
+) -> Evaluated:
     """See `Run.evaluate`."""
     task = directory.family().task
     _check(task, samples, steps)
@@ -110,7 +160,7 @@ class Evaluation:
     seed: int
     listener: Listener
 
-    def result(self) -> dict[str, Any]:
+    def result(self) -> Evaluated:
         """The loss, and what the family's task adds to it."""
         directory, data_set, samples = self.directory, self.data_set, self.samples
         family, store = directory.family(), directory.store()
@@ -122,7 +172,7 @@ class Evaluation:
             most_examples=max(samples, 2) if family.task in TEXT_TASKS else TASKS[family.task].loss_examples,
             on_level=lambda done, total: self.listener.advance(done, total, "validation loss"),
         )
-        result: dict[str, Any] = {
+        result: Evaluated = {
             "run": str(directory.path),
             "method": directory.settings.run.method,
             "blocks": len(directory.file_layers),
@@ -132,10 +182,10 @@ class Evaluation:
             "validation": loss,
         }
         if family.task == "text":
-            result["text"] = metrics.text_scores(loss, data_set)
+            result["text"] = metrics.text_scores(loss["total"], loss["standard_error"], loss["images"], data_set)
         elif family.task == "continuation":
             assert isinstance(data_set, TextSet)
-            result |= self._continuation(data_set)
+            self._tell_of_continuation_(result, data_set)
             result["cross_entropy_at_top"] = loss["levels"][0]["loss"]
         elif family.task == "classes" and samples >= 1:
             result["top1_by_block"] = metrics.mean_by_block(loss["levels"], directory.partition, "top1")
@@ -153,9 +203,9 @@ class Evaluation:
             result["frechet"] = metrics.sample_distance(made, data_set)
         return result
 
-    def _continuation(self, text: TextSet) -> dict[str, Any]:
-        """The bound of hold-out text, over how many levels it is worth going where levels repeat the same network, and
-        how varied texts are that the chain writes, beside as many of the hold-out part."""
+    def _tell_of_continuation_(self, result: Evaluated, text: TextSet) -> None:
+        """Add the bound of hold-out text, over how many levels it is worth going where levels repeat the same network,
+        and how varied texts are that the chain writes, beside as many of the hold-out part."""
         tokens, _ = text.gather(text.evaluation_indices(max(self.samples, 2)))
         chain = token_chain_of(self.directory, self.steps)
         found = likelihood.bound(
@@ -165,14 +215,13 @@ class Evaluation:
             seed=self.seed,
             on_noise=lambda done, total: self.listener.advance(done, total, "bound"),
         )
-        bounds = [
+        bounds: list[Bound] = [
             {"noises": noises, "nats_per_token": nats, **metrics.bits(nats, error, text)}
             for noises, (nats, error) in found.items()
         ]
-        result: dict[str, Any] = {
-            "text": {**bounds[-1], **metrics.text_facts(text, len(tokens)), "steps": self.steps},
-            "bounds": bounds,
-        }
+        whole_bound: ChainBound = {**bounds[-1], **metrics.text_facts(text, len(tokens)), "steps": self.steps}
+        result["text"] = whole_bound
+        result["bounds"] = bounds
         if chain.caches_per == "step":
             result["curve"] = self._curve(text, tokens[:CURVE_TEXTS])
         elif self.runner.family.unrolled:
@@ -190,11 +239,10 @@ class Evaluation:
             "samples": variety(written),
             "held_out": variety([text.tokenizer.decode(row) for row in held_out]),
         }
-        return result
 
-    def _curve(self, text: TextSet, tokens: np.ndarray) -> list[dict[str, object]]:
+    def _curve(self, text: TextSet, tokens: np.ndarray) -> list[OfCurve]:
         """The bound with one noise against the number of levels."""
-        rows = []
+        rows: list[OfCurve] = []
         for done, steps in enumerate(CURVE_STEPS):
             if steps >= len(self.directory.layers):
                 chain = token_chain_of(self.directory, steps)
@@ -203,9 +251,10 @@ class Evaluation:
             self.listener.advance(done + 1, len(CURVE_STEPS), "levels")
         return rows
 
-    def _iterations_curve(self, text: TextSet) -> list[dict[str, object]]:
+    def _iterations_curve(self, text: TextSet) -> list[OfCurve]:
         """Bits against the number of iterations of a core that was trained unrolled."""
-        family, rows = self.runner.family, []
+        family = self.runner.family
+        rows: list[OfCurve] = []
         assert family.task == "continuation"
         indices, network = text.evaluation_indices(CURVE_TEXTS), self.runner.network(0)
         level = family.evaluation_levels(self.directory.partition)[0]
@@ -220,7 +269,7 @@ class Evaluation:
             self.listener.advance(done + 1, len(CURVE_STEPS), "iterations")
         return rows
 
-    def _classification(self) -> dict[str, Any]:
+    def _classification(self) -> classification.Classification:
         """`classification.classification_scores` on the first of the hold-out images."""
         pixels, labels = self.data_set.gather(self.data_set.evaluation_indices(self.samples))
         assert labels is not None

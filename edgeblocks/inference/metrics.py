@@ -1,8 +1,8 @@
 """How good a network is: denoising loss per noise level on the hold-out part, and a Frechet distance of its samples."""
 
 import math
-from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol, TypedDict
 
 import numpy as np
 import torch
@@ -17,6 +17,51 @@ from edgeblocks.families.family import Family
 from edgeblocks.seeds import generator_at
 
 FEATURE_CHUNK = 64
+
+
+class ValidationLoss(TypedDict):
+    """What `validation_loss` found."""
+
+    total: float
+    standard_error: float | None
+    """Over examples; None of one."""
+    images: int
+    """How many examples, of whatever kind."""
+    part: str
+    levels: list[dict[str, float]]
+    """One {sigma, block, share, loss} each, with what else the family's `scores` tell."""
+
+
+class Bits(TypedDict):
+    """A bound of text; the errors are standard errors over sequences, None where they are not known."""
+
+    bits_per_token: float
+    bits_per_token_error: float | None
+    bits_per_character: float
+    bits_per_character_error: float | None
+
+
+class TextFacts(TypedDict):
+    """What a bound is of."""
+
+    characters_per_token: float
+    tokenizer: str
+    sequences: int
+    length: int
+
+
+class TextBound(Bits, TextFacts):
+    """A bound of text, and what it is of."""
+
+
+class SampleDistance(TypedDict):
+    """What `sample_distance` found."""
+
+    to_train: float
+    floor: float | None
+    samples: int
+    train_images: int
+    feature_space: str
 
 
 class NetworkSource(Protocol):
@@ -46,7 +91,7 @@ def validation_loss(
     seed: int,
     most_examples: int,
     on_level: Callable[[int, int], None] | None = None,
-) -> dict[str, Any]:
+) -> ValidationLoss:
     """The family's loss on hold-out examples with the EMA weights, per noise level and in total.
 
     The noise of a level depends on the seed and the level's number only, so that runs with other partitions, budgets or
@@ -54,13 +99,9 @@ def validation_loss(
 
     Args:
         on_level: called with the numbers of levels done and in all.
-
-    Returns:
-        `total`, `standard_error` (over examples), `images` (how many examples), and `levels`: one {sigma, block, share,
-        loss} each, with what else the family's `scores` tell.
     """
     indices = data.evaluation_indices(most_examples)
-    rows = []
+    rows: list[dict[str, float]] = []
     per_example = np.zeros(len(indices))
     levels = family.evaluation_levels(runner.partition)
     for number, level in enumerate(levels):
@@ -112,7 +153,7 @@ def scores_of(family: Family, runner: NetworkSource, network: nn.Module, batch: 
 
 
 def mean_by_block(
-    levels: Sequence[dict[str, Any]], partition: NoisePartition, score: str = "loss"
+    levels: Sequence[Mapping[str, float]], partition: NoisePartition, score: str = "loss"
 ) -> list[float | None]:
     """The mean of a score of each block over the evaluation levels that it owns, weighted by their shares; None where
     it owns none."""
@@ -124,16 +165,13 @@ def mean_by_block(
     return means
 
 
-def text_scores(loss: dict[str, Any], data: DataSet) -> dict[str, Any]:
-    """What a text's bound in nats a token, from `validation_loss`, is in bits a token and a character.
-
-    The standard errors are over sequences.
-    """
+def text_scores(nats: float, error: float | None, sequences: int, data: DataSet) -> TextBound:
+    """What a text's bound in nats a token and its standard error over sequences are in bits a token and a character."""
     assert isinstance(data, TextSet)
-    return {**bits(loss["total"], loss["standard_error"], data), **text_facts(data, loss["images"])}
+    return {**bits(nats, error, data), **text_facts(data, sequences)}
 
 
-def bits(nats: float, error: float | None, text: TextSet) -> dict[str, Any]:
+def bits(nats: float, error: float | None, text: TextSet) -> Bits:
     """Nats a token and their standard error in bits a token and a character."""
     per_token, error_per_token = nats / math.log(2), None if error is None else error / math.log(2)
     per_character = 1 / text.characters_per_token
@@ -145,7 +183,7 @@ def bits(nats: float, error: float | None, text: TextSet) -> dict[str, Any]:
     }
 
 
-def text_facts(text: TextSet, sequences: int) -> dict[str, object]:
+def text_facts(text: TextSet, sequences: int) -> TextFacts:
     """What a bound is of."""
     return {
         "characters_per_token": text.characters_per_token,
@@ -155,7 +193,7 @@ def text_facts(text: TextSet, sequences: int) -> dict[str, object]:
     }
 
 
-def sample_distance(samples: np.ndarray, images: ImageSet) -> dict[str, Any]:
+def sample_distance(samples: np.ndarray, images: ImageSet) -> SampleDistance:
     """Frechet distance of samples to the training part, beside what the hold-out part itself scores.
 
     Args:

@@ -42,7 +42,7 @@ def repeated_share(texts: Sequence[str], count: int = REPEATED_GROUP) -> float |
     return sum(len(some) - len(set(some)) for some in groups) / total if total else None
 
 
-def variety(texts: Sequence[str]) -> dict[str, object]:
+def variety(texts: Sequence[str]) -> dict[str, float | None]:
     """The figures of some texts: `distinct_1` to `distinct_3`, `repeated_4`, and how many `words` they are from."""
     return {
         **{f"distinct_{count}": distinct_share(texts, count) for count in DISTINCT_GROUPS},

@@ -19,10 +19,10 @@ import os
 import shutil
 import time
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from io import BufferedReader
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -204,7 +204,7 @@ class BlockStore:
             self._sound[block] = identity, set()
         return self._sound[block][1]
 
-    def _read_header(self, block: int, file: Any) -> tuple[BlockHeader, int]:
+    def _read_header(self, block: int, file: BufferedReader) -> tuple[BlockHeader, int]:
         path = self.path(block)
         damaged = f"block {block} is damaged: {path}"
         size = os.fstat(file.fileno()).st_size
@@ -213,6 +213,8 @@ class BlockStore:
             raise RunError(f"{damaged} is not a safetensors file or is cut short ({size} bytes); {self._kept(block)}")
         try:
             table = parse_json(file.read(length).decode("utf-8"))
+            if not isinstance(table, dict):
+                raise TypeError("no object")
             metadata = table.pop("__metadata__")
             version = int(metadata["format_version"])
             if version != FORMAT_VERSION:
@@ -255,7 +257,7 @@ def _count(text: str) -> int:
     return int(text)
 
 
-def _table(layout: BlockLayout) -> dict[str, Any]:
+def _table(layout: BlockLayout) -> dict[str, object]:
     return {
         entry.name: {
             "dtype": _DTYPES[entry.dtype],
@@ -266,7 +268,7 @@ def _table(layout: BlockLayout) -> dict[str, Any]:
     }
 
 
-def _header_digest(table: dict[str, Any], metadata: dict[str, str]) -> str:
+def _header_digest(table: Mapping[str, object], metadata: dict[str, str]) -> str:
     return hashlib.sha256(json.dumps([table, metadata], sort_keys=True).encode()).hexdigest()
 
 
@@ -289,7 +291,7 @@ def _digest(data: Tensor) -> str:
     return hashlib.sha256(bytes_of(data)).hexdigest()
 
 
-def _read_exactly(file: Any, view: memoryview) -> None:
+def _read_exactly(file: BufferedReader, view: memoryview) -> None:
     done = 0
     while done < len(view):
         count = file.readinto(view[done:])

@@ -8,11 +8,14 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import resources
-from typing import Any
+from typing import TYPE_CHECKING
 
 from edgeblocks.errors import ConfigError, DoesNotFitError
 from edgeblocks.methods import MethodName
 from edgeblocks.units import format_bytes, format_duration
+
+if TYPE_CHECKING:
+    from edgeblocks.prepare import Prepared
 
 TABLE = "docs/methods.md"
 MUCH_SLOWER = 3.0
@@ -81,7 +84,7 @@ def measured(family: str) -> Measured | None:
     return Measured(**content[family]) if family in content else None
 
 
-def option(plan: Callable[[], Any]) -> Option:
+def option(plan: Callable[[], "Prepared"]) -> Option:
     """What a plan comes to.
 
     Args:

@@ -2,12 +2,13 @@
 
 import contextlib
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
+from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -23,7 +24,7 @@ class LiveStorages:
         self.heap_live_bytes = self.heap_bytes = 0
         self._known: set[int] = set()
 
-    def see(self, tensor: Any) -> None:
+    def see(self, tensor: torch.Tensor) -> None:
         storage = tensor.untyped_storage()
         key, size = storage._cdata, storage.nbytes()
         if key in self._known or size == 0:
@@ -37,7 +38,7 @@ class LiveStorages:
             self.heap_bytes = max(self.heap_bytes, self.heap_live_bytes)
         weakref.finalize(storage, self._forget, key, size)
 
-    def ignore(self, tensor: Any) -> None:
+    def ignore(self, tensor: torch.Tensor) -> None:
         self._known.add(tensor.untyped_storage()._cdata)
 
     def _forget(self, key: int, size: int) -> None:
@@ -55,10 +56,10 @@ class _KnownResults:
     """
 
     def __init__(self) -> None:
-        self._made: dict[Any, _Result | Literal["first"] | None] = {}
+        self._made: dict[object, _Result | Literal["first"] | None] = {}
         """By operator and arguments: how its result is made, or that it is the first argument; None: it must be run."""
 
-    def of(self, operator: Any, args: Any, kwargs: Any) -> object:
+    def of(self, operator: "OpOverload[..., object]", args: tuple[object, ...], kwargs: Mapping[str, object]) -> object:
         key = operator, _described(args), _described(tuple(kwargs.items()))
         try:
             known = self._made.get(key, "unknown")
@@ -90,7 +91,7 @@ class _Result:
         return tuple(made) if self.is_tuple else next(made)
 
 
-def _described(value: Any) -> object:
+def _described(value: object) -> object:
     """All of an argument that a result's shape can depend on, to be looked up."""
     if isinstance(value, torch.Tensor):
         return value.shape, value.stride(), value.dtype, value.device.type, value.is_conj(), value.is_neg()
@@ -99,7 +100,7 @@ def _described(value: Any) -> object:
     return type(value), value
 
 
-def _how_made(result: Any, given: Any) -> _Result | None:
+def _how_made(result: object, given: object) -> _Result | None:
     """How to make an operator's result; None where it is not of meta tensors with memory of their own."""
     results = result if isinstance(result, tuple) else (result,)
     if not all(isinstance(tensor, torch.Tensor) and tensor.device.type == "meta" for tensor in results):
@@ -133,7 +134,13 @@ class _Follow(TorchDispatchMode):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
         self._storages = storages
 
-    def __torch_dispatch__(self, func: object, types: object, args: object = (), kwargs: object = None) -> object:
+    def __torch_dispatch__(
+        self,
+        func: "OpOverload[..., object]",
+        types: object,
+        args: tuple[object, ...] = (),
+        kwargs: Mapping[str, object] | None = None,
+    ) -> object:
         result = _results.of(func, args, kwargs or {})
         self._storages.operators += 1
         for tensor in _tensors(result):
@@ -150,8 +157,9 @@ def _cpu_attention() -> Iterator[None]:
     """
     usual = F.scaled_dot_product_attention
 
-    def fused(*args: object, **kwargs: object) -> Any:
-        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*args, **kwargs)[0]
+    def fused(*args: object, **kwargs: object) -> torch.Tensor:
+        found: torch.Tensor = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*args, **kwargs)[0]
+        return found
 
     F.scaled_dot_product_attention = fused
     try:

@@ -31,6 +31,8 @@ from edgeblocks.planning.layer_costs import Growth, LayerCosts, StepCost
 from edgeblocks.registry import build_family, build_target, import_own_family, own_family
 
 if TYPE_CHECKING:
+    import torch
+
     from edgeblocks.families.family import Family
 
 RUN_TO_RUN_BYTES = 3_000_000
@@ -76,7 +78,7 @@ def trace_in_subprocess(
     return replace(parsed[0][0], **steps), max(planning_bytes for _, planning_bytes in parsed)
 
 
-def _ask_child(request: dict[str, Any]) -> dict[str, Any]:
+def _ask_child(request: Mapping[str, object]) -> dict[str, Any]:
     """The answer of a child process, as `main` gives it."""
     command = [sys.executable, "-m", "edgeblocks.profiling.trace"]
     done = subprocess.run(command, input=json.dumps(request), capture_output=True, text=True, check=False)
@@ -99,7 +101,7 @@ def _kept_answer(path: Path) -> dict[str, Any] | None:
     return None
 
 
-def _keep(path: Path, answer: dict[str, Any]) -> None:
+def _keep(path: Path, answer: Mapping[str, object]) -> None:
     text = json.dumps(answer)
     with contextlib.suppress(OSError):  # a full or read-only cache costs time only
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -108,7 +110,7 @@ def _keep(path: Path, answer: dict[str, Any]) -> None:
         Path(file.name).replace(path)
 
 
-def _fingerprint(request: dict[str, Any], samples: int) -> str:
+def _fingerprint(request: Mapping[str, object], samples: int) -> str:
     """Changes with everything that an answer depends on: the request, the code, torch, the threads of a step."""
     threads = [os.environ.get("OMP_NUM_THREADS"), os.cpu_count(), platform.machine()]
     about = [request, samples, _code_digest(), metadata.version("torch"), sys.version, threads]
@@ -123,7 +125,7 @@ def _code_digest() -> str:
     return hashlib.sha256(b"".join(path.read_bytes() for path in sorted(package.rglob("*.py")))).hexdigest()
 
 
-def _parse_answer(answer: dict[str, Any]) -> tuple[LayerCosts, int]:
+def _parse_answer(answer: Mapping[str, Any]) -> tuple[LayerCosts, int]:
     """The child's answer; anything else raises one of the errors that using JSON as something it is not can raise."""
     fields = dict(answer)
     planning_bytes = int(fields.pop("planning_bytes"))
@@ -132,7 +134,7 @@ def _parse_answer(answer: dict[str, Any]) -> tuple[LayerCosts, int]:
     return LayerCosts(**fields), planning_bytes
 
 
-def _step_cost(fields: dict[str, Any]) -> StepCost:
+def _step_cost(fields: Mapping[str, Any]) -> StepCost:
     growths = {name: Growth(**fields[name]) for name in ("peak_bytes", "heap_bytes", "touched_bytes", "operators")}
     return StepCost(samples=int(fields["samples"]), **growths)
 
@@ -224,7 +226,7 @@ def _growth(one: int, two: int, three: int, *, period: int) -> Growth:
     return Growth(one=start + a_layer, two=start + 2 * a_layer, three=start + 3 * a_layer)
 
 
-def _num_bytes(shape: Sequence[int], dtype: Any) -> int:
+def _num_bytes(shape: Sequence[int], dtype: "torch.dtype") -> int:
     count = 1
     for size in shape:
         count *= size

@@ -2,26 +2,24 @@
 
 import math
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 from markupsafe import Markup
 
 from edgeblocks.methods import METHODS
 from edgeblocks.report import page
 from edgeblocks.report.bars import Part, stacked_bar
+from edgeblocks.report.comparison import Comparison, Row
 from edgeblocks.report.figures import Reference, Series, line_figure
 from edgeblocks.report.page import Section
 from edgeblocks.report.surroundings import values_table
 from edgeblocks.units import format_bytes, format_count, format_duration
 
-Row = dict[str, Any]
 
-
-def comparison_page(content: dict[str, Any]) -> str:
+def comparison_page(content: Comparison) -> str:
     """The HTML file that tells of a comparison.
 
     Args:
@@ -38,7 +36,7 @@ def comparison_page(content: dict[str, Any]) -> str:
     )
 
 
-def trained(content: dict[str, Any]) -> dict[str, list[Row]]:
+def trained(content: Comparison) -> dict[str, list[Row]]:
     """The trainings of each arm that have a result, by the arm's name."""
     rows = [row for row in content["arms"] if row["failure"] is None]
     return {name: [row for row in rows if row["arm"] == name] for name in dict.fromkeys(row["arm"] for row in rows)}
@@ -49,7 +47,7 @@ def final_value(rows: Sequence[Row]) -> float:
     return float(statistics.mean(row["quality"][-1]["value"] for row in rows))
 
 
-def _lead(content: dict[str, Any]) -> Markup:
+def _lead(content: Comparison) -> Markup:
     arms = trained(content)
     failed = [f"{row['arm']}, seed {row['seed']}: {row['failure']}" for row in content["arms"] if row["failure"]]
     pieces = [page.verdict(_verdict(content, arms), good=bool(arms))]
@@ -60,7 +58,7 @@ def _lead(content: dict[str, Any]) -> Markup:
     return Markup().join(pieces)
 
 
-def _verdict(content: Mapping[str, object], arms: dict[str, list[Row]]) -> str:
+def _verdict(content: Comparison, arms: dict[str, list[Row]]) -> str:
     """Which arm is best, and whether the difference is more than the noise of the measurement."""
     if not arms:
         return "No arm has a result"
@@ -84,12 +82,12 @@ def _error(rows: Sequence[Row]) -> float:
     return max(of_examples, statistics.stdev(values) if len(values) > 1 else 0.0) / math.sqrt(len(values))
 
 
-def _tile(content: Mapping[str, object], name: str, rows: Sequence[Row]) -> tuple[str, str, str]:
+def _tile(content: Comparison, name: str, rows: Sequence[Row]) -> tuple[str, str, str]:
     peak = format_bytes(max(row["peak_bytes"] for row in rows))
     return name, f"{final_value(rows):.4g}", f"{content['measure']}, peak memory {peak}"
 
 
-def _sections(content: dict[str, Any]) -> list[Section]:
+def _sections(content: Comparison) -> list[Section]:
     arms = trained(content)
     budget = [row["budget_bytes"] for rows in arms.values() for row in rows if row["budget_bytes"] is not None]
     better = "Higher" if content["higher_is_better"] else "Lower"
@@ -107,7 +105,7 @@ def _sections(content: dict[str, Any]) -> list[Section]:
     ]
 
 
-def _table(content: dict[str, Any], arms: dict[str, list[Row]]) -> Markup:
+def _table(content: Comparison, arms: dict[str, list[Row]]) -> Markup:
     """One line an arm."""
     head = ["arm", content["measure"], "steps", "time", "a step", "peak memory", "of it libraries", "budget"]
     rows = []
@@ -134,7 +132,7 @@ def _table(content: dict[str, Any], arms: dict[str, list[Row]]) -> Markup:
     return Markup().join([page.table(head, rows, caption=caption, wide=True), meanings])
 
 
-def _quality_figures(content: dict[str, Any], arms: dict[str, list[Row]]) -> list[Markup]:
+def _quality_figures(content: Comparison, arms: dict[str, list[Row]]) -> list[Markup]:
     """Quality against layer evaluations, and against time."""
     evaluations = content["evaluations_a_step"]
 
@@ -178,7 +176,7 @@ def _lines(
     return series
 
 
-def _memory_figure(content: dict[str, Any], arms: dict[str, list[Row]], budgets: Sequence[int]) -> Markup:
+def _memory_figure(content: Comparison, arms: dict[str, list[Row]], budgets: Sequence[int]) -> Markup:
     on_gpu = content["settings"].get("target") == "cuda"
     first = {name: rows[:1] for name, rows in arms.items()}
     return line_figure(

@@ -95,7 +95,7 @@ def _saved(
     return tuple(header.step for header in headers), max(header.run_bytes_written for header in headers)
 
 
-def _environment_of(path: Path, doubts: list[str]) -> dict[str, Any]:
+def _environment_of(path: Path, doubts: list[str]) -> dict[str, object]:
     try:
         return read_json(path / "env.json")
     except RunError as error:

@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from edgeblocks.errors import ConfigError, StorageError
 from edgeblocks.files.durable import write_atomically
@@ -22,7 +21,7 @@ class WrittenReport:
     finished: bool
     steps: tuple[int, ...]
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
         return {"path": str(self.path), "bytes": self.bytes, "finished": self.finished, "steps": list(self.steps)}
 
     def line(self) -> str:

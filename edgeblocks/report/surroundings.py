@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
-from typing import Any
 
 from markupsafe import Markup
 
@@ -40,7 +39,7 @@ def environment_table(facts: RunFacts) -> Markup:
     return values_table({name: value for name, value in values.items() if name not in leave_out})
 
 
-def values_table(values: dict[str, Any]) -> Markup:
+def values_table(values: Mapping[str, object]) -> Markup:
     """Names and values; what lies in a value has its name behind."""
     rows = [[name, value] for name, value in _flat(values)]
     more = f"The first {_MOST_ROWS} of {len(rows)} values." if len(rows) > _MOST_ROWS else ""

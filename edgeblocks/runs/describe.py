@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from edgeblocks.errors import RunError
 from edgeblocks.units import format_bytes, format_count
@@ -71,7 +71,7 @@ def _told(value: float | None, text_of: Callable[[float], str]) -> str | None:
     return None if value is None else text_of(value)
 
 
-def _describe_export(path: Path) -> dict[str, Any]:
+def _describe_export(path: Path) -> dict[str, object]:
     from edgeblocks.registry import open_exported
     from edgeblocks.tasks import TEXT_TASKS
 

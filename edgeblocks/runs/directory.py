@@ -10,12 +10,12 @@ with a `work_dir` is being trained its block files lie there; when it is finishe
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from edgeblocks.config import TOKENIZERS, Settings, read_yaml, resolve_settings
 from edgeblocks.data.tokenizer import TOKENIZER_FILE, Tokenizer, stored_tokenizer
@@ -183,10 +183,10 @@ class RunDirectory:
             return self.settings
         return replace(self.settings, run=run.model_copy(update={"tokenizer": str(self.path / TOKENIZER_FILE)}))
 
-    def write_json(self, name: str, content: dict[str, Any]) -> None:
+    def write_json(self, name: str, content: Mapping[str, object]) -> None:
         write_text(self.path / name, json.dumps(with_checksum(content), indent=1) + "\n")
 
-    def changed(self, settings: dict[str, Any]) -> "RunDirectory":
+    def changed(self, settings: Mapping[str, object]) -> "RunDirectory":
         """The run with some of its settings changed; `save_settings` writes them down when they have proved sound.
 
         Raises:
@@ -223,15 +223,15 @@ class RunDirectory:
         self.write_json("plan.json", plan.to_json())
         return replace(self, plan=plan)
 
-    def append_metrics(self, record: dict[str, Any]) -> None:
+    def append_metrics(self, record: Mapping[str, object]) -> None:
         """Add a line to metrics.jsonl: `schema.RecordFields` says what is in it."""
         self._append("metrics.jsonl", record)
 
-    def append_quality(self, record: dict[str, Any]) -> None:
+    def append_quality(self, record: Mapping[str, object]) -> None:
         """Add a line to quality.jsonl: `schema.QualityFields` says what is in it."""
         self._append("quality.jsonl", record)
 
-    def _append(self, name: str, record: dict[str, Any]) -> None:
+    def _append(self, name: str, record: Mapping[str, object]) -> None:
         path = self.path / name
         try:
             with path.open("a", encoding="utf-8") as file:
@@ -239,7 +239,7 @@ class RunDirectory:
         except OSError as error:
             raise storage_error("cannot write metrics", path, error) from error
 
-    def metrics(self) -> Iterator[dict[str, Any]]:
+    def metrics(self) -> Iterator[dict[str, object]]:
         """The records of metrics.jsonl; a half-written last line is passed over."""
         path = self.path / "metrics.jsonl"
         if path.exists():

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 from edgeblocks.errors import ConfigError, RunError, StorageError
 from edgeblocks.files.durable import write_atomically
@@ -12,7 +12,16 @@ from edgeblocks.offload.block_files import BlockStore
 from edgeblocks.runs.directory import RunDirectory, check_whole
 
 
-def write_weights(run: RunDirectory, out: Path, *, last: bool) -> dict[str, object]:
+class WrittenWeights(TypedDict):
+    """What was written."""
+
+    path: str
+    tensors: int
+    bytes: int
+    part: Part
+
+
+def write_weights(run: RunDirectory, out: Path, *, last: bool) -> WrittenWeights:
     """Write the EMA weights of all blocks, one block after the other; returns the file's path and size.
 
     Blocks that were trained alone are networks of their own: their names begin with `block_0.`, `block_1.` and so on.
@@ -45,8 +54,9 @@ def _part(last: bool) -> Part:
     return "weights" if last else "ema"
 
 
-def _table(run: RunDirectory, entries: list[tuple[int, Entry]], part: Part) -> dict[str, Any]:
-    table, start = {}, 0
+def _table(run: RunDirectory, entries: list[tuple[int, Entry]], part: Part) -> dict[str, object]:
+    table: dict[str, object] = {}
+    start = 0
     for block, entry in entries:
         table[run.tensor_name(block, entry.name.removeprefix(f"{part}."))] = {
             "dtype": "F32",

@@ -6,9 +6,9 @@ that they do not name are passed over, because a later edgeblocks may write more
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypeVar
+from typing import Annotated, Literal, Self, TypeVar
 
 from pydantic import ConfigDict, Field, ValidationError, model_validator
 
@@ -151,7 +151,7 @@ class QualityFields(Diverging):
 Fields = TypeVar("Fields", bound=Checked)
 
 
-def read_json(path: Path, *, finite: bool = True) -> dict[str, Any]:
+def read_json(path: Path, *, finite: bool = True) -> dict[str, object]:
     """A JSON object of a run directory.
 
     Raises:
@@ -165,12 +165,12 @@ def read_json(path: Path, *, finite: bool = True) -> dict[str, Any]:
         raise RunError(f"{path} is damaged: {error}; {AGAIN}") from error
 
 
-def with_checksum(content: dict[str, Any]) -> dict[str, Any]:
+def with_checksum(content: Mapping[str, object]) -> dict[str, object]:
     """A JSON object as a run directory keeps it: a flipped byte that no other check sees is found before use."""
     return {**content, "sha256": _json_digest(content)}
 
 
-def check_checksum(path: Path, content: dict[str, Any]) -> None:
+def check_checksum(path: Path, content: Mapping[str, object]) -> None:
     """That a JSON object is what its `sha256`, if it has one, is of.
 
     Raises:
@@ -182,7 +182,7 @@ def check_checksum(path: Path, content: dict[str, Any]) -> None:
         )
 
 
-def _json_digest(content: dict[str, Any]) -> str:
+def _json_digest(content: Mapping[str, object]) -> str:
     rest = {key: value for key, value in content.items() if key != "sha256"}
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
@@ -207,7 +207,7 @@ def check_config(path: Path) -> None:
 
 
 def check_manifest(
-    path: Path, content: dict[str, Any], *, reads: Literal["images", "text"]
+    path: Path, content: Mapping[str, object], *, reads: Literal["images", "text"]
 ) -> ImageManifestFields | TextManifestFields:
     """The content of manifest.json with its types and ranges checked.
 
@@ -222,7 +222,7 @@ def check_manifest(
     return checked(ImageManifestFields, path, content)
 
 
-def read_records(path: Path) -> Iterator[dict[str, Any]]:
+def read_records(path: Path) -> Iterator[dict[str, object]]:
     """The objects of a file with one JSON object a line; any other line (the last one half-written) is passed over.
 
     Raises:
@@ -245,7 +245,7 @@ def read_records(path: Path) -> Iterator[dict[str, Any]]:
         raise RunError(f"cannot read {path}: {error.strerror}") from error
 
 
-def checked_record(model: type[Fields], record: dict[str, Any]) -> Fields | None:
+def checked_record(model: type[Fields], record: Mapping[str, object]) -> Fields | None:
     """A line of a file of records, as `model` describes it; None where it is something else."""
     try:
         return model.model_validate(record)
@@ -253,13 +253,13 @@ def checked_record(model: type[Fields], record: dict[str, Any]) -> Fields | None
         return None
 
 
-def is_up_to(record: dict[str, Any], steps: list[int]) -> bool:
+def is_up_to(record: Mapping[str, object], steps: list[int]) -> bool:
     """Whether a record of metrics.jsonl tells of a step that its block has made, given each block's saved step."""
     block, step = record.get("block"), record.get("step")
     return type(block) is int and type(step) is int and 0 <= block < len(steps) and step <= steps[block]
 
 
-def checked(model: type[Fields], path: Path, content: dict[str, Any]) -> Fields:
+def checked(model: type[Fields], path: Path, content: Mapping[str, object]) -> Fields:
     """The content of a file as `model` describes it.
 
     Raises:

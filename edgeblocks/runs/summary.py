@@ -5,7 +5,7 @@ keys of a later one are kept as they are.
 """
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 from pydantic import ConfigDict, Field
 
@@ -122,7 +122,7 @@ class Summary(Checked):
     resumed_from: list[int] | None = None
     """Each block's step when the run was resumed last: what was measured is since then. None: never."""
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
         """The content of the file: what was given or read, and no defaults."""
         return self.model_dump(exclude_unset=True)
 

@@ -5,7 +5,7 @@ them; the others are only shown. What is only written where it applies (a host's
 disk) is not in the file elsewhere. Keys of a later edgeblocks are kept as they are.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Self
@@ -121,7 +121,7 @@ class WrittenPlan(Checked):
         found = [one for one in self.candidates if (one.blocks, one.micro_batch, one.slots) == wanted]
         return found[0] if found else None
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
         """The content of the file: what was given or read, and no defaults."""
         return self.model_dump(exclude_unset=True)
 
@@ -180,7 +180,7 @@ def written_plan(plan: Plan, noise_ranges: Sequence[NoiseRange]) -> TrainablePla
     )
 
 
-def _written_machine(machine: Machine) -> dict[str, Any]:
+def _written_machine(machine: Machine) -> dict[str, JsonValue]:
     """Without a host, what was measured of it."""
     content = asdict(machine)
     if machine.host is None:
@@ -195,7 +195,7 @@ def _written_candidate(candidate: Candidate) -> WrittenCandidate:
     return WrittenCandidate(**content, tier=candidate.tier, predicted_peak_bytes=candidate.predicted_peak_bytes)
 
 
-def check_plan(path: Path, content: dict[str, Any], *, num_layers: int) -> WrittenPlan:
+def check_plan(path: Path, content: Mapping[str, object], *, num_layers: int) -> WrittenPlan:
     """The content of plan.json, its types and ranges checked.
 
     Args:

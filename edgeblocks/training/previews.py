@@ -103,7 +103,7 @@ class Previews:
             residents=self._residents if self._residents >= len(self._run.layers) else 1,
         )
 
-    def evaluation(self, listener: Listener) -> dict[str, object]:
+    def evaluation(self, listener: Listener) -> metrics.ValidationLoss:
         def on_level(done: int, total: int) -> None:
             listener.advance(done, total, "evaluating")
             self._go_on(done)

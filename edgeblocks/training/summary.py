@@ -1,7 +1,6 @@
 """What a finished training tells of itself: the content of `summary.json`."""
 
 import time
-from typing import Any
 
 from edgeblocks.data.dataset import DataSet
 from edgeblocks.families.base import TextInfo
@@ -16,7 +15,7 @@ from edgeblocks.training.loop import Trainer
 def summary_of(
     run: RunDirectory,
     trainer: Trainer,
-    evaluation: dict[str, Any],
+    evaluation: metrics.ValidationLoss,
     data_set: DataSet,
     target: Target,
     budget_bytes: int,
@@ -70,7 +69,7 @@ def summary_of(
             train_loss_by_block=[progress.losses.get(block) for block in range(len(run.file_layers))],
             validation_loss=evaluation["total"],
             validation_loss_by_block=metrics.mean_by_block(evaluation["levels"], run.partition),
-            validation=Validation(**evaluation),
+            validation=Validation.model_validate(evaluation),
             **_text_metrics(run, evaluation, data_set),
         ),
         init=run.init,
@@ -78,12 +77,13 @@ def summary_of(
     )
 
 
-def _text_metrics(run: RunDirectory, evaluation: dict[str, Any], data_set: DataSet) -> dict[str, TextScores]:
+def _text_metrics(run: RunDirectory, evaluation: metrics.ValidationLoss, data_set: DataSet) -> dict[str, TextScores]:
     """The bound in bits, where the run makes text: of a chain for mdlm; for ar and looped of the top level alone."""
     task = run.family().task
     if task not in TEXT_TASKS:
         return {}
     if task == "text":
-        return {"text": TextScores(**metrics.text_scores(evaluation, data_set))}
-    top = {"total": evaluation["levels"][0]["loss"], "standard_error": None, "images": evaluation["images"]}
-    return {"text": TextScores(**metrics.text_scores(top, data_set))}
+        nats, error = evaluation["total"], evaluation["standard_error"]
+    else:
+        nats, error = evaluation["levels"][0]["loss"], None
+    return {"text": TextScores.model_validate(metrics.text_scores(nats, error, evaluation["images"], data_set))}
