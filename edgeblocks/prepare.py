@@ -317,8 +317,8 @@ def check_disk(prepared: Prepared, out: Path) -> None:
         if needed > free:
             raise StorageError(
                 f"{path} needs {format_bytes(needed)} of disk for {method.parts(chosen.blocks)} of "
-                f"{format_bytes(chosen.block_bytes)} and what is written beside them, {format_bytes(free)} are free "
-                f"there; "
+                f"{format_bytes(chosen.block_bytes)} and the copies that saving them makes, {format_bytes(free)} are "
+                f"free there; "
                 f"choose another disk with {'--work-dir' if path != out else '--out'}, or a smaller network"
             )
     computing_s = prepared.plan.computing_s
@@ -327,8 +327,8 @@ def check_disk(prepared: Prepared, out: Path) -> None:
         raise StorageError(
             f"{Path(work_dir) if work_dir else out} reads {format_bytes(machine.disk_read_bytes_per_s)} and writes "
             f"{format_bytes(machine.disk_write_bytes_per_s)} a second: moving {method.parts(chosen.blocks)} of "
-            f"{format_bytes(chosen.block_bytes)} would take {format_duration(moving_s)} beside "
-            f"{format_duration(computing_s)} of computing; choose a faster disk with --work-dir, {longer}or a larger "
+            f"{format_bytes(chosen.block_bytes)} would take {format_duration(moving_s)}, computing "
+            f"only {format_duration(computing_s)}; choose a faster disk with --work-dir, {longer}or a larger "
             f"--mem-budget"
         )
 

@@ -403,7 +403,7 @@ def wanted_of(
     if seeds < 1:
         raise ConfigError(f"--seeds {seeds}: at least one is needed")
     if minutes is not None and config is not None and "steps" in read_yaml(Path(config)):
-        raise ConfigError(f"--minutes and the steps of {config}: either each arm trains for so long, or so many steps")
+        raise ConfigError(f"--minutes and the steps of {config}: an arm trains for a time or for a number of steps")
     resolved = api.settings_for_here(config=config, **settings).with_whole_paths()
     first = resolved.run.seed
     return Wanted(settings=resolved, arms=parsed, seeds=tuple(range(first, first + seeds)), minutes=minutes)

@@ -69,7 +69,7 @@ def check_options(
         )
     if task == "text" and fill is not None and length is not None:
         problems.append(
-            f"--length {length} means nothing beside --fill, whose text is as long as what is given with its gaps; "
+            f"--length {length} has no effect with --fill, whose text is as long as what is given with its gaps; "
             f"leave --length out, or add gaps"
         )
     if task == "continuation" and fill is not None:

@@ -243,7 +243,7 @@ class Vit(ImageFamily):
         count = "one class" if data.num_classes == 1 else "no classes"
         return [
             *found,
-            f"the data have {count} and vit tells classes apart: it needs at least two; give a folder with one "
+            f"the data have {count} and vit is a classifier: it needs at least two; give a folder with one "
             f"sub-folder of images per class, or an .npz with labels",
         ]
 

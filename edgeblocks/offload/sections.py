@@ -2,7 +2,7 @@
 
 Trained block-wise, a section is a network of its own: stem, some layers, readout. Trained end to end, sections are the
 consecutive stages of one network: the first one has the stem, the last one the readout. What goes from stage to stage
-are hidden values and a condition, which the stem makes once and every layer is told.
+are hidden values and the conditioning, which the stem makes once and every layer gets.
 """
 
 from collections.abc import Iterable, Sequence

@@ -81,6 +81,7 @@ def adamw_(
             workspace=workspace,
             **common,
         )
+    # What lies behind the 8-bit stretch is stepped tensor by tensor, as torch.optim does, for equal bits (`adamw_step_`).
     sizes = [math.prod(entry.shape) for entry in layout.of_part("weights")]
     starts = list(accumulate(sizes, initial=0))
     for first, last, decay in (
@@ -103,13 +104,15 @@ def adamw_(
 
 def follow_(buffer: "BlockBuffer", *, step: int, exponent: float) -> None:
     """Move the EMA towards the weights that step `step`, counted from 0, has made; see `ema_exponent`."""
-    decay = (1 - 1 / (step + 1)) ** (exponent + 1)
+    decay = (1 - 1 / (step + 1)) ** (exponent + 1)  # 0 after the first step: the EMA begins as the weights
     buffer.flat("ema").lerp_(buffer.flat("weights"), 1 - decay)
 
 
 def clip_(gradients: Tensor, largest_norm: float) -> float:
     """Scale the flat gradient to at most `largest_norm` (2-norm over the block) and return the norm it had."""
     norm = float(torch.linalg.vector_norm(gradients))
+    # Not where the norm is small enough: a factor near 1 would still round every value. NaN compares as False, and the
+    # gradient stays NaN for the caller to find.
     if norm > largest_norm:
         gradients.mul_(largest_norm / norm)
     return norm

@@ -130,7 +130,7 @@ def time_bar(facts: RunFacts) -> Markup:
     ]
     beside = (
         f"Reading {facts.unit}s (load) took {format_duration(split.get('load', 0.0))} and writing them (store) "
-        f"{format_duration(split.get('store', 0.0))}, beside the computing as far as it is no stall."
+        f"{format_duration(split.get('store', 0.0))}, at the same time as the computing, apart from the stall."
     )
     of = " Measured since the run was resumed." if facts.is_resumed else ""
     return stacked_bar(parts, title=title, write=format_duration, caption=beside + of)

@@ -15,7 +15,7 @@ class Interruption:
     """Turns Ctrl-C, SIGTERM and a closed terminal into a wish to stop after the step.
 
     Args:
-        note: told at once that the wish was heard, for a step can take a minute.
+        note: called at once with a line that the signal arrived, since a step can take a minute.
     """
 
     def __init__(self, note: Callable[[str], None] | None = None) -> None:
