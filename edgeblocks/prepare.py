@@ -70,7 +70,7 @@ class Prepared:
     budget_bytes: int
     data_set: DataSet
     data: DataInfo
-    """What the network knows of the data set: the family's `data_type`."""
+    """What the network must know of the data set, of the family's `data_type`."""
     costs: LayerCosts
     machine: Machine
     plan: Plan
@@ -114,7 +114,7 @@ def prepare(settings: Settings, out: Path, listener: Listener) -> Prepared:
     listener.stage("planning")
     costs, machine = measure(settings, data, existing_folder(Path(run.work_dir or out)), target, listener)
     plan = make_plan(costs, machine, _request(settings, data_set, data, budgets))
-    plan = _told_of_gpus(plan, elsewhere=False)
+    plan = _with_gpu_warnings(plan, elsewhere=False)
     if run.target == "auto" and torch_sees_a_gpu():
         plan = replace(plan, warnings=(A_GPU_IS_HERE, *plan.warnings))
     if run.init is None and plan.trained is not None and plan.chosen.blocks - 1 not in plan.trained:
@@ -133,10 +133,10 @@ def prepare(settings: Settings, out: Path, listener: Listener) -> Prepared:
 
 
 def check_method(run: RunSettings) -> None:
-    """That a network can be trained this way.
+    """Check that a network can be trained this way.
 
     Raises:
-        ConfigError: in stages that the family does not have; or what only stages have, where blocks are trained alone.
+        ConfigError: the family does not have that many stages, or a setting belongs to another method.
     """
     if _is_one_stage(run) and run.blocks not in ("auto", 1):
         raise ConfigError(
@@ -161,13 +161,13 @@ def torch_sees_a_gpu() -> bool:
     return torch.cuda.is_available()
 
 
-def _told_of_gpus(plan: Plan, *, elsewhere: bool) -> Plan:
-    """The plan, with a word on what was never tried where it is for a GPU."""
+def _with_gpu_warnings(plan: Plan, *, elsewhere: bool) -> Plan:
+    """The plan; where it is for a GPU, with warnings of what was never tried on one."""
     if plan.machine.host is None:
         return plan
-    told: tuple[str, ...] = (PREDICTED_FOR_A_GPU,) if elsewhere else ()
-    told += () if plan.method.ran_on_a_gpu else (NEVER_RAN_ON_A_GPU.format(method=plan.method.name),)
-    return replace(plan, warnings=(*told, *plan.warnings))
+    warnings: tuple[str, ...] = (PREDICTED_FOR_A_GPU,) if elsewhere else ()
+    warnings += () if plan.method.ran_on_a_gpu else (NEVER_RAN_ON_A_GPU.format(method=plan.method.name),)
+    return replace(plan, warnings=(*warnings, *plan.warnings))
 
 
 def _open_data(
@@ -203,7 +203,7 @@ def prepare_elsewhere(settings: Settings, profile: "Profile", listener: Listener
     costs, planning_bytes = trace_costs(settings, data)
     machine = replace(machine, planning_bytes=planning_bytes)
     plan = make_plan(costs, machine, _request(settings, data_set, data, budgets))
-    plan = _told_of_gpus(plan, elsewhere=True)
+    plan = _with_gpu_warnings(plan, elsewhere=True)
     return Prepared(
         settings=settings,
         budget_bytes=budgets[0],
@@ -285,7 +285,7 @@ def _request(settings: Settings, data_set: DataSet, data: DataInfo, budgets: tup
 
 
 def grid_sample_bytes(family: AnyFamily) -> int:
-    """What a sample that is made during training keeps while it is written token by token."""
+    """Bytes of the KV cache of a sample that is written token by token during training."""
     if family.task != "continuation":
         return 0
     sets = 1 if family.caches_per == "block" else TASKS[family.task].steps
@@ -334,7 +334,7 @@ def check_disk(prepared: Prepared, out: Path) -> None:
 
 
 def check_work_dir(work_dir: str | None) -> None:
-    """That the blocks can lie in the work directory.
+    """Check that blocks can be kept in the work directory.
 
     Raises:
         StorageError: it is missing, no folder, or not writable.

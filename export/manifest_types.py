@@ -288,7 +288,7 @@ class NoiseManifest(Manifest):
 
 
 class ImageManifest(NoiseManifest):
-    """A chain that makes images, or tells their classes.
+    """A chain that makes images, or classifies them.
 
     mean, scale: model space is x = (pixel/255 - mean) * scale, with standard deviation sigma_data.
     class_names: () for an unconditional network; a graph takes class numbers, and `num_classes` for "no class".

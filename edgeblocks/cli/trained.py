@@ -118,10 +118,10 @@ def sample(
                 listener.note("the run is not finished: its blocks are used as they were saved last")
             if loaded.directory.family().task in TEXT_TASKS:
 
-                def told(done: int, total: int) -> None:
+                def on_token(done: int, total: int) -> None:
                     listener.advance(done, total, "writing")
 
-                wish.texts(partial(loaded.sample_text, steps=steps, seed=seed, mem_budget=mem_budget, on_step=told))
+                wish.texts(partial(loaded.sample_text, steps=steps, seed=seed, mem_budget=mem_budget, on_step=on_token))
                 return
             levels = usual_steps(loaded.directory) if steps is None else steps
 

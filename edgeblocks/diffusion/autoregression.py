@@ -2,7 +2,8 @@
 
 A position's target is its token's row of the code-book. To write it, its state z starts as noise and walks the noise
 levels; at each one the block that owns it gives logits, whose softmax-weighted mean of code-book rows is the denoised
-state. A block attends to the earlier positions through its KV cache: their keys and values, kept when they were written.
+state. A block attends to the earlier positions through its KV cache: their keys and values, kept since they were
+written.
 
 Families differ in what the KV cache depends on. Where it comes from the tokens alone (`ar`), each block has one. Where
 it comes from noised codes (`looped`), each level has its own, and a position's entries are made when its token is
@@ -326,7 +327,7 @@ class CachedPredict:
     def __init__(self, network: Network, chain: TokenChain) -> None:
         self._network, self._chain = network, chain
         self._caches: dict[int, Values] = {}
-        """By `TokenChain.cache_keys`, [caches, b, heads, length, head_width]; keys and values are separate caches."""
+        """By `TokenChain.cache_keys`, [caches, b, heads, length, head_width]."""
 
     def __call__(self, step: int, sigma: float, inputs: Tokens, z: Values, start: int) -> Values:
         chain, (count, num_positions) = self._chain, inputs.shape

@@ -34,7 +34,7 @@ def drawing_problems(*, n: int, temperature: float, top_p: float = 1.0) -> list[
 
 
 def length_problems(length: int | None, *, trained_length: int) -> list[str]:
-    """What is wrong with a wish for texts of so many tokens; None request for as many as the network was trained on."""
+    """What is wrong with a requested length in tokens; None requests as many as the network was trained on."""
     if length is None or 1 <= length <= trained_length:
         return []
     longer = ""

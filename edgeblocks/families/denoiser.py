@@ -50,7 +50,7 @@ class EdmBlock(Block):
 
     @abstractmethod
     def begun(self, x: Tensor, c_noise: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor]:
-        """What the first layer is given of x [batch, channels, height, width], and what all layers are told."""
+        """The first layer's input for x [batch, channels, height, width], and the conditioning of all layers."""
 
     @abstractmethod
     def ended(self, hidden: Tensor, condition: Tensor) -> Tensor:
@@ -174,7 +174,7 @@ def noise_and_class(
     c_noise: Tensor,
     labels: Tensor | None,
 ) -> Float[Tensor, "batch width"]:
-    """What every layer is told of noise level and class, after SiLU."""
+    """The conditioning of every layer by noise level and class, after SiLU."""
     condition = noise_down(nn.functional.silu(noise_up(noise_features(c_noise, NOISE_FEATURES))))
     if label_embedding is not None:
         assert labels is not None
@@ -280,7 +280,7 @@ class ImageDenoiser(ImageFamily, EndToEnd):
         return self._weighted_error(block(z, batch["sigma"], labels), batch)
 
     def enter(self, block: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
-        """What the block's first layer is given, and what all layers are told."""
+        """The input of the block's first layer, and the conditioning of all layers."""
         assert isinstance(block, EdmBlock)
         z, labels = self.inputs(batch)
         return block.enter(z, batch["sigma"], labels)

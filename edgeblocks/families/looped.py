@@ -93,11 +93,11 @@ class LoopedBlock(TokenDenoiserBlock):
         steady = torch.zeros_like(condition)
         x = self.run(prelude, self.token_embedding(tokens), steady, None, None)
         streams = torch.cat([x + self.noised(known, sigma), x + self.noised(z, sigma)])
-        for numbers, told in ((core, condition), (coda, steady)):
+        for numbers, conditioning in ((core, condition), (coda, steady)):
             for number in numbers:
                 layer = self.layers[number]
                 assert isinstance(layer, CausalLayer)
-                streams = layer.read(streams, torch.cat([told, told]))
+                streams = layer.read(streams, torch.cat([conditioning, conditioning]))
         return self.normalised(halves(streams)[1], condition)
 
 
@@ -240,7 +240,7 @@ class PlainLooped(PlainAr):
         return self.with_iterations(super().at_level(tokens, labels, level, generator), self.settings.iterations)
 
     def with_iterations(self, batch: Batch, count: int) -> Batch:
-        """The batch, asking for so many iterations."""
+        """The batch, with the number of iterations to run."""
         return {**batch, "iterations": torch.zeros(len(batch["tokens"]), count)}
 
     def enter(self, block: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:

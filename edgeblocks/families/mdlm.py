@@ -91,7 +91,7 @@ class MdlmBlock(TextBlock):
     def enter(
         self, z: Int[Tensor, "batch length"], t: Float[Tensor, " batch"]
     ) -> tuple[Float[Tensor, "batch length width"], Float[Tensor, "batch width"]]:
-        """What the first layer is given, and what all layers are told."""
+        """The first layer's input, and the conditioning of all layers."""
         return self.token_embedding(z), self.condition(2 * t - 1)
 
 
@@ -174,7 +174,7 @@ class Mdlm(TextFamily, EndToEnd):
         return _weighted(token_losses(*_readout_inputs(block, self.inputs(batch)[0], batch)), batch)
 
     def enter(self, block: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
-        """What the block's first layer is given, and what all layers are told."""
+        """The input of the block's first layer, and the conditioning of all layers."""
         assert isinstance(block, MdlmBlock)
         return block.enter(self.inputs(batch)[0], batch["t"])
 

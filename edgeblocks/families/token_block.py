@@ -151,7 +151,7 @@ class TokenDenoiserBlock(TextBlock, ABC):
         self,
         numbers: range,
         x: Float[Tensor, "batch tokens width"],
-        condition: Float[Tensor, "batch told"],
+        condition: Float[Tensor, "batch conditioning"],
         past: Tensor | None,
         present: list[Tensor] | None,
     ) -> Float[Tensor, "answered tokens width"]:

@@ -154,7 +154,7 @@ class VitBlock(WithPositions, Block):
         sigma: Float[Tensor, " batch"],
         images: Float[Tensor, "batch channels height width"],
     ) -> tuple[Float[Tensor, "batch tokens width"], Float[Tensor, "batch width"]]:
-        """The class token and the patches, and what all layers are told."""
+        """The class token and the patches, and the conditioning of all layers."""
         noise = noise_features(sigma.log() / 4, NOISE_FEATURES)
         condition = F.silu(self.noise_down(F.silu(self.noise_up(noise))))
         c_in = (sigma**2 + SIGMA_DATA**2).rsqrt().unsqueeze(1)
@@ -172,7 +172,7 @@ class VitBlock(WithPositions, Block):
 
 
 class PlainVitBlock(WithPositions, Block):
-    """A vision transformer as classifiers are, or some of its layers: told of images alone."""
+    """A vision transformer as classifiers are, or some of its layers, without conditioning."""
 
     stem_parts = ("patch_embedding", "class_token")
     readout_parts = ("readout_norm", "readout")
@@ -300,7 +300,7 @@ class Vit(ImageFamily):
         }
 
     def condition(self, pixels: np.ndarray) -> Float[Tensor, "batch channels height width"]:
-        """What a chain is given beside z."""
+        """A chain's input besides z."""
         return self.data.to_model(pixels)
 
     def loss(self, block: nn.Module, batch: Batch) -> Float[Tensor, " batch"]:

@@ -138,7 +138,7 @@ def adamw_step_(
     _assert_numel(parameters.numel(), parameters, gradients, exp_avg, exp_avg_sq)
     with torch.no_grad():
         # Tensor by tensor: torch computes the last elements of each one by one and rounds some of them differently.
-        # Stepped as one stretch, a bias of 32 values differed in one of them by its last bit after four steps (AVX-512).
+        # Stepped as one stretch, a bias of 32 values differed in one by its last bit after four steps (AVX-512).
         given = [parameters.numel()] if sizes is None else list(sizes)
         torch._fused_adamw_(
             parameters.split_with_sizes(given),

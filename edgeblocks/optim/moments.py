@@ -93,9 +93,9 @@ def _roots_of_scales(
     scales: Float32[Tensor, " groups"], kind: torch.dtype, scratch: Scratch
 ) -> Float32[Tensor, " groups"]:
     """sqrt(scale) / steps^2, in the scratch."""
-    # As 1 / (1 / sqrt): torch leaves sqrt itself to MKL, which takes 20 times as long for zeros, of which gradients have
-    # many, and once called on a second thread made the barriers of every later operation sleep (16 times the context
-    # switches; a backward pass of the digits 81 ms instead of 61).
+    # As 1 / (1 / sqrt): torch leaves sqrt itself to MKL, which takes 20 times as long for zeros, of which gradients
+    # have many, and once called on a second thread made the barriers of every later operation sleep (16 times the
+    # context switches; a backward pass of the digits 81 ms instead of 61).
     return torch.rsqrt(scales, out=scratch.factors).mul_(_NUM_STEPS[kind] ** 2).reciprocal_()
 
 

@@ -81,7 +81,7 @@ def adamw_(
             workspace=workspace,
             **common,
         )
-    # What lies behind the 8-bit stretch is stepped tensor by tensor, as torch.optim does, for equal bits (`adamw_step_`).
+    # Behind the 8-bit stretch, tensor by tensor as torch.optim does, for equal bits (see `adamw_step_`).
     sizes = [math.prod(entry.shape) for entry in layout.of_part("weights")]
     starts = list(accumulate(sizes, initial=0))
     for first, last, decay in (
@@ -111,8 +111,6 @@ def follow_(buffer: "BlockBuffer", *, step: int, exponent: float) -> None:
 def clip_(gradients: Tensor, largest_norm: float) -> float:
     """Scale the flat gradient to at most `largest_norm` (2-norm over the block) and return the norm it had."""
     norm = float(torch.linalg.vector_norm(gradients))
-    # Not where the norm is small enough: a factor near 1 would still round every value. NaN compares as False, and the
-    # gradient stays NaN for the caller to find.
     if norm > largest_norm:
         gradients.mul_(largest_norm / norm)
     return norm

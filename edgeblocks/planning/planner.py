@@ -35,7 +35,7 @@ from edgeblocks.planning.warnings import plan_warnings
 from edgeblocks.units import advised_budget, format_bytes
 
 ABOUT_AS_FAST = 1.1
-"""Of two ways to train end to end, one that takes so many times as long is still preferred where it writes less."""
+"""Of two ways to train end to end, one that takes up to this many times as long is preferred where it writes less."""
 
 
 def make_plan(costs: LayerCosts, machine: Machine, request: PlanRequest) -> Plan:
@@ -269,9 +269,9 @@ def inference_micro_batch(
     """The largest micro-batch for running the EMA weights of blocks inside the device's budget.
 
     Args:
-        held_bytes: what the caller keeps beside the network (images, features); in the host's memory if there is one.
-        stem_readout_bytes: of what is kept of a network whose stages come and go: its stem and readout.
-        sample_bytes: as `held_bytes` for each sample of the micro-batch, as keys and values; a device has them for a
+        held_bytes: what the caller keeps besides the network (images, features); in the host's memory if there is one.
+        stem_readout_bytes: of the copies of stem and readout, where a network's stages are loaded in turn.
+        sample_bytes: as `held_bytes` for each sample of the micro-batch, such as its KV cache; a device has them for a
             moment.
         residents: blocks that are in memory at a time.
 

@@ -22,7 +22,7 @@ Row = dict[str, Any]
 
 
 def comparison_page(content: dict[str, Any]) -> str:
-    """The HTML file that tells of a comparison.
+    """The HTML report of a comparison.
 
     Args:
         content: of compare.json.

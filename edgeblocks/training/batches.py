@@ -1,4 +1,4 @@
-"""The batches of steps that follow each other; beside a device the next one is drawn while it computes.
+"""The batches of consecutive steps; where a device trains, the next one is drawn while it computes.
 
 A step's batch depends on nothing but the step, so it is the same whenever it is drawn.
 """
