@@ -83,6 +83,7 @@ def check_options(
 
 def softmax(logits: Values) -> Values:
     """Probabilities along the last axis."""
+    # The largest is taken off before exp, which would overflow otherwise.
     exponentials = np.exp(logits - logits.max(axis=-1, keepdims=True))
     found: Values = exponentials / exponentials.sum(axis=-1, keepdims=True)
     return found
@@ -130,5 +131,6 @@ def token_at(weights: NDArray[np.float64], uniform: NDArray[np.float64]) -> Toke
     """
     sums = np.cumsum(weights, axis=1)
     below: Tokens = (sums <= uniform[:, None] * sums[:, -1:]).sum(axis=1)
+    # The sum rounds: with a uniform number close to 1 none of the sums may exceed it.
     drawn: Tokens = np.minimum(below, weights.shape[1] - 1)
     return drawn

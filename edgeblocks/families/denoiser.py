@@ -54,7 +54,7 @@ class EdmBlock(Block):
 
     @abstractmethod
     def ended(self, hidden: Tensor, condition: Tensor) -> Tensor:
-        """F(x, c_noise), of the shape of x, from what the last layer gives."""
+        """F(x, c_noise), of the shape of x, from the last layer's output."""
 
     def raw(self, x: Tensor, c_noise: Tensor, labels: Tensor | None) -> Tensor:
         """F(x, c_noise): the network itself."""
@@ -63,7 +63,7 @@ class EdmBlock(Block):
 
     def enter(self, z: Tensor, sigma: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor]:
         """`begun` for a noised image."""
-        c_in = (sigma**2 + SIGMA_DATA**2).view(-1, 1, 1, 1).rsqrt()
+        c_in = (sigma**2 + SIGMA_DATA**2).view(-1, 1, 1, 1).rsqrt()  # to unit variance
         return self.begun(c_in * z, sigma.log() / 4, labels)
 
     def leave(self, hidden: Tensor, condition: Tensor, z: Tensor, sigma: Tensor) -> Tensor:
@@ -71,6 +71,8 @@ class EdmBlock(Block):
         total = (sigma**2 + SIGMA_DATA**2).view(-1, 1, 1, 1)
         c_skip = SIGMA_DATA**2 / total
         c_out = sigma.view(-1, 1, 1, 1) * SIGMA_DATA * total.rsqrt()
+        # With little noise D is nearly z and F a small correction, with much noise F is nearly the image itself: F's
+        # target has unit variance at every level.
         return torch.addcmul(c_skip * z, c_out, self.ended(hidden, condition))
 
     def forward(
@@ -252,6 +254,7 @@ class ImageDenoiser(ImageFamily, EndToEnd):
         if self.conditional:
             assert labels is not None
             dropped = torch.rand(count, generator=generator) < self.settings.label_dropout
+            # The last row of the table, "no class": trained here, it is what guidance compares with.
             batch["labels"] = torch.from_numpy(labels).masked_fill(dropped, self.data.num_classes)
         return batch
 

@@ -94,7 +94,7 @@ class VitSettings(FamilySettings):
 class VitBlock(WithPositions, Block):
     """One block: stem, `num_layers` layers, readout from the class token's normalised hidden state.
 
-    z enters through the class token by a projection that starts at zero: at sigma_max z is noise and disturbs.
+    z enters through the class token.
     """
 
     def __init__(self, *, settings: VitSettings, data: ImageInfo, num_layers: int, checkpointing: bool) -> None:
@@ -118,6 +118,7 @@ class VitBlock(WithPositions, Block):
                 init_linear_(module, generator)
         for linear in (self.noise_up, self.noise_down):
             nn.init.normal_(linear.weight, std=0.02, generator=generator)
+        # z's projection starts at zero: at sigma_max z is noise and disturbs.
         nn.init.zeros_(self.label_embedding.weight)
         nn.init.normal_(self.label_embedding.bias, std=0.02, generator=generator)  # the class token itself
         for layer in self.layers:
