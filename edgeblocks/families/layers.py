@@ -203,6 +203,7 @@ def modulated_norm(
     x: Float[Tensor, "batch tokens width"], shift: Float[Tensor, "batch width"], scale: Float[Tensor, "batch width"]
 ) -> Float[Tensor, "batch tokens width"]:
     """LayerNorm without affine parameters, then x * (1 + scale) + shift (AdaLN)."""
+    # 1 + scale: a modulation of zero, as it starts, leaves the norm as it is.
     normed = F.layer_norm(x, x.shape[-1:], eps=1e-6)
     return torch.addcmul(shift.unsqueeze(1), normed, 1 + scale.unsqueeze(1))
 
@@ -386,6 +387,7 @@ class _Checkpointed(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        # Detached, so that this pass ends at the layer's inputs; autograd continues from their gradients.
         inputs = [tensor.detach().requires_grad_(tensor.requires_grad) for tensor in ctx.saved_tensors]
         with torch.enable_grad():
             out = ctx.layer(*inputs)
@@ -403,6 +405,7 @@ def run_layers(
     same with and without checkpointing, bit for bit on a CPU.
     """
     for layer in layers:
+        # Without a gradient to come nothing is kept anyway, and there is nothing to run again.
         if checkpointing and x.requires_grad:
             x = _Checkpointed.apply(layer, x, condition)  # type: ignore[no-untyped-call]
         else:

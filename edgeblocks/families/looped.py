@@ -109,14 +109,13 @@ class Looped(TokenDenoiser):
     settings_type: type = LoopedSettings
     block_type = LoopedBlock
     caches_per: CachesPer = "step"
-    """States, and so keys and values, differ from level to level."""
+    """States, and so the KV cache, differ from level to level."""
 
 
 class PlainLoopedBlock(PlainArBlock):
     """A recurrent-depth network: a prelude reads the tokens, a core improves a state, a coda answers.
 
-    The core is given the state and what the prelude read in every iteration. A state begins with zeros, where the
-    paper's begins at random: what is written does not depend on chance then.
+    In every iteration the core gets the state and the prelude's output.
     """
 
     stem_parts = ("token_embedding", "adapter")
@@ -139,9 +138,9 @@ class PlainLoopedBlock(PlainArBlock):
         self.state_norm = nn.LayerNorm(width)
 
     def enter(self, tokens: Int[Tensor, "batch tokens"]) -> tuple[Float[Tensor, "batch tokens width"], Tensor]:
-        """What the first layer is given of the token before each position, and a row as long as there are iterations.
+        """The first layer's input for the token before each position, and a row as long as there are iterations.
 
-        The row is the condition that goes from stage to stage; nothing but its length is looked at.
+        The row takes the place of the conditioning; only its length is used.
         """
         x = self.token_embedding(tokens)
         return x, x.new_zeros(x.shape[0], self.iterations)
@@ -158,8 +157,10 @@ class PlainLoopedBlock(PlainArBlock):
         total, count = len(self.layers), condition.shape[1]
         ends, followed = total // 4, torch.is_grad_enabled()
         read = self.run(range(ends), clean, condition, past, present)
+        # Zeros, where the paper begins at random: the text then does not depend on chance.
         state = torch.zeros_like(read)
         for iteration in range(count):
+            # Gradients go back through the last iterations alone; the others keep no activations.
             with torch.set_grad_enabled(followed and iteration >= count - self.truncation):
                 state = self.adapter(torch.cat([state, read], dim=-1))
                 state = self.state_norm(self.run(range(ends, total - ends), state, condition, past, present))
@@ -215,7 +216,7 @@ class PlainLooped(PlainAr):
         )
 
     def num_caches(self, num_layers: int) -> int:
-        """Tensors of keys and of values: of a layer of the core, one of each for every iteration."""
+        """Tensors of keys and of values in the KV cache: of a layer of the core, one of each for every iteration."""
         ends = num_layers // 4
         return 2 * (2 * ends + (num_layers - 2 * ends) * self.settings.iterations)
 
@@ -228,7 +229,7 @@ class PlainLooped(PlainAr):
     ) -> Batch:
         """One training step's batch."""
         batch = super().draw(tokens, labels, noise_range, generator)
-        log_mean = math.log(self.settings.iterations) - SPREAD**2 / 2
+        log_mean = math.log(self.settings.iterations) - SPREAD**2 / 2  # a log-normal's mean is exp(mu + sigma^2 / 2)
         mean = (log_mean + SPREAD * torch.randn((), generator=generator)).exp()
         count = min(1 + int(torch.poisson(mean, generator=generator)), MOST_ITERATIONS)
         return self.with_iterations(batch, count)
@@ -244,5 +245,5 @@ class PlainLooped(PlainAr):
         return {**batch, "iterations": torch.zeros(len(batch["tokens"]), count)}
 
     def enter(self, block: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
-        """What the first layer is given, and a row as long as there are iterations."""
+        """The first layer's input, and a row as long as there are iterations."""
         return super().enter(block, batch)[0], batch["iterations"]

@@ -125,7 +125,7 @@ def mean_by_block(
 
 
 def text_scores(loss: dict[str, Any], data: DataSet) -> dict[str, Any]:
-    """What a text's bound in nats a token, from `validation_loss`, is in bits a token and a character.
+    """A text's bound in bits a token and a character, from that of `validation_loss` in nats a token.
 
     The standard errors are over sequences.
     """
@@ -146,7 +146,7 @@ def bits(nats: float, error: float | None, text: TextSet) -> dict[str, Any]:
 
 
 def text_facts(text: TextSet, sequences: int) -> dict[str, object]:
-    """What a bound is of."""
+    """The text of a bound: its tokenizer and its sequences."""
     return {
         "characters_per_token": text.characters_per_token,
         "tokenizer": text.tokenizer.kind,
@@ -156,7 +156,7 @@ def text_facts(text: TextSet, sequences: int) -> dict[str, object]:
 
 
 def sample_distance(samples: np.ndarray, images: ImageSet) -> dict[str, Any]:
-    """Frechet distance of samples to the training part, beside what the hold-out part itself scores.
+    """Frechet distance of samples to the training part, and that of the hold-out part to compare it with.
 
     Args:
         samples: uint8 [N, H, W, C].

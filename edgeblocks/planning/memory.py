@@ -94,11 +94,6 @@ def _boundary_bytes(costs: LayerCosts, request: PlanRequest, stages: int, micro_
     return int((1 + GAPS_SHARE["plain"]) * (hidden + 3 * request.batch * costs.condition_bytes_per_sample))
 
 
-def _stem_readout_bytes(costs: LayerCosts, request: PlanRequest) -> int:
-    """The copies of stem and readout that a preview holds while stages are loaded in turn."""
-    return 4 * costs.parameters(0) if request.method.one_network else 0
-
-
 def host_memory(
     costs: LayerCosts,
     machine: Machine,
@@ -174,7 +169,9 @@ def preview_bytes(costs: LayerCosts, machine: Machine, request: PlanRequest, num
 
     Beside a host the samples are there, and a micro-batch of them on the device.
     """
-    forward = forward_bytes(costs, machine, num_layers, micro_batch) + _stem_readout_bytes(costs, request)
+    # A preview holds copies of stem and readout while the stages between them are loaded in turn.
+    stem_readout_bytes = 4 * costs.parameters(0) if request.method.one_network else 0
+    forward = forward_bytes(costs, machine, num_layers, micro_batch) + stem_readout_bytes
     if machine.host is not None:
         return forward + micro_batch * (costs.batch_bytes_per_sample + request.sample_bytes)
     return forward + _grid_bytes(costs, request, micro_batch)

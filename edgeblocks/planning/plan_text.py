@@ -117,18 +117,15 @@ def _time_line(prepared: "Prepared") -> str:
 
 def _disk_line(plan: "Plan") -> str:
     """Bytes on disk, and bytes written a day, which wear it."""
+    # Besides the files of all blocks there are, for a while, those being written.
+    spare = "one being written"
+    if plan.method.trained_together:
+        spare = "while they are saved every one again" + (", and while they wait" if plan.chosen.tier == "disk" else "")
     shorter = " (in all: the run takes less)" if plan.predicted_s < DAY_S else ""
     return (
-        f"on disk: {format_bytes(plan.chosen.disk_bytes)} (every {plan.method.part}, and {_spare(plan)}); about "
+        f"on disk: {format_bytes(plan.chosen.disk_bytes)} (every {plan.method.part}, and {spare}); about "
         f"{format_bytes(plan.written_a_day_bytes)} written a day{shorter}"
     )
-
-
-def _spare(plan: "Plan") -> str:
-    """What is on disk for a while besides the files of all blocks."""
-    if not plan.method.trained_together:
-        return "one being written"
-    return "while they are saved every one again" + (", and while they wait" if plan.chosen.tier == "disk" else "")
 
 
 def plan_table(prepared: "Prepared") -> str:

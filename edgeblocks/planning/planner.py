@@ -77,7 +77,8 @@ def make_plan(costs: LayerCosts, machine: Machine, request: PlanRequest) -> Plan
         look_micro_batch=_preview_micro_batch(costs, machine, request, chosen),
         steps=request.steps,
         budget_bytes=request.budget_bytes,
-        parameters=_parameters(costs, request, layers),
+        # Blocks have a stem and a readout each; stages are cut from one network, which has one of both.
+        parameters=sum(map(costs.parameters, request.method.denoisers(layers))),
         optimizer=request.optimizer,
         machine=machine,
         method=request.method,
@@ -125,11 +126,6 @@ def _best(options: Sequence[Candidate], request: PlanRequest) -> Candidate:
     longest_s = ABOUT_AS_FAST * min(time(option)[0] for option in options)
     fast = [option for option in options if time(option)[0] <= longest_s]
     return min(fast, key=lambda option: (option.bytes_written, *time(option)))
-
-
-def _parameters(costs: LayerCosts, request: PlanRequest, layers: Sequence[int]) -> int:
-    """Of all blocks, each with a stem and a readout of its own; or of the one network that is cut into stages."""
-    return sum(map(costs.parameters, request.method.denoisers(layers)))
 
 
 def _shapes(costs: LayerCosts, machine: Machine, request: PlanRequest, chosen: Candidate) -> tuple[StepShape, ...]:

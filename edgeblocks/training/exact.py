@@ -120,6 +120,7 @@ class ExactTrainer(Trainer):
 
         with self._divergence(step):
             gradient_norm = self._clipping.end_step(step)
+        # Offloading stages is counted by the slots; these two write to scratch files of their own.
         self.store.bytes_written += self._clipping.step_bytes + self._boundary_bytes
         self.note(timer, block=None, step=step, loss=streamed.loss, gradient_norm=gradient_norm)
 

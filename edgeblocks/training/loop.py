@@ -186,7 +186,7 @@ class Trainer(ABC):
             if ending is not None:
                 self._slots.flush()
                 raise ending
-            if interruption.signal_name is None:
+            if interruption.signal_name is None:  # a preview can take minutes: a stop does not wait for one
                 between_visits(steps)
         self._slots.flush()
         return steps

@@ -1,4 +1,4 @@
-"""What is shown of a network while it is trained: samples and its quality between visits, its evaluation at the end."""
+"""Previews during training: samples and quality between visits; and the evaluation at the end."""
 
 import math
 import time
@@ -90,7 +90,7 @@ class Previews:
         pictures.save_png(path.with_suffix(".png"), pictures.image_grid(images, columns=10))
 
     def _micro_batch(self) -> int:
-        """As planned, or as small as a step had to become since."""
+        """As planned, or as small as the guard has made a step's since."""
         plan, step = self._run.plan, self._guard.shape.micro_batch
         return plan.look_micro_batch or step if step == plan.micro_batch else step
 
