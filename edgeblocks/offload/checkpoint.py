@@ -22,7 +22,7 @@ class NextBlocks:
 
     def write(self, block: int, buffer: BlockBuffer, step: int) -> None:
         """Write a block's new file; see `BlockStore.write`."""
-        self._store.check_folder()
+        self._store.check_folder()  # `_new` holds no folder open that it could compare with
         self._new.count_from(self._store.run_bytes_written)
         self._new.write(block, buffer, step)
         self._store.bytes_written += self._new.bytes_written

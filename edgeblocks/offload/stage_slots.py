@@ -98,6 +98,7 @@ class StageSlots(Slots):
                 self.store.bytes_written += self._tier.offload_bytes(leaves)
             self._hand_over(slot, partial(self._swap, slot.buffer, leaves, need.stage, need.parts))
             slot.block, slot.parts, slot.changed = need.stage, need.parts, False
+        # In memory, but with its weights alone, as the forward pass needs it: the update needs the rest too.
         elif missing := tuple(part for part in need.parts if part not in slot.parts):
             self._hand_over(slot, partial(self._swap, slot.buffer, None, need.stage, missing))
             slot.parts = tuple(part for part in PARTS if part in (*slot.parts, *missing))

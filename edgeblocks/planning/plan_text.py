@@ -117,10 +117,10 @@ def _time_line(prepared: "Prepared") -> str:
 
 def _disk_line(plan: "Plan") -> str:
     """Bytes on disk, and bytes written a day, which wear it."""
-    # Besides the files of all blocks there are, for a while, those being written.
+    # Besides the files of all blocks: those being written, and scratch files.
     spare = "one being written"
     if plan.method.trained_together:
-        spare = "while they are saved every one again" + (", and while they wait" if plan.chosen.tier == "disk" else "")
+        spare = "a second copy while they are saved" + (", and scratch files" if plan.chosen.tier == "disk" else "")
     shorter = " (in all: the run takes less)" if plan.predicted_s < DAY_S else ""
     return (
         f"on disk: {format_bytes(plan.chosen.disk_bytes)} (every {plan.method.part}, and {spare}); about "

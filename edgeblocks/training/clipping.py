@@ -72,7 +72,7 @@ class ClipByStage:
     def complete(self, stage: int, network: nn.Module, buffer: BlockBuffer, step: int) -> None:
         gradients = self._gradients[: buffer.layout.num_parameters]
         norm = _finite(clip_(gradients, self._clip))
-        self._squares += norm**2
+        self._squares += norm**2  # the whole network's norm is reported, though nothing is clipped by it
         self._update(buffer, gradients, step)
 
     def end_step(self, step: int) -> float:
@@ -131,6 +131,7 @@ class ClipByNetwork:
             torch.linalg.vector_norm(parameter.grad) for parameter in network.parameters() if parameter.grad is not None
         ]
         gradients, started = self._gradients[: buffer.layout.num_parameters], time.perf_counter()
+        # Before the next stage's backward pass writes its gradient to the same memory.
         self._file.write(self._starts[stage], gradients.view(torch.uint8))
         self._times.waited_for_storing(started)
 

@@ -147,6 +147,7 @@ class ExactTrainer(Trainer):
         step = self.progress.step
         if self._saved == step:
             return
+        # After a failure the new files go and the former ones stay: all stages are then of the step saved before.
         files = NextBlocks(self.store)
         try:
             self.slots.checkpoint(files, step, self._trained, self._clipping.finish)

@@ -184,7 +184,7 @@ class Trainer(ABC):
                         steps[visit.block] += 1
                         ending = self._report(on_step)
             if ending is not None:
-                self._slots.flush()
+                self._slots.flush()  # "everything is saved" must be true
                 raise ending
             if interruption.signal_name is None:  # a preview can take minutes: a stop does not wait for one
                 between_visits(steps)
