@@ -183,7 +183,7 @@ def resume(
 
     Args:
         mem_budget: another budget from now on.
-        ram_budget: another bound of the host's memory beside a GPU.
+        ram_budget: another bound of the host's memory, when a GPU trains.
         target: another kind of machine; it has its usual budgets unless these are given too.
         data: where the same data are now; they are compared by their fingerprint.
         work_dir: where the block files are now, and will be written.

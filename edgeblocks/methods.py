@@ -47,7 +47,7 @@ class Method:
     """The path of its time model; see `planning.pace`."""
 
     def denoisers(self, layers: Sequence[int]) -> tuple[int, ...]:
-        """Layers of each denoiser that parts of so many layers make up: each one, or all together.
+        """Layers of each denoiser, given the layers of each part: a part is one, or all together are.
 
         >>> METHODS["diffusion"].denoisers((4, 4)), METHODS["exact"].denoisers((4, 4))
         ((4, 4), (8,))
@@ -55,7 +55,7 @@ class Method:
         return (sum(layers),) if self.one_network else tuple(layers)
 
     def trained_apart(self, parts: int) -> int:
-        """How many of so many parts make steps of their own.
+        """How many of `parts` parts make steps of their own.
 
         >>> METHODS["diffusion"].trained_apart(3), METHODS["exact"].trained_apart(3)
         (3, 1)

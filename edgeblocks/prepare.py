@@ -70,7 +70,7 @@ class Prepared:
     budget_bytes: int
     data_set: DataSet
     data: DataInfo
-    """What the network knows of the data set: the family's `data_type`."""
+    """What the network must know of the data set, of the family's `data_type`."""
     costs: LayerCosts
     machine: Machine
     plan: Plan
@@ -114,7 +114,7 @@ def prepare(settings: Settings, out: Path, listener: Listener) -> Prepared:
     listener.stage("planning")
     costs, machine = measure(settings, data, existing_folder(Path(run.work_dir or out)), target, listener)
     plan = make_plan(costs, machine, _request(settings, data_set, data, budgets))
-    plan = _told_of_gpus(plan, elsewhere=False)
+    plan = _with_gpu_warnings(plan, elsewhere=False)
     if run.target == "auto" and torch_sees_a_gpu():
         plan = replace(plan, warnings=(A_GPU_IS_HERE, *plan.warnings))
     if run.init is None and plan.trained is not None and plan.chosen.blocks - 1 not in plan.trained:
@@ -133,10 +133,10 @@ def prepare(settings: Settings, out: Path, listener: Listener) -> Prepared:
 
 
 def check_method(run: RunSettings) -> None:
-    """That a network can be trained this way.
+    """Check that a network can be trained this way.
 
     Raises:
-        ConfigError: in stages that the family does not have; or what only stages have, where blocks are trained alone.
+        ConfigError: the family does not have that many stages, or a setting belongs to another method.
     """
     if _is_one_stage(run) and run.blocks not in ("auto", 1):
         raise ConfigError(
@@ -161,13 +161,13 @@ def torch_sees_a_gpu() -> bool:
     return torch.cuda.is_available()
 
 
-def _told_of_gpus(plan: Plan, *, elsewhere: bool) -> Plan:
-    """The plan, with a word on what was never tried where it is for a GPU."""
+def _with_gpu_warnings(plan: Plan, *, elsewhere: bool) -> Plan:
+    """The plan; where it is for a GPU, with warnings of what was never tried on one."""
     if plan.machine.host is None:
         return plan
-    told: tuple[str, ...] = (PREDICTED_FOR_A_GPU,) if elsewhere else ()
-    told += () if plan.method.ran_on_a_gpu else (NEVER_RAN_ON_A_GPU.format(method=plan.method.name),)
-    return replace(plan, warnings=(*told, *plan.warnings))
+    warnings: tuple[str, ...] = (PREDICTED_FOR_A_GPU,) if elsewhere else ()
+    warnings += () if plan.method.ran_on_a_gpu else (NEVER_RAN_ON_A_GPU.format(method=plan.method.name),)
+    return replace(plan, warnings=(*warnings, *plan.warnings))
 
 
 def _open_data(
@@ -203,7 +203,7 @@ def prepare_elsewhere(settings: Settings, profile: "Profile", listener: Listener
     costs, planning_bytes = trace_costs(settings, data)
     machine = replace(machine, planning_bytes=planning_bytes)
     plan = make_plan(costs, machine, _request(settings, data_set, data, budgets))
-    plan = _told_of_gpus(plan, elsewhere=True)
+    plan = _with_gpu_warnings(plan, elsewhere=True)
     return Prepared(
         settings=settings,
         budget_bytes=budgets[0],
@@ -285,7 +285,7 @@ def _request(settings: Settings, data_set: DataSet, data: DataInfo, budgets: tup
 
 
 def grid_sample_bytes(family: AnyFamily) -> int:
-    """What a sample that is made during training keeps while it is written token by token."""
+    """Bytes of the KV cache of a sample that is written token by token during training."""
     if family.task != "continuation":
         return 0
     sets = 1 if family.caches_per == "block" else TASKS[family.task].steps
@@ -317,8 +317,8 @@ def check_disk(prepared: Prepared, out: Path) -> None:
         if needed > free:
             raise StorageError(
                 f"{path} needs {format_bytes(needed)} of disk for {method.parts(chosen.blocks)} of "
-                f"{format_bytes(chosen.block_bytes)} and what is written beside them, {format_bytes(free)} are free "
-                f"there; "
+                f"{format_bytes(chosen.block_bytes)} and the copies that saving them makes, {format_bytes(free)} are "
+                f"free there; "
                 f"choose another disk with {'--work-dir' if path != out else '--out'}, or a smaller network"
             )
     computing_s = prepared.plan.computing_s
@@ -327,14 +327,14 @@ def check_disk(prepared: Prepared, out: Path) -> None:
         raise StorageError(
             f"{Path(work_dir) if work_dir else out} reads {format_bytes(machine.disk_read_bytes_per_s)} and writes "
             f"{format_bytes(machine.disk_write_bytes_per_s)} a second: moving {method.parts(chosen.blocks)} of "
-            f"{format_bytes(chosen.block_bytes)} would take {format_duration(moving_s)} beside "
-            f"{format_duration(computing_s)} of computing; choose a faster disk with --work-dir, {longer}or a larger "
+            f"{format_bytes(chosen.block_bytes)} would take {format_duration(moving_s)}, computing "
+            f"only {format_duration(computing_s)}; choose a faster disk with --work-dir, {longer}or a larger "
             f"--mem-budget"
         )
 
 
 def check_work_dir(work_dir: str | None) -> None:
-    """That the blocks can lie in the work directory.
+    """Check that blocks can be kept in the work directory.
 
     Raises:
         StorageError: it is missing, no folder, or not writable.

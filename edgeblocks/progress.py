@@ -1,4 +1,4 @@
-"""Who hears how a long call goes on."""
+"""Listeners, which get the progress of a long call."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from typing import Protocol
 
 
 class Listener(Protocol):
-    """Hears how a long call goes on. All methods are optional to act on; `Silent` ignores everything."""
+    """Gets the progress of a long call. All methods are optional to act on; `Silent` ignores everything."""
 
     def stage(self, text: str) -> None:
         """Another stage of the call begins, such as planning or training."""
         ...
 
     def advance(self, done: int, total: int, text: str) -> None:
-        """So many of so many files, blocks or samples are done."""
+        """`done` of `total` files, blocks or samples are done."""
         ...
 
     def planned(self, plan_text: str, out: Path) -> None:
@@ -33,7 +33,7 @@ class Listener(Protocol):
 
 
 class Silent:
-    """A listener that hears nothing."""
+    """A listener that ignores everything."""
 
     def stage(self, text: str) -> None: ...
 

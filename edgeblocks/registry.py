@@ -94,7 +94,7 @@ def own_family(name: str) -> dict[str, str] | None:
 
 
 def import_own_family(found: dict[str, str]) -> None:
-    """Register what `own_family` told in another process."""
+    """Register what `own_family` returned in another process."""
     sys.path.append(found["folder"])
     module, _, attribute = found["path"].partition(":")
     register_family(getattr(importlib.import_module(module), attribute))

@@ -184,7 +184,7 @@ class Run:
             fill: for mdlm, a text in which each missing token is written `_` or `[MASK]`.
             prompt: for ar and looped, how each text begins.
             top_p: for ar and looped, draw from the smallest set of the likeliest tokens with this probability; None: 1.
-            length: tokens of a text with its prompt, at most as many as the run was trained on; None: so many. mdlm
+            length: tokens of a text with its prompt, at most as many as the run was trained on; None: that many. mdlm
                 makes the whole text and gives its beginning.
             on_step: called with the steps done, or the tokens written, and how many there will be.
 

@@ -16,7 +16,7 @@ GRID_TOKENS = 64
 
 @dataclass(frozen=True, kw_only=True)
 class Measure:
-    """The figure that tells how good a network is: what it is called, and which of two is better."""
+    """The figure of how good a network is: what it is called, and which of two is better."""
 
     name: str
     higher_is_better: bool = False

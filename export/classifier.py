@@ -33,7 +33,7 @@ class Answer(TypedDict):
 
 
 class Classifier(ImageChain):
-    """An exported chain that tells the classes of images."""
+    """An exported chain that classifies images."""
 
     def classify(
         self,
@@ -91,7 +91,7 @@ class Classifier(ImageChain):
         An image is cut to its central square and resized where the network's images are square.
 
         Args:
-            on_unreadable: told of each file that would raise `DataError`, which then has no answer; None: it raises.
+            on_unreadable: called with the error of each file that cannot be read; None: it is raised.
 
         Raises:
             DataError: a file is no image that can be read, or has another size than a network takes that is not square.

@@ -39,7 +39,7 @@ class Continuer(ExportedChain):
             temperature: 1 draws as the network was trained, 0 takes the likeliest token; None: as the manifest says.
             top_p: draw from the smallest set of the likeliest tokens with this probability; None: as the manifest says.
             fill: refused; it belongs to networks that fill gaps.
-            length: tokens of a text with its prompt, at most as many as the network was trained on; None: so many.
+            length: tokens of a text with its prompt, at most as many as the network was trained on; None: that many.
             on_token: called with the tokens written, and how many there will be.
 
         Raises:
@@ -117,7 +117,7 @@ class Continuer(ExportedChain):
         )
 
     def continued(self, block: int, z: Values, sigma: Values, inputs: Tokens, past: Values) -> tuple[Values, Values]:
-        """A `generation.Network`: logits of the last position, and keys and values of all."""
+        """An `autoregression.Network`: logits of the last position, and the keys and values of all for the KV cache."""
         logits, present = self.run_block(block, z, sigma, inputs, past)
         return logits[:, -1], present
 

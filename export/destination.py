@@ -49,8 +49,8 @@ def check_destination(out: Path) -> None:
     if others:
         shown = ", ".join(others[:5]) + (", .." if len(others) > 5 else "")
         raise ConfigError(
-            f"-o {out} holds other files beside a former export, and they would be lost: {shown}; move them away, or "
-            f"choose another directory"
+            f"-o {out} holds files that are not of the export there, and they would be lost: {shown}; move them away, "
+            f"or choose another directory"
         )
 
 

@@ -256,7 +256,7 @@ class Manifest(Checked, ABC):
             needed = f"noise levels from {top:g} to {bottom:g}, strictly descending, are needed"
             raise ValueError(f"boundaries={shown(boundaries)}: {needed}")
         if num_blocks != len(boundaries) - 1:
-            raise ValueError(f"files lists {num_blocks} blocks, boundaries tells of {len(boundaries) - 1}")
+            raise ValueError(f"files lists {num_blocks} blocks, boundaries has {len(boundaries) - 1}")
         if [file.block for file in self.files] != list(range(num_blocks)):
             raise ValueError("the blocks of files are not listed in order")
         names = [name for file in self.files for name in file.names]
@@ -288,7 +288,7 @@ class NoiseManifest(Manifest):
 
 
 class ImageManifest(NoiseManifest):
-    """A chain that makes images, or tells their classes.
+    """A chain that makes images, or classifies them.
 
     mean, scale: model space is x = (pixel/255 - mean) * scale, with standard deviation sigma_data.
     class_names: () for an unconditional network; a graph takes class numbers, and `num_classes` for "no class".
@@ -319,9 +319,9 @@ class ImageManifest(NoiseManifest):
         if self.num_classes != len(self.class_names):
             raise ValueError(f"num_classes={self.num_classes}: the number of class_names is {len(self.class_names)}")
         if self.task == "classes" and self.num_classes < 2:
-            raise ValueError(f"num_classes={self.num_classes}: at least two are needed where classes are told")
+            raise ValueError(f"num_classes={self.num_classes}: a classifier has at least two")
         if self.task == "classes" and (self.sampler.solver, self.sampler.guidance) != ("euler", 1.0):
-            raise ValueError("sampler must be euler without guidance, where classes are told")
+            raise ValueError("sampler must be euler without guidance for a classifier")
         return self
 
 

@@ -237,7 +237,7 @@ class CudaTarget:
         """Bytes per second to torch's current GPU and from it, as blocks are copied.
 
         Raises:
-            RuntimeError: so much memory is not free.
+            RuntimeError: that much memory is not free.
         """
         here, there = self.host_memory(probe_bytes), self.empty(probe_bytes)
         to_gpu_s = self._time(lambda: self.copy_(there, here), 5)

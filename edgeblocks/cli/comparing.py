@@ -50,11 +50,11 @@ def compare(
     minutes: Annotated[
         float | None,
         typer.Option(
-            help="Train each arm for so long, instead of for so many steps; a short trial shows how many steps these "
-            "are."
+            help="Train each arm for this many minutes instead of a number of steps; a short trial measures how many "
+            "steps fit."
         ),
     ] = None,
-    seeds: Annotated[int, typer.Option(help="Train each arm so many times, with other randomness.")] = 1,
+    seeds: Annotated[int, typer.Option(help="Times that each arm is trained, each with another seed.")] = 1,
     preset: Preset = None,
     data: Data = None,
     tokenizer: Tokenizer = None,
@@ -76,7 +76,7 @@ def compare(
     as_json: Json = False,
     verbose: Verbose = False,
 ) -> None:
-    """Train the same network in several ways and tell quality, time and memory of each.
+    """Train the same network in several ways and report quality, time and memory of each.
 
     Every arm has a process of its own, one after the other. The same command again goes on with what is missing.
     """
@@ -90,7 +90,7 @@ def compare(
 
         given = given_settings(set_values, typed)
         if minutes is not None and "steps" in given:
-            raise ConfigError("--minutes and --steps: either each arm trains for so long, or for so many steps")
+            raise ConfigError("--minutes and --steps: an arm trains for a time or for a number of steps")
         with ConsoleListener() as listener:
             wanted = comparison.wanted_of(arms, seeds, minutes, given, config, note=listener.note)
             run = wanted.settings.run

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def training_report(summary: Summary, path: Path) -> str:
-    """Planned beside measured, and what to type next. A dash is what an earlier edgeblocks did not write down."""
+    """Planned against measured, and what to type next. A dash is what an earlier edgeblocks did not write down."""
     loss, method = summary.metrics, METHODS[summary.method]
     by_block = ", ".join("-" if value is None else f"{value:.3f}" for value in loss.validation_loss_by_block)
     by_block = f" (by block, high noise first: {by_block})" if by_block and not method.one_network else ""
@@ -24,12 +24,15 @@ def training_report(summary: Summary, path: Path) -> str:
     if summary.predicted_ram_peak_bytes is not None:
         memories.append(("peak of the host", summary.predicted_ram_peak_bytes, summary.ram_peak_bytes))
     rows = [
-        *((name, _told(planned, format_bytes), _told(measured, format_bytes)) for name, planned, measured in memories),
-        ("budget", "", _told(summary.budget_bytes, format_bytes)),
+        *(
+            (name, _or_dash(planned, format_bytes), _or_dash(measured, format_bytes))
+            for name, planned, measured in memories
+        ),
+        ("budget", "", _or_dash(summary.budget_bytes, format_bytes)),
         (
             "step" if method.trained_together else "step of a block",
-            _told(summary.predicted_step_s, format_duration),
-            _told(summary.step_s, format_duration),
+            _or_dash(summary.predicted_step_s, format_duration),
+            _or_dash(summary.step_s, format_duration),
         ),
     ]
     total = max(summary.seconds or 0.0, 1e-9)
@@ -38,8 +41,8 @@ def training_report(summary: Summary, path: Path) -> str:
     lines += [f"{name:<18}{planned:>12}{measured:>12}" for name, planned, measured in rows]
     lines += [
         f"time: {format_duration(total)}; compute {share['compute']:.1%}, waiting for {method.part}s "
-        f"{share['stall']:.1%}, data {share['data']:.1%}; {_told(summary.disk_bytes_written, format_bytes)} written to "
-        f"disk",
+        f"{share['stall']:.1%}, data {share['data']:.1%}; {_or_dash(summary.disk_bytes_written, format_bytes)} written "
+        f"to disk",
         f"validation loss {loss.validation_loss:.4f}{by_block}",
     ]
     if loss.text is not None:
@@ -47,7 +50,7 @@ def training_report(summary: Summary, path: Path) -> str:
     return "\n".join([*lines, "", *_next_commands(summary.makes, path)])
 
 
-def _told(value: float | None, write: Callable[[float], str]) -> str:
+def _or_dash(value: float | None, write: Callable[[float], str]) -> str:
     return "-" if value is None else write(value)
 
 
@@ -132,7 +135,7 @@ def evaluation_report(result: "Evaluated") -> str:
 
 
 def _continuation_lines(result: "Evaluated") -> list[str]:
-    """What is told of text that is written token by token, beside its bound."""
+    """The figures of text that is written token by token, besides its bound."""
     lines = []
     if not METHODS[result["method"]].trained_together:
         lines += [

@@ -1,4 +1,4 @@
-"""How a long call goes on, told on standard error: lines in a pipe, one live line in a terminal."""
+"""The progress of a long call, on standard error: lines in a pipe, one live line in a terminal."""
 
 import sys
 import time

@@ -23,7 +23,9 @@ def info(
 
         description = describe(path)
         print(
-            json.dumps(description) if as_json else facts([(key, _told(value)) for key, value in description.items()])
+            json.dumps(description)
+            if as_json
+            else facts([(key, _readable(value)) for key, value in description.items()])
         )
 
     guarded(work, verbose=verbose)
@@ -71,10 +73,10 @@ def doctor(
     guarded(work, verbose=verbose)
 
 
-def _told(value: object) -> str:
+def _readable(value: object) -> str:
     """A value as people read it."""
     if isinstance(value, dict):
-        return ", ".join(f"{name.replace('_', ' ')} {_told(part)}" for name, part in value.items())
+        return ", ".join(f"{name.replace('_', ' ')} {_readable(part)}" for name, part in value.items())
     if isinstance(value, list):
-        return ", ".join(map(_told, value))
+        return ", ".join(map(_readable, value))
     return f"{value:.3g}" if isinstance(value, float) and abs(value) < 1e-3 else str(value)

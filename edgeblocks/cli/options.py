@@ -48,12 +48,12 @@ MemBudget = Annotated[
 ]
 WorkDir = Annotated[str | None, typer.Option(help="Folder on a fast disk for the blocks while they are trained.")]
 MaxDiskWrites = Annotated[
-    str | None, typer.Option(help="End, saved, before the run has written more than this to disk, such as 200GB.")
+    str | None, typer.Option(help="Save and end before the run has written more than this to disk, such as 200GB.")
 ]
 Steps = Annotated[
     int | None,
     typer.Option(
-        help="Optimizer steps of each block; with --method exact of the whole network.", show_default="the preset's"
+        help="Optimizer steps of each block; with --method exact, of the whole network.", show_default="the preset's"
     ),
 ]
 BatchSize = Annotated[
@@ -75,7 +75,7 @@ Init = Annotated[
     str | None,
     typer.Option(
         help="A .safetensors file that the weights begin with instead of random ones: of `edgeblocks weights`, or of "
-        "plain PyTorch. --set init_fresh=readout lets parts of the network begin with random ones all the same."
+        "plain PyTorch. --set init_fresh=readout keeps the random ones for parts of the network."
     ),
 ]
 TrainBlocks = Annotated[
@@ -98,7 +98,10 @@ PlanTarget = Annotated[
 ]
 RamBudget = Annotated[
     str | None,
-    typer.Option(help="Largest resident memory of the process beside a GPU, such as 8GB or 50% (the default)."),
+    typer.Option(
+        help="With --target cuda: largest resident memory of the process in the host's RAM, such as 8GB or 50% (the "
+        "default)."
+    ),
 ]
 ConfigFile = Annotated[Path | None, typer.Option("--config", help="YAML file of settings; flags go over it.")]
 SetValues = Annotated[

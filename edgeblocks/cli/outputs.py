@@ -84,7 +84,7 @@ def say_classes(
         DataError: some cannot be read. The others' answers were given before.
     """
     if not images:
-        raise ConfigError(f"{classifier.directory} tells the classes of images: name some image files after it")
+        raise ConfigError(f"{classifier.directory} classifies images: name some image files after it")
     if out is not None and out.suffix.lower() != ".json":
         raise ConfigError(f"-o {out}: classes are written as JSON; give a name that ends in .json")
     unreadable: list[DataError] = []

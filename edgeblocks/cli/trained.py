@@ -118,10 +118,10 @@ def sample(
                 listener.note("the run is not finished: its blocks are used as they were saved last")
             if loaded.directory.family().task in TEXT_TASKS:
 
-                def told(done: int, total: int) -> None:
+                def on_token(done: int, total: int) -> None:
                     listener.advance(done, total, "writing")
 
-                wish.texts(partial(loaded.sample_text, steps=steps, seed=seed, mem_budget=mem_budget, on_step=told))
+                wish.texts(partial(loaded.sample_text, steps=steps, seed=seed, mem_budget=mem_budget, on_step=on_token))
                 return
             levels = usual_steps(loaded.directory) if steps is None else steps
 
@@ -183,7 +183,7 @@ def weights(
 def run(
     directory: Annotated[Path, typer.Argument(help="An exported directory.", show_default=False)],
     images: Annotated[
-        list[Path] | None, typer.Argument(help="Image files to classify, for a network that tells classes.")
+        list[Path] | None, typer.Argument(help="Image files to classify, for an exported classifier.")
     ] = None,
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="Where to write.", show_default="grid.png where images are made")
@@ -206,8 +206,8 @@ def run(
 ) -> None:
     """Run an exported network: onnxruntime only, one block in memory at a time, no torch.
 
-    One that makes images writes a grid of them. One that tells classes prints the likeliest ones of each image file,
-    or writes them to a .json file. One that writes text prints it, or writes it to a file.
+    An image model writes a grid of images. A classifier prints the likeliest classes of each image file, or writes them
+    to a .json file. A text model prints its text, or writes it to a file.
     """
     wish = Wish(
         n=n,
@@ -226,7 +226,7 @@ def run(
         if images and manifest.task != "classes":
             raise ConfigError(f"{directory} takes no images; leave out {images[0]}")
         if manifest.task == "classes":
-            wish.nothing("tells classes")
+            wish.nothing("classifies images")
             say_classes(exported, images or [], out, steps, seed, as_json=as_json)
         elif manifest.task in TEXT_TASKS:
             wish.texts(partial(exported.write, steps=steps, seed=seed))

@@ -2,7 +2,7 @@
 
 All train on the same data in the same batches with the same schedule, for as many layer evaluations (B blocks of L/B
 layers, each with K steps, make as many as K steps of L layers), or for as long a time. `diffusion` and `exact` keep the
-budget; ordinary training (`plain_training`) has none, and its peak is told whatever it is.
+budget; ordinary training (`compare.plain_training`) has none, and its peak is reported whatever it is.
 
 A comparison lies in a folder with one run a method and seed. The same comparison again goes on with what is missing.
 """
@@ -238,14 +238,14 @@ class _Training:
         """Of the training: as set, or as many as a short trial shows to fill the time."""
         if self.wanted.minutes is None:
             return self.wanted.settings.run.steps
-        trial, told = self.path.with_name(f"{self.path.name}-trial"), self.path.with_name(f"{self.path.name}.steps")
-        if told.exists():
-            return int(told.read_text())
+        trial, steps_file = (self.path.with_name(f"{self.path.name}{end}") for end in ("-trial", ".steps"))
+        if steps_file.exists():
+            return int(steps_file.read_text())
         self.listener.note(f"a trial of {PROBE_STEPS} steps, to see how many fill {self.wanted.minutes:g} minutes")
         if not (trial / "summary.json").exists():
             self._train(trial, PROBE_STEPS)
         steps = max(1, round(self.wanted.minutes * 60 / self._measured(trial).step_s))
-        write_text(told, str(steps))
+        write_text(steps_file, str(steps))
         return steps
 
     def _train(self, path: Path, steps: int) -> None:
@@ -309,7 +309,7 @@ class _Training:
         }
 
     def _measured(self, path: Path) -> _Measured:
-        """What the summary of a training tells.
+        """The figures of a training's summary.
 
         Raises:
             RunError: it is damaged.
@@ -336,20 +336,23 @@ class _Training:
 
 
 def _exit_code(command: list[str]) -> int:
-    """Of a process that is told of Ctrl-C, SIGTERM and a closed terminal, saves what it has and is waited for.
+    """Run a command and return its exit code.
+
+    Ctrl-C, SIGTERM and a closed terminal are passed on to it once; it saves what it has, and is waited for.
 
     Raises:
         KeyboardInterrupt: there was one of these.
     """
     with Interruption().listening() as interruption:
-        # In a session of its own a terminal does not tell it too: a second Ctrl-C would not wait for the step.
+        # In a session of its own, so that a terminal's Ctrl-C does not reach it as well: to the child that would be a
+        # second one, which does not wait for the step.
         child = subprocess.Popen(command, stdout=subprocess.DEVNULL, start_new_session=True)
-        told = False
+        passed_on = False
         try:
             while child.poll() is None:
-                if interruption.signal_name is not None and not told:
+                if interruption.signal_name is not None and not passed_on:
                     child.send_signal(signal.SIGINT)
-                    told = True
+                    passed_on = True
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     child.wait(timeout=0.2)
         except KeyboardInterrupt:
@@ -419,7 +422,7 @@ def wanted_of(
     if seeds < 1:
         raise ConfigError(f"--seeds {seeds}: at least one is needed")
     if minutes is not None and config is not None and "steps" in read_yaml(Path(config)):
-        raise ConfigError(f"--minutes and the steps of {config}: either each arm trains for so long, or so many steps")
+        raise ConfigError(f"--minutes and the steps of {config}: an arm trains for a time or for a number of steps")
     resolved = api.settings_for_here(config=config, **settings).with_whole_paths()
     first = resolved.run.seed
     return Wanted(settings=resolved, arms=parsed, seeds=tuple(range(first, first + seeds)), minutes=minutes)

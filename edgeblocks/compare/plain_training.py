@@ -132,7 +132,7 @@ class Recorder:
         self.partition = whole_range(family)
         self.previews_s = self.started = 0.0
         self._first_s = 0.0
-        """Of the first step, which loads libraries and fetches memory."""
+        """Of the first step, which loads libraries and takes memory from the system."""
         self._every = max(1, run.steps // METRICS_RECORDS)
         self._marks = {math.ceil(run.steps * (i + 1) / run.evaluations) for i in range(run.evaluations)}
 
@@ -170,7 +170,7 @@ class Recorder:
             self._append("quality.jsonl", {"step": step, "seconds": seconds, **asdict(found)})
 
     def finish(self) -> None:
-        """Write the summary, which tells that the training is finished."""
+        """Write the summary, which marks the training as finished."""
         summary = PlainSummary(
             steps=self.run.steps,
             seconds=self.seconds,

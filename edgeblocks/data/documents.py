@@ -250,8 +250,10 @@ def _parquet_documents(file: FoundText, begin: int) -> Iterator[Iterator[Piece]]
     try:
         kinds = {field.name: str(field.type) for field in table.schema_arrow}
         if kinds.get("text") not in ("string", "large_string"):
-            told = ", ".join(f"{name} ({kind})" for name, kind in list(kinds.items())[:10]) or "none"
-            raise DataError(f"{file.path} has no column `text` of strings, but {told}; rename the column of the text")
+            columns = ", ".join(f"{name} ({kind})" for name, kind in list(kinds.items())[:10]) or "none"
+            raise DataError(
+                f"{file.path} has no column `text` of strings, but {columns}; rename the column of the text"
+            )
         num_rows, done = max(1, table.metadata.num_rows), 0
         for batch in table.iter_batches(batch_size=_ROWS_AT_ONCE, columns=["text"], use_threads=False):
             for text in batch.column(0).to_pylist():

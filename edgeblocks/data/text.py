@@ -223,9 +223,9 @@ class _Tokenising:
         elif chosen != "bpe":
             self._given = read_tokenizer(Path(chosen).expanduser())
         definition = None if self._given is None else self._given.to_json()
-        told = [FORMAT_VERSION, text.identity, self._border]
-        told += [definition or chosen, vocabulary if self._given is None else None]
-        self.key = hashlib.sha256(f"text {json.dumps(told)}".encode()).hexdigest()
+        decides = [FORMAT_VERSION, text.identity, self._border]
+        decides += [definition or chosen, vocabulary if self._given is None else None]
+        self.key = hashlib.sha256(f"text {json.dumps(decides)}".encode()).hexdigest()
 
     def tokenizer(self) -> Tokenizer:
         """The one to encode with.

@@ -190,9 +190,9 @@ def _fill(files: CacheFiles, tokenizer: Tokenizer, stretches: Iterator[Stretch])
     tally = Tally() if isinstance(tokenizer, CharacterTokenizer) else None
     waiting = np.empty(0, dtype)
     for tokens, extent, held_out in _encoded(tokenizer, stretches, tally):
-        told = extents[held_out]
-        told.tokens, told.characters = told.tokens + extent.tokens, told.characters + extent.characters
-        told.bytes += extent.bytes
+        total = extents[held_out]
+        total.tokens, total.characters = total.tokens + extent.tokens, total.characters + extent.characters
+        total.bytes += extent.bytes
         token_hash.update(tokens.astype("<u4").data)
         waiting = np.concatenate([waiting, tokens.astype(dtype)])
         num_whole = len(waiting) // page_tokens * page_tokens

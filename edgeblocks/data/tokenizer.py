@@ -179,7 +179,7 @@ def stored_tokenizer(
 
     Args:
         definition_sha256: of its tokenizer.json; None where it has none.
-        vocabulary: the tokens that the folder's manifest tells of.
+        vocabulary: the number of tokens in the folder's manifest.
         cure: what to do about a damaged one, for the message.
 
     Raises:
@@ -197,7 +197,7 @@ def stored_tokenizer(
     tokenizer = build_tokenizer(kind, definition, path=path)
     if tokenizer.vocabulary != vocabulary:
         raise RunError(
-            f"{folder} is damaged: its tokenizer has {tokenizer.vocabulary} tokens, manifest.json tells of "
+            f"{folder} is damaged: its tokenizer has {tokenizer.vocabulary} tokens, manifest.json says "
             f"{vocabulary}; {cure}"
         )
     return tokenizer

@@ -96,6 +96,6 @@ def _check_table(packed: object) -> None:
     table = base64.b64decode(packed, validate=True) if isinstance(packed, str) else b""
     trie_bytes = int.from_bytes(table[:4], "little")
     if len(table) < 4 or trie_bytes > len(table) - 4:
-        raise ValueError(f"a table of characters that has {len(table)} bytes tells of {trie_bytes}")
+        raise ValueError(f"a table of characters that has {len(table)} bytes declares {trie_bytes}")
     if max(map(len, table[4 + trie_bytes :].split(b"\0"))) > _LONGEST_REPLACEMENT_BYTES:
         raise ValueError(f"a character is replaced by more than {_LONGEST_REPLACEMENT_BYTES} bytes")

@@ -2,11 +2,12 @@
 
 A position's target is its token's row of the code-book. To write it, its state z starts as noise and walks the noise
 levels; at each one the block that owns it gives logits, whose softmax-weighted mean of code-book rows is the denoised
-state. What a block knows of the positions before comes from keys and values that were kept when these were written.
+state. A block attends to the earlier positions through its KV cache: their keys and values, kept since they were
+written.
 
-Families differ in what those keys and values depend on. Where they come from the tokens alone (`ar`), each block has
-one set of them. Where they come from noised codes (`looped`), each level has its own, and those of a position are made
-when its token is known, from the token's own noised code as in training, together with the next position.
+Families differ in what the KV cache depends on. Where it comes from the tokens alone (`ar`), each block has one. Where
+it comes from noised codes (`looped`), each level has its own, and a position's entries are made when its token is
+known, from the token's own noised code as in training, together with the next position.
 """
 
 from collections.abc import Callable, Sequence
@@ -41,15 +42,15 @@ CachesPer = Literal["block", "step"]
 
 @dataclass(frozen=True, kw_only=True)
 class TokenChain:
-    """How a token is written: the noise levels, who runs at each, and which keys and values it is given.
+    """How a token is written: the noise levels, the block of each, and the KV cache that it reads.
 
     codes: the code-book [vocabulary, code_width].
     length: positions of a text.
     levels: descending noise levels.
     blocks: the block of each level.
-    caches_per: whether levels share the keys and values of their block, or each step of the chain has its own. These
-        depend on noised codes, so that a position's are made when its token is known.
-    num_caches: tensors of keys and of values that each block keeps.
+    caches_per: whether levels share the KV cache of their block, or each step of the chain has its own. Those depend on
+        noised codes, so that a position's entries are made when its token is known.
+    num_caches: tensors of keys and of values in each block's KV cache.
     """
 
     codes: Values
@@ -63,7 +64,7 @@ class TokenChain:
 
     @property
     def cache_keys(self) -> tuple[int, ...]:
-        """For each level a name of its keys and values."""
+        """For each level the number of its KV cache."""
         return self.blocks if self.caches_per == "block" else tuple(range(len(self.levels)))
 
     @property
@@ -81,7 +82,7 @@ class TokenChain:
 
 
 def writing_bytes(*, length: int, num_caches: int, width: int, vocabulary: int, code_width: int) -> int:
-    """What writing one text keeps in memory: keys and values, noise, and several copies of its probabilities.
+    """What writing one text keeps in memory: the KV cache, noise, and several copies of its probabilities.
 
     Args:
         num_caches: tensors of keys and of values [length, width], of all blocks and steps of the chain.
@@ -90,9 +91,9 @@ def writing_bytes(*, length: int, num_caches: int, width: int, vocabulary: int, 
 
 
 class Predict(Protocol):
-    """A network with its keys and values: logits of the last of some consecutive positions.
+    """A network with its KV cache: logits of the last of some consecutive positions.
 
-    It keeps the keys and values of the positions that it is given, in the place of those that it kept of them before.
+    The keys and values of these positions go into the KV cache, over those that it had of them.
     """
 
     def __call__(self, step: int, sigma: float, inputs: Tokens, z: Values, start: int) -> Values:
@@ -110,7 +111,7 @@ class Predict(Protocol):
 def check_continuing(
     *, n: int, steps: int, temperature: float, top_p: float, length: int | None, trained_length: int
 ) -> None:
-    """That texts can be asked for like that.
+    """Check the settings of a request for texts.
 
     Raises:
         ConfigError: with all that is impossible.
@@ -124,7 +125,7 @@ def check_continuing(
 
 
 def check_prompt(prompt: Tokens, *, length: int, trained_length: int) -> None:
-    """That a network can go on with a prompt [p] to a text of that length.
+    """Check that a text of this length has room behind a prompt [p].
 
     Raises:
         ConfigError: there is no room behind it.
@@ -184,7 +185,8 @@ class Window:
         return self._inputs[:, 1:]
 
     def fill(self, predict: Predict, upto: int) -> None:
-        """Give a network the known positions before `upto` but for those that `probabilities_at` gives it again."""
+        """Run the known positions before `upto` through a network, for its KV cache, but for those that
+        `probabilities_at` runs again."""
         chain, last = self._chain, upto - self._restated
         for step, sigma in enumerate(chain.levels):
             if chain.cache_keys[step] not in chain.cache_keys[:step]:
@@ -214,7 +216,7 @@ class Window:
 
     @property
     def _restated(self) -> int:
-        """Known positions at the end that a network is given again with the next one."""
+        """Known positions at the end that are run again together with the next one."""
         return int(self._chain.caches_per == "step")
 
     def _known(self, start: int, stop: int, sigma: float) -> Values:
@@ -320,22 +322,23 @@ class Network(Protocol):
 
 
 class CachedPredict:
-    """A `Predict` that keeps the keys and values of the samples that are being written."""
+    """A `Predict` that holds the KV cache of the samples that are being written."""
 
     def __init__(self, network: Network, chain: TokenChain) -> None:
         self._network, self._chain = network, chain
-        self._kept: dict[int, Values] = {}
-        """By their key, [caches, b, heads, length, head_width]."""
+        self._caches: dict[int, Values] = {}
+        """By `TokenChain.cache_keys`, [caches, b, heads, length, head_width]."""
 
     def __call__(self, step: int, sigma: float, inputs: Tokens, z: Values, start: int) -> Values:
         chain, (count, num_positions) = self._chain, inputs.shape
         block, key = chain.blocks[step], chain.cache_keys[step]
-        if key not in self._kept:
+        if key not in self._caches:
+            # At full length at once: growing it by a position would copy all of it for every token.
             shape = (chain.num_caches[block], count, chain.heads, chain.length, chain.head_width)
-            self._kept[key] = np.zeros(shape, dtype=np.float32)
-        kept = self._kept[key]
+            self._caches[key] = np.zeros(shape, dtype=np.float32)
+        cache = self._caches[key]
         logits, present = self._network(
-            block, z, np.full(count, sigma, dtype=np.float32), inputs, kept[:, :, :, :start]
+            block, z, np.full(count, sigma, dtype=np.float32), inputs, cache[:, :, :, :start]
         )
-        kept[:, :, :, start : start + num_positions] = present
+        cache[:, :, :, start : start + num_positions] = present
         return logits

@@ -5,8 +5,7 @@ ones, so 64 features are as good as 768 and take a twelfth of the memory in ever
 and are shared by all blocks without being a parameter; their norm of 1 holds for the target and, because probabilities
 are averaged over the same rows, for the estimate that a chain feeds back (at most 1 there).
 
-The bits come from a hash function and not from a generator of a library: the table is never stored, and a network of
-today must find the same one in ten years, in torch and in the deployed chain alike. No torch.
+The table is never stored. No torch.
 """
 
 import hashlib
@@ -44,6 +43,8 @@ def check_codes(vocabulary: int, width: int) -> None:
 
 def _packed_rows(vocabulary: int, width: int) -> NDArray[np.uint8]:
     """The signs as bits, [vocabulary, width / 8]."""
+    # From a hash function and not from a library's generator: a network of today must find the same table in ten years,
+    # in torch and in the deployed chain alike.
     text = f"edgeblocks: {width} signs for each of {vocabulary} tokens"
     num_bytes = vocabulary * width // 8
     packed = np.frombuffer(hashlib.shake_256(text.encode()).digest(num_bytes), np.uint8).reshape(vocabulary, width // 8)

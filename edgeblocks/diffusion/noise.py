@@ -1,8 +1,7 @@
 """Noise levels: their distribution, their partition into blocks, and the levels of a sampler.
 
-Plain arithmetic without torch, because training, evaluation, sampling, export and the deployed chain all route a noise
-level to its block through `NoisePartition.block_of` and through nothing else. The block is an integer that is decided
-once; it is never inferred again from a rounded grid.
+Plain arithmetic without torch: training, evaluation, sampling, export and the deployed chain all find the block of a
+noise level with `NoisePartition.block_of` and with nothing else.
 
 There are two kinds of noise: Gaussian noise, whose level is sigma, and masking, whose level is the time t.
 
@@ -23,7 +22,7 @@ _STANDARD_NORMAL = NormalDist()
 
 
 class LevelDistribution(Protocol):
-    """What a partition asks of a kind of noise: its highest and lowest level, and how levels are distributed."""
+    """A kind of noise, for a partition: its highest and lowest level, and how levels are distributed."""
 
     @property
     def top(self) -> float: ...
@@ -151,6 +150,7 @@ class NoisePartition:
         >>> [partition.block_of(sigma) for sigma in (80.0, 1.0, 0.3, 0.002)]
         [0, 0, 1, 2]
         """
+        # Compared with the boundaries themselves and never computed back from sigma: rounding could name a neighbour.
         if not self.boundaries[-1] <= sigma <= self.boundaries[0]:
             raise ValueError(f"noise level {sigma} lies outside [{self.boundaries[-1]}, {self.boundaries[0]}]")
         return sum(sigma < boundary for boundary in self.boundaries[1:-1])
@@ -197,6 +197,7 @@ def sampler_levels(partition: NoisePartition, *, num_steps: int, rho: float = 7.
     levels = [partition.boundaries[0]]
     levels += [(top + i / (num_steps - 1) * (bottom - top)) ** rho for i in range(1, num_steps - 1)]
     levels += [partition.boundaries[-1]] if num_steps > 1 else []
+    # The power can carry a level past the ends by a rounding error, and then no block owns it.
     levels = [min(max(level, partition.boundaries[-1]), partition.boundaries[0]) for level in levels]
     by_block: list[list[float]] = [[] for _ in range(num_blocks)]
     for level in levels:
@@ -236,6 +237,7 @@ def _levels_inside(partition: NoisePartition, block: int, count: int, rho: float
     gap = (high - low) / parts if parts else 0.0
     start = high if first else high - gap / 2
     levels = [(start - i * gap) ** rho for i in range(count)]
+    # The power's rounding would miss sigma_max and sigma_min by a last bit.
     if first:
         levels[0] = partition.boundaries[0]
     elif last:

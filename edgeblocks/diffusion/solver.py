@@ -1,7 +1,6 @@
-"""What torch's chain and the deployed chain share: the solver's arithmetic, and the reading of a request for samples.
+"""The solver's arithmetic and the checks of a request for samples, shared by torch's chain and the deployed chain.
 
-Plain operators on whatever arrays are given, and no torch: numpy and torch then round every operation alike, because
-a Python float joins a float32 array as a float32 in both. The same denoiser gives the same samples, bit for bit.
+Plain operators on whatever arrays are given, and no torch. The same denoiser gives the same samples, bit for bit.
 """
 
 import math
@@ -53,11 +52,14 @@ def integrate(
     >>> float(integrate(lambda z, sigma: 0 * z, np.ones((), np.float32), (80.0, 1.0), solver="euler"))
     0.0
     """
+    # numpy and torch round each of these operations alike, because a Python float joins a float32 array as a float32 in
+    # both.
     z = z * levels[0]
     for i, sigma in enumerate(levels):
         sigma_next = levels[i + 1] if i + 1 < len(levels) else 0.0
         slope = (z - denoise(z, sigma)) / sigma
         z_next = z + slope * (sigma_next - sigma)
+        # The slope divides by sigma: there is none at 0, where the last step is Euler's.
         if solver == "heun" and sigma_next > 0:
             slope_next = (z_next - denoise(z_next, sigma_next)) / sigma_next
             z_next = z + (slope + slope_next) * ((sigma_next - sigma) / 2)
@@ -76,7 +78,7 @@ def guide(conditional: Array, unconditional: Array, guidance: float) -> Array:
 
 
 def check_request(*, n: int, steps: int, guidance: float, conditional: bool) -> None:
-    """Whether samples can be asked for like this.
+    """Check a request for samples.
 
     Raises:
         ConfigError: with everything that is wrong.

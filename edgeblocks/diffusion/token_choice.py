@@ -34,7 +34,7 @@ def drawing_problems(*, n: int, temperature: float, top_p: float = 1.0) -> list[
 
 
 def length_problems(length: int | None, *, trained_length: int) -> list[str]:
-    """What is wrong with a wish for texts of so many tokens; None request for as many as the network was trained on."""
+    """What is wrong with a requested length in tokens; None requests as many as the network was trained on."""
     if length is None or 1 <= length <= trained_length:
         return []
     longer = ""
@@ -69,7 +69,7 @@ def check_options(
         )
     if task == "text" and fill is not None and length is not None:
         problems.append(
-            f"--length {length} means nothing beside --fill, whose text is as long as what is given with its gaps; "
+            f"--length {length} has no effect with --fill, whose text is as long as what is given with its gaps; "
             f"leave --length out, or add gaps"
         )
     if task == "continuation" and fill is not None:
@@ -83,6 +83,7 @@ def check_options(
 
 def softmax(logits: Values) -> Values:
     """Probabilities along the last axis."""
+    # The largest is taken off before exp, which would overflow otherwise.
     exponentials = np.exp(logits - logits.max(axis=-1, keepdims=True))
     found: Values = exponentials / exponentials.sum(axis=-1, keepdims=True)
     return found
@@ -130,5 +131,6 @@ def token_at(weights: NDArray[np.float64], uniform: NDArray[np.float64]) -> Toke
     """
     sums = np.cumsum(weights, axis=1)
     below: Tokens = (sums <= uniform[:, None] * sums[:, -1:]).sum(axis=1)
+    # The sum rounds: with a uniform number close to 1 none of the sums may exceed it.
     drawn: Tokens = np.minimum(below, weights.shape[1] - 1)
     return drawn

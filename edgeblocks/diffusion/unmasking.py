@@ -16,7 +16,7 @@ Tokens = NDArray[np.int64]
 
 
 def check_writing(*, n: int, steps: int, temperature: float, length: int | None, trained_length: int) -> None:
-    """That texts can be asked for like that.
+    """Check the settings of a request for texts.
 
     Raises:
         ConfigError: with all that is impossible.
@@ -53,7 +53,7 @@ def unmask(
         tokens: with the id `mask` at the gaps.
         steps: intervals (t_from, t_to), descending, each inside one block's range; see `unmasking_steps`.
         temperature: 0 takes the likeliest token.
-        micro_batch: samples that a network is given at a time.
+        micro_batch: samples that go through a network at a time.
         on_step: called with the number of steps done.
 
     Source: arXiv 2406.07524 (MDLM), section 3.2.3, 2406.04329 (MD4), algorithm 2.
@@ -62,7 +62,9 @@ def unmask(
     length = tokens.shape[1]
     streams = [np.random.default_rng(seed_at(seed, "unmask", index)) for index in range(len(tokens))]
     for number, (t_from, t_to) in enumerate(steps):
+        # In the last step with certainty, whatever its t_to, so that no gap is left.
         share = (t_from - t_to) / t_from if number < len(steps) - 1 else 1.0
+        # Drawn for every sample and place, used or not: a sample's stream is then the same however samples are grouped.
         draws = np.stack([stream.random((2, length)) for stream in streams])
         chosen = (tokens == mask) & (draws[:, 0] < share)
         (concerned,) = np.nonzero(chosen.any(axis=1))
@@ -82,6 +84,7 @@ def _drawn(logits: Logits, temperature: float, uniform: NDArray[np.float64]) -> 
     if temperature == 0:
         likeliest: Tokens = logits.argmax(axis=1)
         return likeliest
+    # The largest is taken off before exp, which would overflow otherwise.
     scaled = (logits.astype(np.float64) - logits.max(axis=1, keepdims=True)) / temperature
     return token_at(np.exp(scaled), uniform)
 

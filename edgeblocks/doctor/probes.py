@@ -47,7 +47,7 @@ def ask(
     """Run probes one after the other in a child process; one that takes the child with it does not stop the others.
 
     Args:
-        request: what the probes are told, plain values.
+        request: the probes' arguments, plain values.
         limit_s: time for all of them.
         deadline: `time.monotonic()` after which nothing runs any more.
     """
@@ -148,7 +148,7 @@ def _probe_machine(folder: Path) -> Machine:
 
 
 def _probe_presets() -> dict[str, dict[str, object]]:
-    """What `_plan_preset` is told of each preset: the default ones on the built-in data, others on 32x32x3 images
+    """The arguments of `_plan_preset` for each preset: the default ones on the built-in data, others on 32x32x3 images
     or 4,096 byte pairs.
 
     A process of its own, because the settings' libraries would weigh on the peak of the one that traces.

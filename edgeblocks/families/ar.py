@@ -2,7 +2,7 @@
 
 Clean tokens and noised codes are two streams through the same layers. The codes attend to the clean tokens before them
 and never to each other, so all positions of a window are trained at once. The clean stream does not know the noise
-level: its keys and values hold for every step of the chain that a block runs, and writing text keeps them once a block.
+level: one KV cache a block serves every step of the chain that the block runs.
 """
 
 import torch
@@ -36,12 +36,12 @@ class ArBlock(TokenDenoiserBlock):
         past: Tensor | None,
         present: list[Tensor] | None,
     ) -> Float[Tensor, "batch tokens width"]:
-        """The last layer's output.
-
-        It starts from the token before, as the clean stream does, and z's projection is added. From that projection
-        alone, which starts at zero, it would stay zero, as all gates are closed: nothing was learnt in 200 steps.
-        """
+        """The last layer's output."""
+        # The noised stream starts from the token before, as the clean one does, and z's projection is added. From that
+        # projection alone, which starts at zero, it would stay zero, as all gates are closed: nothing was learnt in 200
+        # steps.
         streams = torch.cat([clean, clean + noised])
+        # The clean stream does not know the noise level, so that its keys and values hold at all levels.
         conditions = torch.cat([torch.zeros_like(condition), condition])
         return self.run(range(len(self.layers)), streams, conditions, past, present)
 
@@ -85,7 +85,7 @@ class PlainArBlock(TokenDenoiserBlock):
             layer.attention.set_rotary_(table)
 
     def enter(self, tokens: Int[Tensor, "batch tokens"]) -> tuple[Float[Tensor, "batch tokens width"], Tensor]:
-        """What the first layer is given of the token before each position, and a condition that says nothing."""
+        """The first layer's input for the token before each position, and an empty conditioning."""
         x = self.token_embedding(tokens)
         return x, x.new_zeros(x.shape[0], 1)
 
@@ -128,7 +128,7 @@ class PlainAr(Ar, EndToEnd):
         return (Level.at(self.settings.sigma_max),)
 
     def enter(self, block: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
-        """What the first layer is given, and a condition that says nothing."""
+        """The first layer's input, and an empty conditioning."""
         assert isinstance(block, PlainArBlock)
         return block.enter(F.pad(batch["tokens"][:, :-1], (1, 0), value=self.begin))
 

@@ -62,7 +62,7 @@ class TextInfo:
 
     @property
     def example_bytes(self) -> int:
-        """Of one example as the network is given it."""
+        """Of one example as a network's input."""
         return 8 * self.length
 
 
@@ -83,7 +83,7 @@ class ImageInfo:
 
     @property
     def example_bytes(self) -> int:
-        """Of one example as the network is given it."""
+        """Of one example as a network's input."""
         return 4 * self.channels * self.height * self.width
 
     def to_model(self, pixels: np.ndarray) -> Float[Tensor, "batch channels height width"]:
@@ -220,7 +220,8 @@ class ImageFamily(BaseFamily):
         return NoiseDistribution(sigma_min=s.sigma_min, sigma_max=s.sigma_max, p_mean=s.p_mean, p_std=s.p_std)
 
     def evaluation_levels(self, partition: NoisePartition) -> tuple[Level, ...]:
-        """The same whatever the partition, so that runs with other numbers of blocks are compared on the same noise."""
+        """Quantiles of the training distribution, the same for every partition."""
+        # So that runs with other numbers of blocks are compared on the same noise.
         levels = quantile_levels(self.noise)
         return tuple(Level(low=sigma, high=sigma, share=1 / len(levels)) for sigma in levels)
 
@@ -238,8 +239,9 @@ def quantile_levels(distribution: NoiseDistribution, num_levels: int = NUM_LEVEL
 def spread_shares(count: int, generator: torch.Generator) -> Float[Tensor, " count"]:
     """Probabilities in [0, 1), float64, evenly spaced from one random start.
 
-    Low-discrepancy sampling, arXiv 2107.00630 (VDM), appendix I.1: it lowers the variance of the loss.
+    Source: low-discrepancy sampling, arXiv 2107.00630 (VDM), appendix I.1.
     """
+    # Evenly spaced, because that lowers the variance of the loss.
     start = torch.rand((), dtype=torch.float64, generator=generator)
     return (start + torch.arange(count, dtype=torch.float64) / count).remainder(1.0)
 
@@ -251,6 +253,7 @@ def draw_sigmas(
     low, high = (noise.quantile(sigma) for sigma in (noise_range.train_low, noise_range.train_high))
     q = low + (high - low) * torch.rand(count, dtype=torch.float64, generator=generator)
     sigma = torch.exp(noise.p_mean + noise.p_std * torch.special.ndtri(q))
+    # The quantile and its inverse round: a level just outside would belong to a neighbour.
     return sigma.clamp(noise_range.train_low, noise_range.train_high).float()
 
 

@@ -1,11 +1,12 @@
-"""Layers for text that is written token by token: no position sees a later one, and keys and values can be kept.
+"""Layers for text that is written token by token: causal attention, with a KV cache.
 
-In training a layer sees a whole window at once (`forward`). When text is written it sees the next tokens only, and the
-keys and values of the former ones, its `past` (`cached`): the same numbers up to rounding.
+In training a layer sees a whole window at once (`forward`). In generation it sees the next tokens only, and the KV
+cache of the earlier ones, its `past` (`cached`): the same numbers up to rounding.
 
 There are two kinds of attention. `CausalAttention` has one stream of tokens. `TwoStreamAttention` has two that share
-all weights, one above the other in the batch: the clean tokens, and the noised codes that are to be denoised. A text
-that is known is read by two streams as well (`read`): what later positions see of each token, and what is to find it.
+all weights, one above the other in the batch: the clean tokens, and the noised codes that are to be denoised. To score
+a known text, `read` runs two streams as well: each position's token known, as later positions see it, and masked, as
+the position that is to predict it.
 """
 
 import torch
@@ -16,9 +17,9 @@ from torch import Tensor
 from edgeblocks.families.layers import AdaLnZeroLayer, PreNormLayer, RotaryAttention, modulated_norm
 
 Past = Float[Tensor, "2 sequences heads past head_width"]
-"""Keys, already turned by their positions, and values; of two streams those of the clean one."""
+"""The KV cache: keys, already rotated by their positions, and values; of two streams those of the clean one."""
 Present = tuple[Float[Tensor, "sequences heads tokens head_width"], Float[Tensor, "sequences heads tokens head_width"]]
-"""The same of the tokens at hand."""
+"""Keys and values of the current tokens, which a caller appends to the KV cache."""
 
 
 def visible(
@@ -43,17 +44,21 @@ class CausalAttention(RotaryAttention):
     def attend(
         self, x: Float[Tensor, "batch tokens width"], past: Past | None
     ) -> tuple[Float[Tensor, "batch tokens width"], Present]:
-        """The output, and the tokens' keys and values; the tokens follow those of the past."""
+        """The output, and the tokens' keys and values; the tokens follow those of the KV cache `past`."""
         queries, keys, values = self.projected(x, self._positions(x, past))
         seen_keys, seen_values = _with_past(keys, values, past)
         attended = _causal(queries, seen_keys, seen_values, past)
         return self.merged(attended), (keys, values)
 
     def read(self, x: Float[Tensor, "both tokens width"]) -> Float[Tensor, "both tokens width"]:
-        """The output for each position as later ones see it, in one half of the batch, and as it is itself while it is
-        not known, in the other: it sees the former half of those before it, and itself in place of its own."""
+        """The output where a known text is scored.
+
+        The first half of the batch holds each position with its token known: causal attention, as later positions see
+        it. The second half holds each position with its token unknown: it attends to the known positions before it, and
+        to itself.
+        """
         queries, keys, values = (halves(part) for part in self.projected(x, self._positions(x, None)))
-        before = visible(queries[1], keys[0]).tril(-1)
+        before = visible(queries[1], keys[0]).tril(-1)  # not the diagonal: that is the token to be predicted
         unknown = _with_itself(queries[1], keys, values, before)
         return self.merged(torch.cat([_causal(queries[0], keys[0], values[0], None), unknown]))
 
@@ -78,7 +83,7 @@ class TwoStreamAttention(CausalAttention):
     def attend(
         self, x: Float[Tensor, "both tokens width"], past: Past | None
     ) -> tuple[Float[Tensor, "answered tokens width"], Present]:
-        """The output, and the clean tokens' keys and values; the tokens follow those of the past."""
+        """The output, and the clean tokens' keys and values; the tokens follow those of the KV cache `past`."""
         queries, keys, values = (halves(part) for part in self.projected(x, self._positions(x, past)))
         seen_keys, seen_values = _with_past(keys[0], values[0], past)
         seen = visible(queries[1], seen_keys)
@@ -146,8 +151,8 @@ class PlainCausalLayer(PreNormLayer):
 class TwoStreamLayer(CausalLayer):
     """The same for clean tokens and noised codes, in the two halves of the batch.
 
-    The last layer gives the noised codes alone: of the clean tokens only its keys and values are of use. Of its work
-    for them that leaves out three quarters.
+    The last layer returns the noised codes alone: of the clean tokens only its keys and values are used. That saves
+    three quarters of its work for them.
     """
 
     attention: TwoStreamAttention
@@ -176,8 +181,9 @@ def _with_past(keys: Tensor, values: Tensor, past: Past | None) -> tuple[Tensor,
 
 
 def _causal(queries: Tensor, keys: Tensor, values: Tensor, past: Past | None) -> Tensor:
-    """Attention of the last tokens to all of them; without a past torch leaves out what is masked."""
+    """Attention of the last tokens to all of them."""
     if past is None:
+        # is_causal instead of a mask: torch then skips the masked half.
         return F.scaled_dot_product_attention(queries, keys, values, is_causal=True)
     return F.scaled_dot_product_attention(queries, keys, values, attn_mask=_added(visible(queries, keys), queries))
 
@@ -185,17 +191,17 @@ def _causal(queries: Tensor, keys: Tensor, values: Tensor, past: Past | None) ->
 def _with_itself(
     queries: Tensor, keys: tuple[Tensor, Tensor], values: tuple[Tensor, Tensor], seen: Bool[Tensor, "tokens keys"]
 ) -> Tensor:
-    """Attention of each token to those of another stream that it sees, and to itself; keys and values of both streams.
-
-    Beside a causal call for the other stream this is [n, 2n], where one call for both would be [2n, 2n], three quarters
-    of it masked. Forward and backward on one thread, with 8 heads of width 64: 302 against 431 ms for 8 windows of 256
-    tokens, 528 against 780 for one of 1024; and the mask, of which each layer keeps one, is half as large.
-    """
+    """Attention of each token to those of the other stream that it sees, and to itself; keys and values: of both."""
+    # Beside a causal call for the other stream this is [n, 2n], where one call for both would be [2n, 2n], three
+    # quarters of it masked. Forward and backward on one thread, with 8 heads of width 64: 302 against 431 ms for 8
+    # windows of 256 tokens, 528 against 780 for one of 1024; and the mask, of which each layer keeps one, is half as
+    # large.
     itself = torch.eye(queries.shape[2], dtype=torch.bool, device=queries.device)
     mask = _added(torch.cat([seen, itself], dim=1), queries)
     return F.scaled_dot_product_attention(queries, torch.cat(keys, dim=2), torch.cat(values, dim=2), attn_mask=mask)
 
 
 def _added(allowed: Bool[Tensor, "tokens keys"], like: Tensor) -> Float[Tensor, "tokens keys"]:
-    """A mask as it is added to scores. Attention would make this of a boolean one, unseen by the trace of costs."""
+    """A mask as it is added to scores."""
+    # Attention would make this of a boolean mask itself, in memory that the trace of costs does not see.
     return torch.zeros_like(allowed, dtype=like.dtype).masked_fill_(~allowed, float("-inf"))

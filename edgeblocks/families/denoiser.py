@@ -50,11 +50,11 @@ class EdmBlock(Block):
 
     @abstractmethod
     def begun(self, x: Tensor, c_noise: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor]:
-        """What the first layer is given of x [batch, channels, height, width], and what all layers are told."""
+        """The first layer's input for x [batch, channels, height, width], and the conditioning of all layers."""
 
     @abstractmethod
     def ended(self, hidden: Tensor, condition: Tensor) -> Tensor:
-        """F(x, c_noise), of the shape of x, from what the last layer gives."""
+        """F(x, c_noise), of the shape of x, from the last layer's output."""
 
     def raw(self, x: Tensor, c_noise: Tensor, labels: Tensor | None) -> Tensor:
         """F(x, c_noise): the network itself."""
@@ -63,7 +63,7 @@ class EdmBlock(Block):
 
     def enter(self, z: Tensor, sigma: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor]:
         """`begun` for a noised image."""
-        c_in = (sigma**2 + SIGMA_DATA**2).view(-1, 1, 1, 1).rsqrt()
+        c_in = (sigma**2 + SIGMA_DATA**2).view(-1, 1, 1, 1).rsqrt()  # to unit variance
         return self.begun(c_in * z, sigma.log() / 4, labels)
 
     def leave(self, hidden: Tensor, condition: Tensor, z: Tensor, sigma: Tensor) -> Tensor:
@@ -71,6 +71,8 @@ class EdmBlock(Block):
         total = (sigma**2 + SIGMA_DATA**2).view(-1, 1, 1, 1)
         c_skip = SIGMA_DATA**2 / total
         c_out = sigma.view(-1, 1, 1, 1) * SIGMA_DATA * total.rsqrt()
+        # With little noise D is nearly z and F a small correction, with much noise F is nearly the image itself: F's
+        # target has unit variance at every level.
         return torch.addcmul(c_skip * z, c_out, self.ended(hidden, condition))
 
     def forward(
@@ -174,7 +176,7 @@ def noise_and_class(
     c_noise: Tensor,
     labels: Tensor | None,
 ) -> Float[Tensor, "batch width"]:
-    """What every layer is told of noise level and class, after SiLU."""
+    """The conditioning of every layer by noise level and class, after SiLU."""
     condition = noise_down(nn.functional.silu(noise_up(noise_features(c_noise, NOISE_FEATURES))))
     if label_embedding is not None:
         assert labels is not None
@@ -252,6 +254,7 @@ class ImageDenoiser(ImageFamily, EndToEnd):
         if self.conditional:
             assert labels is not None
             dropped = torch.rand(count, generator=generator) < self.settings.label_dropout
+            # The last row of the table, "no class": trained here, it is what guidance compares with.
             batch["labels"] = torch.from_numpy(labels).masked_fill(dropped, self.data.num_classes)
         return batch
 
@@ -280,7 +283,7 @@ class ImageDenoiser(ImageFamily, EndToEnd):
         return self._weighted_error(block(z, batch["sigma"], labels), batch)
 
     def enter(self, block: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
-        """What the block's first layer is given, and what all layers are told."""
+        """The input of the block's first layer, and the conditioning of all layers."""
         assert isinstance(block, EdmBlock)
         z, labels = self.inputs(batch)
         return block.enter(z, batch["sigma"], labels)

@@ -1,4 +1,4 @@
-"""What the runtime asks of a family: `Family`, and what it asks beside of families that make one thing or another.
+"""What the runtime asks of a family: `Family`, and what it asks besides of the families of each task.
 
 The base classes in `base` and `denoiser` have most of it. A new family is one file: a subclass of one of them.
 """
@@ -95,7 +95,7 @@ class Family(Protocol):
 
     @property
     def condition_spec(self) -> ConditionSpec | None:
-        """What a block is given beside z and sigma; None where it is given nothing."""
+        """A block's input besides z and sigma; None where it has no other."""
         ...
 
     def block(self, *, num_layers: int, checkpointing: bool) -> Block:
@@ -174,7 +174,7 @@ class FamilyOfClasses(Family, Protocol):
     def noise(self) -> NoiseDistribution: ...
 
     def condition(self, pixels: np.ndarray) -> Tensor:
-        """What a chain is given beside z, of images uint8 [N, H, W, C]."""
+        """A chain's input besides z, of images uint8 [N, H, W, C]."""
         ...
 
 
@@ -252,10 +252,10 @@ class FamilyOfContinuations(Family, Protocol):
         ...
 
     def with_iterations(self, batch: Batch, count: int) -> Batch:
-        """The batch, asking for so many iterations of the core of a network that is `unrolled`."""
+        """The batch, with the iterations to run of the core of a network that is `unrolled`."""
         ...
 
 
 AnyFamily = FamilyOfImages | FamilyOfClasses | FamilyOfText | FamilyOfContinuations
-"""`task` tells which one it is."""
+"""By `task`."""
 FamilyType = type[FamilyOfImages] | type[FamilyOfClasses] | type[FamilyOfText] | type[FamilyOfContinuations]

@@ -17,11 +17,7 @@ from torch.autograd.function import FunctionCtx
 
 
 class _AddingToGradients(torch.autograd.Function):
-    """A linear map whose backward pass adds to the gradients where they lie.
-
-    autograd first makes a tensor as large as the weight and then adds it. In a block of width 1024 that took 25 MB at
-    the peak, as much again in gaps of the heap, and two more passes over memory in every step.
-    """
+    """A linear map whose backward pass adds to the gradients in place."""
 
     @staticmethod
     def forward(ctx: FunctionCtx, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -32,6 +28,8 @@ class _AddingToGradients(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias = ctx.saved_tensors
         rows = grad_outputs[0].flatten(0, -2)
+        # In place, because autograd first makes a tensor as large as the weight and then adds it. In a block of width
+        # 1024 that took 25 MB at the peak, as much again in gaps of the heap, and two more passes over memory a step.
         weight.grad.addmm_(rows.t(), x.flatten(0, -2))
         bias.grad.add_(rows.sum(0))
         return grad_outputs[0] @ weight if ctx.needs_input_grad[0] else None, None, None
@@ -58,11 +56,7 @@ class Embedding(nn.Embedding):
 
 
 class _AddingRowsToGradients(torch.autograd.Function):
-    """A look-up whose backward pass adds to the rows that were looked up, where the table's gradient lies.
-
-    autograd first makes a tensor as large as the table, which with 50,000 tokens is most of a block. `index_put_` sums
-    rows of the same token in a fixed order on every device.
-    """
+    """A look-up whose backward pass adds to the looked-up rows of the table's gradient in place."""
 
     @staticmethod
     def forward(ctx: FunctionCtx, tokens: Tensor, weight: Tensor) -> Tensor:
@@ -72,6 +66,8 @@ class _AddingRowsToGradients(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         tokens, weight = ctx.saved_tensors
+        # In place, because autograd first makes a tensor as large as the table, with 50,000 tokens most of a block.
+        # `index_put_` sums rows of the same token in a fixed order on every device.
         weight.grad.index_put_((tokens.flatten(),), grad_outputs[0].flatten(0, -2), accumulate=True)
         return None, None
 
@@ -100,7 +96,7 @@ class SelfAttention(nn.Module):
         return self.merged(F.scaled_dot_product_attention(queries, keys, values))
 
     def merged(self, attended: Float[Tensor, "batch heads tokens head_width"]) -> Float[Tensor, "batch tokens width"]:
-        """All heads' answers side by side, through the last linear map."""
+        """All heads' outputs side by side, through the last linear map."""
         out: Tensor = self.out(attended.transpose(1, 2).flatten(2))
         return out
 
@@ -114,12 +110,11 @@ def rotary_table(length: int, head_width: int) -> Float[Tensor, "2 length half"]
 
 
 class _Turned(torch.autograd.Function):
-    """Queries and keys of a joint projection, turned by their positions, and its values.
+    """Queries and keys of a joint projection, rotated by their positions, and its values.
 
-    A pair of features is a complex number, and turning it is a product. The backward pass writes each part's gradient
-    where it belongs in that of the projection; autograd would fill three tensors of its size with zeros and add them.
-    An attention on one thread, forward and backward, 32 windows of 128 tokens, 4 heads of width 32: 24 ms; 29 with
-    autograd's backward pass, 40 with real products of the pairs' halves; 21 without positions.
+    A pair of features is a complex number, and rotating it is a product. An attention on one thread, forward and
+    backward, 32 windows of 128 tokens, 4 heads of width 32: 24 ms; 29 with autograd's backward pass, 40 with real
+    products of the pairs' halves; 21 without positions.
     """
 
     @staticmethod
@@ -132,9 +127,11 @@ class _Turned(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         (turns,) = ctx.saved_tensors
-        back = turns.conj().resolve_conj()[:, None]
+        back = turns.conj().resolve_conj()[:, None]  # rotation by the opposite angle
         grad_queries, grad_keys, grad_values = (grad.transpose(1, 2) for grad in grad_outputs)
         batch, tokens, heads, head_width = grad_values.shape
+        # Each part's gradient is written into its place in the projection's; autograd would fill three tensors of that
+        # size with zeros and add them.
         grad = grad_values.new_empty(batch, tokens, 3, heads, head_width)
         for part, grad_turned in enumerate((grad_queries, grad_keys)):
             torch.mul(_pairs(grad_turned.contiguous()), back, out=_pairs(grad[:, :, part]))
@@ -150,7 +147,7 @@ def _pairs(x: Float[Tensor, "*dims features"]) -> Complex[Tensor, "*dims half"]:
 class RotaryAttention(SelfAttention):
     """Self-attention in which a query and a key see how far apart they are, and nothing else of their positions.
 
-    Pairs (2 i, 2 i + 1) of a head's features are turned by an angle that grows with the position, so that a product of
+    Pairs (2 i, 2 i + 1) of a head's features are rotated by an angle that grows with the position, so that a product of
     a query and a key depends on the difference. `rotary`, from `rotary_table`, is a fixed table that all layers share:
     `set_rotary_` is called before use, and it is never stored.
 
@@ -161,7 +158,7 @@ class RotaryAttention(SelfAttention):
 
     def set_rotary_(self, table: Float[Tensor, "2 length half"]) -> None:
         """Use this table."""
-        self.register_buffer("rotary", table, persistent=False)
+        self.register_buffer("rotary", table, persistent=False)  # recomputed, so block files do not hold it
 
     def forward(self, x: Float[Tensor, "batch tokens width"]) -> Float[Tensor, "batch tokens width"]:
         queries, keys, values = self.projected(x, self.rotary[:, : x.shape[1]])
@@ -170,7 +167,7 @@ class RotaryAttention(SelfAttention):
     def projected(
         self, x: Float[Tensor, "batch tokens width"], positions: Float[Tensor, "2 tokens half"]
     ) -> tuple[Float[Tensor, "batch heads tokens head_width"], ...]:
-        """Queries and keys turned by `positions`, which are rows of the table, and values."""
+        """Queries and keys rotated by `positions`, which are rows of the table, and values."""
         qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1))
         if torch.compiler.is_exporting():  # onnxruntime has no complex numbers
             return _turned_without_complex_numbers(qkv, positions)
@@ -207,6 +204,7 @@ def modulated_norm(
     x: Float[Tensor, "batch tokens width"], shift: Float[Tensor, "batch width"], scale: Float[Tensor, "batch width"]
 ) -> Float[Tensor, "batch tokens width"]:
     """LayerNorm without affine parameters, then x * (1 + scale) + shift (AdaLN)."""
+    # 1 + scale: a modulation of zero, as it starts, leaves the norm as it is.
     normed = F.layer_norm(x, x.shape[-1:], eps=1e-6)
     return torch.addcmul(shift.unsqueeze(1), normed, 1 + scale.unsqueeze(1))
 
@@ -243,7 +241,7 @@ class RotaryAdaLnLayer(AdaLnZeroLayer):
 
 
 class PreNormLayer(nn.Module):
-    """A transformer layer of a network that is told of nothing; the condition is passed over.
+    """A transformer layer of a network without conditioning; `condition` is ignored.
 
     Source: Xiong et al. 2020, arXiv 2002.04745 (pre-LN).
     """
@@ -262,12 +260,10 @@ class PreNormLayer(nn.Module):
 
 
 def noise_features(c_noise: Float[Tensor, " batch"], num_features: int) -> Float[Tensor, "batch features"]:
-    """Sines and cosines of c_noise = ln(sigma)/4, which spans about [-1.6, 1.1].
-
-    The frequencies run from 1 to 100: a block sees a span of 0.2 to 1.6, over which the usual sinusoids with a longest
-    period of 10^4 would hardly change.
-    """
+    """Sines and cosines of c_noise = ln(sigma)/4, which spans about [-1.6, 1.1]."""
     half = num_features // 2
+    # Frequencies run from 1 to 100: a block sees a span of 0.2 to 1.6, over which the usual sinusoids with a longest
+    # period of 10^4 would hardly change.
     frequencies = torch.exp(torch.arange(half, device=c_noise.device) * (math.log(100.0) / max(half - 1, 1)))
     angles = c_noise.unsqueeze(1) * frequencies
     return torch.cat([angles.cos(), angles.sin()], dim=1)
@@ -362,11 +358,9 @@ def init_zero_(linear: nn.Linear) -> None:
 
 
 class _WithGradient(torch.autograd.Function):
-    """A scalar whose gradient with respect to `out` is `grad_output`.
+    """A scalar whose gradient with respect to `out` is `grad_output`."""
 
-    torch.autograd.backward(out, grad_output) would do the same, but imports sympy on the way: 36 MB resident.
-    """
-
+    # torch.autograd.backward(out, grad_output) would do the same, but imports sympy on the way: 36 MB resident.
     @staticmethod
     def forward(ctx: FunctionCtx, out: Tensor, grad_output: Tensor) -> Tensor:
         ctx.save_for_backward(grad_output)
@@ -380,10 +374,10 @@ class _WithGradient(torch.autograd.Function):
 class _Checkpointed(torch.autograd.Function):
     """Runs a layer without keeping its activations and runs it again in the backward pass.
 
-    Our own 20 lines because the first call of torch.utils.checkpoint imports dynamo: 73 MB resident. The layer must
-    not be random, and its parameters' gradients are accumulated in place.
+    The layer must not be random, and its parameters' gradients are accumulated in place.
     """
 
+    # Our own 20 lines because the first call of torch.utils.checkpoint imports dynamo: 73 MB resident.
     @staticmethod
     def forward(ctx: Any, layer: nn.Module, *inputs: Tensor) -> Tensor:
         ctx.layer = layer
@@ -394,6 +388,7 @@ class _Checkpointed(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        # Detached, so that this pass ends at the layer's inputs; autograd continues from their gradients.
         inputs = [tensor.detach().requires_grad_(tensor.requires_grad) for tensor in ctx.saved_tensors]
         with torch.enable_grad():
             out = ctx.layer(*inputs)
@@ -407,9 +402,11 @@ def run_layers(
 ) -> Float[Tensor, "answered ..."]:
     """x through all layers; with checkpointing only the layers' inputs are kept for the backward pass.
 
-    The last layer may answer for a part of the batch. Same numbers either way, bit for bit on a CPU.
+    The last layer may return fewer rows than it gets (`TwoStreamLayer` drops the clean tokens). The numbers are the
+    same with and without checkpointing, bit for bit on a CPU.
     """
     for layer in layers:
+        # Without a gradient to come nothing is kept anyway, and there is nothing to run again.
         if checkpointing and x.requires_grad:
             x = _Checkpointed.apply(layer, x, condition)  # type: ignore[no-untyped-call]
         else:

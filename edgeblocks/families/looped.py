@@ -51,13 +51,13 @@ class LoopedSettings(TokenDenoiserSettings):
 class LoopedBlock(TokenDenoiserBlock):
     """A quarter of the layers are the prelude, as many the coda, the rest the core, which alone knows the noise level.
 
-    A coda that knows it too was not better: 3.27 and 3.28 bits per character at sigma_max against 3.29 and 3.28, as
-    measured in `TokenDenoiserBlock.init_`.
-
-    In training and in writing there is one stream: position i has the token before it and the noised code of its own
+    In training and in generation there is one stream: position i has the token before it and the noised code of its own
     token, and later positions, which see it, know that token anyway. Prelude, core and coda have the same kind of
     layer, of the same cost.
     """
+
+    # A coda that knows the noise level too was not better: 3.27 and 3.28 bits per character at sigma_max against 3.29
+    # and 3.28, as measured in `TokenDenoiserBlock.init_`.
 
     def through_layers(
         self,
@@ -69,7 +69,7 @@ class LoopedBlock(TokenDenoiserBlock):
     ) -> Float[Tensor, "batch tokens width"]:
         """The coda's output."""
         prelude, core, coda = self._parts()
-        steady = torch.zeros_like(condition)
+        steady = torch.zeros_like(condition)  # prelude and coda do not depend on the noise level
         x = self.run(prelude, clean, steady, past, present)
         x = self.run(core, x + noised, condition, past, present)
         return self.run(coda, x, steady, past, present)
@@ -93,11 +93,11 @@ class LoopedBlock(TokenDenoiserBlock):
         steady = torch.zeros_like(condition)
         x = self.run(prelude, self.token_embedding(tokens), steady, None, None)
         streams = torch.cat([x + self.noised(known, sigma), x + self.noised(z, sigma)])
-        for numbers, told in ((core, condition), (coda, steady)):
+        for numbers, conditioning in ((core, condition), (coda, steady)):
             for number in numbers:
                 layer = self.layers[number]
                 assert isinstance(layer, CausalLayer)
-                streams = layer.read(streams, torch.cat([told, told]))
+                streams = layer.read(streams, torch.cat([conditioning, conditioning]))
         return self.normalised(halves(streams)[1], condition)
 
 
@@ -109,14 +109,13 @@ class Looped(TokenDenoiser):
     settings_type: type = LoopedSettings
     block_type = LoopedBlock
     caches_per: CachesPer = "step"
-    """States, and so keys and values, differ from level to level."""
+    """States, and so the KV cache, differ from level to level."""
 
 
 class PlainLoopedBlock(PlainArBlock):
     """A recurrent-depth network: a prelude reads the tokens, a core improves a state, a coda answers.
 
-    The core is given the state and what the prelude read in every iteration. A state begins with zeros, where the
-    paper's begins at random: what is written does not depend on chance then.
+    In every iteration the core gets the state and the prelude's output.
     """
 
     stem_parts = ("token_embedding", "adapter")
@@ -139,9 +138,9 @@ class PlainLoopedBlock(PlainArBlock):
         self.state_norm = nn.LayerNorm(width)
 
     def enter(self, tokens: Int[Tensor, "batch tokens"]) -> tuple[Float[Tensor, "batch tokens width"], Tensor]:
-        """What the first layer is given of the token before each position, and a row as long as there are iterations.
+        """The first layer's input for the token before each position, and a row as long as there are iterations.
 
-        The row is the condition that goes from stage to stage; nothing but its length is looked at.
+        The row takes the place of the conditioning; only its length is used.
         """
         x = self.token_embedding(tokens)
         return x, x.new_zeros(x.shape[0], self.iterations)
@@ -158,8 +157,10 @@ class PlainLoopedBlock(PlainArBlock):
         total, count = len(self.layers), condition.shape[1]
         ends, followed = total // 4, torch.is_grad_enabled()
         read = self.run(range(ends), clean, condition, past, present)
+        # Zeros, where the paper begins at random: the text then does not depend on chance.
         state = torch.zeros_like(read)
         for iteration in range(count):
+            # Gradients go back through the last iterations alone; the others keep no activations.
             with torch.set_grad_enabled(followed and iteration >= count - self.truncation):
                 state = self.adapter(torch.cat([state, read], dim=-1))
                 state = self.state_norm(self.run(range(ends, total - ends), state, condition, past, present))
@@ -215,7 +216,7 @@ class PlainLooped(PlainAr):
         )
 
     def num_caches(self, num_layers: int) -> int:
-        """Tensors of keys and of values: of a layer of the core, one of each for every iteration."""
+        """Tensors of keys and of values in the KV cache: of a layer of the core, one of each for every iteration."""
         ends = num_layers // 4
         return 2 * (2 * ends + (num_layers - 2 * ends) * self.settings.iterations)
 
@@ -228,7 +229,7 @@ class PlainLooped(PlainAr):
     ) -> Batch:
         """One training step's batch."""
         batch = super().draw(tokens, labels, noise_range, generator)
-        log_mean = math.log(self.settings.iterations) - SPREAD**2 / 2
+        log_mean = math.log(self.settings.iterations) - SPREAD**2 / 2  # a log-normal's mean is exp(mu + sigma^2 / 2)
         mean = (log_mean + SPREAD * torch.randn((), generator=generator)).exp()
         count = min(1 + int(torch.poisson(mean, generator=generator)), MOST_ITERATIONS)
         return self.with_iterations(batch, count)
@@ -240,9 +241,9 @@ class PlainLooped(PlainAr):
         return self.with_iterations(super().at_level(tokens, labels, level, generator), self.settings.iterations)
 
     def with_iterations(self, batch: Batch, count: int) -> Batch:
-        """The batch, asking for so many iterations."""
+        """The batch, with the number of iterations to run."""
         return {**batch, "iterations": torch.zeros(len(batch["tokens"]), count)}
 
     def enter(self, block: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
-        """What the first layer is given, and a row as long as there are iterations."""
+        """The first layer's input, and a row as long as there are iterations."""
         return super().enter(block, batch)[0], batch["iterations"]

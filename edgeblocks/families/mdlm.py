@@ -68,12 +68,10 @@ class MdlmBlock(TextBlock):
 
     @torch.no_grad()
     def init_(self, generator: torch.Generator) -> None:
-        """Initialise all parameters in place, layers as the identity (adaLN-Zero).
-
-        Closed gates and small embeddings leave the plateau of letter frequencies first: 6 layers of width 128 on a
-        novel's characters are after 200 steps at 3.48 to 3.70 bits per character (three seeds); with open gates at
-        3.89, and at 3.72 and 3.89 (two seeds) where embeddings have unit variance too.
-        """
+        """Initialise all parameters in place, layers as the identity (adaLN-Zero)."""
+        # Closed gates and small embeddings leave the plateau of letter frequencies first: 6 layers of width 128 on a
+        # novel's characters are after 200 steps at 3.48 to 3.70 bits per character (three seeds); with open gates at
+        # 3.89, and at 3.72 and 3.89 (two seeds) where embeddings have unit variance too.
         super().init_(generator)
 
     def forward(
@@ -84,15 +82,15 @@ class MdlmBlock(TextBlock):
         return out
 
     def hidden(self, z: Int[Tensor, "batch length"], t: Float[Tensor, " batch"]) -> Float[Tensor, "batch length width"]:
-        """What the readout is applied to."""
+        """The readout's input."""
         x, condition = self.enter(z, t)
         return self.normalised(run_layers(self.layers, x, condition, checkpointing=self.checkpointing), condition)
 
     def enter(
         self, z: Int[Tensor, "batch length"], t: Float[Tensor, " batch"]
     ) -> tuple[Float[Tensor, "batch length width"], Float[Tensor, "batch width"]]:
-        """What the first layer is given, and what all layers are told."""
-        return self.token_embedding(z), self.condition(2 * t - 1)
+        """The first layer's input, and the conditioning of all layers."""
+        return self.token_embedding(z), self.condition(2 * t - 1)  # t to [-1, 1], about the span of the features
 
 
 class Mdlm(TextFamily, EndToEnd):
@@ -146,18 +144,14 @@ class Mdlm(TextFamily, EndToEnd):
     def at_level(
         self, tokens: np.ndarray, labels: np.ndarray | None, level: Level, generator: torch.Generator
     ) -> Batch:
-        """A batch for evaluation, t uniform in (low, high] for each sequence anew.
-
-        What a sequence is given does not depend on how sequences are grouped.
-        """
+        """A batch for evaluation, t uniform in (low, high] for each sequence anew."""
+        # One row of draws a sequence, so that its draws do not depend on how sequences are grouped.
         random = torch.rand(len(tokens), self.data.length + 1, generator=generator)
         return _batch(tokens, level.high - (level.high - level.low) * random[:, 0].double(), random[:, 1:])
 
     def evaluation_levels(self, partition: NoisePartition) -> tuple[Level, ...]:
-        """Strata of all times, each inside one block's own range: the mean over them is the bound, without bias.
-
-        At least `LEAST_TIMES` times a sequence: an estimate from few can be off by a factor of two.
-        """
+        """Strata of all times, each inside one block's own range: the mean over them is the bound, without bias."""
+        # At least `LEAST_TIMES` times a sequence: an estimate from few can be off by a factor of two.
         each = math.ceil(NUM_LEVELS / partition.num_blocks)
         strata = math.ceil(LEAST_TIMES / (each * partition.num_blocks))
         return tuple(
@@ -174,7 +168,7 @@ class Mdlm(TextFamily, EndToEnd):
         return _weighted(token_losses(*_readout_inputs(block, self.inputs(batch)[0], batch)), batch)
 
     def enter(self, block: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
-        """What the block's first layer is given, and what all layers are told."""
+        """The input of the block's first layer, and the conditioning of all layers."""
         assert isinstance(block, MdlmBlock)
         return block.enter(self.inputs(batch)[0], batch["t"])
 
@@ -190,8 +184,9 @@ class Mdlm(TextFamily, EndToEnd):
         t: Float[Tensor, " batch"],
         wanted: Bool[Tensor, "batch length"],
     ) -> Float[Tensor, "answers vocabulary"]:
-        """Logits at the wanted places alone: those of all would take more memory than the network."""
+        """Logits at the wanted places alone."""
         assert isinstance(block, MdlmBlock)
+        # Those of all places would take more memory than the network.
         out: Tensor = block.readout(block.hidden(z, t)[wanted])
         return out
 

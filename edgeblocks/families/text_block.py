@@ -41,6 +41,7 @@ class TextBlock(Block):
                 init_linear_(module, generator)
         for parameter in (self.token_embedding.weight, self.noise_up.weight, self.noise_down.weight):
             nn.init.normal_(parameter, std=0.02, generator=generator)
+        # Closed gates: each layer starts as the identity. The readout starts at zero, with all tokens as likely.
         for layer in self.layers:
             assert isinstance(layer, AdaLnZeroLayer)
             init_zero_(layer.modulation)
@@ -57,7 +58,7 @@ class TextBlock(Block):
             layer.attention.set_rotary_(table)
 
     def condition(self, level: Float[Tensor, " batch"]) -> Float[Tensor, "batch width"]:
-        """What layers and readout are modulated with, of noise levels brought to about [-1, 1]."""
+        """The conditioning of layers and readout, for noise levels brought to about [-1, 1]."""
         features = noise_features(level, NOISE_FEATURES)
         condition: Tensor = F.silu(self.noise_down(F.silu(self.noise_up(features))))
         return condition
@@ -65,6 +66,6 @@ class TextBlock(Block):
     def normalised(
         self, x: Float[Tensor, "batch tokens width"], condition: Float[Tensor, "batch width"]
     ) -> Float[Tensor, "batch tokens width"]:
-        """What the readout is applied to."""
+        """The readout's input."""
         shift, scale = self.readout_modulation(condition).chunk(2, dim=-1)
         return modulated_norm(x, shift, scale)

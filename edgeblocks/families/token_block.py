@@ -1,4 +1,4 @@
-"""The block of `ar` and `looped`: reads tokens and noised codes, and keeps what the tokens that follow need of them."""
+"""The block of `ar` and `looped`: reads tokens and noised codes, and returns keys and values for the KV cache."""
 
 from abc import ABC, abstractmethod
 
@@ -13,9 +13,9 @@ from edgeblocks.families.layers import Linear, TokenEmbedding, init_zero_, run_l
 from edgeblocks.families.text_block import TextBlock
 
 Past = Float[Tensor, "caches batch heads past head_width"]
-"""Keys and values of a block's layers for former tokens: layer by layer, keys first."""
+"""The KV cache of a block: keys and values for the earlier tokens, layer by layer, keys first."""
 Present = Float[Tensor, "caches batch heads tokens head_width"]
-"""The same for the tokens at hand."""
+"""The same for the current tokens."""
 
 
 class TokenDenoiserBlock(TextBlock, ABC):
@@ -59,12 +59,13 @@ class TokenDenoiserBlock(TextBlock, ABC):
         At sigma = 0.5 a projection that is not zero has learnt more by then: 1.88, 1.88 against 1.99, 1.99 in ar.
         """
         super().init_(generator)
-        init_zero_(self.code_embedding)
+        init_zero_(self.code_embedding)  # z unseen: at sigma_max it is noise, see the table above
 
     def reset_tables_(self) -> None:
         """Make the tables of positions and of codes on torch's default device; needed before use."""
         super().reset_tables_()
         codes = torch.as_tensor(code_rows(self.vocabulary, self.code_embedding.in_features))
+        # Not stored: every process finds the same codes again (`diffusion.codebook`).
         self.register_buffer("codes", codes, persistent=False)
 
     def forward(
@@ -79,7 +80,7 @@ class TokenDenoiserBlock(TextBlock, ABC):
         Args:
             z: the noised code of the token at each position.
             tokens: the token before each position; for the first position of a window the vocabulary's size.
-            past: keys and values of the positions before these; None where there are none.
+            past: the KV cache of the positions before these; None where there are none.
         """
         x, present = self.hidden(z, sigma, tokens, past)
         logits: Tensor = self.readout(x)
@@ -92,7 +93,7 @@ class TokenDenoiserBlock(TextBlock, ABC):
         tokens: Int[Tensor, "batch tokens"],
         past: Past | None = None,
     ) -> tuple[Float[Tensor, "batch tokens width"], Present]:
-        """What the readout is applied to, and keys and values; see `forward`."""
+        """The readout's input, and keys and values; see `forward`."""
         present: list[Tensor] = []
         x = self._states(z, sigma, tokens, past, present)
         return x, torch.stack(present)
@@ -103,7 +104,7 @@ class TokenDenoiserBlock(TextBlock, ABC):
         sigma: Float[Tensor, " batch"],
         tokens: Int[Tensor, "batch tokens"],
     ) -> Float[Tensor, "batch tokens width"]:
-        """What the readout is applied to, of a whole window, of which nothing is kept for later."""
+        """The readout's input for a whole window, without a KV cache."""
         return self._states(z, sigma, tokens, None, None)
 
     def _states(
@@ -151,7 +152,7 @@ class TokenDenoiserBlock(TextBlock, ABC):
         self,
         numbers: range,
         x: Float[Tensor, "batch tokens width"],
-        condition: Float[Tensor, "batch told"],
+        condition: Float[Tensor, "batch conditioning"],
         past: Tensor | None,
         present: list[Tensor] | None,
     ) -> Float[Tensor, "answered tokens width"]:

@@ -1,13 +1,13 @@
 """What `ar` and `looped` share: text written token by token, each token by a chain that denoises its code.
 
-A token's target is its code, a frozen row of unit norm (`codebook`), with noise of level sigma. A block reads the
-tokens before position i and the noised code z of the token at i, and gives the probabilities of that token; their mean
-over the codes is the denoised code.
+A token's target is its code, a frozen row of unit norm (`diffusion.codebook`), with noise of level sigma. A block reads
+the tokens before position i and the noised code z of the token at i, and gives the probabilities of that token; their
+mean over the codes is the denoised code.
 
 The loss is unweighted cross-entropy: the weight of the L2 loss spans four orders of magnitude and would make it a
-lottery on the draw of sigma. Noise lies in [0.1, 10] and not in [0.002, 80], because a row of unit norm can be told
-from z alone below sigma of about 1/4: most of the training would be spent on nothing. Inference starts at sigma_max,
-where z tells nothing and the tokens before decide, so `top_share` of the first block's samples are drawn there.
+lottery on the draw of sigma. Noise lies in [0.1, 10] and not in [0.002, 80], because below sigma of about 1/4 z alone
+shows which row of unit norm it is: most of the training would be spent on nothing. Inference starts at sigma_max, where
+z shows nothing and the tokens before decide, so `top_share` of the first block's samples are drawn there.
 
 Source: arXiv 2506.14202, sections 4.4 and 4.5.
 """
@@ -130,7 +130,7 @@ class TokenDenoiser(TextFamily):
         return self.settings.width // self.settings.heads
 
     def num_caches(self, num_layers: int) -> int:
-        """Tensors of keys and of values that a block of `num_layers` layers keeps."""
+        """Tensors of keys and of values in the KV cache of a block of `num_layers` layers."""
         return 2 * num_layers
 
     def block(self, *, num_layers: int, checkpointing: bool) -> TokenDenoiserBlock:
@@ -161,10 +161,11 @@ class TokenDenoiser(TextFamily):
         if noise_range.train_high >= noise.sigma_max:
             top_share = self.settings.top_share
             at_top = shares < top_share
-            shares = (shares - top_share).clamp(min=0) / (1 - top_share)
+            shares = (shares - top_share).clamp(min=0) / (1 - top_share)  # the others still cover the whole range
         high, low = (noise.quantile(sigma) for sigma in (noise_range.train_high, noise_range.train_low))
         q = high + (low - high) * shares
         sigma = torch.exp(noise.p_mean + noise.p_std * torch.special.ndtri(q))
+        # The quantile and its inverse round: a level just outside would belong to a neighbour.
         sigma = sigma.clamp(noise_range.train_low, noise_range.train_high).float()
         return self._batch(tokens, sigma.masked_fill(at_top, noise.sigma_max), generator)
 
@@ -195,6 +196,7 @@ class TokenDenoiser(TextFamily):
     def _inputs(self, codes: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         tokens = batch["tokens"]
         z = torch.addcmul(F.embedding(tokens, codes), batch["sigma"][:, None, None], batch["eps"])
+        # Position i reads the token at i - 1, so that its own token is never an input.
         return z, F.pad(tokens[:, :-1], (1, 0), value=self.begin)
 
     def loss(self, block: nn.Module, batch: Batch) -> Float[Tensor, " batch"]:
@@ -215,7 +217,7 @@ class TokenDenoiser(TextFamily):
         tokens: Int[Tensor, "batch tokens"],
         past: Past,
     ) -> tuple[Float[Tensor, "batch vocabulary"], Present]:
-        """Logits of the last position, and keys and values of all; see `TokenDenoiserBlock.forward`."""
+        """Logits of the last position, and the keys and values of all; see `TokenDenoiserBlock.forward`."""
         assert isinstance(block, TokenDenoiserBlock)
         hidden, present = block.hidden(z, sigma, tokens, past)
         return block.readout(hidden[:, -1]), present

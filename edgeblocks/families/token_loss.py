@@ -4,8 +4,8 @@ With 50,000 different tokens the logits of 32 sequences of 1,024 take 6.5 GB, fa
 made a chunk of rows at a time, in one buffer, and made again in the backward pass. The buffer's size depends on the
 vocabulary alone: what it adds to a step's peak is the same for every micro-batch, as the planner's straight lines need.
 
-Positions that count come first, and chunks end with them: on average half of the tokens are masked, in the last of
-three blocks a sixth. Shapes stay what they are for any number of them, and the planner's trace counts all positions.
+Positions that count come first, and chunks end with them. Shapes stay what they are for any number of them, and the
+planner's trace counts all positions.
 """
 
 from collections.abc import Iterator
@@ -47,6 +47,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         grad_x = torch.zeros_like(x)
         grad_weight = weight.grad if in_place else torch.zeros_like(weight)
         grad_bias = bias.grad if in_place else torch.zeros_like(bias)
+        # d(-log softmax)/d(logits) is softmax - one-hot, here times the row's gradient. Logits are made again from x:
+        # those of the forward pass were overwritten chunk by chunk.
         for rows, part, logits in _chunks(x, weight, bias, counts):
             grad = grad_outputs[0][rows].unsqueeze(1)
             grad_logits = logits.sub_(log_sums[rows].unsqueeze(1)).exp_().mul_(grad)
@@ -61,6 +63,8 @@ def _chunks(x: Tensor, weight: Tensor, bias: Tensor, counts: Tensor) -> Iterator
     """Some rows that count at a time: their numbers, their x and their logits; each chunk overwrites the former."""
     size = chunk_rows(len(weight))
     x_buffer, buffer = x.new_empty(size, x.shape[1]), x.new_empty(size, len(weight))
+    # Rows that count come first, so that the loop ends with them: on average half of the tokens are masked, in the last
+    # of three blocks a sixth. On the meta device nothing can be counted, and the trace takes all rows.
     order = counts.int().argsort(descending=True, stable=True)
     most = len(x) if x.is_meta else int(counts.sum())
     for start in range(0, most, size):
@@ -71,7 +75,7 @@ def _chunks(x: Tensor, weight: Tensor, bias: Tensor, counts: Tensor) -> Iterator
 
 def _cross_entropy_(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """The log of each row's sum of exponentials, and its -log softmax at the target; `logits` are destroyed."""
-    highest = logits.amax(1)
+    highest = logits.amax(1)  # taken off before exp, which would overflow otherwise
     of_targets = logits.gather(1, targets.unsqueeze(1)).squeeze(1)
     log_sums = logits.sub_(highest.unsqueeze(1)).exp_().sum(1).log_().add_(highest)
     return log_sums, log_sums - of_targets
@@ -119,7 +123,7 @@ def token_estimates(
     """Each row's mean of the code-book's rows, weighted by the tokens' probabilities, and log p(target) in nats."""
     denoised, log_shares = x.new_empty(len(x), codes.shape[1]), x.new_empty(len(x))
     for rows, _, logits in _chunks(x, weight, bias, torch.ones_like(targets, dtype=torch.bool)):
-        highest = logits.amax(1, keepdim=True)
+        highest = logits.amax(1, keepdim=True)  # taken off before exp, which would overflow otherwise
         of_targets = logits.gather(1, targets[rows].unsqueeze(1)) - highest
         weights = logits.sub_(highest).exp_()
         sums = weights.sum(1, keepdim=True)

@@ -94,7 +94,7 @@ class VitSettings(FamilySettings):
 class VitBlock(WithPositions, Block):
     """One block: stem, `num_layers` layers, readout from the class token's normalised hidden state.
 
-    z enters through the class token by a projection that starts at zero: at sigma_max z is noise and disturbs.
+    z enters through the class token.
     """
 
     def __init__(self, *, settings: VitSettings, data: ImageInfo, num_layers: int, checkpointing: bool) -> None:
@@ -118,6 +118,7 @@ class VitBlock(WithPositions, Block):
                 init_linear_(module, generator)
         for linear in (self.noise_up, self.noise_down):
             nn.init.normal_(linear.weight, std=0.02, generator=generator)
+        # z's projection starts at zero: at sigma_max z is noise and disturbs.
         nn.init.zeros_(self.label_embedding.weight)
         nn.init.normal_(self.label_embedding.bias, std=0.02, generator=generator)  # the class token itself
         for layer in self.layers:
@@ -154,7 +155,7 @@ class VitBlock(WithPositions, Block):
         sigma: Float[Tensor, " batch"],
         images: Float[Tensor, "batch channels height width"],
     ) -> tuple[Float[Tensor, "batch tokens width"], Float[Tensor, "batch width"]]:
-        """The class token and the patches, and what all layers are told."""
+        """The class token and the patches, and the conditioning of all layers."""
         noise = noise_features(sigma.log() / 4, NOISE_FEATURES)
         condition = F.silu(self.noise_down(F.silu(self.noise_up(noise))))
         c_in = (sigma**2 + SIGMA_DATA**2).rsqrt().unsqueeze(1)
@@ -172,7 +173,7 @@ class VitBlock(WithPositions, Block):
 
 
 class PlainVitBlock(WithPositions, Block):
-    """A vision transformer as classifiers are, or some of its layers: told of images alone."""
+    """A vision transformer as classifiers are, or some of its layers, without conditioning."""
 
     stem_parts = ("patch_embedding", "class_token")
     readout_parts = ("readout_norm", "readout")
@@ -243,7 +244,7 @@ class Vit(ImageFamily):
         count = "one class" if data.num_classes == 1 else "no classes"
         return [
             *found,
-            f"the data have {count} and vit tells classes apart: it needs at least two; give a folder with one "
+            f"the data have {count} and vit is a classifier: it needs at least two; give a folder with one "
             f"sub-folder of images per class, or an .npz with labels",
         ]
 
@@ -300,7 +301,7 @@ class Vit(ImageFamily):
         }
 
     def condition(self, pixels: np.ndarray) -> Float[Tensor, "batch channels height width"]:
-        """What a chain is given beside z."""
+        """A chain's input besides z."""
         return self.data.to_model(pixels)
 
     def loss(self, block: nn.Module, batch: Batch) -> Float[Tensor, " batch"]:

@@ -1,4 +1,4 @@
-"""The chain in torch: at each noise level of `solver.integrate`, run the block that owns it.
+"""The chain in torch: at each noise level of `diffusion.solver.integrate`, run the block that owns it.
 
 Because levels descend, the blocks come in order and each is loaded once for all samples, in Euler as in Heun (whose
 correction at the next level belongs to the next level's block).
@@ -27,7 +27,7 @@ Denoise = Callable[[Tensor, float], Tensor]
 
 
 class EmaWeights(Protocol):
-    """What a network is bound to."""
+    """EMA weights in memory, for a network's parameters to be views of."""
 
     @property
     def device(self) -> torch.device: ...
@@ -37,7 +37,7 @@ class EmaWeights(Protocol):
 
 @runtime_checkable
 class EmaSource(Protocol):
-    """Whatever can put one block's EMA weights into memory: a scheduler while training, a loader otherwise."""
+    """Whatever can put one block's EMA weights into memory: the slots while training, `EmaLoader` otherwise."""
 
     def ema_weights(self, block: int) -> AbstractContextManager[EmaWeights]: ...
 
@@ -57,11 +57,11 @@ class BlockRunner:
     ) -> None:
         """
         Args:
-            residents: blocks that stay in memory, as `scheduler.slot_of` places them; the source must hold as many.
+            residents: blocks that stay in memory, as `offload.slots.slot_of` places them; the source must hold as many.
         """
         self.partition, self.micro_batch = partition, micro_batch
         self.device = torch.device("cpu")
-        """Where the network is; what `denoise` is given and gives lies in the processor's memory."""
+        """Where the network is; the arguments and results of `denoise` are in the processor's memory."""
         self.loads: list[int] = []
         """The blocks made resident, in order."""
         self.family, self._layers, self._source = family, tuple(layers), source
@@ -89,7 +89,7 @@ class BlockRunner:
         """D(z, sigma) for all samples, by the block that owns sigma.
 
         Args:
-            condition: what the network sees beside z, one a sample: a class, an image; None where it sees nothing.
+            condition: the conditioning, one a sample: a class, an image; None without.
         """
         network = self.network(self.partition.block_of(sigma))
         denoised = torch.empty_like(z)
@@ -112,7 +112,7 @@ class BlockRunner:
 
     @torch.no_grad()
     def continued(self, block: int, z: Values, sigma: Values, inputs: Tokens, past: Values) -> tuple[Values, Values]:
-        """A `generation.Network`: logits of the last position, and keys and values of all."""
+        """An `autoregression.Network`: logits of the last position, and the keys and values of all for the KV cache."""
         family, network = self.family, self.network(block)
         assert family.task == "continuation"
         given = [torch.from_numpy(array).to(self.device) for array in (z, sigma, inputs, past)]

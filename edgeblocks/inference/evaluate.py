@@ -1,4 +1,4 @@
-"""How good a run is: its loss at each noise level, and what its chain makes beside the hold-out part of the data."""
+"""How good a run is: its loss at each noise level, and its chain compared with the hold-out part of the data."""
 
 from dataclasses import dataclass
 from typing import NotRequired, TypedDict

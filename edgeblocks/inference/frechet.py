@@ -59,7 +59,7 @@ def frechet_distance(first: NDArray[np.float64], second: NDArray[np.float64]) ->
     """Squared Fréchet distance of the Gaussians fitted to features [N, F] and [M, F]; 0 for equal sets.
 
     |mean1 - mean2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)). Compare it only with figures of the same feature space, N and
-    M, and read it beside the distance between training and test images: that floor is above 0 and falls with N.
+    M, and read it together with the distance between training and test images: that floor is above 0 and falls with N.
 
     Raises:
         DataError: fewer than two images in a set, or features of different spaces.
@@ -110,11 +110,9 @@ def _covariance_root(features: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def _random_kernels() -> list[Tensor]:
-    """The three kernels [out, in, 3, 3]: He-uniform, and the same bits on every platform.
-
-    Only raw PCG64 integers enter: numpy may change how its Generator makes normal numbers from one version to the
-    next (NEP 19), but not the integers. Of each, 24 bits are used, so that every sum is exact in any order.
-    """
+    """The three kernels [out, in, 3, 3]: He-uniform, and the same bits on every platform."""
+    # Only raw PCG64 integers enter: numpy may change how its Generator makes normal numbers from one version to the
+    # next (NEP 19), but not the integers. Of each, 24 bits are used, so that every sum is exact in any order.
     source = np.random.PCG64(_SEED)
     kernels: list[Tensor] = []
     num_in = 3

@@ -6,7 +6,7 @@ the model that averages the probabilities over all noises (Jensen); averaging ov
 logarithm comes closer.
 
 All positions of a text are read at once, as in training. Each has a state of its own that does not know its token;
-where keys and values come from noised codes, those of the known positions before it go beside it as a second stream.
+where the KV cache comes from noised codes, the known positions before it are run as a second stream.
 """
 
 import math
@@ -22,7 +22,7 @@ from edgeblocks.inference.block_runner import BlockRunner
 from edgeblocks.seeds import seed_at
 
 NOISES = (1, 8)
-"""Over how many the bound is told."""
+"""Numbers of noises for which the bound is reported."""
 
 LogShares = NDArray[np.float64]
 

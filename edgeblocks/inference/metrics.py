@@ -42,7 +42,7 @@ class Bits(TypedDict):
 
 
 class TextFacts(TypedDict):
-    """What a bound is of."""
+    """The text of a bound: its tokenizer and its sequences."""
 
     characters_per_token: float
     tokenizer: str
@@ -166,7 +166,7 @@ def mean_by_block(
 
 
 def text_scores(nats: float, error: float | None, sequences: int, data: DataSet) -> TextBound:
-    """What a text's bound in nats a token and its standard error over sequences are in bits a token and a character."""
+    """A text's bound in bits a token and a character, from that in nats a token and its standard error over sequences."""
     assert isinstance(data, TextSet)
     return {**bits(nats, error, data), **text_facts(data, sequences)}
 
@@ -184,7 +184,7 @@ def bits(nats: float, error: float | None, text: TextSet) -> Bits:
 
 
 def text_facts(text: TextSet, sequences: int) -> TextFacts:
-    """What a bound is of."""
+    """The text of a bound: its tokenizer and its sequences."""
     return {
         "characters_per_token": text.characters_per_token,
         "tokenizer": text.tokenizer.kind,
@@ -194,7 +194,7 @@ def text_facts(text: TextSet, sequences: int) -> TextFacts:
 
 
 def sample_distance(samples: np.ndarray, images: ImageSet) -> SampleDistance:
-    """Frechet distance of samples to the training part, beside what the hold-out part itself scores.
+    """Frechet distance of samples to the training part, and that of the hold-out part to compare it with.
 
     Args:
         samples: uint8 [N, H, W, C].

@@ -1,6 +1,6 @@
 """One figure of how good a network is, the same for every way to train it: for curves over a training, and to compare.
 
-Images are told by their denoising loss, classes by accuracy, text by bits a character. A chain is walked where the
+Images are judged by their denoising loss, classes by accuracy, text by bits a character. A chain is walked where the
 network is one; an ordinary network answers in one pass.
 """
 

@@ -1,6 +1,6 @@
 """What a run's blocks make: images, texts, the probabilities of an image's classes.
 
-Each function looks at what is asked before it opens a runner: what is impossible is told before memory is measured.
+Each function looks at what is asked before it opens a runner: what is impossible is reported before memory is measured.
 """
 
 from collections.abc import Callable
@@ -73,7 +73,7 @@ def sample_images(
     """See `Run.sample`."""
     family = directory.family()
     if family.task != "images":
-        does = "tells the classes of images" if family.task == "classes" else "writes text (sample_text)"
+        does = "classifies images" if family.task == "classes" else "writes text (sample_text)"
         raise ConfigError(
             f"{directory.path} is of the family {family.name}, which {does} and makes no images; see how well with: "
             f"edgeblocks eval {directory.path}"

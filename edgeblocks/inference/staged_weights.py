@@ -40,7 +40,7 @@ def loaded_stages(run: RunDirectory, *, slots: int, device: Device | None = None
 
 
 class StagedEma:
-    """A source of the one block that all stages make up; see `chain.EmaSource`."""
+    """A source of the one block that all stages make up; see `block_runner.EmaSource`."""
 
     def __init__(self, stages: StageSource, layers: Sequence[int]) -> None:
         """
@@ -57,7 +57,7 @@ class StagedEma:
 
 
 class StagedWeights:
-    """What a whole network is bound to; see `chain.EmaWeights`."""
+    """What a whole network is bound to; see `block_runner.EmaWeights`."""
 
     def __init__(self, stages: StageSource, layers: Sequence[int]) -> None:
         self._stages, self._layers = stages, layers
@@ -70,11 +70,11 @@ class StagedWeights:
             with self._stages.ema_weights(stage) as buffer:
                 own = [(name, tensor) for name, tensor in buffer.tensors("ema") if not name.startswith("layers.")]
                 bind_parameters_(network, [(name, tensor.clone()) for name, tensor in own])
-        network.layers = _ComingLayers(network.layers, self._layers, self._fetch)
+        network.layers = _LayersOnUse(network.layers, self._layers, self._load)
         for _ in network.layers:  # an export takes the weights of all layers at once, from as many buffers as stages
             pass
 
-    def _fetch(self, stage: int, layers: nn.ModuleList, bound: dict[int, int]) -> None:
+    def _load(self, stage: int, layers: nn.ModuleList, bound: dict[int, int]) -> None:
         with self._stages.ema_weights(stage) as buffer:
             if bound.get(stage) == id(buffer):
                 return
@@ -84,23 +84,23 @@ class StagedWeights:
             bound[stage] = id(buffer)
 
 
-class _ComingLayers(nn.ModuleList):
-    """A network's layers, whose weights are there when a layer is taken out, and until one of another stage is."""
+class _LayersOnUse(nn.ModuleList):
+    """A network's layers. Taking one loads its stage's weights, which stay until a layer of another stage is taken."""
 
     def __init__(
         self,
         layers: nn.ModuleList,
         stages: Sequence[int],
-        fetch: Callable[[int, nn.ModuleList, dict[int, int]], None],
+        load: Callable[[int, nn.ModuleList, dict[int, int]], None],
     ) -> None:
         super().__init__(layers)
         self._stage_of = [stage for stage, count in enumerate(stages) for _ in range(count)]
-        self._fetch = fetch
+        self._load = load
         self._bound: dict[int, int] = {}
         """By stage, the buffer that its layers' parameters are views of."""
 
     def __getitem__(self, number: int) -> nn.Module:  # type: ignore[override]  # layers come one at a time
-        self._fetch(self._stage_of[number], self, self._bound)
+        self._load(self._stage_of[number], self, self._bound)
         return super().__getitem__(number)
 
     def __iter__(self) -> Iterator[nn.Module]:

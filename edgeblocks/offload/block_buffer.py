@@ -1,6 +1,6 @@
 """A block's bytes in memory: all tensors in one buffer, in the order of its file, and a network's parameters as views.
 
-The memory of a `BlockBuffer` is exactly the data section of a block file (`store`).
+The memory of a `BlockBuffer` is exactly the data section of a block file (`offload.block_files`).
 """
 
 import math
@@ -83,6 +83,7 @@ class BlockLayout:
                 return 0
             return 1 if len(shape) >= 2 else 2
 
+        # By region, so that each region is one stretch of memory: a call of the optimizer takes a whole one.
         ordered = sorted(named, key=lambda item: region(item[1]))
         sizes = [sum(math.prod(shape) for _, shape in named if region(shape) == number) for number in range(3)]
         plain, quantized = (0, 0) if frozen else (sizes[1] + sizes[2], sizes[0])
@@ -135,6 +136,7 @@ class BlockBuffer:
 
     def touched(self) -> "BlockBuffer":
         """The buffer, with every page resident from now on: what it will take is taken at the start."""
+        # Untouched pages are not resident: they would be taken later, where memory may be short.
         self._memory.zero_()
         return self
 

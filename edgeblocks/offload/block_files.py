@@ -119,6 +119,7 @@ class BlockStore:
         self.check_folder()
         layout = self.layouts[block]
         digests = {part: _digest(buffer.part_bytes(part)) for part in PARTS}
+        # With this file included, as a bound: its own size is not known before the header is written.
         meter = self.run_bytes_written + self.file_bytes(block)
         header = _encode_header(
             layout,
@@ -197,6 +198,7 @@ class BlockStore:
 
     def _sound_parts(self, block: int, status: os.stat_result) -> set[Part]:
         """Parts of this very file that need not be hashed again; what is added to them is remembered."""
+        # A file that was just written could be changed within the same tick of the clock, with the same identity.
         if time.time_ns() - status.st_mtime_ns < _CLOCK_TICK_NS:
             return set()
         identity = (status.st_dev, status.st_ino, status.st_mtime_ns, status.st_ctime_ns, status.st_size)
@@ -209,6 +211,7 @@ class BlockStore:
         damaged = f"block {block} is damaged: {path}"
         size = os.fstat(file.fileno()).st_size
         length = int.from_bytes(file.read(8), "little") if size >= 8 else 0
+        # Checked before it is read: a damaged length must not make this process take gigabytes.
         if not 2 <= length <= min(HEADER_LIMIT_BYTES, size - 8):
             raise RunError(f"{damaged} is not a safetensors file or is cut short ({size} bytes); {self._kept(block)}")
         try:
@@ -293,7 +296,7 @@ def _digest(data: Tensor) -> str:
 
 def _read_exactly(file: BufferedReader, view: memoryview) -> None:
     done = 0
-    while done < len(view):
+    while done < len(view):  # the system may read less than it is asked to
         count = file.readinto(view[done:])
         if not count:
             raise OSError(f"the file ended {len(view) - done} bytes early")

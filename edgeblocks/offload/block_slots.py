@@ -1,13 +1,13 @@
-"""Which block is in memory when: loads blocks for their visits, fetches the next one early, writes back behind.
+"""Which block is in memory when: loads blocks for their visits, loads the next one early, saves the former behind.
 
-With so many slots, each of the size of the largest block:
+By the number of slots, each of the size of the largest block:
   1  a block is loaded, trained and written back before the next one is loaded;
   2  while one block is trained, the I/O thread writes the former block back and then loads the next one into the same
      buffer;
-  3+ the first blocks have a slot each and stay (`plans.kept_blocks`); the others share the last two as above. With
-     as many slots as blocks nothing is ever loaded again; visits are still written to disk, for crash safety.
+  3+ the first blocks have a slot each and stay (`planning.plans.kept_blocks`); the others share the last two as above.
+     With as many slots as blocks nothing is ever loaded again; visits are still written to disk, for crash safety.
 No other copy of any block's optimizer state exists in memory, but for a device with memory of its own: there the slots
-are on the device, and the host's memory is one more tier (`tiers.HostTier`).
+are on the device, and the host's memory is one more tier (`offload.tiers.HostTier`).
 """
 
 import time
@@ -36,7 +36,7 @@ class BlockSlots(Slots):
         stays as it was before the visit.
 
         Args:
-            then: the block of the next visit, fetched early when a slot is free for it; None when there is none.
+            then: the block of the next visit, loaded early when a slot is free for it; None when there is none.
         """
         slot = self._slot_for(block, keep=None)
         self._wait(slot)
@@ -50,7 +50,7 @@ class BlockSlots(Slots):
         # Block and step as they are now: the slot may be promised to another block before the thread comes to it.
         self._hand_over(slot, partial(self._write, block, slot.buffer, slot.step))
         if len(self._slots) == 1:
-            self._wait(slot)
+            self._wait(slot)  # the next block is loaded into the same slot: there is nothing to do meanwhile
 
     @contextmanager
     def ema_weights(self, block: int) -> Iterator[BlockBuffer]:
@@ -58,7 +58,7 @@ class BlockSlots(Slots):
 
         Nothing may be resident. A block that is not in memory takes the place of another one, which is on disk already.
         """
-        self.flush()
+        self.flush()  # all visited blocks are on disk, so that the one that gives way loses nothing
         slot = self._slot_for(block, keep=None)
         self._wait(slot)
         yield slot.buffer

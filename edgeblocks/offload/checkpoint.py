@@ -8,10 +8,10 @@ from edgeblocks.offload.block_files import BlockStore, storage_error
 
 
 class NextBlocks:
-    """New files for all blocks of a run, which replace the former ones together or not at all, whatever happens.
+    """New files for all blocks of a run, which replace the former ones together or not at all, even after a crash.
 
-    The new files lie beside the former ones under other names until all are complete. Then one small file says so: from
-    that instant on they are the run's, and what is left of the renaming is done by whoever comes next.
+    The new files are written next to the former ones under other names. When all are complete, an empty marker file is
+    written: from then on the new files are the run's. After a crash `recover` finishes renaming them.
     """
 
     _COMPLETE = ".next_blocks_are_complete"
@@ -22,7 +22,7 @@ class NextBlocks:
 
     def write(self, block: int, buffer: BlockBuffer, step: int) -> None:
         """Write a block's new file; see `BlockStore.write`."""
-        self._store.check_folder()
+        self._store.check_folder()  # `_new` holds no folder open that it could compare with
         self._new.count_from(self._store.run_bytes_written)
         self._new.write(block, buffer, step)
         self._store.bytes_written += self._new.bytes_written
@@ -45,11 +45,12 @@ class NextBlocks:
         marker = self._store.folder / self._COMPLETE
         try:
             complete = marker.exists()
+            # Renaming can be cut short after any of the files: those that are left still have their new names.
             for block in range(len(self._store.layouts)):
                 if complete and self._new.path(block).exists():
                     self._new.path(block).replace(self._store.path(block))
                 self._new.path(block).unlink(missing_ok=True)
-            sync(self._store.folder)
+            sync(self._store.folder)  # all renames are on the disk before the marker goes
             marker.unlink(missing_ok=True)
         except OSError as error:
             raise storage_error("cannot replace the blocks", marker, error) from error
@@ -60,5 +61,5 @@ class _NextStore(BlockStore):
         return self.folder / f".block_{block:03d}.next"
 
     def count_from(self, bytes_written: int) -> None:
-        """What the run had written when the next file is complete is told in its header."""
+        """Set the bytes the run had written before, which the next file's header counts on from."""
         self._former_bytes_written, self.bytes_written = bytes_written, 0

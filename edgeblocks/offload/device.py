@@ -34,10 +34,10 @@ class Device(Protocol):
         ...
 
     def link_bytes_per_s(self, probe_bytes: int) -> tuple[float, float]:
-        """Speeds of copies of so many bytes: from the host to the device, and back.
+        """Speeds of copies of `probe_bytes`: from the host to the device, and back.
 
         Raises:
-            RuntimeError: so much memory is not free.
+            RuntimeError: that much memory is not free.
         """
         ...
 
@@ -45,7 +45,7 @@ class Device(Protocol):
 class Target(Protocol):
     """A kind of machine that training runs on: its memory, its speeds, its cap. `targets.cpu` and `targets.cuda` are.
 
-    The compute device's memory is what a budget bounds. The host's memory beside it is another one, or the same.
+    A budget bounds the compute device's memory. The host's memory is another one, or the same.
     """
 
     @property
@@ -114,7 +114,7 @@ class Target(Protocol):
         ...
 
     def host_bytes(self) -> int | None:
-        """The host's memory beside the device's; None where there is none."""
+        """The host's memory where the device has its own; None where both are one."""
         ...
 
     def host_used_bytes(self) -> int:

@@ -15,7 +15,7 @@ from edgeblocks.offload.device import Device
 
 
 class Scratch(Protocol):
-    """Takes the bytes of uint8 tensors, and gives them back."""
+    """Offloads the bytes of uint8 tensors, and loads them again."""
 
     def write(self, start: int, content: Tensor) -> None:
         """Put bytes at a place.
@@ -26,7 +26,7 @@ class Scratch(Protocol):
         ...
 
     def read(self, start: int, content: Tensor) -> None:
-        """Fetch bytes from where they were put.
+        """Load bytes from where they were put.
 
         Raises:
             StorageError: the disk refused.
@@ -43,7 +43,7 @@ class ScratchFile:
     def __init__(self, folder: Path, what: str) -> None:
         """
         Args:
-            what: it holds, in words.
+            what: the file holds, for error messages.
         """
         self._folder, self._what = folder, what
         self._descriptor: int | None = None
@@ -54,13 +54,13 @@ class ScratchFile:
         try:
             if self._descriptor is None:
                 self._descriptor = self._opened()
-            while done < len(view):
+            while done < len(view):  # the system may write less than it is asked to
                 done += os.pwrite(self._descriptor, view[done:], start + done)
         except OSError as error:
-            raise self._error("put away", error) from error
+            raise self._error("offload", error) from error
 
     def read(self, start: int, content: Tensor) -> None:
-        assert self._descriptor is not None, "what is fetched was put away"
+        assert self._descriptor is not None, "nothing was written yet"
         view, done = bytes_of(content), 0
         try:
             while done < len(view):
@@ -69,7 +69,7 @@ class ScratchFile:
                     raise OSError(f"the file ended {len(view) - done} bytes early")
                 done += count
         except OSError as error:
-            raise self._error("fetch", error) from error
+            raise self._error("load", error) from error
 
     def close(self) -> None:
         """Give the room back; nothing is read or written afterwards."""
@@ -77,6 +77,8 @@ class ScratchFile:
             self._closing()
 
     def _opened(self) -> int:
+        # Where the system has no files without a name, one with this prefix and suffix exists for a moment;
+        # `remove_leftovers` finds it after a crash.
         with tempfile.TemporaryFile(dir=self._folder, buffering=0, prefix=".", suffix=".tmp") as file:
             descriptor = os.dup(file.fileno())
         self._closing = weakref.finalize(self, os.close, descriptor)
@@ -98,11 +100,11 @@ class DeviceScratchFile:
         self._passing = device.host_memory(largest_bytes).zero_()  # touched at once
 
     def write(self, start: int, content: Tensor) -> None:
-        here = self._passing[: content.numel()]
-        self._device.copy_(here, content)
-        self._file.write(start, here)
+        host_buffer = self._passing[: content.numel()]
+        self._device.copy_(host_buffer, content)
+        self._file.write(start, host_buffer)
 
     def read(self, start: int, content: Tensor) -> None:
-        here = self._passing[: content.numel()]
-        self._file.read(start, here)
-        self._device.copy_(content, here)
+        host_buffer = self._passing[: content.numel()]
+        self._file.read(start, host_buffer)
+        self._device.copy_(content, host_buffer)

@@ -2,7 +2,7 @@
 
 Trained block-wise, a section is a network of its own: stem, some layers, readout. Trained end to end, sections are the
 consecutive stages of one network: the first one has the stem, the last one the readout. What goes from stage to stage
-are hidden values and a condition, which the stem makes once and every layer is told.
+are hidden values and the conditioning, which the stem makes once and every layer gets.
 """
 
 from collections.abc import Iterable, Sequence
@@ -26,12 +26,12 @@ class Section:
 
 
 def blocks_of(layers: Sequence[int]) -> tuple[Section, ...]:
-    """Networks of their own with so many layers each."""
+    """Networks of their own, by the layers of each."""
     return tuple(Section(num_layers=count) for count in layers)
 
 
 def stages_of(layers: Sequence[int]) -> tuple[Section, ...]:
-    """Stages of one network with so many layers each.
+    """Stages of one network, by the layers of each.
 
     >>> [(stage.stem, stage.readout) for stage in stages_of((2, 2, 1))]
     [(True, False), (False, False), (False, True)]
@@ -53,7 +53,7 @@ def network_of(family: Family, section: Section, *, checkpointing: bool = False)
 def init_section_(
     family: Family, section: Section, tensors: Iterable[tuple[str, Tensor]], generator: torch.Generator
 ) -> None:
-    """Initialise a section's parameters, as those of a whole network of so many layers are initialised.
+    """Initialise a section's parameters, as those of a whole network of as many layers are initialised.
 
     Args:
         tensors: parameters by their names; the order is that of a section's own.

@@ -17,7 +17,7 @@ from edgeblocks.offload.tiers import Tier
 
 @dataclass
 class StreamTimes:
-    """Seconds that the training thread waited for blocks (`stall`), and that reading and writing took in all."""
+    """Seconds that the training thread waited for blocks (`stall_s`), and seconds of all reading and writing."""
 
     stall_s: float = 0.0
     load_s: float = 0.0
@@ -110,9 +110,10 @@ class Slots:
 
         def moved() -> None:
             if former is not None:
-                former.result()
+                former.result()  # done already: raises its failure, so that nothing is loaded over unsaved bytes
             move()
 
+        # One thread, so moves of all slots come in the order in which they were submitted.
         slot.pending = self._io.submit(moved)
 
     def _wait(self, slot: Slot) -> None:
@@ -124,7 +125,7 @@ class Slots:
         try:
             pending.result()
         except BaseException:
-            slot.block = None
+            slot.block = None  # half-read or half-written: it is loaded again before it is used
             raise
         finally:
             self.times.stall_s += time.perf_counter() - started

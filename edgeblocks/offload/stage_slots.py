@@ -1,11 +1,11 @@
-"""Which stage is in memory when a network is trained end to end, and where the others wait.
+"""Which stage is in memory when a network is trained end to end.
 
 A step goes through the stages forward and back, so the stage that was used longest ago is the one that is needed last,
 and it gives way. While one stage is used, the I/O thread offloads the one that leaves and loads the next. With as many
 slots as stages nothing is ever moved.
 
-Where they wait, on disk or in the memory beside a device's, is told by `tiers`. What survives a crash are the run's
-block files, which `checkpoint` writes for all stages.
+Offloaded stages are on disk, or in the host's memory where a device trains (`offload.tiers`). What survives a crash are
+the run's block files, which `checkpoint` writes for all stages.
 """
 
 import math
@@ -43,10 +43,11 @@ class StageSlots(Slots):
         """A buffer with what is needed of a stage.
 
         Args:
-            then: the next use, fetched early when a slot is free for it.
+            then: the next use, loaded early when a slot is free for it.
         """
         slot = self._slot_for(need, keep=None)
         self._wait(slot)
+        # The next load starts now and goes on while the caller computes; with one slot there is no room for it.
         if then is not None and len(self._slots) > 1 and then.stage != need.stage:
             self._slot_for(then, keep=slot)
         yield slot.buffer
@@ -54,7 +55,7 @@ class StageSlots(Slots):
 
     @contextmanager
     def ema_weights(self, block: int) -> Iterator[BlockBuffer]:
-        """A buffer with a stage's EMA weights, until another stage is used; the next stage is fetched early."""
+        """A buffer with a stage's EMA weights, until another stage is used; the next stage is loaded early."""
         need, then = (
             Need(stage=stage % len(self.store.layouts), parts=("ema",), changes=False) for stage in (block, block + 1)
         )
@@ -75,11 +76,12 @@ class StageSlots(Slots):
         Raises:
             FloatingPointError: a stage has weights that are no numbers.
         """
-        here = {slot.block for slot in self._slots}
+        resident = {slot.block for slot in self._slots}
         stages = [stage for stage, is_trained in enumerate(trained) if is_trained]
-        for stage in sorted(stages, key=lambda stage: stage not in here):
+        for stage in sorted(stages, key=lambda stage: stage not in resident):
             with self.use(Need(stage=stage, parts=PARTS, changes=False), then=None) as buffer:
                 finish(stage, buffer)
+                # One sum finds a NaN or an infinity anywhere in the stage, before its file can replace a good one.
                 if not math.isfinite(buffer.flat("weights").sum() + buffer.flat("ema").sum()):
                     raise FloatingPointError(f"stage {stage}")
                 self._tier.save(files, stage, buffer, step)
@@ -91,11 +93,12 @@ class StageSlots(Slots):
         slot = self._holder(need.stage)
         if slot is None:
             slot = self._longest_unused(self._slots, keep=keep)
-            leaves = slot.block if slot.changed else None
+            leaves = slot.block if slot.changed else None  # unchanged, its tier has the same bytes
             if leaves is not None:
                 self.store.bytes_written += self._tier.offload_bytes(leaves)
             self._hand_over(slot, partial(self._swap, slot.buffer, leaves, need.stage, need.parts))
             slot.block, slot.parts, slot.changed = need.stage, need.parts, False
+        # In memory, but with its weights alone, as the forward pass needs it: the update needs the rest too.
         elif missing := tuple(part for part in need.parts if part not in slot.parts):
             self._hand_over(slot, partial(self._swap, slot.buffer, None, need.stage, missing))
             slot.parts = tuple(part for part in PARTS if part in (*slot.parts, *missing))

@@ -1,9 +1,9 @@
-"""Where blocks and stages are while they are in no slot: on disk, or in the memory beside a device's.
+"""Where blocks and stages are while they are in no slot: on disk, or in the host's memory where a device trains.
 
 What survives a crash are the run's block files; `save` writes them. Stages of a network that is trained end to end
 change in every step, so between two checkpoints their newest bytes are kept in a swap file (`offload`), which is
-overwritten in place again and again and is worth nothing after a crash. Beside a device with memory of its own, the
-first blocks have a copy each in the host's memory, from which they are loaded; the others pass through one buffer.
+overwritten in place again and again and is worth nothing after a crash. Where a device with memory of its own trains,
+the first blocks have a copy each in the host's memory, from which they are loaded; the others pass through one buffer.
 """
 
 import threading
@@ -136,7 +136,7 @@ class DiskTier:
 
     def save(self, files: BlockFiles, block: int, buffer: BlockBuffer, step: int) -> None:
         files.write(block, buffer, step)
-        self._swapped.discard(block)
+        self._swapped.discard(block)  # the file is as new as the swap file now, and has a checksum
         self.file_steps[block] = step
 
     def close(self) -> None:
@@ -169,23 +169,24 @@ class HostTier:
         self._copied: set[int] = set()
         """Blocks whose copy has their newest bytes, as far as they are not in a slot. One that may be half-written, or
         ahead of a file that could not be written, is not among them and is never loaded."""
+        # At a checkpoint the training thread saves a stage while the I/O thread may still be loading another one: both
+        # go through `_staging`, so that one waits for the other.
         self._lock = threading.Lock()
-        """The training thread saves a stage while the I/O thread may still load another one, through one buffer."""
 
     def buffer(self) -> BlockBuffer:
         return BlockBuffer(largest_of(self.store.layouts, self._parts), self._parts, allocate=self.device.empty)
 
     def load(self, block: int, buffer: BlockBuffer, parts: Sequence[Part] | None = None) -> int:
         with self._lock:
-            here = self._host_buffer(block)
+            host_buffer = self._host_buffer(block)
             if not self._has_copy(block):
-                self._disk.load(block, here, parts)
+                self._disk.load(block, host_buffer, parts)
             elif block not in self._copied:
-                self._disk.load(block, here)
+                self._disk.load(block, host_buffer)  # all parts: from now on the copy stands for the file
                 self._copied.add(block)
-            buffer.adopt_(here.layout)
+            buffer.adopt_(host_buffer.layout)
             for part in parts or self._parts:
-                self.device.copy_(buffer.part_bytes(part), here.part_bytes(part))
+                self.device.copy_(buffer.part_bytes(part), host_buffer.part_bytes(part))
             return self._disk.file_steps[block]
 
     def offload_bytes(self, block: int) -> int:
@@ -193,16 +194,16 @@ class HostTier:
 
     def offload(self, block: int, buffer: BlockBuffer) -> None:
         with self._lock:
-            here = self._taken(block, buffer)
+            host_buffer = self._copied_to_host(block, buffer)
             if self._has_copy(block):
                 self._copied.add(block)
             else:
-                self._disk.offload(block, here)
+                self._disk.offload(block, host_buffer)
 
     def save(self, files: BlockFiles, block: int, buffer: BlockBuffer, step: int) -> None:
         with self._lock:
             self._copied.discard(block)  # until the file is written the copy is ahead of it
-            self._disk.save(files, block, self._taken(block, buffer), step)
+            self._disk.save(files, block, self._copied_to_host(block, buffer), step)
             if self._has_copy(block):
                 self._copied.add(block)
 
@@ -217,16 +218,16 @@ class HostTier:
 
     def _host_buffer(self, block: int) -> BlockBuffer:
         """The block's copy, or the buffer that it passes through."""
-        here = self._copies[block] if self._has_copy(block) else self._staging
-        assert here is not None
-        here.adopt_(self.store.layouts[block])
-        return here
+        host_buffer = self._copies[block] if self._has_copy(block) else self._staging
+        assert host_buffer is not None
+        host_buffer.adopt_(self.store.layouts[block])
+        return host_buffer
 
-    def _taken(self, block: int, buffer: BlockBuffer) -> BlockBuffer:
+    def _copied_to_host(self, block: int, buffer: BlockBuffer) -> BlockBuffer:
         """The block's buffer on the host, with the bytes of one on the device."""
-        here = self._host_buffer(block)
-        self.device.copy_(here.content, buffer.content)
-        return here
+        host_buffer = self._host_buffer(block)
+        self.device.copy_(host_buffer.content, buffer.content)
+        return host_buffer
 
 
 def tier_of(

@@ -13,17 +13,14 @@ ns a parameter (9M parameters, two cores of an Intel Ice Lake that others used t
     fp32: 1.5 and 1.0
 
 Chunks must be large because some sixty calls cost 60 us a chunk, more where two threads wait for the interpreter's
-lock, and small because a thread's temporaries are 12 bytes a parameter of the chunk, 2 MB as it is. torch's own threads
-are switched off during the step for one more reason: their barriers wait actively, so where another process holds a
-core, each of some thousand barriers a step was seen to lose 4-8 ms. Python threads that fetch their next chunk when
-they are done meet only once.
+lock, and small because a thread's temporaries are 12 bytes a parameter of the chunk, 2 MB as it is.
 
 On a GPU the same operations run in chunks of 2 Mi from one thread, so that both targets make the same step up to
 rounding. With table lookups they took 0.1 ns on an H100, where the kernel of bitsandbytes, one pass over memory and not
 twenty, takes 0.03; with this code they were not yet run on a GPU.
 
 Source: Loshchilov and Hutter 2019, "Decoupled Weight Decay Regularization", arXiv 1711.05101, algorithm 2; the 8-bit
-state: `quant`.
+state: `optim.moments`.
 """
 
 from __future__ import annotations
@@ -76,9 +73,8 @@ class _ChunkBuffers:
 class Workspace:
     """Every temporary of the 8-bit step, allocated once, for `num_threads` threads of `chunk_size` parameters each.
 
-    The threads beside the caller's are started once too: one that is started where memory is short may never answer.
-    A step allocates nothing beside the workspace but views and single numbers. One workspace serves one step at a
-    time. Results depend neither on `chunk_size` nor on `num_threads`.
+    A step allocates nothing else but views and single numbers. One workspace serves one step at a time. Results depend
+    neither on `chunk_size` nor on `num_threads`.
 
     Raises:
         ValueError: `chunk_size` is no positive multiple of `GROUP_SIZE`, or `num_threads` is not positive.
@@ -89,6 +85,7 @@ class Workspace:
         self.chunk_size = chunk_size
         self.step = torch.empty((), dtype=torch.float32, device=device)
         self.buffers = tuple(_ChunkBuffers.empty(chunk_size, device) for _ in range(num_threads))
+        # Started now: a thread that is started where memory is short may never answer.
         self.helpers = _started_threads(num_threads - 1)
 
     @classmethod
@@ -132,8 +129,7 @@ def adamw_step_(
     """One AdamW step; `step` counts from 1. Updates `parameters` and both moments, which start as zeros.
 
     Equal to `torch.optim.AdamW(fused=True)` bit for bit on the tensors of these `sizes` that lie one behind the other;
-    None: on one. torch computes the last elements of a tensor one by one and rounds some of them differently: stepped
-    as one stretch, a bias of 32 values differed in one of them by its last bit after four steps (AVX-512).
+    None: on one.
 
         m <- beta1 m + (1 - beta1) g        v <- beta2 v + (1 - beta2) g^2
         p <- p - learning_rate (weight_decay p + m / (1 - beta1^step) / (sqrt(v / (1 - beta2^step)) + eps))
@@ -141,6 +137,8 @@ def adamw_step_(
     assert step >= 1, f"step is {step}, it counts from 1"
     _assert_numel(parameters.numel(), parameters, gradients, exp_avg, exp_avg_sq)
     with torch.no_grad():
+        # Tensor by tensor: torch computes the last elements of each one by one and rounds some of them differently.
+        # Stepped as one stretch, a bias of 32 values differed in one by its last bit after four steps (AVX-512).
         given = [parameters.numel()] if sizes is None else list(sizes)
         torch._fused_adamw_(
             parameters.split_with_sizes(given),
@@ -184,7 +182,7 @@ def adamw_8bit_step_(
     weight_decay: float,
     workspace: Workspace,
 ) -> None:
-    """`adamw_step_` with both moments in 8 bits (see `quant`): 2.03 bytes of state a parameter instead of 8.
+    """`adamw_step_` with both moments in 8 bits (`optim.moments`): 2.03 bytes of state a parameter instead of 8.
 
     numel is a multiple of `GROUP_SIZE`, groups = numel / `GROUP_SIZE`. Updates `parameters` and the state, which starts
     as zeros. A NaN or infinite gradient makes its parameter NaN now and its whole group NaN at the next step. The
@@ -241,12 +239,14 @@ def _for_each_chunk(step_chunk: Callable[[int, _ChunkBuffers], None], starts: de
         with torch.no_grad():  # gradient mode belongs to the thread
             while True:
                 try:
-                    start = starts.popleft()
+                    start = starts.popleft()  # atomic: each thread takes its next chunk when it is done
                 except IndexError:
                     return
                 step_chunk(start, own)
 
     busy = workspace.buffers[: max(1, len(starts))]
+    # torch's own threads wait actively at their barriers: where another process holds a core, each of some thousand
+    # barriers a step was seen to lose 4-8 ms. These threads meet once, at the end.
     with _one_torch_thread():
         futures = [workspace.helpers.submit(work, own) for own in busy[1:]]
         work(busy[0])

@@ -92,12 +92,10 @@ def dequantize_(
 def _roots_of_scales(
     scales: Float32[Tensor, " groups"], kind: torch.dtype, scratch: Scratch
 ) -> Float32[Tensor, " groups"]:
-    """sqrt(scale) / steps^2, in the scratch.
-
-    As 1 / (1 / sqrt): torch leaves sqrt itself to MKL, which takes 20 times as long for zeros, of which gradients have
-    many, and once called on a second thread made the barriers of every later operation sleep (16 times the context
-    switches; a backward pass of the digits 81 ms instead of 61).
-    """
+    """sqrt(scale) / steps^2, in the scratch."""
+    # As 1 / (1 / sqrt): torch leaves sqrt itself to MKL, which takes 20 times as long for zeros, of which gradients
+    # have many, and once called on a second thread made the barriers of every later operation sleep (16 times the
+    # context switches; a backward pass of the digits 81 ms instead of 61).
     return torch.rsqrt(scales, out=scratch.factors).mul_(_NUM_STEPS[kind] ** 2).reciprocal_()
 
 
@@ -115,10 +113,8 @@ def quantize_(
 ) -> None:
     """Write codes and scales of `values`, which are destroyed. `scratch` must be of the same numel.
 
-    uint8 codes take no negative value and give 0 to none: the second moment stands under a fraction bar, and
-    exp_avg / (0 + eps) would throw a parameter out of its group's company by a factor of 1e8. A value below the
-    smallest step, true zeros included, becomes that step: a larger denominator, so a smaller update. A group of zeros
-    still comes back as zeros, because its scale is 0.
+    uint8 codes take no negative value and give 0 to none: a value below the smallest step, true zeros included, becomes
+    that step. A group of zeros still comes back as zeros, because its scale is 0.
 
     A group that holds a NaN or an infinity gets the scale NaN, so that the next `dequantize_` gives NaN for all of it:
     a broken gradient reaches the loss instead of vanishing in a clipped code.
@@ -136,6 +132,8 @@ def quantize_(
     if signed:
         roots.mul_(values.sign_())
     else:
+        # The second moment is a denominator: exp_avg / (0 + eps) would take a parameter 1e8 times as far as its group's
+        # others. Rounded up to the smallest step, the denominator is larger and the update smaller.
         roots.clamp_(min=1)
     # The integers' lowest bytes are the codes: 0.2 ns a value, where rounding and float32 to uint8 take 1.1.
     codes.copy_(roots.add_(_ROUNDING).view(torch.int32))

@@ -81,6 +81,7 @@ def adamw_(
             workspace=workspace,
             **common,
         )
+    # Behind the 8-bit stretch, tensor by tensor as torch.optim does, for equal bits (see `adamw_step_`).
     sizes = [math.prod(entry.shape) for entry in layout.of_part("weights")]
     starts = list(accumulate(sizes, initial=0))
     for first, last, decay in (
@@ -103,7 +104,7 @@ def adamw_(
 
 def follow_(buffer: "BlockBuffer", *, step: int, exponent: float) -> None:
     """Move the EMA towards the weights that step `step`, counted from 0, has made; see `ema_exponent`."""
-    decay = (1 - 1 / (step + 1)) ** (exponent + 1)
+    decay = (1 - 1 / (step + 1)) ** (exponent + 1)  # 0 after the first step: the EMA begins as the weights
     buffer.flat("ema").lerp_(buffer.flat("weights"), 1 - decay)
 
 

@@ -23,7 +23,7 @@ def block_counts(num_layers: int, request: PlanRequest) -> list[int]:
 
 
 def options_of(costs: LayerCosts, machine: Machine, request: PlanRequest, blocks: int) -> list[Candidate]:
-    """Every way to train in so many blocks, whether it fits or not."""
+    """Every way to train in this number of blocks, whether it fits or not."""
     sizes = micro_batches(request.batch) if request.micro_batch is None else (min(request.micro_batch, request.batch),)
     checkpointing = (False, True) if request.checkpointing is None else (request.checkpointing,)
     return [

@@ -1,4 +1,4 @@
-"""What a block costs in bytes and arithmetic, as numbers: the planner's input, made by `cost.trace`."""
+"""What a block costs in bytes and arithmetic, as numbers: the planner's input, made by `profiling.trace`."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -45,12 +45,11 @@ class StepCost:
 class LayerCosts:
     """A family with its settings, as the planner sees it.
 
-    `hidden` are the values that go from layer to layer, `condition` what all layers are told; 0 for a family that is
-    not trained in stages. `ends` are a block's stem and readout together. `*_moments` are bytes of optimizer state by
-    optimizer, and
-    `workspace_bytes` what an optimizer step needs beside it on a processor, `gpu_workspace_bytes` on a GPU. Steps are
-    traced at several sample counts, ascending:
-    training with all activations kept, with activation checkpointing, and a forward pass alone.
+    `hidden` are the values that go from layer to layer, `condition` the conditioning of all layers; 0 for a family that
+    is not trained in stages. `ends` are a block's stem and readout together. `*_moments` are bytes of optimizer state
+    by optimizer, and `workspace_bytes` what an optimizer step needs besides on a processor, `gpu_workspace_bytes` on a
+    GPU. Steps are traced at several sample counts, ascending: training with all activations kept, with activation
+    checkpointing, and a forward pass alone.
     """
 
     num_layers: int

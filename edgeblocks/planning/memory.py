@@ -74,28 +74,24 @@ def device_memory(
 
 
 def _boundary_bytes(costs: LayerCosts, request: PlanRequest, stages: int, micro_batch: int) -> int:
-    """What a batch leaves at the stages' boundaries on its way forward, and one of them more on the way back.
+    """Activations of a batch at the stage boundaries, and their gradient at one boundary.
 
-    On the way back a micro-batch has its gradient, and its product with what leaves a stage, beside; see
-    `training.streamed_backward`. These live on the heap, with gaps as the tensors of a step. Where they wait on disk
-    there is the gradient alone, as it comes and as it goes.
+    In the backward pass a micro-batch also has its own gradient and the product of it with a stage's output; see
+    `training.streamed_backward`. These live on the heap, with gaps as the tensors of a step. Where the activations are
+    kept on disk there are two gradients of a batch alone: a stage's output's and its input's.
     """
     if not request.method.trained_together or stages == 1:
         return 0
     lowest = request.trained_stages(stages).index(True)
-    kept = stages - max(0, lowest - 1)  # what enters a stage below the lowest trained one is not needed again
-    of_batch, beside = float(kept), 3
+    kept = stages - max(0, lowest - 1)  # activations below the lowest trained stage are not needed again
+    # Tensors of the whole batch and of a micro-batch.
+    of_batch, of_micro_batch = float(kept), 3
     if request.boundaries == "disk":
-        of_batch, beside = 2.0, 5
+        of_batch, of_micro_batch = 2.0, 5
     elif request.boundary_dtype == "bfloat16":
-        of_batch, beside = (kept - 1) / 2 + 1.5, 4
-    hidden = (of_batch * request.batch + beside * micro_batch) * costs.hidden_bytes_per_sample
+        of_batch, of_micro_batch = (kept - 1) / 2 + 1.5, 4
+    hidden = (of_batch * request.batch + of_micro_batch * micro_batch) * costs.hidden_bytes_per_sample
     return int((1 + GAPS_SHARE["plain"]) * (hidden + 3 * request.batch * costs.condition_bytes_per_sample))
-
-
-def _stem_readout_bytes(costs: LayerCosts, request: PlanRequest) -> int:
-    """The copies of stem and readout that a look at a network holds, while its stages come and go."""
-    return 4 * costs.parameters(0) if request.method.one_network else 0
 
 
 def host_memory(
@@ -107,11 +103,11 @@ def host_memory(
     block_bytes: int,
     micro_batch: int,
 ) -> tuple[dict[str, int], int]:
-    """The host's memory by its parts, and how many blocks live in it: as many as its budget holds beside the rest.
+    """The host's memory by its parts, and how many blocks live in it: as many as the rest of its budget holds.
 
     `staging` is the page-locked memory of one block, through which blocks move between disk and device. Gradients that
-    wait for the norm of all of them pass through page-locked memory of their own; what enters the stages and waits on
-    disk takes the heap's on its way.
+    are offloaded until the norm of all is known pass through page-locked memory of their own; activations at the stage
+    boundaries that are kept on disk pass through the heap.
     """
     if machine.host is None:
         return {}, 0
@@ -141,7 +137,7 @@ def batch_bytes(costs: LayerCosts, request: PlanRequest) -> int:
 
 
 def _workspace_bytes(costs: LayerCosts, machine: Machine, request: PlanRequest) -> int:
-    """What an optimizer step needs beside the state."""
+    """What an optimizer step needs besides the state."""
     return (costs.workspace_bytes if machine.host is None else costs.gpu_workspace_bytes)[request.optimizer]
 
 
@@ -173,7 +169,9 @@ def preview_bytes(costs: LayerCosts, machine: Machine, request: PlanRequest, num
 
     Beside a host the samples are there, and a micro-batch of them on the device.
     """
-    forward = forward_bytes(costs, machine, num_layers, micro_batch) + _stem_readout_bytes(costs, request)
+    # A preview holds copies of stem and readout while the stages between them are loaded in turn.
+    stem_readout_bytes = 4 * costs.parameters(0) if request.method.one_network else 0
+    forward = forward_bytes(costs, machine, num_layers, micro_batch) + stem_readout_bytes
     if machine.host is not None:
         return forward + micro_batch * (costs.batch_bytes_per_sample + request.sample_bytes)
     return forward + _grid_bytes(costs, request, micro_batch)

@@ -45,7 +45,7 @@ def _in_parts(chosen: "Candidate") -> str:
 
 
 def _how_trained(plan: "Plan") -> str:
-    """What is said of stages behind their number."""
+    """What follows the number of stages."""
     if not plan.method.trained_together:
         return ""
     if plan.trained is None or len(plan.trained) == plan.chosen.blocks:
@@ -54,7 +54,7 @@ def _how_trained(plan: "Plan") -> str:
 
 
 def _where(chosen: "Candidate", unit: str) -> str:
-    """What lives where between its visits."""
+    """Where blocks or stages are between their uses."""
     moving = " (one trained, one on its way)" if chosen.slots > 1 else ""
     tiers = chosen.tiers
     if "device" in tiers:
@@ -62,8 +62,8 @@ def _where(chosen: "Candidate", unit: str) -> str:
             return f"all {unit}s stay on the device"
         places = f"{chosen.slots} of {chosen.blocks} {unit}s at a time on the device{moving}"
         names = {"ram": "in RAM", "disk": "on disk"}
-        waiting = [f"{_numbers(tiers[tier], unit)} {name}" for tier, name in names.items() if tiers[tier]]
-        return f"{places}, between {'their uses' if unit == 'stage' else 'visits'} {' and '.join(waiting)}"
+        offloaded = [f"{_numbers(tiers[tier], unit)} {name}" for tier, name in names.items() if tiers[tier]]
+        return f"{places}, between {'their uses' if unit == 'stage' else 'visits'} {' and '.join(offloaded)}"
     if not tiers["disk"]:
         return f"all {unit}s stay in memory"
     if unit == "stage":
@@ -116,19 +116,16 @@ def _time_line(prepared: "Prepared") -> str:
 
 
 def _disk_line(plan: "Plan") -> str:
-    """What lies on disk, and what wears it."""
+    """Bytes on disk, and bytes written a day, which wear it."""
+    # Besides the files of all blocks: those being written, and scratch files.
+    spare = "one being written"
+    if plan.method.trained_together:
+        spare = "a second copy while they are saved" + (", and scratch files" if plan.chosen.tier == "disk" else "")
     shorter = " (in all: the run takes less)" if plan.predicted_s < DAY_S else ""
     return (
-        f"on disk: {format_bytes(plan.chosen.disk_bytes)} (every {plan.method.part}, and {_spare(plan)}); about "
+        f"on disk: {format_bytes(plan.chosen.disk_bytes)} (every {plan.method.part}, and {spare}); about "
         f"{format_bytes(plan.written_a_day_bytes)} written a day{shorter}"
     )
-
-
-def _spare(plan: "Plan") -> str:
-    """What lies on disk for a moment beside the files of all blocks."""
-    if not plan.method.trained_together:
-        return "one being written"
-    return "while they are saved every one again" + (", and while they wait" if plan.chosen.tier == "disk" else "")
 
 
 def plan_table(prepared: "Prepared") -> str:

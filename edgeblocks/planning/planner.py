@@ -35,7 +35,7 @@ from edgeblocks.planning.warnings import plan_warnings
 from edgeblocks.units import advised_budget, format_bytes
 
 ABOUT_AS_FAST = 1.1
-"""Of two ways to train end to end, one that takes so many times as long is still preferred where it writes less."""
+"""Of two ways to train end to end, one that takes up to this many times as long is preferred where it writes less."""
 
 
 def make_plan(costs: LayerCosts, machine: Machine, request: PlanRequest) -> Plan:
@@ -77,7 +77,8 @@ def make_plan(costs: LayerCosts, machine: Machine, request: PlanRequest) -> Plan
         look_micro_batch=_preview_micro_batch(costs, machine, request, chosen),
         steps=request.steps,
         budget_bytes=request.budget_bytes,
-        parameters=_parameters(costs, request, layers),
+        # Blocks have a stem and a readout each; stages are cut from one network, which has one of both.
+        parameters=sum(map(costs.parameters, request.method.denoisers(layers))),
         optimizer=request.optimizer,
         machine=machine,
         method=request.method,
@@ -125,11 +126,6 @@ def _best(options: Sequence[Candidate], request: PlanRequest) -> Candidate:
     longest_s = ABOUT_AS_FAST * min(time(option)[0] for option in options)
     fast = [option for option in options if time(option)[0] <= longest_s]
     return min(fast, key=lambda option: (option.bytes_written, *time(option)))
-
-
-def _parameters(costs: LayerCosts, request: PlanRequest, layers: Sequence[int]) -> int:
-    """Of all blocks, each with a stem and a readout of its own; or of the one network that is cut into stages."""
-    return sum(map(costs.parameters, request.method.denoisers(layers)))
 
 
 def _shapes(costs: LayerCosts, machine: Machine, request: PlanRequest, chosen: Candidate) -> tuple[StepShape, ...]:
@@ -269,9 +265,9 @@ def inference_micro_batch(
     """The largest micro-batch for running the EMA weights of blocks inside the device's budget.
 
     Args:
-        held_bytes: what the caller keeps beside the network (images, features); in the host's memory if there is one.
-        stem_readout_bytes: of what is kept of a network whose stages come and go: its stem and readout.
-        sample_bytes: as `held_bytes` for each sample of the micro-batch, as keys and values; a device has them for a
+        held_bytes: what the caller keeps besides the network (images, features); in the host's memory if there is one.
+        stem_readout_bytes: of the copies of stem and readout, where a network's stages are loaded in turn.
+        sample_bytes: as `held_bytes` for each sample of the micro-batch, such as its KV cache; a device has them for a
             moment.
         residents: blocks that are in memory at a time.
 

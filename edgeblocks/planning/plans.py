@@ -14,7 +14,7 @@ UPDATE_S_PER_PARAMETER = 8e-9
 
 @dataclass(frozen=True, kw_only=True)
 class Host:
-    """The memory beside a device that has its own, and the link between the two."""
+    """The host's memory where a device has its own, and the link between the two."""
 
     runtime_bytes: int
     """Resident set of the process before any block."""
@@ -71,16 +71,16 @@ class PlanRequest:
     grid_samples: int = 0
     """Samples that are made together during training."""
     sample_bytes: int = 0
-    """What one that is written token by token keeps: its keys and values."""
+    """What one that is written token by token keeps: its KV cache."""
     previews: int = 0
-    """Times that the network is looked at on the way; blocks are saved then."""
+    """Previews and evaluations during training; blocks are saved before each."""
     max_disk_writes: int | None = None
     """Bytes that the run may write to disk."""
     ram_budget_bytes: int | None = None
     """Bound of the host's memory; None leaves all of it. Only for a machine with a host."""
 
     def trained_stages(self, blocks: int) -> tuple[bool, ...]:
-        """Of each of so many stages, whether it is trained."""
+        """Of each of `blocks` stages, whether it is trained."""
         return trained_stages(self.trained, blocks)
 
 
@@ -113,7 +113,7 @@ class Candidate:
     streaming_s: float
     block_bytes: int
     disk_bytes: int
-    """The files of all blocks, wherever these live, and what is there beside them while some are written."""
+    """The files of all blocks, wherever these live, and the copies that exist while some are written."""
     bytes_written: int
     fits: bool
     host_breakdown: dict[str, int] = field(default_factory=dict)
@@ -215,7 +215,7 @@ def kept_blocks(blocks: int, slots: int) -> int:
 
 
 def streaming_share(slots: int) -> float:
-    """The part of moving that is waited for: beside compute, streaming still takes a share of the processor."""
+    """The part of moving that is waited for: even behind the computing it takes a share of the processor."""
     return 0.25 if slots > 1 else 1.0
 
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 TABLE = "docs/methods.md"
 MUCH_SLOWER = 3.0
-"""So many times the other's time is told as a drawback of what is recommended."""
+"""A recommended method that takes this many times as long as the other has that named as a drawback."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,7 +88,7 @@ def option(plan: Callable[[], "Prepared"]) -> Option:
     """What a plan comes to.
 
     Args:
-        plan: makes it; a `preparation.Prepared`.
+        plan: makes it; a `prepare.Prepared`.
     """
     try:
         return Option(seconds=plan().plan.predicted_s)
@@ -101,12 +101,12 @@ def option(plan: Callable[[], "Prepared"]) -> Option:
 
 def recommendation(found: Measured | None, options: dict[MethodName, Option]) -> Recommendation | None:
     """The better method where one is, else the faster one; None where neither can be taken."""
-    possible = {method: one.seconds for method, one in options.items() if one.seconds is not None}
+    possible = {method: option.seconds for method, option in options.items() if option.seconds is not None}
     if not possible:
         return None
     if len(possible) == 1:
         (method,) = possible
-        obstacles = [f"{name} cannot be taken: {one.obstacle}" for name, one in options.items() if name != method]
+        obstacles = [f"{name} cannot be taken: {option.obstacle}" for name, option in options.items() if name != method]
         return Recommendation(method=method, reason="; ".join(obstacles))
     faster: MethodName = min(possible, key=lambda method: possible[method])
     if found is None:

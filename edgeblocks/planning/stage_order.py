@@ -21,7 +21,7 @@ class Use:
 
 @dataclass(frozen=True, kw_only=True)
 class Traffic:
-    """Stages that a step moves: put away whole, weights fetched, and the rest (EMA, optimizer state) fetched."""
+    """Stages that a step moves: offloaded whole, weights loaded, and the rest (EMA, optimizer state) loaded."""
 
     offloaded: int
     weights_loaded: int
@@ -33,7 +33,7 @@ def uses_of_a_step(trained: tuple[bool, ...], *, late: bool = False) -> list[Use
 
     Args:
         trained: of each stage whether it is; one at least.
-        late: whether a stage is updated when it is used next, not when its gradient is complete (`stage_updates`).
+        late: whether a stage is updated when it is used next, not when its gradient is complete (`training.clipping`).
 
     >>> [(use.stage, use.changes) for use in uses_of_a_step((True, True, True))]
     [(0, False), (1, False), (2, True), (1, True), (0, True)]
@@ -52,13 +52,13 @@ def uses_of_a_step(trained: tuple[bool, ...], *, late: bool = False) -> list[Use
 
 @functools.cache
 def traffic_of_a_step(trained: tuple[bool, ...], slots: int, *, late: bool = False, in_ram: int = 0) -> Traffic:
-    """What a step moves with so many stages in memory, when all have begun to change places.
+    """What a step moves with `slots` stages in memory, once the first steps are over.
 
-    The stage that was used longest ago gives way. If all are trained, one that is in memory from its update to its next
-    one must be among the first and among the last `slots`; else the uses are gone through.
+    The stage that was used longest ago gives way. If all are trained there is a formula: a stage that stays in memory
+    from its update to its next one is among the first and among the last `slots`. Else the uses are simulated.
 
     Args:
-        in_ram: so many stages, from the first one on, are not counted: they wait in memory.
+        in_ram: how many stages, from the first one on, are not counted: they are offloaded to RAM.
 
     >>> [traffic_of_a_step((True,) * 6, slots).offloaded for slots in (1, 2, 3, 4, 5, 6)]
     [6, 6, 6, 4, 2, 0]
@@ -76,12 +76,12 @@ def traffic_of_a_step(trained: tuple[bool, ...], slots: int, *, late: bool = Fal
     held: OrderedDict[int, tuple[bool, bool]] = OrderedDict()
     """Of each stage in memory, the one that was used longest ago first: whether it changed, and whether it is whole."""
     uses = uses_of_a_step(trained, late=late)
-    for _ in range(3):
-        _gone_through(uses, slots, held, in_ram)
-    return _gone_through(uses, slots, held, in_ram)
+    for _ in range(3):  # until what is in memory at a step's beginning is the same every time
+        _simulated_step(uses, slots, held, in_ram)
+    return _simulated_step(uses, slots, held, in_ram)
 
 
-def _gone_through(uses: Sequence[Use], slots: int, held: OrderedDict[int, tuple[bool, bool]], in_ram: int) -> Traffic:
+def _simulated_step(uses: Sequence[Use], slots: int, held: OrderedDict[int, tuple[bool, bool]], in_ram: int) -> Traffic:
     """What one step moves; `held` is as the step before it left it, and is changed."""
     offloaded = weights_loaded = rest_loaded = 0
     for use in uses:

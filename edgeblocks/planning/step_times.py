@@ -39,8 +39,8 @@ def predicted_step_s(
 
 @dataclass(frozen=True, kw_only=True)
 class StagedStep:
-    """A step of all stages: seconds of computing, seconds that it waits for the disk and the link to the host beyond
-    them, bytes put away on disk."""
+    """A step of all stages: seconds of computing, seconds of waiting for the disk and the link to the host on top of
+    them, bytes offloaded to disk."""
 
     step_s: float
     stall_s: float
@@ -69,7 +69,7 @@ def staged_step(
     trained = request.trained_stages(blocks)
     stage_s = predicted_step_s(costs, machine, num_layers, request.batch, micro_batch, checkpointing)
     parameters = costs.parameters(num_layers)
-    passed = sum(not one for one in trained[trained.index(True) :])
+    passed = sum(not is_trained for is_trained in trained[trained.index(True) :])
     forward_s = request.batch * costs.num_layers * costs.layer_flops_per_sample / machine.flops_per_s
     step_s = sum(trained) * stage_s + passed * 2 / 3 * (stage_s - parameters * machine.update_s_per_parameter)
     step_s += (blocks - 1) / blocks * forward_s
@@ -94,13 +94,13 @@ def staged_step(
 
 
 def _moved_bytes(traffic: Traffic, weights_bytes: int, rest_bytes: int) -> tuple[int, int]:
-    """Bytes that a step fetches and puts away, given those of a stage's weights and of the rest of it."""
-    fetched = weights_bytes * traffic.weights_loaded + rest_bytes * traffic.rest_loaded
-    return fetched, (weights_bytes + rest_bytes) * traffic.offloaded
+    """Bytes that a step loads and offloads, given those of a stage's weights and of the rest of it."""
+    loaded = weights_bytes * traffic.weights_loaded + rest_bytes * traffic.rest_loaded
+    return loaded, (weights_bytes + rest_bytes) * traffic.offloaded
 
 
 def boundary_disk_bytes(costs: LayerCosts, request: PlanRequest, stages: int) -> int:
-    """What a step writes of what enters the stages, all but the first; it is read on the way on and on the way back."""
+    """Bytes of activations at the stage boundaries that a step writes; it reads them forward and again backward."""
     if request.boundaries != "disk" or not request.method.trained_together:
         return 0
     hidden_bytes = costs.hidden_bytes_per_sample // (2 if request.boundary_dtype == "bfloat16" else 1)

@@ -11,7 +11,7 @@ from edgeblocks.units import format_bytes
 FEWEST_GOOD_LAYERS = 4
 MUCH_FASTER = 0.75
 """The share of the time of the preferred blocks from which on the plan names a cut into more of them."""
-TOLD_STALL = 0.25
+NOTED_STALL = 0.25
 """Waiting for stages, as a share of the computation, from which on the plan says what hides it."""
 
 
@@ -53,22 +53,23 @@ def plan_warnings(
         )
     if request.clip_by == "network":
         found.append(
-            "clip_by=network: every step writes the gradients of all trained stages to disk and reads them, 4 bytes a "
-            "parameter, because the norm of all is known at its end; clip_by=stage does not"
+            "clip_by=network: every step writes the gradients of all trained stages to disk and reads them back, 4 "
+            "bytes a parameter, because their common norm is known only when the last one is complete; clip_by=stage "
+            "does not"
         )
     if request.boundaries == "disk" and chosen.blocks > 1:
         found.append(
-            "what enters each stage waits on disk: it is written once and read twice in every step; a larger "
-            "--mem-budget keeps it in memory, --set boundary_dtype=bfloat16 halves it"
+            "activations at the stage boundaries are kept on disk: every step writes them once and reads them twice; "
+            "a larger --mem-budget keeps them in memory, --set boundary_dtype=bfloat16 halves them"
         )
-    if method.trained_together and chosen.slots < chosen.blocks and _stall(chosen) > TOLD_STALL:
+    if method.trained_together and chosen.slots < chosen.blocks and _stall(chosen) > NOTED_STALL:
         hiding = _hiding_batch(costs, machine, request, chosen)
         waited_for = "the disk" if chosen.tier == "disk" else "the link to the host"
         found.append(
             f"waiting for {waited_for} takes {_stall(chosen):.0%} of the time of computing with {request.batch} "
             f"samples a step; "
             + (f"--batch {hiding} hides most of it behind the computation, and " if hiding else "")
-            + f"a {holds_stages} that holds more stages leaves less of it"
+            + f"a larger {holds_stages} holds more stages and shortens it"
         )
     if request.trained is not None and cut_by_budget:
         found.append(
@@ -115,6 +116,6 @@ def _hiding_batch(costs: LayerCosts, machine: Machine, request: PlanRequest, cho
             chosen.checkpointing,
             chosen.slots,
         )
-        if option.fits and _stall(option) <= TOLD_STALL / 2:
+        if option.fits and _stall(option) <= NOTED_STALL / 2:
             return batch
     return None

@@ -60,8 +60,8 @@ def budgets_of(run: RunSettings, memory_bytes: int, host_bytes: int | None, mach
         )
     if run.ram_budget is not None:
         raise ConfigError(
-            f"--ram-budget {run.ram_budget} bounds the host's memory beside a GPU; on {machine} training has one "
-            f"memory, and --mem-budget bounds it"
+            f"--ram-budget {run.ram_budget} bounds the host's memory when a GPU trains; on {machine} training has "
+            f"one memory, and --mem-budget bounds it"
         )
     return _size_within("--mem-budget", run.mem_budget, memory_bytes, machine), None
 

@@ -38,8 +38,8 @@ def stacked_bar(parts: Sequence[Part], *, title: str, write: Callable[[float], s
         }
         for part in parts
     ]
-    told = ", ".join(f"{row['label']} {row['share']}" for row in rows)
-    return fragment("bar.html", title=title, rows=rows, description=f"{title}: {told}", caption=caption)
+    shares = ", ".join(f"{row['label']} {row['share']}" for row in rows)
+    return fragment("bar.html", title=title, rows=rows, description=f"{title}: {shares}", caption=caption)
 
 
 def _colour(part: Part, coloured: Sequence[Part]) -> str | None:

@@ -20,7 +20,7 @@ from edgeblocks.units import format_bytes, format_count, format_duration
 
 
 def comparison_page(content: Comparison) -> str:
-    """The HTML file that tells of a comparison.
+    """The HTML report of a comparison.
 
     Args:
         content: of compare.json.
@@ -64,14 +64,14 @@ def _verdict(content: Comparison, arms: dict[str, list[Row]]) -> str:
         return "No arm has a result"
     sign = -1 if content["higher_is_better"] else 1
     order = sorted(arms, key=lambda name: sign * final_value(arms[name]))
-    told = f"Best {content['measure']} at equal {content['equal']}: {order[0]}"
+    verdict = f"Best {content['measure']} at equal {content['equal']}: {order[0]}"
     if len(order) == 1:
-        return told
+        return verdict
     first, second = arms[order[0]], arms[order[1]]
     difference = abs(final_value(first) - final_value(second))
     if difference < 2 * math.hypot(_error(first), _error(second)):
-        return f"{told}, but {order[1]} is as good as far as {content['examples']} examples can tell"
-    return f"{told}, before {order[1]} by {difference:.3g}"
+        return f"{verdict}, but the difference to {order[1]} is within the error of {content['examples']} examples"
+    return f"{verdict}, before {order[1]} by {difference:.3g}"
 
 
 def _error(rows: Sequence[Row]) -> float:

@@ -11,7 +11,7 @@ from edgeblocks.report.figures import Reference, Series, line_figure
 from edgeblocks.runs.summary import LevelScores
 
 SCORES = {"accuracy": "share of tokens guessed right", "top1": "share of images classified right (top 1)"}
-"""What families tell of a noise level beside the loss."""
+"""Figures of a noise level that families report besides the loss."""
 
 
 def loss_figure(facts: RunFacts) -> Markup:
@@ -93,13 +93,13 @@ def _level_figure(facts: RunFacts, levels: Sequence[LevelScores], name: str, *, 
 def memory_figure(facts: RunFacts) -> Markup:
     """Memory against time, below the budget."""
     run = facts.directory
-    told = sorted(
+    points = sorted(
         (record.seconds, record.used_bytes)
         for record in facts.records
         if record.seconds is not None and record.used_bytes is not None
     )
     title = "Memory against the budget over time"
-    if not told:
+    if not points:
         reason = (
             "There are no records yet."
             if not facts.records
@@ -115,7 +115,7 @@ def memory_figure(facts: RunFacts) -> Markup:
         references.append(Reference(label=peak, value=facts.summary.peak_bytes))
     where = "device" if run.plan.is_beside_a_host else "process's resident"
     return line_figure(
-        [Series(label="in use before a step", x=[seconds for seconds, _ in told], y=[used for _, used in told])],
+        [Series(label="in use before a step", x=[seconds for seconds, _ in points], y=[used for _, used in points])],
         title=title,
         x_label="time of training",
         y_label=f"{where} memory",

@@ -1,4 +1,4 @@
-"""What a run directory tells for a report. Reads only, and never a block's content.
+"""The facts of a run directory for a report. Reads only, and never a block's content.
 
 Nothing here takes the run's lock: a run that is being trained is read as it is, between two of its writes.
 """

@@ -134,7 +134,7 @@ def _drawable(one: Series, *, log_x: bool, log_y: bool) -> Points:
 
 
 def _time_scale(lines: Sequence[Points]) -> tuple[float, str]:
-    """Seconds of the unit that the longest line is told in, and its name."""
+    """Seconds of the unit of the longest line, and its name."""
     longest = max((float(x.max()) for x, _ in lines if len(x)), default=0.0)
     for unit_s, name in ((86_400.0, "days"), (3600.0, "hours"), (60.0, "minutes")):
         if longest >= 2 * unit_s:

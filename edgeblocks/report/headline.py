@@ -115,7 +115,7 @@ def _time_tiles(facts: RunFacts, summary: Summary) -> list[tuple[str, str, str]]
 
 
 def _trained_s(facts: RunFacts) -> float | None:
-    """Of the last record that tells it."""
+    """Of the last record that has it."""
     return max((record.seconds for record in facts.records if record.seconds is not None), default=None)
 
 

@@ -1,7 +1,7 @@
 """A page in one HTML file: its frame, and the pieces that are not drawings. Everything that is put in is escaped.
 
-The file asks for nothing else: style and drawings are in it, there is no script, and the browser is told to refuse any
-request (a content security policy), whatever text a run may bring along.
+The file asks for nothing else: style and drawings are in it, there is no script, and a content security policy makes
+the browser refuse any request, whatever text a run may bring along.
 """
 
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""What was planned beside what was measured: memory and its parts, a step's time, the disk, the blocks."""
+"""What was planned against what was measured: memory and its parts, a step's time, the disk, the blocks."""
 
 from collections.abc import Callable
 
@@ -56,11 +56,11 @@ def _row(
     *,
     limit: float | None = None,
 ) -> list[str]:
-    def told(value: float | None) -> str:
+    def written(value: float | None) -> str:
         return _NOTHING if value is None else write(value)
 
     ratio = f"{measured / predicted:.2f}" if predicted and measured is not None else _NOTHING
-    return [name, told(predicted), told(measured), ratio, told(limit)]
+    return [name, written(predicted), written(measured), ratio, written(limit)]
 
 
 def _step_s(facts: RunFacts) -> float | None:
@@ -91,7 +91,7 @@ def _conditions(facts: RunFacts) -> str:
 
 
 def breakdown_bars(facts: RunFacts) -> list[Markup]:
-    """The predicted peak in parts, up to the budget; the host's, too, beside a device with its own memory."""
+    """The predicted peak in parts, up to the budget; the host's, too, where a device has its own memory."""
     plan, bars = facts.directory.plan, []
     if plan.breakdown:
         bars.append(_breakdown_bar("Predicted peak, in parts", plan.breakdown, plan.budget_bytes))
@@ -115,7 +115,7 @@ def _breakdown_bar(title: str, breakdown: dict[str, int], budget_bytes: int) -> 
 
 
 def time_bar(facts: RunFacts) -> Markup:
-    """How the time was spent. Reading and writing go on beside the computing, so they are words and no parts."""
+    """How the time was spent. Reading and writing go on during the computing, so they are words and no parts."""
     title, summary = "Time", facts.summary
     if summary is None or not summary.time_split:
         return page.card(title, "How the time was spent is known when the run is finished.")
@@ -128,12 +128,12 @@ def time_bar(facts: RunFacts) -> Markup:
         Part(label="samples", value=sampling_s),
         Part(label="other: evaluation, saving", value=split.get("other", 0.0) - sampling_s),
     ]
-    beside = (
+    moving = (
         f"Reading {facts.unit}s (load) took {format_duration(split.get('load', 0.0))} and writing them (store) "
-        f"{format_duration(split.get('store', 0.0))}, beside the computing as far as it is no stall."
+        f"{format_duration(split.get('store', 0.0))}, at the same time as the computing, apart from the stall."
     )
     of = " Measured since the run was resumed." if facts.is_resumed else ""
-    return stacked_bar(parts, title=title, write=format_duration, caption=beside + of)
+    return stacked_bar(parts, title=title, write=format_duration, caption=moving + of)
 
 
 def block_table(facts: RunFacts, *, wide: bool) -> list[Markup]:

@@ -26,7 +26,7 @@ _SMALL_PIXELS = 500
 
 @dataclass(frozen=True, kw_only=True)
 class Look:
-    """Samples after so many steps of each block: a picture in base64, or texts."""
+    """Samples after a number of steps of each block: a picture in base64, or texts."""
 
     step: int
     picture: str = ""

@@ -15,7 +15,7 @@ from edgeblocks.report.surroundings import environment_table, settings_table
 
 
 def run_page(facts: RunFacts) -> str:
-    """The HTML file that tells of a run."""
+    """The HTML report of a run."""
     run = facts.directory
     name = Path(run.data_source).name or run.data_source
     return page.render(

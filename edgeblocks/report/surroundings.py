@@ -19,7 +19,7 @@ def settings_table(facts: RunFacts) -> Markup:
     settings = facts.directory.settings
     values = {**settings.run.model_dump(), **asdict(settings.family)}
     others = {name for kind, names in _OF_DATA.items() if kind != facts.directory.family().reads for name in names}
-    return page.table([], [[name, _told(value)] for name, value in values.items() if name not in others])
+    return page.table([], [[name, _readable(value)] for name, value in values.items() if name not in others])
 
 
 def environment_table(facts: RunFacts) -> Markup:
@@ -51,10 +51,10 @@ def _flat(values: Mapping[str, object], prefix: str = "") -> Iterator[tuple[str,
         if isinstance(value, dict):
             yield from _flat(value, f"{prefix}{name}: ")
         elif value is not None:
-            yield _told(f"{prefix}{name}"), _told(value)
+            yield _readable(f"{prefix}{name}"), _readable(value)
 
 
-def _told(value: object) -> str:
+def _readable(value: object) -> str:
     """A value as people read it, not longer than a paragraph."""
     if value is None:
         return "\N{EN DASH}"

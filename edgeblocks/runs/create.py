@@ -64,7 +64,7 @@ def create_run(
         raise ConfigError(f"{path} has a folder `blocks` already, which --work-dir replaces; choose another --out")
     try:
         (path / "samples").mkdir(parents=True, exist_ok=True)
-        run.write_json("env.json", {"run_id": run.run_id, **environment()})  # first: it tells whose the blocks are
+        run.write_json("env.json", {"run_id": run.run_id, **environment()})  # first: it says whose the blocks are
         run.blocks_folder.mkdir(parents=True, exist_ok=True)
         for stale in run.blocks_folder.glob("block_*.safetensors"):
             stale.unlink()

@@ -36,7 +36,7 @@ def _describe_run(path: Path) -> dict[str, object]:
         "family": run.settings.run.family,
         "preset": run.settings.run.preset,
         "method": run.settings.run.method,
-        "parameters": _told(run.plan.parameters, format_count),
+        "parameters": _text_or_none(run.plan.parameters, format_count),
         f"{unit}s": len(run.file_layers),
         f"layers_per_{unit}": list(run.file_layers),
         "steps": steps,
@@ -47,7 +47,7 @@ def _describe_run(path: Path) -> dict[str, object]:
         "data": run.data_source,
         **_data_facts(run),
         "budget": format_bytes(run.plan.budget_bytes),
-        "predicted_peak": _told(run.plan.predicted_peak_bytes, format_bytes),
+        "predicted_peak": _text_or_none(run.plan.predicted_peak_bytes, format_bytes),
         "disk": format_bytes(sum(store.path(block).stat().st_size for block in range(len(steps)))),
     }
     summary = run.summary
@@ -67,7 +67,7 @@ def _data_facts(run: "RunDirectory") -> dict[str, object]:
     return {"image": f"{data.height}x{data.width}x{data.channels}", "classes": data.num_classes}
 
 
-def _told(value: float | None, text_of: Callable[[float], str]) -> str | None:
+def _text_or_none(value: float | None, text_of: Callable[[float], str]) -> str | None:
     return None if value is None else text_of(value)
 
 

@@ -86,7 +86,7 @@ class RunDirectory:
 
     @property
     def summary(self) -> Summary | None:
-        """What the finished training told of itself; None while the run is not finished.
+        """The figures of the finished training; None while the run is not finished.
 
         Raises:
             RunError: summary.json is damaged.
@@ -115,8 +115,7 @@ class RunDirectory:
         return trained_stages(self.settings.run.trained_blocks, len(self.file_layers))
 
     def saved_steps(self, store: BlockStore) -> list[int]:
-        """The step of each block as its file has it; a frozen one is what it is at every step, and counts as far as the
-        least of the others.
+        """The saved step of each block. A frozen block never changes: it counts as the least of the trained ones.
 
         Raises:
             RunError: a file is missing or damaged.
@@ -259,7 +258,7 @@ class RunDirectory:
                 yield record
 
     def trained_s(self) -> float | None:
-        """How long the run has been trained, as its records tell; None where one of them does not."""
+        """How long the run has been trained, by its records; None where one of them has no time."""
         longest = 0.0
         for record in self.records():
             if record.seconds is None:
@@ -393,7 +392,7 @@ def _tokenizer_of(path: Path, manifest: TextManifestFields) -> Tokenizer:
 
 
 def check_whole(run: RunDirectory, store: BlockStore) -> None:
-    """That the stages of a run have made the same steps.
+    """Check that all stages of a run have made the same steps.
 
     Raises:
         RunError: a checkpoint was cut short while its files were put in place.

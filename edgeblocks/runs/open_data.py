@@ -107,7 +107,7 @@ def open_run_data(settings: Settings, listener: Listener, *, budget_bytes: int, 
         flag = "--mem-budget" if target.host_bytes() is None else "--ram-budget"
         raise DoesNotFitError(
             f"{error.what} takes up to {format_bytes(error.needed_bytes)} to read, and the budget of "
-            f"{format_bytes(budget_bytes)} leaves {format_bytes(room_bytes)} beside the interpreter and its libraries "
+            f"{format_bytes(budget_bytes)} leaves {format_bytes(room_bytes)} after the interpreter and its libraries "
             f"({format_bytes(taken_bytes)}); use {flag} {advised_budget(smallest_bytes)} or more the first time "
             f"(then it is in the cache), or make it smaller",
             smallest_bytes,

@@ -1,4 +1,4 @@
-"""summary.json: what a finished training tells of itself. One model, which writes it and reads it back.
+"""summary.json: the figures of a finished training. One model, which writes it and reads it back.
 
 `peak_bytes` and `metrics.validation_loss` are always there. What an earlier edgeblocks did not write is None or empty;
 keys of a later one are kept as they are.
@@ -40,9 +40,9 @@ class LevelScores(Diverging):
 
     @property
     def scores(self) -> dict[str, float]:
-        """What the family tells beside the loss."""
-        told = self.model_extra or {}
-        return {name: value for name, value in told.items() if isinstance(value, float)}
+        """The family's figures besides the loss."""
+        figures = self.model_extra or {}
+        return {name: value for name, value in figures.items() if isinstance(value, float)}
 
 
 class Validation(Diverging):

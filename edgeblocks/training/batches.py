@@ -1,4 +1,4 @@
-"""The batches of steps that follow each other; beside a device the next one is drawn while it computes.
+"""The batches of consecutive steps; where a device trains, the next one is drawn while it computes.
 
 A step's batch depends on nothing but the step, so it is the same whenever it is drawn.
 """
@@ -71,6 +71,7 @@ class Batches:
         """A step's batch; raises what `draw` raises."""
         if self._helper is None:
             return self._draw(step)
+        # One step ahead, no more: each batch that is drawn ahead takes memory.
         wanted = [number for number in (step, step + 1) if number < self._last]
         self._drawn = {number: self._drawn.get(number) or self._helper.submit(self._draw, number) for number in wanted}
         return self._drawn[step].result()
@@ -79,5 +80,5 @@ class Batches:
         """Wait for what is being drawn, which nobody will ask for."""
         for drawn in self._drawn.values():
             if not drawn.cancel():
-                drawn.exception()
+                drawn.exception()  # waits, and takes the failure of a batch that no step needs
         self._drawn.clear()

@@ -1,7 +1,7 @@
-"""What enters each stage of a batch on its way forward, kept for the way back: in memory or in a scratch file.
+"""Activations at the stage boundaries, kept from the forward to the backward pass: in memory or in a scratch file.
 
-Kept as bfloat16 it takes half of the room and what a stage is given again differs from what it was given, by up to one
-part in 256: gradients are no longer exactly those of plain back-propagation. As float32 nothing changes.
+Kept as bfloat16 they take half of the room and are rounded by up to one part in 256, so that gradients are no longer
+exactly those of plain back-propagation. As float32 nothing changes.
 """
 
 import time
@@ -19,23 +19,23 @@ DTYPES: dict[BoundaryDtype, torch.dtype] = {"float32": torch.float32, "bfloat16"
 
 
 class Boundaries(Protocol):
-    """Keeps hidden values of all samples, by the stage that they enter."""
+    """Keeps the activations of all samples, by the stage that they enter."""
 
     def put(self, stage: int, part: slice, hidden: Tensor) -> None:
-        """Keep what enters a stage of some samples."""
+        """Keep the activations with which some samples enter a stage."""
         ...
 
     def of(self, stage: int, part: slice) -> Tensor:
-        """What was put, float32."""
+        """The activations that were put, float32."""
         ...
 
     def forget(self, stage: int) -> None:
-        """It is not needed again."""
+        """Drop a stage's activations, which are not needed again."""
         ...
 
 
 class InMemory:
-    """All of them, until they are forgotten."""
+    """Keeps all activations in memory until they are dropped."""
 
     def __init__(self, size: int, *, dtype: BoundaryDtype = "float32") -> None:
         """
@@ -58,23 +58,23 @@ class InMemory:
 
 
 class OnDisk:
-    """In a file without a name; only what a stage is given at a time is in memory.
+    """Keeps the activations in a file without a name; only those of one micro-batch are in memory.
 
-    What a device's memory holds passes through its host's, a micro-batch at a time.
+    A device's activations pass through its host's memory, a micro-batch at a time.
     """
 
     def __init__(self, size: int, folder: Path, times: StreamTimes, *, dtype: BoundaryDtype = "float32") -> None:
         """
         Args:
             size: samples of a batch.
-            times: what writing and reading takes is added to it, since nothing is computed meanwhile.
+            times: counts the time of writing and reading as a stall, since nothing is computed meanwhile.
         """
         self._size, self._times, self._dtype = size, times, DTYPES[dtype]
-        self._file = ScratchFile(folder, "what enters a stage")
+        self._file = ScratchFile(folder, "the activations at the stage boundaries")
         self._shape: torch.Size | None = None
         """Of one sample."""
         self._device = torch.device("cpu")
-        """Where stages are given it."""
+        """Where stages get them."""
 
     def put(self, stage: int, part: slice, hidden: Tensor) -> None:
         self._shape, self._device, started = hidden.shape[1:], hidden.device, time.perf_counter()
@@ -93,7 +93,7 @@ class OnDisk:
         return given.float()
 
     def forget(self, stage: int) -> None:
-        """Its room is written again in the next step."""
+        """Nothing: the next step overwrites their place in the file."""
 
     def _start(self, stage: int, part: slice) -> int:
         assert self._shape is not None

@@ -1,9 +1,9 @@
-"""When a stage learns from its gradient, and by which norm this is clipped.
+"""Gradient clipping in end-to-end training: by each stage's own norm, or by that of the whole network.
 
 By the stage's own norm the update is made at once. The norm of the whole network's gradient is known only when the
-first stage's is complete, and by then the others may have left the memory. So gradients wait in a scratch file, and a
-stage is updated when it is used next: on the following way forward, the last stage before its backward pass, or at a
-checkpoint. No stage is used between its gradient and its update, so the numbers are those of
+first stage's gradient is complete, and by then the others may have left the memory. So gradients are offloaded to a
+scratch file, and a stage is updated when it is used next: in the following forward pass, the last stage before its
+backward pass, or at a checkpoint. No stage is used between its gradient and its update, so the numbers are those of
 `torch.nn.utils.clip_grad_norm_(network.parameters(), clip)` and a step of the optimizer, bit for bit: the norm is that
 of the parameters' norms, in the network's order.
 """
@@ -27,13 +27,13 @@ Update = Callable[[BlockBuffer, Tensor, int], None]
 
 
 class Clipping(Protocol):
-    """What the trainer tells of each stage's gradient."""
+    """Gets each stage's gradient from the trainer, and makes the updates."""
 
     step_bytes: int
     """Written to disk in every step."""
 
     def finish(self, stage: int, buffer: BlockBuffer) -> None:
-        """Make the stage's update that still waits, if one does, before the stage is used or saved."""
+        """Make the stage's pending update, if it has one, before the stage is used or saved."""
         ...
 
     def complete(self, stage: int, network: nn.Module, buffer: BlockBuffer, step: int) -> None:
@@ -45,7 +45,7 @@ class Clipping(Protocol):
         ...
 
     def end_step(self, step: int) -> float:
-        """The norm of the whole gradient, before it was clipped, when all stages' are complete.
+        """The norm of the whole gradient before clipping, when all stages' gradients are complete.
 
         Raises:
             FloatingPointError: it is no number.
@@ -72,7 +72,7 @@ class ClipByStage:
     def complete(self, stage: int, network: nn.Module, buffer: BlockBuffer, step: int) -> None:
         gradients = self._gradients[: buffer.layout.num_parameters]
         norm = _finite(clip_(gradients, self._clip))
-        self._squares += norm**2
+        self._squares += norm**2  # the whole network's norm is reported, though nothing is clipped by it
         self._update(buffer, gradients, step)
 
     def end_step(self, step: int) -> float:
@@ -96,49 +96,54 @@ class ClipByNetwork:
     ) -> None:
         """
         Args:
-            gradients: as above; a gradient that waited comes back there.
-            file: where gradients wait.
+            gradients: as above; an offloaded gradient is loaded into it again.
+            file: where gradients are offloaded to.
             layouts, trained: of all stages.
-            times: what writing and reading takes is added to it, since nothing is computed meanwhile.
+            times: counts the time of writing and reading as a stall, since nothing is computed meanwhile.
         """
         self._gradients, self._update, self._clip, self._times = gradients, update, clip, times
         self._file = file
-        sizes = [4 * layout.num_parameters * one for layout, one in zip(layouts, trained, strict=True)]
+        sizes = [4 * layout.num_parameters * is_trained for layout, is_trained in zip(layouts, trained, strict=True)]
         self._starts, self.step_bytes = [0, *accumulate(sizes)], sum(sizes)
-        self._trained = {stage for stage, one in enumerate(trained) if one}
+        self._trained = {stage for stage, is_trained in enumerate(trained) if is_trained}
         self._norms: dict[int, list[Tensor]] = {}
-        """By stage, of each parameter's gradient in the step that is being made."""
-        self._waiting: set[int] = set()
+        """By stage, of each parameter's gradient in the current step."""
+        self._pending: set[int] = set()
+        """Stages whose gradient is in the file and whose update is still to be made."""
         self._step, self._scale = -1, torch.ones(())
-        """Of the updates that wait."""
+        """Of the pending updates."""
 
     def finish(self, stage: int, buffer: BlockBuffer) -> None:
-        if stage not in self._waiting:
+        if stage not in self._pending:
             return
         gradients = self._gradients[: buffer.layout.num_parameters]
         started = time.perf_counter()
         self._file.read(self._starts[stage], gradients.view(torch.uint8))
         self._times.waited_for_loading(started)
         self._update(buffer, gradients.mul_(self._scale), self._step)
-        self._waiting.remove(stage)
+        self._pending.remove(stage)
 
     def complete(self, stage: int, network: nn.Module, buffer: BlockBuffer, step: int) -> None:
-        assert not self._waiting, "a way back begins when all stages have learned from the one before"
+        assert not self._pending, "a backward pass begins when the updates of the step before are made"
+        # A norm a parameter, in the network's order, not one of the flat gradient: the norm of these norms is then the
+        # one of `clip_grad_norm_`, bit for bit.
         self._norms[stage] = [
             torch.linalg.vector_norm(parameter.grad) for parameter in network.parameters() if parameter.grad is not None
         ]
         gradients, started = self._gradients[: buffer.layout.num_parameters], time.perf_counter()
+        # Before the next stage's backward pass writes its gradient to the same memory.
         self._file.write(self._starts[stage], gradients.view(torch.uint8))
         self._times.waited_for_storing(started)
 
     def end_step(self, step: int) -> float:
-        """Source: torch.nn.utils.clip_grad_norm_, of which it has the order of sums, and the 1e-6."""
-        of_parameters = [one for stage in sorted(self._norms) for one in self._norms[stage]]
+        """Source: torch.nn.utils.clip_grad_norm_."""
+        # Stages complete from the last to the first; `clip_grad_norm_` sums from the first parameter on.
+        of_parameters = [norm for stage in sorted(self._norms) for norm in self._norms[stage]]
         self._norms.clear()
         norm = torch.linalg.vector_norm(torch.stack(of_parameters))
         before = _finite(norm.item())
-        self._scale = torch.clamp(self._clip / (norm + 1e-6), max=1.0)
-        self._step, self._waiting = step, set(self._trained)
+        self._scale = torch.clamp(self._clip / (norm + 1e-6), max=1.0)  # 1e-6 as there
+        self._step, self._pending = step, set(self._trained)
         return before
 
 

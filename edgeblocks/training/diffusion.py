@@ -60,7 +60,7 @@ class DiffusionTrainer(Trainer):
         self.progress.bytes_written += file_bytes
         with self.slots.visit(visit.block, then=then.block if then else None) as resident:
             assert resident.step == visit.first, f"block {visit.block} is at step {resident.step}, not {visit.first}"
-            self.gradients.zero_()
+            self.gradients.zero_()  # those of another block, or of a step that failed
             self._resident = resident
             try:
                 yield
@@ -96,7 +96,7 @@ class DiffusionTrainer(Trainer):
         # The update: clipping by the block's own norm, AdamW, EMA. From here on the step cannot be made again.
         gradient_norm = clip_(gradients, settings.clip)
         self.update_(resident.buffer, gradients, step)
-        gradients.zero_()
+        gradients.zero_()  # the next step's backward pass adds to them
         resident.step = step + 1
 
         self.note(timer, block=visit.block, step=step, loss=loss, gradient_norm=gradient_norm)

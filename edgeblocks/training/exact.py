@@ -120,6 +120,7 @@ class ExactTrainer(Trainer):
 
         with self._divergence(step):
             gradient_norm = self._clipping.end_step(step)
+        # Offloading stages is counted by the slots; these two write to scratch files of their own.
         self.store.bytes_written += self._clipping.step_bytes + self._boundary_bytes
         self.note(timer, block=None, step=step, loss=streamed.loss, gradient_norm=gradient_norm)
 
@@ -146,6 +147,7 @@ class ExactTrainer(Trainer):
         step = self.progress.step
         if self._saved == step:
             return
+        # After a failure the new files go and the former ones stay: all stages are then of the step saved before.
         files = NextBlocks(self.store)
         try:
             self.slots.checkpoint(files, step, self._trained, self._clipping.finish)

@@ -1,8 +1,8 @@
 """Keeps a running process inside its budget: looks before every step, and recovers when memory is refused.
 
 Two lines of defence. Before a step, what is in use and what the step will take are added up; a step that would pass the
-budget is not taken, a smaller one is (`plans.StepShape`: fewer samples at a time, then activation checkpointing),
-which changes no mathematics. Behind it the target sets a hard cap (`capped`), so that memory nobody foresaw is refused
+budget is not taken, a smaller one is (`StepShape`: fewer samples at a time, then activation checkpointing), which
+changes no mathematics. Behind it the target sets a hard cap (`capped`), so that memory nobody foresaw is refused
 by the system as an error that can be caught, instead of swapping or a killed machine; the step is then made again,
 smaller. Only when nothing is left to shrink does the run end, with what was trained before the visit or the step saved.
 """
@@ -18,7 +18,7 @@ from edgeblocks.units import format_bytes
 T = TypeVar("T")
 
 HEADROOM_BYTES = 12_000_000
-"""Left free where a smaller step can do so, for what a step does not know of: listeners, pages of code."""
+"""Left free where a smaller step allows it, for memory that no step accounts for: listeners, pages of code."""
 _REFUSALS = ("allocate memory", "not enough memory", "out of memory", "bad_alloc", "can't start new thread")
 
 
@@ -78,6 +78,8 @@ class Guard:
         comfortable = self._budget_bytes - HEADROOM_BYTES
         live = self._memory.live_bytes()
         expected = live + self.shape.step_bytes
+        # Fewer samples at a time and checkpointing change no mathematics, so the largest shape that leaves the headroom
+        # is taken.
         if expected > comfortable:
             smaller = [shape for shape in self._shapes[1:] if live + shape.step_bytes <= comfortable]
             if not smaller and expected > self._budget_bytes:  # the smallest may use the headroom too
@@ -85,11 +87,11 @@ class Guard:
             if smaller or expected > self._budget_bytes:
                 self._go_on_with(smaller, f"the next step would take the process to {format_bytes(expected)}")
         elif self.used_bytes > comfortable:
-            self._memory.give_back()
+            self._memory.give_back()  # the allocator keeps what was freed, and it counts as used
         return self.shape
 
     def _check_host(self) -> None:
-        """Beside a device nothing that a step takes from the host can be made smaller: its bound is met or the end."""
+        """Where a device trains, no smaller step takes less of the host's memory: past its bound the run ends."""
         if self._ram_budget_bytes is None:
             return
         used = self._memory.host_used_bytes()
@@ -128,7 +130,7 @@ class Guard:
         self._go_on_with(self._shapes[1:], "memory was refused at the cap")
 
     def go_on_without(self, what: str) -> None:
-        """Say that something the run can do without was refused memory, and make what room there is."""
+        """Note that memory was refused to something the run can do without, and release what is unused."""
         self._memory.give_back()
         self._note(
             f"memory: refused to {what}, the budget is {format_bytes(self._budget_bytes)} "

@@ -8,14 +8,14 @@ from types import FrameType
 
 
 class Interrupted(Exception):
-    """Raised where a wish to stop is met in the middle of something that leaves no state behind."""
+    """Raised where a run is asked to stop in the middle of something that leaves no state behind."""
 
 
 class Interruption:
-    """Turns Ctrl-C, SIGTERM and a closed terminal into a wish to stop after the step.
+    """Turns Ctrl-C, SIGTERM and a closed terminal into a request to stop after the step.
 
     Args:
-        note: told at once that the wish was heard, for a step can take a minute.
+        note: called at once with a line that the signal arrived, since a step can take a minute.
     """
 
     def __init__(self, note: Callable[[str], None] | None = None) -> None:
@@ -24,20 +24,20 @@ class Interruption:
 
     @contextmanager
     def listening(self) -> Iterator["Interruption"]:
-        if threading.current_thread() is not threading.main_thread():
+        if threading.current_thread() is not threading.main_thread():  # Python lets no other one set handlers
             yield self
             return
         numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
         # What the parent had ignored stays ignored: SIGHUP under nohup, Ctrl-C behind the `&` of a script.
         watched = [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]
-        former = {number: signal.signal(number, self._hear) for number in watched}
+        former = {number: signal.signal(number, self._on_signal) for number in watched}
         try:
             yield self
         finally:
             for number, handler in former.items():
                 signal.signal(number, handler)
 
-    def _hear(self, number: int, _frame: FrameType | None) -> None:
+    def _on_signal(self, number: int, _frame: FrameType | None) -> None:
         if self.signal_name is not None and number == signal.SIGINT:
             raise KeyboardInterrupt  # a second Ctrl-C does not wait for the step
         first, self.signal_name = self.signal_name is None, signal.Signals(number).name

@@ -1,4 +1,4 @@
-"""The loop that every method of training goes through; what a method does in a step is its own file's.
+"""The training loop of every method; what a method does in a step is in a file of its own.
 
 A run is trained in visits: spans of steps of one block, or of the whole network, after which what was trained is saved.
 A signal, memory that does not suffice, a limit of disk writes or a listener that fails end the loop after a whole step,
@@ -90,7 +90,7 @@ class Trainer(ABC):
         self.settings, self.family, self.partition = run.settings.run, run.family(), run.partition
         self._slots = slots
         layouts = self.store.layouts
-        most = max(layout.num_parameters for layout, one in zip(layouts, run.trained, strict=True) if one)
+        most = max(layout.num_parameters for layout, trained in zip(layouts, run.trained, strict=True) if trained)
         self.gradients = torch.empty(most, device=self.device).zero_()  # touched at once
         """float32, flat; of the block or stage that is trained now."""
         quantized = any(layout.num_quantized for layout in layouts)
@@ -184,9 +184,9 @@ class Trainer(ABC):
                         steps[visit.block] += 1
                         ending = self._report(on_step)
             if ending is not None:
-                self._slots.flush()
+                self._slots.flush()  # "everything is saved" must be true
                 raise ending
-            if interruption.signal_name is None:
+            if interruption.signal_name is None:  # a preview can take minutes: a stop does not wait for one
                 between_visits(steps)
         self._slots.flush()
         return steps
@@ -230,7 +230,7 @@ class Trainer(ABC):
         )
 
     def check_write_limit(self, num_bytes: int, what: str) -> None:
-        """Before something that writes so many bytes to disk.
+        """Before something that writes `num_bytes` to disk.
 
         Raises:
             WriteLimitError: with them, the run would have written more than the user allows.
@@ -246,7 +246,7 @@ class Trainer(ABC):
         )
 
     def note(self, timer: StepTimer, *, block: int | None, step: int, loss: float, gradient_norm: float) -> None:
-        """Count a step that was made: the progress, and a record of every so many steps in metrics.jsonl.
+        """Count a step that was made: the progress, and a record in metrics.jsonl, about `METRICS_RECORDS` a block.
 
         Args:
             block: None where all are trained together.
@@ -259,6 +259,7 @@ class Trainer(ABC):
         progress.block, progress.step, progress.steps_done = block, step + 1, progress.steps_done + 1
         progress.used_bytes = self.guard.used_bytes
         progress.bytes_written = max(progress.bytes_written, self.store.run_bytes_written)
+        # Moving averages, of the last 20 losses and the last 10 speeds or so: a single step says little.
         former = progress.losses.get(number, loss)
         progress.losses[number] = former + 0.05 * (loss - former)
         speed = self.settings.batch / step_s

@@ -1,4 +1,4 @@
-"""What is shown of a network while it is trained: samples and its quality between visits, its evaluation at the end."""
+"""Previews during training: samples and quality between visits; and the evaluation at the end."""
 
 import math
 import time
@@ -65,7 +65,7 @@ class Previews:
     def _note_quality(self, done: int) -> None:
         trained_s = self._progress.seconds
         found = run_quality(self._run, self._runner(), self._data_set)
-        self._go_on(done)
+        self._stop_if_interrupted(done)
         if trained_s is not None:
             self._run.append_quality({"step": done, "seconds": trained_s, **asdict(found)})
 
@@ -76,7 +76,7 @@ class Previews:
             data = self._run.data
             assert isinstance(data, TextInfo)
             length = None if self._task == "text" else min(data.length, GRID_TOKENS)
-            texts = sample_texts(self._run, runners, n=count, length=length, seed=0, on_step=self._go_on)
+            texts = sample_texts(self._run, runners, n=count, length=length, seed=0, on_step=self._stop_if_interrupted)
             write_text(path.with_suffix(".txt"), texts_as_file(texts))
             return
         images = sample_images(
@@ -85,12 +85,12 @@ class Previews:
             n=count,
             steps=max(self._run.settings.run.sample_steps, len(self._run.layers)),
             seed=0,
-            on_level=self._go_on,
+            on_level=self._stop_if_interrupted,
         )
         pictures.save_png(path.with_suffix(".png"), pictures.image_grid(images, columns=10))
 
     def _micro_batch(self) -> int:
-        """As planned, or as small as a step had to become since."""
+        """As planned, or as small as the guard has made a step's since."""
         plan, step = self._run.plan, self._guard.shape.micro_batch
         return plan.look_micro_batch or step if step == plan.micro_batch else step
 
@@ -106,7 +106,7 @@ class Previews:
     def evaluation(self, listener: Listener) -> metrics.ValidationLoss:
         def on_level(done: int, total: int) -> None:
             listener.advance(done, total, "evaluating")
-            self._go_on(done)
+            self._stop_if_interrupted(done)
 
         return metrics.validation_loss(
             self._run.family(),
@@ -117,7 +117,7 @@ class Previews:
             on_level=on_level,
         )
 
-    def _go_on(self, _done: int, _total: int | None = None) -> None:
+    def _stop_if_interrupted(self, _done: int, _total: int | None = None) -> None:
         if self._interruption.signal_name is not None:
             raise Interrupted
 

@@ -1,12 +1,13 @@
-"""Streamed back-propagation: end-to-end training with true gradients, of which one stage is in memory at a time.
+"""Streamed back-propagation: end-to-end training with true gradients and one stage in memory at a time.
 
-A network is cut into stages (`sections`). A step sends all its micro-batches forward through one stage after the
-other, keeping what enters each, and then backward from the last stage to the first: a stage is run again from what
-entered it, now followed by autograd, and updated when its gradient is complete, or later (`stage_updates`). A stage is
-needed twice a step, the last one once; where some are frozen, those below the lowest trained one once, forward.
+A network is cut into stages (`offload.sections`). A step sends all its micro-batches forward through one stage after
+the other and keeps the activations at the stage boundaries (`training.boundaries`). Then it goes backward from the last
+stage to the first: a stage is run again from the activations at its boundary, now recorded by autograd, and updated
+when its gradient is complete, or later (`training.clipping`). A stage is needed twice a step, the last one once; where
+some are frozen, those below the lowest trained one once, forward.
 
-The gradients are those of ordinary back-propagation. What a condition contributes to the stem is summed in the order in
-which autograd sums it when all stages are one graph: from the last layer to the first, one at a time.
+The gradients are those of ordinary back-propagation, bit for bit: see `StreamedBackward._continue_backward` for the
+order in which the conditioning's gradient is summed.
 """
 
 import torch
@@ -19,10 +20,10 @@ from edgeblocks.training.boundaries import Boundaries, InMemory
 
 
 class StreamedBackward:
-    """One batch on its way through the stages and back.
+    """The forward and backward pass of one batch, stage by stage.
 
-    What enters each stage is kept until the way back. A stage that was refused memory can be gone through again: before
-    all samples are through nothing changes.
+    The activations at the stage boundaries are kept until the backward pass. A stage that was refused memory can be run
+    again: nothing changes before all samples have passed it.
     """
 
     def __init__(
@@ -36,44 +37,46 @@ class StreamedBackward:
     ) -> None:
         """
         Args:
-            boundaries: where what enters the stages is kept; None: in memory, as it is.
-            lowest: the stage at which the way back ends.
+            boundaries: keeps the activations at the stage boundaries; None: in memory, as they are.
+            lowest: the stage at which the backward pass ends.
         """
         self._family, self._batch, self._last, self._lowest = family, batch, num_stages - 1, lowest
         self._size = len(next(iter(batch.values())))
-        self._entering = boundaries or InMemory(self._size)
-        """The first stage is given the batch itself."""
+        self._boundaries = boundaries or InMemory(self._size)
+        """By the stage that the activations enter; none of the first stage, which gets the batch itself."""
         self._condition: Tensor | None = None
         self._gradients: tuple[Tensor, Tensor] | None = None
-        """The loss's, by what entered the stage behind on the way back, and by the condition of all stages behind."""
+        """The loss's gradients by the output of the next stage of the backward pass, and by the conditioning of all
+        stages behind it."""
         self.loss = 0.0
-        """The mean over the batch; known when the last stage is behind."""
+        """The mean over the batch; known after the backward pass of the last stage."""
 
     def forward(self, number: int, stage: Block, *, micro_batch: int) -> None:
         """Send all samples through a stage that is not the last one, a micro-batch at a time."""
-        told = _Rows(self._size)
+        conditions = _BatchTensor(self._size)
         with torch.no_grad():
             for part in self._parts(micro_batch):
-                hidden, condition = self._entered(number, stage, part)
+                hidden, condition = self._stage_inputs(number, stage, part)
                 if number == 0:
-                    told.put(part, condition)
-                self._entering.put(number + 1, part, stage.through_stage(hidden, condition, checkpointing=False))
+                    conditions.put(part, condition)
+                self._boundaries.put(number + 1, part, stage.through_stage(hidden, condition, checkpointing=False))
         if number < self._lowest:
-            self._entering.forget(number)
+            self._boundaries.forget(number)  # the backward pass does not come down to this stage
         if number == 0:
-            self._condition = told.all()
+            self._condition = conditions.all()
 
     def backward(self, number: int, stage: Block, *, micro_batch: int, checkpointing: bool) -> None:
         """Run a stage again and add the gradient of all samples to its parameters' gradients."""
-        loss, by_hidden, by_condition = 0.0, _Rows(self._size), _Rows(self._size)
+        loss, by_hidden, by_condition = 0.0, _BatchTensor(self._size), _BatchTensor(self._size)
         for part in self._parts(micro_batch):
-            hidden, condition = self._entered(number, stage, part)
+            hidden, condition = self._stage_inputs(number, stage, part)
             if number > 0:
+                # Leaves of this stage's graph: their gradients are what the stage below continues from.
                 hidden, condition = hidden.detach().requires_grad_(), condition.detach().requires_grad_()
             out = stage.through_stage(hidden, condition, checkpointing=checkpointing)
             if number == self._last:
                 losses = self._family.loss_after(stage, out, condition, self._samples(part))
-                mean = losses.sum() / self._size
+                mean = losses.sum() / self._size  # by the whole batch, so that micro-batches add up to its mean
                 mean.backward()  # type: ignore[no-untyped-call]
                 loss += mean.item()
             else:
@@ -85,7 +88,7 @@ class StreamedBackward:
         self.loss = loss if number == self._last else self.loss
         if number > self._lowest:
             self._gradients = by_hidden.all(), by_condition.all()
-        self._entering.forget(number)
+        self._boundaries.forget(number)
 
     def _parts(self, micro_batch: int) -> list[slice]:
         return [slice(start, start + micro_batch) for start in range(0, self._size, micro_batch)]
@@ -93,30 +96,31 @@ class StreamedBackward:
     def _samples(self, part: slice) -> Batch:
         return {name: tensor[part] for name, tensor in self._batch.items()}
 
-    def _entered(self, number: int, stage: Block, part: slice) -> tuple[Tensor, Tensor]:
-        """What a stage is given of some samples."""
+    def _stage_inputs(self, number: int, stage: Block, part: slice) -> tuple[Tensor, Tensor]:
+        """A stage's input activations and conditioning for some samples."""
         if number == 0:
             return self._family.enter(stage, self._samples(part))
         assert self._condition is not None
-        return self._entering.of(number, part), self._condition[part]
+        return self._boundaries.of(number, part), self._condition[part]
 
     def _continue_backward(self, out: Tensor, condition: Tensor, part: slice) -> None:
-        """From what leaves a stage to its parameters and to what entered it.
-
-        Products with the gradients are summed, because `backward` with gradients would import 20 MB of symbolic
-        libraries. The condition's part is made last, so autograd, which goes from the latest operation to the first,
-        begins with what later stages contributed and adds this stage's layers to it one by one.
-        """
+        """Back-propagate from a stage's output to its parameters, its input activations and the conditioning."""
         assert self._gradients is not None
         by_hidden, by_condition = (gradient[part] for gradient in self._gradients)
+        # A scalar whose gradients are the given ones. `out.backward(by_hidden)` would do the same, but imports 20 MB of
+        # symbolic libraries.
         carried = (out * by_hidden).sum()
         if condition.requires_grad:
+            # The conditioning's gradient must be summed as autograd sums it where all stages are one graph: from the
+            # last layer to the first, one at a time. autograd goes from the latest operation to the first. This product
+            # is made last, so that the sum begins with what the later stages contributed; this stage's layers are added
+            # to it one by one.
             carried = carried + (condition * by_condition).sum()
         carried.backward()  # type: ignore[no-untyped-call]
 
 
-class _Rows:
-    """A tensor of all samples, put together from parts; its shape follows from the first."""
+class _BatchTensor:
+    """A tensor of the whole batch, filled a micro-batch at a time; its shape follows from the first."""
 
     def __init__(self, size: int) -> None:
         self._size = size

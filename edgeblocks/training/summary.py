@@ -1,4 +1,4 @@
-"""What a finished training tells of itself: the content of `summary.json`."""
+"""The figures of a finished training: the content of `summary.json`."""
 
 import time
 

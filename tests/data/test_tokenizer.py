@@ -157,7 +157,7 @@ def unpacked(size, texts):
         ("decoder", doubling("Replace", "decoders"), "decoder may make text 1099511627776 times as long"),
         ("normalizer", {"type": "Prepend", "prepend": "x" * 99}, "normalizer may make text 100 times as long"),
         ("normalizer", {"type": "Replace", "pattern": {"Regex": ""}, "content": "x" * 99}, "100 times as long"),
-        ("normalizer", unpacked(2**32 - 1, b""), "a table of characters that has 4 bytes tells of 4294967295"),
+        ("normalizer", unpacked(2**32 - 1, b""), "a table of characters that has 4 bytes declares 4294967295"),
         ("normalizer", unpacked(0, b"x" * 34 + b"\0"), "a character is replaced by more than 33 bytes"),
         ("normalizer", {"normalizers": [unpacked(0, b"aa\0")] * 2}, "normalizer may make text 64 times as long"),
         ("model", {"type": "WordPiece", "max_input_chars_per_word": 10**9}, "max_input_chars_per_word is 1000000000"),

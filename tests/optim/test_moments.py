@@ -80,7 +80,7 @@ def adam_moments(spread: float) -> tuple[torch.Tensor, torch.Tensor]:
     ("spread", "percent", "share"), [(0.0, 1.1, 1.08), (0.5, 1.4, 0.8), (1.0, 2.3, 0.75), (2.0, 13, 0.5)]
 )
 def test_updates_err_less_than_with_the_code_of_bitsandbytes(spread, percent, share):
-    """Adam's update is as far off as `quant` says, and never much farther than with the dynamic code."""
+    """Adam's update is as far off as `optim.moments` says, and never much farther than with the dynamic code."""
     functional = pytest.importorskip("bitsandbytes.functional")
     exp_avg, exp_avg_sq = adam_moments(spread)
     exact = exp_avg / exp_avg_sq.sqrt()

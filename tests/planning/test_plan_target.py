@@ -204,7 +204,7 @@ def test_a_ram_budget_without_a_host_is_refused():
     """On a laptop and here the one memory is bounded by --mem-budget, as the message says."""
     for target in (["--target", "laptop-8gb"], []):
         text = refusal("plan", "--ram-budget", "4GB", *target)
-        assert "--ram-budget 4GB bounds the host's memory beside a GPU" in text
+        assert "--ram-budget 4GB bounds the host's memory when a GPU trains" in text
         assert "--mem-budget bounds it" in text
     assert "--ram-budget 4GB bounds" in refusal("train", "--set", "ram_budget=4GB")
 

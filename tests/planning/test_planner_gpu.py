@@ -172,7 +172,7 @@ def test_a_plan_says_that_the_link_is_waited_for():
     in_ram = replace(request, tier="ram", budget_bytes=tight.predicted_peak_bytes)
     warnings = " ".join(make_plan(costs(), replace(GPU, host=host), in_ram).warnings)
     assert "waiting for the link to the host takes" in warnings and "the disk" not in warnings
-    assert "a --mem-budget that holds more stages" in warnings
+    assert "a larger --mem-budget holds more stages" in warnings
 
 
 def test_a_gpus_memory_is_counted_apart_from_its_hosts():

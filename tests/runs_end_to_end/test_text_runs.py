@@ -136,7 +136,7 @@ def test_a_vocabulary_that_was_trained_travels_with_the_run_and_its_export(text,
     for definition, message in (
         (
             train_pairs(["a whale " * 9], 258).to_json(),
-            r"its tokenizer has 258 tokens, manifest.json tells of \d+; copy",
+            r"its tokenizer has 258 tokens, manifest.json says \d+; copy",
         ),
         ("{}", r"onnx.tokenizer\.json cannot be used"),
     ):
@@ -198,7 +198,7 @@ def test_text_of_which_nothing_is_known_is_refused(resident, exported, tmp_path)
 def test_the_budget_that_reading_asks_for_holds_the_interpreter(text, tmp_path, monkeypatch):
     """What is advised is more than what is in use already, so that following the advice does not end in another one."""
     monkeypatch.setenv("EDGEBLOCKS_CACHE", str(tmp_path / "cache"))
-    with pytest.raises(DoesNotFitError, match="leaves 0 B beside the interpreter and its libraries") as refused:
+    with pytest.raises(DoesNotFitError, match="leaves 0 B after the interpreter and its libraries") as refused:
         edgeblocks.plan(data=text, mem_budget="100MB", **SMALL)
     assert refused.value.smallest_bytes > CpuTarget().used_bytes()
 

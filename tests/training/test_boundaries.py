@@ -68,7 +68,7 @@ def test_the_plan_takes_the_disk_where_memory_does_not_hold_them():
     budget = str((ample.chosen.predicted_peak_bytes + least.chosen.predicted_peak_bytes) // 2)
     tight = edgeblocks.plan(**wanted, mem_budget=budget).plan
     assert tight.boundary_disk_bytes == 11 * 256 * 64 * 256 * 4
-    assert any("waits on disk" in warning for warning in tight.warnings)
+    assert any("kept on disk" in warning for warning in tight.warnings)
     assert json.loads(json.dumps(least.warnings))
 
 

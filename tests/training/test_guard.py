@@ -169,7 +169,7 @@ def test_a_burst_ends_the_run_saved_and_it_goes_on(free, tmp_path):
     done = measured_script(TRAIN, "run", 200 * MB, 1, 6, cwd=tmp_path)
     result = json.loads(done["out"])
     assert result["exit_code"] == 1
-    assert "the budget of 420 MB is used up: memory was refused to what hears of each step" in result["error"]
+    assert "the budget of 420 MB is used up: memory was refused to the report of a step" in result["error"]
     assert done["peak_bytes"] <= 420 * MB
     resumed = measured(*EDGEBLOCKS, "train", "--resume", tmp_path / "run", "--json")
     assert resumed["code"] == 0, resumed["err"]
