@@ -166,7 +166,7 @@ def mean_by_block(
 
 
 def text_scores(nats: float, error: float | None, sequences: int, data: DataSet) -> TextBound:
-    """A text's bound in bits a token and a character, from that in nats a token and its standard error over sequences."""
+    """A text's bound in bits a token and a character, from that in nats a token and its error over sequences."""
     assert isinstance(data, TextSet)
     return {**bits(nats, error, data), **text_facts(data, sequences)}
 
