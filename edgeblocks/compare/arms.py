@@ -389,7 +389,7 @@ def _memory(path: Path) -> list[tuple[float, int]]:
 
 
 def _thinned(points: Sequence[tuple[float, int]], most: int = 200) -> list[tuple[float, int]]:
-    """At most so many of them."""
+    """At most `most` of them, evenly spaced."""
     return list(points[:: math.ceil(len(points) / most) or 1])
 
 

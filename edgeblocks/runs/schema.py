@@ -254,7 +254,7 @@ def checked_record(model: type[Fields], record: Mapping[str, object]) -> Fields 
 
 
 def is_up_to(record: Mapping[str, object], steps: list[int]) -> bool:
-    """Whether a record of metrics.jsonl is of a step that its block has made, given each block's saved step."""
+    """Whether a record of metrics.jsonl tells of a step that its block has made, given each block's saved step."""
     block, step = record.get("block"), record.get("step")
     return type(block) is int and type(step) is int and 0 <= block < len(steps) and step <= steps[block]
 

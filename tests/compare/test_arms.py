@@ -137,7 +137,7 @@ def test_other_minutes_are_another_comparison(tmp_path):
     (tmp_path / "steps.yaml").write_text("steps: 3\n")
     again = [part for part in asked if part not in ("--steps", "3")]
     other = invoke("compare", *again, "--config", tmp_path / "steps.yaml", "--minutes", "1")
-    assert_refused(other, 2, "either each arm")
+    assert_refused(other, 2, "an arm trains for a time")
     assert_refused(invoke("compare", *again, "--minutes", "1"), 2, "for another time")
 
 
