@@ -4,31 +4,12 @@ import json
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from edgeblocks.cli.exit_codes import guarded
-from edgeblocks.cli.options import (
-    BatchSize,
-    Blocks,
-    ConfigFile,
-    Data,
-    Family,
-    Json,
-    MemBudget,
-    Preset,
-    RamBudget,
-    Seed,
-    SetValues,
-    Steps,
-    Target,
-    Tokenizer,
-    Verbose,
-    Vocab,
-    WorkDir,
-    given_settings,
-)
+from edgeblocks.cli.exit_codes import verb
+from edgeblocks.cli.options import SETTINGS, Json, given_settings
 from edgeblocks.errors import ConfigError, EdgeblocksError
 from edgeblocks.methods import DIFFUSION
 from edgeblocks.units import format_bytes, format_duration
@@ -37,8 +18,12 @@ if TYPE_CHECKING:
     from edgeblocks.report.comparison import Comparison, Row
 
 
+_OF_AN_ARM = {"method", "init", "train_blocks", "partition", "max_disk_writes"}
+"""Settings that an arm decides, or that not every arm has."""
+
+
+@verb(flags={name: kind for name, kind in SETTINGS.items() if name not in _OF_AN_ARM})
 def compare(
-    family: Family = None,
     arms: Annotated[
         str | None,
         typer.Option(
@@ -55,73 +40,35 @@ def compare(
         ),
     ] = None,
     seeds: Annotated[int, typer.Option(help="Times that each arm is trained, each with another seed.")] = 1,
-    preset: Preset = None,
-    data: Data = None,
-    tokenizer: Tokenizer = None,
-    vocab: Vocab = None,
-    mem_budget: MemBudget = None,
-    ram_budget: RamBudget = None,
-    steps: Steps = None,
-    batch: BatchSize = None,
-    blocks: Blocks = None,
-    target: Target = None,
-    work_dir: WorkDir = None,
-    config: ConfigFile = None,
-    set_values: SetValues = None,
-    seed: Seed = None,
+    *,
+    flags: dict[str, Any],
     out: Annotated[
         Path | None,
         typer.Option("--out", "-o", help="Folder of the arms.", show_default="compare/FAMILY-DATA"),
     ] = None,
     as_json: Json = False,
-    verbose: Verbose = False,
 ) -> None:
     """Train the same network in several ways and report quality, time and memory of each.
 
     Every arm has a process of its own, one after the other. The same command again goes on with what is missing.
     """
-    typed = {name: value for name, value in locals().items() if name in COMPARED_FLAGS}
+    from edgeblocks.cli.console_progress import ConsoleListener
+    from edgeblocks.compare import arms as comparison
+    from edgeblocks.report.comparison_page import comparison_page
+    from edgeblocks.runs.directory import write_text
 
-    def work() -> None:
-        from edgeblocks.cli.console_progress import ConsoleListener
-        from edgeblocks.compare import arms as comparison
-        from edgeblocks.report.comparison_page import comparison_page
-        from edgeblocks.runs.directory import write_text
-
-        given = given_settings(set_values, typed)
-        if minutes is not None and "steps" in given:
-            raise ConfigError("--minutes and --steps: an arm trains for a time or for a number of steps")
-        with ConsoleListener() as listener:
-            wanted = comparison.wanted_of(arms, seeds, minutes, given, config, note=listener.note)
-            run = wanted.settings.run
-            folder = out or comparison.free_path(run.family, run.data)
-            content = comparison.compare(wanted, folder, listener)
-            write_text(folder / "report.html", comparison_page(content))
-        print(json.dumps(content) if as_json else comparison_table(content, folder))
-        if all(row["failure"] is not None for row in content["arms"]):
-            raise EdgeblocksError("no arm has a result")
-
-    guarded(work, verbose=verbose)
-
-
-COMPARED_FLAGS = frozenset(
-    {
-        "family",
-        "preset",
-        "data",
-        "tokenizer",
-        "vocab",
-        "mem_budget",
-        "ram_budget",
-        "steps",
-        "batch",
-        "blocks",
-        "target",
-        "work_dir",
-        "seed",
-    }
-)
-"""Flags of compare that are settings, by their names."""
+    given, config = given_settings(flags)
+    if minutes is not None and "steps" in given:
+        raise ConfigError("--minutes and --steps: an arm trains for a time or for a number of steps")
+    with ConsoleListener() as listener:
+        wanted = comparison.wanted_of(arms, seeds, minutes, given, config, note=listener.note)
+        run = wanted.settings.run
+        folder = out or comparison.free_path(run.family, run.data)
+        content = comparison.compare(wanted, folder, listener)
+        write_text(folder / "report.html", comparison_page(content))
+    print(json.dumps(content) if as_json else comparison_table(content, folder))
+    if all(row["failure"] is not None for row in content["arms"]):
+        raise EdgeblocksError("no arm has a result")
 
 
 def comparison_table(content: "Comparison", folder: Path) -> str:

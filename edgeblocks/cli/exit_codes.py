@@ -1,14 +1,51 @@
 """A verb's errors as messages and exit codes: 1 it failed, 2 wrong use, 3 does not fit the budget, 130 interrupted."""
 
+import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial, wraps
+from typing import Annotated, Any
 
 import typer
 
 from edgeblocks.errors import EdgeblocksError
 
+_Verb = Callable[..., None]
+_VERBOSE = Annotated[bool, typer.Option("--verbose", help="Show the traceback of an error.")]
 
-def guarded(work: Callable[[], None], *, verbose: bool) -> None:
+
+def verb(**tables: Mapping[str, Any]) -> Callable[[_Verb], _Verb]:
+    """Make a command of a function: it has --verbose, and its errors become messages and exit codes.
+
+    Args:
+        tables: by the name of a parameter, the options that it stands for: their types by their names. The function
+            gets them as a dict, None where nothing was typed.
+    """
+
+    def command(function: _Verb) -> _Verb:
+        options: list[inspect.Parameter] = []
+        for own in inspect.signature(function).parameters.values():
+            table = tables.get(own.name)
+            options += [own] if table is None else [_option(name, kind, None) for name, kind in table.items()]
+        options.append(_option("verbose", _VERBOSE, False))
+
+        @wraps(function)
+        def run(*, verbose: bool, **typed: Any) -> None:
+            given = {own: {name: typed.pop(name) for name in table} for own, table in tables.items()}
+            _guarded(partial(function, **typed, **given), verbose=verbose)
+
+        keyword_only = [option.replace(kind=inspect.Parameter.KEYWORD_ONLY) for option in options]
+        vars(run)["__signature__"] = inspect.Signature(keyword_only)  # what typer reads
+        return run
+
+    return command
+
+
+def _option(name: str, kind: Any, default: object) -> inspect.Parameter:
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=kind)
+
+
+def _guarded(work: Callable[[], None], *, verbose: bool) -> None:
     """Run a verb; turn errors into their message and exit code."""
     try:
         work()

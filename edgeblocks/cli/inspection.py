@@ -6,71 +6,57 @@ from typing import Annotated
 
 import typer
 
-from edgeblocks.cli.exit_codes import guarded
-from edgeblocks.cli.options import Json, RunArgument, Verbose
+from edgeblocks.cli.exit_codes import verb
+from edgeblocks.cli.options import Json, RunArgument
 
 
+@verb()
 def info(
     path: Annotated[Path, typer.Argument(help="A run directory or an exported directory.", show_default=False)],
     as_json: Json = False,
-    verbose: Verbose = False,
 ) -> None:
     """What a run directory or an exported directory holds."""
+    from edgeblocks.cli.console import facts
+    from edgeblocks.runs.describe import describe
 
-    def work() -> None:
-        from edgeblocks.cli.console import facts
-        from edgeblocks.runs.describe import describe
-
-        description = describe(path)
-        print(
-            json.dumps(description)
-            if as_json
-            else facts([(key, _readable(value)) for key, value in description.items()])
-        )
-
-    guarded(work, verbose=verbose)
+    description = describe(path)
+    print(
+        json.dumps(description) if as_json else facts([(key, _readable(value)) for key, value in description.items()])
+    )
 
 
+@verb()
 def report(
     run: RunArgument,
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="The file that is written.", show_default="RUN/report.html")
     ] = None,
     as_json: Json = False,
-    verbose: Verbose = False,
 ) -> None:
     """Write one HTML page of a run: plan against measured, losses, memory against the budget, time, samples.
 
     The file needs no network and no other file. A run that is not finished is shown as far as it is, undisturbed.
     """
+    from edgeblocks.report.run_report import write_report
 
-    def work() -> None:
-        from edgeblocks.report.run_report import write_report
-
-        written = write_report(run, out)
-        print(json.dumps(written.to_json()) if as_json else written.line())
-
-    guarded(work, verbose=verbose)
+    written = write_report(run, out)
+    print(json.dumps(written.to_json()) if as_json else written.line())
 
 
+@verb()
 def doctor(
     work_dir: Annotated[
         Path, typer.Option("--work-dir", help="Folder whose disk is measured: where runs will be written.")
     ] = Path(),
     as_json: Json = False,
-    verbose: Verbose = False,
 ) -> None:
     """Measure this machine in half a minute: which budgets and presets are sensible, what is wrong, what mends it."""
+    from edgeblocks.cli.console_progress import ConsoleListener
+    from edgeblocks.doctor.examination import examine, report_text
 
-    def work() -> None:
-        from edgeblocks.cli.console_progress import ConsoleListener
-        from edgeblocks.doctor.examination import examine, report_text
-
-        with ConsoleListener() as listener:
-            report = examine(work_dir, listener)
-        print(json.dumps(report.to_json()) if as_json else report_text(report))
-
-    guarded(work, verbose=verbose)
+    with ConsoleListener() as listener:
+        report = examine(work_dir, listener)
+    print(json.dumps(report.to_json()) if as_json else report_text(report))
 
 
 def _readable(value: object) -> str:

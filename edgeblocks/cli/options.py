@@ -10,35 +10,6 @@ from edgeblocks.tasks import TASKS
 
 STEPS = {task: usual.steps for task, usual in TASKS.items()}
 """Of a chain, by what it makes."""
-Family = Annotated[
-    str | None,
-    typer.Argument(
-        help="Kind of model: dit (makes images), vit (classifies them), mdlm (fills gaps in text), ar or looped "
-        "(write on).",
-        show_default="the preset's, else dit",
-    ),
-]
-Preset = Annotated[
-    str | None,
-    typer.Option(
-        help="A named size: dit-tiny, -s, -b, -l, -xl, vit-tiny, -s, -b, mdlm-tiny, -s, -b, ar-tiny, -s, -b, "
-        "looped-tiny, -s."
-    ),
-]
-Data = Annotated[
-    str | None,
-    typer.Option(
-        help="Images: digits (built in), a folder, or an .npz file. Text: moby-dick (built in), a file or folder of "
-        "text, a .jsonl or .parquet file."
-    ),
-]
-Tokenizer = Annotated[
-    str | None,
-    typer.Option(help="Of text: chars (a-z and space), bytes, bpe, or a tokenizer.json.", show_default="chars"),
-]
-Vocab = Annotated[
-    int | None, typer.Option(help="With --tokenizer bpe: tokens that are learned from the text.", show_default="4096")
-]
 MemBudget = Annotated[
     str | None,
     typer.Option(
@@ -46,49 +17,6 @@ MemBudget = Annotated[
         "the GPU's memory (90% is the default)."
     ),
 ]
-WorkDir = Annotated[str | None, typer.Option(help="Folder on a fast disk for the blocks while they are trained.")]
-MaxDiskWrites = Annotated[
-    str | None, typer.Option(help="Save and end before the run has written more than this to disk, such as 200GB.")
-]
-Steps = Annotated[
-    int | None,
-    typer.Option(
-        help="Optimizer steps of each block; with --method exact, of the whole network.", show_default="the preset's"
-    ),
-]
-BatchSize = Annotated[
-    int | None, typer.Option("--batch", help="Images or sequences a step.", show_default="the preset's")
-]
-Blocks = Annotated[
-    str | None, typer.Option(help="Number of blocks, or of stages with --method exact; auto lets the budget decide.")
-]
-Method = Annotated[
-    str | None,
-    typer.Option(
-        help="diffusion trains each block alone, as a denoiser of its own noise levels; exact trains the network end "
-        "to end with true gradients, one stage of layers in memory at a time. --set clip_by=network then clips by the "
-        "whole gradient's norm instead of each stage's.",
-        show_default="diffusion",
-    ),
-]
-Init = Annotated[
-    str | None,
-    typer.Option(
-        help="A .safetensors file that the weights begin with instead of random ones: of `edgeblocks weights`, or of "
-        "plain PyTorch. --set init_fresh=readout keeps the random ones for parts of the network."
-    ),
-]
-TrainBlocks = Annotated[
-    str | None,
-    typer.Option(
-        help="With --method exact: train these stages, such as 2,3 (the first one is 0), and freeze the rest.",
-        show_default="all",
-    ),
-]
-Partition = Annotated[
-    str | None, typer.Option(help="Noise ranges: equal-probability or uniform (in log sigma, or in time).")
-]
-Target = Annotated[str | None, typer.Option(help="Kind of machine: cpu, cuda, or auto, which is cpu for now.")]
 PlanTarget = Annotated[
     str | None,
     typer.Option(
@@ -96,49 +24,9 @@ PlanTarget = Annotated[
         "rtx3060-12gb (any other word lists them)."
     ),
 ]
-RamBudget = Annotated[
-    str | None,
-    typer.Option(
-        help="With --target cuda: largest resident memory of the process in the host's RAM, such as 8GB or 50% (the "
-        "default)."
-    ),
-]
-ConfigFile = Annotated[Path | None, typer.Option("--config", help="YAML file of settings; flags go over it.")]
-SetValues = Annotated[
-    list[str] | None, typer.Option("--set", help="Any setting as key=value, for example --set patch=1. Repeatable.")
-]
-Seed = Annotated[int | None, typer.Option(help="Decides all randomness.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output, nothing else.")]
-Verbose = Annotated[bool, typer.Option("--verbose", help="Show the traceback of an error.")]
 RunArgument = Annotated[Path, typer.Argument(help="A run directory.", show_default=False)]
 Number = Annotated[int | None, typer.Option("--n", help="How many images or texts.", show_default="64 images, 4 texts")]
-Temperature = Annotated[
-    float | None,
-    typer.Option(
-        help="Of text: 1 draws as trained, 0 takes the likeliest token (the noise still differs from text to text).",
-        show_default="1",
-    ),
-]
-Fill = Annotated[
-    str | None,
-    typer.Option(help="For mdlm: a text with gaps to fill in, each missing token written _ or [MASK]."),
-]
-Length = Annotated[
-    int | None,
-    typer.Option(
-        help="Tokens of each text, a prompt's counted: at most as many as the network was trained on. ar and looped "
-        "stop there; mdlm writes a whole text and gives its beginning.",
-        show_default="as trained",
-    ),
-]
-Prompt = Annotated[str | None, typer.Option(help="For ar and looped: how each text begins.")]
-TopP = Annotated[
-    float | None,
-    typer.Option(
-        help="For ar and looped: draw from the smallest set of the likeliest tokens that has this probability.",
-        show_default="1",
-    ),
-]
 SampleSteps = Annotated[
     int | None,
     typer.Option(
@@ -147,13 +35,142 @@ SampleSteps = Annotated[
         show_default=f"{STEPS['images']}; mdlm {STEPS['text']}; ar and looped {STEPS['continuation']}",
     ),
 ]
-Solver = Annotated[str | None, typer.Option(help="heun (two evaluations a level) or euler (one).", show_default="heun")]
-Guidance = Annotated[
-    float | None,
-    typer.Option(help="Classifier-free guidance; 1 is off, which runs the network once.", show_default="1"),
-]
-ClassChoice = Annotated[str | None, typer.Option("--class", help="A class by name or number; all in turn by default.")]
 SampleSeed = Annotated[int, typer.Option("--seed", help="Decides the noise; sample, eval and run agree on it.")]
+SETTINGS: dict[str, Any] = {
+    "family": Annotated[
+        str | None,
+        typer.Argument(
+            help="Kind of model: dit (makes images), vit (classifies them), mdlm (fills gaps in text), ar or looped "
+            "(write on).",
+            show_default="the preset's, else dit",
+        ),
+    ],
+    "preset": Annotated[
+        str | None,
+        typer.Option(
+            help="A named size: dit-tiny, -s, -b, -l, -xl, vit-tiny, -s, -b, mdlm-tiny, -s, -b, ar-tiny, -s, -b, "
+            "looped-tiny, -s."
+        ),
+    ],
+    "data": Annotated[
+        str | None,
+        typer.Option(
+            help="Images: digits (built in), a folder, or an .npz file. Text: moby-dick (built in), a file or folder "
+            "of text, a .jsonl or .parquet file."
+        ),
+    ],
+    "tokenizer": Annotated[
+        str | None,
+        typer.Option(help="Of text: chars (a-z and space), bytes, bpe, or a tokenizer.json.", show_default="chars"),
+    ],
+    "vocab": Annotated[
+        int | None,
+        typer.Option(help="With --tokenizer bpe: tokens that are learned from the text.", show_default="4096"),
+    ],
+    "mem_budget": MemBudget,
+    "ram_budget": Annotated[
+        str | None,
+        typer.Option(
+            help="With --target cuda: largest resident memory of the process in the host's RAM, such as 8GB or 50% "
+            "(the default)."
+        ),
+    ],
+    "steps": Annotated[
+        int | None,
+        typer.Option(
+            help="Optimizer steps of each block; with --method exact, of the whole network.",
+            show_default="the preset's",
+        ),
+    ],
+    "batch": Annotated[
+        int | None, typer.Option("--batch", help="Images or sequences a step.", show_default="the preset's")
+    ],
+    "blocks": Annotated[
+        str | None,
+        typer.Option(help="Number of blocks, or of stages with --method exact; auto lets the budget decide."),
+    ],
+    "method": Annotated[
+        str | None,
+        typer.Option(
+            help="diffusion trains each block alone, as a denoiser of its own noise levels; exact trains the network "
+            "end to end with true gradients, one stage of layers in memory at a time. --set clip_by=network then clips "
+            "by the whole gradient's norm instead of each stage's.",
+            show_default="diffusion",
+        ),
+    ],
+    "init": Annotated[
+        str | None,
+        typer.Option(
+            help="A .safetensors file that the weights begin with instead of random ones: of `edgeblocks weights`, or "
+            "of plain PyTorch. --set init_fresh=readout keeps the random ones for parts of the network."
+        ),
+    ],
+    "train_blocks": Annotated[
+        str | None,
+        typer.Option(
+            help="With --method exact: train these stages, such as 2,3 (the first one is 0), and freeze the rest.",
+            show_default="all",
+        ),
+    ],
+    "partition": Annotated[
+        str | None, typer.Option(help="Noise ranges: equal-probability or uniform (in log sigma, or in time).")
+    ],
+    "target": Annotated[str | None, typer.Option(help="Kind of machine: cpu, cuda, or auto, which is cpu for now.")],
+    "work_dir": Annotated[
+        str | None, typer.Option(help="Folder on a fast disk for the blocks while they are trained.")
+    ],
+    "max_disk_writes": Annotated[
+        str | None, typer.Option(help="Save and end before the run has written more than this to disk, such as 200GB.")
+    ],
+    "config": Annotated[Path | None, typer.Option("--config", help="YAML file of settings; flags go over it.")],
+    "set_values": Annotated[
+        list[str] | None, typer.Option("--set", help="Any setting as key=value, for example --set patch=1. Repeatable.")
+    ],
+    "seed": Annotated[int | None, typer.Option(help="Decides all randomness.")],
+}
+"""Flags of plan, train and compare that make up the run's settings, in the order of their help."""
+IMAGE_OPTIONS: dict[str, Any] = {
+    "solver": Annotated[
+        str | None, typer.Option(help="heun (two evaluations a level) or euler (one).", show_default="heun")
+    ],
+    "guidance": Annotated[
+        float | None,
+        typer.Option(help="Classifier-free guidance; 1 is off, which runs the network once.", show_default="1"),
+    ],
+    "label": Annotated[str | None, typer.Option("--class", help="A class by name or number; all in turn by default.")],
+}
+"""Options of a network that makes images."""
+TEXT_OPTIONS: dict[str, Any] = {
+    "temperature": Annotated[
+        float | None,
+        typer.Option(
+            help="Of text: 1 draws as trained, 0 takes the likeliest token (the noise still differs from text to "
+            "text).",
+            show_default="1",
+        ),
+    ],
+    "fill": Annotated[
+        str | None,
+        typer.Option(help="For mdlm: a text with gaps to fill in, each missing token written _ or [MASK]."),
+    ],
+    "prompt": Annotated[str | None, typer.Option(help="For ar and looped: how each text begins.")],
+    "top_p": Annotated[
+        float | None,
+        typer.Option(
+            help="For ar and looped: draw from the smallest set of the likeliest tokens that has this probability.",
+            show_default="1",
+        ),
+    ],
+    "length": Annotated[
+        int | None,
+        typer.Option(
+            help="Tokens of each text, a prompt's counted: at most as many as the network was trained on. ar and "
+            "looped stop there; mdlm writes a whole text and gives its beginning.",
+            show_default="as trained",
+        ),
+    ],
+}
+"""Options of a network that writes text."""
 
 
 def as_flags(names: Iterable[str]) -> str:
@@ -161,12 +178,16 @@ def as_flags(names: Iterable[str]) -> str:
     return ", ".join(f"--{name.replace('_', '-')}" for name in sorted(names))
 
 
-def given_settings(set_values: list[str] | None, flags: Mapping[str, object]) -> dict[str, Any]:
-    """The settings that the user typed, flags over `--set`."""
+def given_settings(flags: Mapping[str, Any]) -> tuple[dict[str, Any], Path | None]:
+    """The settings that the user typed, flags over `--set`, and the settings file.
+
+    Args:
+        flags: options of `SETTINGS`, None where nothing was typed.
+    """
     from edgeblocks.config import parse_assignments
 
     typed = {name: value for name, value in flags.items() if value is not None}
-    blocks = str(typed.get("blocks", ""))
-    if blocks.isdigit():
-        typed["blocks"] = int(blocks)
-    return {**parse_assignments(set_values or []), **typed}
+    set_values, config = typed.pop("set_values", []), typed.pop("config", None)
+    if str(typed.get("blocks", "")).isdigit():
+        typed["blocks"] = int(typed["blocks"])
+    return {**parse_assignments(set_values), **typed}, config

@@ -3,28 +3,21 @@
 import json
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from edgeblocks.cli.exit_codes import guarded
+from edgeblocks.cli.exit_codes import verb
 from edgeblocks.cli.options import (
+    IMAGE_OPTIONS,
     STEPS,
-    ClassChoice,
-    Fill,
-    Guidance,
+    TEXT_OPTIONS,
     Json,
-    Length,
     MemBudget,
     Number,
-    Prompt,
     RunArgument,
     SampleSeed,
     SampleSteps,
-    Solver,
-    Temperature,
-    TopP,
-    Verbose,
 )
 from edgeblocks.cli.outputs import Wish, say_classes
 from edgeblocks.errors import ConfigError
@@ -34,6 +27,7 @@ from edgeblocks.units import format_bytes
 _EVALUATED = {task: usual.evaluation_samples for task, usual in TASKS.items()}
 
 
+@verb()
 def evaluate(
     run: RunArgument,
     samples: Annotated[
@@ -59,25 +53,21 @@ def evaluate(
     ] = None,
     mem_budget: MemBudget = None,
     as_json: Json = False,
-    verbose: Verbose = False,
 ) -> None:
     """Validation loss per noise level; and a Frechet distance of fresh samples, accuracy and calibration, or bits a
     character."""
+    from edgeblocks import api
+    from edgeblocks.cli.console import evaluation_report
+    from edgeblocks.cli.console_progress import ConsoleListener
 
-    def work() -> None:
-        from edgeblocks import api
-        from edgeblocks.cli.console import evaluation_report
-        from edgeblocks.cli.console_progress import ConsoleListener
-
-        with ConsoleListener() as listener:
-            result = api.load(run).evaluate(
-                samples=samples, steps=steps, seed=seed, data=data, mem_budget=mem_budget, listener=listener
-            )
-        print(json.dumps(result) if as_json else evaluation_report(result))
-
-    guarded(work, verbose=verbose)
+    with ConsoleListener() as listener:
+        result = api.load(run).evaluate(
+            samples=samples, steps=steps, seed=seed, data=data, mem_budget=mem_budget, listener=listener
+        )
+    print(json.dumps(result) if as_json else evaluation_report(result))
 
 
+@verb(of_images=IMAGE_OPTIONS, of_text=TEXT_OPTIONS)
 def sample(
     run: RunArgument,
     out: Annotated[
@@ -85,101 +75,78 @@ def sample(
     ] = None,
     n: Number = None,
     steps: SampleSteps = None,
-    solver: Solver = None,
-    guidance: Guidance = None,
-    label: ClassChoice = None,
-    temperature: Temperature = None,
-    fill: Fill = None,
-    prompt: Prompt = None,
-    top_p: TopP = None,
-    length: Length = None,
+    *,
+    of_images: dict[str, Any],
+    of_text: dict[str, Any],
     seed: SampleSeed = 0,
     mem_budget: MemBudget = None,
     as_json: Json = False,
-    verbose: Verbose = False,
 ) -> None:
     """Generate with a trained run: a grid of images, or texts."""
-    wish = Wish(
-        n=n,
-        out=out,
-        as_json=as_json,
-        of_images={"solver": solver, "guidance": guidance, "label": label},
-        of_text={"temperature": temperature, "fill": fill, "prompt": prompt, "top_p": top_p, "length": length},
-    )
+    wish = Wish(n=n, out=out, as_json=as_json, of_images=of_images, of_text=of_text)
+    from edgeblocks import api
+    from edgeblocks.cli.console_progress import ConsoleListener
+    from edgeblocks.inference.sampling import usual_steps
 
-    def work() -> None:
-        from edgeblocks import api
-        from edgeblocks.cli.console_progress import ConsoleListener
-        from edgeblocks.inference.sampling import usual_steps
+    with ConsoleListener() as listener:
+        loaded = api.load(run)
+        if not (run / "summary.json").exists():
+            listener.note("the run is not finished: its blocks are used as they were saved last")
+        if loaded.directory.family().task in TEXT_TASKS:
 
-        with ConsoleListener() as listener:
-            loaded = api.load(run)
-            if not (run / "summary.json").exists():
-                listener.note("the run is not finished: its blocks are used as they were saved last")
-            if loaded.directory.family().task in TEXT_TASKS:
+            def on_token(done: int, total: int) -> None:
+                listener.advance(done, total, "writing")
 
-                def on_token(done: int, total: int) -> None:
-                    listener.advance(done, total, "writing")
+            wish.texts(partial(loaded.sample_text, steps=steps, seed=seed, mem_budget=mem_budget, on_step=on_token))
+            return
+        levels = usual_steps(loaded.directory) if steps is None else steps
 
-                wish.texts(partial(loaded.sample_text, steps=steps, seed=seed, mem_budget=mem_budget, on_step=on_token))
-                return
-            levels = usual_steps(loaded.directory) if steps is None else steps
+        def sampled(done: int) -> None:
+            listener.advance(done, levels, "sampling")
 
-            def sampled(done: int) -> None:
-                listener.advance(done, levels, "sampling")
-
-            wish.images(
-                partial(loaded.sample, steps=levels, seed=seed, mem_budget=mem_budget, on_level=sampled),
-                num_classes=len(loaded.directory.class_names),
-            )
-
-    guarded(work, verbose=verbose)
+        wish.images(
+            partial(loaded.sample, steps=levels, seed=seed, mem_budget=mem_budget, on_level=sampled),
+            num_classes=len(loaded.directory.class_names),
+        )
 
 
+@verb()
 def export(
     run: RunArgument,
     out: Annotated[Path, typer.Option("--out", "-o", help="Directory of the exported network.", show_default=False)],
     as_json: Json = False,
-    verbose: Verbose = False,
 ) -> None:
     """Write a trained run as ONNX graphs, one a block, and verify them against torch."""
+    from edgeblocks import api
+    from edgeblocks.cli.console import export_report
+    from edgeblocks.cli.console_progress import ConsoleListener
 
-    def work() -> None:
-        from edgeblocks import api
-        from edgeblocks.cli.console import export_report
-        from edgeblocks.cli.console_progress import ConsoleListener
-
-        with ConsoleListener() as listener:
-            manifest = api.load(run).export(out, listener=listener)
-        if as_json:
-            print(json.dumps(manifest))
-        else:
-            print(export_report(manifest, out))
-
-    guarded(work, verbose=verbose)
+    with ConsoleListener() as listener:
+        manifest = api.load(run).export(out, listener=listener)
+    if as_json:
+        print(json.dumps(manifest))
+    else:
+        print(export_report(manifest, out))
 
 
+@verb()
 def weights(
     run: RunArgument,
     out: Annotated[Path, typer.Option("--out", "-o", help="A file that ends in .safetensors.", show_default=False)],
     last: Annotated[bool, typer.Option("--last", help="As the last step left them, instead of their average.")] = False,
     as_json: Json = False,
-    verbose: Verbose = False,
 ) -> None:
     """Write a run's weights as one .safetensors file: for --init of another run, or for PyTorch."""
+    from edgeblocks import api
 
-    def work() -> None:
-        from edgeblocks import api
-
-        written = api.load(run).save_weights(out, last=last)
-        if as_json:
-            print(json.dumps(written))
-        else:
-            print(f"wrote {written['tensors']} tensors, {format_bytes(written['bytes'])}, to {out}")
-
-    guarded(work, verbose=verbose)
+    written = api.load(run).save_weights(out, last=last)
+    if as_json:
+        print(json.dumps(written))
+    else:
+        print(f"wrote {written['tensors']} tensors, {format_bytes(written['bytes'])}, to {out}")
 
 
+@verb(of_images=IMAGE_OPTIONS, of_text=TEXT_OPTIONS)
 def run(
     directory: Annotated[Path, typer.Argument(help="An exported directory.", show_default=False)],
     images: Annotated[
@@ -192,55 +159,39 @@ def run(
     steps: Annotated[
         int | None, typer.Option(help="Noise levels of the chain; at least one a block.", show_default="as exported")
     ] = None,
-    solver: Solver = None,
-    guidance: Guidance = None,
-    label: ClassChoice = None,
-    temperature: Temperature = None,
-    fill: Fill = None,
-    prompt: Prompt = None,
-    top_p: TopP = None,
-    length: Length = None,
+    *,
+    of_images: dict[str, Any],
+    of_text: dict[str, Any],
     seed: SampleSeed = 0,
     as_json: Json = False,
-    verbose: Verbose = False,
 ) -> None:
     """Run an exported network: onnxruntime only, one block in memory at a time, no torch.
 
     An image model writes a grid of images. A classifier prints the likeliest classes of each image file, or writes them
     to a .json file. A text model prints its text, or writes it to a file.
     """
-    wish = Wish(
-        n=n,
-        out=out,
-        as_json=as_json,
-        of_images={"solver": solver, "guidance": guidance, "label": label},
-        of_text={"temperature": temperature, "fill": fill, "prompt": prompt, "top_p": top_p, "length": length},
-    )
+    wish = Wish(n=n, out=out, as_json=as_json, of_images=of_images, of_text=of_text)
+    from edgeblocks.cli.console_progress import ConsoleListener
+    from edgeblocks.registry import open_exported
 
-    def work() -> None:
-        from edgeblocks.cli.console_progress import ConsoleListener
-        from edgeblocks.registry import open_exported
-
-        exported = open_exported(directory)
-        manifest = exported.manifest
-        if images and manifest.task != "classes":
-            raise ConfigError(f"{directory} takes no images; leave out {images[0]}")
-        if manifest.task == "classes":
-            wish.nothing("classifies images")
-            say_classes(exported, images or [], out, steps, seed, as_json=as_json)
-        elif manifest.task in TEXT_TASKS:
-            wish.texts(partial(exported.write, steps=steps, seed=seed))
-        else:
-            levels = manifest.sampler.steps if steps is None else steps
-            with ConsoleListener() as listener:
-                wish.images(
-                    partial(
-                        exported.sample,
-                        steps=levels,
-                        seed=seed,
-                        on_level=lambda done: listener.advance(done, levels, "sampling"),
-                    ),
-                    num_classes=manifest.num_classes,
-                )
-
-    guarded(work, verbose=verbose)
+    exported = open_exported(directory)
+    manifest = exported.manifest
+    if images and manifest.task != "classes":
+        raise ConfigError(f"{directory} takes no images; leave out {images[0]}")
+    if manifest.task == "classes":
+        wish.nothing("classifies images")
+        say_classes(exported, images or [], out, steps, seed, as_json=as_json)
+    elif manifest.task in TEXT_TASKS:
+        wish.texts(partial(exported.write, steps=steps, seed=seed))
+    else:
+        levels = manifest.sampler.steps if steps is None else steps
+        with ConsoleListener() as listener:
+            wish.images(
+                partial(
+                    exported.sample,
+                    steps=levels,
+                    seed=seed,
+                    on_level=lambda done: listener.advance(done, levels, "sampling"),
+                ),
+                num_classes=manifest.num_classes,
+            )

@@ -9,88 +9,20 @@ from typing import Annotated, Any
 
 import typer
 
-from edgeblocks.cli.exit_codes import guarded
-from edgeblocks.cli.options import (
-    BatchSize,
-    Blocks,
-    ConfigFile,
-    Data,
-    Family,
-    Init,
-    Json,
-    MaxDiskWrites,
-    MemBudget,
-    Method,
-    Partition,
-    PlanTarget,
-    Preset,
-    RamBudget,
-    Seed,
-    SetValues,
-    Steps,
-    Target,
-    Tokenizer,
-    TrainBlocks,
-    Verbose,
-    Vocab,
-    WorkDir,
-    as_flags,
-    given_settings,
-)
+from edgeblocks.cli.exit_codes import verb
+from edgeblocks.cli.options import SETTINGS, Json, PlanTarget, as_flags, given_settings
 from edgeblocks.errors import ConfigError
 
 RESUME_SETTINGS = frozenset({"mem_budget", "ram_budget", "target", "data", "work_dir", "max_disk_writes"})
 """Settings that a run may change when it goes on: they change no number of the result."""
 
-SETTING_FLAGS = frozenset(
-    {
-        "family",
-        "preset",
-        "data",
-        "tokenizer",
-        "vocab",
-        "mem_budget",
-        "ram_budget",
-        "steps",
-        "batch",
-        "blocks",
-        "method",
-        "init",
-        "train_blocks",
-        "partition",
-        "target",
-        "work_dir",
-        "max_disk_writes",
-        "seed",
-    }
-)
-"""Flags of plan and train that are settings, by their names."""
 
-
+@verb(flags={**SETTINGS, "target": PlanTarget})
 def plan(
-    family: Family = None,
-    preset: Preset = None,
-    data: Data = None,
-    tokenizer: Tokenizer = None,
-    vocab: Vocab = None,
-    mem_budget: MemBudget = None,
-    ram_budget: RamBudget = None,
-    steps: Steps = None,
-    batch: BatchSize = None,
-    blocks: Blocks = None,
-    method: Method = None,
-    init: Init = None,
-    train_blocks: TrainBlocks = None,
-    partition: Partition = None,
-    target: PlanTarget = None,
-    work_dir: WorkDir = None,
-    max_disk_writes: MaxDiskWrites = None,
-    config: ConfigFile = None,
-    set_values: SetValues = None,
-    seed: Seed = None,
+    *,
+    flags: dict[str, Any],
     out: Annotated[Path, typer.Option("--out", help="Where the run would be written; its disk is measured.")] = Path(),
     as_json: Json = False,
-    verbose: Verbose = False,
 ) -> None:
     """Show how a training run would fit the budget, and what it would cost. Trains nothing.
 
@@ -98,37 +30,14 @@ def plan(
 
     --target NAME plans for another machine: for half of its memory, or for 90 % of its GPU's and half of its RAM.
     """
-
-    typed = {name: value for name, value in locals().items() if name in SETTING_FLAGS}
-
-    def work() -> None:
-        given = given_settings(set_values, typed)
-        _print_plan(given, config, out, as_json=as_json)
-
-    guarded(work, verbose=verbose)
+    given, config = given_settings(flags)
+    _print_plan(given, config, out, as_json=as_json)
 
 
+@verb(flags=SETTINGS)
 def train(
-    family: Family = None,
-    preset: Preset = None,
-    data: Data = None,
-    tokenizer: Tokenizer = None,
-    vocab: Vocab = None,
-    mem_budget: MemBudget = None,
-    ram_budget: RamBudget = None,
-    steps: Steps = None,
-    batch: BatchSize = None,
-    blocks: Blocks = None,
-    method: Method = None,
-    init: Init = None,
-    train_blocks: TrainBlocks = None,
-    partition: Partition = None,
-    target: Target = None,
-    work_dir: WorkDir = None,
-    max_disk_writes: MaxDiskWrites = None,
-    config: ConfigFile = None,
-    set_values: SetValues = None,
-    seed: Seed = None,
+    *,
+    flags: dict[str, Any],
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Run directory.", show_default="runs/...")] = None,
     resume: Annotated[
         Path | None,
@@ -143,47 +52,40 @@ def train(
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and stop.")] = False,
     as_json: Json = False,
-    verbose: Verbose = False,
 ) -> None:
     """Train a network inside the memory budget, block by block, or with --method exact end to end.
 
     With no arguments: a small dit on the built-in digits. Ctrl-C saves and stops; --resume goes on.
     """
-
-    typed = {name: value for name, value in locals().items() if name in SETTING_FLAGS}
-
-    def work() -> None:
-        given = given_settings(set_values, typed)
-        others = sorted(set(given) - RESUME_SETTINGS)
-        if resume is not None and (others or config or out):
-            raise ConfigError(
-                f"--resume {resume} goes on with the settings of that run; only {as_flags(RESUME_SETTINGS)} may be "
-                f"others; leave out {_left_out(others, given) or '--out/--config'}, or start a new run with --out"
-            )
-        if reinit_block and resume is None:
-            raise ConfigError("--reinit-block belongs to --resume RUN: it trains one block of that run again")
-        if dry_run:
-            if resume is not None:
-                raise ConfigError("--dry-run shows a new run's plan; the plan of a run is in its plan.json")
-            from edgeblocks import api
-
-            api.settings_for_here(config=config, **given)
-            _print_plan(given, config, out or Path(), as_json=as_json)
-            return
+    given, config = given_settings(flags)
+    others = sorted(set(given) - RESUME_SETTINGS)
+    if resume is not None and (others or config or out):
+        raise ConfigError(
+            f"--resume {resume} goes on with the settings of that run; only {as_flags(RESUME_SETTINGS)} may be "
+            f"others; leave out {_left_out(others, given) or '--out/--config'}, or start a new run with --out"
+        )
+    if reinit_block and resume is None:
+        raise ConfigError("--reinit-block belongs to --resume RUN: it trains one block of that run again")
+    if dry_run:
+        if resume is not None:
+            raise ConfigError("--dry-run shows a new run's plan; the plan of a run is in its plan.json")
         from edgeblocks import api
-        from edgeblocks.cli.console import training_report
-        from edgeblocks.cli.console_progress import ConsoleListener
 
-        with ConsoleListener() as listener:
-            if resume is not None:
-                run = api.resume(resume, reinit_blocks=reinit_block or (), listener=listener, **given)
-            else:
-                run = api.train(out=out or _free_run_path(given), config=config, listener=listener, **given)
-        summary = run.directory.summary
-        assert summary is not None
-        print(json.dumps(summary.to_json()) if as_json else training_report(summary, run.path))
+        api.settings_for_here(config=config, **given)
+        _print_plan(given, config, out or Path(), as_json=as_json)
+        return
+    from edgeblocks import api
+    from edgeblocks.cli.console import training_report
+    from edgeblocks.cli.console_progress import ConsoleListener
 
-    guarded(work, verbose=verbose)
+    with ConsoleListener() as listener:
+        if resume is not None:
+            run = api.resume(resume, reinit_blocks=reinit_block or (), listener=listener, **given)
+        else:
+            run = api.train(out=out or _free_run_path(given), config=config, listener=listener, **given)
+    summary = run.directory.summary
+    assert summary is not None
+    print(json.dumps(summary.to_json()) if as_json else training_report(summary, run.path))
 
 
 def _left_out(names: list[str], given: Mapping[str, object]) -> str:
