@@ -8,7 +8,7 @@ from edgeblocks.methods import imported
 from edgeblocks.planning.layer_costs import LayerCosts
 from edgeblocks.planning.memory import device_memory, host_budget_bytes, host_memory
 from edgeblocks.planning.pace import Pace
-from edgeblocks.planning.plans import Candidate, Machine, PlanRequest, micro_batches
+from edgeblocks.planning.plans import Candidate, Cut, Machine, PlanRequest, micro_batches
 
 
 def block_counts(num_layers: int, request: PlanRequest) -> list[int]:
@@ -27,10 +27,20 @@ def options_of(costs: LayerCosts, machine: Machine, request: PlanRequest, blocks
     sizes = micro_batches(request.batch) if request.micro_batch is None else (min(request.micro_batch, request.batch),)
     checkpointing = (False, True) if request.checkpointing is None else (request.checkpointing,)
     return [
-        candidate(costs, machine, request, blocks, micro_batch, keep, count)
+        candidate(
+            Cut(
+                costs=costs,
+                machine=machine,
+                request=request,
+                blocks=blocks,
+                micro_batch=micro_batch,
+                checkpointing=keep,
+                slots=slots,
+            )
+        )
         for micro_batch in sizes
         for keep in checkpointing
-        for count in _slot_counts(machine, request, blocks)
+        for slots in _slot_counts(machine, request, blocks)
     ]
 
 
@@ -46,47 +56,23 @@ def _slot_counts(machine: Machine, request: PlanRequest, blocks: int) -> Sequenc
     return range(most, fewest - 1, -1)
 
 
-def candidate(
-    costs: LayerCosts,
-    machine: Machine,
-    request: PlanRequest,
-    blocks: int,
-    micro_batch: int,
-    checkpointing: bool,
-    slots: int,
-) -> Candidate:
+def candidate(cut: Cut) -> Candidate:
     """One way: what it takes of memory, how long a step and moving blocks take, and what is written."""
-    num_layers = math.ceil(costs.num_layers / blocks)
-    parameters = costs.parameters(num_layers)
-    moments = costs.moment_bytes(num_layers, request.optimizer)
-    block_bytes = 8 * parameters + moments
-    accumulation = math.ceil(request.batch / micro_batch)
-    breakdown = device_memory(
-        costs,
-        machine,
-        request,
-        num_layers,
-        blocks=blocks,
-        micro_batch=micro_batch,
-        checkpointing=checkpointing,
-        slots=slots,
-    )
-    host_breakdown, ram_blocks = host_memory(costs, machine, request, blocks, slots, block_bytes, micro_batch)
-    pace: Pace = imported(request.method.pace)(
-        costs, machine, request, blocks, micro_batch, checkpointing, slots, ram_blocks, block_bytes
-    )
+    breakdown = device_memory(cut)
+    host_breakdown, ram_blocks = host_memory(cut)
+    pace: Pace = imported(cut.request.method.pace)(cut, ram_blocks)
     return Candidate(
-        blocks=blocks,
-        layers_per_block=num_layers,
-        micro_batch=micro_batch,
-        accumulation=accumulation,
-        checkpointing=checkpointing,
-        slots=slots,
+        blocks=cut.blocks,
+        layers_per_block=cut.num_layers,
+        micro_batch=cut.micro_batch,
+        accumulation=math.ceil(cut.request.batch / cut.micro_batch),
+        checkpointing=cut.checkpointing,
+        slots=cut.slots,
         breakdown=breakdown,
-        block_bytes=block_bytes,
+        block_bytes=cut.block_bytes,
         **asdict(pace),
-        fits=sum(breakdown.values()) <= request.budget_bytes
-        and sum(host_breakdown.values()) <= host_budget_bytes(machine, request),
+        fits=sum(breakdown.values()) <= cut.request.budget_bytes
+        and sum(host_breakdown.values()) <= host_budget_bytes(cut.machine, cut.request),
         host_breakdown=host_breakdown,
         ram_blocks=ram_blocks,
     )

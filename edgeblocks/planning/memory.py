@@ -1,9 +1,7 @@
 """How much memory a way to train takes, part by part. Plain arithmetic on `LayerCosts`; no torch."""
 
-import math
-
 from edgeblocks.planning.layer_costs import LayerCosts, at_samples, heap_bytes_at
-from edgeblocks.planning.plans import Machine, PlanRequest
+from edgeblocks.planning.plans import Cut, Machine, PlanRequest
 
 GAPS_SHARE = {"plain": 0.36, "checkpointed": 0.85, "staged": 0.7, "forward": 0.3}
 """Memory that the allocator keeps beyond live tensors, measured (tests/bench/budget_grid.py): as a share of those on
@@ -28,41 +26,26 @@ SLACK_SHARE = 0.01
 """Of all that is not the runtime, for the same."""
 
 
-def device_memory(
-    costs: LayerCosts,
-    machine: Machine,
-    request: PlanRequest,
-    num_layers: int,
-    *,
-    blocks: int,
-    micro_batch: int,
-    checkpointing: bool,
-    slots: int,
-) -> dict[str, int]:
-    """Bytes of the device's memory by its parts; where the device is the host, of all memory.
-
-    Args:
-        num_layers: of a block, or of a stage.
-        slots: blocks that are in memory at a time.
-    """
-    parameters = costs.parameters(num_layers)
-    moments = costs.moment_bytes(num_layers, request.optimizer)
-    activations, gaps = step_memory(costs, machine, num_layers, micro_batch, checkpointing)
-    if request.method.trained_together and blocks > 1:
+def device_memory(cut: Cut) -> dict[str, int]:
+    """Bytes of the device's memory by its parts; where the device is the host, of all memory."""
+    costs, machine, request = cut.costs, cut.machine, cut.request
+    weights_bytes = 4 * cut.parameters
+    activations, gaps = step_memory(costs, machine, cut.num_layers, cut.micro_batch, cut.checkpointing)
+    if request.method.trained_together and cut.blocks > 1:
         gaps = max(gaps, int(GAPS_SHARE["staged"] * activations))
     drawn_bytes = batch_bytes(costs, request)
     breakdown = {
         "runtime": machine.runtime_bytes,
-        "weights": 4 * parameters * slots,
-        "gradients": 4 * parameters,
-        "optimizer": moments * slots + _workspace_bytes(costs, machine, request),
-        "ema": 4 * parameters * slots,
+        "weights": weights_bytes * cut.slots,
+        "gradients": weights_bytes,
+        "optimizer": cut.moment_bytes * cut.slots + _workspace_bytes(costs, machine, request),
+        "ema": weights_bytes * cut.slots,
         "activations": activations,
-        "boundaries": _boundary_bytes(costs, request, blocks, micro_batch),
+        "boundaries": _boundary_bytes(costs, request, cut.blocks, cut.micro_batch),
         "data": (request.data_bytes if machine.host is None else 0) + drawn_bytes,
         "evaluation": max(
             0,
-            preview_bytes(costs, machine, request, num_layers, micro_batch) - activations - gaps - drawn_bytes,
+            preview_bytes(costs, machine, request, cut.num_layers, cut.micro_batch) - activations - gaps - drawn_bytes,
         ),
         "slack": gaps + SLACK_BYTES,
     }
@@ -94,41 +77,34 @@ def _boundary_bytes(costs: LayerCosts, request: PlanRequest, stages: int, micro_
     return int((1 + GAPS_SHARE["plain"]) * (hidden + 3 * request.batch * costs.condition_bytes_per_sample))
 
 
-def host_memory(
-    costs: LayerCosts,
-    machine: Machine,
-    request: PlanRequest,
-    blocks: int,
-    slots: int,
-    block_bytes: int,
-    micro_batch: int,
-) -> tuple[dict[str, int], int]:
+def host_memory(cut: Cut) -> tuple[dict[str, int], int]:
     """The host's memory by its parts, and how many blocks live in it: as many as the rest of its budget holds.
 
     `staging` is the page-locked memory of one block, through which blocks move between disk and device. Gradients that
     are offloaded until the norm of all is known pass through page-locked memory of their own; activations at the stage
     boundaries that are kept on disk pass through the heap.
     """
+    costs, machine, request, blocks = cut.costs, cut.machine, cut.request, cut.blocks
     if machine.host is None:
         return {}, 0
     needed = {
         "runtime": machine.host.runtime_bytes,
         "data": request.data_bytes + 2 * batch_bytes(costs, request),  # one is drawn while the device has the other
-        "evaluation": _grid_bytes(costs, request, micro_batch),
-        "staging": block_bytes,
+        "evaluation": _grid_bytes(costs, request, cut.micro_batch),
+        "staging": cut.block_bytes,
         "slack": SLACK_BYTES + GPU_CODE_BYTES,
     }
     if request.clip_by == "network":
-        needed["gradients"] = 4 * costs.parameters(math.ceil(costs.num_layers / blocks))
+        needed["gradients"] = 4 * cut.parameters
     if request.boundaries == "disk" and blocks > 1:
-        needed["boundaries"] = int((1 + GAPS_SHARE["plain"]) * micro_batch * costs.hidden_bytes_per_sample)
+        needed["boundaries"] = int((1 + GAPS_SHARE["plain"]) * cut.micro_batch * costs.hidden_bytes_per_sample)
     needed["planning"] = max(0, machine.planning_bytes - sum(needed.values()))
     room = host_budget_bytes(machine, request) - sum(needed.values())
-    if slots >= blocks or request.tier == "disk":
+    if cut.slots >= blocks or request.tier == "disk":
         ram_blocks = 0
     else:
-        ram_blocks = blocks if request.tier == "ram" else min(blocks, max(0, room) // block_bytes)
-    return {**needed, "blocks": ram_blocks * block_bytes}, ram_blocks
+        ram_blocks = blocks if request.tier == "ram" else min(blocks, max(0, room) // cut.block_bytes)
+    return {**needed, "blocks": ram_blocks * cut.block_bytes}, ram_blocks
 
 
 def batch_bytes(costs: LayerCosts, request: PlanRequest) -> int:

@@ -3,8 +3,7 @@
 import math
 from dataclasses import dataclass
 
-from edgeblocks.planning.layer_costs import LayerCosts
-from edgeblocks.planning.plans import Machine, PlanRequest, kept_blocks, streaming_share
+from edgeblocks.planning.plans import Cut, PlanRequest, kept_blocks, streaming_share
 from edgeblocks.planning.step_times import predicted_step_s, staged_step
 
 STREAMING_SHARE = 0.02
@@ -25,72 +24,43 @@ class Pace:
     bytes_written: int
 
 
-def pace_of_blocks(
-    costs: LayerCosts,
-    machine: Machine,
-    request: PlanRequest,
-    blocks: int,
-    micro_batch: int,
-    checkpointing: bool,
-    slots: int,
-    ram_blocks: int,
-    block_bytes: int,
-) -> Pace:
+def pace_of_blocks(cut: Cut, ram_blocks: int) -> Pace:
     """Of blocks that are trained alone: every visit writes one, and brings one unless it is in memory anyway."""
-    num_layers = math.ceil(costs.num_layers / blocks)
-    step_s = predicted_step_s(costs, machine, num_layers, request.batch, micro_batch, checkpointing)
-    load_s, store_s = _moving_s(machine, blocks, slots, ram_blocks, block_bytes)
+    request, step_s = cut.request, predicted_step_s(cut)
+    load_s, store_s = _moving_s(cut, ram_blocks)
+    round_bytes = cut.blocks * cut.block_bytes
     visit_steps = request.visit_steps or _visit_steps(
-        request, step_s, load_s + store_s, most_rounds=_most_rounds(request, blocks * block_bytes)
+        request, step_s, load_s + store_s, most_rounds=_most_rounds(request, round_bytes)
     )
     return Pace(
         visit_steps=visit_steps,
         step_s=step_s,
-        streaming_s=streaming_share(slots) * (load_s + store_s) / visit_steps,
-        disk_bytes=(blocks + 1) * block_bytes,
-        bytes_written=blocks * block_bytes * (math.ceil(request.steps / visit_steps) + 1),
+        streaming_s=streaming_share(cut.slots) * (load_s + store_s) / visit_steps,
+        disk_bytes=round_bytes + cut.block_bytes,
+        bytes_written=round_bytes * (math.ceil(request.steps / visit_steps) + 1),
     )
 
 
-def pace_of_stages(
-    costs: LayerCosts,
-    machine: Machine,
-    request: PlanRequest,
-    blocks: int,
-    micro_batch: int,
-    checkpointing: bool,
-    slots: int,
-    ram_blocks: int,
-    block_bytes: int,
-) -> Pace:
+def pace_of_stages(cut: Cut, ram_blocks: int) -> Pace:
     """Of stages that are trained together: every step moves some, a checkpoint writes all that are trained.
 
     Beside a host, those that live in its memory are moved without the disk.
 
     Frozen stages have no optimizer state and are written once, when the run is created.
     """
-    step = staged_step(
-        costs,
-        machine,
-        request,
-        blocks=blocks,
-        slots=slots,
-        ram_blocks=ram_blocks,
-        micro_batch=micro_batch,
-        checkpointing=checkpointing,
-    )
-    trained = sum(request.trained_stages(blocks))
-    frozen_bytes = 8 * costs.parameters(math.ceil(costs.num_layers / blocks))
-    files_bytes, saved_bytes = trained * block_bytes + (blocks - trained) * frozen_bytes, trained * block_bytes
+    request, step = cut.request, staged_step(cut, ram_blocks)
+    trained = sum(request.trained_stages(cut.blocks))
+    saved_bytes = trained * cut.block_bytes
+    files_bytes = saved_bytes + (cut.blocks - trained) * 8 * cut.parameters
     usual = min(
         math.ceil(USUAL_VISIT_S / (step.step_s + step.stall_s)), math.ceil(request.steps / max(request.previews, 1))
     )
     visit_steps = request.visit_steps or max(1, usual)
-    _, store_s = _moving_s(machine, blocks, slots, ram_blocks, block_bytes)
+    _, store_s = _moving_s(cut, ram_blocks)
     return Pace(
         visit_steps=visit_steps,
         step_s=step.step_s,
-        streaming_s=step.stall_s + streaming_share(slots) * trained * store_s / visit_steps,
+        streaming_s=step.stall_s + streaming_share(cut.slots) * trained * store_s / visit_steps,
         disk_bytes=files_bytes + saved_bytes + step.offloaded_bytes,
         bytes_written=files_bytes
         + saved_bytes * math.ceil(request.steps / visit_steps)
@@ -98,19 +68,20 @@ def pace_of_stages(
     )
 
 
-def _moving_s(machine: Machine, blocks: int, slots: int, ram_blocks: int, block_bytes: int) -> tuple[float, float]:
+def _moving_s(cut: Cut, ram_blocks: int) -> tuple[float, float]:
     """Seconds of loading a block for a visit, on average over the blocks, and of storing it after the visit.
 
     Beside a host, a block passes the link, and comes from disk before unless it lives in RAM. Wherever it lives it is
     written to disk after every visit: what is only in memory would be lost with the power.
     """
+    machine, blocks, block_bytes = cut.machine, cut.blocks, cut.block_bytes
     read_s = block_bytes * (1 / machine.disk_read_bytes_per_s + machine.checksum_s_per_byte)
     store_s = block_bytes * (1 / machine.disk_write_bytes_per_s + machine.checksum_s_per_byte)
     if machine.host is None:
-        streamed = 1 - kept_blocks(blocks, slots) / blocks
+        streamed = 1 - kept_blocks(blocks, cut.slots) / blocks
         return streamed * read_s, store_s
     link_s = block_bytes / machine.host.link_bytes_per_s
-    if slots >= blocks:
+    if cut.slots >= blocks:
         return 0.0, link_s + store_s
     return link_s + (1 - ram_blocks / blocks) * read_s, link_s + store_s
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from edgeblocks.methods import DIFFUSION, BoundaryDtype, BoundaryTier, Clipping, Method
+from edgeblocks.planning.layer_costs import LayerCosts
 
 DAY_S = 86_400.0
 UPDATE_S_PER_PARAMETER = 8e-9
@@ -82,6 +83,40 @@ class PlanRequest:
     def trained_stages(self, blocks: int) -> tuple[bool, ...]:
         """Of each of `blocks` stages, whether it is trained."""
         return trained_stages(self.trained, blocks)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cut:
+    """A network that is cut into blocks or stages, and how a step of it is made on a machine: one way to train, before
+    its memory and time are known. `slots` blocks are on the device at a time."""
+
+    costs: LayerCosts
+    machine: Machine
+    request: PlanRequest
+    blocks: int
+    micro_batch: int
+    checkpointing: bool
+    slots: int
+
+    @property
+    def num_layers(self) -> int:
+        """Of the largest block."""
+        return math.ceil(self.costs.num_layers / self.blocks)
+
+    @property
+    def parameters(self) -> int:
+        """Of the largest block."""
+        return self.costs.parameters(self.num_layers)
+
+    @property
+    def moment_bytes(self) -> int:
+        """Of the largest block's optimizer state."""
+        return self.costs.moment_bytes(self.num_layers, self.request.optimizer)
+
+    @property
+    def block_bytes(self) -> int:
+        """Of the largest block: weights, their average, optimizer state."""
+        return 8 * self.parameters + self.moment_bytes
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 
 from edgeblocks.planning.layer_costs import LayerCosts, at_samples
-from edgeblocks.planning.plans import Machine, PlanRequest, streaming_share
+from edgeblocks.planning.plans import Cut, PlanRequest, streaming_share
 from edgeblocks.planning.stage_order import Traffic, traffic_of_a_step
 
 _WEIGHT_BYTES = 20
@@ -14,9 +14,7 @@ _CACHED = 3
 and 8 GB/s on a Xeon, where a micro-batch of 19M parameters took 0.12 s beyond its arithmetic."""
 
 
-def predicted_step_s(
-    costs: LayerCosts, machine: Machine, num_layers: int, batch: int, micro_batch: int, checkpointing: bool
-) -> float:
+def predicted_step_s(cut: Cut) -> float:
     """Seconds of one optimizer step of a block: arithmetic, memory traffic and kernel starts.
 
     A backward pass costs twice a forward pass; activation checkpointing adds one more forward pass through the layers.
@@ -24,16 +22,17 @@ def predicted_step_s(
     gradients; clipping, optimizer and EMA pass over the parameters once a step. No speed is known better than to a
     factor of 1.5 on a machine that others use too.
     """
-    traces = costs.checkpointed if checkpointing else costs.plain
+    costs, machine, num_layers, batch = cut.costs, cut.machine, cut.num_layers, cut.request.batch
+    traces = costs.checkpointed if cut.checkpointing else costs.plain
     flops = 3 * costs.forward_flops_per_sample(num_layers)
-    flops += num_layers * costs.layer_flops_per_sample if checkpointing else 0
-    accumulation = math.ceil(batch / micro_batch)
-    touched = accumulation * at_samples(traces, micro_batch, lambda cost: cost.touched_bytes.at(num_layers))
-    weights = accumulation * _WEIGHT_BYTES * costs.parameters(num_layers)
-    operators = accumulation * at_samples(traces, micro_batch, lambda cost: cost.operators.at(num_layers))
+    flops += num_layers * costs.layer_flops_per_sample if cut.checkpointing else 0
+    accumulation = math.ceil(batch / cut.micro_batch)
+    touched = accumulation * at_samples(traces, cut.micro_batch, lambda cost: cost.touched_bytes.at(num_layers))
+    weights = accumulation * _WEIGHT_BYTES * cut.parameters
+    operators = accumulation * at_samples(traces, cut.micro_batch, lambda cost: cost.operators.at(num_layers))
     arithmetic_s = batch * flops / machine.flops_per_s
     traffic_s = (3 * touched + (_CACHED if machine.host is None else 1) * weights) / machine.memory_bytes_per_s
-    update_s = costs.parameters(num_layers) * machine.update_s_per_parameter
+    update_s = cut.parameters * machine.update_s_per_parameter
     return arithmetic_s + traffic_s + operators * machine.operator_s + update_s
 
 
@@ -47,35 +46,24 @@ class StagedStep:
     offloaded_bytes: int
 
 
-def staged_step(
-    costs: LayerCosts,
-    machine: Machine,
-    request: PlanRequest,
-    *,
-    blocks: int,
-    slots: int,
-    ram_blocks: int,
-    micro_batch: int,
-    checkpointing: bool,
-) -> StagedStep:
-    """A step of end-to-end training in `blocks` stages, of which `slots` are in memory.
+def staged_step(cut: Cut, ram_blocks: int) -> StagedStep:
+    """A step of end-to-end training.
 
     A trained stage takes as long as a block; a frozen one above the lowest trained one passes a gradient on, which is
     half of a backward pass, without an update; and all but the last one run forward once more. Gradients that wait for
     the norm of all are written and read while nothing is computed. Beside a host everything that moves passes the link,
     and the first `ram_blocks` stages come from no disk.
     """
-    num_layers = math.ceil(costs.num_layers / blocks)
+    costs, machine, request, blocks, parameters = cut.costs, cut.machine, cut.request, cut.blocks, cut.parameters
     trained = request.trained_stages(blocks)
-    stage_s = predicted_step_s(costs, machine, num_layers, request.batch, micro_batch, checkpointing)
-    parameters = costs.parameters(num_layers)
+    stage_s = predicted_step_s(cut)
     passed = sum(not is_trained for is_trained in trained[trained.index(True) :])
     forward_s = request.batch * costs.num_layers * costs.layer_flops_per_sample / machine.flops_per_s
     step_s = sum(trained) * stage_s + passed * 2 / 3 * (stage_s - parameters * machine.update_s_per_parameter)
     step_s += (blocks - 1) / blocks * forward_s
     late = request.clip_by == "network"
-    weights_bytes, rest_bytes = 4 * parameters, 4 * parameters + costs.moment_bytes(num_layers, request.optimizer)
-    traffic = traffic_of_a_step(trained, slots, late=late, in_ram=ram_blocks)
+    weights_bytes, rest_bytes = 4 * parameters, 4 * parameters + cut.moment_bytes
+    traffic = traffic_of_a_step(trained, cut.slots, late=late, in_ram=ram_blocks)
     loaded_bytes, offloaded_bytes = _moved_bytes(traffic, weights_bytes, rest_bytes)
     waiting_bytes = 4 * parameters * sum(trained) * late
     waiting_s = waiting_bytes / machine.disk_read_bytes_per_s + waiting_bytes / machine.disk_write_bytes_per_s
@@ -83,12 +71,12 @@ def staged_step(
     waiting_s += 2 * boundary_bytes / machine.disk_read_bytes_per_s + boundary_bytes / machine.disk_write_bytes_per_s
     moving_s = loaded_bytes / machine.disk_read_bytes_per_s + offloaded_bytes / machine.disk_write_bytes_per_s
     if machine.host is not None:
-        passing = traffic_of_a_step(trained, slots, late=late)
+        passing = traffic_of_a_step(trained, cut.slots, late=late)
         moving_s += sum(_moved_bytes(passing, weights_bytes, rest_bytes)) / machine.host.link_bytes_per_s
         waiting_s += (2 * waiting_bytes + 3 * boundary_bytes) / machine.host.link_bytes_per_s
     return StagedStep(
         step_s=step_s,
-        stall_s=max(streaming_share(slots) * moving_s, moving_s - step_s) + waiting_s,
+        stall_s=max(streaming_share(cut.slots) * moving_s, moving_s - step_s) + waiting_s,
         offloaded_bytes=offloaded_bytes + waiting_bytes + boundary_bytes,
     )
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 from edgeblocks.planning.candidates import candidate
 from edgeblocks.planning.layer_costs import LayerCosts
-from edgeblocks.planning.plans import Candidate, Machine, PlanRequest
+from edgeblocks.planning.plans import Candidate, Cut, Machine, PlanRequest
 from edgeblocks.units import format_bytes
 
 FEWEST_GOOD_LAYERS = 4
@@ -107,15 +107,16 @@ def _hiding_batch(costs: LayerCosts, machine: Machine, request: PlanRequest, cho
     """The batch, some doublings larger, that fits and hides most of the waiting; None: there is none."""
     for doublings in range(1, 10):
         batch = request.batch << doublings
-        option = candidate(
-            costs,
-            machine,
-            replace(request, batch=batch),
-            chosen.blocks,
-            chosen.micro_batch,
-            chosen.checkpointing,
-            chosen.slots,
+        cut = Cut(
+            costs=costs,
+            machine=machine,
+            request=replace(request, batch=batch),
+            blocks=chosen.blocks,
+            micro_batch=chosen.micro_batch,
+            checkpointing=chosen.checkpointing,
+            slots=chosen.slots,
         )
+        option = candidate(cut)
         if option.fits and _stall(option) <= NOTED_STALL / 2:
             return batch
     return None
