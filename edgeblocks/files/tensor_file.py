@@ -8,9 +8,10 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
@@ -21,6 +22,8 @@ HEADER_LIMIT_BYTES = 16 * 2**20
 PIECE_BYTES = 2**21
 READABLE = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """Types that float32 holds without loss, by the name that the format gives them."""
+_NAMES = {torch.float32: "F32", torch.int8: "I8", torch.uint8: "U8"}
+"""What the format calls the types that are written."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,18 +48,9 @@ class TensorFile:
         self.path = path
         with open_regular(path) as file:
             self.num_bytes = os.fstat(file.fileno()).st_size
-            length = int.from_bytes(file.read(8), "little") if self.num_bytes >= 8 else 0
-            if not 2 <= length <= min(HEADER_LIMIT_BYTES, self.num_bytes - 8):
-                raise MalformedFileError(f"it is no safetensors file, or is cut short ({self.num_bytes} bytes)")
-            text = file.read(length).decode("utf-8", errors="replace")
-        try:
-            table = parse_json(text)
-        except MalformedFileError as error:
-            raise MalformedFileError(f"it is no safetensors file, or is damaged: {error}") from error
-        if not isinstance(table, dict):
-            raise MalformedFileError("it is no safetensors file: its header is no table")
+            table, data_start = read_header(file)
         table.pop("__metadata__", None)
-        self.tensors = {name: self._stored(name, entry, 8 + length) for name, entry in table.items()}
+        self.tensors = {name: self._stored(name, entry, data_start) for name, entry in table.items()}
 
     def sha256(self) -> str:
         """Of the whole file.
@@ -112,6 +106,38 @@ class TensorFile:
         if dtype in READABLE and math.prod(shape) * READABLE[dtype].itemsize != end - start:
             raise damaged
         return StoredTensor(dtype=dtype, shape=tuple(shape), start=data_start + start, num_bytes=end - start)
+
+
+def read_header(file: BinaryIO) -> tuple[dict[str, Any], int]:
+    """The table that an open safetensors file begins with, `__metadata__` in it, and where its data section begins.
+
+    Raises:
+        OSError: it cannot be read.
+        MalformedFileError: it is no safetensors file, or is cut short.
+    """
+    num_bytes = os.fstat(file.fileno()).st_size
+    length = int.from_bytes(file.read(8), "little") if num_bytes >= 8 else 0
+    # Checked before it is read: a damaged length must not make this process take gigabytes.
+    if not 2 <= length <= min(HEADER_LIMIT_BYTES, num_bytes - 8):
+        raise MalformedFileError(f"it is no safetensors file, or is cut short ({num_bytes} bytes)")
+    try:
+        table = parse_json(file.read(length).decode("utf-8", errors="replace"))
+    except MalformedFileError as error:
+        raise MalformedFileError(f"it is no safetensors file, or is damaged: {error}") from error
+    if not isinstance(table, dict):
+        raise MalformedFileError("it is no safetensors file: its header is no table")
+    return table, 8 + length
+
+
+def table_of(tensors: Iterable[tuple[str, torch.dtype, Sequence[int]]]) -> dict[str, object]:
+    """The table of tensors that lie one behind the other: (name, type, shape) of each."""
+    table: dict[str, object] = {}
+    start = 0
+    for name, dtype, shape in tensors:
+        end = start + math.prod(shape) * dtype.itemsize
+        table[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
+        start = end
+    return table
 
 
 def encode_header(table: Mapping[str, object], metadata: Mapping[str, str]) -> bytes:

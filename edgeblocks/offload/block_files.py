@@ -24,20 +24,18 @@ from dataclasses import dataclass
 from io import BufferedReader
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from edgeblocks.errors import RunError, StorageError
 from edgeblocks.files.durable import write_atomically
-from edgeblocks.files.tensor_file import HEADER_LIMIT_BYTES, encode_header
-from edgeblocks.files.untrusted import open_regular, parse_json, shown
+from edgeblocks.files.tensor_file import encode_header, read_header, table_of
+from edgeblocks.files.untrusted import MalformedFileError, open_regular, shown
 from edgeblocks.offload.block_buffer import PARTS, BlockBuffer, BlockLayout, Part, bytes_of, largest_of
 from edgeblocks.units import format_bytes
 
 FORMAT_VERSION = 1
 _CLOCK_TICK_NS = 2 * 10**9
 """How coarse a file system's times may be (FAT's are): a later change within this of the last one may not show."""
-_DTYPES = {torch.float32: "F32", torch.int8: "I8", torch.uint8: "U8"}
 
 
 _Identity = tuple[int, int, int, int, int]
@@ -209,15 +207,11 @@ class BlockStore:
     def _read_header(self, block: int, file: BufferedReader) -> tuple[BlockHeader, int]:
         path = self.path(block)
         damaged = f"block {block} is damaged: {path}"
-        size = os.fstat(file.fileno()).st_size
-        length = int.from_bytes(file.read(8), "little") if size >= 8 else 0
-        # Checked before it is read: a damaged length must not make this process take gigabytes.
-        if not 2 <= length <= min(HEADER_LIMIT_BYTES, size - 8):
-            raise RunError(f"{damaged} is not a safetensors file or is cut short ({size} bytes); {self._kept(block)}")
         try:
-            table = parse_json(file.read(length).decode("utf-8"))
-            if not isinstance(table, dict):
-                raise TypeError("no object")
+            table, data_start = read_header(file)
+        except MalformedFileError as error:
+            raise RunError(f"{damaged}: {error}; {self._kept(block)}") from error
+        try:
             metadata = table.pop("__metadata__")
             version = int(metadata["format_version"])
             if version != FORMAT_VERSION:
@@ -245,12 +239,12 @@ class BlockStore:
                 f"{self.run_id[:8]} belongs here; put this run's own file back"
             )
         layout = self.layouts[block]
-        expected = 8 + length + layout.num_bytes
+        size, expected = os.fstat(file.fileno()).st_size, data_start + layout.num_bytes
         if table != _table(layout):
             raise RunError(f"{path} holds tensors of another network than config.yaml describes; {self._kept(block)}")
         if size != expected:
             raise RunError(f"{damaged} has {size} bytes where {expected} belong: it was cut short; {self._kept(block)}")
-        return header, 8 + length
+        return header, data_start
 
 
 def _count(text: str) -> int:
@@ -261,14 +255,7 @@ def _count(text: str) -> int:
 
 
 def _table(layout: BlockLayout) -> dict[str, object]:
-    return {
-        entry.name: {
-            "dtype": _DTYPES[entry.dtype],
-            "shape": list(entry.shape),
-            "data_offsets": [entry.start, entry.start + entry.num_bytes],
-        }
-        for entry in layout.entries
-    }
+    return table_of((entry.name, entry.dtype, entry.shape) for entry in layout.entries)
 
 
 def _header_digest(table: Mapping[str, object], metadata: dict[str, str]) -> str:

@@ -6,8 +6,8 @@ from typing import TypedDict
 
 from edgeblocks.errors import ConfigError, RunError, StorageError
 from edgeblocks.files.durable import write_atomically
-from edgeblocks.files.tensor_file import encode_header
-from edgeblocks.offload.block_buffer import Entry, Part, bytes_of
+from edgeblocks.files.tensor_file import encode_header, table_of
+from edgeblocks.offload.block_buffer import Part, bytes_of
 from edgeblocks.offload.block_files import BlockStore
 from edgeblocks.runs.directory import RunDirectory, check_whole
 
@@ -40,7 +40,9 @@ def write_weights(run: RunDirectory, out: Path, *, last: bool) -> WrittenWeights
     if run.method.trained_together:
         check_whole(run, store)
     entries = [(block, entry) for block, layout in enumerate(store.layouts) for entry in layout.of_part(part)]
-    header = encode_header(_table(run, entries, part), {"format": "pt"})
+    named = [(run.tensor_name(block, entry.name.removeprefix(f"{part}.")), entry) for block, entry in entries]
+    table = table_of((name, entry.dtype, entry.shape) for name, entry in named)
+    header = encode_header(table, {"format": "pt"})
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(out, _pieces(run, store, header, part))
@@ -52,19 +54,6 @@ def write_weights(run: RunDirectory, out: Path, *, last: bool) -> WrittenWeights
 
 def _part(last: bool) -> Part:
     return "weights" if last else "ema"
-
-
-def _table(run: RunDirectory, entries: list[tuple[int, Entry]], part: Part) -> dict[str, object]:
-    table: dict[str, object] = {}
-    start = 0
-    for block, entry in entries:
-        table[run.tensor_name(block, entry.name.removeprefix(f"{part}."))] = {
-            "dtype": "F32",
-            "shape": list(entry.shape),
-            "data_offsets": [start, start + entry.num_bytes],
-        }
-        start += entry.num_bytes
-    return table
 
 
 def _pieces(run: RunDirectory, store: BlockStore, header: bytes, part: Part) -> Iterator[bytes | memoryview]:
