@@ -4,9 +4,8 @@ Precedence: command line (flags and `--set key=value`) over `--config FILE.yaml`
 resolved settings are written to the run directory as config.yaml.
 """
 
-import difflib
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from importlib import resources
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Any, ClassVar, Literal, Protocol, SupportsFloat
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
-from edgeblocks.errors import ConfigError
+from edgeblocks.errors import ConfigError, did_you_mean
 from edgeblocks.files.checked import field_problems, problem, whole_text
 from edgeblocks.files.untrusted import MalformedFileError, read_text, shown
 from edgeblocks.limits import LONGEST_SEQUENCE, MOST_LAYERS, MOST_SAMPLES, MOST_STEPS, MOST_TOKENS
@@ -381,7 +380,7 @@ def load_preset(name: str) -> dict[str, object]:
     """
     if name not in preset_names():
         raise ConfigError(
-            f"there is no preset '{name}'; there are: {', '.join(preset_names())}{_did_you_mean(name, preset_names())}"
+            f"there is no preset '{name}'; there are: {', '.join(preset_names())}{did_you_mean(name, preset_names())}"
         )
     text = (resources.files("edgeblocks.recipes") / f"{name}.yaml").read_text(encoding="utf-8")
     preset: dict[str, Any] = yaml.safe_load(text)
@@ -389,12 +388,8 @@ def load_preset(name: str) -> dict[str, object]:
 
 
 def _unknown(key: str, family: str, known: set[str]) -> str:
-    return f"unknown setting '{key}' for the family '{family}'{_did_you_mean(key, known)}"
-
-
-def _did_you_mean(word: str, known: Collection[str]) -> str:
-    close = difflib.get_close_matches(str(word), known, n=1)
-    return f"; did you mean '{close[0]}'?" if close else f"; known: {', '.join(sorted(known))}"
+    hint = did_you_mean(key, known) or f"; known: {', '.join(sorted(known))}"
+    return f"unknown setting '{key}' for the family '{family}'{hint}"
 
 
 def _validation_problems(error: ValidationError) -> list[str]:

@@ -1,5 +1,7 @@
 """The errors a user can meet. Each message says what failed with the numbers, why, and what to do."""
 
+import difflib
+from collections.abc import Iterable
 from typing import ClassVar
 
 
@@ -72,3 +74,13 @@ class InterruptedRunError(EdgeblocksError):
     """The user stopped the run; everything up to the last optimizer step is saved."""
 
     exit_code = 130
+
+
+def did_you_mean(word: object, known: Iterable[str]) -> str:
+    """The end of a message on an unknown word: the known one that is most like it; empty where none is.
+
+    >>> did_you_mean("corse", ["cores", "name"])
+    "; did you mean 'cores'?"
+    """
+    close = difflib.get_close_matches(str(word), list(known), n=1)
+    return f"; did you mean '{close[0]}'?" if close else ""

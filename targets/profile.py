@@ -13,15 +13,13 @@ users publish what PyTorch reached, and what neither says is assumed. So three r
   each comment says in which direction its figure errs.
 """
 
-import difflib
-from collections.abc import Iterable
 from importlib import resources
 from typing import Annotated, Literal, Self
 
 import yaml
 from pydantic import Field, ValidationError, model_validator
 
-from edgeblocks.errors import ConfigError
+from edgeblocks.errors import ConfigError, did_you_mean
 from edgeblocks.files.checked import Checked, ListOf, Positive, problems
 from edgeblocks.planning.plans import UPDATE_S_PER_PARAMETER, Host, Machine
 
@@ -125,7 +123,7 @@ def load_profile(name: str) -> Profile:
     names = profile_names()
     if name not in names:
         raise ConfigError(
-            f"there is no machine profile '{name}'; there are: {', '.join(names)}{_did_you_mean(name, names)}"
+            f"there is no machine profile '{name}'; there are: {', '.join(names)}{did_you_mean(name, names)}"
         )
     file = resources.files("edgeblocks.targets") / "profiles" / f"{name}.yaml"
     return parse_profile(name, file.read_text(encoding="utf-8"))
@@ -144,7 +142,7 @@ def parse_profile(name: str, text: str) -> Profile:
     if not isinstance(content, dict):
         raise ConfigError(f"machine profile {name} must hold 'key: value' lines, found {type(content).__name__}")
     keys = set(Profile.model_fields) - {"name"}
-    found = [f"unknown key '{key}'{_did_you_mean(key, keys)}" for key in content if key not in keys]
+    found = [f"unknown key '{key}'{did_you_mean(key, keys)}" for key in content if key not in keys]
     try:
         profile = Profile.model_validate({**content, "name": name})
     except ValidationError as error:
@@ -152,8 +150,3 @@ def parse_profile(name: str, text: str) -> Profile:
     if found:
         raise ConfigError(*(f"machine profile {name}: {problem}" for problem in found))
     return profile
-
-
-def _did_you_mean(word: object, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(str(word), list(known), n=1)
-    return f"; did you mean '{close[0]}'?" if close else ""

@@ -9,9 +9,10 @@ smaller. Only when nothing is left to shrink does the run end, with what was tra
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 from edgeblocks.errors import OutOfBudgetError
+from edgeblocks.offload.device import Target
 from edgeblocks.planning.plans import StepShape
 from edgeblocks.units import format_bytes
 
@@ -20,18 +21,6 @@ T = TypeVar("T")
 HEADROOM_BYTES = 12_000_000
 """Left free where a smaller step allows it, for memory that no step accounts for: listeners, pages of code."""
 _REFUSALS = ("allocate memory", "not enough memory", "out of memory", "bad_alloc", "can't start new thread")
-
-
-class MeasuredMemory(Protocol):
-    """What the guard asks of a target."""
-
-    def used_bytes(self) -> int: ...
-
-    def live_bytes(self) -> int: ...
-
-    def host_used_bytes(self) -> int: ...
-
-    def give_back(self) -> None: ...
 
 
 def is_refusal(error: BaseException) -> bool:
@@ -46,7 +35,7 @@ class Guard:
 
     def __init__(
         self,
-        memory: MeasuredMemory,
+        memory: Target,
         *,
         budget_bytes: int,
         shapes: Sequence[StepShape],
@@ -175,7 +164,7 @@ def out_of_budget(budget_bytes: int, used_bytes: int, breakdown: dict[str, int],
 
 
 @contextmanager
-def refusals_explained(memory: MeasuredMemory, budget_bytes: int, breakdown: dict[str, int]) -> Iterator[None]:
+def refusals_explained(memory: Target, budget_bytes: int, breakdown: dict[str, int]) -> Iterator[None]:
     """Turns a refusal anywhere in a run into the error that says what to do.
 
     Raises:
