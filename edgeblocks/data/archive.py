@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from edgeblocks.data.dataset import Progress
 from edgeblocks.data.decoding import fit_square
 from edgeblocks.data.image_cache import FORMAT_VERSION, CacheWriter, Content
 from edgeblocks.data.npy import NpyHeader, Readable, read_npy_header
@@ -79,7 +80,7 @@ class ImageArchive:
         described = f"npz {FORMAT_VERSION} {image_size} {status.st_size} {status.st_mtime_ns}\0"
         self.key = hashlib.sha256(described.encode() + os.fsencode(path)).hexdigest()
 
-    def fill(self, cache: CacheWriter, progress: Callable[[int, int, str], None]) -> Content:
+    def fill(self, cache: CacheWriter, progress: Progress) -> Content:
         """Unpacks every image into `cache`.
 
         Raises:

@@ -1,11 +1,19 @@
 """What the runtime asks of a data set, whatever its examples are: images with labels, or windows of tokens."""
 
+from collections.abc import Callable
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
 from edgeblocks.data.tokenizer import Tokenizer
+
+Progress = Callable[[int, int, str], None]
+"""Called with how much is done, of how much, and what it is."""
+
+
+def silent(_done: int, _total: int, _what: str) -> None:
+    """Progress for those who did not ask for it."""
 
 
 @runtime_checkable

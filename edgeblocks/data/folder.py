@@ -5,7 +5,7 @@ The tree is walked as a stream, in the order of the names, and never listed in m
 
 import hashlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -13,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from edgeblocks.data.dataset import Progress
 from edgeblocks.data.decoding import EXTENSIONS, UnreadableImageError, decode, read_header
 from edgeblocks.data.image_cache import FORMAT_VERSION, CacheWriter, Content
 from edgeblocks.errors import DataError
@@ -46,7 +47,7 @@ class ImageFolder:
         self._class_folders = _class_folders(root)
         self.key, self._num_files = self._look_through()
 
-    def fill(self, cache: CacheWriter, progress: Callable[[int, int, str], None]) -> Content:
+    def fill(self, cache: CacheWriter, progress: Progress) -> Content:
         """Decodes every image into `cache`; unreadable ones are skipped and named in the result.
 
         Raises:
@@ -101,7 +102,7 @@ class ImageFolder:
             )
         return digest.hexdigest(), int(counts.sum())
 
-    def _survey(self, skipped_: dict[str, str], progress: Callable[[int, int, str], None]) -> tuple[int, int, int]:
+    def _survey(self, skipped_: dict[str, str], progress: Progress) -> tuple[int, int, int]:
         """The shape (H, W, C) of the set, from all headers not in `skipped_`, which grows by the unreadable."""
         all_grey, sizes = True, _Sizes()
         for done, file in enumerate(self._files(), start=1):
@@ -133,7 +134,7 @@ class ImageFolder:
         cache: CacheWriter,
         shape: tuple[int, int, int],
         skipped_: dict[str, str],
-        progress: Callable[[int, int, str], None],
+        progress: Progress,
     ) -> NDArray[np.int64]:
         """Images written per class; `skipped_` grows by the files that could not be decoded."""
         has_labels = bool(self._class_folders)

@@ -68,13 +68,15 @@ class ImageFile:
 
 @dataclass(frozen=True, kw_only=True)
 class StoredImages:
-    """A finished cache.
+    """A finished cache, or images in memory, which have no file.
 
+    images: uint8 [N, H, W, C], the map of a cache.
     labels: int64 [N], None when unconditional.
     moments: int64 [N, 2], sum and sum of squares of each image's pixel values.
     """
 
-    image_file: ImageFile
+    images: NDArray[np.uint8]
+    image_file: ImageFile | None
     labels: NDArray[np.int64] | None
     moments: NDArray[np.int64]
     content: Content
@@ -192,6 +194,7 @@ def _read_cache(folder: Path) -> StoredImages:
     if not isinstance(fingerprint, str):
         raise ValueError("a fingerprint is a text")
     return StoredImages(
+        images=image_file.view,
         image_file=image_file,
         labels=labels,
         moments=moments,

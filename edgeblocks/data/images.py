@@ -7,7 +7,6 @@ the disk, and a batch is read from there; only the labels and the indices of the
 import hashlib
 import importlib.resources
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,19 +16,19 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from edgeblocks.data.archive import ImageArchive
+from edgeblocks.data.dataset import Progress, silent
 from edgeblocks.data.decoding import fit_square
 from edgeblocks.data.folder import ImageFolder
 from edgeblocks.data.image_cache import (
     Content,
     ImageFile,
+    StoredImages,
     content_fingerprint,
     image_moments,
     open_or_build_images,
 )
 from edgeblocks.data.order import BatchOrder
 from edgeblocks.errors import ConfigError, DataError
-
-Progress = Callable[[int, int, str], None]
 
 _SPLIT_STREAM = 0x5B117  # keeps the split's random numbers apart from everything else drawn from the user's seed
 _MAX_HOLD_OUT = 0.5
@@ -136,18 +135,8 @@ def open_images(
     if source == "digits":
         return _open_digits(image_size, hold_out, seed)
     reader = _reader(source, image_size, room_bytes)
-    stored = open_or_build_images(cache_dir, reader.key, lambda cache: reader.fill(cache, progress or _silent))
-    return _image_set(
-        stored.content,
-        images=stored.image_file.view,
-        labels=stored.labels,
-        moments=stored.moments,
-        fingerprint=stored.fingerprint,
-        image_file=stored.image_file,
-        source=source,
-        hold_out=hold_out,
-        seed=seed,
-    )
+    stored = open_or_build_images(cache_dir, reader.key, lambda cache: reader.fill(cache, progress or silent))
+    return _image_set(stored, source, hold_out, seed)
 
 
 def split(num_images: int, hold_out: float, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -200,33 +189,21 @@ def _open_digits(image_size: int | None, hold_out: float, seed: int) -> ImageSet
         images = np.stack([np.asarray(fit_square(Image.fromarray(image), image_size)) for image in images])
     images = images[..., None]
     content = Content(class_names=tuple("0123456789"))
-    return _image_set(
-        content,
+    stored = StoredImages(
         images=images,
+        image_file=None,
         labels=labels,
         moments=image_moments(images),
+        content=content,
         fingerprint=content_fingerprint(
             images.shape, hashlib.sha256(images.data).hexdigest(), hashlib.sha256(labels.data).hexdigest(), content
         ),
-        image_file=None,
-        source="digits",
-        hold_out=hold_out,
-        seed=seed,
     )
+    return _image_set(stored, "digits", hold_out, seed)
 
 
-def _image_set(
-    content: Content,
-    *,
-    images: NDArray[np.uint8],
-    labels: NDArray[np.int64] | None,
-    moments: NDArray[np.int64],
-    fingerprint: str,
-    image_file: ImageFile | None,
-    source: str,
-    hold_out: float,
-    seed: int,
-) -> ImageSet:
+def _image_set(stored: StoredImages, source: str, hold_out: float, seed: int) -> ImageSet:
+    images, labels, content = stored.images, stored.labels, stored.content
     num_images = len(images)
     if num_images < 2:
         raise DataError(f"data '{source}' has {num_images} usable image; at least 2 are needed")
@@ -234,9 +211,9 @@ def _image_set(
         train, held_out = np.split(np.arange(num_images, dtype=np.int64), [num_images - content.num_test])
     else:
         train, held_out = split(num_images, hold_out, seed)
-    mean, std = _mean_std(moments[train], math.prod(images.shape[1:]), source)
+    mean, std = _mean_std(stored.moments[train], math.prod(images.shape[1:]), source)
     in_memory: list[NDArray[Any]] = [train, held_out]
-    in_memory += [images] if image_file is None else []
+    in_memory += [images] if stored.image_file is None else []
     in_memory += [] if labels is None else [labels]
     return ImageSet(
         images=images,
@@ -247,10 +224,10 @@ def _image_set(
         mean=mean,
         std=std,
         unreadable=content.unreadable,
-        fingerprint=fingerprint,
+        fingerprint=stored.fingerprint,
         source=source,
         resident_bytes=sum(array.nbytes for array in in_memory),
-        image_file=image_file,
+        image_file=stored.image_file,
     )
 
 
@@ -265,7 +242,3 @@ def _mean_std(moments: NDArray[np.int64], pixels_per_image: int, source: str) ->
             "there is nothing to learn from a constant; check how the images were made"
         )
     return total / (255 * count), math.sqrt(variance_numerator / count**2) / 255
-
-
-def _silent(_done: int, _total: int, _what: str) -> None:
-    """Progress for those who did not ask for it."""

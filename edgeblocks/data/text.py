@@ -7,13 +7,14 @@ the text's length: an order is drawn step by step, and an example is named by th
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from edgeblocks.data.dataset import Progress, silent
 from edgeblocks.data.documents import TextSource, find_text
 from edgeblocks.data.token_cache import (
     FORMAT_VERSION,
@@ -34,8 +35,6 @@ from edgeblocks.data.tokenizer import (
 from edgeblocks.errors import ConfigError, DataError, NoRoomToReadError
 from edgeblocks.limits import LONGEST_SEQUENCE, MOST_TOKENS
 from edgeblocks.seeds import seed_at
-
-Progress = Callable[[int, int, str], None]
 
 _MOST_HOLD_OUT = 0.5
 _FEWEST_WINDOWS = 2
@@ -182,7 +181,7 @@ def open_text(
     """
     _check_settings(tokenizer, vocabulary, length, hold_out)
     text = find_text(source)
-    work = _Tokenising(text, tokenizer, vocabulary, hold_out, progress or _silent, room_bytes)
+    work = _Tokenising(text, tokenizer, vocabulary, hold_out, progress or silent, room_bytes)
     stored = open_or_build_tokens(cache_dir, work.key, tokenizer=work.tokenizer, stretches=work.stretches)
     _check_windows(source, stored, length, hold_out, source_bytes=text.total_bytes)
     measured = stored.held_out if hold_out else stored.train
@@ -336,7 +335,3 @@ def _check_windows(source: str, stored: StoredTokens, length: int, hold_out: flo
             f"{length}, which are {fewest} tokens; give more text, a smaller length, or another hold_out "
             f"(now {hold_out}){hint}"
         )
-
-
-def _silent(_done: int, _total: int, _what: str) -> None:
-    """Progress for those who did not ask for it."""

@@ -4,8 +4,8 @@ from collections.abc import Mapping
 
 from edgeblocks.config import TOKENIZERS, RunSettings, Settings
 from edgeblocks.data.cache import cache_folder
-from edgeblocks.data.dataset import DataSet
-from edgeblocks.data.images import Progress, open_images
+from edgeblocks.data.dataset import DataSet, Progress
+from edgeblocks.data.images import open_images
 from edgeblocks.data.text import open_text
 from edgeblocks.data.tokenizer import build_tokenizer
 from edgeblocks.errors import ConfigError, DoesNotFitError, NoRoomToReadError
