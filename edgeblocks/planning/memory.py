@@ -30,6 +30,7 @@ def device_memory(cut: Cut) -> dict[str, int]:
     """Bytes of the device's memory by its parts; where the device is the host, of all memory."""
     costs, machine, request = cut.costs, cut.machine, cut.request
     weights_bytes = 4 * cut.parameters
+    workspace_bytes = costs.workspace_bytes if machine.host is None else costs.gpu_workspace_bytes
     activations, gaps = step_memory(costs, machine, cut.num_layers, cut.micro_batch, cut.checkpointing)
     if request.method.trained_together and cut.blocks > 1:
         gaps = max(gaps, int(GAPS_SHARE["staged"] * activations))
@@ -38,7 +39,7 @@ def device_memory(cut: Cut) -> dict[str, int]:
         "runtime": machine.runtime_bytes,
         "weights": weights_bytes * cut.slots,
         "gradients": weights_bytes,
-        "optimizer": cut.moment_bytes * cut.slots + _workspace_bytes(costs, machine, request),
+        "optimizer": cut.moment_bytes * cut.slots + workspace_bytes[request.optimizer],
         "ema": weights_bytes * cut.slots,
         "activations": activations,
         "boundaries": _boundary_bytes(costs, request, cut.blocks, cut.micro_batch),
@@ -110,11 +111,6 @@ def host_memory(cut: Cut) -> tuple[dict[str, int], int]:
 def batch_bytes(costs: LayerCosts, request: PlanRequest) -> int:
     """Of a whole batch while it is drawn."""
     return int(BATCH_COPIES * request.batch * costs.batch_bytes_per_sample)
-
-
-def _workspace_bytes(costs: LayerCosts, machine: Machine, request: PlanRequest) -> int:
-    """What an optimizer step needs besides the state."""
-    return (costs.workspace_bytes if machine.host is None else costs.gpu_workspace_bytes)[request.optimizer]
 
 
 def host_budget_bytes(machine: Machine, request: PlanRequest) -> int:
