@@ -15,6 +15,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
 from edgeblocks.errors import ConfigError
 from edgeblocks.planning.plans import Host, Machine
 from edgeblocks.targets.cpu import DISK_PROBE_BYTES, CpuTarget, checksum_s_per_byte, run_every_kernel
@@ -22,8 +26,6 @@ from edgeblocks.targets.disk import DiskSpeed, measure_disk
 from edgeblocks.targets.profile import WRITTEN_BYTES_PER_UPDATE
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from edgeblocks.offload.device import Target
 
 
@@ -53,8 +55,6 @@ class CudaTarget:
         Raises:
             ConfigError: torch can use no GPU here.
         """
-        import torch
-
         # Before torch's allocator looks: segments that grow, of which only what is used is taken from the device. Usual
         # ones keep up to 20 MB for each size that was once needed.
         if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
@@ -71,15 +71,11 @@ class CudaTarget:
 
     def give_back(self) -> None:
         """Return unused segments to the driver, and the host's unused pages to the system."""
-        import torch
-
         torch.cuda.empty_cache()
         self._host.give_back()
 
     def total_bytes(self) -> int:
         """The GPU's memory."""
-        import torch
-
         return int(torch.cuda.mem_get_info()[1])
 
     def host_bytes(self) -> int | None:
@@ -88,26 +84,18 @@ class CudaTarget:
 
     def available_bytes(self) -> int:
         """Memory of the GPU that nobody holds."""
-        import torch
-
         return int(torch.cuda.mem_get_info()[0])
 
     def used_bytes(self) -> int:
         """What of the GPU's memory can be used by nobody else now."""
-        import torch
-
         return self._runtime_bytes + int(torch.cuda.memory_reserved())
 
     def live_bytes(self) -> int:
         """The same without what torch keeps for the next allocation."""
-        import torch
-
         return self._runtime_bytes + int(torch.cuda.memory_allocated())
 
     def peak_bytes(self) -> int:
         """The largest `used_bytes` so far; what was loaded since the start counts as if it had always been there."""
-        import torch
-
         return max(self._runtime_bytes, self._outside_torch_bytes()) + int(torch.cuda.max_memory_reserved())
 
     def host_used_bytes(self) -> int:
@@ -121,8 +109,6 @@ class CudaTarget:
     @contextlib.contextmanager
     def capped(self, budget_bytes: int) -> Iterator[None]:
         """Let torch refuse memory that would carry the process past the budget; a smaller share that was set stays."""
-        import torch
-
         share = (budget_bytes - self._runtime_bytes) / self.total_bytes()
         former = torch.cuda.memory.get_per_process_memory_fraction()
         torch.cuda.set_per_process_memory_fraction(min(max(share, 0.0), former))
@@ -139,8 +125,6 @@ class CudaTarget:
 
     def _note_runtime(self) -> None:
         """See what is there before any block is, and forget the peak until now."""
-        import torch
-
         torch.cuda.synchronize()
         gc.collect()  # networks that were tried before
         # cuBLAS takes scratch memory from torch's allocator, for each thread that calls it, and keeps it.
@@ -151,8 +135,6 @@ class CudaTarget:
 
     def _outside_torch_bytes(self) -> int:
         """Of the device's memory, what neither is free nor in the hands of torch's allocator."""
-        import torch
-
         free, total = torch.cuda.mem_get_info()
         return int(total - free - torch.cuda.memory_reserved())
 
@@ -184,33 +166,27 @@ class CudaTarget:
         """As `CpuTarget.examine_disk`."""
         return self._host.examine_disk(folder, probe_bytes=probe_bytes, limit_s=limit_s)
 
-    def empty(self, num_bytes: int) -> "Tensor":
+    def empty(self, num_bytes: int) -> Tensor:
         """uint8 [num_bytes] on the GPU."""
-        import torch
-
         return torch.empty(num_bytes, dtype=torch.uint8, device=self.torch_device)
 
-    def host_memory(self, num_bytes: int) -> "Tensor":
+    def host_memory(self, num_bytes: int) -> Tensor:
         """uint8 [num_bytes] in page-locked memory of the host, from which copies run at the link's speed.
 
         Registered rather than taken from torch's pool of page-locked memory, which gives the next power of two. Where
         the system does not allow that much to be locked, it stays pageable: slower, the same numbers.
         """
-        import torch
-
         memory = torch.empty(num_bytes, dtype=torch.uint8)
         runtime = torch.cuda.cudart()  # type: ignore[no-untyped-call]
         if num_bytes and int(runtime.cudaHostRegister(memory.data_ptr(), num_bytes, 0)) == 0:
             weakref.finalize(memory, runtime.cudaHostUnregister, memory.data_ptr())
         return memory
 
-    def copy_(self, destination: "Tensor", source: "Tensor") -> None:
+    def copy_(self, destination: Tensor, source: Tensor) -> None:
         """Copy between the memories after all work given to the GPU before; returns when it is done.
 
         On a stream of its own, so that a block moves while the other one is trained. From any thread.
         """
-        import torch
-
         if not hasattr(self._copies, "stream"):
             self._copies.stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         stream = self._copies.stream
@@ -222,9 +198,6 @@ class CudaTarget:
 
     def _measure_arithmetic(self) -> tuple[float, float, float]:
         """fp32 operations and bytes written by an element-wise kernel per second, seconds of a small kernel."""
-        import torch
-        import torch.nn.functional as F
-
         size = 2048
         with torch.no_grad(), torch.device(self.torch_device):
             x, weight = torch.randn(size, size), torch.randn(size, size)
@@ -246,8 +219,6 @@ class CudaTarget:
 
     def _time(self, call: Callable[[], object], repeats: int) -> float:
         """Seconds of one of `repeats` calls given to the GPU in a row; the best of three such rows."""
-        import torch
-
         times = []
         for _ in range(3):
             torch.cuda.synchronize()
