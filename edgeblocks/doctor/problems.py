@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib import metadata
 
 from edgeblocks.doctor.findings import Budgets, Disk, Gpu, Kernel, Memory, Problem, Processor, Report
@@ -30,42 +30,34 @@ def find_problems(report: Report, *, nvidia_gpus: Sequence[str] = ()) -> list[Pr
     ]
 
 
-def _memory_problems(memory: Memory, budgets: Budgets) -> list[Problem]:
-    found = []
+def _memory_problems(memory: Memory, budgets: Budgets) -> Iterator[Problem]:
     if memory.limit_bytes is not None:
-        found.append(
-            Problem(
-                problem=f"a control group allows {format_bytes(memory.limit_bytes)} of this machine's "
-                f"{format_bytes(memory.total_bytes)} ({memory.limit_file}); what passes the limit is killed, and the "
-                f"page cache counts too",
-                cure=f"edgeblocks train --mem-budget {budgets.half_bytes // 10**6}MB",
-            )
+        yield Problem(
+            problem=f"a control group allows {format_bytes(memory.limit_bytes)} of this machine's "
+            f"{format_bytes(memory.total_bytes)} ({memory.limit_file}); what passes the limit is killed, and the "
+            f"page cache counts too",
+            cure=f"edgeblocks train --mem-budget {budgets.half_bytes // 10**6}MB",
         )
     if memory.available_bytes < _LEAST_AVAILABLE_BYTES:
-        found.append(
-            Problem(
-                problem=f"{format_bytes(memory.available_bytes)} of memory are free; other programs hold the rest",
-                cure="ps -eo pid,rss,comm --sort=-rss | head   # then close what you do not need",
-            )
+        yield Problem(
+            problem=f"{format_bytes(memory.available_bytes)} of memory are free; other programs hold the rest",
+            cure="ps -eo pid,rss,comm --sort=-rss | head   # then close what you do not need",
         )
     for name, letter, option, limit in (
         ("the size of a process's data", "d", "data", memory.data_limit_bytes),
         ("a process's address space", "v", "as", memory.address_limit_bytes),
     ):
         if limit is not None:
-            found.append(_limit_problem(name, letter, option, limit))
+            yield _limit_problem(name, letter, option, limit)
     if memory.swap_used_bytes > max(256 * 10**6, memory.total_bytes // 50):
         free = memory.available_bytes > 1.2 * memory.swap_used_bytes
-        found.append(
-            Problem(
-                problem=f"{format_bytes(memory.swap_used_bytes)} of swap are in use: memory was short, and a step that "
-                f"waits for swap is slower by orders of magnitude",
-                cure="sudo swapoff -a && sudo swapon -a"
-                if free
-                else "ps -eo pid,rss,comm --sort=-rss | head   # then close what you do not need",
-            )
+        yield Problem(
+            problem=f"{format_bytes(memory.swap_used_bytes)} of swap are in use: memory was short, and a step that "
+            f"waits for swap is slower by orders of magnitude",
+            cure="sudo swapoff -a && sudo swapon -a"
+            if free
+            else "ps -eo pid,rss,comm --sort=-rss | head   # then close what you do not need",
         )
-    return found
 
 
 def _limit_problem(name: str, letter: str, option: str, limit: int) -> Problem:
@@ -80,101 +72,79 @@ def _limit_problem(name: str, letter: str, option: str, limit: int) -> Problem:
     )
 
 
-def _disk_problems(disk: Disk) -> list[Problem]:
-    found = []
+def _disk_problems(disk: Disk) -> Iterator[Problem]:
     elsewhere = "df -hT   # then: edgeblocks doctor --work-dir DIRECTORY_ON_ANOTHER_DISK"
     if disk.is_memory:
-        found.append(
-            Problem(
-                problem=f"{disk.folder} lies on {disk.file_system}: it is memory, and what is written there is gone "
-                f"after a restart",
-                cure=elsewhere,
-            )
+        yield Problem(
+            problem=f"{disk.folder} lies on {disk.file_system}: it is memory, and what is written there is gone "
+            f"after a restart",
+            cure=elsewhere,
         )
     if disk.free_bytes < _LEAST_FREE_DISK_BYTES:
-        found.append(
-            Problem(
-                problem=f"{format_bytes(disk.free_bytes)} are free on the disk of {disk.folder}",
-                cure=f"du -xh --max-depth=2 {disk.mount_point} | sort -h | tail   # then delete what you do not need",
-            )
+        yield Problem(
+            problem=f"{format_bytes(disk.free_bytes)} are free on the disk of {disk.folder}",
+            cure=f"du -xh --max-depth=2 {disk.mount_point} | sort -h | tail   # then delete what you do not need",
         )
     if disk.write_bytes_per_s is not None and disk.write_bytes_per_s < _LEAST_WRITE_BYTES_PER_S:
-        found.append(
-            Problem(
-                problem=f"{disk.folder} takes {format_bytes(disk.write_bytes_per_s)}/s: blocks wait for the disk "
-                f"unless all of them stay in memory",
-                cure=elsewhere,
-            )
+        yield Problem(
+            problem=f"{disk.folder} takes {format_bytes(disk.write_bytes_per_s)}/s: blocks wait for the disk "
+            f"unless all of them stay in memory",
+            cure=elsewhere,
         )
     if disk.sync_s is not None and disk.sync_s > _MOST_SYNC_S:
-        found.append(
-            Problem(
-                problem=f"4 KiB are safe on the disk after {format_duration(disk.sync_s)}, and every save waits for it",
-                cure=elsewhere,
-            )
+        yield Problem(
+            problem=f"4 KiB are safe on the disk after {format_duration(disk.sync_s)}, and every save waits for it",
+            cure=elsewhere,
         )
     if disk.file_limit_bytes is not None:
-        found.append(_limit_problem("the size of a file", "f", "fsize", disk.file_limit_bytes))
-    return found
+        yield _limit_problem("the size of a file", "f", "fsize", disk.file_limit_bytes)
 
 
-def _processor_problems(processor: Processor) -> list[Problem]:
-    found = []
+def _processor_problems(processor: Processor) -> Iterator[Problem]:
     usable = processor.usable_cores
     load = processor.load_1min or 0.0
     if processor.others_share > 0.3 or load > processor.cores:
-        found.append(
-            Problem(
-                problem=f"other programs use {processor.others_share:.0%} of the {processor.cores} cores (load average "
-                f"{load:.1f}): speeds below are what they leave",
-                cure="ps -eo pid,pcpu,comm --sort=-pcpu | head   # then: renice 19 -p PID, or end it",
-            )
+        yield Problem(
+            problem=f"other programs use {processor.others_share:.0%} of the {processor.cores} cores (load average "
+            f"{load:.1f}): speeds below are what they leave",
+            cure="ps -eo pid,pcpu,comm --sort=-pcpu | head   # then: renice 19 -p PID, or end it",
         )
     if processor.allowed_cores < processor.cores:
-        found.append(
-            Problem(
-                problem=f"this process may use {processor.allowed_cores} of {processor.cores} cores",
-                cure=f"taskset -cp 0-{processor.cores - 1} $$",
-            )
+        yield Problem(
+            problem=f"this process may use {processor.allowed_cores} of {processor.cores} cores",
+            cure=f"taskset -cp 0-{processor.cores - 1} $$",
         )
     threads = processor.omp_num_threads
     if threads is not None and threads.isdigit() and int(threads) > usable:
-        found.append(
-            Problem(
-                problem=f"OMP_NUM_THREADS is {threads}, but {usable:g} cores can be used: threads wait for each other",
-                cure=f"export OMP_NUM_THREADS={max(1, math.floor(usable))}",
-            )
+        yield Problem(
+            problem=f"OMP_NUM_THREADS is {threads}, but {usable:g} cores can be used: threads wait for each other",
+            cure=f"export OMP_NUM_THREADS={max(1, math.floor(usable))}",
         )
     elif threads is None and usable < processor.allowed_cores:
-        found.append(
-            Problem(
-                problem=f"the container may use {usable:g} cores' time, but torch sees {processor.allowed_cores} and "
-                f"starts as many threads",
-                cure=f"export OMP_NUM_THREADS={max(1, math.floor(usable))}",
-            )
+        yield Problem(
+            problem=f"the container may use {usable:g} cores' time, but torch sees {processor.allowed_cores} and "
+            f"starts as many threads",
+            cure=f"export OMP_NUM_THREADS={max(1, math.floor(usable))}",
         )
-    return found
 
 
-def _library_problems(versions: Mapping[str, str | None], kernels: Sequence[Kernel]) -> list[Problem]:
-    found = []
+def _library_problems(versions: Mapping[str, str | None], kernels: Sequence[Kernel]) -> Iterator[Problem]:
     for requirement in metadata.requires("edgeblocks") or []:
         needed = re.fullmatch(r"([\w.-]+)\s*((?:[<>=!~]+[\d.]+,?)+)", requirement)
         if needed is None or needed[1] not in versions:
             continue
         version, cure = versions[needed[1]], f"pip install '{requirement}'"
         if version is None:
-            found.append(Problem(problem=f"{needed[1]} is not installed", cure=cure))
+            yield Problem(problem=f"{needed[1]} is not installed", cure=cure)
         elif not _version_fits(version, needed[2]):
-            found.append(Problem(problem=f"{needed[1]} {version} is not {needed[2]}", cure=cure))
+            yield Problem(problem=f"{needed[1]} {version} is not {needed[2]}", cure=cure)
     for kernel in kernels:
         if kernel.works is False:
             library = KERNELS[kernel.name].library
             cure = f"pip install --upgrade --force-reinstall {library}"
             if kernel.name == "edgeblocks_adamw8bit":
                 cure = "edgeblocks train --set optimizer=adamw   # and please report it"
-            found.append(Problem(problem=f"{kernel.what} does not work: {kernel.reason}", cure=cure))
-    return found
+            yield Problem(problem=f"{kernel.what} does not work: {kernel.reason}", cure=cure)
 
 
 def _version_fits(version: str, bounds: str) -> bool:
