@@ -7,7 +7,6 @@ level: one KV cache a block serves every step of the chain that the block runs.
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from edgeblocks.diffusion.autoregression import CachesPer
@@ -15,8 +14,8 @@ from edgeblocks.diffusion.noise import NoisePartition
 from edgeblocks.families.base import Batch, Level, TextInfo
 from edgeblocks.families.causal_layers import CausalLayer, PlainCausalLayer, TwoStreamLayer
 from edgeblocks.families.family import EndToEnd
-from edgeblocks.families.layers import Linear, TokenEmbedding, init_plain_, init_zero_, rotary_table
-from edgeblocks.families.token_block import TokenDenoiserBlock
+from edgeblocks.families.layers import Condition, Hidden, Linear, TokenEmbedding, init_plain_, init_zero_, rotary_table
+from edgeblocks.families.token_block import TokenDenoiserBlock, Tokens
 from edgeblocks.families.token_denoiser import TokenDenoiser
 from edgeblocks.families.token_loss import token_losses
 
@@ -29,13 +28,8 @@ class ArBlock(TokenDenoiserBlock):
         return [TwoStreamLayer(width=width, heads=heads, last=number == num_layers - 1) for number in range(num_layers)]
 
     def through_layers(
-        self,
-        clean: Float[Tensor, "batch tokens width"],
-        noised: Float[Tensor, "batch tokens width"],
-        condition: Float[Tensor, "batch width"],
-        past: Tensor | None,
-        present: list[Tensor] | None,
-    ) -> Float[Tensor, "batch tokens width"]:
+        self, clean: Hidden, noised: Hidden, condition: Condition, past: Tensor | None, present: list[Tensor] | None
+    ) -> Hidden:
         """The last layer's output."""
         # The noised stream starts from the token before, as the clean one does, and z's projection is added. From that
         # projection alone, which starts at zero, it would stay zero, as all gates are closed: nothing was learnt in 200
@@ -84,19 +78,14 @@ class PlainArBlock(TokenDenoiserBlock):
             assert isinstance(layer, PlainCausalLayer)
             layer.attention.set_rotary_(table)
 
-    def enter(self, tokens: Int[Tensor, "batch tokens"]) -> tuple[Float[Tensor, "batch tokens width"], Tensor]:
+    def enter(self, tokens: Tokens) -> tuple[Hidden, Tensor]:
         """The first layer's input for the token before each position, and an empty conditioning."""
         x = self.token_embedding(tokens)
         return x, x.new_zeros(x.shape[0], 1)
 
     def through_layers(
-        self,
-        clean: Float[Tensor, "batch tokens width"],
-        noised: Tensor,
-        condition: Tensor,
-        past: Tensor | None,
-        present: list[Tensor] | None,
-    ) -> Float[Tensor, "batch tokens width"]:
+        self, clean: Hidden, noised: Tensor, condition: Tensor, past: Tensor | None, present: list[Tensor] | None
+    ) -> Hidden:
         """The last layer's output."""
         return self.run(range(len(self.layers)), clean, condition, past, present)
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from edgeblocks.families.layers import AdaLnZeroLayer, PreNormLayer, RotaryAttention, modulated_norm
+from edgeblocks.families.layers import AdaLnZeroLayer, Condition, Hidden, PreNormLayer, RotaryAttention, modulated_norm
 
 Past = Float[Tensor, "2 sequences heads past head_width"]
 """The KV cache: keys, already rotated by their positions, and values; of two streams those of the clean one."""
@@ -38,12 +38,10 @@ def visible(
 class CausalAttention(RotaryAttention):
     """Self-attention in which a token sees itself and those before it."""
 
-    def forward(self, x: Float[Tensor, "batch tokens width"]) -> Float[Tensor, "batch tokens width"]:
+    def forward(self, x: Hidden) -> Hidden:
         return self.attend(x, None)[0]
 
-    def attend(
-        self, x: Float[Tensor, "batch tokens width"], past: Past | None
-    ) -> tuple[Float[Tensor, "batch tokens width"], Present]:
+    def attend(self, x: Hidden, past: Past | None) -> tuple[Hidden, Present]:
         """The output, and the tokens' keys and values; the tokens follow those of the KV cache `past`."""
         queries, keys, values = self.projected(x, self._positions(x, past))
         seen_keys, seen_values = _with_past(keys, values, past)
@@ -103,13 +101,11 @@ class CausalLayer(AdaLnZeroLayer):
         super().__init__(width=width, heads=heads)
         self.attention = CausalAttention(width=width, heads=heads)
 
-    def forward(
-        self, x: Float[Tensor, "batch tokens width"], condition: Float[Tensor, "batch width"]
-    ) -> Float[Tensor, "answered tokens width"]:
+    def forward(self, x: Hidden, condition: Condition) -> Float[Tensor, "answered tokens width"]:
         return self.cached(x, condition, None)[0]
 
     def cached(
-        self, x: Float[Tensor, "batch tokens width"], condition: Float[Tensor, "batch width"], past: Past | None
+        self, x: Hidden, condition: Condition, past: Past | None
     ) -> tuple[Float[Tensor, "answered tokens width"], Present]:
         """The output for tokens that follow those of the past, and their keys and values."""
         shift_a, scale_a, *others = self.modulation(condition).chunk(6, dim=-1)
@@ -139,9 +135,7 @@ class PlainCausalLayer(PreNormLayer):
     def __init__(self, *, width: int, heads: int) -> None:
         super().__init__(width=width, attention=CausalAttention(width=width, heads=heads))
 
-    def cached(
-        self, x: Float[Tensor, "batch tokens width"], condition: Tensor, past: Past | None
-    ) -> tuple[Float[Tensor, "batch tokens width"], Present]:
+    def cached(self, x: Hidden, condition: Tensor, past: Past | None) -> tuple[Hidden, Present]:
         """The output for tokens that follow those of the past, and their keys and values."""
         attended, present = self.attention.attend(self.attention_norm(x), past)
         x = x + attended

@@ -25,7 +25,7 @@ from edgeblocks.families.base import (
 )
 from edgeblocks.families.block import Block
 from edgeblocks.families.family import EndToEnd
-from edgeblocks.families.layers import LabelEmbedding, Linear, noise_features, run_layers
+from edgeblocks.families.layers import Condition, LabelEmbedding, Linear, noise_features, run_layers
 from edgeblocks.families.settings import Depth, FamilySettings, PMean, PStd, Share, SigmaMax, SigmaMin, Width
 
 SIGMA_DATA = 0.5
@@ -175,7 +175,7 @@ def noise_and_class(
     label_embedding: nn.Module | None,
     c_noise: Tensor,
     labels: Tensor | None,
-) -> Float[Tensor, "batch width"]:
+) -> Condition:
     """The conditioning of every layer by noise level and class, after SiLU."""
     condition = noise_down(nn.functional.silu(noise_up(noise_features(c_noise, NOISE_FEATURES))))
     if label_embedding is not None:

@@ -15,6 +15,11 @@ from jaxtyping import Complex, Float, Int
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 
+Hidden = Float[Tensor, "batch tokens width"]
+"""Hidden values, between two layers."""
+Condition = Float[Tensor, "batch width"]
+"""The conditioning of all layers, such as by the noise level."""
+
 
 class _AddingToGradients(torch.autograd.Function):
     """A linear map whose backward pass adds to the gradients in place."""
@@ -91,11 +96,11 @@ class SelfAttention(nn.Module):
         self.qkv = Linear(width, 3 * width)
         self.out = Linear(width, width)
 
-    def forward(self, x: Float[Tensor, "batch tokens width"]) -> Float[Tensor, "batch tokens width"]:
+    def forward(self, x: Hidden) -> Hidden:
         queries, keys, values = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
         return self.merged(F.scaled_dot_product_attention(queries, keys, values))
 
-    def merged(self, attended: Float[Tensor, "batch heads tokens head_width"]) -> Float[Tensor, "batch tokens width"]:
+    def merged(self, attended: Float[Tensor, "batch heads tokens head_width"]) -> Hidden:
         """All heads' outputs side by side, through the last linear map."""
         out: Tensor = self.out(attended.transpose(1, 2).flatten(2))
         return out
@@ -160,12 +165,12 @@ class RotaryAttention(SelfAttention):
         """Use this table."""
         self.register_buffer("rotary", table, persistent=False)  # recomputed, so block files do not hold it
 
-    def forward(self, x: Float[Tensor, "batch tokens width"]) -> Float[Tensor, "batch tokens width"]:
+    def forward(self, x: Hidden) -> Hidden:
         queries, keys, values = self.projected(x, self.rotary[:, : x.shape[1]])
         return self.merged(F.scaled_dot_product_attention(queries, keys, values))
 
     def projected(
-        self, x: Float[Tensor, "batch tokens width"], positions: Float[Tensor, "2 tokens half"]
+        self, x: Hidden, positions: Float[Tensor, "2 tokens half"]
     ) -> tuple[Float[Tensor, "batch heads tokens head_width"], ...]:
         """Queries and keys rotated by `positions`, which are rows of the table, and values."""
         qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1))
@@ -195,14 +200,12 @@ class Mlp(nn.Module):
         self.up = Linear(width, ratio * width)
         self.down = Linear(ratio * width, width)
 
-    def forward(self, x: Float[Tensor, "batch tokens width"]) -> Float[Tensor, "batch tokens width"]:
+    def forward(self, x: Hidden) -> Hidden:
         out: Tensor = self.down(F.gelu(self.up(x), approximate="tanh"))
         return out
 
 
-def modulated_norm(
-    x: Float[Tensor, "batch tokens width"], shift: Float[Tensor, "batch width"], scale: Float[Tensor, "batch width"]
-) -> Float[Tensor, "batch tokens width"]:
+def modulated_norm(x: Hidden, shift: Float[Tensor, "batch width"], scale: Float[Tensor, "batch width"]) -> Hidden:
     """LayerNorm without affine parameters, then x * (1 + scale) + shift (AdaLN)."""
     # 1 + scale: a modulation of zero, as it starts, leaves the norm as it is.
     normed = F.layer_norm(x, x.shape[-1:], eps=1e-6)
@@ -222,9 +225,7 @@ class AdaLnZeroLayer(nn.Module):
         self.mlp = Mlp(width=width)
         self.modulation = Linear(width, 6 * width)
 
-    def forward(
-        self, x: Float[Tensor, "batch tokens width"], condition: Float[Tensor, "batch width"]
-    ) -> Float[Tensor, "batch tokens width"]:
+    def forward(self, x: Hidden, condition: Condition) -> Hidden:
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.modulation(condition).chunk(6, dim=-1)
         x = torch.addcmul(x, gate_a.unsqueeze(1), self.attention(modulated_norm(x, shift_a, scale_a)))
         return torch.addcmul(x, gate_m.unsqueeze(1), self.mlp(modulated_norm(x, shift_m, scale_m)))
@@ -253,7 +254,7 @@ class PreNormLayer(nn.Module):
         self.mlp_norm = nn.LayerNorm(width)
         self.mlp = Mlp(width=width)
 
-    def forward(self, x: Float[Tensor, "batch tokens width"], condition: Tensor) -> Float[Tensor, "batch tokens width"]:
+    def forward(self, x: Hidden, condition: Tensor) -> Hidden:
         x = x + self.attention(self.attention_norm(x))
         out: Tensor = x + self.mlp(self.mlp_norm(x))
         return out
@@ -328,7 +329,7 @@ class LabelEmbedding(nn.Module):
         super().__init__()
         self.table = Embedding(num_classes + 1, width)
 
-    def forward(self, labels: Int[Tensor, " batch"]) -> Float[Tensor, "batch width"]:
+    def forward(self, labels: Int[Tensor, " batch"]) -> Condition:
         out: Tensor = self.table(labels)
         return out
 

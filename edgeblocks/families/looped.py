@@ -16,7 +16,6 @@ from typing import Annotated
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
 from pydantic import Field
 from torch import Tensor, nn
 
@@ -26,8 +25,8 @@ from edgeblocks.errors import ConfigError
 from edgeblocks.families.ar import PlainAr, PlainArBlock
 from edgeblocks.families.base import Batch, BatchSpec, Level, TextInfo
 from edgeblocks.families.causal_layers import CausalLayer, halves
-from edgeblocks.families.layers import Linear
-from edgeblocks.families.token_block import TokenDenoiserBlock
+from edgeblocks.families.layers import Condition, Hidden, Linear
+from edgeblocks.families.token_block import Codes, Sigma, TokenDenoiserBlock, Tokens
 from edgeblocks.families.token_denoiser import TokenDenoiser, TokenDenoiserSettings
 
 MOST_ITERATIONS = 64
@@ -60,13 +59,8 @@ class LoopedBlock(TokenDenoiserBlock):
     # and 3.28, as measured in `TokenDenoiserBlock.init_`.
 
     def through_layers(
-        self,
-        clean: Float[Tensor, "batch tokens width"],
-        noised: Float[Tensor, "batch tokens width"],
-        condition: Float[Tensor, "batch width"],
-        past: Tensor | None,
-        present: list[Tensor] | None,
-    ) -> Float[Tensor, "batch tokens width"]:
+        self, clean: Hidden, noised: Hidden, condition: Condition, past: Tensor | None, present: list[Tensor] | None
+    ) -> Hidden:
         """The coda's output."""
         prelude, core, coda = self._parts()
         steady = torch.zeros_like(condition)  # prelude and coda do not depend on the noise level
@@ -80,13 +74,7 @@ class LoopedBlock(TokenDenoiserBlock):
         ends = total // 4
         return range(ends), range(ends, total - ends), range(total - ends, total)
 
-    def reading_states(
-        self,
-        z: Float[Tensor, "batch tokens code"],
-        known: Float[Tensor, "batch tokens code"],
-        sigma: Float[Tensor, " batch"],
-        tokens: Int[Tensor, "batch tokens"],
-    ) -> Float[Tensor, "batch tokens width"]:
+    def reading_states(self, z: Codes, known: Codes, sigma: Sigma, tokens: Tokens) -> Hidden:
         """See there. Behind the prelude, which sees tokens alone, there are two streams: of `known` and of z."""
         prelude, core, coda = self._parts()
         condition = self.condition(sigma.log() / 4)
@@ -137,7 +125,7 @@ class PlainLoopedBlock(PlainArBlock):
         self.adapter = Linear(2 * width, width)
         self.state_norm = nn.LayerNorm(width)
 
-    def enter(self, tokens: Int[Tensor, "batch tokens"]) -> tuple[Float[Tensor, "batch tokens width"], Tensor]:
+    def enter(self, tokens: Tokens) -> tuple[Hidden, Tensor]:
         """The first layer's input for the token before each position, and a row as long as there are iterations.
 
         The row takes the place of the conditioning; only its length is used.
@@ -146,13 +134,8 @@ class PlainLoopedBlock(PlainArBlock):
         return x, x.new_zeros(x.shape[0], self.iterations)
 
     def through_layers(
-        self,
-        clean: Float[Tensor, "batch tokens width"],
-        noised: Tensor,
-        condition: Tensor,
-        past: Tensor | None,
-        present: list[Tensor] | None,
-    ) -> Float[Tensor, "batch tokens width"]:
+        self, clean: Hidden, noised: Tensor, condition: Tensor, past: Tensor | None, present: list[Tensor] | None
+    ) -> Hidden:
         """The coda's output after as many iterations as the condition is long."""
         total, count = len(self.layers), condition.shape[1]
         ends, followed = total // 4, torch.is_grad_enabled()

@@ -33,7 +33,7 @@ from edgeblocks.families.base import (
     spread_shares,
 )
 from edgeblocks.families.family import EndToEnd
-from edgeblocks.families.layers import Linear, RotaryAdaLnLayer, TokenEmbedding, run_layers
+from edgeblocks.families.layers import Condition, Linear, RotaryAdaLnLayer, TokenEmbedding, run_layers
 from edgeblocks.families.settings import Depth, FamilySettings, RotaryHeads, Width
 from edgeblocks.families.text_block import TextBlock
 from edgeblocks.families.token_loss import token_losses, token_scores
@@ -88,7 +88,7 @@ class MdlmBlock(TextBlock):
 
     def enter(
         self, z: Int[Tensor, "batch length"], t: Float[Tensor, " batch"]
-    ) -> tuple[Float[Tensor, "batch length width"], Float[Tensor, "batch width"]]:
+    ) -> tuple[Float[Tensor, "batch length width"], Condition]:
         """The first layer's input, and the conditioning of all layers."""
         return self.token_embedding(z), self.condition(2 * t - 1)  # t to [-1, 1], about the span of the features
 

@@ -9,6 +9,8 @@ from edgeblocks.families.base import NOISE_FEATURES
 from edgeblocks.families.block import Block
 from edgeblocks.families.layers import (
     AdaLnZeroLayer,
+    Condition,
+    Hidden,
     Linear,
     RotaryAttention,
     TokenEmbedding,
@@ -57,15 +59,13 @@ class TextBlock(Block):
                 table = rotary_table(self.length, layer.modulation.in_features // self.heads)
             layer.attention.set_rotary_(table)
 
-    def condition(self, level: Float[Tensor, " batch"]) -> Float[Tensor, "batch width"]:
+    def condition(self, level: Float[Tensor, " batch"]) -> Condition:
         """The conditioning of layers and readout, for noise levels brought to about [-1, 1]."""
         features = noise_features(level, NOISE_FEATURES)
         condition: Tensor = F.silu(self.noise_down(F.silu(self.noise_up(features))))
         return condition
 
-    def normalised(
-        self, x: Float[Tensor, "batch tokens width"], condition: Float[Tensor, "batch width"]
-    ) -> Float[Tensor, "batch tokens width"]:
+    def normalised(self, x: Hidden, condition: Condition) -> Hidden:
         """The readout's input."""
         shift, scale = self.readout_modulation(condition).chunk(2, dim=-1)
         return modulated_norm(x, shift, scale)

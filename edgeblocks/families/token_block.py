@@ -9,9 +9,14 @@ from torch import Tensor, nn
 from edgeblocks.diffusion.codebook import code_rows
 from edgeblocks.families.base import NOISE_FEATURES, TextInfo
 from edgeblocks.families.causal_layers import CausalLayer, PlainCausalLayer
-from edgeblocks.families.layers import Linear, TokenEmbedding, init_zero_, run_layers
+from edgeblocks.families.layers import Condition, Hidden, Linear, TokenEmbedding, init_zero_, run_layers
 from edgeblocks.families.text_block import TextBlock
 
+Tokens = Int[Tensor, "batch tokens"]
+Codes = Float[Tensor, "batch tokens code"]
+"""Of the token at each position, most of them with noise."""
+Sigma = Float[Tensor, " batch"]
+"""Each sequence's noise level."""
 Past = Float[Tensor, "caches batch heads past head_width"]
 """The KV cache of a block: keys and values for the earlier tokens, layer by layer, keys first."""
 Present = Float[Tensor, "caches batch heads tokens head_width"]
@@ -69,11 +74,7 @@ class TokenDenoiserBlock(TextBlock, ABC):
         self.register_buffer("codes", codes, persistent=False)
 
     def forward(
-        self,
-        z: Float[Tensor, "batch tokens code"],
-        sigma: Float[Tensor, " batch"],
-        tokens: Int[Tensor, "batch tokens"],
-        past: Past | None = None,
+        self, z: Codes, sigma: Sigma, tokens: Tokens, past: Past | None = None
     ) -> tuple[Float[Tensor, "batch tokens vocabulary"], Present]:
         """Logits of the token at each position, and keys and values for the tokens that follow.
 
@@ -86,24 +87,13 @@ class TokenDenoiserBlock(TextBlock, ABC):
         logits: Tensor = self.readout(x)
         return logits, present
 
-    def hidden(
-        self,
-        z: Float[Tensor, "batch tokens code"],
-        sigma: Float[Tensor, " batch"],
-        tokens: Int[Tensor, "batch tokens"],
-        past: Past | None = None,
-    ) -> tuple[Float[Tensor, "batch tokens width"], Present]:
+    def hidden(self, z: Codes, sigma: Sigma, tokens: Tokens, past: Past | None = None) -> tuple[Hidden, Present]:
         """The readout's input, and keys and values; see `forward`."""
         present: list[Tensor] = []
         x = self._states(z, sigma, tokens, past, present)
         return x, torch.stack(present)
 
-    def window_states(
-        self,
-        z: Float[Tensor, "batch tokens code"],
-        sigma: Float[Tensor, " batch"],
-        tokens: Int[Tensor, "batch tokens"],
-    ) -> Float[Tensor, "batch tokens width"]:
+    def window_states(self, z: Codes, sigma: Sigma, tokens: Tokens) -> Hidden:
         """The readout's input for a whole window, without a KV cache."""
         return self._states(z, sigma, tokens, None, None)
 
@@ -114,21 +104,13 @@ class TokenDenoiserBlock(TextBlock, ABC):
         x = self.through_layers(self.token_embedding(tokens), self.noised(z, sigma), condition, past, present)
         return self.normalised(x, condition)
 
-    def noised(
-        self, z: Float[Tensor, "batch tokens code"], sigma: Float[Tensor, " batch"]
-    ) -> Float[Tensor, "batch tokens width"]:
+    def noised(self, z: Codes, sigma: Sigma) -> Hidden:
         """What the layers are given of noised codes."""
         c_in = (sigma**2 + 1 / z.shape[-1]).rsqrt()
         out: Tensor = self.code_embedding(c_in[:, None, None] * z)
         return out
 
-    def reading_states(
-        self,
-        z: Float[Tensor, "batch tokens code"],
-        known: Float[Tensor, "batch tokens code"],
-        sigma: Float[Tensor, " batch"],
-        tokens: Int[Tensor, "batch tokens"],
-    ) -> Float[Tensor, "batch tokens width"]:
+    def reading_states(self, z: Codes, known: Codes, sigma: Sigma, tokens: Tokens) -> Hidden:
         """What the readout is applied to, of a known text, all positions at once: each as if it were to be written.
 
         Args:
@@ -139,19 +121,14 @@ class TokenDenoiserBlock(TextBlock, ABC):
 
     @abstractmethod
     def through_layers(
-        self,
-        clean: Float[Tensor, "batch tokens width"],
-        noised: Float[Tensor, "batch tokens width"],
-        condition: Float[Tensor, "batch width"],
-        past: Tensor | None,
-        present: list[Tensor] | None,
-    ) -> Float[Tensor, "batch tokens width"]:
+        self, clean: Hidden, noised: Hidden, condition: Condition, past: Tensor | None, present: list[Tensor] | None
+    ) -> Hidden:
         """The last layer's output for each noised code. `present` is added to; None keeps nothing."""
 
     def run(
         self,
         numbers: range,
-        x: Float[Tensor, "batch tokens width"],
+        x: Hidden,
         condition: Float[Tensor, "batch conditioning"],
         past: Tensor | None,
         present: list[Tensor] | None,

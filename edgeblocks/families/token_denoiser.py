@@ -46,7 +46,7 @@ from edgeblocks.families.settings import (
     SigmaMin,
     Width,
 )
-from edgeblocks.families.token_block import Past, Present, TokenDenoiserBlock
+from edgeblocks.families.token_block import Codes, Past, Present, Sigma, TokenDenoiserBlock, Tokens
 from edgeblocks.families.token_loss import token_estimates, token_losses, token_scores
 
 MOST_CODE_WIDTH = 2**12
@@ -210,12 +210,7 @@ class TokenDenoiser(TextFamily):
         return {"loss": losses.view(shape).mean(1), "accuracy": right.view(shape).float().mean(1)}
 
     def next_logits(
-        self,
-        block: nn.Module,
-        z: Float[Tensor, "batch tokens code"],
-        sigma: Float[Tensor, " batch"],
-        tokens: Int[Tensor, "batch tokens"],
-        past: Past,
+        self, block: nn.Module, z: Codes, sigma: Sigma, tokens: Tokens, past: Past
     ) -> tuple[Float[Tensor, "batch vocabulary"], Present]:
         """Logits of the last position, and the keys and values of all; see `TokenDenoiserBlock.forward`."""
         assert isinstance(block, TokenDenoiserBlock)
@@ -225,13 +220,13 @@ class TokenDenoiser(TextFamily):
     def estimates(
         self,
         block: nn.Module,
-        z: Float[Tensor, "batch tokens code"],
-        known: Float[Tensor, "batch tokens code"],
-        sigma: Float[Tensor, " batch"],
-        tokens: Int[Tensor, "batch tokens"],
-        answers: Int[Tensor, "batch tokens"],
+        z: Codes,
+        known: Codes,
+        sigma: Sigma,
+        tokens: Tokens,
+        answers: Tokens,
         codes: Float[Tensor, "vocabulary code"],
-    ) -> tuple[Float[Tensor, "batch tokens code"], Float[Tensor, "batch tokens"]]:
+    ) -> tuple[Codes, Float[Tensor, "batch tokens"]]:
         """The denoised code and log p(answer) at each position of a known text; see `TokenDenoiserBlock`."""
         assert isinstance(block, TokenDenoiserBlock)
         states, readout = block.reading_states(z, known, sigma, tokens).flatten(0, 1), block.readout

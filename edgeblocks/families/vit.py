@@ -36,6 +36,8 @@ from edgeblocks.families.block import Block
 from edgeblocks.families.family import EndToEnd
 from edgeblocks.families.layers import (
     AdaLnZeroLayer,
+    Condition,
+    Hidden,
     Linear,
     PreNormLayer,
     SelfAttention,
@@ -62,6 +64,11 @@ from edgeblocks.families.settings import (
     WidthOfPatches,
 )
 
+Classes = Float[Tensor, "batch classes"]
+"""One value a class: noised labels, logits, probabilities."""
+Images = Float[Tensor, "batch channels height width"]
+Sigma = Float[Tensor, " batch"]
+"""Each image's noise level."""
 SIGMA_DATA = 0.5
 """Of the preconditioning of z, and of the pixels."""
 
@@ -130,31 +137,16 @@ class VitBlock(WithPositions, Block):
         init_zero_(self.readout_modulation)
         init_zero_(self.readout)
 
-    def forward(
-        self,
-        z: Float[Tensor, "batch classes"],
-        sigma: Float[Tensor, " batch"],
-        images: Float[Tensor, "batch channels height width"],
-    ) -> Float[Tensor, "batch classes"]:
+    def forward(self, z: Classes, sigma: Sigma, images: Images) -> Classes:
         """The denoised label: the probabilities of the classes."""
         return self.logits(z, sigma, images).softmax(dim=-1)
 
-    def logits(
-        self,
-        z: Float[Tensor, "batch classes"],
-        sigma: Float[Tensor, " batch"],
-        images: Float[Tensor, "batch channels height width"],
-    ) -> Float[Tensor, "batch classes"]:
+    def logits(self, z: Classes, sigma: Sigma, images: Images) -> Classes:
         """The logarithms of the classes' probabilities, but for a constant."""
         tokens, condition = self.enter(z, sigma, images)
         return self.leave(run_layers(self.layers, tokens, condition, checkpointing=self.checkpointing), condition)
 
-    def enter(
-        self,
-        z: Float[Tensor, "batch classes"],
-        sigma: Float[Tensor, " batch"],
-        images: Float[Tensor, "batch channels height width"],
-    ) -> tuple[Float[Tensor, "batch tokens width"], Float[Tensor, "batch width"]]:
+    def enter(self, z: Classes, sigma: Sigma, images: Images) -> tuple[Hidden, Condition]:
         """The class token and the patches, and the conditioning of all layers."""
         noise = noise_features(sigma.log() / 4, NOISE_FEATURES)
         condition = F.silu(self.noise_down(F.silu(self.noise_up(noise))))
@@ -163,9 +155,7 @@ class VitBlock(WithPositions, Block):
         tokens = self.patch_embedding(patchify(images, self.patch)) + self.positions
         return torch.cat([class_token, tokens], dim=1), condition
 
-    def leave(
-        self, tokens: Float[Tensor, "batch tokens width"], condition: Float[Tensor, "batch width"]
-    ) -> Float[Tensor, "batch classes"]:
+    def leave(self, tokens: Hidden, condition: Condition) -> Classes:
         """The classes' logits from the class token that the last layer gives."""
         shift, scale = self.readout_modulation(condition).chunk(2, dim=-1)
         out: Tensor = self.readout(modulated_norm(tokens[:, :1], shift, scale)[:, 0])
@@ -198,29 +188,22 @@ class PlainVitBlock(WithPositions, Block):
         init_plain_(self, generator)
         init_zero_(self.readout)
 
-    def forward(
-        self,
-        z: Float[Tensor, "batch classes"],
-        sigma: Float[Tensor, " batch"],
-        images: Float[Tensor, "batch channels height width"],
-    ) -> Float[Tensor, "batch classes"]:
+    def forward(self, z: Classes, sigma: Sigma, images: Images) -> Classes:
         """The probabilities of the classes, whatever z and sigma are."""
         return self.logits(images).softmax(dim=-1)
 
-    def logits(self, images: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch classes"]:
+    def logits(self, images: Images) -> Classes:
         """The logarithms of the classes' probabilities, but for a constant."""
         tokens, nothing = self.enter(images)
         return self.leave(run_layers(self.layers, tokens, nothing, checkpointing=self.checkpointing))
 
-    def enter(
-        self, images: Float[Tensor, "batch channels height width"]
-    ) -> tuple[Float[Tensor, "batch tokens width"], Tensor]:
+    def enter(self, images: Images) -> tuple[Hidden, Tensor]:
         """The class token and the patches, and a condition that says nothing."""
         tokens = self.patch_embedding(patchify(images, self.patch)) + self.positions
         token = self.class_token(torch.zeros(images.shape[0], 1, dtype=torch.int64, device=images.device))
         return torch.cat([token, tokens], dim=1), images.new_zeros(images.shape[0], 1)
 
-    def leave(self, tokens: Float[Tensor, "batch tokens width"]) -> Float[Tensor, "batch classes"]:
+    def leave(self, tokens: Hidden) -> Classes:
         """The classes' logits."""
         out: Tensor = self.readout(self.readout_norm(tokens[:, 0]))
         return out
@@ -300,7 +283,7 @@ class Vit(ImageFamily):
             "labels": torch.from_numpy(labels),
         }
 
-    def condition(self, pixels: np.ndarray) -> Float[Tensor, "batch channels height width"]:
+    def condition(self, pixels: np.ndarray) -> Images:
         """A chain's input besides z."""
         return self.data.to_model(pixels)
 
@@ -323,7 +306,7 @@ class Vit(ImageFamily):
         clean = rows.scatter(1, labels.unsqueeze(1), 1.0)
         return torch.addcmul(clean, batch["sigma"].unsqueeze(1), batch["eps"]), batch["images"]
 
-    def _logits(self, block: nn.Module, batch: Batch) -> Float[Tensor, "batch classes"]:
+    def _logits(self, block: nn.Module, batch: Batch) -> Classes:
         z, images = self.inputs(batch)
         assert isinstance(block, VitBlock)
         return block.logits(z, batch["sigma"], images)
@@ -353,6 +336,6 @@ class PlainVit(Vit, EndToEnd):
         smoothing = self.settings.label_smoothing if block.training else 0.0
         return F.cross_entropy(block.leave(hidden), batch["labels"], reduction="none", label_smoothing=smoothing)
 
-    def _logits(self, block: nn.Module, batch: Batch) -> Float[Tensor, "batch classes"]:
+    def _logits(self, block: nn.Module, batch: Batch) -> Classes:
         assert isinstance(block, PlainVitBlock)
         return block.logits(batch["images"])
