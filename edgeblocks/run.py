@@ -13,11 +13,9 @@ from edgeblocks.diffusion.solver import Solver
 from edgeblocks.errors import DoesNotFitError, OutOfBudgetError
 from edgeblocks.inference import sampling
 from edgeblocks.inference.block_runner import BlockRunner, EmaSource
-from edgeblocks.inference.ema_loader import EmaLoader
 from edgeblocks.inference.evaluate import Evaluated, evaluate
 from edgeblocks.inference.sampling import Runners
-from edgeblocks.inference.staged_weights import loaded_stages
-from edgeblocks.offload.device import Target
+from edgeblocks.inference.staged_weights import loaded_ema
 from edgeblocks.planning.planner import inference_micro_batch
 from edgeblocks.prepare import measure
 from edgeblocks.profiling.budgets import device_budget_bytes
@@ -100,7 +98,8 @@ class Run:
             ),
             most_residents=1 if chain is None and not directory.method.one_network else len(directory.file_layers),
         )
-        ema, blocks = self._ema(target, residents), 1 if directory.method.one_network else residents
+        ema = loaded_ema(directory, slots=residents, device=target.device)
+        blocks = 1 if directory.method.one_network else residents
         runner = self.runner(ema, micro_batch=micro_batch, residents=blocks)
         try:
             with target.capped(budget_bytes):
@@ -113,11 +112,6 @@ class Run:
                 f"{format_bytes(target.used_bytes())} are in use; give more with "
                 f"--mem-budget {int(budget_bytes * 1.25 / 1e6)}MB, or ask for fewer samples"
             ) from error
-
-    def _ema(self, target: Target, residents: int) -> EmaSource:
-        if self.directory.method.one_network:
-            return loaded_stages(self.directory, slots=residents, device=target.device)
-        return EmaLoader(self.directory.store(), device=target.device, slots=residents)
 
     def _runners(self, runner: BlockRunner | None, mem_budget: str | None) -> Runners:
         """The runner that is given, or those that fit."""

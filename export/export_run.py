@@ -31,9 +31,8 @@ from edgeblocks.export.open_export import open_chain
 from edgeblocks.export.tolerances import NUM_OUTPUTS
 from edgeblocks.export.verify import Listener, verify_export
 from edgeblocks.families.base import TextInfo
-from edgeblocks.inference.block_runner import BlockRunner, EmaSource, token_chain
-from edgeblocks.inference.ema_loader import EmaLoader
-from edgeblocks.inference.staged_weights import loaded_stages
+from edgeblocks.inference.block_runner import BlockRunner, token_chain
+from edgeblocks.inference.staged_weights import loaded_ema
 from edgeblocks.runs.directory import RunDirectory
 from edgeblocks.tasks import TASKS
 
@@ -64,7 +63,9 @@ def export_run(
             f"{run.settings.run.steps}"
         )
     micro_batch = min(NUM_OUTPUTS, run.plan.micro_batch)
-    runner = BlockRunner(run.family(), run.layers, run.partition, _ema(run), micro_batch=micro_batch)
+    # Stages that were trained together are one block, all of it in memory.
+    ema = loaded_ema(run, slots=len(run.file_layers) if run.method.one_network else 1)
+    runner = BlockRunner(run.family(), run.layers, run.partition, ema, micro_batch=micro_batch)
     with staged(out) as folder:
         files = _write_blocks(run, runner, folder, listener, external_above_bytes)
         manifest = _describe(run, files, folder)
@@ -177,10 +178,3 @@ def _write_block(
         data_sha256=None if data_path is None else sha256_of(data_path),
         bytes=path.stat().st_size + (0 if data_path is None else data_path.stat().st_size),
     )
-
-
-def _ema(run: RunDirectory) -> EmaSource:
-    """Where the blocks' EMA weights come from; stages that were trained together are one block, all of it in memory."""
-    if run.method.one_network:
-        return loaded_stages(run, slots=len(run.file_layers))
-    return EmaLoader(run.store())

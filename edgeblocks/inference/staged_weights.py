@@ -10,6 +10,7 @@ from typing import Protocol
 from torch import nn
 
 from edgeblocks.families.block import Block
+from edgeblocks.inference.block_runner import EmaSource
 from edgeblocks.inference.ema_loader import EmaLoader
 from edgeblocks.offload.block_buffer import BlockBuffer, bind_parameters_
 from edgeblocks.offload.device import Device
@@ -25,16 +26,19 @@ class StageSource(Protocol):
         ...
 
 
-def loaded_stages(run: RunDirectory, *, slots: int, device: Device | None = None) -> "StagedEma":
-    """The EMA weights of a run's stages as its files have them, some of them in memory.
+def loaded_ema(run: RunDirectory, *, slots: int, device: Device | None = None) -> EmaSource:
+    """The EMA weights of a run's blocks, or of the one that its stages make up, as its files have them.
 
     Args:
+        slots: blocks or stages that are in memory at a time.
         device: that they are put on; None: the processor.
 
     Raises:
         RunError: a checkpoint was cut short while its files were put in place.
     """
     store = run.store()
+    if not run.method.one_network:
+        return EmaLoader(store, device=device, slots=slots)
     check_whole(run, store)
     return StagedEma(EmaLoader(store, device=device, slots=slots), run.file_layers)
 

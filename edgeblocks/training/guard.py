@@ -108,15 +108,7 @@ class Guard:
                     raise
             # Not in the except clause: there the error still holds the frames of `work`, and with them its activations.
             undo()
-            self.after_refusal()
-
-    def after_refusal(self) -> None:
-        """Choose a smaller shape, with which a step is made again after memory was refused to it.
-
-        Raises:
-            OutOfBudgetError: it was the smallest.
-        """
-        self._go_on_with(self._shapes[1:], "memory was refused at the cap")
+            self._go_on_with(self._shapes[1:], "memory was refused at the cap")
 
     def go_on_without(self, what: str) -> None:
         """Note that memory was refused to something the run can do without, and release what is unused."""
