@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from edgeblocks.config import TOKENIZERS, Settings, read_yaml, resolve_settings
 from edgeblocks.data.tokenizer import TOKENIZER_FILE, Tokenizer, stored_tokenizer
@@ -222,15 +222,12 @@ class RunDirectory:
         self.write_json("plan.json", plan.to_json())
         return replace(self, plan=plan)
 
-    def append_metrics(self, record: Mapping[str, object]) -> None:
-        """Add a line to metrics.jsonl: `schema.RecordFields` says what is in it."""
-        self._append("metrics.jsonl", record)
+    def append(self, name: Literal["metrics.jsonl", "quality.jsonl"], record: Mapping[str, object]) -> None:
+        """Add a line to one of the two files; `schema.RecordFields` and `schema.QualityFields` say what is in it.
 
-    def append_quality(self, record: Mapping[str, object]) -> None:
-        """Add a line to quality.jsonl: `schema.QualityFields` says what is in it."""
-        self._append("quality.jsonl", record)
-
-    def _append(self, name: str, record: Mapping[str, object]) -> None:
+        Raises:
+            StorageError: the disk refused.
+        """
         path = self.path / name
         try:
             with path.open("a", encoding="utf-8") as file:

@@ -266,7 +266,8 @@ class Trainer(ABC):
         progress.examples_per_s += (0.1 if progress.examples_per_s else 1.0) * (speed - progress.examples_per_s)
         if progress.step % self._metrics_every and progress.step != self.settings.steps:
             return
-        self.run.append_metrics(
+        self.run.append(
+            "metrics.jsonl",
             {
                 "block": number,
                 "step": step + 1,
@@ -276,7 +277,7 @@ class Trainer(ABC):
                 "examples_per_s": round(speed, 2),
                 "seconds": progress.seconds,
                 "used_bytes": progress.used_bytes,
-            }
+            },
         )
 
     def _batches(self, visit: Visit) -> Batches:

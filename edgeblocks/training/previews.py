@@ -67,7 +67,7 @@ class Previews:
         found = run_quality(self._run, self._runner(), self._data_set)
         self._stop_if_interrupted(done)
         if trained_s is not None:
-            self._run.append_quality({"step": done, "seconds": trained_s, **asdict(found)})
+            self._run.append("quality.jsonl", {"step": done, "seconds": trained_s, **asdict(found)})
 
     def _make_grid(self, done: int) -> None:
         path = self._run.path / "samples" / f"step_{done:07d}"
