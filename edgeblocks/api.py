@@ -145,10 +145,7 @@ def train(
             listener.planned(banner(prepared), run.path)
             listener.stage("creating blocks")
             create_blocks(
-                run.family(),
-                run.store(),
-                run.sections,
-                prepared.settings.run.seed,
+                run,
                 initial=prepared.initial,
                 on_block=lambda done: listener.advance(done, len(run.file_layers), "creating blocks"),
             )
@@ -282,14 +279,7 @@ def _reinitialise(run: RunDirectory, blocks: Sequence[int], listener: Listener) 
     if blocks:
         initial = _initial_again(run)
         run.forget_summary()
-        create_blocks(
-            run.family(),
-            run.store(),
-            run.sections,
-            run.settings.run.seed,
-            only=sorted(set(blocks)),
-            initial=initial,
-        )
+        create_blocks(run, only=sorted(set(blocks)), initial=initial)
         listener.note(f"made again from the beginning: {', '.join(f'block {block}' for block in sorted(set(blocks)))}")
 
 

@@ -17,9 +17,8 @@ from edgeblocks.config import Settings
 from edgeblocks.data.tokenizer import TOKENIZER_FILE, Tokenizer
 from edgeblocks.errors import ConfigError, RunError
 from edgeblocks.families.base import DataInfo
-from edgeblocks.families.family import Family
-from edgeblocks.offload.block_files import BlockStore, storage_error
-from edgeblocks.offload.sections import Section, init_section_
+from edgeblocks.offload.block_files import storage_error
+from edgeblocks.offload.sections import init_section_
 from edgeblocks.runs.directory import RUN_FORMAT_VERSION, RunDirectory, remove_leftovers, write_text
 from edgeblocks.runs.load_weights import InitialWeights
 from edgeblocks.runs.schema import InitFields, read_json
@@ -136,20 +135,18 @@ def environment() -> dict[str, object]:
 
 
 def create_blocks(
-    family: Family,
-    store: BlockStore,
-    sections: Sequence[Section],
-    seed: int,
+    run: RunDirectory,
     *,
     only: Sequence[int] | None = None,
     initial: InitialWeights | None = None,
     on_block: Callable[[int], None] | None = None,
 ) -> None:
-    """Initialise the blocks (all, or `only` these) one at a time and write each to its file.
+    """Initialise a run's blocks (all, or `only` these) one at a time and write each to its file.
 
     What `initial` does not give comes from the block's own seed. A block that is made again and trained again gets the
     weights it had: its numbers depend on no other block.
     """
+    family, store, sections, seed = run.family(), run.store(), run.sections, run.settings.run.seed
     buffer = store.buffer()
     for done, block in enumerate(range(len(sections)) if only is None else only):
         buffer.adopt_(store.layouts[block])

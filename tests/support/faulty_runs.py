@@ -86,7 +86,7 @@ def lay_out(path, like, cache, *, fails_at=None, limit=0, **changes):
     run = create_run(path, settings, plan, data, **sources, class_names=former.class_names)
     if fails_at == "blocks":
         limit_files(limit)
-    create_blocks(run.family(), run.store(), run.sections, settings.run.seed)
+    create_blocks(run)
     if fails_at == "manifest":
         limit_files(limit)
     seal_run(run)
