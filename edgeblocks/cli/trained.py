@@ -93,17 +93,11 @@ def sample(
         if not (run / "summary.json").exists():
             listener.note("the run is not finished: its blocks are used as they were saved last")
         if loaded.directory.family().task in TEXT_TASKS:
-
-            def on_token(done: int, total: int) -> None:
-                listener.advance(done, total, "writing")
-
+            on_token = partial(listener.advance, text="writing")
             wish.texts(partial(loaded.sample_text, steps=steps, seed=seed, mem_budget=mem_budget, on_step=on_token))
             return
         levels = usual_steps(loaded.directory) if steps is None else steps
-
-        def sampled(done: int) -> None:
-            listener.advance(done, levels, "sampling")
-
+        sampled = partial(listener.advance, total=levels, text="sampling")
         wish.images(
             partial(loaded.sample, steps=levels, seed=seed, mem_budget=mem_budget, on_level=sampled),
             num_classes=len(loaded.directory.class_names),
@@ -123,10 +117,7 @@ def export(
 
     with ConsoleListener() as listener:
         manifest = api.load(run).export(out, listener=listener)
-    if as_json:
-        print(json.dumps(manifest))
-    else:
-        print(export_report(manifest, out))
+    print(json.dumps(manifest) if as_json else export_report(manifest, out))
 
 
 @verb()
@@ -140,10 +131,8 @@ def weights(
     from edgeblocks import api
 
     written = api.load(run).save_weights(out, last=last)
-    if as_json:
-        print(json.dumps(written))
-    else:
-        print(f"wrote {written['tensors']} tensors, {format_bytes(written['bytes'])}, to {out}")
+    told = f"wrote {written['tensors']} tensors, {format_bytes(written['bytes'])}, to {out}"
+    print(json.dumps(written) if as_json else told)
 
 
 @verb(of_images=IMAGE_OPTIONS, of_text=TEXT_OPTIONS)
@@ -186,12 +175,7 @@ def run(
     else:
         levels = manifest.sampler.steps if steps is None else steps
         with ConsoleListener() as listener:
+            sampled = partial(listener.advance, total=levels, text="sampling")
             wish.images(
-                partial(
-                    exported.sample,
-                    steps=levels,
-                    seed=seed,
-                    on_level=lambda done: listener.advance(done, levels, "sampling"),
-                ),
-                num_classes=manifest.num_classes,
+                partial(exported.sample, steps=levels, seed=seed, on_level=sampled), num_classes=manifest.num_classes
             )
