@@ -1,4 +1,5 @@
-"""A verb's errors as messages and exit codes: 1 it failed, 2 wrong use, 3 does not fit the budget, 130 interrupted."""
+"""A verb as a command: its options, and its errors as messages and exit codes: 1 it failed, 2 wrong use, 3 does not fit
+the budget, 130 interrupted."""
 
 import inspect
 import sys
