@@ -14,14 +14,7 @@ from edgeblocks.errors import ConfigError, InterruptedRunError, RunError
 from edgeblocks.offload.checkpoint import NextBlocks
 from edgeblocks.offload.device import Target
 from edgeblocks.planning.plan_text import banner
-from edgeblocks.prepare import (
-    Prepared,
-    check_disk,
-    check_work_dir,
-    prepare,
-    prepare_elsewhere,
-    replan,
-)
+from edgeblocks.prepare import Prepared, check_disk, check_work_dir, prepare, prepare_elsewhere, replan
 from edgeblocks.profiling.budgets import budget_of_this_process, usual_budgets
 from edgeblocks.progress import Listener, Silent
 from edgeblocks.registry import build_profile, build_target, family_type, profile_names, register_family, target_names

@@ -4,7 +4,7 @@ import json
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -41,7 +41,7 @@ def compare(
     ] = None,
     seeds: Annotated[int, typer.Option(help="Times that each arm is trained, each with another seed.")] = 1,
     *,
-    flags: dict[str, Any],
+    flags: dict[str, object],
     out: Annotated[
         Path | None,
         typer.Option("--out", "-o", help="Folder of the arms.", show_default="compare/FAMILY-DATA"),

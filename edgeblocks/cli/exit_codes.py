@@ -5,7 +5,7 @@ import inspect
 import sys
 from collections.abc import Callable, Mapping
 from functools import partial, wraps
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -15,7 +15,7 @@ _Verb = Callable[..., None]
 _VERBOSE = Annotated[bool, typer.Option("--verbose", help="Show the traceback of an error.")]
 
 
-def verb(**tables: Mapping[str, Any]) -> Callable[[_Verb], _Verb]:
+def verb(**tables: Mapping[str, object]) -> Callable[[_Verb], _Verb]:
     """Make a command of a function: it has --verbose, and its errors become messages and exit codes.
 
     Args:
@@ -31,7 +31,7 @@ def verb(**tables: Mapping[str, Any]) -> Callable[[_Verb], _Verb]:
         options.append(_option("verbose", _VERBOSE, False))
 
         @wraps(function)
-        def run(*, verbose: bool, **typed: Any) -> None:
+        def run(*, verbose: bool, **typed: object) -> None:
             given = {own: {name: typed.pop(name) for name in table} for own, table in tables.items()}
             _guarded(partial(function, **typed, **given), verbose=verbose)
 
@@ -42,7 +42,7 @@ def verb(**tables: Mapping[str, Any]) -> Callable[[_Verb], _Verb]:
     return command
 
 
-def _option(name: str, kind: Any, default: object) -> inspect.Parameter:
+def _option(name: str, kind: object, default: object) -> inspect.Parameter:
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=kind)
 
 

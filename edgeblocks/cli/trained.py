@@ -3,7 +3,7 @@
 import json
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -76,8 +76,8 @@ def sample(
     n: Number = None,
     steps: SampleSteps = None,
     *,
-    of_images: dict[str, Any],
-    of_text: dict[str, Any],
+    of_images: dict[str, object],
+    of_text: dict[str, object],
     seed: SampleSeed = 0,
     mem_budget: MemBudget = None,
     as_json: Json = False,
@@ -149,8 +149,8 @@ def run(
         int | None, typer.Option(help="Noise levels of the chain; at least one a block.", show_default="as exported")
     ] = None,
     *,
-    of_images: dict[str, Any],
-    of_text: dict[str, Any],
+    of_images: dict[str, object],
+    of_text: dict[str, object],
     seed: SampleSeed = 0,
     as_json: Json = False,
 ) -> None:

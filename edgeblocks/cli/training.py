@@ -20,7 +20,7 @@ RESUME_SETTINGS = frozenset({"mem_budget", "ram_budget", "target", "data", "work
 @verb(flags={**SETTINGS, "target": PlanTarget})
 def plan(
     *,
-    flags: dict[str, Any],
+    flags: dict[str, object],
     out: Annotated[Path, typer.Option("--out", help="Where the run would be written; its disk is measured.")] = Path(),
     as_json: Json = False,
 ) -> None:
@@ -37,7 +37,7 @@ def plan(
 @verb(flags=SETTINGS)
 def train(
     *,
-    flags: dict[str, Any],
+    flags: dict[str, object],
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Run directory.", show_default="runs/...")] = None,
     resume: Annotated[
         Path | None,

@@ -402,7 +402,7 @@ def wanted_of(
     arms: str | None,
     seeds: int,
     minutes: float | None,
-    settings: Mapping[str, Any],
+    settings: Mapping[str, object],
     config: str | Path | None,
     *,
     note: Callable[[str], None],

@@ -16,22 +16,8 @@ from numpy.typing import NDArray
 
 from edgeblocks.data.dataset import Progress, silent
 from edgeblocks.data.documents import TextSource, find_text
-from edgeblocks.data.token_cache import (
-    FORMAT_VERSION,
-    StoredTokens,
-    Stretch,
-    TokenFile,
-    grouped,
-    open_or_build_tokens,
-)
-from edgeblocks.data.tokenizer import (
-    FEWEST_PAIRS,
-    KINDS,
-    Tokenizer,
-    build_tokenizer,
-    read_tokenizer,
-    train_pairs,
-)
+from edgeblocks.data.token_cache import FORMAT_VERSION, StoredTokens, Stretch, TokenFile, grouped, open_or_build_tokens
+from edgeblocks.data.tokenizer import FEWEST_PAIRS, KINDS, Tokenizer, build_tokenizer, read_tokenizer, train_pairs
 from edgeblocks.errors import ConfigError, DataError, NoRoomToReadError
 from edgeblocks.limits import LONGEST_SEQUENCE, MOST_TOKENS
 from edgeblocks.seeds import seed_at

@@ -14,15 +14,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from edgeblocks.diffusion.noise import NoiseRange, loss_weight
-from edgeblocks.families.base import (
-    NOISE_FEATURES,
-    Batch,
-    BatchSpec,
-    ConditionSpec,
-    ImageFamily,
-    Level,
-    draw_sigmas,
-)
+from edgeblocks.families.base import NOISE_FEATURES, Batch, BatchSpec, ConditionSpec, ImageFamily, Level, draw_sigmas
 from edgeblocks.families.block import Block
 from edgeblocks.families.family import EndToEnd
 from edgeblocks.families.layers import Condition, LabelEmbedding, Linear, noise_features, run_layers

@@ -5,33 +5,12 @@ import os
 import tempfile
 import weakref
 from pathlib import Path
-from typing import Protocol
 
 from torch import Tensor
 
 from edgeblocks.offload.block_buffer import bytes_of
 from edgeblocks.offload.block_files import storage_error
 from edgeblocks.offload.device import Device
-
-
-class Scratch(Protocol):
-    """Offloads the bytes of uint8 tensors, and loads them again."""
-
-    def write(self, start: int, content: Tensor) -> None:
-        """Put bytes at a place.
-
-        Raises:
-            StorageError: the disk refused.
-        """
-        ...
-
-    def read(self, start: int, content: Tensor) -> None:
-        """Load bytes from where they were put.
-
-        Raises:
-            StorageError: the disk refused.
-        """
-        ...
 
 
 class ScratchFile:
@@ -50,6 +29,11 @@ class ScratchFile:
         self._closing: weakref.finalize[..., ScratchFile] | None = None
 
     def write(self, start: int, content: Tensor) -> None:
+        """Put bytes at a place.
+
+        Raises:
+            StorageError: the disk refused.
+        """
         view, done = bytes_of(content), 0
         try:
             if self._descriptor is None:
@@ -60,6 +44,11 @@ class ScratchFile:
             raise self._error("offload", error) from error
 
     def read(self, start: int, content: Tensor) -> None:
+        """Load bytes from where they were put.
+
+        Raises:
+            StorageError: the disk refused.
+        """
         assert self._descriptor is not None, "nothing was written yet"
         view, done = bytes_of(content), 0
         try:
@@ -108,3 +97,7 @@ class DeviceScratchFile:
         host_buffer = self._passing[: content.numel()]
         self._file.read(start, host_buffer)
         self._device.copy_(content, host_buffer)
+
+
+AnyScratchFile = ScratchFile | DeviceScratchFile
+"""For tensors in the processor's memory, or in a device's."""

@@ -10,64 +10,15 @@ import threading
 from collections.abc import Sequence
 from itertools import accumulate
 from pathlib import Path
-from typing import Protocol
 
 from edgeblocks.offload.block_buffer import PARTS, BlockBuffer, BlockLayout, Part, largest_of
 from edgeblocks.offload.block_files import BlockStore
+from edgeblocks.offload.checkpoint import NextBlocks
 from edgeblocks.offload.device import Device
 from edgeblocks.offload.scratch import ScratchFile
 
-
-class BlockFiles(Protocol):
-    """Files that a block can be saved in: the run's (`BlockStore`), or those of its next checkpoint (`NextBlocks`)."""
-
-    def write(self, block: int, buffer: BlockBuffer, step: int) -> None: ...
-
-
-class Tier(Protocol):
-    """Takes blocks from slots and gives them back as they were."""
-
-    store: BlockStore
-
-    def buffer(self) -> BlockBuffer:
-        """A slot's memory, for any of the blocks."""
-        ...
-
-    def load(self, block: int, buffer: BlockBuffer, parts: Sequence[Part] | None = None) -> int:
-        """Fill a slot's buffer, or some parts of it: with the bytes that were offloaded last, or as the file has them.
-
-        Returns:
-            The step of the block's file.
-
-        Raises:
-            RunError: the block file is damaged.
-            StorageError: the disk refused.
-        """
-        ...
-
-    def offload_bytes(self, block: int) -> int:
-        """What offloading this block writes to disk."""
-        ...
-
-    def offload(self, block: int, buffer: BlockBuffer) -> None:
-        """Keep all bytes of a block that are newer than its file. It was loaded from here before.
-
-        Raises:
-            StorageError: the disk refused.
-        """
-        ...
-
-    def save(self, files: BlockFiles, block: int, buffer: BlockBuffer, step: int) -> None:
-        """Write a block's file. New files must become the run's before the block is loaded again.
-
-        Raises:
-            StorageError: the disk refused.
-        """
-        ...
-
-    def close(self) -> None:
-        """Give the room on disk back."""
-        ...
+BlockFiles = BlockStore | NextBlocks
+"""Files that a block can be saved in: the run's, or those of its next checkpoint."""
 
 
 class SwapFile:
@@ -116,9 +67,19 @@ class DiskTier:
         """The step of each block's file, when it was last read or written."""
 
     def buffer(self) -> BlockBuffer:
+        """A slot's memory, for any of the blocks."""
         return self.store.buffer(self._parts)
 
     def load(self, block: int, buffer: BlockBuffer, parts: Sequence[Part] | None = None) -> int:
+        """Fill a slot's buffer, or some parts of it: with the bytes that were offloaded last, or as the file has them.
+
+        Returns:
+            The step of the block's file.
+
+        Raises:
+            RunError: the block file is damaged.
+            StorageError: the disk refused.
+        """
         if block in self._swapped:
             assert self._swap is not None
             self._swap.read(block, buffer, parts or self._parts)
@@ -127,19 +88,31 @@ class DiskTier:
         return self.file_steps[block]
 
     def offload_bytes(self, block: int) -> int:
+        """What offloading this block writes to disk."""
         return self.store.layouts[block].num_bytes
 
     def offload(self, block: int, buffer: BlockBuffer) -> None:
+        """Keep all bytes of a block that are newer than its file. It was loaded from here before.
+
+        Raises:
+            StorageError: the disk refused.
+        """
         assert self._swap is not None
         self._swap.write(block, buffer)
         self._swapped.add(block)
 
     def save(self, files: BlockFiles, block: int, buffer: BlockBuffer, step: int) -> None:
+        """Write a block's file. New files must become the run's before the block is loaded again.
+
+        Raises:
+            StorageError: the disk refused.
+        """
         files.write(block, buffer, step)
         self._swapped.discard(block)  # the file is as new as the swap file now, and has a checksum
         self.file_steps[block] = step
 
     def close(self) -> None:
+        """Give the room on disk back."""
         if self._swap is not None:
             self._swap.close()
 
@@ -228,6 +201,10 @@ class HostTier:
         host_buffer = self._host_buffer(block)
         self.device.copy_(host_buffer.content, buffer.content)
         return host_buffer
+
+
+Tier = DiskTier | HostTier
+"""Takes blocks from slots and gives them back as they were."""
 
 
 def tier_of(

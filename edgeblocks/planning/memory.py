@@ -1,7 +1,7 @@
 """How much memory a way to train takes, part by part. Plain arithmetic on `LayerCosts`; no torch."""
 
 from edgeblocks.planning.layer_costs import LayerCosts, at_samples, heap_bytes_at
-from edgeblocks.planning.plans import Cut, Machine, PlanRequest
+from edgeblocks.planning.plans import Cut, Machine, PlanRequest, trained_stages
 
 GAPS_SHARE = {"plain": 0.36, "checkpointed": 0.85, "staged": 0.7, "forward": 0.3}
 """Memory that the allocator keeps beyond live tensors, measured (tests/bench/budget_grid.py): as a share of those on
@@ -66,7 +66,7 @@ def _boundary_bytes(costs: LayerCosts, request: PlanRequest, stages: int, micro_
     """
     if not request.method.trained_together or stages == 1:
         return 0
-    lowest = request.trained_stages(stages).index(True)
+    lowest = trained_stages(request.trained, stages).index(True)
     kept = stages - max(0, lowest - 1)  # activations below the lowest trained stage are not needed again
     # Tensors of the whole batch and of a micro-batch.
     of_batch, of_micro_batch = float(kept), 3

@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass
 
-from edgeblocks.planning.plans import Cut, PlanRequest, kept_blocks, streaming_share
+from edgeblocks.planning.plans import Cut, PlanRequest, kept_blocks, streaming_share, trained_stages
 from edgeblocks.planning.step_times import predicted_step_s, staged_step
 
 STREAMING_SHARE = 0.02
@@ -49,7 +49,7 @@ def pace_of_stages(cut: Cut, ram_blocks: int) -> Pace:
     Frozen stages have no optimizer state and are written once, when the run is created.
     """
     request, step = cut.request, staged_step(cut, ram_blocks)
-    trained = sum(request.trained_stages(cut.blocks))
+    trained = sum(trained_stages(request.trained, cut.blocks))
     saved_bytes = trained * cut.block_bytes
     files_bytes = saved_bytes + (cut.blocks - trained) * 8 * cut.parameters
     usual = min(

@@ -21,15 +21,7 @@ from edgeblocks.planning.memory import (
     preview_bytes,
     step_memory,
 )
-from edgeblocks.planning.plans import (
-    Candidate,
-    Machine,
-    Plan,
-    PlanRequest,
-    StepShape,
-    micro_batches,
-    split_layers,
-)
+from edgeblocks.planning.plans import Candidate, Machine, Plan, PlanRequest, StepShape, micro_batches, split_layers
 from edgeblocks.planning.step_times import boundary_disk_bytes
 from edgeblocks.planning.warnings import plan_warnings
 from edgeblocks.units import advised_budget, format_bytes

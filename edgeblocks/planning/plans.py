@@ -80,10 +80,6 @@ class PlanRequest:
     ram_budget_bytes: int | None = None
     """Bound of the host's memory; None leaves all of it. Only for a machine with a host."""
 
-    def trained_stages(self, blocks: int) -> tuple[bool, ...]:
-        """Of each of `blocks` stages, whether it is trained."""
-        return trained_stages(self.trained, blocks)
-
 
 @dataclass(frozen=True, kw_only=True)
 class Cut:

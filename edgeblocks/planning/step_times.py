@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 
 from edgeblocks.planning.layer_costs import LayerCosts, at_samples
-from edgeblocks.planning.plans import Cut, PlanRequest, streaming_share
+from edgeblocks.planning.plans import Cut, PlanRequest, streaming_share, trained_stages
 from edgeblocks.planning.stage_order import Traffic, traffic_of_a_step
 
 _WEIGHT_BYTES = 20
@@ -55,7 +55,7 @@ def staged_step(cut: Cut, ram_blocks: int) -> StagedStep:
     and the first `ram_blocks` stages come from no disk.
     """
     costs, machine, request, blocks, parameters = cut.costs, cut.machine, cut.request, cut.blocks, cut.parameters
-    trained = request.trained_stages(blocks)
+    trained = trained_stages(request.trained, blocks)
     stage_s = predicted_step_s(cut)
     passed = sum(not is_trained for is_trained in trained[trained.index(True) :])
     forward_s = request.batch * costs.num_layers * costs.layer_flops_per_sample / machine.flops_per_s

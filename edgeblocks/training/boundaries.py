@@ -6,7 +6,6 @@ exactly those of plain back-propagation. As float32 nothing changes.
 
 import time
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -16,22 +15,6 @@ from edgeblocks.offload.scratch import ScratchFile
 from edgeblocks.offload.slots import StreamTimes
 
 DTYPES: dict[BoundaryDtype, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
-
-class Boundaries(Protocol):
-    """Keeps the activations of all samples, by the stage that they enter."""
-
-    def put(self, stage: int, part: slice, hidden: Tensor) -> None:
-        """Keep the activations with which some samples enter a stage."""
-        ...
-
-    def of(self, stage: int, part: slice) -> Tensor:
-        """The activations that were put, float32."""
-        ...
-
-    def forget(self, stage: int) -> None:
-        """Drop a stage's activations, which are not needed again."""
-        ...
 
 
 class InMemory:
@@ -46,14 +29,17 @@ class InMemory:
         self._kept: dict[int, Tensor] = {}
 
     def put(self, stage: int, part: slice, hidden: Tensor) -> None:
+        """Keep the activations with which some samples enter a stage."""
         if stage not in self._kept:
             self._kept[stage] = hidden.new_empty(self._size, *hidden.shape[1:], dtype=self._dtype)
         self._kept[stage][part] = hidden
 
     def of(self, stage: int, part: slice) -> Tensor:
+        """The activations that were put, float32."""
         return self._kept[stage][part].float()
 
     def forget(self, stage: int) -> None:
+        """Drop a stage's activations, which are not needed again."""
         self._kept.pop(stage, None)
 
 
@@ -98,3 +84,7 @@ class OnDisk:
     def _start(self, stage: int, part: slice) -> int:
         assert self._shape is not None
         return (stage * self._size + int(part.start)) * self._shape.numel() * self._dtype.itemsize
+
+
+Boundaries = InMemory | OnDisk
+"""Keeps the activations of all samples, by the stage that they enter."""

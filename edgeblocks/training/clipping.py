@@ -12,13 +12,12 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from itertools import accumulate
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from edgeblocks.offload.block_buffer import BlockBuffer, BlockLayout
-from edgeblocks.offload.scratch import Scratch
+from edgeblocks.offload.scratch import AnyScratchFile
 from edgeblocks.offload.slots import StreamTimes
 from edgeblocks.optim.update import clip_
 
@@ -26,37 +25,11 @@ Update = Callable[[BlockBuffer, Tensor, int], None]
 """Updates a stage with its flat gradient in the step of that number, counted from 0."""
 
 
-class Clipping(Protocol):
-    """Gets each stage's gradient from the trainer, and makes the updates."""
-
-    step_bytes: int
-    """Written to disk in every step."""
-
-    def finish(self, stage: int, buffer: BlockBuffer) -> None:
-        """Make the stage's pending update, if it has one, before the stage is used or saved."""
-        ...
-
-    def complete(self, stage: int, network: nn.Module, buffer: BlockBuffer, step: int) -> None:
-        """The stage's parameters have their gradients of a step, counted from 0.
-
-        Raises:
-            FloatingPointError: the gradient is no number; nothing has changed if it is the first one of the step.
-        """
-        ...
-
-    def end_step(self, step: int) -> float:
-        """The norm of the whole gradient before clipping, when all stages' gradients are complete.
-
-        Raises:
-            FloatingPointError: it is no number.
-        """
-        ...
-
-
 class ClipByStage:
     """Each stage is clipped by its own norm and updated as soon as its gradient is complete."""
 
     step_bytes = 0
+    """Written to disk in every step."""
 
     def __init__(self, gradients: Tensor, update: Update, *, clip: float) -> None:
         """
@@ -67,15 +40,25 @@ class ClipByStage:
         self._squares = 0.0
 
     def finish(self, stage: int, buffer: BlockBuffer) -> None:
-        """No update waits."""
+        """Make the stage's pending update, if it has one, before the stage is used or saved. Here none waits."""
 
     def complete(self, stage: int, network: nn.Module, buffer: BlockBuffer, step: int) -> None:
+        """The stage's parameters have their gradients of a step, counted from 0.
+
+        Raises:
+            FloatingPointError: the gradient is no number; nothing has changed if it is the first one of the step.
+        """
         gradients = self._gradients[: buffer.layout.num_parameters]
         norm = _finite(clip_(gradients, self._clip))
         self._squares += norm**2  # the whole network's norm is reported, though nothing is clipped by it
         self._update(buffer, gradients, step)
 
     def end_step(self, step: int) -> float:
+        """The norm of the whole gradient before clipping, when all stages' gradients are complete.
+
+        Raises:
+            FloatingPointError: it is no number.
+        """
         norm, self._squares = math.sqrt(self._squares), 0.0
         return norm
 
@@ -89,7 +72,7 @@ class ClipByNetwork:
         update: Update,
         *,
         clip: float,
-        file: Scratch,
+        file: AnyScratchFile,
         layouts: Sequence[BlockLayout],
         trained: Sequence[bool],
         times: StreamTimes,
@@ -145,6 +128,10 @@ class ClipByNetwork:
         self._scale = torch.clamp(self._clip / (norm + 1e-6), max=1.0)  # 1e-6 as there
         self._step, self._pending = step, set(self._trained)
         return before
+
+
+StageClipping = ClipByStage | ClipByNetwork
+"""Gets each stage's gradient from the trainer, and makes the updates."""
 
 
 def _finite(norm: float) -> float:

@@ -18,7 +18,7 @@ from edgeblocks.offload.block_buffer import BlockBuffer
 from edgeblocks.offload.block_files import BlockStore
 from edgeblocks.offload.checkpoint import NextBlocks
 from edgeblocks.offload.device import Device
-from edgeblocks.offload.scratch import DeviceScratchFile, Scratch, ScratchFile
+from edgeblocks.offload.scratch import AnyScratchFile, DeviceScratchFile, ScratchFile
 from edgeblocks.offload.sections import network_of
 from edgeblocks.offload.stage_slots import Need, StageSlots
 from edgeblocks.offload.tiers import SwapFile, tier_of
@@ -27,7 +27,7 @@ from edgeblocks.planning.stage_order import traffic_of_a_step, uses_of_a_step
 from edgeblocks.runs.directory import RunDirectory
 from edgeblocks.training.batches import Batches
 from edgeblocks.training.boundaries import InMemory, OnDisk
-from edgeblocks.training.clipping import ClipByNetwork, ClipByStage, Clipping
+from edgeblocks.training.clipping import ClipByNetwork, ClipByStage, StageClipping
 from edgeblocks.training.guard import Guard
 from edgeblocks.training.loop import StepTimer, Trainer, Visit
 from edgeblocks.training.streamed_backward import StreamedBackward
@@ -167,11 +167,11 @@ class ExactTrainer(Trainer):
         traffic = traffic_of_a_step(self._trained, self.slots.num_slots, late=self._late, in_ram=in_ram)
         return traffic.offloaded * max(sizes) + self._clipping.step_bytes + self._boundary_bytes + sum(sizes)
 
-    def _clipping_by_settings(self, device: Device | None) -> Clipping:
+    def _clipping_by_settings(self, device: Device | None) -> StageClipping:
         clip, place = self.settings.clip, (self.store.folder, "a stage's gradient")
         if not self._late:
             return ClipByStage(self.gradients, self.update_, clip=clip)
-        file: Scratch = ScratchFile(*place)
+        file: AnyScratchFile = ScratchFile(*place)
         if device is not None:
             file = DeviceScratchFile(*place, device, largest_bytes=self.gradients.nbytes)
         return ClipByNetwork(
