@@ -90,7 +90,8 @@ class ExactTrainer(Trainer):
 
     def train_step(self, visit: Visit, step: int, batches: Batches) -> None:
         """A step of the whole network, with the gradients of ordinary back-propagation."""
-        self.check_write_limit(self._most_bytes_written(), "the next step and saving it")
+        if self.settings.max_disk_writes is not None:  # else not worth the look at every stage's file
+            self.check_write_limit(self._most_bytes_written(), "the next step and saving it")
         settings, timer = self.settings, StepTimer(self.slots)
         last, lowest = len(self.store.layouts) - 1, self._trained.index(True)
 
