@@ -56,7 +56,7 @@ SETTINGS_OF_SOME_METHODS = {
     "boundary_dtype": "says what activations at the stage boundaries are kept as; with --method {method} nothing goes "
     "from block to block",
     "train_blocks": "freezes the rest of one network; with --method {method} no block depends on another and all are "
-    "trained. To train one again: edgeblocks train --resume RUN --reinit-block N",
+    "trained (to train one again: edgeblocks train --resume RUN --reinit-block N)",
 }
 """Why a setting means nothing with a method that does not have it among its own."""
 A_GPU_IS_HERE = "torch sees a GPU here and training uses the processor; --target cuda uses the GPU"

@@ -101,7 +101,7 @@ def test_what_does_not_fit_has_no_result_and_the_others_have(tmp_path):
     [
         (["--arms", "diffusion,exakt"], "there is no arm 'exakt'"),
         (["--arms", "exact+8bit"], "there is no arm 'exact+8bit'"),
-        (["--minutes", "1", "--steps", "5"], "either"),
+        (["--minutes", "1", "--steps", "5"], "an arm trains for a time"),
         (["--minutes", "-1"], "a number above 0"),
         (["--seeds", "0"], "at least one"),
         (["--set", "method=exact"], "name them with --arms"),

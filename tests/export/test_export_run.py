@@ -266,7 +266,7 @@ def test_nothing_but_an_export_is_replaced(runs, exports, tmp_path):
         (tmp_path / "own", "not an export"),
         (directory.path, "not an export"),
         (tmp_path / "file", "is a file"),
-        (beside, r"other files.*grid\.png"),
+        (beside, r"files that are not of the export.*grid\.png"),
     ):
         before = sorted(out.rglob("*")) if out.is_dir() else out.read_text()
         with pytest.raises(ConfigError, match=words):

@@ -213,7 +213,7 @@ def _read_as_written(runner, chain, tokens, noise):
             found[step, :, position] = np.log(softmax(logits)[np.arange(len(tokens)), tokens[:, position]])
             return logits
 
-        window.shares_at(predict, position)
+        window.probabilities_at(predict, position)
         window.tokens[:, position] = tokens[:, position]
     return found
 
