@@ -145,7 +145,10 @@ def test_the_budget_cuts_as_if_all_were_trained():
         ({"train_blocks": "2"}, "cut into 1 stage, stage 0; name these, or cut it into more with --blocks 3"),
         ({"train_blocks": "two"}, "numbers of blocks are needed"),
         ({"train_blocks": "-1"}, "numbers of blocks are needed"),
-        ({"train_blocks": "1,2", "method": "diffusion"}, "with --method diffusion no block depends on another.*use --method exact"),
+        (
+            {"train_blocks": "1,2", "method": "diffusion"},
+            "with --method diffusion no block depends on another.*use --method exact",
+        ),
     ],
 )
 def test_stages_that_are_not_there_are_refused(settings, told):
