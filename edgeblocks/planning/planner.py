@@ -153,7 +153,9 @@ def _preview_micro_batch(costs: LayerCosts, machine: Machine, request: PlanReque
 
 def _does_not_fit(costs: LayerCosts, machine: Machine, request: PlanRequest) -> DoesNotFitError:
     """The refusal: which of the two budgets is too small, for what, and which one would do."""
-    free = replace(request, micro_batch=None, checkpointing=None, tier=None, blocks=None)
+    # Numbers of trained stages are counted in one cut: another number of stages would not have them.
+    cut = None if request.trained is None else request.blocks
+    free = replace(request, micro_batch=None, checkpointing=None, tier=None, blocks=cut)
     options, free_options = (
         [
             option
@@ -165,7 +167,7 @@ def _does_not_fit(costs: LayerCosts, machine: Machine, request: PlanRequest) -> 
     forced = [
         f"--{name}" if name == "blocks" else f"{name}={getattr(request, name)}"
         for name in ("blocks", "micro_batch", "checkpointing", "tier")
-        if getattr(request, name) is not None
+        if getattr(request, name) is not None and getattr(free, name) is None
     ]
     ram_budget_bytes = host_budget_bytes(machine, request)
     on_host, free_on_host = (

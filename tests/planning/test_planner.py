@@ -102,6 +102,16 @@ def test_a_refusal_names_a_budget_that_works(machine, request):
     assert advised_budget(refusal.smallest_bytes) in str(refusal)
 
 
+def test_a_refusal_of_trained_stages_counts_them_in_their_own_cut():
+    """Stages 2 and 3 of 4: fewer stages than that are no way out, and the advised budget trains these."""
+    request = replace(REQUEST, method=EXACT, blocks=4, trained=(2, 3), tier="ram", budget_bytes=100 * MB)
+    with pytest.raises(DoesNotFitError, match="without tier=ram, which you fixed") as caught:
+        make_plan(costs(), MACHINE, request)
+    for freed, needed in ((request, "as_fixed_bytes"), (replace(request, tier=None), "smallest_bytes")):
+        enough = replace(freed, budget_bytes=getattr(caught.value, needed))
+        assert make_plan(costs(), MACHINE, enough).chosen.blocks == 4
+
+
 @given(MACHINES, REQUESTS)
 def test_a_refusal_names_a_budget_that_works_as_fixed(machine, request):
     """`as_fixed_bytes` fits with all that the user fixed, and a megabyte less does not."""
