@@ -51,6 +51,10 @@ class DoesNotFitError(EdgeblocksError):
         self.as_fixed_bytes = smallest_bytes if as_fixed_bytes is None else as_fixed_bytes
         super().__init__(message)
 
+    def __reduce__(self) -> tuple[type, tuple[object, ...]]:
+        """Raised in one process and caught in another, it is the same."""
+        return type(self), (str(self), self.smallest_bytes, self.as_fixed_bytes, self.flag)
+
 
 class NoRoomToReadError(EdgeblocksError):
     """A picture or a text takes more memory to read than is free. `what` says which."""

@@ -12,9 +12,10 @@ from edgeblocks.config import RunSettings, Settings
 from edgeblocks.data.cache import cache_folder
 from edgeblocks.data.dataset import DataSet
 from edgeblocks.diffusion.autoregression import writing_bytes
+from edgeblocks.diffusion.classification import classified_bytes
 from edgeblocks.diffusion.noise import NoisePartition, partition_noise
 from edgeblocks.errors import ConfigError, DoesNotFitError, StorageError
-from edgeblocks.families.base import DataInfo
+from edgeblocks.families.base import DataInfo, ImageInfo
 from edgeblocks.families.family import AnyFamily
 from edgeblocks.methods import METHODS
 from edgeblocks.offload.device import Target
@@ -277,10 +278,26 @@ def _request(settings: Settings, data_set: DataSet, data: DataInfo, budgets: tup
         data_bytes=data_set.batch_resident_bytes(run.batch),
         grid_samples=TASKS[family_type(run.family).task].grid_samples,
         sample_bytes=grid_sample_bytes(build_family(run.family, asdict(settings.family), asdict(data), run.method)),
+        quality_bytes=quality_bytes(run, data_set, data),
         previews=max(run.sample_grids, run.evaluations),
         max_disk_writes=None if run.max_disk_writes is None else parse_size(run.max_disk_writes),
         ram_budget_bytes=ram_budget_bytes,
         **fixed,
+    )
+
+
+def quality_bytes(run: RunSettings, data_set: DataSet, data: DataInfo) -> int:
+    """What measuring the quality along the training keeps beside the network, where a chain classifies images."""
+    usual = TASKS[family_type(run.family).task]
+    if not run.evaluations or not isinstance(data, ImageInfo) or METHODS[run.method].trained_together:
+        return 0
+    if family_type(run.family).task != "classes":
+        return 0
+    return classified_bytes(
+        len(data_set.evaluation_indices(usual.quality_examples)),
+        num_classes=data.num_classes,
+        noises=usual.noises,
+        values_per_image=data.channels * data.height * data.width,
     )
 
 

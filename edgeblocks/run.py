@@ -17,6 +17,7 @@ from edgeblocks.inference.evaluate import Evaluated, evaluate
 from edgeblocks.inference.sampling import Runners
 from edgeblocks.inference.staged_weights import loaded_ema
 from edgeblocks.planning.planner import inference_micro_batch
+from edgeblocks.planning.plans import micro_batches
 from edgeblocks.prepare import measure
 from edgeblocks.profiling.budgets import device_budget_bytes
 from edgeblocks.progress import Listener, Silent
@@ -28,14 +29,26 @@ from edgeblocks.training.guard import is_refusal
 from edgeblocks.units import format_bytes
 
 
-def _fitting(micro_batch_of: Callable[..., int], *, most_residents: int) -> tuple[int, int]:
-    """The largest micro-batch that fits with the largest number of blocks in memory that fits, and that number."""
-    for residents in range(most_residents, 1, -1):
-        try:
-            return micro_batch_of(residents=residents), residents
-        except DoesNotFitError:
-            continue
-    return micro_batch_of(residents=1), 1
+def _fitting(
+    micro_batch_of: Callable[..., int], *, samples: int, sample_bytes: int, most_residents: int
+) -> tuple[int, int, int]:
+    """The largest micro-batch that fits, with how many blocks in memory, and with how many samples at the same time.
+
+    All samples together come first, then blocks in memory: a chain loads each block once for the samples that walk it.
+    """
+    refused: DoesNotFitError | None = None
+    for together in micro_batches(samples):
+        for residents in range(most_residents, 0, -1):
+            try:
+                return micro_batch_of(residents=residents, held_bytes=sample_bytes * together), residents, together
+            except DoesNotFitError as error:
+                refused = error
+    assert refused is not None
+    raise refused
+
+
+CHAIN_COPIES = 8
+"""Of a sample whose chain is walked: the solver's five, the network's input, and its picture."""
 
 
 class Run:
@@ -59,8 +72,12 @@ class Run:
         summary = self.directory.summary
         return None if summary is None else summary.to_json()
 
-    def runner(self, source: EmaSource, *, micro_batch: int, residents: int = 1) -> BlockRunner:
-        return sampling.runner_of(self.directory, source, micro_batch=micro_batch, residents=residents)
+    def runner(
+        self, source: EmaSource, *, micro_batch: int, residents: int = 1, together: int | None = None
+    ) -> BlockRunner:
+        return sampling.runner_of(
+            self.directory, source, micro_batch=micro_batch, residents=residents, together=together
+        )
 
     @contextmanager
     def fitting_runner(
@@ -84,7 +101,7 @@ class Run:
             device_budget_bytes(mem_budget, target) if mem_budget is not None else directory.plan.budget_bytes
         )
         costs, machine = measure(directory.settings, directory.data, directory.path, target, Silent())
-        micro_batch, residents = _fitting(
+        micro_batch, residents, together = _fitting(
             partial(
                 inference_micro_batch,
                 costs,
@@ -92,15 +109,16 @@ class Run:
                 layers=directory.file_layers,
                 samples=samples,
                 budget_bytes=budget_bytes,
-                held_bytes=8 * samples * directory.data.example_bytes,
                 stem_readout_bytes=4 * costs.parameters(0) if directory.method.one_network else 0,
                 sample_bytes=0 if chain is None else chain.sample_bytes,
             ),
+            samples=samples,
+            sample_bytes=CHAIN_COPIES * directory.data.example_bytes,
             most_residents=1 if chain is None and not directory.method.one_network else len(directory.file_layers),
         )
         ema = loaded_ema(directory, slots=residents, device=target.device)
         blocks = 1 if directory.method.one_network else residents
-        runner = self.runner(ema, micro_batch=micro_batch, residents=blocks)
+        runner = self.runner(ema, micro_batch=micro_batch, residents=blocks, together=together)
         try:
             with target.capped(budget_bytes):
                 yield runner

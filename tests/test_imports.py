@@ -14,7 +14,7 @@ PARTS = {
         ("diffusion", "data", "export.open_export"),
         ("torch", "onnx", "sklearn", "matplotlib"),
     ),
-    "an examination asks others": (("doctor",), ("torch", "onnxruntime", "onnx")),
+    "an examination and a comparison ask others": (("doctor", "compare.trainings"), ("torch", "onnxruntime", "onnx")),
     "training draws no figures": (("api", "cli.main", "training"), ("matplotlib",)),
 }
 """By claim: packages, with all their modules, and the libraries that none of them brings."""

@@ -53,18 +53,21 @@ def compare(
     Every arm has a process of its own, one after the other. The same command again goes on with what is missing.
     """
     from edgeblocks.cli.console_progress import ConsoleListener
-    from edgeblocks.compare import arms as comparison
-    from edgeblocks.report.comparison_page import comparison_page
-    from edgeblocks.runs.directory import write_text
+    from edgeblocks.compare.arms import arms_of
+    from edgeblocks.compare.trainings import compare as train_arms
+    from edgeblocks.compare.wanted import Asked
 
     given, config = given_settings(flags)
     if minutes is not None and "steps" in given:
         raise ConfigError("--minutes and --steps: an arm trains for a time or for a number of steps")
     with ConsoleListener() as listener:
-        wanted = comparison.wanted_of(arms, seeds, minutes, given, config, note=listener.note)
-        run = wanted.settings.run
-        folder = out or comparison.free_path(run.family, run.data)
-        content = comparison.compare(wanted, folder, listener)
+        parsed = arms_of(arms, listener.note)
+        asked = Asked(arms=parsed, seeds=seeds, minutes=minutes, settings=given, config=config)
+        content, folder = train_arms(asked, out, listener)
+        # Only now: the page's code imports torch, which would lie in memory beside each training.
+        from edgeblocks.report.comparison_page import comparison_page
+        from edgeblocks.runs.directory import write_text
+
         write_text(folder / "report.html", comparison_page(content))
     print(json.dumps(content) if as_json else comparison_table(content, folder))
     if all(row["failure"] is not None for row in content["arms"]):

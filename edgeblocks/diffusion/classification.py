@@ -1,7 +1,7 @@
 """Classes of images from a chain of label denoisers, and how good they are. No torch: the deployed chain runs it."""
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TypedDict
 
 import numpy as np
@@ -13,6 +13,31 @@ from edgeblocks.seeds import seed_at, start_noise
 CALIBRATION_BINS = 15
 LEAST_PROBABILITY = 1e-12
 """A class that is given less counts as this in the cross-entropy."""
+
+
+CLASSIFIED_BYTES = 2**24
+"""Of the images and chains that are in memory together."""
+_CHAIN_COPIES = 5
+"""Of a chain's labels, while they are integrated."""
+
+
+def classified_together(*, num_classes: int, noises: int, values_per_image: int) -> int:
+    """How many images are classified at once: as many as `CLASSIFIED_BYTES` hold, at least one.
+
+    Args:
+        values_per_image: components of its pixels, which are there as bytes and as float32.
+    """
+    return max(1, CLASSIFIED_BYTES // _image_bytes(num_classes, noises, values_per_image))
+
+
+def classified_bytes(num_images: int, *, num_classes: int, noises: int, values_per_image: int) -> int:
+    """What classifying so many images keeps beside the network."""
+    together = classified_together(num_classes=num_classes, noises=noises, values_per_image=values_per_image)
+    return min(num_images, together) * _image_bytes(num_classes, noises, values_per_image)
+
+
+def _image_bytes(num_classes: int, noises: int, values_per_image: int) -> int:
+    return 4 * _CHAIN_COPIES * noises * num_classes + 5 * values_per_image
 
 
 def classify(
@@ -76,21 +101,24 @@ class Classification(TypedDict):
     images: int
 
 
-def classification_scores(probabilities: NDArray[np.float32], labels: NDArray[np.int64]) -> Classification:
-    """How good probabilities [images, classes] are, given the classes [images].
+def classification_scores(
+    answers: Iterable[tuple[NDArray[np.float32], NDArray[np.int64]]],
+) -> Classification:
+    """How good probabilities [images, classes] are, given the classes [images]; both come some images at a time.
 
     Shares of images whose class is the likeliest (top1) or among the five likeliest (top5). `cross_entropy` is the mean
     of -log p of the right class, in nats; `calibration_error` the mean distance between how sure answers are and how
     often they are right, over bins of equal width in the largest probability, weighted by the images in each (Guo et
     al. 2017, arXiv 1706.04599).
 
-    >>> found = classification_scores(np.array([[0.8, 0.2], [0.6, 0.4]]), np.array([0, 1]))
+    >>> found = classification_scores([(np.array([[0.8, 0.2], [0.6, 0.4]]), np.array([0, 1]))])
     >>> found["top1"], round(found["calibration_error"], 3)
     (0.5, 0.4)
     """
-    order = np.argsort(-probabilities, axis=1, kind="stable")
-    right = order == labels[:, None]
-    sure = probabilities.max(axis=1)
+    # Of an image with thousands of classes only three numbers are kept.
+    kept = [np.concatenate(column) for column in zip(*(_answered(*answer) for answer in answers), strict=True)]
+    rank, sure, own = kept
+    right = rank == 0
     bins = np.minimum((sure * CALIBRATION_BINS).astype(np.int64), CALIBRATION_BINS - 1)
     rows: list[CalibrationBin] = []
     for number in range(CALIBRATION_BINS):
@@ -100,16 +128,27 @@ def classification_scores(probabilities: NDArray[np.float32], labels: NDArray[np
                 {
                     "images": int(inside.sum()),
                     "confidence": float(sure[inside].mean()),
-                    "accuracy": float(right[inside, 0].mean()),
+                    "accuracy": float(right[inside].mean()),
                 }
             )
     distance = sum(row["images"] * abs(row["confidence"] - row["accuracy"]) for row in rows)
-    likelihood = np.maximum(probabilities[np.arange(len(labels)), labels].astype(np.float64), LEAST_PROBABILITY)
+    likelihood = np.maximum(own.astype(np.float64), LEAST_PROBABILITY)
     return {
-        "top1": float(right[:, 0].mean()),
-        "top5": float(right[:, :5].any(axis=1).mean()),
+        "top1": float(right.mean()),
+        "top5": float((rank < 5).mean()),
         "cross_entropy": float(-np.log(likelihood).mean()),
-        "calibration_error": distance / len(labels),
+        "calibration_error": distance / len(rank),
         "calibration": rows,
-        "images": len(labels),
+        "images": len(rank),
     }
+
+
+def _answered(
+    probabilities: NDArray[np.float32], labels: NDArray[np.int64]
+) -> tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.float32]]:
+    """Of each image: how many classes are likelier than the right one, the largest probability, the right one's."""
+    own = probabilities[np.arange(len(labels)), labels]
+    # Without sorting; of classes that are equally likely the first counts as the likelier.
+    before = np.arange(probabilities.shape[1]) < labels[:, None]
+    likelier = (probabilities > own[:, None]) | ((probabilities == own[:, None]) & before)
+    return likelier.sum(axis=1), probabilities.max(axis=1), own

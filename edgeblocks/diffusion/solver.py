@@ -57,12 +57,18 @@ def integrate(
     z = z * levels[0]
     for i, sigma in enumerate(levels):
         sigma_next = levels[i + 1] if i + 1 < len(levels) else 0.0
-        slope = (z - denoise(z, sigma)) / sigma
-        z_next = z + slope * (sigma_next - sigma)
+        # In place where it can be: an image's samples are many, and five of their size is what the plan counts.
+        slope = z - denoise(z, sigma)
+        slope /= sigma
+        z_next = slope * (sigma_next - sigma)
+        z_next += z
         # The slope divides by sigma: there is none at 0, where the last step is Euler's.
         if solver == "heun" and sigma_next > 0:
-            slope_next = (z_next - denoise(z_next, sigma_next)) / sigma_next
-            z_next = z + (slope + slope_next) * ((sigma_next - sigma) / 2)
+            z_next = z_next - denoise(z_next, sigma_next)
+            z_next /= sigma_next
+            z_next += slope
+            z_next *= (sigma_next - sigma) / 2
+            z_next += z
         z = z_next
         if on_level is not None:
             on_level(i + 1)

@@ -54,12 +54,15 @@ class BlockRunner:
         *,
         micro_batch: int,
         residents: int = 1,
+        together: int | None = None,
     ) -> None:
         """
         Args:
             residents: blocks that stay in memory, as `offload.slots.slot_of` places them; the source must hold as many.
+            together: samples whose chain is walked at the same time, so that each block is loaded once for them; None:
+                all. Their number changes no sample.
         """
-        self.partition, self.micro_batch = partition, micro_batch
+        self.partition, self.micro_batch, self.together = partition, micro_batch, together
         self.device = torch.device("cpu")
         """Where the network is; the arguments and results of `denoise` are in the processor's memory."""
         self.loads: list[int] = []

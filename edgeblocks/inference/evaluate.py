@@ -17,7 +17,7 @@ from edgeblocks.inference.metrics import Bits, SampleDistance, TextBound, TextFa
 from edgeblocks.inference.sampling import (
     Runners,
     always,
-    class_probabilities,
+    classified,
     sample_images,
     sample_texts,
     token_chain_of,
@@ -105,16 +105,18 @@ def evaluate(
     samples = len(data_set.evaluation_indices(samples)) if data_set.has_held_out else samples
     steps = usual_steps(directory) if steps is None else max(steps, len(directory.layers))
     chain = token_chain_of(directory, steps) if task == "continuation" else None
+    evaluation = Evaluation(
+        directory=directory, data_set=data_set, samples=samples, steps=steps, seed=seed, listener=listener
+    )
     with runners(samples=max(samples, TASKS[task].loss_examples), chain=chain) as runner:
-        return Evaluation(
-            directory=directory,
-            runner=runner,
-            data_set=data_set,
-            samples=samples,
-            steps=steps,
-            seed=seed,
-            listener=listener,
-        ).result()
+        result = evaluation.result(runner)
+        made = evaluation.images(runner)
+    # The runner, its weights and activations with it, makes room first: the budget has none for both.
+    del runner
+    if made is not None:
+        assert isinstance(data_set, ImageSet)
+        result["frechet"] = metrics.sample_distance(made, data_set)
+    return result
 
 
 def _check(task: str, samples: int | None, steps: int | None) -> None:
@@ -150,23 +152,22 @@ def _run_data(directory: RunDirectory, mem_budget: str | None, listener: Listene
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """What one evaluation looks at, and with what."""
+    """What one evaluation looks at."""
 
     directory: RunDirectory
-    runner: BlockRunner
     data_set: DataSet
     samples: int
     steps: int
     seed: int
     listener: Listener
 
-    def result(self) -> Evaluated:
-        """The loss, and what the family's task adds to it."""
+    def result(self, runner: BlockRunner) -> Evaluated:
+        """The loss, and what the family's task adds to it while its weights are in memory."""
         directory, data_set, samples = self.directory, self.data_set, self.samples
         family, store = directory.family(), directory.store()
         loss = metrics.validation_loss(
             family,
-            self.runner,
+            runner,
             data_set,
             seed=directory.settings.run.seed,
             most_examples=max(samples, 2) if family.task in TEXT_TASKS else TASKS[family.task].loss_examples,
@@ -185,31 +186,33 @@ class Evaluation:
             result["text"] = metrics.text_scores(loss["total"], loss["standard_error"], loss["images"], data_set)
         elif family.task == "continuation":
             assert isinstance(data_set, TextSet)
-            self._tell_of_continuation_(result, data_set)
+            self._tell_of_continuation_(result, runner, data_set)
             result["cross_entropy_at_top"] = loss["levels"][0]["loss"]
         elif family.task == "classes" and samples >= 1:
             result["top1_by_block"] = metrics.mean_by_block(loss["levels"], directory.partition, "top1")
-            result["classification"] = self._classification()
-        elif family.task == "images" and samples >= 2:
-            assert isinstance(data_set, ImageSet)
-            made = sample_images(
-                directory,
-                always(self.runner),
-                n=samples,
-                steps=self.steps,
-                seed=self.seed,
-                on_level=lambda done: self.listener.advance(done, self.steps, "sampling"),
-            )
-            result["frechet"] = metrics.sample_distance(made, data_set)
+            result["classification"] = self._classification(runner)
         return result
 
-    def _tell_of_continuation_(self, result: Evaluated, text: TextSet) -> None:
+    def images(self, runner: BlockRunner) -> np.ndarray | None:
+        """Fresh samples, where the family makes images and enough are asked for to compare them with others."""
+        if self.directory.family().task != "images" or self.samples < 2:
+            return None
+        return sample_images(
+            self.directory,
+            always(runner),
+            n=self.samples,
+            steps=self.steps,
+            seed=self.seed,
+            on_level=lambda done: self.listener.advance(done, self.steps, "sampling"),
+        )
+
+    def _tell_of_continuation_(self, result: Evaluated, runner: BlockRunner, text: TextSet) -> None:
         """Add the bound of hold-out text, over how many levels it is worth going where levels repeat the same network,
         and how varied texts are that the chain writes, beside as many of the hold-out part."""
         tokens, _ = text.gather(text.evaluation_indices(max(self.samples, 2)))
         chain = token_chain_of(self.directory, self.steps)
         found = likelihood.bound(
-            self.runner,
+            runner,
             chain,
             tokens,
             seed=self.seed,
@@ -223,12 +226,12 @@ class Evaluation:
         result["text"] = whole_bound
         result["bounds"] = bounds
         if chain.caches_per == "step":
-            result["curve"] = self._curve(text, tokens[:CURVE_TEXTS])
-        elif self.runner.family.unrolled:
-            result["curve"] = self._iterations_curve(text)
+            result["curve"] = self._curve(runner, text, tokens[:CURVE_TEXTS])
+        elif runner.family.unrolled:
+            result["curve"] = self._iterations_curve(runner, text)
         written = sample_texts(
             self.directory,
-            always(self.runner),
+            always(runner),
             n=VARIETY_TEXTS,
             steps=self.steps,
             seed=self.seed,
@@ -240,46 +243,45 @@ class Evaluation:
             "held_out": variety([text.tokenizer.decode(row) for row in held_out]),
         }
 
-    def _curve(self, text: TextSet, tokens: np.ndarray) -> list[OfCurve]:
+    def _curve(self, runner: BlockRunner, text: TextSet, tokens: np.ndarray) -> list[OfCurve]:
         """The bound with one noise against the number of levels."""
         rows: list[OfCurve] = []
         for done, steps in enumerate(CURVE_STEPS):
             if steps >= len(self.directory.layers):
                 chain = token_chain_of(self.directory, steps)
-                nats, error = likelihood.bound(self.runner, chain, tokens, seed=self.seed, noises=(1,))[1]
+                nats, error = likelihood.bound(runner, chain, tokens, seed=self.seed, noises=(1,))[1]
                 rows.append({"steps": steps, **metrics.bits(nats, error, text)})
             self.listener.advance(done + 1, len(CURVE_STEPS), "levels")
         return rows
 
-    def _iterations_curve(self, text: TextSet) -> list[OfCurve]:
+    def _iterations_curve(self, runner: BlockRunner, text: TextSet) -> list[OfCurve]:
         """Bits against the number of iterations of a core that was trained unrolled."""
-        family = self.runner.family
+        family = runner.family
         rows: list[OfCurve] = []
         assert family.task == "continuation"
-        indices, network = text.evaluation_indices(CURVE_TEXTS), self.runner.network(0)
+        indices, network = text.evaluation_indices(CURVE_TEXTS), runner.network(0)
         level = family.evaluation_levels(self.directory.partition)[0]
         batch = family.at_level(*text.gather(indices), level, generator_at(0))
         for done, count in enumerate(CURVE_STEPS):
             nats = []
-            for start in range(0, len(indices), self.runner.micro_batch):
-                part = {name: tensor[start : start + self.runner.micro_batch] for name, tensor in batch.items()}
+            for start in range(0, len(indices), runner.micro_batch):
+                part = {name: tensor[start : start + runner.micro_batch] for name, tensor in batch.items()}
                 asking = family.with_iterations(part, count)
-                nats.append(metrics.scores_of(family, self.runner, network, asking)["loss"])
+                nats.append(metrics.scores_of(family, runner, network, asking)["loss"])
             rows.append({"steps": count, **metrics.bits(float(torch.cat(nats).mean()), None, text)})
             self.listener.advance(done + 1, len(CURVE_STEPS), "iterations")
         return rows
 
-    def _classification(self) -> classification.Classification:
+    def _classification(self, runner: BlockRunner) -> classification.Classification:
         """`classification.classification_scores` on the first of the hold-out images."""
-        pixels, labels = self.data_set.gather(self.data_set.evaluation_indices(self.samples))
-        assert labels is not None
-        probabilities = class_probabilities(
+        answers = classified(
             self.directory,
-            self.runner,
-            pixels,
+            runner,
+            self.data_set,
+            self.data_set.evaluation_indices(self.samples),
             steps=self.steps,
             noises=TASKS["classes"].noises,
             seed=self.seed,
             on_level=lambda done: self.listener.advance(done, self.steps, "classifying"),
         )
-        return classification.classification_scores(probabilities, labels)
+        return classification.classification_scores(answers)

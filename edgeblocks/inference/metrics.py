@@ -16,7 +16,7 @@ from edgeblocks.families.base import Level
 from edgeblocks.families.family import Family
 from edgeblocks.seeds import generator_at
 
-FEATURE_CHUNK = 64
+FEATURE_CHUNK = 16
 
 
 class ValidationLoss(TypedDict):

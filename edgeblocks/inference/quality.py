@@ -13,7 +13,7 @@ from edgeblocks.families.family import Family
 from edgeblocks.inference import likelihood, metrics
 from edgeblocks.inference.block_runner import BlockRunner
 from edgeblocks.inference.metrics import NetworkSource
-from edgeblocks.inference.sampling import class_probabilities, token_chain_of, usual_steps
+from edgeblocks.inference.sampling import classified, token_chain_of, usual_steps
 from edgeblocks.runs.directory import RunDirectory
 from edgeblocks.tasks import TASKS, TEXT_TASKS
 
@@ -32,12 +32,12 @@ def run_quality(directory: RunDirectory, runner: BlockRunner, data: DataSet) -> 
     if directory.method.trained_together or family.task in ("images", "text"):
         return network_quality(family, runner, data, seed=seed)
     indices = data.evaluation_indices(TASKS[family.task].quality_examples)
-    examples, labels = data.gather(indices)
     if family.task == "classes":
-        assert labels is not None
         steps, noises = usual_steps(directory), TASKS[family.task].noises
-        probabilities = class_probabilities(directory, runner, examples, steps=steps, noises=noises, seed=seed)
-        return _accuracy(float((probabilities.argmax(axis=1) == labels).mean()), len(labels))
+        found = classified(directory, runner, data, indices, steps=steps, noises=noises, seed=seed)
+        right = sum(int((probabilities.argmax(axis=1) == labels).sum()) for probabilities, labels in found)
+        return _accuracy(right / len(indices), len(indices))
+    examples, _ = data.gather(indices)
     assert isinstance(data, TextSet)
     chain = token_chain_of(directory, usual_steps(directory))
     return _bits(*likelihood.bound(runner, chain, examples, seed=seed, noises=(1,))[1], data)

@@ -3,14 +3,17 @@
 Each function looks at what is asked before it opens a runner: what is impossible is reported before memory is measured.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
+from torch import Tensor
 
 from edgeblocks.data import pictures
+from edgeblocks.data.dataset import DataSet
 from edgeblocks.data.gaps import with_gaps
 from edgeblocks.data.tokenizer import check_readable
 from edgeblocks.diffusion import autoregression, classification, token_choice, unmasking
@@ -18,7 +21,8 @@ from edgeblocks.diffusion.autoregression import TokenChain
 from edgeblocks.diffusion.noise import sampler_levels, unmasking_steps
 from edgeblocks.diffusion.solver import Solver, check_request, class_number, integrate
 from edgeblocks.errors import ConfigError
-from edgeblocks.families.family import FamilyOfContinuations, FamilyOfText
+from edgeblocks.families.base import ImageInfo
+from edgeblocks.families.family import FamilyOfContinuations, FamilyOfImages, FamilyOfText
 from edgeblocks.inference.block_runner import BlockRunner, EmaSource, class_labels, guided, token_chain
 from edgeblocks.runs.directory import RunDirectory
 from edgeblocks.seeds import start_noise
@@ -31,7 +35,9 @@ def usual_steps(directory: RunDirectory) -> int:
     return max(family.chain_steps, len(directory.layers))
 
 
-def runner_of(directory: RunDirectory, source: EmaSource, *, micro_batch: int, residents: int = 1) -> BlockRunner:
+def runner_of(
+    directory: RunDirectory, source: EmaSource, *, micro_batch: int, residents: int = 1, together: int | None = None
+) -> BlockRunner:
     """A run's blocks, with weights from a source; see `BlockRunner`."""
     return BlockRunner(
         directory.family(),
@@ -40,6 +46,7 @@ def runner_of(directory: RunDirectory, source: EmaSource, *, micro_batch: int, r
         source,
         micro_batch=micro_batch,
         residents=residents,
+        together=together,
     )
 
 
@@ -83,11 +90,35 @@ def sample_images(
     levels = sampler_levels(directory.partition, num_steps=steps)
     labels = class_labels(n, num_classes=family.data.num_classes, chosen=class_number(label, directory.class_names))
     data = family.data
+    made = np.empty((n, data.height, data.width, data.channels), dtype=np.uint8)
     with runners(samples=n) as runner:
-        noise = torch.from_numpy(start_noise((data.channels, data.height, data.width), samples=range(n), seed=seed))
-        denoise = guided(runner.denoise, labels, guidance=guidance, no_class=data.num_classes)
-        x = integrate(denoise, noise, levels, solver=solver, on_level=on_level)
-        return pictures.to_uint8(x.numpy(), mean=data.mean, scale=data.scale)
+        groups = range(0, n, runner.together or n)
+        for done, first in enumerate(groups):
+            chosen_ones = slice(first, min(first + (runner.together or n), n))
+            conditions = None if labels is None else labels[chosen_ones]
+            x = integrate(
+                guided(runner.denoise, conditions, guidance=guidance, no_class=data.num_classes),
+                _noise(family, range(n)[chosen_ones], seed=seed),
+                levels,
+                solver=solver,
+                on_level=_in_turn(on_level, done, len(groups), steps),
+            )
+            made[chosen_ones] = pictures.to_uint8(x.numpy(), mean=data.mean, scale=data.scale)
+    return made
+
+
+def _noise(family: FamilyOfImages, samples: Sequence[int], *, seed: int) -> Tensor:
+    shape = (family.data.channels, family.data.height, family.data.width)
+    return torch.from_numpy(start_noise(shape, samples=samples, seed=seed))
+
+
+def _in_turn(
+    on_level: Callable[[int], None] | None, group: int, groups: int, steps: int
+) -> Callable[[int], None] | None:
+    """For one of several groups: tells the levels that are done as if all groups went together."""
+    if on_level is None:
+        return None
+    return lambda done: on_level((group * steps + done) // groups)
 
 
 def sample_texts(
@@ -220,7 +251,44 @@ def classify_images(
         raise ConfigError(f"images are {pixels.dtype} {pixels.shape[1:]}; the run takes uint8 {shape}")
     steps = usual_steps(directory) if steps is None else max(steps, len(directory.layers))
     with runners(samples=len(pixels)) as runner:
-        return class_probabilities(directory, runner, pixels, steps=steps, noises=noises, seed=seed)
+        return np.concatenate(
+            [
+                class_probabilities(directory, runner, pixels[group], steps=steps, noises=noises, seed=seed)
+                for group in _groups(directory, np.arange(len(pixels)), noises=noises)
+            ]
+        )
+
+
+def classified(
+    directory: RunDirectory,
+    runner: BlockRunner,
+    data: DataSet,
+    indices: NDArray[np.int64],
+    *,
+    steps: int,
+    noises: int,
+    seed: int,
+    on_level: Callable[[int], None] | None = None,
+) -> Iterator[tuple[NDArray[np.float32], NDArray[np.int64]]]:
+    """Probabilities of the classes [some, classes] and the classes [some] of a data set's images, some at a time."""
+    groups = _groups(directory, indices, noises=noises)
+    for done, group in enumerate(groups):
+        pixels, labels = data.gather(group)
+        assert labels is not None
+        told = _in_turn(on_level, done, len(groups), steps)
+        yield (
+            class_probabilities(directory, runner, pixels, steps=steps, noises=noises, seed=seed, on_level=told),
+            labels,
+        )
+
+
+def _groups(directory: RunDirectory, indices: NDArray[np.int64], *, noises: int) -> list[NDArray[np.int64]]:
+    """Images that are classified together; their number changes no answer."""
+    data = directory.family().data
+    assert isinstance(data, ImageInfo)
+    values = data.channels * data.height * data.width
+    size = classification.classified_together(num_classes=data.num_classes, noises=noises, values_per_image=values)
+    return [indices[first : first + size] for first in range(0, len(indices), size)]
 
 
 def class_probabilities(

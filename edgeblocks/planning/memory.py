@@ -150,10 +150,11 @@ def preview_bytes(costs: LayerCosts, machine: Machine, request: PlanRequest, num
 
 
 def _grid_bytes(costs: LayerCosts, request: PlanRequest, micro_batch: int) -> int:
-    """Bytes of the samples that are made between visits; texts that are written token by token, a micro-batch of them
-    at a time, keep their keys and values."""
+    """Bytes of the samples that are made between visits, or of measuring the quality; texts that are written token by
+    token, a micro-batch of them at a time, keep their keys and values."""
     written_bytes = min(request.grid_samples, micro_batch) * request.sample_bytes
-    return SAMPLE_COPIES * request.grid_samples * costs.batch_bytes_per_sample + written_bytes
+    samples_bytes = SAMPLE_COPIES * request.grid_samples * costs.batch_bytes_per_sample + written_bytes
+    return max(samples_bytes, request.quality_bytes)
 
 
 def forward_bytes(costs: LayerCosts, machine: Machine, num_layers: int, micro_batch: int) -> int:

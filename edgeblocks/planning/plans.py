@@ -73,6 +73,8 @@ class PlanRequest:
     """Samples that are made together during training."""
     sample_bytes: int = 0
     """What one that is written token by token keeps: its KV cache."""
+    quality_bytes: int = 0
+    """What measuring the quality during training keeps beside the network."""
     previews: int = 0
     """Previews and evaluations during training; blocks are saved before each."""
     max_disk_writes: int | None = None

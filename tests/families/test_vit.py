@@ -220,7 +220,7 @@ def test_scores_against_a_slow_count():
     rng = np.random.default_rng(0)
     probabilities = rng.dirichlet(np.ones(8), size=200).astype(np.float32)
     labels = rng.integers(0, 8, 200)
-    found = classification_scores(probabilities, labels)
+    found = classification_scores([(probabilities[:60], labels[:60]), (probabilities[60:], labels[60:])])
     ranks = [int((row > row[label]).sum()) for row, label in zip(probabilities, labels, strict=True)]
     assert found["top1"] == pytest.approx(np.mean([rank == 0 for rank in ranks]))
     assert found["top5"] == pytest.approx(np.mean([rank < 5 for rank in ranks]))

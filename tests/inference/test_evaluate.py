@@ -42,8 +42,6 @@ def test_the_curve_of_iterations_is_computed_where_the_network_is(tmp_path, monk
         return {name: torch.zeros(values.shape) for name, values in found.items()}  # meta tensors have no values
 
     monkeypatch.setattr(PlainLooped, "scores", noticed)
-    evaluation = Evaluation(
-        directory=run.directory, runner=runner, data_set=text, samples=2, steps=1, seed=0, listener=Silent()
-    )
-    assert [row["steps"] for row in evaluation._iterations_curve(text)] == [1, 3]
+    evaluation = Evaluation(directory=run.directory, data_set=text, samples=2, steps=1, seed=0, listener=Silent())
+    assert [row["steps"] for row in evaluation._iterations_curve(runner, text)] == [1, 3]
     assert devices == {"meta"}

@@ -1,0 +1,48 @@
+"""What is looked at before the first training of a comparison."""
+
+import pickle
+
+import pytest
+
+from edgeblocks.compare.arms import arms_of
+from edgeblocks.compare.settling import settled
+from edgeblocks.compare.wanted import Asked
+from edgeblocks.errors import DoesNotFitError, EdgeblocksError
+
+SETTINGS = {"family": "dit", "data": "digits", "depth": 3, "width": 32, "heads": 2, "mem_budget": "1GB"}
+
+
+def asked(*, settings=(), **more):
+    usual = {"arms": arms_of("diffusion,exact,plain", print), "seeds": 1, "minutes": None, "config": None}
+    return Asked(settings={**SETTINGS, **dict(settings)}, **{**usual, **more})
+
+
+def test_every_seed_and_setting_is_known_afterwards():
+    """In values that another process can be sent."""
+    found = pickle.loads(pickle.dumps(settled(asked(seeds=2, settings={"seed": 5}))))
+    assert found.seeds == (5, 6) and found.depth == found.settings["depth"] == 3 and found.task == "images"
+    assert found.environment["packages"]["torch"]
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"minutes": -1.0}, "a number above 0"),
+        ({"seeds": 0}, "at least one"),
+        ({"settings": {"method": "exact"}}, "name them with --arms"),
+        ({"settings": {"train_blocks": "1"}}, "compare different things"),
+        ({"settings": {"clip_by": "network"}}, "each block is trained alone"),
+        ({"settings": {"data": "nowhere"}}, "nowhere"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused(change, said):
+    with pytest.raises(EdgeblocksError, match=said) as caught:
+        settled(asked(**change))
+    assert caught.value.exit_code == 2
+
+
+def test_a_refusal_is_the_same_in_another_process():
+    """Exit code and budgets included."""
+    error = DoesNotFitError("too small", 10, 20, "--ram-budget")
+    again = pickle.loads(pickle.dumps(error))
+    assert (str(again), again.smallest_bytes, again.as_fixed_bytes, again.flag) == ("too small", 10, 20, "--ram-budget")

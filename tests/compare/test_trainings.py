@@ -1,0 +1,155 @@
+"""`edgeblocks compare`: several ways to train one network, side by side, each in a process of its own."""
+
+import json
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from support.commands import assert_refused, invoke
+
+import edgeblocks
+from edgeblocks.runs.locks import locked
+
+SMALL = ["--set", "depth=3", "--set", "width=32", "--set", "heads=2", "--set", "hold_out=0.02", "--batch", "16"]
+IMAGES = ["dit", "--data", "digits", *SMALL, "--mem-budget", "1GB"]
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory):
+    """Three ways at equal steps; fp32 moments and one clipping norm, so that two of them do the same."""
+    out = tmp_path_factory.mktemp("compare") / "out"
+    asked = [*IMAGES, "--steps", "24", "--set", "optimizer=adamw", "--set", "learning_rate=0.003"]
+    asked += ["--set", "visit_steps=3", "-o", out]
+    done = invoke("compare", *asked, "--arms", "diffusion,exact,plain")
+    assert done.exit_code == 0, done.stderr
+    return out, asked, done
+
+
+def rows_of(out):
+    content = json.loads((out / "compare.json").read_text())
+    return {row["arm"]: row for row in content["arms"]}
+
+
+def test_every_arm_tells_quality_time_and_memory(compared):
+    """Curves over the training at the same numbers of steps; the arms with a budget keep it."""
+    out, _, done = compared
+    rows = rows_of(out)
+    assert list(rows) == ["diffusion", "exact", "plain"]
+    for row in rows.values():
+        assert row["failure"] is None
+        assert [mark["step"] for mark in row["quality"]] == [3, 6, 9, 12, 15, 18, 21, 24]
+        seconds = [mark["seconds"] for mark in row["quality"]]
+        assert seconds == sorted(seconds) and seconds[0] > 0
+        assert row["quality"][-1]["value"] < row["quality"][0]["value"]
+        assert row["peak_bytes"] > row["runtime_bytes"] > 100e6
+        assert max(used for _, used in row["memory"]) <= row["peak_bytes"]
+    for arm in ("diffusion", "exact"):
+        assert rows[arm]["peak_bytes"] <= rows[arm]["budget_bytes"] == 1_000_000_000
+    assert rows["plain"]["budget_bytes"] is None
+    for arm in rows:
+        assert any(line.startswith(arm) for line in done.stdout.splitlines())
+
+
+def test_exact_training_is_what_the_ordinary_loop_does(compared):
+    """The same quality at every mark, as both have the same weights; the ordinary loop imports none of ours."""
+    out, _, _ = compared
+    exact, plain = (rows_of(out)[arm]["quality"] for arm in ("exact", "plain"))
+    for mine, ordinary in zip(exact, plain, strict=True):
+        assert mine["value"] == pytest.approx(ordinary["value"], rel=1e-5)
+
+
+def test_the_same_comparison_goes_on_with_what_is_missing(compared):
+    """Arms that are done are not trained again, another arm joins them, and other settings are refused."""
+    out, asked, _ = compared
+    before = {path: path.stat().st_mtime_ns for path in out.glob("*/summary.json")}
+    former = rows_of(out)
+    done = invoke("compare", *asked, "--arms", "exact,plain,plain+ckpt", "--json")
+    assert done.exit_code == 0, done.stderr
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    rows = {row["arm"]: row for row in json.loads(done.stdout)["arms"]}
+    assert rows["plain"] == former["plain"] and rows["plain+ckpt"]["failure"] is None
+    assert_refused(invoke("compare", *asked, "--batch", "8"), 2, "other settings")
+
+
+def test_a_time_instead_of_steps(tmp_path):
+    """A short trial tells how many steps fill the time."""
+    asked = [*IMAGES, "--minutes", "0.05", "-o", tmp_path / "out"]
+    done = invoke("compare", *asked, "--arms", "plain", "--json")
+    assert done.exit_code == 0, done.stderr
+    content = json.loads(done.stdout)
+    assert content["equal"] == "time" and content["arms"][0]["steps"] > 20
+
+
+def test_what_does_not_fit_has_no_result_and_the_others_have(tmp_path):
+    """The table and compare.json say so."""
+    asked = ["vit", "--data", "digits", *SMALL, "--steps", "2", "--mem-budget", "50MB", "-o", tmp_path / "out"]
+    done = invoke("compare", *asked, "--arms", "exact,plain")
+    assert done.exit_code == 0, done.stderr
+    rows = rows_of(tmp_path / "out")
+    assert "does not fit the budget of 50MB" in rows["exact"]["failure"]
+    assert rows["plain"]["failure"] is None and 0 <= rows["plain"]["quality"][-1]["value"] <= 1
+    assert "does not fit" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        (["--arms", "diffusion,exakt"], "there is no arm 'exakt'"),
+        (["--minutes", "1", "--steps", "5"], "an arm trains for a time"),
+        (["--set", "method=exact", "--set", "train_blocks=1"], "name them with --arms"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused_before_anything_is_trained(tmp_path, asked, said):
+    """Exit code 2, the reason, and no folder."""
+    assert_refused(invoke("compare", *IMAGES, *asked, "-o", tmp_path / "out"), 2, re.escape(said))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_of_something_else_is_left_alone(tmp_path):
+    """A comparison is not written among other files."""
+    (tmp_path / "mine.txt").write_text("mine")
+    assert_refused(invoke("compare", *IMAGES, "-o", tmp_path), 2, "holds no comparison")
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+
+
+def test_other_minutes_are_another_comparison(tmp_path):
+    """Figures of one length of training are not told as those of another."""
+    asked = [*IMAGES, "--steps", "3", "-o", tmp_path / "out", "--arms", "plain"]
+    assert invoke("compare", *asked).exit_code == 0
+    (tmp_path / "steps.yaml").write_text("steps: 3\n")
+    again = [part for part in asked if part not in ("--steps", "3")]
+    other = invoke("compare", *again, "--config", tmp_path / "steps.yaml", "--minutes", "1")
+    assert_refused(other, 2, "an arm trains for a time")
+    assert_refused(invoke("compare", *again, "--minutes", "1"), 2, "for another time")
+
+
+def test_it_fails_where_no_arm_has_a_result(tmp_path):
+    """Exit code 1; the table says why."""
+    asked = [*IMAGES, "--steps", "3", "--mem-budget", "50MB", "-o", tmp_path / "out", "--arms", "diffusion"]
+    done = invoke("compare", *asked)
+    assert done.exit_code == 1 and "no arm has a result" in done.stderr and "does not fit" in done.stdout
+
+
+def test_a_signal_ends_the_training_and_the_same_command_goes_on(tmp_path):
+    """SIGTERM reaches the process that trains: it saves, nothing is left running, and nothing is trained twice."""
+    command = [Path(sys.executable).with_name("edgeblocks"), "compare", *IMAGES, "--steps", "4000", "--blocks", "1"]
+    command = [str(part) for part in (*command, "--arms", "diffusion", "-o", tmp_path / "out")]
+    run = tmp_path / "out/diffusion-seed0"
+    comparing = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    until = time.monotonic() + 120
+    while not (run / "metrics.jsonl").exists() and time.monotonic() < until:
+        time.sleep(0.1)
+    status = Path(f"/proc/{comparing.pid}/status").read_text()
+    resident_bytes = 1024 * int(re.search(r"VmRSS:\s+(\d+)", status)[1])
+    comparing.terminate()
+    assert resident_bytes < 120e6, "the process that waits holds no torch"
+    assert comparing.wait(timeout=120) == 130
+    (path,) = (run / "blocks").glob("block_*.safetensors")
+    saved = edgeblocks.load(run).directory.store().header(0).step
+    assert 0 < saved < 4000
+    with locked(run, print):  # nobody trains it any more
+        pass
+    assert path.exists()
