@@ -91,7 +91,7 @@ def classification_scores(probabilities: NDArray[np.float32], labels: NDArray[np
     order = np.argsort(-probabilities, axis=1, kind="stable")
     right = order == labels[:, None]
     sure = probabilities.max(axis=1)
-    bins = np.minimum((sure * CALIBRATION_BINS).astype(np.int64), CALIBRATION_BINS - 1)
+    bins = np.minimum((sure * CALIBRATION_BINS).astype(np.int64), CALIBRATION_BINS - 1)  # 1.0 is in the last
     rows: list[CalibrationBin] = []
     for number in range(CALIBRATION_BINS):
         inside = bins == number

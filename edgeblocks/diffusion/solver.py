@@ -54,13 +54,17 @@ def integrate(
     """
     # numpy and torch round each of these operations alike, because a Python float joins a float32 array as a float32 in
     # both.
+    # At sigma_max the data are negligible beside the noise, so the chain begins with sigma_max eps.
     z = z * levels[0]
     for i, sigma in enumerate(levels):
         sigma_next = levels[i + 1] if i + 1 < len(levels) else 0.0
+        # dz/dsigma towards less noise, as in EDM's algorithm 1. Equations 3 to 5 of arXiv 2506.14202 print the other
+        # sign, with which noise would grow.
         slope = (z - denoise(z, sigma)) / sigma
         z_next = z + slope * (sigma_next - sigma)
         # The slope divides by sigma: there is none at 0, where the last step is Euler's.
         if solver == "heun" and sigma_next > 0:
+            # The slope at the end of the step, by the block that owns that level; the mean of both replaces Euler's.
             slope_next = (z_next - denoise(z_next, sigma_next)) / sigma_next
             z_next = z + (slope + slope_next) * ((sigma_next - sigma) / 2)
         z = z_next
