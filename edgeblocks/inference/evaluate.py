@@ -102,7 +102,9 @@ def evaluate(
     data_set = _run_data(directory, mem_budget, listener)
     if samples is None:
         samples = TASKS[task].evaluation_samples
+    # Not more samples than hold-out examples to set beside them.
     samples = len(data_set.evaluation_indices(samples)) if data_set.has_held_out else samples
+    # Each block has at least one level.
     steps = usual_steps(directory) if steps is None else max(steps, len(directory.layers))
     chain = token_chain_of(directory, steps) if task == "continuation" else None
     with runners(samples=max(samples, TASKS[task].loss_examples), chain=chain) as runner:
