@@ -163,6 +163,7 @@ def image_moments(images: NDArray[np.uint8]) -> NDArray[np.int64]:
         for left in range(0, flat.shape[1], columns):
             part = flat[start : start + rows, left : left + columns]
             moments[start : start + rows, 0] += part.sum(axis=1, dtype=np.int64)
+            # 255^2 is the largest square, and uint16 holds it.
             moments[start : start + rows, 1] += np.square(part, dtype=np.uint16).sum(axis=1, dtype=np.int64)
     return moments
 
@@ -228,5 +229,6 @@ def _are_moments(moments: NDArray[np.int64], values_per_image: int) -> bool:
     """Whether each row can be the sum and the sum of squares of so many values from 0 to 255."""
     sums, squares = moments.T
     possible = (sums >= 0) & (sums <= 255 * values_per_image) & (squares >= sums) & (squares <= 255 * sums)
+    # n (sum of squares) >= (sum)^2, Cauchy and Schwarz; in float64, as the products pass int64 in large images.
     spread = squares.astype(np.float64) * values_per_image >= sums.astype(np.float64) ** 2 * (1 - 1e-9)
     return bool((possible & spread).all())

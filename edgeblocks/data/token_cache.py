@@ -157,6 +157,7 @@ def grouped(pieces: Iterator[Piece], *, border: int | None, at_spaces: bool) -> 
         if num_waiting >= most:
             joined = "".join(waiting)
             place = _last_border(joined) if at_spaces else len(joined)
+            # No space to cut at: more is waited for, but not without end.
             if place == len(joined) and at_spaces and num_waiting < _MOST_UNDIVIDED:
                 most = _MOST_UNDIVIDED
                 continue
@@ -193,10 +194,12 @@ def _fill(files: CacheFiles, tokenizer: Tokenizer, stretches: Iterator[Stretch])
         total = extents[held_out]
         total.tokens, total.characters = total.tokens + extent.tokens, total.characters + extent.characters
         total.bytes += extent.bytes
+        # Of four bytes each whatever the file's type is: the same text and tokenizer have the same fingerprint.
         token_hash.update(tokens.astype("<u4").data)
         waiting = np.concatenate([waiting, tokens.astype(dtype)])
         num_whole = len(waiting) // page_tokens * page_tokens
         _append(files, waiting[:num_whole].reshape(-1, page_tokens))
+        # Only whole pages are written; the rest waits for what comes next, so that pages are full but for the last.
         waiting = waiting[num_whole:]
     if not extents[0].tokens + extents[1].tokens:
         raise DataError(

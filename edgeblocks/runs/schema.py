@@ -231,11 +231,13 @@ def read_records(path: Path) -> Iterator[dict[str, object]]:
     try:
         with open_regular(path) as file:
             while line := file.readline(_MOST_RECORD_BYTES):
+                # Longer than any record: passed over in pieces, so that a file without line ends is never in memory.
                 if len(line) == _MOST_RECORD_BYTES and not line.endswith(b"\n"):
                     while (rest := file.readline(_MOST_RECORD_BYTES)) and not rest.endswith(b"\n"):
                         pass
                     continue
                 try:
+                    # A diverged step has a loss that is NaN, and its record counts.
                     record = parse_json(line.decode("utf-8", errors="replace"), finite=False)
                 except MalformedFileError:
                     continue
