@@ -256,9 +256,9 @@ def checked_record(model: type[Fields], record: Mapping[str, object]) -> Fields 
 
 
 def is_up_to(record: Mapping[str, object], steps: list[int]) -> bool:
-    """Whether a record of metrics.jsonl tells of a step that its block has made, given each block's saved step."""
+    """Whether a record of metrics.jsonl is of a step (from 1) that its block has made, given the saved steps."""
     block, step = record.get("block"), record.get("step")
-    return type(block) is int and type(step) is int and 0 <= block < len(steps) and step <= steps[block]
+    return type(block) is int and type(step) is int and 0 <= block < len(steps) and 1 <= step <= steps[block]
 
 
 def checked(model: type[Fields], path: Path, content: Mapping[str, object]) -> Fields:
