@@ -48,8 +48,7 @@ from edgeblocks.families.settings import (
 )
 from edgeblocks.families.token_block import Codes, Past, Present, Sigma, TokenDenoiserBlock, Tokens
 from edgeblocks.families.token_loss import token_estimates, token_losses, token_scores
-
-MOST_CODE_WIDTH = 2**12
+from edgeblocks.limits import MOST_CODE_WIDTH
 
 
 @dataclass(frozen=True, kw_only=True)
