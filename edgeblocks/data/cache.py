@@ -174,15 +174,15 @@ class CacheFiles:
             file.flush()
             os.fsync(file.fileno())
 
-    def finish(self, told: Mapping[str, object]) -> None:
-        """Writes `told` and a checksum of it into meta.json, and flushes everything to the disk."""
+    def finish(self, content: Mapping[str, object]) -> None:
+        """Writes `content` and a checksum of it into meta.json, and flushes everything to the disk."""
         with self._storing():
             for array in self._arrays.values():
                 array.finish()
             file_bytes = {path.name: path.stat().st_size for path in sorted(self._folder.iterdir())}
             # Written last: with the sizes of all files in it, a folder that was cut short anywhere does not match its
             # meta.json.
-            meta: dict[str, Any] = {"version": self._kind.version, "file_bytes": file_bytes, **told}
+            meta: dict[str, Any] = {"version": self._kind.version, "file_bytes": file_bytes, **content}
             meta["sha256"] = meta_digest(meta)
             with (self._folder / "meta.json").open("w", encoding="ascii") as file:
                 json.dump(meta, file)
@@ -260,7 +260,7 @@ def open_or_build(
 
 
 def read_meta(folder: Path, version: int) -> dict[str, Any]:
-    """What `finish` was told, compared with its checksum and the sizes of the files.
+    """What `finish` was given, compared with its checksum and the sizes of the files.
 
     Raises:
         OSError, ValueError, LookupError, TypeError, AttributeError: it is not what `finish` wrote.

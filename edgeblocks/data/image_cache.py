@@ -204,15 +204,15 @@ def _read_cache(folder: Path) -> StoredImages:
     )
 
 
-def _content(told: object, num_images: int, labels: NDArray[np.int64] | None) -> Content:
-    """What meta.json tells of the images, compared with the arrays.
+def _content(content: object, num_images: int, labels: NDArray[np.int64] | None) -> Content:
+    """What meta.json says of the images, compared with the arrays.
 
     Raises:
         ValueError, LookupError, TypeError: it is not what `CacheWriter` wrote.
     """
-    if not isinstance(told, dict):
-        raise ValueError("the content is told by name")
-    class_names, unreadable, num_test = told["class_names"], told["unreadable"], told["num_test"]
+    if not isinstance(content, dict):
+        raise ValueError("the content is no object")
+    class_names, unreadable, num_test = content["class_names"], content["unreadable"], content["num_test"]
     for names, most in ((class_names, MOST_CLASSES), (unreadable, MOST_UNREADABLE)):
         if not isinstance(names, list) or len(names) > most or not all(isinstance(name, str) for name in names):
             raise ValueError("names are a list of texts")

@@ -59,7 +59,7 @@ class StoredTokens:
     """A finished cache. `train` and `held_out` follow each other in the file.
 
     fingerprint: sha256 of the tokens and the tokenizer, in hexadecimal.
-    left_out: what "chars" does not write; None for the other tokenizers, and in caches that do not tell of it.
+    left_out: what "chars" does not write; None for the other tokenizers, and in caches that do not have it.
     """
 
     token_file: "TokenFile"
@@ -290,14 +290,14 @@ def _read_cache(folder: Path) -> StoredTokens:
     )
 
 
-def _extent(told: object) -> Extent:
+def _extent(content: object) -> Extent:
     if (
-        not isinstance(told, dict)
-        or told.keys() != {"tokens", "characters", "bytes"}
-        or any(type(n) is not int or not 0 <= n < 2**63 for n in told.values())
+        not isinstance(content, dict)
+        or content.keys() != {"tokens", "characters", "bytes"}
+        or any(type(n) is not int or not 0 <= n < 2**63 for n in content.values())
     ):
         raise ValueError("an extent is three counts")
-    return Extent(**told)
+    return Extent(**content)
 
 
 def _sha256(definition: str | None) -> str | None:

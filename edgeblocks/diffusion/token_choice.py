@@ -17,7 +17,7 @@ Probabilities = NDArray[np.float64]
 
 
 def drawing_problems(*, n: int, temperature: float, top_p: float = 1.0) -> list[str]:
-    """What is wrong with a wish for texts, one sentence each."""
+    """What is wrong with a request for texts, one sentence each."""
     problems = []
     if not 1 <= n <= MOST_TEXTS:
         problems.append(f"--n {n}: 1 to {MOST_TEXTS} texts can be written at a time")

@@ -128,7 +128,7 @@ class RecordFields(Diverging):
     learning_rate: float | None = None
     examples_per_s: float | None = None
     seconds: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
-    """Wall time that the run had been trained: waiting for blocks counts; looks, starting and planning do not.
+    """Wall time that the run had been trained: waiting for blocks counts; previews, starting and planning do not.
 
     A resumed run goes on from the last record that it keeps. None where an earlier record has none, as those of an
     earlier edgeblocks.
@@ -143,7 +143,7 @@ class QualityFields(Diverging):
     step: Steps
     """Made by every block."""
     seconds: Annotated[float, Field(ge=0, allow_inf_nan=False)]
-    """Of training until then, without looking."""
+    """Of training until then, without previews and evaluations."""
     value: float
     standard_error: float | None = None
 
