@@ -95,6 +95,7 @@ def own_family(name: str) -> dict[str, str] | None:
 
 def import_own_family(found: dict[str, str]) -> None:
     """Register what `own_family` returned in another process."""
+    # Last, so that no file beside the user's takes the place of a library.
     sys.path.append(found["folder"])
     module, _, attribute = found["path"].partition(":")
     register_family(getattr(importlib.import_module(module), attribute))
@@ -164,7 +165,7 @@ def build_exporter() -> Any:
 
 
 def open_exported(directory: Path) -> Any:
-    """An exported directory, ready to run: `Sampler` or `Classifier`. Imports no torch."""
+    """An exported directory, ready to run: a `Sampler`, `Classifier`, `Writer` or `Continuer`. Imports no torch."""
     return _load(_CHAINS, "onnxruntime", "chain")(directory)
 
 

@@ -30,6 +30,7 @@ from edgeblocks.units import format_bytes
 
 def _fitting(micro_batch_of: Callable[..., int], *, most_residents: int) -> tuple[int, int]:
     """The largest micro-batch that fits with the largest number of blocks in memory that fits, and that number."""
+    # Blocks first, then samples: a block that is loaded again for every token costs more than a smaller micro-batch.
     for residents in range(most_residents, 1, -1):
         try:
             return micro_batch_of(residents=residents), residents
@@ -99,6 +100,7 @@ class Run:
             most_residents=1 if chain is None and not directory.method.one_network else len(directory.file_layers),
         )
         ema = loaded_ema(directory, slots=residents, device=target.device)
+        # Stages are the slots' business: to the runner they are one block, whose layers come when they are run.
         blocks = 1 if directory.method.one_network else residents
         runner = self.runner(ema, micro_batch=micro_batch, residents=blocks)
         try:

@@ -187,7 +187,7 @@ class Evaluation:
             result["text"] = metrics.text_scores(loss["total"], loss["standard_error"], loss["images"], data_set)
         elif family.task == "continuation":
             assert isinstance(data_set, TextSet)
-            self._tell_of_continuation_(result, data_set)
+            self._add_continuation_(result, data_set)
             result["cross_entropy_at_top"] = loss["levels"][0]["loss"]
         elif family.task == "classes" and samples >= 1:
             result["top1_by_block"] = metrics.mean_by_block(loss["levels"], directory.partition, "top1")
@@ -205,7 +205,7 @@ class Evaluation:
             result["frechet"] = metrics.sample_distance(made, data_set)
         return result
 
-    def _tell_of_continuation_(self, result: Evaluated, text: TextSet) -> None:
+    def _add_continuation_(self, result: Evaluated, text: TextSet) -> None:
         """Add the bound of hold-out text, over how many levels it is worth going where levels repeat the same network,
         and how varied texts are that the chain writes, beside as many of the hold-out part."""
         tokens, _ = text.gather(text.evaluation_indices(max(self.samples, 2)))
