@@ -101,6 +101,8 @@ class PlainArBlock(TokenDenoiserBlock):
 class PlainAr(Ar, EndToEnd):
     """What `ar` is where it is trained end to end: an ordinary language model, one pass a token, without a chain."""
 
+    # Codes, noise and levels are inherited and not looked at, so that one code writes text with a chain and without.
+    # The KV cache is the family's own, and one serves the one level that there is.
     chain_steps = 1
 
     def block(self, *, num_layers: int, checkpointing: bool) -> PlainArBlock:

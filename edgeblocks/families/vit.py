@@ -321,6 +321,8 @@ class Vit(ImageFamily):
 class PlainVit(Vit, EndToEnd):
     """What `vit` is where it is trained end to end: an ordinary classifier, without noise and without a chain."""
 
+    # A batch still has the noise that `Vit` draws, and z and sigma are still handed in: runner, export and the
+    # planner's count of a batch's bytes know one kind of batch. The network looks at neither, so one level says all.
     chain_steps = 1
 
     def block(self, *, num_layers: int, checkpointing: bool) -> PlainVitBlock:
