@@ -98,6 +98,7 @@ class Classifier(ImageChain):
             ConfigError, RunError: as `classify`.
         """
         found: list[Answer] = []
+        # A group at a time, as pictures are decoded before they go through the chain.
         for start in range(0, len(paths), _TOGETHER):
             read: list[tuple[Path, NDArray[np.uint8]]] = []
             for path in paths[start : start + _TOGETHER]:

@@ -91,6 +91,7 @@ class TokenFile:
         wanted = np.arange(first, last + 1, dtype=np.int64)
         pages, checks = self._tokens.read(wanted), self._checks.read(wanted)
         for page, check, number in zip(pages, checks, wanted, strict=True):
+            # Of every page that is read, as a flipped bit is a token like any other and no shape would show it.
             if zlib.crc32(page.data) != check:
                 raise StorageError(
                     f"{self._tokens.path} is damaged: page {number} of {self.num_pages} is not what was written; check "
@@ -169,6 +170,7 @@ def grouped(pieces: Iterator[Piece], *, border: int | None, at_spaces: bool) -> 
 def _divided(text: str, num_bytes: int, total_bytes: int) -> tuple[str, str]:
     """The text in two, the first with the share num_bytes / total_bytes of its bytes, less half a character."""
     encoded = text.encode()
+    # By shares, as the source's bytes are not the text's: a .jsonl has quotes and keys, a .parquet is compressed.
     head = encoded[: len(encoded) * num_bytes // total_bytes].decode("utf-8", errors="ignore")
     return head, text[len(head) :]
 

@@ -224,6 +224,8 @@ class Evaluation:
         whole_bound: ChainBound = {**bounds[-1], **metrics.text_facts(text, len(tokens)), "steps": self.steps}
         result["text"] = whole_bound
         result["bounds"] = bounds
+        # Levels are iterations of one core there, so more of them can be worth their time; elsewhere another block
+        # runs.
         if chain.caches_per == "step":
             result["curve"] = self._curve(text, tokens[:CURVE_TEXTS])
         elif self.runner.family.unrolled:
@@ -262,6 +264,7 @@ class Evaluation:
         level = family.evaluation_levels(self.directory.partition)[0]
         batch = family.at_level(*text.gather(indices), level, generator_at(0))
         for done, count in enumerate(CURVE_STEPS):
+            # The same examples for every count: what differs from row to row is the number of iterations alone.
             nats = []
             for start in range(0, len(indices), self.runner.micro_batch):
                 part = {name: tensor[start : start + self.runner.micro_batch] for name, tensor in batch.items()}

@@ -62,6 +62,7 @@ class _KnownResults:
         """By operator and arguments: how its result is made, or that it is the first argument; None: it must be run."""
 
     def of(self, operator: "OpOverload[..., object]", args: tuple[object, ...], kwargs: Mapping[str, object]) -> object:
+        # Values of numbers are part of it, contents of tensors are not: on the meta device they have none.
         key = operator, _described(args), _described(tuple(kwargs.items()))
         try:
             known = self._made.get(key, "unknown")

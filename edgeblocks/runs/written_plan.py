@@ -77,7 +77,7 @@ class WrittenPlan(Checked):
     trained_blocks: Blocks | None = None
     """None: all."""
     boundary_disk_bytes: Count = 0
-    """What every step writes to disk of what enters the stages."""
+    """Of the activations at the stage boundaries, which every step writes where they wait on disk."""
     tiers: Annotated[dict[str, Blocks], Field(max_length=3)] = Field(default_factory=dict)
     slots: Layers
     shapes: Shapes | None = None
@@ -123,6 +123,7 @@ class WrittenPlan(Checked):
 
     def to_json(self) -> dict[str, object]:
         """The content of the file: what was given or read, and no defaults."""
+        # What a later edgeblocks wrote comes back as it was read, so that this one takes nothing out of the file.
         return self.model_dump(exclude_unset=True)
 
 
