@@ -64,7 +64,6 @@ class StreamedBackward:
                 self._boundaries.put(number + 1, part, stage.through_stage(hidden, condition, checkpointing=False))
         if number < self._lowest:
             self._boundaries.forget(number)  # the backward pass does not come down to this stage
-        # The stem is in stage 0, so there both are parts of its graph and the stem's parameters get their gradients.
         if number == 0:
             self._condition = conditions.all()
 
@@ -107,6 +106,7 @@ class StreamedBackward:
 
     def _stage_inputs(self, number: int, stage: Block, part: slice) -> tuple[Tensor, Tensor]:
         """A stage's input activations and conditioning for some samples."""
+        # The stem is in stage 0, so there both are parts of its graph and the stem's parameters get their gradients.
         if number == 0:
             return self._family.enter(stage, self._samples(part))
         assert self._condition is not None
