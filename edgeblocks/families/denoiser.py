@@ -158,7 +158,6 @@ class ResidualBlock(EdmBlock):
 
     def ended(self, hidden: Tensor, condition: Tensor) -> Tensor:
         """The readout's output."""
-        # F is read from the last hidden values, and the skip past the network is added in `leave`.
         out: Tensor = self.readout(hidden, condition)
         return out
 

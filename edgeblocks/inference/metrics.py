@@ -143,7 +143,6 @@ def _scores(
         examples, labels = data.gather(indices[start : start + runner.micro_batch])
         batch = family.at_level(examples, labels, level, generator)
         for name, values in scores_of(family, runner, network, batch).items():
-            # In order of the examples, which the next level adds to.
             found.setdefault(name, []).append(values.numpy())
     return {name: np.concatenate(parts).astype(np.float64) for name, parts in found.items()}
 

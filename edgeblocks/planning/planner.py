@@ -273,7 +273,6 @@ def inference_micro_batch(
     """
     largest = max(layers)
     fixed = machine.runtime_bytes + 4 * residents * costs.parameters(largest) + stem_readout_bytes + SLACK_BYTES
-    # Largest first.
     for size in micro_batches(samples):
         here = size * sample_bytes + (held_bytes if machine.host is None else size * costs.batch_bytes_per_sample)
         needed = fixed + here + forward_bytes(costs, machine, largest, size)
