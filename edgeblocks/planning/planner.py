@@ -70,7 +70,7 @@ def make_plan(costs: LayerCosts, machine: Machine, request: PlanRequest) -> Plan
         candidates=tuple(rows),
         layers=layers,
         shapes=_shapes(costs, machine, request, chosen),
-        look_micro_batch=_preview_micro_batch(costs, machine, request, chosen),
+        preview_micro_batch=_preview_micro_batch(costs, machine, request, chosen),
         steps=request.steps,
         budget_bytes=request.budget_bytes,
         # Blocks have a stem and a readout each; stages are cut from one network, which has one of both.

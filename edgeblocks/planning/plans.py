@@ -180,7 +180,7 @@ class Plan:
     """Number of layers of each block, from high noise to low noise."""
     shapes: tuple[StepShape, ...]
     """The chosen step first, then what a run may fall back to while it is running, each smaller than the one before."""
-    look_micro_batch: int
+    preview_micro_batch: int
     """Samples that go through the network together when it is evaluated or sampled."""
     steps: int
     budget_bytes: int

@@ -82,7 +82,8 @@ class WrittenPlan(Checked):
     slots: Layers
     shapes: Shapes | None = None
     look_micro_batch: Samples | None = None
-    """None, in a plan of an earlier edgeblocks: `micro_batch`."""
+    """`Plan.preview_micro_batch`, under the name that files have had; None, in a plan of an earlier edgeblocks:
+    `micro_batch`."""
     visit_steps: Steps | None = None
     budget_bytes: Annotated[int, Field(ge=1, le=2**63)]
     parameters: Count | None = None
@@ -167,7 +168,7 @@ def written_plan(plan: Plan, noise_ranges: Sequence[NoiseRange]) -> TrainablePla
         tiers=chosen.tiers,
         slots=chosen.slots,
         shapes=[WrittenShape(**asdict(shape)) for shape in plan.shapes],
-        look_micro_batch=plan.look_micro_batch,
+        look_micro_batch=plan.preview_micro_batch,
         visit_steps=chosen.visit_steps,
         budget_bytes=plan.budget_bytes,
         parameters=plan.parameters,
