@@ -119,6 +119,7 @@ def train(
     """
     listener = listener or Silent()
     path = Path(out)
+    # Looked at now, because planning takes half a minute, and again by `create_run`, which must not trust that look.
     check_free(path)
     prepared = prepare(settings_for_here(config=config, **settings).with_whole_paths(), path, listener)
     check_disk(prepared, path)
@@ -213,11 +214,13 @@ def _is_finished(run: RunDirectory) -> bool:
 def _resume(run: RunDirectory, other_budget: bool, reinit_blocks: Sequence[int], listener: Listener) -> "Run":
     """Go on with a locked run; its settings are written down when everything has proved sound."""
     remove_leftovers(run)
+    # Before any step is read: a checkpoint that was cut short has files of two steps.
     if run.method.trained_together:
         NextBlocks(run.store()).recover()
     target = build_target(run.settings.run.target)
     target.prepare()
     budget_bytes = budget_of_this_process(run.settings.run, target)
+    # Compared with what the run was trained on before a file of the run is changed.
     data_set = open_run_data(run.data_settings, listener, budget_bytes=budget_bytes, target=target)
     if data_set.fingerprint != run.data_fingerprint:
         raise RunError(
@@ -239,6 +242,7 @@ def _replanned_if_needed(
     """The run, planned again with the same blocks where its budget or target changed or its plan does not fit here."""
     former = run.trainable_plan
     runtime_bytes = former.breakdown.get("runtime", 0)
+    # The plan's runtime is another process's: this one may hold more already, as from a notebook.
     here = former.predicted_peak_bytes - runtime_bytes + max(runtime_bytes, target.used_bytes())
     moved = former.is_beside_a_host != (target.host_bytes() is not None)
     if not (other_budget or moved) and here <= former.budget_bytes:
@@ -311,6 +315,7 @@ def _train(run: RunDirectory, data_set: DataSet, listener: Listener, resumed_fro
     )
     with refusals_explained(target, budget_bytes, breakdown):
         store = run.store()
+        # Of the newest file, as each header has what the run had written when that file was complete.
         store.continue_meter(store.header(block) for block in range(len(run.file_layers)))
         store.hold_folder()
         trainer = trainer_type(run.method).open(run, data_set, store, guard, target.device)
@@ -318,6 +323,7 @@ def _train(run: RunDirectory, data_set: DataSet, listener: Listener, resumed_fro
             with target.capped(budget_bytes), Interruption(listener.note).listening() as interruption:
                 previews = Previews(run, data_set, trainer, interruption)
                 listener.stage("training")
+                # Those that a crash prevented are due now; of a new run none is.
                 previews.after_visit(run.saved_steps(store))
                 steps = trainer.train(interruption, on_step=listener.step, between_visits=previews.after_visit)
                 if interruption.signal_name is None:
@@ -332,6 +338,7 @@ def _train(run: RunDirectory, data_set: DataSet, listener: Listener, resumed_fro
             f"stopped by {interruption.signal_name}; saved at {_at_steps(run, steps)} of "
             f"{run.settings.run.steps}. Go on with: edgeblocks train --resume {run.path}"
         )
+    # Before the summary, which says that the run is finished: a crash in between is made good by --resume.
     bring_blocks_home(run)
     summary = summary_of(run, trainer, evaluation, data_set, target, budget_bytes, resumed_from)
     run.write_json("summary.json", summary.to_json())

@@ -21,6 +21,10 @@ MOST_CLASSES = 100_000
 MOST_UNREADABLE = 100_000
 """Names of skipped files are kept."""
 MOST_LAYERS = 2**12
+"""So many blocks there can be, too, of one layer each."""
+MOST_WIDTH = 2**20
+MOST_HEADS = 2**12
+MOST_CODE_WIDTH = 2**12
 MOST_SAMPLES = 2**20
 MOST_STEPS = 2**30
 MOST_NOISE = 1e30

@@ -239,6 +239,7 @@ def replan(
     costs, machine = measure(settings, data, existing_folder(Path(settings.run.work_dir or out)), target, listener)
     request = replace(_request(settings, data_set, data, budgets), blocks=len(former.layers_per_block))
     try:
+        # Another micro-batch sums gradients in another order, and then the last bits of every weight differ.
         return make_plan(costs, machine, replace(request, micro_batch=former.micro_batch, checkpointing=None))
     except DoesNotFitError:
         pass
@@ -335,8 +336,7 @@ def check_disk(prepared: Prepared, out: Path) -> None:
             raise StorageError(
                 f"{path} needs {format_bytes(needed)} of disk for {method.parts(chosen.blocks)} of "
                 f"{format_bytes(chosen.block_bytes)} and the copies that saving them makes, {format_bytes(free)} are "
-                f"free there; "
-                f"choose another disk with {'--work-dir' if path != out else '--out'}, or a smaller network"
+                f"free there; choose another disk with {'--work-dir' if path != out else '--out'}, or a smaller network"
             )
     computing_s = prepared.plan.computing_s
     moving_s = prepared.plan.predicted_s - computing_s
@@ -397,6 +397,7 @@ def measured_machine(target: Target, folder: Path) -> Machine:
 def trace_costs(settings: Settings, data: DataInfo) -> tuple[LayerCosts, int]:
     """The costs of the network at the micro-batches that matter, and the peak of the child process that traced them."""
     sizes = micro_batches(settings.run.batch)
+    # The ends and the middle: a peak is convex in the samples, so a line between two of them is never below it.
     counts = {sizes[0], sizes[len(sizes) // 2], 1}
     if settings.run.micro_batch != "auto":
         counts.add(min(settings.run.micro_batch, settings.run.batch))

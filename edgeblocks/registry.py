@@ -1,6 +1,5 @@
 """Families, targets and machines by name. The one place that knows which exist; each is imported when asked for."""
 
-import difflib
 import hashlib
 import importlib
 import sys
@@ -8,7 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgeblocks.errors import ConfigError
+from edgeblocks.errors import ConfigError, did_you_mean
 from edgeblocks.methods import METHODS, MethodName, imported
 
 if TYPE_CHECKING:
@@ -95,6 +94,7 @@ def own_family(name: str) -> dict[str, str] | None:
 
 def import_own_family(found: dict[str, str]) -> None:
     """Register what `own_family` returned in another process."""
+    # Last, so that no file beside the user's takes the place of a library.
     sys.path.append(found["folder"])
     module, _, attribute = found["path"].partition(":")
     register_family(getattr(importlib.import_module(module), attribute))
@@ -164,14 +164,13 @@ def build_exporter() -> Any:
 
 
 def open_exported(directory: Path) -> Any:
-    """An exported directory, ready to run: `Sampler` or `Classifier`. Imports no torch."""
+    """An exported directory, ready to run: a `Sampler`, `Classifier`, `Writer` or `Continuer`. Imports no torch."""
     return _load(_CHAINS, "onnxruntime", "chain")(directory)
 
 
 def _load(table: dict[str, str], name: str, kind: str) -> Any:
     if name not in table:
         own = "; one of your own is made known with edgeblocks.register_family" if kind == "family" else ""
-        close = difflib.get_close_matches(name.lower(), table, n=1)
-        meant = f" (is {close[0]} meant?)" if close else ""
-        raise ConfigError(f"there is no {kind} '{name}'{meant}; there are: {', '.join(table)}{own}")
+        meant = did_you_mean(name.lower(), table)
+        raise ConfigError(f"there is no {kind} '{name}'; there are: {', '.join(table)}{own}{meant}")
     return imported(table[name])

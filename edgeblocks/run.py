@@ -117,6 +117,7 @@ class Run:
             most_residents=1 if chain is None and not directory.method.one_network else len(directory.file_layers),
         )
         ema = loaded_ema(directory, slots=residents, device=target.device)
+        # Stages are the slots' business: to the runner they are one block, whose layers come when they are run.
         blocks = 1 if directory.method.one_network else residents
         runner = self.runner(ema, micro_batch=micro_batch, residents=blocks, together=together)
         try:

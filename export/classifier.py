@@ -98,6 +98,7 @@ class Classifier(ImageChain):
             ConfigError, RunError: as `classify`.
         """
         found: list[Answer] = []
+        # A group at a time, as pictures are decoded before they go through the chain.
         for start in range(0, len(paths), _TOGETHER):
             read: list[tuple[Path, NDArray[np.uint8]]] = []
             for path in paths[start : start + _TOGETHER]:
@@ -137,6 +138,7 @@ class Classifier(ImageChain):
     def _to_model(self, pixels: NDArray[np.uint8]) -> Values:
         """float32 [N, C, H, W] with zero mean over the data that the network was trained on."""
         mean, scale = self.manifest.mean, self.manifest.scale
+        # The operations of `ImageInfo.to_model` in their order, so that both round alike: [N, H, W, C] -> [N, C, H, W].
         images = np.ascontiguousarray(pixels.transpose(0, 3, 1, 2), dtype=np.float32)
         images *= np.float32(scale / 255)
         images -= np.float32(mean * scale)

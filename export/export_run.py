@@ -70,6 +70,7 @@ def export_run(
         files = _write_blocks(run, runner, folder, listener, external_above_bytes)
         manifest = _describe(run, files, folder)
         verified = verify_export(run, runner, open_chain(folder, manifest=manifest), listener)
+        # Last of all: a folder has a manifest only if its graphs give torch's numbers.
         manifest = manifest.model_copy(update={"verified": verified})
         write_manifest(folder, manifest)
     return manifest.to_json()

@@ -77,6 +77,7 @@ def make_template(family: AnyFamily, num_layers: int) -> Template | None:
         for parameter in probe.parameters():
             parameter.normal_(generator=generator)
     program = _trace(probe.eval(), family)
+    # Constants that match nothing, such as positions, keep their values: they are the same in every block.
     matches = {key: _match(values, probe) for key, values in _constants(program).items()}
     found = {key: match for key, match in matches.items() if match is not None}
     renamed = {key: f"{name}.transposed" if transposed else name for key, (name, transposed) in found.items()}

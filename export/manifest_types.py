@@ -35,10 +35,13 @@ from edgeblocks.limits import (
     LONGEST_SIDE,
     MOST_CHANNELS,
     MOST_CLASSES,
+    MOST_CODE_WIDTH,
+    MOST_HEADS,
     MOST_LAYERS,
     MOST_NOISE,
     MOST_PIXELS,
     MOST_TOKENS,
+    MOST_WIDTH,
 )
 from edgeblocks.tasks import TASKS, Task
 
@@ -47,11 +50,7 @@ KIND: Literal["edgeblocks export"] = "edgeblocks export"
 
 MOST_STEPS = 10_000
 MOST_NOISES = 1000
-MOST_BLOCKS = 2**12
 MOST_OPSET = 1000
-MOST_CODE_WIDTH = 2**12
-MOST_HEADS = 2**12
-MOST_HEAD_WIDTH = 2**20
 _MOST_NAME_CHARACTERS = 255
 _LAST = ("noise", "sampler", "boundaries", "levels", "files", "verified")
 """The keys that follow those of one kind of chain in the file."""
@@ -65,7 +64,7 @@ def _plain_name(name: str) -> str:
 
 
 FileName = Annotated[Text, AfterValidator(_plain_name)]
-BlockNumber = Annotated[int, Field(ge=0, le=MOST_BLOCKS)]
+BlockNumber = Annotated[int, Field(ge=0, le=MOST_LAYERS)]
 Side = Annotated[int, Field(ge=1, le=LONGEST_SIDE)]
 
 
@@ -141,7 +140,7 @@ class CacheShape(Checked):
     per: CachesPer
     num_caches: ListOf[Annotated[int, Field(ge=1, le=2 * MOST_LAYERS)]]
     heads: Annotated[int, Field(ge=1, le=MOST_HEADS)]
-    head_width: Annotated[int, Field(ge=1, le=MOST_HEAD_WIDTH)]
+    head_width: Annotated[int, Field(ge=1, le=MOST_WIDTH)]
 
 
 class ImageSize(Checked):
@@ -220,7 +219,7 @@ class Manifest(Checked, ABC):
     opset: Annotated[int, Field(ge=1, le=MOST_OPSET)]
     sampler: SamplerSettings | WriterSettings | ContinuerSettings
     boundaries: Annotated[
-        ListOf[Annotated[float, Field(ge=0, le=MOST_NOISE)]], Field(min_length=2, max_length=MOST_BLOCKS + 1)
+        ListOf[Annotated[float, Field(ge=0, le=MOST_NOISE)]], Field(min_length=2, max_length=MOST_LAYERS + 1)
     ]
     levels: ListOf[NoiseLevel] | ListOf[MaskingLevel]
     files: ListOf[BlockFile]

@@ -59,6 +59,7 @@ class ExportedChain:
         if block not in self._sessions:
             if not self.keeps_all:
                 self.close()
+            # Compared with the manifest's checksums before onnxruntime parses it.
             path = checked_path(self.directory, self.manifest.files[block])
             try:
                 self._sessions[block] = onnxruntime.InferenceSession(path, session_options(), ["CPUExecutionProvider"])

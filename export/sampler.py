@@ -76,6 +76,7 @@ class Sampler(ImageChain):
         num_classes = self.manifest.num_classes
         chosen = class_number(label, self.manifest.class_names)
         labels = classes_in_turn(n, num_classes=num_classes, chosen=chosen)
+        # The embedding's last row, which training uses where it drops a label.
         no_class = np.full(n, num_classes, dtype=np.int64)
 
         def denoise(z: Values, sigma: float) -> Values:

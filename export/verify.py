@@ -157,6 +157,7 @@ def block_cases(run: RunDirectory, data_set: DataSet | None, block: int) -> Iter
 
     def noised(sigma: Values) -> Values:
         eps, clean = random.standard_normal((2, len(sigma), *family.state_shape), dtype=np.float32)
+        # Data of about sigma_data, with noise: inputs as large as those that the block was trained on.
         z: Values = 0.5 * clean + sigma.reshape(-1, *(1 for _ in family.state_shape)) * eps
         return z
 
@@ -257,6 +258,8 @@ def _text_difference(run: RunDirectory, runner: BlockRunner, writer: Writer) -> 
         expected = runner.logits(tokens, t, wanted)
         check_finite(expected, "the chain")
         found = writer.logits(tokens, t, wanted)
+        # Both networks see the tokens that torch's chain has chosen: after one token that differs, two chains write two
+        # texts.
         worst = max(worst, largest_difference(softmax(found), softmax(expected)))
         return expected
 

@@ -42,6 +42,8 @@ def block_difference(
         given = [torch.from_numpy(array) for array in (case.z, case.sigma, case.inputs)]
         before, part = slice(0, case.start), slice(case.start, case.stop)
         with torch.no_grad():
+            # A KV cache of no position, of the network's own shape: one graph takes a text's beginning and what
+            # follows.
             empty = network(given[0][:, :1], given[1], given[2][:, :1])[1][:, :, :, :0]
             past = network(given[0][:, before], given[1], given[2][:, before])[1] if case.start else empty
             logits, present = network(given[0][:, part], given[1], given[2][:, part], past)
@@ -105,6 +107,7 @@ def text_difference(
         check_finite(expected, "the chain")
         found, _ = continuer.continued(block, z, sigma, inputs, past)
         worst = max(worst, largest_difference(softmax(found), softmax(expected)))
+        # Torch's keys and values go on, for both: a difference would otherwise be handed from token to token.
         return expected, present
 
     expected = write_texts(

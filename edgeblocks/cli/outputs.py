@@ -20,7 +20,7 @@ _MOST_UNREADABLE = 10
 
 
 @dataclass(frozen=True, kw_only=True)
-class Wish:
+class Request:
     """What the user typed for a network that makes something: None where nothing was typed.
 
     `of_images` and `of_text` are the options that only a network of that kind has.

@@ -19,7 +19,7 @@ from edgeblocks.cli.options import (
     SampleSeed,
     SampleSteps,
 )
-from edgeblocks.cli.outputs import Wish, say_classes
+from edgeblocks.cli.outputs import Request, say_classes
 from edgeblocks.errors import ConfigError
 from edgeblocks.tasks import TASKS, TEXT_TASKS
 from edgeblocks.units import format_bytes
@@ -83,7 +83,7 @@ def sample(
     as_json: Json = False,
 ) -> None:
     """Generate with a trained run: a grid of images, or texts."""
-    wish = Wish(n=n, out=out, as_json=as_json, of_images=of_images, of_text=of_text)
+    request = Request(n=n, out=out, as_json=as_json, of_images=of_images, of_text=of_text)
     from edgeblocks import api
     from edgeblocks.cli.console_progress import ConsoleListener
     from edgeblocks.inference.sampling import usual_steps
@@ -94,11 +94,11 @@ def sample(
             listener.note("the run is not finished: its blocks are used as they were saved last")
         if loaded.directory.family().task in TEXT_TASKS:
             on_token = partial(listener.advance, text="writing")
-            wish.texts(partial(loaded.sample_text, steps=steps, seed=seed, mem_budget=mem_budget, on_step=on_token))
+            request.texts(partial(loaded.sample_text, steps=steps, seed=seed, mem_budget=mem_budget, on_step=on_token))
             return
         levels = usual_steps(loaded.directory) if steps is None else steps
         sampled = partial(listener.advance, total=levels, text="sampling")
-        wish.images(
+        request.images(
             partial(loaded.sample, steps=levels, seed=seed, mem_budget=mem_budget, on_level=sampled),
             num_classes=len(loaded.directory.class_names),
         )
@@ -131,8 +131,8 @@ def weights(
     from edgeblocks import api
 
     written = api.load(run).save_weights(out, last=last)
-    told = f"wrote {written['tensors']} tensors, {format_bytes(written['bytes'])}, to {out}"
-    print(json.dumps(written) if as_json else told)
+    line = f"wrote {written['tensors']} tensors, {format_bytes(written['bytes'])}, to {out}"
+    print(json.dumps(written) if as_json else line)
 
 
 @verb(of_images=IMAGE_OPTIONS, of_text=TEXT_OPTIONS)
@@ -159,7 +159,7 @@ def run(
     An image model writes a grid of images. A classifier prints the likeliest classes of each image file, or writes them
     to a .json file. A text model prints its text, or writes it to a file.
     """
-    wish = Wish(n=n, out=out, as_json=as_json, of_images=of_images, of_text=of_text)
+    request = Request(n=n, out=out, as_json=as_json, of_images=of_images, of_text=of_text)
     from edgeblocks.cli.console_progress import ConsoleListener
     from edgeblocks.registry import open_exported
 
@@ -168,14 +168,14 @@ def run(
     if images and manifest.task != "classes":
         raise ConfigError(f"{directory} takes no images; leave out {images[0]}")
     if manifest.task == "classes":
-        wish.nothing("classifies images")
+        request.nothing("classifies images")
         say_classes(exported, images or [], out, steps, seed, as_json=as_json)
     elif manifest.task in TEXT_TASKS:
-        wish.texts(partial(exported.write, steps=steps, seed=seed))
+        request.texts(partial(exported.write, steps=steps, seed=seed))
     else:
         levels = manifest.sampler.steps if steps is None else steps
         with ConsoleListener() as listener:
             sampled = partial(listener.advance, total=levels, text="sampling")
-            wish.images(
+            request.images(
                 partial(exported.sample, steps=levels, seed=seed, on_level=sampled), num_classes=manifest.num_classes
             )

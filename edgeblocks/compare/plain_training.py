@@ -55,14 +55,17 @@ def train(
     network.init_(generator_at(run.seed, "init", 0))
     network = network.to(device)
     exponent = ema_exponent(run.ema_length) + 1
+    # The average of `optim.update.follow_`: torch copies the weights after the first step, where its decay is 0, too.
     averaged = AveragedModel(
         network, avg_fn=lambda mean, value, count: mean.lerp(value, 1 - float(1 - 1 / (count + 1)) ** exponent)
     )
+    # As `BlockLayout` has it: matrices decay, vectors do not.
     decayed = [parameter for parameter in network.parameters() if parameter.ndim >= 2]
     others = [parameter for parameter in network.parameters() if parameter.ndim < 2]
     groups = [{"params": decayed, "weight_decay": run.weight_decay}, {"params": others, "weight_decay": 0.0}]
     optimizer = adamw(groups, eight_bit=eight_bit)
     on_start()
+    # The batches of `exact`, and the examples of `diffusion`'s block 0 in the same order.
     draw = drawing(family, data, whole_range(family).ranges[0], batch=run.batch, seed=run.seed, block=0)
     with closing(BatchThread(torch.device(device))) as thread:
         batches = thread.batches(draw, last=run.steps)
@@ -72,6 +75,7 @@ def train(
             loss.backward()  # type: ignore[no-untyped-call]
             nn.utils.clip_grad_norm_(network.parameters(), run.clip)
             for group in optimizer.param_groups:
+                # Set from the step and not by a scheduler of torch, whose schedule would be another one.
                 group["lr"] = learning_rate_at(step, steps=run.steps, warmup=run.warmup, peak=run.learning_rate)
             optimizer.step()
             optimizer.zero_grad()
@@ -164,6 +168,7 @@ class Recorder:
             micro_batch = min(self.run.batch, 64)
             device = torch.device(self.target.torch_device)
             whole = WholeNetwork(partition=self.partition, whole=mean.eval(), micro_batch=micro_batch, device=device)
+            # The average of the weights is looked at, as with the other methods.
             found = network_quality(self.family, whole, self.data, seed=self.run.seed)
             mean.train()
             self.previews_s += time.perf_counter() - started

@@ -85,6 +85,7 @@ class RowFile(Generic[Value]):
 
     def _read_at(self, position: int, row: NDArray[np.generic]) -> None:
         try:
+            # Straight into the row, and at a position: no thread that reads moves another one's place in the file.
             num_read = os.preadv(self.descriptor, [row.data.cast("B")], position)
         except OSError as error:
             raise StorageError(f"{self.path} cannot be read: {error}; check the disk, then start again") from error
@@ -173,13 +174,15 @@ class CacheFiles:
             file.flush()
             os.fsync(file.fileno())
 
-    def finish(self, told: Mapping[str, object]) -> None:
-        """Writes `told` and a checksum of it into meta.json, and flushes everything to the disk."""
+    def finish(self, content: Mapping[str, object]) -> None:
+        """Writes `content` and a checksum of it into meta.json, and flushes everything to the disk."""
         with self._storing():
             for array in self._arrays.values():
                 array.finish()
             file_bytes = {path.name: path.stat().st_size for path in sorted(self._folder.iterdir())}
-            meta: dict[str, Any] = {"version": self._kind.version, "file_bytes": file_bytes, **told}
+            # Written last: with the sizes of all files in it, a folder that was cut short anywhere does not match its
+            # meta.json.
+            meta: dict[str, Any] = {"version": self._kind.version, "file_bytes": file_bytes, **content}
             meta["sha256"] = meta_digest(meta)
             with (self._folder / "meta.json").open("w", encoding="ascii") as file:
                 json.dump(meta, file)
@@ -257,7 +260,7 @@ def open_or_build(
 
 
 def read_meta(folder: Path, version: int) -> dict[str, Any]:
-    """What `finish` was told, compared with its checksum and the sizes of the files.
+    """What `finish` was given, compared with its checksum and the sizes of the files.
 
     Raises:
         OSError, ValueError, LookupError, TypeError, AttributeError: it is not what `finish` wrote.
@@ -313,12 +316,14 @@ def _array_in(file: BinaryIO, dtype: np.dtype[np.generic], most_rows: int) -> tu
 def _publish(partial: Path, final: Path, is_sound: Callable[[Path], bool]) -> None:
     """Gives the finished cache its name, unless another process has meanwhile built a sound one."""
     if final.exists() and not is_sound(final):
+        # Renamed before it is deleted: a folder that is half gone must not have the final name.
         damaged = partial.with_suffix(".damaged.partial")
         final.rename(damaged)
         shutil.rmtree(damaged, ignore_errors=True)
     try:
         partial.rename(final)
     except OSError:
+        # The name is taken: another process was first, and what it built is as good as ours.
         if not is_sound(final):
             raise
     sync(final.parent)

@@ -98,14 +98,14 @@ def find_text(source: str) -> TextSource:
         if not path.exists():
             raise DataError(f"data '{source}' does not exist; {_ACCEPTED}")
         path = path.resolve()
-        return _look_through(source, path)
+        return _source_at(path, source)
     except OSError as error:
         raise DataError(f"data '{source}' cannot be looked at: {error.strerror}; {_ACCEPTED}") from error
     except (RuntimeError, ValueError) as error:  # nobody's home folder; a name that no file can have
         raise DataError(f"data '{source}' cannot be looked at: {error}; {_ACCEPTED}") from error
 
 
-def _look_through(source: str, path: Path) -> TextSource:
+def _source_at(path: Path, source: str) -> TextSource:
     digest, num_files, total_bytes, reading_bytes = hashlib.sha256(os.fsencode(path)), 0, 0, 0
     for file in _files(path):
         digest.update(os.fsencode(f"\0{file.name}\0{file.size_bytes} {file.mtime_ns}"))

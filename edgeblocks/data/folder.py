@@ -45,7 +45,7 @@ class ImageFolder:
     def __init__(self, root: Path, image_size: int | None, room_bytes: int | None = None) -> None:
         self._root, self._image_size, self._room_bytes = root, image_size, room_bytes
         self._class_folders = _class_folders(root)
-        self.key, self._num_files = self._look_through()
+        self.key, self._num_files = self._key_and_count()
 
     def fill(self, cache: CacheWriter, progress: Progress) -> Content:
         """Decodes every image into `cache`; unreadable ones are skipped and named in the result.
@@ -76,7 +76,7 @@ class ImageFolder:
         for label, folder in enumerate(self._class_folders):
             yield from _walk(self._root, folder, label)
 
-    def _look_through(self) -> tuple[str, int]:
+    def _key_and_count(self) -> tuple[str, int]:
         """The key and the number of image files."""
         digest = hashlib.sha256(f"folder {FORMAT_VERSION} {self._image_size}\0".encode() + os.fsencode(self._root))
         counts = np.zeros(max(1, len(self._class_folders)), dtype=np.int64)

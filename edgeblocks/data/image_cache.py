@@ -163,6 +163,7 @@ def image_moments(images: NDArray[np.uint8]) -> NDArray[np.int64]:
         for left in range(0, flat.shape[1], columns):
             part = flat[start : start + rows, left : left + columns]
             moments[start : start + rows, 0] += part.sum(axis=1, dtype=np.int64)
+            # 255^2 is the largest square, and uint16 holds it.
             moments[start : start + rows, 1] += np.square(part, dtype=np.uint16).sum(axis=1, dtype=np.int64)
     return moments
 
@@ -203,15 +204,15 @@ def _read_cache(folder: Path) -> StoredImages:
     )
 
 
-def _content(told: object, num_images: int, labels: NDArray[np.int64] | None) -> Content:
-    """What meta.json tells of the images, compared with the arrays.
+def _content(content: object, num_images: int, labels: NDArray[np.int64] | None) -> Content:
+    """What meta.json says of the images, compared with the arrays.
 
     Raises:
         ValueError, LookupError, TypeError: it is not what `CacheWriter` wrote.
     """
-    if not isinstance(told, dict):
-        raise ValueError("the content is told by name")
-    class_names, unreadable, num_test = told["class_names"], told["unreadable"], told["num_test"]
+    if not isinstance(content, dict):
+        raise ValueError("the content is no object")
+    class_names, unreadable, num_test = content["class_names"], content["unreadable"], content["num_test"]
     for names, most in ((class_names, MOST_CLASSES), (unreadable, MOST_UNREADABLE)):
         if not isinstance(names, list) or len(names) > most or not all(isinstance(name, str) for name in names):
             raise ValueError("names are a list of texts")
@@ -228,5 +229,6 @@ def _are_moments(moments: NDArray[np.int64], values_per_image: int) -> bool:
     """Whether each row can be the sum and the sum of squares of so many values from 0 to 255."""
     sums, squares = moments.T
     possible = (sums >= 0) & (sums <= 255 * values_per_image) & (squares >= sums) & (squares <= 255 * sums)
+    # n (sum of squares) >= (sum)^2, Cauchy and Schwarz; in float64, as the products pass int64 in large images.
     spread = squares.astype(np.float64) * values_per_image >= sums.astype(np.float64) ** 2 * (1 - 1e-9)
     return bool((possible & spread).all())

@@ -93,18 +93,18 @@ class Tally:
         )
 
 
-def read_left_out(told: object) -> LeftOut | None:
-    """What a cache tells; None where it tells nothing.
+def read_left_out(content: object) -> LeftOut | None:
+    """What a cache has of it; None where it has nothing.
 
     Raises:
         ValueError: it is not what was written.
     """
-    if told is None:
+    if content is None:
         return None
-    if not isinstance(told, dict) or told.keys() != {field.name for field in fields(LeftOut)}:
+    if not isinstance(content, dict) or content.keys() != {field.name for field in fields(LeftOut)}:
         raise ValueError("what is left out is three counts and two lists")
-    counts = [told[name] for name in ("letters", "letters_left_out", "signs")]
-    lists = [told[name] for name in ("most_frequent_letters", "most_frequent_signs")]
+    counts = [content[name] for name in ("letters", "letters_left_out", "signs")]
+    lists = [content[name] for name in ("most_frequent_letters", "most_frequent_signs")]
     if any(type(count) is not int or not 0 <= count < 2**63 for count in counts):
         raise ValueError("a count of characters")
     for codes in lists:

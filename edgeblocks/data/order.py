@@ -20,6 +20,7 @@ class BatchOrder:
 
     def indices(self, step: int) -> np.ndarray:
         """Indices into the data set, int64 [batch], of the step that counts from 0."""
+        # Batches run on over the epochs' borders, so that no example is left out and every batch is full.
         positions = np.arange(step * self._batch, (step + 1) * self._batch)
         epochs, places = np.divmod(positions, len(self._train))
         chosen = np.empty(self._batch, dtype=np.int64)
@@ -29,6 +30,7 @@ class BatchOrder:
         return chosen
 
     def _epoch_order(self, epoch: int) -> np.ndarray:
+        # One permutation is kept: at a border two are needed in turn, and elsewhere the same one for many steps.
         if epoch != self._epoch:
             rng = np.random.default_rng(seed_at(*self._position, epoch))
             self._permuted = rng.permutation(self._train)

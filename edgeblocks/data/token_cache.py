@@ -59,7 +59,7 @@ class StoredTokens:
     """A finished cache. `train` and `held_out` follow each other in the file.
 
     fingerprint: sha256 of the tokens and the tokenizer, in hexadecimal.
-    left_out: what "chars" does not write; None for the other tokenizers, and in caches that do not tell of it.
+    left_out: what "chars" does not write; None for the other tokenizers, and in caches that do not have it.
     """
 
     token_file: "TokenFile"
@@ -91,6 +91,7 @@ class TokenFile:
         wanted = np.arange(first, last + 1, dtype=np.int64)
         pages, checks = self._tokens.read(wanted), self._checks.read(wanted)
         for page, check, number in zip(pages, checks, wanted, strict=True):
+            # Of every page that is read, as a flipped bit is a token like any other and no shape would show it.
             if zlib.crc32(page.data) != check:
                 raise StorageError(
                     f"{self._tokens.path} is damaged: page {number} of {self.num_pages} is not what was written; check "
@@ -157,6 +158,7 @@ def grouped(pieces: Iterator[Piece], *, border: int | None, at_spaces: bool) -> 
         if num_waiting >= most:
             joined = "".join(waiting)
             place = _last_border(joined) if at_spaces else len(joined)
+            # No space to cut at: more is waited for, but not without end.
             if place == len(joined) and at_spaces and num_waiting < _MOST_UNDIVIDED:
                 most = _MOST_UNDIVIDED
                 continue
@@ -168,6 +170,7 @@ def grouped(pieces: Iterator[Piece], *, border: int | None, at_spaces: bool) -> 
 def _divided(text: str, num_bytes: int, total_bytes: int) -> tuple[str, str]:
     """The text in two, the first with the share num_bytes / total_bytes of its bytes, less half a character."""
     encoded = text.encode()
+    # By shares, as the source's bytes are not the text's: a .jsonl has quotes and keys, a .parquet is compressed.
     head = encoded[: len(encoded) * num_bytes // total_bytes].decode("utf-8", errors="ignore")
     return head, text[len(head) :]
 
@@ -193,10 +196,12 @@ def _fill(files: CacheFiles, tokenizer: Tokenizer, stretches: Iterator[Stretch])
         total = extents[held_out]
         total.tokens, total.characters = total.tokens + extent.tokens, total.characters + extent.characters
         total.bytes += extent.bytes
+        # Of four bytes each whatever the file's type is: the same text and tokenizer have the same fingerprint.
         token_hash.update(tokens.astype("<u4").data)
         waiting = np.concatenate([waiting, tokens.astype(dtype)])
         num_whole = len(waiting) // page_tokens * page_tokens
         _append(files, waiting[:num_whole].reshape(-1, page_tokens))
+        # Only whole pages are written; the rest waits for what comes next, so that pages are full but for the last.
         waiting = waiting[num_whole:]
     if not extents[0].tokens + extents[1].tokens:
         raise DataError(
@@ -287,14 +292,14 @@ def _read_cache(folder: Path) -> StoredTokens:
     )
 
 
-def _extent(told: object) -> Extent:
+def _extent(content: object) -> Extent:
     if (
-        not isinstance(told, dict)
-        or told.keys() != {"tokens", "characters", "bytes"}
-        or any(type(n) is not int or not 0 <= n < 2**63 for n in told.values())
+        not isinstance(content, dict)
+        or content.keys() != {"tokens", "characters", "bytes"}
+        or any(type(n) is not int or not 0 <= n < 2**63 for n in content.values())
     ):
         raise ValueError("an extent is three counts")
-    return Extent(**told)
+    return Extent(**content)
 
 
 def _sha256(definition: str | None) -> str | None:

@@ -177,6 +177,8 @@ class Window:
             noise: standard normal, [samples, length, code_width].
         """
         self._chain, self._noise = chain, noise
+        # Column i is what position i reads, the token before it; `tokens` is the same memory from column 1 on, so that
+        # a token that is written is the next position's input at once.
         self._inputs = np.full((len(noise), chain.length + 1), len(chain.codes), dtype=np.int64)
 
     @property
@@ -189,7 +191,9 @@ class Window:
         `probabilities_at` runs again."""
         chain, last = self._chain, upto - self._restated
         for step, sigma in enumerate(chain.levels):
+            # Levels that share a KV cache would write the same keys and values into it.
             if chain.cache_keys[step] not in chain.cache_keys[:step]:
+                # Piece by piece, as a network's memory grows with the positions that go through together.
                 for start in range(0, last, PROMPT_SEGMENT):
                     stop = min(start + PROMPT_SEGMENT, last)
                     predict(step, sigma, self._inputs[:, start:stop], self._known(start, stop, sigma), start)
@@ -203,11 +207,14 @@ class Window:
         steps = iter(range(len(chain.levels)))
 
         def denoise(z: Values, sigma: float) -> Values:
-            step = next(steps)
+            step = next(steps)  # Euler asks once a level, in their order
+            # [samples, restated + 1, code_width]
             states = np.append(self._known(start, position, sigma), z[:, None], axis=1)
             probabilities = softmax(predict(step, sigma, inputs, states, start))
             if step in wanted:
                 np.add(total, probabilities, out=total)
+            # D(z, sigma) = E[code | z] (arXiv 2506.14202, section 4.4): [samples, vocabulary] @ [vocabulary,
+            # code_width].
             denoised: Values = probabilities @ chain.codes
             return denoised
 
@@ -251,6 +258,8 @@ def continue_texts(
     noise = np.empty((len(samples), chain.length, chain.codes.shape[1]), dtype=np.float32)
     uniform = np.empty((len(samples), chain.length))
     for row, index in enumerate(samples):
+        # All of a sample's random numbers, before anything is written: they depend neither on the prompt's length nor
+        # on what the texts beside it are.
         stream = np.random.default_rng(seed_at(seed, "continue", index))
         noise[row] = stream.standard_normal(noise.shape[1:], dtype=np.float32)
         uniform[row] = stream.random(chain.length)
@@ -340,5 +349,6 @@ class CachedPredict:
         logits, present = self._network(
             block, z, np.full(count, sigma, dtype=np.float32), inputs, cache[:, :, :, :start]
         )
+        # Over what was there: a position that is run again has the keys and values of its known token.
         cache[:, :, :, start : start + num_positions] = present
         return logits

@@ -119,7 +119,7 @@ def classification_scores(
     kept = [np.concatenate(column) for column in zip(*(_answered(*answer) for answer in answers), strict=True)]
     rank, sure, own = kept
     right = rank == 0
-    bins = np.minimum((sure * CALIBRATION_BINS).astype(np.int64), CALIBRATION_BINS - 1)
+    bins = np.minimum((sure * CALIBRATION_BINS).astype(np.int64), CALIBRATION_BINS - 1)  # 1.0 is in the last
     rows: list[CalibrationBin] = []
     for number in range(CALIBRATION_BINS):
         inside = bins == number

@@ -77,6 +77,7 @@ class NoiseDistribution:
 
     def widened(self, low: float, high: float, overlap: float) -> tuple[float, float]:
         """[low/a, high*a] with a = (high/low)^overlap, clipped to the whole range."""
+        # A factor in sigma, so that both sides grow by the same share of the range in log sigma.
         widening = (high / low) ** overlap
         return max(low / widening, self.sigma_min), min(high * widening, self.sigma_max)
 
@@ -169,6 +170,7 @@ def partition_noise(
     top, bottom = distribution.top, distribution.bottom
     if kind == "equal-probability":
         q_top, q_bottom = distribution.quantile(top), distribution.quantile(bottom)
+        # Equal steps of q from the top down (arXiv 2506.14202, section 3): blocks are in the order of the layers.
         inner = [distribution.level_at(q_top + b / num_blocks * (q_bottom - q_top)) for b in range(1, num_blocks)]
     else:
         inner = [distribution.along(b / num_blocks) for b in range(1, num_blocks)]
@@ -194,6 +196,7 @@ def sampler_levels(partition: NoisePartition, *, num_steps: int, rho: float = 7.
     num_blocks = partition.num_blocks
     _check_steps(num_steps, num_blocks)
     top, bottom = (sigma ** (1 / rho) for sigma in (partition.boundaries[0], partition.boundaries[-1]))
+    # EDM, equation 5, with both ends taken as they are and not through the power.
     levels = [partition.boundaries[0]]
     levels += [(top + i / (num_steps - 1) * (bottom - top)) ** rho for i in range(1, num_steps - 1)]
     levels += [partition.boundaries[-1]] if num_steps > 1 else []
@@ -205,6 +208,7 @@ def sampler_levels(partition: NoisePartition, *, num_steps: int, rho: float = 7.
     counts = [len(block_levels) for block_levels in by_block]
     respaced = {b for b, count in enumerate(counts) if _on_boundary(by_block[b], partition)}
     while 0 in counts:
+        # From where one level less weighs least. There are as many levels as blocks at least, so the giver keeps one.
         taker, giver = counts.index(0), counts.index(max(counts))
         counts[taker] += 1
         counts[giver] -= 1
@@ -223,6 +227,7 @@ def _check_steps(num_steps: int, num_blocks: int) -> None:
 
 
 def _on_boundary(levels: list[float], partition: NoisePartition) -> bool:
+    # Wider than float32 rounds (6e-8): a network sees the level as float32, and both must lie on the same side.
     return any(
         math.isclose(level, boundary, rel_tol=1e-5) for level in levels for boundary in partition.boundaries[1:-1]
     )

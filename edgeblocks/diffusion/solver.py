@@ -54,9 +54,12 @@ def integrate(
     """
     # numpy and torch round each of these operations alike, because a Python float joins a float32 array as a float32 in
     # both.
+    # At sigma_max the data are negligible beside the noise, so the chain begins with sigma_max eps.
     z = z * levels[0]
     for i, sigma in enumerate(levels):
         sigma_next = levels[i + 1] if i + 1 < len(levels) else 0.0
+        # dz/dsigma towards less noise, as in EDM's algorithm 1. Equations 3 to 5 of arXiv 2506.14202 print the other
+        # sign, with which noise would grow.
         # In place where it can be: an image's samples are many, and five of their size is what the plan counts.
         slope = z - denoise(z, sigma)
         slope /= sigma

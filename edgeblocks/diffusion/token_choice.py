@@ -17,7 +17,7 @@ Probabilities = NDArray[np.float64]
 
 
 def drawing_problems(*, n: int, temperature: float, top_p: float = 1.0) -> list[str]:
-    """What is wrong with a wish for texts, one sentence each."""
+    """What is wrong with a request for texts, one sentence each."""
     problems = []
     if not 1 <= n <= MOST_TEXTS:
         problems.append(f"--n {n}: 1 to {MOST_TEXTS} texts can be written at a time")
@@ -101,6 +101,8 @@ def choose_tokens(probabilities: Probabilities, uniform: Probabilities, *, tempe
         likeliest: Tokens = probabilities.argmax(axis=1)
         return likeliest
     with np.errstate(divide="ignore"):
+        # p^(1/temperature) relative to the largest, which stays 1: at low temperatures all would underflow. log 0 is
+        # -inf, and exp takes it back to 0.
         logarithms = np.log(probabilities) - np.log(probabilities.max(axis=1, keepdims=True))
     return token_at(nucleus(np.exp(logarithms / temperature), top_p), uniform)
 
@@ -115,8 +117,9 @@ def nucleus(weights: Probabilities, top_p: float) -> Probabilities:
     """
     if top_p >= 1:
         return weights
-    order = np.argsort(-weights, axis=1, kind="stable")
+    order = np.argsort(-weights, axis=1, kind="stable")  # equals in the tokens' order, on every machine
     sums = np.cumsum(np.take_along_axis(weights, order, axis=1), axis=1)
+    # A token is out if those before it have the share already, so the likeliest always stays.
     reached_before = sums[:, :-1] >= top_p * sums[:, -1:]
     kept = np.ones(weights.shape, dtype=bool)
     np.put_along_axis(kept, order[:, 1:], ~reached_before, axis=1)

@@ -63,6 +63,8 @@ def unmask(
     streams = [np.random.default_rng(seed_at(seed, "unmask", index)) for index in range(len(tokens))]
     for number, (t_from, t_to) in enumerate(steps):
         # In the last step with certainty, whatever its t_to, so that no gap is left.
+        # Of the tokens masked at t_from, the share that is not at t_to: (alpha(t_to) - alpha(t_from)) / (1 -
+        # alpha(t_from)).
         share = (t_from - t_to) / t_from if number < len(steps) - 1 else 1.0
         # Drawn for every sample and place, used or not: a sample's stream is then the same however samples are grouped.
         draws = np.stack([stream.random((2, length)) for stream in streams])
@@ -70,6 +72,7 @@ def unmask(
         (concerned,) = np.nonzero(chosen.any(axis=1))
         for start in range(0, len(concerned), micro_batch):
             part = concerned[start : start + micro_batch]
+            # The middle of the interval, which no boundary between blocks touches; [chosen, vocabulary].
             logits = logits_of(tokens[part], (t_from + t_to) / 2, chosen[part])
             rows, places = np.nonzero(chosen[part])
             uniform = draws[part, 1][rows, places]

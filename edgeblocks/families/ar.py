@@ -34,7 +34,7 @@ class ArBlock(TokenDenoiserBlock):
         # The noised stream starts from the token before, as the clean one does, and z's projection is added. From that
         # projection alone, which starts at zero, it would stay zero, as all gates are closed: nothing was learnt in 200
         # steps.
-        streams = torch.cat([clean, clean + noised])
+        streams = torch.cat([clean, clean + noised])  # [2 B, T, D]
         # The clean stream does not know the noise level, so that its keys and values hold at all levels.
         conditions = torch.cat([torch.zeros_like(condition), condition])
         return self.run(range(len(self.layers)), streams, conditions, past, present)
@@ -93,6 +93,7 @@ class PlainArBlock(TokenDenoiserBlock):
         self, z: Tensor, sigma: Tensor, tokens: Tensor, past: Tensor | None, present: list[Tensor] | None
     ) -> Tensor:
         x, nothing = self.enter(tokens)
+        # z and sigma are not looked at: the signature is that of a denoiser, so that one code writes text with either.
         out: Tensor = self.readout_norm(self.through_layers(x, x, nothing, past, present))
         return out
 
@@ -100,6 +101,8 @@ class PlainArBlock(TokenDenoiserBlock):
 class PlainAr(Ar, EndToEnd):
     """What `ar` is where it is trained end to end: an ordinary language model, one pass a token, without a chain."""
 
+    # Codes, noise and levels are inherited and not looked at, so that one code writes text with a chain and without.
+    # The KV cache is the family's own, and one serves the one level that there is.
     chain_steps = 1
 
     def block(self, *, num_layers: int, checkpointing: bool) -> PlainArBlock:
@@ -119,6 +122,7 @@ class PlainAr(Ar, EndToEnd):
     def enter(self, block: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
         """The first layer's input, and an empty conditioning."""
         assert isinstance(block, PlainArBlock)
+        # Position i reads the token at i - 1 and is to predict the one at i.
         return block.enter(F.pad(batch["tokens"][:, :-1], (1, 0), value=self.begin))
 
     def loss_after(self, block: nn.Module, hidden: Tensor, condition: Tensor, batch: Batch) -> Tensor:

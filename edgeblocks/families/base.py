@@ -88,6 +88,7 @@ class ImageInfo:
 
     def to_model(self, pixels: np.ndarray) -> Float[Tensor, "batch channels height width"]:
         """uint8 [N, H, W, C] to model space: zero mean, standard deviation sigma_data."""
+        # [N, C, H, W] also in memory: as a permuted view the channels would stay last.
         images = torch.from_numpy(pixels).permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
         return images.mul_(self.scale / 255).sub_(self.mean * self.scale)
 
@@ -252,6 +253,7 @@ def draw_sigmas(
     """Noise levels of a training batch: uniform in q between the widened ends of a block's range."""
     low, high = (noise.quantile(sigma) for sigma in (noise_range.train_low, noise_range.train_high))
     q = low + (high - low) * torch.rand(count, dtype=torch.float64, generator=generator)
+    # sigma = exp(P_mean + P_std Phi^-1(q)) (arXiv 2506.14202, section 3); float64, as Phi^-1 is steep at both ends.
     sigma = torch.exp(noise.p_mean + noise.p_std * torch.special.ndtri(q))
     # The quantile and its inverse round: a level just outside would belong to a neighbour.
     return sigma.clamp(noise_range.train_low, noise_range.train_high).float()

@@ -31,4 +31,5 @@ class Block(nn.Module, ABC):
 
     def through_stage(self, hidden: Tensor, condition: Tensor, *, checkpointing: bool) -> Tensor:
         """Through the layers of a stage of end-to-end training, one after the other."""
+        # The guard may turn checkpointing on between two steps, so it comes with the call and not from the block.
         return run_layers(self.layers, hidden, condition, checkpointing=checkpointing)

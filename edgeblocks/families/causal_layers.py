@@ -31,6 +31,7 @@ def visible(
     [[1, 1, 0], [1, 1, 1]]
     """
     num_tokens, num_keys = queries.shape[2], keys.shape[2]
+    # The tokens are the last ones of the keys.
     tokens = torch.arange(num_tokens, device=queries.device) + (num_keys - num_tokens)
     return torch.arange(num_keys, device=queries.device) <= tokens.unsqueeze(1)
 
@@ -44,6 +45,7 @@ class CausalAttention(RotaryAttention):
     def attend(self, x: Hidden, past: Past | None) -> tuple[Hidden, Present]:
         """The output, and the tokens' keys and values; the tokens follow those of the KV cache `past`."""
         queries, keys, values = self.projected(x, self._positions(x, past))
+        # Keys were rotated by their own positions when they were made, so those of the KV cache stay as they are.
         seen_keys, seen_values = _with_past(keys, values, past)
         attended = _causal(queries, seen_keys, seen_values, past)
         return self.merged(attended), (keys, values)
@@ -65,6 +67,7 @@ class CausalAttention(RotaryAttention):
         know beforehand."""
         if past is None:
             return self.rotary[:, : x.shape[1]]
+        # past is [2, B, heads, T, d]: its length is the position at which these tokens begin.
         return self.rotary[:, past.shape[3] + torch.arange(x.shape[1], device=x.device)]
 
 
@@ -84,6 +87,8 @@ class TwoStreamAttention(CausalAttention):
         """The output, and the clean tokens' keys and values; the tokens follow those of the KV cache `past`."""
         queries, keys, values = (halves(part) for part in self.projected(x, self._positions(x, past)))
         seen_keys, seen_values = _with_past(keys[0], values[0], past)
+        # The diagonal, too: the clean stream is shifted by one, so its position i holds the token before the one that
+        # is to be predicted.
         seen = visible(queries[1], seen_keys)
         noised = _with_itself(queries[1], (seen_keys, keys[1]), (seen_values, values[1]), seen)
         if self.noised_only:
@@ -139,6 +144,7 @@ class PlainCausalLayer(PreNormLayer):
         """The output for tokens that follow those of the past, and their keys and values."""
         attended, present = self.attention.attend(self.attention_norm(x), past)
         x = x + attended
+        # The same sums as `PreNormLayer.forward`, which has no keys and values to give back.
         return x + self.mlp(self.mlp_norm(x)), present
 
 
@@ -157,6 +163,7 @@ class TwoStreamLayer(CausalLayer):
         self.attention.noised_only = last
 
     def _added(self, x: Tensor, attended: Tensor, *modulation: Tensor) -> Tensor:
+        # Attention has returned the second half alone, so the residual and the gates are cut to it as well.
         if self.attention.noised_only:
             return super()._added(halves(x)[1], attended, *(halves(part)[1] for part in modulation))
         return super()._added(x, attended, *modulation)
@@ -164,7 +171,7 @@ class TwoStreamLayer(CausalLayer):
 
 def halves(x: Float[Tensor, "both ..."]) -> tuple[Float[Tensor, "one ..."], Float[Tensor, "one ..."]]:
     """The two streams. Unlike `Tensor.chunk` it leaves a batch of any size open while a graph is exported."""
-    first, second = x.reshape(2, -1, *x.shape[1:]).unbind(0)
+    first, second = x.reshape(2, -1, *x.shape[1:]).unbind(0)  # [2 B, ...] -> [B, ...] twice
     return first, second
 
 

@@ -55,8 +55,9 @@ class EdmBlock(Block):
 
     def enter(self, z: Tensor, sigma: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor]:
         """`begun` for a noised image."""
+        # EDM, table 1. sigma is one number a sample, [B, 1, 1, 1] beside z.
         c_in = (sigma**2 + SIGMA_DATA**2).view(-1, 1, 1, 1).rsqrt()  # to unit variance
-        return self.begun(c_in * z, sigma.log() / 4, labels)
+        return self.begun(c_in * z, sigma.log() / 4, labels)  # c_noise = ln(sigma) / 4 (EDM, table 1)
 
     def leave(self, hidden: Tensor, condition: Tensor, z: Tensor, sigma: Tensor) -> Tensor:
         """The denoised image D(z, sigma) = c_skip z + c_out F(c_in z, c_noise) (EDM, equation 7)."""
@@ -173,6 +174,7 @@ def noise_and_class(
     if label_embedding is not None:
         assert labels is not None
         condition = condition + label_embedding(labels)
+    # Here once: every layer's modulation is linear(silu(c)), with the same c.
     return nn.functional.silu(condition)
 
 
@@ -239,6 +241,8 @@ class ImageDenoiser(ImageFamily, EndToEnd):
         clean = self.data.to_model(pixels)
         count = len(clean)
         if self.settings.flip:
+            # Every draw comes from the step's generator in this order: in another one the same step would be another
+            # batch.
             flipped = torch.rand(count, generator=generator) < 0.5
             clean[flipped] = clean[flipped].flip(-1)
         sigma = draw_sigmas(self.noise, noise_range, count, generator)
@@ -287,6 +291,8 @@ class ImageDenoiser(ImageFamily, EndToEnd):
         return self._weighted_error(denoised, batch)
 
     def _weighted_error(self, denoised: Tensor, batch: Batch) -> Float[Tensor, " batch"]:
+        # [B] and not [B, 1]: times a weight [B] that would be [B, B], and every sample would get the mean of all
+        # weights.
         error = (denoised - batch["clean"]).square().flatten(1).mean(1)
         weight: Tensor = loss_weight(batch["sigma"], SIGMA_DATA)
         weighted: Tensor = error * weight

@@ -66,12 +66,15 @@ class DitBlock(WithPositions, EdmBlock):
     @torch.no_grad()
     def init_(self, generator: torch.Generator) -> None:
         """Initialise all parameters in place as DiT does."""
+        # In the modules' order: it decides which of the generator's numbers each matrix gets, so another order would be
+        # other weights from the same seed.
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 init_linear_(module, generator)
         init_condition_(self.noise_up, self.noise_down, self.label_embedding, generator)
         for layer in self.layers:
             assert isinstance(layer, AdaLnZeroLayer)
+            # Gates of zero: a layer begins as the identity (adaLN-Zero, arXiv 2212.09748, section 3.2).
             init_zero_(layer.modulation)
         init_zero_(self.readout_modulation)
         init_zero_(self.readout)
@@ -79,12 +82,12 @@ class DitBlock(WithPositions, EdmBlock):
     def begun(self, x: Tensor, c_noise: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor]:
         """Patches with their positions, and noise level and class."""
         condition = noise_and_class(self.noise_up, self.noise_down, self.label_embedding, c_noise, labels)
-        return self.patch_embedding(patchify(x, self.patch)) + self.positions, condition
+        return self.patch_embedding(patchify(x, self.patch)) + self.positions, condition  # [B, T, D], [B, D]
 
     def ended(self, hidden: Tensor, condition: Tensor) -> Tensor:
         """An image of the patches."""
         shift, scale = self.readout_modulation(condition).chunk(2, dim=-1)
-        tokens = self.readout(modulated_norm(hidden, shift, scale))
+        tokens = self.readout(modulated_norm(hidden, shift, scale))  # [B, T, D] -> [B, T, C p^2]
         return unpatchify(tokens, patch=self.patch, height=self.height, width=self.width)
 
 

@@ -32,6 +32,7 @@ class _AddingToGradients(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias = ctx.saved_tensors
+        # [rows, outputs], whatever the dimensions before the features are; x as [rows, features].
         rows = grad_outputs[0].flatten(0, -2)
         # In place, because autograd first makes a tensor as large as the weight and then adds it. In a block of width
         # 1024 that took 25 MB at the peak, as much again in gaps of the heap, and two more passes over memory a step.
@@ -47,6 +48,7 @@ class Linear(nn.Linear):
         """Nothing: see the module's docstring."""
 
     def forward(self, input: Float[Tensor, "*rows features"]) -> Float[Tensor, "*rows outputs"]:
+        # Without a gradient to add to, as in ordinary training and in evaluation, it is torch's own operator.
         if self.weight.grad is None or not torch.is_grad_enabled():
             return F.linear(input, self.weight, self.bias)
         out: Tensor = _AddingToGradients.apply(input, self.weight, self.bias)  # type: ignore[no-untyped-call]
@@ -97,12 +99,13 @@ class SelfAttention(nn.Module):
         self.out = Linear(width, width)
 
     def forward(self, x: Hidden) -> Hidden:
+        # [B, T, 3 D] -> [B, T, 3, heads, d] -> three of [B, heads, T, d].
         queries, keys, values = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
         return self.merged(F.scaled_dot_product_attention(queries, keys, values))
 
     def merged(self, attended: Float[Tensor, "batch heads tokens head_width"]) -> Hidden:
         """All heads' outputs side by side, through the last linear map."""
-        out: Tensor = self.out(attended.transpose(1, 2).flatten(2))
+        out: Tensor = self.out(attended.transpose(1, 2).flatten(2))  # [B, heads, T, d] -> [B, T, D]
         return out
 
 
@@ -125,6 +128,7 @@ class _Turned(torch.autograd.Function):
     @staticmethod
     def forward(ctx: FunctionCtx, qkv: Tensor, turns: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         ctx.save_for_backward(turns)
+        # Queries and keys together, [B, T, 2, heads, d/2] complex, times e^(i position frequency), [T, 1, 1, d/2].
         turned = torch.view_as_real(_pairs(qkv[:, :, :2]) * turns[:, None, None]).flatten(-2)
         queries, keys = turned.permute(2, 0, 3, 1, 4).unbind(0)
         return queries, keys, qkv[:, :, 2].transpose(1, 2)
@@ -173,6 +177,7 @@ class RotaryAttention(SelfAttention):
         self, x: Hidden, positions: Float[Tensor, "2 tokens half"]
     ) -> tuple[Float[Tensor, "batch heads tokens head_width"], ...]:
         """Queries and keys rotated by `positions`, which are rows of the table, and values."""
+        # [B, T, 3 D] -> [B, T, 3, heads, d]
         qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1))
         if torch.compiler.is_exporting():  # onnxruntime has no complex numbers
             return _turned_without_complex_numbers(qkv, positions)
@@ -208,6 +213,7 @@ class Mlp(nn.Module):
 def modulated_norm(x: Hidden, shift: Float[Tensor, "batch width"], scale: Float[Tensor, "batch width"]) -> Hidden:
     """LayerNorm without affine parameters, then x * (1 + scale) + shift (AdaLN)."""
     # 1 + scale: a modulation of zero, as it starts, leaves the norm as it is.
+    # eps as DiT has it; torch's own is 1e-5.
     normed = F.layer_norm(x, x.shape[-1:], eps=1e-6)
     return torch.addcmul(shift.unsqueeze(1), normed, 1 + scale.unsqueeze(1))
 
@@ -226,6 +232,8 @@ class AdaLnZeroLayer(nn.Module):
         self.modulation = Linear(width, 6 * width)
 
     def forward(self, x: Hidden, condition: Condition) -> Hidden:
+        # Six of [B, D], the same for all tokens of a sample: x + gate * f(norm(x) (1 + scale) + shift), f attention,
+        # then MLP.
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.modulation(condition).chunk(6, dim=-1)
         x = torch.addcmul(x, gate_a.unsqueeze(1), self.attention(modulated_norm(x, shift_a, scale_a)))
         return torch.addcmul(x, gate_m.unsqueeze(1), self.mlp(modulated_norm(x, shift_m, scale_m)))
@@ -278,6 +286,7 @@ def sincos_positions(rows: int, columns: int, width: int) -> Float[Tensor, "toke
     frequencies = 10_000.0 ** (-torch.arange(width // 4) / (width // 4))
     row_angles = torch.arange(rows).unsqueeze(1) * frequencies
     column_angles = torch.arange(columns).unsqueeze(1) * frequencies
+    # [rows, width/2] and [columns, width/2], side by side for each place of the grid.
     by_row = torch.cat([row_angles.sin(), row_angles.cos()], dim=1)
     by_column = torch.cat([column_angles.sin(), column_angles.cos()], dim=1)
     grid = [by_row.unsqueeze(1).expand(-1, columns, -1), by_column.unsqueeze(0).expand(rows, -1, -1)]
@@ -308,6 +317,7 @@ def patchify(
 ) -> Float[Tensor, "batch tokens features"]:
     """Square patches in row-major order, each flattened as (channel, row, column)."""
     batch, channels, height, width = images.shape
+    # [B, C, H/p, p, W/p, p] -> [B, H/p, W/p, C, p, p] -> [B, T, C p^2]
     x = images.reshape(batch, channels, height // patch, patch, width // patch, patch)
     return x.permute(0, 2, 4, 1, 3, 5).reshape(batch, (height // patch) * (width // patch), channels * patch * patch)
 
@@ -318,6 +328,7 @@ def unpatchify(
     """The inverse of `patchify`."""
     batch, _, features = tokens.shape
     channels = features // (patch * patch)
+    # [B, T, C p^2] -> [B, H/p, W/p, C, p, p] -> [B, C, H/p, p, W/p, p] -> [B, C, H, W]
     x = tokens.reshape(batch, height // patch, width // patch, channels, patch, patch)
     return x.permute(0, 3, 1, 4, 2, 5).reshape(batch, channels, height, width)
 
@@ -369,6 +380,7 @@ class _WithGradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *_: Tensor) -> tuple[Tensor | None, ...]:
+        # The scalar's own gradient is 1 and is not multiplied in.
         return ctx.saved_tensors[0], None
 
 
@@ -394,6 +406,7 @@ class _Checkpointed(torch.autograd.Function):
         with torch.enable_grad():
             out = ctx.layer(*inputs)
             loss = _WithGradient.apply(out, grad_outputs[0])  # type: ignore[no-untyped-call]
+        # This adds to the gradients of the layer's parameters in place, so only those of its inputs are returned.
         loss.backward()
         return (None, *(tensor.grad for tensor in inputs))
 

@@ -80,6 +80,7 @@ class LoopedBlock(TokenDenoiserBlock):
         condition = self.condition(sigma.log() / 4)
         steady = torch.zeros_like(condition)
         x = self.run(prelude, self.token_embedding(tokens), steady, None, None)
+        # [2 B, T, D]: the core adds noised codes to the prelude's output in either stream.
         streams = torch.cat([x + self.noised(known, sigma), x + self.noised(z, sigma)])
         for numbers, conditioning in ((core, condition), (coda, steady)):
             for number in numbers:
@@ -145,7 +146,9 @@ class PlainLoopedBlock(PlainArBlock):
         for iteration in range(count):
             # Gradients go back through the last iterations alone; the others keep no activations.
             with torch.set_grad_enabled(followed and iteration >= count - self.truncation):
+                # [B, T, 2 D] -> [B, T, D]
                 state = self.adapter(torch.cat([state, read], dim=-1))
+                # Brought to the same size every time, however often the core is run.
                 state = self.state_norm(self.run(range(ends, total - ends), state, condition, past, present))
         return self.run(range(total - ends, total), state, condition, past, present)
 
@@ -200,6 +203,7 @@ class PlainLooped(PlainAr):
 
     def num_caches(self, num_layers: int) -> int:
         """Tensors of keys and of values in the KV cache: of a layer of the core, one of each for every iteration."""
+        # Prelude and coda run once; the core's keys and values differ from iteration to iteration.
         ends = num_layers // 4
         return 2 * (2 * ends + (num_layers - 2 * ends) * self.settings.iterations)
 

@@ -138,6 +138,8 @@ class Mdlm(TextFamily, EndToEnd):
     ) -> Batch:
         """One training step's batch: t in (train_low, train_high], evenly spaced from one random start."""
         shares = spread_shares(len(tokens), generator)
+        # Down from the upper end, which shares of [0, 1) include and the lower one not: at t = 0 the weight 1/t has no
+        # value.
         t = noise_range.train_high - (noise_range.train_high - noise_range.train_low) * shares
         return _batch(tokens, t, torch.rand(tokens.shape, generator=generator))
 
@@ -211,11 +213,13 @@ def _read_from(block: MdlmBlock, states: Tensor, batch: Batch) -> tuple[Tensor, 
 
 
 def _batch(tokens: np.ndarray, t: Tensor, uniform: Float[Tensor, "batch length"]) -> Batch:
+    # Rounded first: mask and weight 1/t must be of the same t.
     t = t.float()
     return {"tokens": torch.from_numpy(tokens), "masked": uniform < t.unsqueeze(1), "t": t}
 
 
 def _weighted(values: Float[Tensor, " rows"], batch: Batch) -> Float[Tensor, " batch"]:
     """(1/t) times each sequence's sum of values, which are zero where nothing is masked, by its length."""
+    # w(t) = -alpha'(t) / (1 - alpha(t)) = 1/t (arXiv 2406.04329), and 1/T for nats a token: [B T] -> [B].
     masked, t = batch["masked"], batch["t"]
     return values.view(masked.shape).sum(1) / (t * masked.shape[1])

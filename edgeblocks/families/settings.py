@@ -10,9 +10,9 @@ from pydantic import AfterValidator, Field, ValidationInfo
 
 from edgeblocks.diffusion.noise import NoiseDistribution
 from edgeblocks.files.checked import field_problems
-from edgeblocks.limits import MOST_LAYERS, MOST_NOISE
+from edgeblocks.limits import MOST_HEADS, MOST_LAYERS, MOST_NOISE, MOST_WIDTH
 
-MOST = {"width": 2**20, "depth": MOST_LAYERS, "heads": 2**12, "patch": 2**12}
+MOST = {"width": MOST_WIDTH, "depth": MOST_LAYERS, "heads": MOST_HEADS, "patch": 2**12}
 LEAST_MASS = 1e-6
 """Of the noise distribution, inside [sigma_min, sigma_max]; with less, quantiles there cannot be told apart."""
 

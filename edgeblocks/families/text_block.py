@@ -61,11 +61,11 @@ class TextBlock(Block):
 
     def condition(self, level: Float[Tensor, " batch"]) -> Condition:
         """The conditioning of layers and readout, for noise levels brought to about [-1, 1]."""
-        features = noise_features(level, NOISE_FEATURES)
+        features = noise_features(level, NOISE_FEATURES)  # [B, 256]
         condition: Tensor = F.silu(self.noise_down(F.silu(self.noise_up(features))))
         return condition
 
     def normalised(self, x: Hidden, condition: Condition) -> Hidden:
         """The readout's input."""
-        shift, scale = self.readout_modulation(condition).chunk(2, dim=-1)
+        shift, scale = self.readout_modulation(condition).chunk(2, dim=-1)  # [B, D] each
         return modulated_norm(x, shift, scale)

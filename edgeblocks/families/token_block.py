@@ -100,13 +100,16 @@ class TokenDenoiserBlock(TextBlock, ABC):
     def _states(
         self, z: Tensor, sigma: Tensor, tokens: Tensor, past: Tensor | None, present: list[Tensor] | None
     ) -> Tensor:
+        # c_noise (EDM, table 1); clean and noised codes come in as [B, T, D].
         condition = self.condition(sigma.log() / 4)
         x = self.through_layers(self.token_embedding(tokens), self.noised(z, sigma), condition, past, present)
         return self.normalised(x, condition)
 
     def noised(self, z: Codes, sigma: Sigma) -> Hidden:
         """What the layers are given of noised codes."""
+        # To unit variance, as EDM's c_in: a row of unit norm has a variance of 1 / code_width in each feature.
         c_in = (sigma**2 + 1 / z.shape[-1]).rsqrt()
+        # [B, T, code] -> [B, T, D]
         out: Tensor = self.code_embedding(c_in[:, None, None] * z)
         return out
 

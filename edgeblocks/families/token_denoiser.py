@@ -48,8 +48,7 @@ from edgeblocks.families.settings import (
 )
 from edgeblocks.families.token_block import Codes, Past, Present, Sigma, TokenDenoiserBlock, Tokens
 from edgeblocks.families.token_loss import token_estimates, token_losses, token_scores
-
-MOST_CODE_WIDTH = 2**12
+from edgeblocks.limits import MOST_CODE_WIDTH
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,6 +163,7 @@ class TokenDenoiser(TextFamily):
             shares = (shares - top_share).clamp(min=0) / (1 - top_share)  # the others still cover the whole range
         high, low = (noise.quantile(sigma) for sigma in (noise_range.train_high, noise_range.train_low))
         q = high + (low - high) * shares
+        # sigma = exp(P_mean + P_std Phi^-1(q)): uniform in q is the training distribution, restricted to this range.
         sigma = torch.exp(noise.p_mean + noise.p_std * torch.special.ndtri(q))
         # The quantile and its inverse round: a level just outside would belong to a neighbour.
         sigma = sigma.clamp(noise_range.train_low, noise_range.train_high).float()
@@ -195,6 +195,7 @@ class TokenDenoiser(TextFamily):
 
     def _inputs(self, codes: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         tokens = batch["tokens"]
+        # y + sigma eps, [B, T, code].
         z = torch.addcmul(F.embedding(tokens, codes), batch["sigma"][:, None, None], batch["eps"])
         # Position i reads the token at i - 1, so that its own token is never an input.
         return z, F.pad(tokens[:, :-1], (1, 0), value=self.begin)
@@ -215,6 +216,7 @@ class TokenDenoiser(TextFamily):
         """Logits of the last position, and the keys and values of all; see `TokenDenoiserBlock.forward`."""
         assert isinstance(block, TokenDenoiserBlock)
         hidden, present = block.hidden(z, sigma, tokens, past)
+        # The last position alone: logits of all of them are [B, n, vocabulary], and only one is drawn from.
         return block.readout(hidden[:, -1]), present
 
     def estimates(
@@ -229,6 +231,7 @@ class TokenDenoiser(TextFamily):
     ) -> tuple[Codes, Float[Tensor, "batch tokens"]]:
         """The denoised code and log p(answer) at each position of a known text; see `TokenDenoiserBlock`."""
         assert isinstance(block, TokenDenoiserBlock)
+        # [B, T, D] -> [B T, D], as the logits are made a chunk of rows at a time.
         states, readout = block.reading_states(z, known, sigma, tokens).flatten(0, 1), block.readout
         denoised, logarithms = token_estimates(states, readout.weight, readout.bias, answers.flatten(), codes)
         return denoised.view(z.shape), logarithms.view(answers.shape)

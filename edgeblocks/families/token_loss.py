@@ -34,6 +34,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: FunctionCtx, x: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, counts: Tensor) -> Tensor:
+        # One number a row is kept for the backward pass, log sum exp, and not the row's logits.
         losses, log_sums = x.new_zeros(len(x)), x.new_zeros(len(x))
         for rows, _, logits in _chunks(x, weight, bias, counts):
             log_sums[rows], losses[rows] = _cross_entropy_(logits, targets[rows])
@@ -43,6 +44,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias, targets, counts, log_sums = ctx.saved_tensors
+        # As in `Linear`: gradients that exist are added to, and no second table [vocabulary, width] is made.
         in_place = weight.grad is not None
         grad_x = torch.zeros_like(x)
         grad_weight = weight.grad if in_place else torch.zeros_like(weight)

@@ -150,14 +150,18 @@ class VitBlock(WithPositions, Block):
         """The class token and the patches, and the conditioning of all layers."""
         noise = noise_features(sigma.log() / 4, NOISE_FEATURES)
         condition = F.silu(self.noise_down(F.silu(self.noise_up(noise))))
+        # EDM's c_in, [B, 1]; c_noise is above.
         c_in = (sigma**2 + SIGMA_DATA**2).rsqrt().unsqueeze(1)
         class_token = self.label_embedding(c_in * z).unsqueeze(1)
         tokens = self.patch_embedding(patchify(images, self.patch)) + self.positions
+        # [B, 1 + T, D]: the class token is the first.
         return torch.cat([class_token, tokens], dim=1), condition
 
     def leave(self, tokens: Hidden, condition: Condition) -> Classes:
         """The classes' logits from the class token that the last layer gives."""
         shift, scale = self.readout_modulation(condition).chunk(2, dim=-1)
+        # From the hidden state, not from c_skip z + c_out h: where c_out goes to 0 the last block could change no
+        # answer.
         out: Tensor = self.readout(modulated_norm(tokens[:, :1], shift, scale)[:, 0])
         return out
 
@@ -260,6 +264,7 @@ class Vit(ImageFamily):
         """One training step's batch: images augmented, sigma as `draw_sigmas` does, in part at sigma_max."""
         s = self.settings
         wanted = Augmentation(flip=s.flip, crop=s.crop, operations=s.randaugment, strength=s.randaugment_strength)
+        # Augmentation draws with numpy, which is seeded from the step's generator: a resumed run changes images alike.
         rng = np.random.default_rng(int(torch.randint(2**62, (), generator=generator)))
         pixels = augmented(pixels, wanted, rng)
         sigma = draw_sigmas(self.noise, noise_range, len(pixels), generator)
@@ -303,6 +308,7 @@ class Vit(ImageFamily):
         """The noised rows of the code-book, and the images."""
         labels = batch["labels"]
         rows = torch.zeros(len(labels), self.data.num_classes, device=labels.device)
+        # One-hot rows, [B, classes]; z = y + sigma eps.
         clean = rows.scatter(1, labels.unsqueeze(1), 1.0)
         return torch.addcmul(clean, batch["sigma"].unsqueeze(1), batch["eps"]), batch["images"]
 
@@ -315,6 +321,8 @@ class Vit(ImageFamily):
 class PlainVit(Vit, EndToEnd):
     """What `vit` is where it is trained end to end: an ordinary classifier, without noise and without a chain."""
 
+    # A batch still has the noise that `Vit` draws, and z and sigma are still handed in: runner, export and the
+    # planner's count of a batch's bytes know one kind of batch. The network looks at neither, so one level says all.
     chain_steps = 1
 
     def block(self, *, num_layers: int, checkpointing: bool) -> PlainVitBlock:

@@ -75,10 +75,12 @@ class BlockRunner:
         slot = slot_of(block, len(self._residents))
         resident = self._residents[slot]
         if resident is None or resident[0] != block:
+            # The former network's parameters are views of memory that the next one's weights come into.
             self._residents[slot] = None
             with torch.device("meta"):
                 network = self.family.block(num_layers=self._layers[block], checkpointing=False)
             with self._source.ema_weights(block) as weights:
+                # Views, no copies: they hold after this context until the source needs the place for another block.
                 weights.bind_(network)
                 self.device = weights.device
             with self.device:
@@ -98,6 +100,8 @@ class BlockRunner:
         denoised = torch.empty_like(z)
         for start in range(0, len(z), self.micro_batch):
             part = slice(start, start + self.micro_batch)
+            # z comes and goes in the processor's memory, [samples, ...]; only a micro-batch of it is where the network
+            # is.
             sigmas = torch.full((len(z[part]),), sigma, device=self.device)
             seen = None if condition is None else condition[part].to(self.device)
             denoised[part] = network(z[part].to(self.device), sigmas, seen)
@@ -160,6 +164,7 @@ def guided(
     """A denoiser with classifier-free guidance (`solver.guide`); at guidance 1 only D_class is run."""
 
     def run(z: Tensor, sigma: float) -> Tensor:
+        # Each runs over all samples before the other, with the same block, so guidance loads no block twice.
         conditional = denoise(z, sigma, labels)
         if labels is None or guidance == 1.0:
             return conditional

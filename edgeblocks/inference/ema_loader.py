@@ -29,6 +29,7 @@ class EmaLoader:
     def ema_weights(self, block: int) -> Iterator[BlockBuffer]:
         slot = slot_of(block, len(self._buffers))
         if self._held[slot] != block:
+            # Until the load has succeeded: half of a block must not be taken for one.
             self._held[slot] = None
             self._tier.load(block, self._buffers[slot])
             self._held[slot] = block

@@ -102,7 +102,9 @@ def evaluate(
     data_set = _run_data(directory, mem_budget, listener)
     if samples is None:
         samples = TASKS[task].evaluation_samples
+    # Not more samples than hold-out examples to set beside them.
     samples = len(data_set.evaluation_indices(samples)) if data_set.has_held_out else samples
+    # Each block has at least one level.
     steps = usual_steps(directory) if steps is None else max(steps, len(directory.layers))
     chain = token_chain_of(directory, steps) if task == "continuation" else None
     evaluation = Evaluation(
@@ -186,7 +188,7 @@ class Evaluation:
             result["text"] = metrics.text_scores(loss["total"], loss["standard_error"], loss["images"], data_set)
         elif family.task == "continuation":
             assert isinstance(data_set, TextSet)
-            self._tell_of_continuation_(result, runner, data_set)
+            self._add_continuation_(result, runner, data_set)
             result["cross_entropy_at_top"] = loss["levels"][0]["loss"]
         elif family.task == "classes" and samples >= 1:
             result["top1_by_block"] = metrics.mean_by_block(loss["levels"], directory.partition, "top1")
@@ -206,7 +208,7 @@ class Evaluation:
             on_level=lambda done: self.listener.advance(done, self.steps, "sampling"),
         )
 
-    def _tell_of_continuation_(self, result: Evaluated, runner: BlockRunner, text: TextSet) -> None:
+    def _add_continuation_(self, result: Evaluated, runner: BlockRunner, text: TextSet) -> None:
         """Add the bound of hold-out text, over how many levels it is worth going where levels repeat the same network,
         and how varied texts are that the chain writes, beside as many of the hold-out part."""
         tokens, _ = text.gather(text.evaluation_indices(max(self.samples, 2)))
@@ -225,6 +227,8 @@ class Evaluation:
         whole_bound: ChainBound = {**bounds[-1], **metrics.text_facts(text, len(tokens)), "steps": self.steps}
         result["text"] = whole_bound
         result["bounds"] = bounds
+        # Levels are iterations of one core there, so more of them can be worth their time; elsewhere another block
+        # runs.
         if chain.caches_per == "step":
             result["curve"] = self._curve(runner, text, tokens[:CURVE_TEXTS])
         elif runner.family.unrolled:
@@ -263,6 +267,7 @@ class Evaluation:
         level = family.evaluation_levels(self.directory.partition)[0]
         batch = family.at_level(*text.gather(indices), level, generator_at(0))
         for done, count in enumerate(CURVE_STEPS):
+            # The same examples for every count: what differs from row to row is the number of iterations alone.
             nats = []
             for start in range(0, len(indices), runner.micro_batch):
                 part = {name: tensor[start : start + runner.micro_batch] for name, tensor in batch.items()}

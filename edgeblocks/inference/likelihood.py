@@ -61,6 +61,7 @@ def _read(runner: BlockRunner, chain: TokenChain, tokens: Tokens, noise: Values)
     answers, eps = torch.from_numpy(tokens).to(device), torch.from_numpy(noise).to(device)
     inputs = torch.nn.functional.pad(answers[:, :-1], (1, 0), value=len(chain.codes))
     codes = torch.from_numpy(chain.codes).to(device)
+    # z starts as sigma_max eps, which does not know its token; `known` has the token and the same noise. [B, T, code]
     clean, z = torch.nn.functional.embedding(answers, codes), eps * chain.levels[0]
     found = np.empty((len(chain.levels), *tokens.shape))
     for step, sigma in enumerate(chain.levels):
@@ -69,6 +70,7 @@ def _read(runner: BlockRunner, chain: TokenChain, tokens: Tokens, noise: Values)
         denoised, logarithms = family.estimates(network, z, known, sigmas, inputs, answers, codes)
         found[step] = logarithms.cpu().numpy()
         sigma_next = chain.levels[step + 1] if step + 1 < len(chain.levels) else 0.0
+        # Euler, as `solver.integrate` does it, at all positions at once: here each has the right tokens before it.
         z = z + (z - denoised) / sigma * (sigma_next - sigma)
     return found
 
@@ -89,12 +91,14 @@ def bound(
         on_noise: called with the noises done and in all.
     """
     wanted = list(read_levels(chain.levels))
+    # log 0; probabilities of unlikely tokens underflow, so they are added up as logarithms.
     total = np.full(tokens.shape, -np.inf)
     found: dict[int, tuple[float, float | None]] = {}
     for number in range(noises[-1]):
         logarithms = log_shares(runner, chain, tokens, seed=seed, number=number)[wanted]
         total = np.logaddexp(total, np.logaddexp.reduce(logarithms, axis=0) - math.log(len(wanted)))
         if number + 1 in noises:
+            # -log of the mean over noises, then the mean over a text's tokens: [texts].
             nats = (math.log(number + 1) - total).mean(axis=1)
             error = float(nats.std(ddof=1) / math.sqrt(len(nats))) if len(nats) > 1 else None
             found[number + 1] = float(nats.mean()), error

@@ -102,11 +102,13 @@ def validation_loss(
     """
     indices = data.evaluation_indices(most_examples)
     rows: list[dict[str, float]] = []
+    # An example's mean over levels first: the error is over examples, as one example's levels are not independent.
     per_example = np.zeros(len(indices))
     levels = family.evaluation_levels(runner.partition)
     for number, level in enumerate(levels):
         block = runner.partition.block_of(level.middle)
         network = runner.network(block)
+        # One a level and not one for all: what a level draws does not depend on the levels before it.
         generator = generator_at(seed, "eval", number)
         sums: dict[str, np.ndarray] = {}
         for part in level.parts():
@@ -160,6 +162,7 @@ def mean_by_block(
     means: list[float | None] = []
     for block in range(partition.num_blocks):
         own = [level for level in levels if level["block"] == block]
+        # Divided by the shares of its own levels, which need not be evenly many for every block.
         share = sum(level["share"] for level in own)
         means.append(sum(level["share"] * level[score] for level in own) / share if own else None)
     return means
@@ -210,6 +213,7 @@ def sample_distance(samples: np.ndarray, images: ImageSet) -> SampleDistance:
         return np.concatenate([image_features(images.gather(chunk)[0]) for chunk in chunks])
 
     count = len(samples)
+    # More of them than samples: the distance has the noise of both sets, and real images cost only their features.
     train = features_of(images.train[: max(4 * count, 2048)])
     floor = frechet_distance(features_of(images.held_out[:count]), train) if len(images.held_out) >= count else None
     return {

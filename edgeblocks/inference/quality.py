@@ -50,6 +50,7 @@ def network_quality(family: Family, runner: NetworkSource, data: DataSet, *, see
         runner: gives the network; see `metrics.validation_loss`.
     """
     found = metrics.validation_loss(family, runner, data, seed=seed, most_examples=TASKS[family.task].quality_examples)
+    # The highest level, where z says least and the network has to know the answer itself.
     first = found["levels"][0]
     if family.task == "classes":
         return _accuracy(first["top1"], found["images"])

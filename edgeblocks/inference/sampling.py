@@ -87,6 +87,7 @@ def sample_images(
         )
     steps = usual_steps(directory) if steps is None else steps
     check_request(n=n, steps=steps, guidance=guidance, conditional=family.conditional)
+    # Each inside one block's range, descending: blocks come in order, and each is loaded once.
     levels = sampler_levels(directory.partition, num_steps=steps)
     labels = class_labels(n, num_classes=family.data.num_classes, chosen=class_number(label, directory.class_names))
     data = family.data
@@ -175,6 +176,7 @@ def _unmasked(
     intervals = unmasking_steps(directory.partition, num_steps=steps)
     tokenizer = directory.tokenizer
     assert tokenizer is not None
+    # Always the trained length, as the network knows no other; what is asked for is cut from it at the end.
     start, given = with_gaps(fill, tokenizer, length=trained_length, mask=family.mask)
     with runners(samples=n) as runner:
         tokens = unmasking.unmask(

@@ -73,6 +73,7 @@ class StagedWeights:
         for stage in sorted({0, len(self._layers) - 1}):
             with self._stages.ema_weights(stage) as buffer:
                 own = [(name, tensor) for name, tensor in buffer.tensors("ema") if not name.startswith("layers.")]
+                # Copies, since every pass needs them and the buffers of their stages are taken by the stages between.
                 bind_parameters_(network, [(name, tensor.clone()) for name, tensor in own])
         network.layers = _LayersOnUse(network.layers, self._layers, self._load)
         for _ in network.layers:  # an export takes the weights of all layers at once, from as many buffers as stages
@@ -80,6 +81,7 @@ class StagedWeights:
 
     def _load(self, stage: int, layers: nn.ModuleList, bound: dict[int, int]) -> None:
         with self._stages.ema_weights(stage) as buffer:
+            # Still views of the buffer that the stage lies in: what is loaded into it is what they see.
             if bound.get(stage) == id(buffer):
                 return
             for name, tensor in buffer.tensors("ema"):
@@ -104,6 +106,7 @@ class _LayersOnUse(nn.ModuleList):
         """By stage, the buffer that its layers' parameters are views of."""
 
     def __getitem__(self, number: int) -> nn.Module:  # type: ignore[override]  # layers come one at a time
+        # When the network's own loop takes the layer, as the stages' buffers do not hold all layers at once.
         self._load(self._stage_of[number], self, self._bound)
         return super().__getitem__(number)
 

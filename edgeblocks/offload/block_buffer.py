@@ -94,6 +94,7 @@ class BlockLayout:
             wanted.append((f"optimizer.{moment}", "optimizer", torch.float32, (plain,)))
         for moment in ("exp_avg", "exp_avg_sq"):
             wanted.append((f"optimizer.{moment}_scales", "optimizer", torch.float32, (quantized // GROUP_SIZE,)))
+        # Codes of one byte come last: a view as float32 must begin at a multiple of four.
         for moment, kind in (("exp_avg", SIGNED), ("exp_avg_sq", UNSIGNED)):
             wanted.append((f"optimizer.{moment}_codes", "optimizer", kind, (quantized,)))
         entries, start = [], 0
@@ -164,6 +165,7 @@ class BlockBuffer:
         for entry in self.layout.entries:
             if entry.part == part:
                 start = entry.start - part_start
+                # A view: what is trained is changed where it lies, and a block moves as one stretch of bytes.
                 view = memory[start : start + entry.num_bytes].view(entry.dtype).view(entry.shape)
                 yield entry.name.removeprefix(f"{part}."), view
 
@@ -188,6 +190,8 @@ def bind_parameters_(block: nn.Module, values: Iterable[tuple[str, Tensor]], gra
         owner = block.get_submodule(owner_name)
         parameter = nn.Parameter(value, requires_grad=gradients is not None)
         if gradients is not None:
+            # There before the first backward pass, so that autograd adds to it in place and all gradients lie in one
+            # row.
             parameter.grad = gradients[start : start + value.numel()].view_as(value)
             start += value.numel()
         setattr(owner, leaf, parameter)

@@ -94,6 +94,7 @@ class BlockStore:
 
     def file_bytes(self, block: int) -> int:
         """The most bytes that a block's file has on disk."""
+        # Numbers of the most digits, as their text is part of the header.
         most, digests = 10**18, dict.fromkeys(PARTS, "0" * 64)
         header = BlockHeader(run_id=self.run_id, block=block, step=most, digests=digests, run_bytes_written=most)
         return len(_encode_header(self.layouts[block], header)) + self.layouts[block].num_bytes
@@ -176,9 +177,12 @@ class BlockStore:
         try:
             with open_regular(path) as file:
                 header, data_start = self._read_header(block, file)
+                # Of the file that is open, and before its bytes are read: a later change shows in its times, and it is
+                # hashed again.
                 sound = self._sound_parts(block, os.fstat(file.fileno()))
                 for part in wanted:
                     file.seek(data_start + layout.part_span(part)[0])
+                    # Straight into the buffer: with a copy in between, loading a block would take its room twice.
                     _read_exactly(file, bytes_of(buffer.part_bytes(part)))
         except OSError as error:
             if isinstance(error, FileNotFoundError) and self.folder.is_dir():
@@ -239,6 +243,8 @@ class BlockStore:
                 f"{self.run_id[:8]} belongs here; put this run's own file back"
             )
         layout = self.layouts[block]
+        # The header's checksum says that the table is what was written; these say that it is of this network, and
+        # whole.
         size, expected = os.fstat(file.fileno()).st_size, data_start + layout.num_bytes
         if table != _table(layout):
             raise RunError(f"{path} holds tensors of another network than config.yaml describes; {self._kept(block)}")

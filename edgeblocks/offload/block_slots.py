@@ -40,6 +40,8 @@ class BlockSlots(Slots):
         """
         slot = self._slot_for(block, keep=None)
         self._wait(slot)
+        # Where the next block takes the former one's buffer, the former one's write was handed to the I/O thread
+        # before.
         if then is not None and len(self._slots) > 1:
             self._slot_for(then, keep=slot)
         try:
@@ -70,12 +72,13 @@ class BlockSlots(Slots):
             shared = self._slots[self._kept :]
             slot = self._slots[block] if block < self._kept else self._longest_unused(shared, keep=keep)
             self._hand_over(slot, partial(self._load, slot, block))
+            # Promised before it is there: `_holder` finds it, and nobody loads the block a second time.
             slot.block = block
         return self._use(slot)
 
     def _load(self, slot: Slot, block: int) -> None:
         started = time.perf_counter()
-        slot.step = self._tier.load(block, slot.buffer)
+        slot.step = self._tier.load(block, slot.buffer)  # on the I/O thread; the trainer reads it after `_wait`
         self.times.load_s += time.perf_counter() - started
 
     def _write(self, block: int, buffer: BlockBuffer, step: int) -> None:

@@ -31,6 +31,8 @@ class NextBlocks:
         """Put the new files in the place of the former ones."""
         marker = self._store.folder / self._COMPLETE
         try:
+            # The instant of the change. Each new file was synced when it was written, so no marker can be there without
+            # them.
             write_atomically(marker, [b""])
         except OSError as error:
             raise storage_error("cannot complete a checkpoint", marker, error) from error
@@ -44,6 +46,8 @@ class NextBlocks:
         """
         marker = self._store.folder / self._COMPLETE
         try:
+            # A marker that outlives its files, after a crash between the two lines at the end, finds nothing left to
+            # rename.
             complete = marker.exists()
             # Renaming can be cut short after any of the files: those that are left still have their new names.
             for block in range(len(self._store.layouts)):

@@ -69,7 +69,11 @@ class ScratchFile:
         # Where the system has no files without a name, one with this prefix and suffix exists for a moment;
         # `remove_leftovers` finds it after a crash.
         with tempfile.TemporaryFile(dir=self._folder, buffering=0, prefix=".", suffix=".tmp") as file:
+            # A descriptor of its own, since the one of `file` is closed with it; the nameless file lives as long as one
+            # is open.
             descriptor = os.dup(file.fileno())
+        # Closed at the latest with this object: gradients and boundary activations are written to files that nobody
+        # closes.
         self._closing = weakref.finalize(self, os.close, descriptor)
         return descriptor
 

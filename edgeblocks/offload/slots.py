@@ -19,6 +19,8 @@ from edgeblocks.offload.tiers import Tier
 class StreamTimes:
     """Seconds that the training thread waited for blocks (`stall_s`), and seconds of all reading and writing."""
 
+    # The I/O thread and the training thread both add to the last two, without a lock: an addition can be lost, and a
+    # lock is more than a figure for people is worth.
     stall_s: float = 0.0
     load_s: float = 0.0
     store_s: float = 0.0
@@ -85,6 +87,7 @@ class Slots:
 
     def close(self) -> None:
         """Stop the I/O thread after what it was given, and give the room of the tier back."""
+        # What is still to be written is written before the swap file and its bytes go.
         self._io.shutdown(wait=True)
         self._tier.close()
 
@@ -121,6 +124,7 @@ class Slots:
         if slot.pending is None:
             return
         started = time.perf_counter()
+        # Taken off first, so that a failure is raised to one caller and not again at the next flush.
         pending, slot.pending = slot.pending, None
         try:
             pending.result()

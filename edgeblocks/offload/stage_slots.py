@@ -51,11 +51,14 @@ class StageSlots(Slots):
         if then is not None and len(self._slots) > 1 and then.stage != need.stage:
             self._slot_for(then, keep=slot)
         yield slot.buffer
+        # Not where the use failed: the run then goes back to its last checkpoint, or saves the stage from this very
+        # buffer.
         slot.changed |= need.changes
 
     @contextmanager
     def ema_weights(self, block: int) -> Iterator[BlockBuffer]:
         """A buffer with a stage's EMA weights, until another stage is used; the next stage is loaded early."""
+        # After the last stage comes the first: the next micro-batch goes through the whole network again.
         need, then = (
             Need(stage=stage % len(self.store.layouts), parts=("ema",), changes=False) for stage in (block, block + 1)
         )
@@ -84,7 +87,9 @@ class StageSlots(Slots):
                 # One sum finds a NaN or an infinity anywhere in the stage, before its file can replace a good one.
                 if not math.isfinite(buffer.flat("weights").sum() + buffer.flat("ema").sum()):
                     raise FloatingPointError(f"stage {stage}")
+                # On this thread, since nothing can be computed before all files are complete.
                 self._tier.save(files, stage, buffer, step)
+            # Its new file has the same bytes, so it may leave without being offloaded.
             for slot in self._slots:
                 slot.changed &= slot.block != stage
 
@@ -95,6 +100,8 @@ class StageSlots(Slots):
             slot = self._longest_unused(self._slots, keep=keep)
             leaves = slot.block if slot.changed else None  # unchanged, its tier has the same bytes
             if leaves is not None:
+                # Counted when it is ordered: the next look at the limit of disk writes may come before the I/O thread
+                # does it.
                 self.store.bytes_written += self._tier.offload_bytes(leaves)
             self._hand_over(slot, partial(self._swap, slot.buffer, leaves, need.stage, need.parts))
             slot.block, slot.parts, slot.changed = need.stage, need.parts, False

@@ -42,6 +42,7 @@ class SwapFile:
         Raises:
             StorageError: the disk refused.
         """
+        # Stages differ in size, and a frozen one has no moments: the views follow the stage that comes.
         buffer.adopt_(self._layouts[stage])
         for part in parts:
             self._file.read(self._starts[stage] + buffer.layout.part_span(part)[0], buffer.part_bytes(part))
@@ -175,6 +176,7 @@ class HostTier:
 
     def save(self, files: BlockFiles, block: int, buffer: BlockBuffer, step: int) -> None:
         with self._lock:
+            # All under the lock: the copy, or `_staging`, must hold this block until its file is written.
             self._copied.discard(block)  # until the file is written the copy is ahead of it
             self._disk.save(files, block, self._copied_to_host(block, buffer), step)
             if self._has_copy(block):

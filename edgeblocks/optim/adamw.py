@@ -193,9 +193,11 @@ def adamw_8bit_step_(
     assert numel % GROUP_SIZE == 0, f"{numel} parameters are not whole groups of {GROUP_SIZE}"
     _assert_numel(numel, parameters, gradients, exp_avg_codes, exp_avg_sq_codes)
     _assert_numel(numel // GROUP_SIZE, exp_avg_scales, exp_avg_sq_scales)
+    # Filled here and read by all threads: a tensor of its own in each chunk would be an allocation a chunk.
     workspace.step.fill_(step)
 
     def step_chunk(start: int, buffers: _ChunkBuffers) -> None:
+        # Chunks are whole groups, so no scale belongs to two of them and no order among threads can change a bit.
         end = min(start + workspace.chunk_size, numel)
         chunk, groups = slice(start, end), slice(start // GROUP_SIZE, end // GROUP_SIZE)
         if end - start < workspace.chunk_size:
@@ -203,6 +205,7 @@ def adamw_8bit_step_(
         exp_avg, exp_avg_sq, scratch = buffers.exp_avg, buffers.exp_avg_sq, buffers.scratch
         m_codes, m_scales = exp_avg_codes[chunk], exp_avg_scales[groups]
         v_codes, v_scales = exp_avg_sq_codes[chunk], exp_avg_sq_scales[groups]
+        # Float32 for this chunk alone; then quantized again, so that both moments never exist in full.
         dequantize_(exp_avg, m_codes, m_scales, scratch=scratch)
         dequantize_(exp_avg_sq, v_codes, v_scales, scratch=scratch)
         torch._fused_adamw_(

@@ -76,6 +76,7 @@ def adamw_(
             state["exp_avg_scales"],
             state["exp_avg_sq_codes"],
             state["exp_avg_sq_scales"],
+            # Adam's bias correction divides by 1 - beta^t, which is 0 at t = 0.
             step=step + 1,
             weight_decay=weight_decay,
             workspace=workspace,
@@ -104,12 +105,14 @@ def adamw_(
 
 def follow_(buffer: "BlockBuffer", *, step: int, exponent: float) -> None:
     """Move the EMA towards the weights that step `step`, counted from 0, has made; see `ema_exponent`."""
+    # beta(t) = (1 - 1/t)^(gamma + 1) at t = step + 1 (arXiv 2312.02696, section 3.1).
     decay = (1 - 1 / (step + 1)) ** (exponent + 1)  # 0 after the first step: the EMA begins as the weights
     buffer.flat("ema").lerp_(buffer.flat("weights"), 1 - decay)
 
 
 def clip_(gradients: Tensor, largest_norm: float) -> float:
     """Scale the flat gradient to at most `largest_norm` (2-norm over the block) and return the norm it had."""
+    # In one call over the flat gradient: a sum in another order would be another number in its last bits.
     norm = float(torch.linalg.vector_norm(gradients))
     if norm > largest_norm:
         gradients.mul_(largest_norm / norm)

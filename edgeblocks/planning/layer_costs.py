@@ -97,6 +97,7 @@ def at_samples(costs: Sequence[StepCost], samples: int, value: Callable[[StepCos
         return value(exact)
     upper = next((cost for cost in costs if cost.samples > samples), costs[-1])
     lower = next((cost for cost in reversed(costs) if cost.samples < upper.samples), None)
+    # Below the smallest count that was traced nothing is known but that no samples take nothing.
     if lower is None:
         return round(value(upper) * samples / upper.samples)
     slope = (value(upper) - value(lower)) / (upper.samples - lower.samples)

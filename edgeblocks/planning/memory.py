@@ -38,12 +38,14 @@ def device_memory(cut: Cut) -> dict[str, int]:
     breakdown = {
         "runtime": machine.runtime_bytes,
         "weights": weights_bytes * cut.slots,
+        # Once: one part is trained at a time, in whichever slot it lies.
         "gradients": weights_bytes,
         "optimizer": cut.moment_bytes * cut.slots + workspace_bytes[request.optimizer],
         "ema": weights_bytes * cut.slots,
         "activations": activations,
         "boundaries": _boundary_bytes(costs, request, cut.blocks, cut.micro_batch),
         "data": (request.data_bytes if machine.host is None else 0) + drawn_bytes,
+        # Between visits a step's memory is free, so a preview only adds what it needs beyond that.
         "evaluation": max(
             0,
             preview_bytes(costs, machine, request, cut.num_layers, cut.micro_batch) - activations - gaps - drawn_bytes,
@@ -52,7 +54,9 @@ def device_memory(cut: Cut) -> dict[str, int]:
     }
     if not request.method.trained_together:
         del breakdown["boundaries"]
+    # Of what the run adds: the runtime is measured, the rest is predicted.
     breakdown["slack"] += int(SLACK_SHARE * (sum(breakdown.values()) - machine.runtime_bytes))
+    # Planning is over before training begins: it counts only where its own peak is above all the rest.
     breakdown["planning"] = max(0, machine.planning_bytes - sum(breakdown.values())) if machine.host is None else 0
     return breakdown
 
@@ -92,6 +96,7 @@ def host_memory(cut: Cut) -> tuple[dict[str, int], int]:
         "runtime": machine.host.runtime_bytes,
         "data": request.data_bytes + 2 * batch_bytes(costs, request),  # one is drawn while the device has the other
         "evaluation": _grid_bytes(costs, request, cut.micro_batch),
+        # One block on its way between disk and device; a block that lives in RAM is copied from where it lies.
         "staging": cut.block_bytes,
         "slack": SLACK_BYTES + GPU_CODE_BYTES,
     }

@@ -36,7 +36,9 @@ def pace_of_blocks(cut: Cut, ram_blocks: int) -> Pace:
         visit_steps=visit_steps,
         step_s=step_s,
         streaming_s=streaming_share(cut.slots) * (load_s + store_s) / visit_steps,
+        # A block's new file is complete before it replaces the former one.
         disk_bytes=round_bytes + cut.block_bytes,
+        # One round more: the files that the run is created with.
         bytes_written=round_bytes * (math.ceil(request.steps / visit_steps) + 1),
     )
 
@@ -51,6 +53,7 @@ def pace_of_stages(cut: Cut, ram_blocks: int) -> Pace:
     request, step = cut.request, staged_step(cut, ram_blocks)
     trained = sum(trained_stages(request.trained, cut.blocks))
     saved_bytes = trained * cut.block_bytes
+    # Of a frozen stage weights and EMA, 4 bytes a parameter each.
     files_bytes = saved_bytes + (cut.blocks - trained) * 8 * cut.parameters
     usual = min(
         math.ceil(USUAL_VISIT_S / (step.step_s + step.stall_s)), math.ceil(request.steps / max(request.previews, 1))
@@ -61,6 +64,7 @@ def pace_of_stages(cut: Cut, ram_blocks: int) -> Pace:
         visit_steps=visit_steps,
         step_s=step.step_s,
         streaming_s=step.stall_s + streaming_share(cut.slots) * trained * store_s / visit_steps,
+        # A checkpoint's new files lie beside the former ones until all are complete, and the swap file beside both.
         disk_bytes=files_bytes + saved_bytes + step.offloaded_bytes,
         bytes_written=files_bytes
         + saved_bytes * math.ceil(request.steps / visit_steps)

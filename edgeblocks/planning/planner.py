@@ -44,6 +44,7 @@ def make_plan(costs: LayerCosts, machine: Machine, request: PlanRequest) -> Plan
         )
     assert machine.host is not None or request.ram_budget_bytes is None, "a RAM budget needs a machine with a host"
     if request.method.trained_together and request.boundaries is None:
+        # In memory if any plan fits so: on disk each boundary is written once and read twice in every step.
         with contextlib.suppress(DoesNotFitError):
             return make_plan(costs, machine, replace(request, boundaries="ram"))
         request = replace(request, boundaries="disk")
@@ -55,10 +56,13 @@ def make_plan(costs: LayerCosts, machine: Machine, request: PlanRequest) -> Plan
         if fitting:
             rows.append(_best(fitting, request))
         else:
+            # None fits: the nearest one stands in the table, to show how far off it is.
             rows.append(min(options, key=lambda option: option.predicted_peak_bytes))
     fitting_rows = [row for row in rows if row.fits]
     if not fitting_rows:
         raise _does_not_fit(costs, machine, request)
+    # Rows ascend in blocks. Fewer blocks are the better network, whatever they cost in time; stages are one network,
+    # however it is cut.
     chosen = fitting_rows[0] if request.method.cut_changes_result else _best(fitting_rows, request)
     layers = split_layers(costs.num_layers, chosen.blocks)
     return Plan(
@@ -66,7 +70,7 @@ def make_plan(costs: LayerCosts, machine: Machine, request: PlanRequest) -> Plan
         candidates=tuple(rows),
         layers=layers,
         shapes=_shapes(costs, machine, request, chosen),
-        look_micro_batch=_preview_micro_batch(costs, machine, request, chosen),
+        preview_micro_batch=_preview_micro_batch(costs, machine, request, chosen),
         steps=request.steps,
         budget_bytes=request.budget_bytes,
         # Blocks have a stem and a readout each; stages are cut from one network, which has one of both.
@@ -130,6 +134,7 @@ def _shapes(costs: LayerCosts, machine: Machine, request: PlanRequest, chosen: C
                 continue
             memory = step_memory(costs, machine, chosen.layers_per_block, micro_batch, checkpointing)
             step_bytes = drawn_bytes + sum(memory)
+            # A shape that is no smaller than the one before it would not help a step that was refused memory.
             if not found or step_bytes < found[-1].step_bytes:
                 found.append(StepShape(micro_batch=micro_batch, checkpointing=checkpointing, step_bytes=step_bytes))
     return tuple(found)

@@ -182,7 +182,7 @@ class Plan:
     """Number of layers of each block, from high noise to low noise."""
     shapes: tuple[StepShape, ...]
     """The chosen step first, then what a run may fall back to while it is running, each smaller than the one before."""
-    look_micro_batch: int
+    preview_micro_batch: int
     """Samples that go through the network together when it is evaluated or sampled."""
     steps: int
     budget_bytes: int
@@ -193,7 +193,7 @@ class Plan:
     trained: tuple[int, ...] | None = None
     """Stages that are trained, where others are frozen."""
     boundary_disk_bytes: int = 0
-    """What every step writes to disk of what enters the stages; 0 where that stays in memory."""
+    """Of the activations at the stage boundaries, which every step writes to disk; 0 where they stay in memory."""
     warnings: tuple[str, ...] = field(default=())
     ram_budget_bytes: int | None = None
     """None where the device is the host."""
@@ -244,11 +244,13 @@ def kept_blocks(blocks: int, slots: int) -> int:
     >>> [kept_blocks(8, slots) for slots in (1, 2, 3, 5, 8)]
     [0, 0, 1, 3, 8]
     """
+    # One of the two for the block that is trained, one for that on its way.
     return blocks if slots >= blocks else max(0, slots - 2)
 
 
 def streaming_share(slots: int) -> float:
     """The part of moving that is waited for: even behind the computing it takes a share of the processor."""
+    # With one slot the next block is loaded into the memory that the former one has just left: nothing hides it.
     return 0.25 if slots > 1 else 1.0
 
 

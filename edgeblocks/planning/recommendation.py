@@ -46,6 +46,8 @@ class Measured:
             return False
         best = (max if self.higher_is_better else min)(self.diffusion, self.exact)
         ahead = self.shallow - best if self.higher_is_better else best - self.shallow
+        # Two standard errors, here and in `better`: what lies closer together could be the other way round with other
+        # seeds.
         return ahead > 2 * self.error
 
     @property

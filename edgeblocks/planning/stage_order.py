@@ -93,6 +93,7 @@ def _simulated_step(uses: Sequence[Use], slots: int, held: OrderedDict[int, tupl
             held[use.stage] = (False, False)
         changed, whole = held[use.stage]
         rest_loaded += use.changes and not whole and use.stage >= in_ram
+        # What a use changes has all its parts in memory; a forward pass has brought the weights alone.
         held[use.stage] = (changed or use.changes, whole or use.changes)
         held.move_to_end(use.stage)
     return Traffic(offloaded=offloaded, weights_loaded=weights_loaded, rest_loaded=rest_loaded)

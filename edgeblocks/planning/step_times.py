@@ -76,6 +76,8 @@ def staged_step(cut: Cut, ram_blocks: int) -> StagedStep:
         waiting_s += (2 * waiting_bytes + 3 * boundary_bytes) / machine.host.link_bytes_per_s
     return StagedStep(
         step_s=step_s,
+        # Moving hides behind computing, but for the processor's time that it takes or, where it is longer, for the
+        # rest.
         stall_s=max(streaming_share(cut.slots) * moving_s, moving_s - step_s) + waiting_s,
         offloaded_bytes=offloaded_bytes + waiting_bytes + boundary_bytes,
     )

@@ -26,11 +26,13 @@ class LiveStorages:
 
     def see(self, tensor: torch.Tensor) -> None:
         storage = tensor.untyped_storage()
+        # The storage's address: its name as long as it lives, given away again afterwards, hence `_forget`.
         key, size = storage._cdata, storage.nbytes()
         if key in self._known or size == 0:
             return
         self._known.add(key)
         self.live_bytes += size
+        # Once for each storage: what is later written into it again is not counted.
         self.touched_bytes += size
         self.peak_bytes = max(self.peak_bytes, self.live_bytes)
         if size < LARGEST_HEAP_BYTES:
@@ -60,6 +62,7 @@ class _KnownResults:
         """By operator and arguments: how its result is made, or that it is the first argument; None: it must be run."""
 
     def of(self, operator: "OpOverload[..., object]", args: tuple[object, ...], kwargs: Mapping[str, object]) -> object:
+        # Values of numbers are part of it, contents of tensors are not: on the meta device they have none.
         key = operator, _described(args), _described(tuple(kwargs.items()))
         try:
             known = self._made.get(key, "unknown")
@@ -181,6 +184,7 @@ def traced_step(family: Family, num_layers: int, samples: int, kind: str) -> Liv
         block = family.block(num_layers=num_layers, checkpointing=kind == "checkpointed")
         block.reset_tables_()
         for parameter in block.parameters():
+            # There before the step, as in training, where gradients are added to in place.
             parameter.grad = torch.empty_like(parameter)
             storages.ignore(parameter)
             storages.ignore(parameter.grad)

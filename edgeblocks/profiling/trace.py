@@ -94,6 +94,7 @@ def _kept_answer(path: Path) -> dict[str, Any] | None:
     """A former answer; None where there is none, or a damaged one."""
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
         text, _, digest = path.read_text().rstrip().rpartition("\n")
+        # A damaged answer would be a plan that does not fit; asking again takes seconds.
         if digest == hashlib.sha256(text.encode()).hexdigest():
             answer: dict[str, Any] = json.loads(text)
             _parse_answer(answer)
@@ -107,6 +108,7 @@ def _keep(path: Path, answer: Mapping[str, object]) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".partial", delete=False) as file:
             file.write(f"{text}\n{hashlib.sha256(text.encode()).hexdigest()}\n")
+        # In one piece: another process may look for the answer while it is written.
         Path(file.name).replace(path)
 
 
@@ -147,6 +149,7 @@ def trace(family: "Family", sample_counts: Sequence[int]) -> LayerCosts:
     from edgeblocks.optim.adamw import GPU_CHUNK_SIZE, workspace_bytes
 
     period = family.layer_period
+    # Every layer has as many parameters, so two counts give the layer's and those of stem and readout.
     (one, one_quantizable), (two, two_quantizable) = (_count_parameters(family, count) for count in (1, 2))
     moments = {
         optimizer: [
@@ -155,6 +158,7 @@ def trace(family: "Family", sample_counts: Sequence[int]) -> LayerCosts:
         for optimizer in get_args(Optimizer)
     }
     flops = [_flops(family, num_layers) for num_layers in (period, 2 * period)]
+    # By periods: layers inside one may differ, as of prelude, core and coda.
     layer_flops = (flops[1] - flops[0]) // period
     kinds = {
         kind: tuple(_trace_growth(family, samples, kind) for samples in sorted(set(sample_counts))) for kind in _KINDS
@@ -221,6 +225,7 @@ def _growth(one: int, two: int, three: int, *, period: int) -> Growth:
     """Of a quantity at one, two and three periods; the line through the last two, where a period is several layers."""
     if period == 1:
         return Growth(one=one, two=two, three=three)
+    # Rounded up: a plan may promise too much memory, not too little.
     a_layer = math.ceil((three - two) / period)
     start = three - 3 * period * a_layer
     return Growth(one=start + a_layer, two=start + 2 * a_layer, three=start + 3 * a_layer)

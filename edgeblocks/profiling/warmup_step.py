@@ -31,6 +31,7 @@ def run_warmup_step(family: Family, optimizer: Optimizer, device: str) -> None:
     buffer.flat("weights").normal_(std=0.02)
     for step in range(2):
         family.loss(network, batch).sum().backward()  # type: ignore[no-untyped-call]
+        # A noise level of 0 has an infinite logarithm: gradients are NaN, and the update is to run on numbers.
         gradients.nan_to_num_()
         clip_(gradients, 1.0)
         adamw_(buffer, gradients, step=step, learning_rate=1e-3, weight_decay=0.1, workspace=workspace)

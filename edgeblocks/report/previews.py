@@ -12,7 +12,7 @@ from markupsafe import Markup
 from edgeblocks.files.untrusted import MalformedFileError, open_regular, read_text
 from edgeblocks.report.page import fragment
 
-MOST_LOOKS = 12
+MOST_PREVIEWS = 12
 """On a page; of more, the newest and evenly spaced others are shown."""
 MOST_PICTURE_BYTES = 4 * 2**20
 MOST_TEXT_BYTES = 2**17
@@ -25,7 +25,7 @@ _SMALL_PIXELS = 500
 
 
 @dataclass(frozen=True, kw_only=True)
-class Look:
+class Preview:
     """Samples after a number of steps of each block: a picture in base64, or texts."""
 
     step: int
@@ -38,8 +38,8 @@ class Look:
         return f"after {self.step:,} steps"
 
 
-def read_previews(folder: Path) -> tuple[list[Look], list[str]]:
-    """The looks in a run's folder of samples, the newest first, and what is to be said of those left out."""
+def read_previews(folder: Path) -> tuple[list[Preview], list[str]]:
+    """The previews in a run's folder of samples, the newest first, and what is to be said of those left out."""
     found = sorted(
         ((int(match[1]), path) for path in _entries(folder) if (match := _NAME.fullmatch(path.name))), reverse=True
     )
@@ -47,18 +47,18 @@ def read_previews(folder: Path) -> tuple[list[Look], list[str]]:
     remarks = (
         [] if len(shown) == len(found) else [f"{len(shown)} of {len(found)} are shown; the others are in {folder}."]
     )
-    looks = []
+    previews = []
     for step, path in shown:
         try:
-            looks.append(_picture(step, path) if path.suffix == ".png" else _texts(step, path))
+            previews.append(_picture(step, path) if path.suffix == ".png" else _texts(step, path))
         except (OSError, MalformedFileError) as error:
             remarks.append(f"{path.name} is left out: {getattr(error, 'strerror', None) or error}.")
-    return looks, remarks
+    return previews, remarks
 
 
-def previews_piece(looks: Sequence[Look]) -> Markup:
-    """HTML of looks: pictures in rows, texts as they are."""
-    return fragment("looks.html", looks=looks, kind="pictures" if looks[0].picture else "texts")
+def previews_piece(previews: Sequence[Preview]) -> Markup:
+    """HTML of previews: pictures in rows, texts as they are."""
+    return fragment("previews.html", previews=previews, kind="pictures" if previews[0].picture else "texts")
 
 
 def _entries(folder: Path) -> list[Path]:
@@ -66,13 +66,13 @@ def _entries(folder: Path) -> list[Path]:
 
 
 def _spread(found: list[tuple[int, Path]]) -> list[tuple[int, Path]]:
-    """At most `MOST_LOOKS`, the first and the last among them."""
-    if len(found) <= MOST_LOOKS:
+    """At most `MOST_PREVIEWS`, the first and the last among them."""
+    if len(found) <= MOST_PREVIEWS:
         return found
-    return [found[round(place * (len(found) - 1) / (MOST_LOOKS - 1))] for place in range(MOST_LOOKS)]
+    return [found[round(place * (len(found) - 1) / (MOST_PREVIEWS - 1))] for place in range(MOST_PREVIEWS)]
 
 
-def _picture(step: int, path: Path) -> Look:
+def _picture(step: int, path: Path) -> Preview:
     with open_regular(path) as file:
         content = file.read(MOST_PICTURE_BYTES + 1)
     if len(content) > MOST_PICTURE_BYTES:
@@ -80,11 +80,11 @@ def _picture(step: int, path: Path) -> Look:
     if not content.startswith(_PNG) or len(content) < len(_PNG) + 8:
         raise MalformedFileError("it is not a PNG picture")
     (width,) = struct.unpack_from(">I", content, len(_PNG))
-    return Look(step=step, picture=base64.b64encode(content).decode(), is_small=width < _SMALL_PIXELS)
+    return Preview(step=step, picture=base64.b64encode(content).decode(), is_small=width < _SMALL_PIXELS)
 
 
-def _texts(step: int, path: Path) -> Look:
+def _texts(step: int, path: Path) -> Preview:
     """The first of the texts, each cut where it is long."""
     texts = read_text(path, most_bytes=MOST_TEXT_BYTES).rstrip("\n").split("\n----\n")
     cut = (text if len(text) <= _MOST_CHARACTERS else text[:_MOST_CHARACTERS] + " .." for text in texts[:_MOST_TEXTS])
-    return Look(step=step, texts=tuple(cut))
+    return Preview(step=step, texts=tuple(cut))

@@ -43,9 +43,9 @@ def _sections(facts: RunFacts) -> list[Section]:
 
 def _samples(facts: RunFacts) -> Section:
     """What the run made while it was trained, as far as it is to be seen."""
-    looks, remarks = read_previews(facts.directory.path / "samples")
-    pieces = [previews_piece(looks)] if looks else []
-    if not looks and not remarks:
+    previews, remarks = read_previews(facts.directory.path / "samples")
+    pieces = [previews_piece(previews)] if previews else []
+    if not previews and not remarks:
         remarks = ["The run has made no samples" + (" yet." if facts.summary is None else ".")]
-    note = "The same noise each time, EMA weights; the newest first. " if looks else ""
+    note = "The same noise each time, EMA weights; the newest first. " if previews else ""
     return Section(title="Samples over training", pieces=pieces, wide=True, note=note + " ".join(remarks))

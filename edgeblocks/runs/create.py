@@ -66,6 +66,8 @@ def create_run(
         run.write_json("env.json", {"run_id": run.run_id, **environment()})  # first: it says whose the blocks are
         run.blocks_folder.mkdir(parents=True, exist_ok=True)
         for stale in run.blocks_folder.glob("block_*.safetensors"):
+            # Of a process that was killed before it wrote the manifest: without one there is no run that they could
+            # belong to.
             stale.unlink()
     except OSError as error:
         raise storage_error("cannot create the run directory", path, error) from error
@@ -151,11 +153,13 @@ def create_blocks(
     for done, block in enumerate(range(len(sections)) if only is None else only):
         buffer.adopt_(store.layouts[block])
         for part in buffer.parts:
+            # One buffer for all blocks; moments and their scales start as zeros, which is all bits zero in every part.
             buffer.part_bytes(part).zero_()
         if initial is None or not initial.cover(block, (name for name, _ in buffer.tensors("weights"))):
             init_section_(family, sections[block], buffer.tensors("weights"), generator_at(seed, "init", block))
         if initial is not None:
             initial.fill_(block, buffer.tensors("weights"))
+        # A block that was never visited can be sampled, too.
         buffer.flat("ema").copy_(buffer.flat("weights"))
         store.write(block, buffer, step=0)
         if on_block is not None:

@@ -158,6 +158,7 @@ class RunDirectory:
         for section, trained in set(kinds):
             with torch.device("meta"):
                 network = network_of(family, section)
+            # One layout for all blocks of a kind: building a network to count its tensors takes time.
             layouts[section, trained] = BlockLayout.of(network, self.settings.run.optimizer, frozen=not trained)
         of_blocks = [layouts[kind] for kind in kinds]
         return BlockStore(self.blocks_folder, of_blocks, self.run_id, trained_together=self.method.trained_together)
@@ -231,6 +232,8 @@ class RunDirectory:
         path = self.path / name
         try:
             with path.open("a", encoding="utf-8") as file:
+                # Not synced: where a run goes on is in the block files alone, and a record that is lost is a point of a
+                # curve.
                 file.write(json.dumps(record) + "\n")
         except OSError as error:
             raise storage_error("cannot write metrics", path, error) from error
@@ -265,6 +268,7 @@ class RunDirectory:
 
     def drop_metrics_after(self, steps: list[int]) -> None:
         """Forget records of steps that a crash undid, given each block's saved step."""
+        # Those steps are made again and write their records again: two lines of one step would bend every curve.
         kept = (json.dumps(record) + "\n" for record in self.metrics() if is_up_to(record, steps))
         write_text(self.path / "metrics.jsonl", "".join(kept))
 
@@ -309,8 +313,10 @@ def bring_blocks_home(run: RunDirectory) -> None:
         try:
             shutil.rmtree(arriving, ignore_errors=True)
             shutil.copytree(away, arriving, ignore=shutil.ignore_patterns("lock"))
+            # The bytes are on the disk before the name is, and the name before the only other copy goes.
             for path in (*arriving.iterdir(), arriving):
                 sync(path)
+            # Under its final name the folder is whole: `blocks_folder` goes by whether it is there.
             arriving.rename(home)
             sync(run.path)  # the name must be on the disk before the other files go
         except (OSError, shutil.Error) as error:

@@ -100,6 +100,7 @@ def open_initial_weights(
     try:
         file = TensorFile(path)
         wanted = {name: shape for name, shape in shapes.items() if name not in left_out}
+        # Values last: looking at them reads the whole file, and a wrong shape is known from its table.
         problems = _differences(file, shapes, wanted) or _values_that_are_no_numbers(file, wanted)
         digest = file.sha256()
     except OSError as error:

@@ -41,6 +41,7 @@ def locked(path: Path, note: Callable[[str], None]) -> Iterator[None]:
                 raise storage_error("cannot lock the run directory", path, error) from error
             note(f"{path} is on a file system without locks: take care that only one process trains this run")
         with contextlib.suppress(OSError):  # the text is for people; a full disk must not stop a run here
+            # Only the holder writes; who is refused reads it to say by whom.
             os.ftruncate(descriptor, 0)
             os.pwrite(descriptor, f"process {os.getpid()} on {platform.node()}\n".encode(), 0)
         yield

@@ -64,5 +64,6 @@ def _pieces(run: RunDirectory, store: BlockStore, header: bytes, part: Part) -> 
         if trained:
             steps.add(step)
         yield bytes_of(buffer.content)
+    # Looked at again at the end: a training process may have put a checkpoint in place between two of the reads.
     if run.method.trained_together and len(steps) > 1:
         raise RunError(f"{run.path} was saved while its weights were read, and they do not belong together; try again")

@@ -128,7 +128,7 @@ class RecordFields(Diverging):
     learning_rate: float | None = None
     examples_per_s: float | None = None
     seconds: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
-    """Wall time that the run had been trained: waiting for blocks counts; looks, starting and planning do not.
+    """Wall time that the run had been trained: waiting for blocks counts; previews, starting and planning do not.
 
     A resumed run goes on from the last record that it keeps. None where an earlier record has none, as those of an
     earlier edgeblocks.
@@ -143,7 +143,7 @@ class QualityFields(Diverging):
     step: Steps
     """Made by every block."""
     seconds: Annotated[float, Field(ge=0, allow_inf_nan=False)]
-    """Of training until then, without looking."""
+    """Of training until then, without previews and evaluations."""
     value: float
     standard_error: float | None = None
 
@@ -231,11 +231,13 @@ def read_records(path: Path) -> Iterator[dict[str, object]]:
     try:
         with open_regular(path) as file:
             while line := file.readline(_MOST_RECORD_BYTES):
+                # Longer than any record: passed over in pieces, so that a file without line ends is never in memory.
                 if len(line) == _MOST_RECORD_BYTES and not line.endswith(b"\n"):
                     while (rest := file.readline(_MOST_RECORD_BYTES)) and not rest.endswith(b"\n"):
                         pass
                     continue
                 try:
+                    # A diverged step has a loss that is NaN, and its record counts.
                     record = parse_json(line.decode("utf-8", errors="replace"), finite=False)
                 except MalformedFileError:
                     continue
@@ -254,9 +256,9 @@ def checked_record(model: type[Fields], record: Mapping[str, object]) -> Fields 
 
 
 def is_up_to(record: Mapping[str, object], steps: list[int]) -> bool:
-    """Whether a record of metrics.jsonl tells of a step that its block has made, given each block's saved step."""
+    """Whether a record of metrics.jsonl is of a step (from 1) that its block has made, given the saved steps."""
     block, step = record.get("block"), record.get("step")
-    return type(block) is int and type(step) is int and 0 <= block < len(steps) and step <= steps[block]
+    return type(block) is int and type(step) is int and 0 <= block < len(steps) and 1 <= step <= steps[block]
 
 
 def checked(model: type[Fields], path: Path, content: Mapping[str, object]) -> Fields:

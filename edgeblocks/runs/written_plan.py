@@ -77,12 +77,13 @@ class WrittenPlan(Checked):
     trained_blocks: Blocks | None = None
     """None: all."""
     boundary_disk_bytes: Count = 0
-    """What every step writes to disk of what enters the stages."""
+    """Of the activations at the stage boundaries, which every step writes where they wait on disk."""
     tiers: Annotated[dict[str, Blocks], Field(max_length=3)] = Field(default_factory=dict)
     slots: Layers
     shapes: Shapes | None = None
     look_micro_batch: Samples | None = None
-    """None, in a plan of an earlier edgeblocks: `micro_batch`."""
+    """`Plan.preview_micro_batch`, under the name that files have had; None, in a plan of an earlier edgeblocks:
+    `micro_batch`."""
     visit_steps: Steps | None = None
     budget_bytes: Annotated[int, Field(ge=1, le=2**63)]
     parameters: Count | None = None
@@ -123,6 +124,7 @@ class WrittenPlan(Checked):
 
     def to_json(self) -> dict[str, object]:
         """The content of the file: what was given or read, and no defaults."""
+        # What a later edgeblocks wrote comes back as it was read, so that this one takes nothing out of the file.
         return self.model_dump(exclude_unset=True)
 
 
@@ -166,7 +168,7 @@ def written_plan(plan: Plan, noise_ranges: Sequence[NoiseRange]) -> TrainablePla
         tiers=chosen.tiers,
         slots=chosen.slots,
         shapes=[WrittenShape(**asdict(shape)) for shape in plan.shapes],
-        look_micro_batch=plan.look_micro_batch,
+        look_micro_batch=plan.preview_micro_batch,
         visit_steps=chosen.visit_steps,
         budget_bytes=plan.budget_bytes,
         parameters=plan.parameters,

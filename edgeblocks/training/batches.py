@@ -27,6 +27,7 @@ def drawing(
 
     def draw(step: int) -> Batch:
         examples, labels = data.gather(order.indices(step))
+        # A generator for this step alone: its draws do not depend on how many steps the process has made.
         return family.draw(examples, labels, noise, generator_at(seed, "train", block, step))
 
     return draw

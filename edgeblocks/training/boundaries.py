@@ -30,13 +30,14 @@ class InMemory:
 
     def put(self, stage: int, part: slice, hidden: Tensor) -> None:
         """Keep the activations with which some samples enter a stage."""
+        # Room for the whole batch at once, [batch, tokens, width]: joining micro-batches later would take it twice.
         if stage not in self._kept:
             self._kept[stage] = hidden.new_empty(self._size, *hidden.shape[1:], dtype=self._dtype)
         self._kept[stage][part] = hidden
 
     def of(self, stage: int, part: slice) -> Tensor:
         """The activations that were put, float32."""
-        return self._kept[stage][part].float()
+        return self._kept[stage][part].float()  # a stage computes in float32 whatever was kept
 
     def forget(self, stage: int) -> None:
         """Drop a stage's activations, which are not needed again."""
@@ -64,6 +65,7 @@ class OnDisk:
 
     def put(self, stage: int, part: slice, hidden: Tensor) -> None:
         self._shape, self._device, started = hidden.shape[1:], hidden.device, time.perf_counter()
+        # Rounded where it is, before the copy: as bfloat16 half of the bytes leave a device. The copy waits for it.
         kept = hidden.detach().to(self._dtype).contiguous().cpu()
         self._file.write(self._start(stage, part), kept.view(torch.uint8))
         self._times.waited_for_storing(started)
@@ -83,6 +85,8 @@ class OnDisk:
 
     def _start(self, stage: int, part: slice) -> int:
         assert self._shape is not None
+        # By stage and row, so that micro-batches of another size find them. No stage 0, whose place stays a hole in the
+        # file.
         return (stage * self._size + int(part.start)) * self._shape.numel() * self._dtype.itemsize
 
 

@@ -49,6 +49,7 @@ class ClipByStage:
             FloatingPointError: the gradient is no number; nothing has changed if it is the first one of the step.
         """
         gradients = self._gradients[: buffer.layout.num_parameters]
+        # Looked at before the update: a NaN would go into the weights, their average and both moments.
         norm = _finite(clip_(gradients, self._clip))
         self._squares += norm**2  # the whole network's norm is reported, though nothing is clipped by it
         self._update(buffer, gradients, step)
@@ -101,6 +102,7 @@ class ClipByNetwork:
             return
         gradients = self._gradients[: buffer.layout.num_parameters]
         started = time.perf_counter()
+        # `gradients` is free: the former stage's was written away, and this stage's backward pass has not begun.
         self._file.read(self._starts[stage], gradients.view(torch.uint8))
         self._times.waited_for_loading(started)
         self._update(buffer, gradients.mul_(self._scale), self._step)

@@ -55,6 +55,8 @@ class DiffusionTrainer(Trainer):
 
     @contextmanager
     def visit(self, visit: Visit, then: Visit | None) -> Iterator[None]:
+        # A visit always ends with the block's file written, so the limit is looked at before the block is loaded. The
+        # bytes count from now on: the I/O thread may write them only after the next visit has asked for its share.
         file_bytes = self.store.file_bytes(visit.block)
         self.check_write_limit(file_bytes, "the next visit")
         self.progress.bytes_written += file_bytes
@@ -74,6 +76,7 @@ class DiffusionTrainer(Trainer):
         gradients = self.gradients[: resident.buffer.layout.num_parameters]
 
         # A batch of examples, each at a noise level of this block's range.
+        # By name, [batch, ...] in the processor's memory; micro-batches go to the device one at a time.
         batch = batches.of(step)
         timer.batch_is_drawn()
 
@@ -84,9 +87,10 @@ class DiffusionTrainer(Trainer):
             for start in range(0, settings.batch, shape.micro_batch):
                 rows = slice(start, start + shape.micro_batch)
                 part = {name: tensor[rows].to(self.device) for name, tensor in batch.items()}
+                # Per sample, [micro_batch]. Divided by the whole batch, so that micro-batches add up to its mean.
                 loss = self.family.loss(network, part).sum() / settings.batch
                 loss.backward()  # type: ignore[no-untyped-call]
-                losses.append(loss.detach())
+                losses.append(loss.detach())  # not .item(): that waits for a device
             return float(sum(loss.item() for loss in losses))  # a device is waited for here, once
 
         loss = self.guard.attempt(forward_and_backward, undo=gradients.zero_)
@@ -97,7 +101,7 @@ class DiffusionTrainer(Trainer):
         gradient_norm = clip_(gradients, settings.clip)
         self.update_(resident.buffer, gradients, step)
         gradients.zero_()  # the next step's backward pass adds to them
-        resident.step = step + 1
+        resident.step = step + 1  # written into the file's header, where a resumed run begins
 
         self.note(timer, block=visit.block, step=step, loss=loss, gradient_norm=gradient_norm)
 

@@ -95,6 +95,7 @@ class ExactTrainer(Trainer):
         settings, timer = self.settings, StepTimer(self.slots)
         last, lowest = len(self.store.layouts) - 1, self._trained.index(True)
 
+        # The whole batch, [batch, ...], as the forward pass has used all of it before the backward pass begins.
         batch = {name: tensor.to(self.device) for name, tensor in batches.of(step).items()}
         timer.batch_is_drawn()
 
@@ -103,6 +104,8 @@ class ExactTrainer(Trainer):
         boundaries = self._boundaries_on_disk or InMemory(settings.batch, dtype=settings.boundary_dtype)
         streamed = StreamedBackward(self._end_to_end, batch, num_stages=last + 1, lowest=lowest, boundaries=boundaries)
         for use, then in zip(self._uses, [*self._uses[1:], self._uses[0]], strict=True):
+            # `then` is the next use, after the last one the next step's first: its stage is loaded while this one
+            # computes.
             stage = use.stage
             with self.slots.use(Need.of(use), then=Need.of(then)) as buffer:
                 # Where the last step's gradients waited for the norm of all of them, the stage is updated now.
@@ -117,6 +120,9 @@ class ExactTrainer(Trainer):
                 if self._trained[stage]:
                     with self._divergence(step):
                         self._clipping.complete(stage, self._network(stage, buffer), buffer, step)
+                    # Clipped one by one, the stages above the lowest are a step ahead until it is updated, too. Where
+                    # updates wait for the norm of all, none is made in this step, and a checkpoint makes those that are
+                    # pending.
                     self._is_whole = stage == lowest or self._late
 
         with self._divergence(step):
@@ -136,6 +142,7 @@ class ExactTrainer(Trainer):
 
     def _network(self, stage: int, buffer: BlockBuffer) -> Block:
         """A stage as a module on a buffer that has it; made once for each buffer that it comes to lie in."""
+        # By buffer, too: parameters are views of one slot's memory, and a stage comes into whichever slot is free.
         key = stage, id(buffer)
         if key not in self._networks:
             gradients = self.gradients if self._trained[stage] else None
@@ -165,6 +172,7 @@ class ExactTrainer(Trainer):
         """What a step and a checkpoint after it write to disk at the most."""
         sizes = [self.store.file_bytes(stage) for stage, trained in enumerate(self._trained) if trained]
         in_ram = self.run.plan.ram_blocks
+        # As if every stage that moves were the largest one: a limit holds only if this is never too little.
         traffic = traffic_of_a_step(self._trained, self.slots.num_slots, late=self._late, in_ram=in_ram)
         return traffic.offloaded * max(sizes) + self._clipping.step_bytes + self._boundary_bytes + sum(sizes)
 

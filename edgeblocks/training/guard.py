@@ -65,7 +65,7 @@ class Guard:
         self._check_host()
         self.used_bytes = self._memory.used_bytes()
         comfortable = self._budget_bytes - HEADROOM_BYTES
-        live = self._memory.live_bytes()
+        live = self._memory.live_bytes()  # without what the allocator keeps: the step can have that
         expected = live + self.shape.step_bytes
         # Fewer samples at a time and checkpointing change no mathematics, so the largest shape that leaves the headroom
         # is taken.
@@ -140,6 +140,7 @@ class Guard:
 
 def out_of_budget(budget_bytes: int, used_bytes: int, breakdown: dict[str, int], why: str) -> OutOfBudgetError:
     """The error of a run for which nothing is left to shrink: numbers, the largest item, the flag."""
+    # What planning took was given back before training began.
     items = {name: size for name, size in breakdown.items() if name != "planning"}
     item = max(items, key=lambda name: items[name])
     foreign = used_bytes - sum(items.values())

@@ -40,6 +40,7 @@ class Interruption:
     def _on_signal(self, number: int, _frame: FrameType | None) -> None:
         if self.signal_name is not None and number == signal.SIGINT:
             raise KeyboardInterrupt  # a second Ctrl-C does not wait for the step
+        # A handler only leaves word: it runs between two lines of the step, where nothing can be saved.
         first, self.signal_name = self.signal_name is None, signal.Signals(number).name
         if first and self._note is not None:
             with suppress(RuntimeError, OSError):  # the signal came while the stream was written to, or it is closed

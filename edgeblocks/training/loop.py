@@ -169,15 +169,20 @@ class Trainer(ABC):
         visits = plan_visits(steps, steps=self.settings.steps, visit_steps=self.run.trainable_plan.visit_steps)
         following = next(visits, None)
         while (visit := following) is not None and interruption.signal_name is None:
+            # One visit ahead, so that its block is loaded while this one is trained.
             following = next(visits, None)
             ending: Exception | None = None
             # What was drawn ahead gives its memory back before the visit's end saves, evaluates and samples.
             with self.visit(visit, following), closing(self._batches(visit)) as batches:
                 while steps[visit.block] < visit.last and interruption.signal_name is None and ending is None:
+                    # What ends the run is kept and raised after the visit: an error that left the visit would take the
+                    # steps with it that were made since it began.
                     try:
                         self.train_step(visit, steps[visit.block], batches)
                     except (OutOfBudgetError, WriteLimitError) as error:
                         if not self.is_whole:
+                            # Some stages have made the step and others not: none is saved, and the last checkpoint
+                            # stays.
                             raise
                         ending = error
                     else:
@@ -217,6 +222,7 @@ class Trainer(ABC):
         """A network whose parameters are views of a buffer's weights, and their gradients views of `gradients`."""
         with torch.device("meta"):  # no memory is taken for parameters that are replaced at once
             network = build()
+        # Tables are computed, not loaded, so they need real memory, where the network is.
         with self.device:
             network.reset_tables_()
         bind_parameters_(network, buffer.tensors("weights"), gradients)
@@ -258,6 +264,7 @@ class Trainer(ABC):
         step_s = timer.add_to_(progress)
         progress.block, progress.step, progress.steps_done = block, step + 1, progress.steps_done + 1
         progress.used_bytes = self.guard.used_bytes
+        # Whichever is ahead: a visit is counted when it begins, the store's own count as it writes.
         progress.bytes_written = max(progress.bytes_written, self.store.run_bytes_written)
         # Moving averages, of the last 20 losses and the last 10 speeds or so: a single step says little.
         former = progress.losses.get(number, loss)

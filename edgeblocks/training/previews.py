@@ -46,6 +46,7 @@ class Previews:
 
     def after_visit(self, steps: Sequence[int]) -> None:
         """Make those that are due, with blocks that have made these steps."""
+        # Blocks take turns: a mark is reached when the last of them has come to it.
         done = min(steps)
         if self._evaluations.are_due(done):
             self._preview(done, self._note_quality, "the measure of quality")
@@ -56,6 +57,7 @@ class Previews:
         started = time.perf_counter()
         try:
             make(done)
+        # A preview that is refused memory is left out; the training does without.
         except (MemoryError, RuntimeError) as error:
             if not is_refusal(error):
                 raise
@@ -71,6 +73,7 @@ class Previews:
 
     def _make_grid(self, done: int) -> None:
         path = self._run.path / "samples" / f"step_{done:07d}"
+        # With the same seed each time: what changes from grid to grid is the network.
         count, runners = TASKS[self._task].grid_samples, always(self._runner())
         if self._task in TEXT_TASKS:
             data = self._run.data
@@ -83,7 +86,7 @@ class Previews:
             self._run,
             runners,
             n=count,
-            steps=max(self._run.settings.run.sample_steps, len(self._run.layers)),
+            steps=max(self._run.settings.run.sample_steps, len(self._run.layers)),  # each block has a level
             seed=0,
             on_level=self._stop_if_interrupted,
         )

@@ -54,11 +54,13 @@ class StreamedBackward:
     def forward(self, number: int, stage: Block, *, micro_batch: int) -> None:
         """Send all samples through a stage that is not the last one, a micro-batch at a time."""
         conditions = _BatchTensor(self._size)
+        # Nothing is recorded: a stage is run again in the backward pass, from the activations kept here.
         with torch.no_grad():
             for part in self._parts(micro_batch):
                 hidden, condition = self._stage_inputs(number, stage, part)
                 if number == 0:
                     conditions.put(part, condition)
+                # [micro_batch, tokens, width], under the number of the stage that they enter.
                 self._boundaries.put(number + 1, part, stage.through_stage(hidden, condition, checkpointing=False))
         if number < self._lowest:
             self._boundaries.forget(number)  # the backward pass does not come down to this stage
@@ -68,6 +70,8 @@ class StreamedBackward:
     def backward(self, number: int, stage: Block, *, micro_batch: int, checkpointing: bool) -> None:
         """Run a stage again and add the gradient of all samples to its parameters' gradients."""
         loss, by_hidden, by_condition = 0.0, _BatchTensor(self._size), _BatchTensor(self._size)
+        # Parts may be smaller here than in the forward pass, where the guard has shrunk the step in between; so all
+        # that is kept goes by rows of the batch, not by micro-batch.
         for part in self._parts(micro_batch):
             hidden, condition = self._stage_inputs(number, stage, part)
             if number > 0:
@@ -81,10 +85,14 @@ class StreamedBackward:
                 loss += mean.item()
             else:
                 self._continue_backward(out, condition, part)
+            # Below the lowest trained stage nobody needs a gradient.
             if number > self._lowest:
                 assert hidden.grad is not None
                 by_hidden.put(part, hidden.grad)
+                # A network without conditioning has an empty one, which no layer reads: autograd leaves its gradient
+                # None.
                 by_condition.put(part, torch.zeros_like(condition) if condition.grad is None else condition.grad)
+        # Replaced only when all samples are through: a stage that was refused memory begins again from the former ones.
         self.loss = loss if number == self._last else self.loss
         if number > self._lowest:
             self._gradients = by_hidden.all(), by_condition.all()
@@ -98,6 +106,7 @@ class StreamedBackward:
 
     def _stage_inputs(self, number: int, stage: Block, part: slice) -> tuple[Tensor, Tensor]:
         """A stage's input activations and conditioning for some samples."""
+        # The stem is in stage 0, so there both are parts of its graph and the stem's parameters get their gradients.
         if number == 0:
             return self._family.enter(stage, self._samples(part))
         assert self._condition is not None

@@ -23,7 +23,7 @@ from edgeblocks.errors import InterruptedRunError
 from edgeblocks.progress import Silent
 from edgeblocks.report.bars import Part, stacked_bar
 from edgeblocks.report.figures import Reference, Series, line_figure, moving_mean
-from edgeblocks.report.previews import MOST_LOOKS, read_previews
+from edgeblocks.report.previews import MOST_PREVIEWS, read_previews
 from edgeblocks.runs.locks import locked
 from edgeblocks.units import format_bytes, format_duration
 
@@ -340,7 +340,7 @@ def test_records_tell_the_time_of_the_whole_run_and_the_memory(tmp_path, kind):
     assert f"time of training {format_duration(times[-1])}" in words and "Measured since the run was resumed." in words
 
 
-def test_of_many_looks_the_newest_and_some_others_are_shown(tmp_path):
+def test_of_many_previews_the_newest_and_some_others_are_shown(tmp_path):
     """What is no picture is left out with its name, and so is what is too large to stand in a page."""
     png = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR\0\0\0\x08\0\0\0\x08"
     for step in range(1, 41):
@@ -349,12 +349,11 @@ def test_of_many_looks_the_newest_and_some_others_are_shown(tmp_path):
     (tmp_path / "step_0000042.png").write_bytes(png + bytes(5_000_000))
     (tmp_path / "step_0000043.txt").write_bytes(b"\xff\xfe")
     (tmp_path / "step_x.png").write_bytes(png)
-    looks, remarks = read_previews(tmp_path)
-    assert [look.step for look in looks] == sorted((look.step for look in looks), reverse=True)
-    assert looks[-1].step == 1 and len(looks) + len(remarks) == MOST_LOOKS + 1
-    assert (
-        f"{MOST_LOOKS} of 43 are shown" in remarks[0] and "step_0000043.txt is left out: it is not UTF-8" in remarks[1]
-    )
+    previews, remarks = read_previews(tmp_path)
+    assert [one.step for one in previews] == sorted((one.step for one in previews), reverse=True)
+    assert previews[-1].step == 1 and len(previews) + len(remarks) == MOST_PREVIEWS + 1
+    assert f"{MOST_PREVIEWS} of 43 are shown" in remarks[0]
+    assert "step_0000043.txt is left out: it is not UTF-8" in remarks[1]
 
 
 POINTS = st.lists(st.tuples(st.floats(), st.floats()), max_size=40)
