@@ -9,12 +9,13 @@ from typing import Any
 import numpy as np
 
 from edgeblocks.diffusion.autoregression import TokenChain
+from edgeblocks.diffusion.classification import classified_bytes, classified_together
 from edgeblocks.diffusion.solver import Solver
 from edgeblocks.errors import DoesNotFitError, OutOfBudgetError
 from edgeblocks.inference import sampling
 from edgeblocks.inference.block_runner import BlockRunner, EmaSource
 from edgeblocks.inference.evaluate import Evaluated, evaluate
-from edgeblocks.inference.sampling import Runners
+from edgeblocks.inference.sampling import Runners, chains_of
 from edgeblocks.inference.staged_weights import loaded_ema
 from edgeblocks.planning.planner import inference_micro_batch
 from edgeblocks.planning.plans import micro_batches
@@ -30,14 +31,14 @@ from edgeblocks.units import format_bytes
 
 
 def _fitting(
-    micro_batch_of: Callable[..., int], *, samples: int, sample_bytes: int, most_residents: int
+    micro_batch_of: Callable[..., int], *, most_together: int, sample_bytes: int, most_residents: int
 ) -> tuple[int, int, int]:
     """The largest micro-batch that fits, with how many blocks in memory, and with how many samples at the same time.
 
     All samples together come first, then blocks in memory: a chain loads each block once for the samples that walk it.
     """
     refused: DoesNotFitError | None = None
-    for together in micro_batches(samples):
+    for together in micro_batches(most_together):
         for residents in range(most_residents, 0, -1):
             try:
                 return micro_batch_of(residents=residents, held_bytes=sample_bytes * together), residents, together
@@ -101,6 +102,10 @@ class Run:
             device_budget_bytes(mem_budget, target) if mem_budget is not None else directory.plan.budget_bytes
         )
         costs, machine = measure(directory.settings, directory.data, directory.path, target, Silent())
+        most_together, sample_bytes = samples, CHAIN_COPIES * directory.data.example_bytes
+        if directory.family().task == "classes":
+            chains = chains_of(directory)
+            most_together, sample_bytes = classified_together(**chains), classified_bytes(1, **chains)
         micro_batch, residents, together = _fitting(
             partial(
                 inference_micro_batch,
@@ -112,8 +117,8 @@ class Run:
                 stem_readout_bytes=4 * costs.parameters(0) if directory.method.one_network else 0,
                 sample_bytes=0 if chain is None else chain.sample_bytes,
             ),
-            samples=samples,
-            sample_bytes=CHAIN_COPIES * directory.data.example_bytes,
+            most_together=min(samples, most_together),
+            sample_bytes=sample_bytes,
             most_residents=1 if chain is None and not directory.method.one_network else len(directory.file_layers),
         )
         ema = loaded_ema(directory, slots=residents, device=target.device)

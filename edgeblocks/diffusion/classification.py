@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Callable, Iterable, Sequence
-from typing import TypedDict
+from typing import TypedDict, Unpack
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,22 +21,26 @@ _CHAIN_COPIES = 5
 """Of a chain's labels, while they are integrated."""
 
 
-def classified_together(*, num_classes: int, noises: int, values_per_image: int) -> int:
-    """How many images are classified at once: as many as `CLASSIFIED_BYTES` hold, at least one.
+class ClassChains(TypedDict):
+    """What the memory of classifying an image depends on."""
 
-    Args:
-        values_per_image: components of its pixels, which are there as bytes and as float32.
-    """
-    return max(1, CLASSIFIED_BYTES // _image_bytes(num_classes, noises, values_per_image))
+    num_classes: int
+    noises: int
+    values_per_image: int
+    """Components of its pixels, which are there as bytes and as float32."""
 
 
-def classified_bytes(num_images: int, *, num_classes: int, noises: int, values_per_image: int) -> int:
+def classified_together(**chains: Unpack[ClassChains]) -> int:
+    """How many images are classified at once: as many as `CLASSIFIED_BYTES` hold, at least one."""
+    return max(1, CLASSIFIED_BYTES // _image_bytes(**chains))
+
+
+def classified_bytes(num_images: int, **chains: Unpack[ClassChains]) -> int:
     """What classifying so many images keeps beside the network."""
-    together = classified_together(num_classes=num_classes, noises=noises, values_per_image=values_per_image)
-    return min(num_images, together) * _image_bytes(num_classes, noises, values_per_image)
+    return min(num_images, classified_together(**chains)) * _image_bytes(**chains)
 
 
-def _image_bytes(num_classes: int, noises: int, values_per_image: int) -> int:
+def _image_bytes(*, num_classes: int, noises: int, values_per_image: int) -> int:
     return 4 * _CHAIN_COPIES * noises * num_classes + 5 * values_per_image
 
 

@@ -18,6 +18,7 @@ from edgeblocks.data.gaps import with_gaps
 from edgeblocks.data.tokenizer import check_readable
 from edgeblocks.diffusion import autoregression, classification, token_choice, unmasking
 from edgeblocks.diffusion.autoregression import TokenChain
+from edgeblocks.diffusion.classification import ClassChains
 from edgeblocks.diffusion.noise import sampler_levels, unmasking_steps
 from edgeblocks.diffusion.solver import Solver, check_request, class_number, integrate
 from edgeblocks.errors import ConfigError
@@ -26,7 +27,7 @@ from edgeblocks.families.family import FamilyOfContinuations, FamilyOfImages, Fa
 from edgeblocks.inference.block_runner import BlockRunner, EmaSource, class_labels, guided, token_chain
 from edgeblocks.runs.directory import RunDirectory
 from edgeblocks.seeds import start_noise
-from edgeblocks.tasks import TEXT_TASKS
+from edgeblocks.tasks import TASKS, TEXT_TASKS
 
 
 def usual_steps(directory: RunDirectory) -> int:
@@ -256,7 +257,7 @@ def classify_images(
         return np.concatenate(
             [
                 class_probabilities(directory, runner, pixels[group], steps=steps, noises=noises, seed=seed)
-                for group in _groups(directory, np.arange(len(pixels)), noises=noises)
+                for group in _groups(directory, runner, np.arange(len(pixels)), noises=noises)
             ]
         )
 
@@ -273,7 +274,7 @@ def classified(
     on_level: Callable[[int], None] | None = None,
 ) -> Iterator[tuple[NDArray[np.float32], NDArray[np.int64]]]:
     """Probabilities of the classes [some, classes] and the classes [some] of a data set's images, some at a time."""
-    groups = _groups(directory, indices, noises=noises)
+    groups = _groups(directory, runner, indices, noises=noises)
     for done, group in enumerate(groups):
         pixels, labels = data.gather(group)
         assert labels is not None
@@ -284,12 +285,20 @@ def classified(
         )
 
 
-def _groups(directory: RunDirectory, indices: NDArray[np.int64], *, noises: int) -> list[NDArray[np.int64]]:
-    """Images that are classified together; their number changes no answer."""
+def chains_of(directory: RunDirectory, noises: int = TASKS["classes"].noises) -> ClassChains:
+    """What the memory for classifying a run's images depends on."""
     data = directory.family().data
     assert isinstance(data, ImageInfo)
     values = data.channels * data.height * data.width
-    size = classification.classified_together(num_classes=data.num_classes, noises=noises, values_per_image=values)
+    return ClassChains(num_classes=data.num_classes, noises=noises, values_per_image=values)
+
+
+def _groups(
+    directory: RunDirectory, runner: BlockRunner, indices: NDArray[np.int64], *, noises: int
+) -> list[NDArray[np.int64]]:
+    """Images that are classified together; their number changes no answer."""
+    size = classification.classified_together(**chains_of(directory, noises))
+    size = min(size, runner.together or size)
     return [indices[first : first + size] for first in range(0, len(indices), size)]
 
 
