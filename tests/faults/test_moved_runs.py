@@ -15,7 +15,7 @@ from support.watched_run import assert_equal_runs
 pytestmark = pytest.mark.slow
 
 
-@pytest.mark.parametrize("budget", ["3GB", "1GB"])
+@pytest.mark.parametrize("budget", [pytest.param("3GB", marks=pytest.mark.thorough), "1GB"])
 def test_a_moved_run_under_another_budget_gives_the_same_bits(half, campaign, tmp_path, budget):
     """In another folder, with its data and its cache elsewhere, planned again with the same micro-batch."""
     elsewhere = tmp_path / "elsewhere"

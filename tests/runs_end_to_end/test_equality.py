@@ -38,7 +38,7 @@ def resident(tmp_path_factory):
     return out
 
 
-@pytest.mark.parametrize("slots", [1, 2])
+@pytest.mark.parametrize("slots", [1, pytest.param(2, marks=pytest.mark.thorough)])
 def test_streamed_training_equals_resident_training_bit_for_bit(resident, tmp_path, edgeblocks_command, slots):
     """Blocks on disk with one or two in memory, in visits of 7 steps, give the resident run's weights.
 

@@ -141,7 +141,7 @@ def test_the_number_of_iterations_is_drawn_anew_in_each_step():
     assert np.mean(counts) == pytest.approx(1 + 3, abs=0.4) and len(set(counts)) > 6
 
 
-@pytest.mark.parametrize("kind", ["plain", "checkpointed", "forward"])
+@pytest.mark.parametrize("kind", [pytest.param("plain", marks=pytest.mark.thorough), "checkpointed", "forward"])
 def test_costs_are_those_of_whole_networks(kind):
     """Traced at 4, 8 and 12 layers they hold for 16; a core that is run again keeps its activations again."""
     (cost,) = getattr(trace(FAMILY, (3,)), kind)
