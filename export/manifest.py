@@ -25,6 +25,7 @@ from edgeblocks.export.manifest_types import (
     WordedManifest,
 )
 from edgeblocks.files.checked import in_short
+from edgeblocks.files.own import create
 from edgeblocks.files.untrusted import MalformedFileError, open_regular, read_object, shown
 
 FILE_NAME = "manifest.json"
@@ -39,8 +40,8 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
         OSError: the disk refused.
     """
     assert manifest.verified is not None, "only a verified export is finished"
-    with (folder / FILE_NAME).open("w", encoding="utf-8") as file:
-        file.write(json.dumps(manifest.to_json(), indent=1, ensure_ascii=False) + "\n")
+    with create(folder / FILE_NAME) as file:
+        file.write(f"{json.dumps(manifest.to_json(), indent=1, ensure_ascii=False)}\n".encode())
         file.flush()
         os.fsync(file.fileno())
 

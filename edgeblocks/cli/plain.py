@@ -12,6 +12,7 @@ from edgeblocks.api import settings_for_here
 from edgeblocks.cli.console_progress import ConsoleListener
 from edgeblocks.compare.plain_training import Recorder, train
 from edgeblocks.errors import EdgeblocksError
+from edgeblocks.files.own import make_folder
 from edgeblocks.registry import build_family, build_target, family_type
 from edgeblocks.runs.open_data import data_of
 
@@ -32,7 +33,7 @@ def main() -> None:
     if target.host_bytes() is not None:  # on a processor ordinary training has the allocator's own settings
         target.prepare()
         target.warm_up()
-    wanted.out.mkdir(parents=True, exist_ok=True)
+    make_folder(wanted.out)
     for former in wanted.out.glob("*.json*"):
         former.unlink()
     with ConsoleListener() as listener:

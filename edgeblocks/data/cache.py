@@ -9,7 +9,6 @@ neighbours, and a file that shrinks under a map kills the process; pread leaves 
 """
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import math
@@ -29,6 +28,7 @@ from numpy.typing import NDArray
 from edgeblocks.data.npy import read_npy_header
 from edgeblocks.errors import StorageError
 from edgeblocks.files.durable import sync
+from edgeblocks.files.own import create, is_link
 from edgeblocks.files.untrusted import open_regular, read_object
 from edgeblocks.units import format_bytes
 
@@ -100,7 +100,7 @@ class GrowingArray:
 
     def __init__(self, path: Path, dtype: np.dtype[np.generic] | type[np.generic], row_shape: tuple[int, ...]) -> None:
         self._dtype, self._row_shape, self._num_rows = np.dtype(dtype), row_shape, 0
-        self._file = path.open("wb")
+        self._file = create(path)
         self._write_header()
         self._header_bytes = self._file.tell()
 
@@ -168,7 +168,7 @@ class CacheFiles:
 
     def write(self, name: str, content: bytes) -> None:
         """Writes a whole file beside the arrays."""
-        with self._storing(), (self._folder / name).open("wb") as file:
+        with self._storing(), create(self._folder / name) as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
@@ -181,8 +181,8 @@ class CacheFiles:
             file_bytes = {path.name: path.stat().st_size for path in sorted(self._folder.iterdir())}
             meta: dict[str, Any] = {"version": self._kind.version, "file_bytes": file_bytes, **told}
             meta["sha256"] = meta_digest(meta)
-            with (self._folder / "meta.json").open("w", encoding="ascii") as file:
-                json.dump(meta, file)
+            with create(self._folder / "meta.json") as file:
+                file.write(json.dumps(meta).encode("ascii"))
                 file.flush()
                 os.fsync(file.fileno())
             sync(self._folder)
@@ -312,9 +312,11 @@ def _array_in(file: BinaryIO, dtype: np.dtype[np.generic], most_rows: int) -> tu
 
 def _publish(partial: Path, final: Path, is_sound: Callable[[Path], bool]) -> None:
     """Gives the finished cache its name, unless another process has meanwhile built a sound one."""
-    if final.exists() and not is_sound(final):
+    if os.path.lexists(final) and not is_sound(final):
         damaged = partial.with_suffix(".damaged.partial")
         final.rename(damaged)
+        if is_link(damaged):
+            damaged.unlink()
         shutil.rmtree(damaged, ignore_errors=True)
     try:
         partial.rename(final)
@@ -325,14 +327,24 @@ def _publish(partial: Path, final: Path, is_sound: Callable[[Path], bool]) -> No
 
 
 @contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Holds a lock on the folder; the kernel drops it when the process dies: the folder is abandoned."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def _locked(partial: Path) -> Iterator[None]:
+    """Holds a lock beside what is built; the kernel drops it when the process dies: the build is abandoned.
+
+    Raises:
+        OSError: somebody else holds it.
+    """
+    import filelock  # at its first use: most processes find their cache
+
+    lock = filelock.FileLock(partial.with_name(f"{partial.name}.lock"))
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
+        lock.acquire(blocking=False)
+        try:
+            yield
+        finally:
+            lock.release()
+            Path(lock.lock_file).unlink(missing_ok=True)
+    except filelock.Timeout as error:
+        raise OSError(None, "another process builds it", str(partial)) from error
 
 
 def _remove_abandoned(cache_dir: Path) -> None:
@@ -341,15 +353,11 @@ def _remove_abandoned(cache_dir: Path) -> None:
         with contextlib.suppress(OSError):
             if time.time() - partial.stat().st_mtime < _ABANDONED_S:
                 continue
-            descriptor = os.open(partial, os.O_RDONLY)
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if partial.is_dir():
+            with _locked(partial):
+                if partial.is_dir() and not is_link(partial):
                     shutil.rmtree(partial, ignore_errors=True)
                 else:  # of a cost trace
                     partial.unlink()
-            finally:
-                os.close(descriptor)
 
 
 def _storage_error(error: OSError, kind: CacheKind, cache_dir: Path, needed_bytes: int) -> StorageError:

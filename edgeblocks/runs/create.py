@@ -17,6 +17,7 @@ from edgeblocks.config import Settings
 from edgeblocks.data.tokenizer import TOKENIZER_FILE, Tokenizer
 from edgeblocks.errors import ConfigError, RunError
 from edgeblocks.families.base import DataInfo
+from edgeblocks.files.own import make_folder
 from edgeblocks.offload.block_files import storage_error
 from edgeblocks.offload.sections import init_section_
 from edgeblocks.runs.directory import RUN_FORMAT_VERSION, RunDirectory, remove_leftovers, write_text
@@ -62,9 +63,9 @@ def create_run(
     if settings.run.work_dir is not None and (path / "blocks").exists():
         raise ConfigError(f"{path} has a folder `blocks` already, which --work-dir replaces; choose another --out")
     try:
-        (path / "samples").mkdir(parents=True, exist_ok=True)
+        make_folder(path / "samples")
         run.write_json("env.json", {"run_id": run.run_id, **environment()})  # first: it says whose the blocks are
-        run.blocks_folder.mkdir(parents=True, exist_ok=True)
+        make_folder(run.blocks_folder)
         for stale in run.blocks_folder.glob("block_*.safetensors"):
             stale.unlink()
     except OSError as error:
