@@ -17,6 +17,14 @@ MemBudget = Annotated[
         "the GPU's memory (90% is the default)."
     ),
 ]
+RunBudget = Annotated[
+    str | None,
+    typer.Option(
+        "--mem-budget",
+        help="Largest resident memory of the process, such as 700MB, 6GB or 50% (the default). Without a bound by the "
+        "system (Linux has one) it is only compared with what the manifest needs.",
+    ),
+]
 PlanTarget = Annotated[
     str | None,
     typer.Option(

@@ -32,6 +32,16 @@ class Wish:
     of_images: dict[str, Any]
     of_text: dict[str, Any]
 
+    @property
+    def num_texts(self) -> int:
+        """How many are written."""
+        return 4 if self.n is None else self.n
+
+    @property
+    def num_images(self) -> int:
+        """How many are made."""
+        return 64 if self.n is None else self.n
+
     def texts(self, write: Callable[..., list[str]]) -> None:
         """Have texts written, and print or save them.
 
@@ -41,7 +51,7 @@ class Wish:
         asked = _only(self.of_text, self.of_images, "writes text")
         if self.out is not None and self.out.suffix.lower() in (".png", ".jpg", ".jpeg"):
             raise ConfigError(f"-o {self.out}: this network writes text; give a name that ends in .txt or .json")
-        _say_texts(write(n=4 if self.n is None else self.n, **asked), self.out, as_json=self.as_json)
+        _say_texts(write(n=self.num_texts, **asked), self.out, as_json=self.as_json)
 
     def images(self, draw: "Callable[..., NDArray[np.uint8]]", *, num_classes: int) -> None:
         """Have images made, and save a grid of them.
@@ -52,7 +62,7 @@ class Wish:
         asked = _only(self.of_images, self.of_text, "makes no text")
         out = self.out or Path("grid.png")
         _check_picture(out, asked.get("solver", "heun"))
-        made = draw(n=64 if self.n is None else self.n, **asked)
+        made = draw(n=self.num_images, **asked)
         from edgeblocks.data import pictures
 
         # A column for each class where the classes take turns and are few; else the picture chooses.

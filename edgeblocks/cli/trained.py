@@ -16,6 +16,7 @@ from edgeblocks.cli.options import (
     MemBudget,
     Number,
     RunArgument,
+    RunBudget,
     SampleSeed,
     SampleSteps,
 )
@@ -152,12 +153,14 @@ def run(
     of_images: dict[str, object],
     of_text: dict[str, object],
     seed: SampleSeed = 0,
+    mem_budget: RunBudget = None,
     as_json: Json = False,
 ) -> None:
     """Run an exported network: onnxruntime only, one block in memory at a time, no torch.
 
     An image model writes a grid of images. A classifier prints the likeliest classes of each image file, or writes them
-    to a .json file. A text model prints its text, or writes it to a file.
+    to a .json file. A text model prints its text, or writes it to a file. A network from elsewhere gets no more than
+    --mem-budget, and Ctrl-C ends it.
     """
     wish = Wish(n=n, out=out, as_json=as_json, of_images=of_images, of_text=of_text)
     from edgeblocks.cli.console_progress import ConsoleListener
@@ -169,12 +172,14 @@ def run(
         raise ConfigError(f"{directory} takes no images; leave out {images[0]}")
     if manifest.task == "classes":
         wish.nothing("classifies images")
-        say_classes(exported, images or [], out, steps, seed, as_json=as_json)
+        with exported.within(mem_budget, n=len(images or [])):
+            say_classes(exported, images or [], out, steps, seed, as_json=as_json)
     elif manifest.task in TEXT_TASKS:
-        wish.texts(partial(exported.write, steps=steps, seed=seed))
+        with exported.within(mem_budget, n=wish.num_texts):
+            wish.texts(partial(exported.write, steps=steps, seed=seed))
     else:
         levels = manifest.sampler.steps if steps is None else steps
-        with ConsoleListener() as listener:
+        with ConsoleListener() as listener, exported.within(mem_budget, n=wish.num_images):
             sampled = partial(listener.advance, total=levels, text="sampling")
             wish.images(
                 partial(exported.sample, steps=levels, seed=seed, on_level=sampled), num_classes=manifest.num_classes
