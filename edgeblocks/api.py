@@ -26,6 +26,7 @@ from edgeblocks.runs.locks import locked, locked_away
 from edgeblocks.runs.open_data import check_vocab, open_run_data
 from edgeblocks.runs.schema import InitFields
 from edgeblocks.runs.written_plan import written_plan
+from edgeblocks.terminal import command
 from edgeblocks.training.guard import Guard, refusals_explained
 from edgeblocks.training.interruption import Interrupted, Interruption
 from edgeblocks.training.loop import trainer_type
@@ -330,7 +331,7 @@ def _train(run: RunDirectory, data_set: DataSet, listener: Listener, resumed_fro
     if interruption.signal_name is not None:
         raise InterruptedRunError(
             f"stopped by {interruption.signal_name}; saved at {_at_steps(run, steps)} of "
-            f"{run.settings.run.steps}. Go on with: edgeblocks train --resume {run.path}"
+            f"{run.settings.run.steps}. Go on with: {command('train', '--resume', run.path)}"
         )
     bring_blocks_home(run)
     summary = summary_of(run, trainer, evaluation, data_set, target, budget_bytes, resumed_from)

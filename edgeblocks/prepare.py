@@ -30,6 +30,7 @@ from edgeblocks.runs.load_weights import InitialWeights, initial_weights_of
 from edgeblocks.runs.open_data import open_run_data
 from edgeblocks.runs.written_plan import TrainablePlan, WrittenPlan, written_plan
 from edgeblocks.tasks import GRID_TOKENS, TASKS
+from edgeblocks.terminal import quoted
 from edgeblocks.units import advised_budget, format_bytes, format_duration, parse_size
 
 if TYPE_CHECKING:
@@ -345,7 +346,7 @@ def check_work_dir(work_dir: str | None) -> None:
     if not path.is_dir():
         what = "is not a folder" if path.exists() else "does not exist"
         raise StorageError(
-            f"--work-dir {path} {what}; mount its disk, make it (mkdir -p {path}), or name another place"
+            f"--work-dir {path} {what}; mount its disk, make it (mkdir -p {quoted(path)}), or name another place"
         )
     if not os.access(path, os.W_OK | os.X_OK):
         raise StorageError(f"--work-dir {path} cannot be written; mend its permissions, or name another place")

@@ -29,6 +29,7 @@ from edgeblocks.export.manifest_types import (
 from edgeblocks.files.checked import in_short
 from edgeblocks.files.own import create
 from edgeblocks.files.untrusted import MalformedFileError, open_regular, read_object, shown
+from edgeblocks.terminal import quoted
 
 FILE_NAME = "manifest.json"
 _CHUNK_BYTES = 2**20
@@ -56,7 +57,9 @@ def read_manifest(folder: Path) -> AnyManifest:
     """
     path = folder / FILE_NAME
     if not folder.is_dir():
-        raise RunError(f"there is no exported directory {folder}; write one with: edgeblocks export RUN -o {folder}")
+        raise RunError(
+            f"there is no exported directory {folder}; write one with: edgeblocks export RUN -o {quoted(folder)}"
+        )
     try:
         content = read_object(path, finite=False)  # the models look at each number, and then it has a name
     except FileNotFoundError as error:
@@ -143,8 +146,8 @@ def _check_named_files(folder: Path, file: BlockFile) -> None:
     foreign = sorted(named - {file.data_file})
     if foreign:
         raise RunError(
-            f"block {file.block} is refused: {path} takes weights from {shown(foreign[0])}, which is not among its files "
-            f"in {FILE_NAME}; {_AGAIN}"
+            f"block {file.block} is refused: {path} takes weights from {shown(foreign[0])}, which is not among its "
+            f"files in {FILE_NAME}; {_AGAIN}"
         )
 
 

@@ -78,9 +78,9 @@ class ExportedChain:
         least = target.used_bytes() + self.held_bytes(n) + (sum(sizes) if self.keeps_all else max(sizes))
         if least > budget_bytes:
             raise DoesNotFitError(
-                f"{self.directory} takes at least {format_bytes(least)} for {n} at a time, by its manifest: its largest "
-                f"block has {format_bytes(max(sizes))}; the budget is {format_bytes(budget_bytes)}. Ask for fewer with "
-                f"--n, or give --mem-budget {advised_budget(least)} or more",
+                f"{self.directory} takes at least {format_bytes(least)} for {n} at a time, by its manifest: its "
+                f"largest block has {format_bytes(max(sizes))}; the budget is {format_bytes(budget_bytes)}. Ask for "
+                f"fewer with --n, or give --mem-budget {advised_budget(least)} or more",
                 least,
             )
         onnxruntime()  # its code is no part of what the graphs take
@@ -89,8 +89,8 @@ class ExportedChain:
                 yield
         except MemoryError as error:
             raise OutOfBudgetError(
-                f"memory was refused at the budget of {format_bytes(budget_bytes)}; ask for fewer with --n or give more "
-                f"with --mem-budget. If {self.directory} came from elsewhere, it may be made to fill the memory"
+                f"memory was refused at the budget of {format_bytes(budget_bytes)}; ask for fewer with --n or give "
+                f"more with --mem-budget. If {self.directory} came from elsewhere, it may be made to fill the memory"
             ) from error
 
     def run_graph(

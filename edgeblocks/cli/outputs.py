@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgeblocks.cli.options import as_flags
+from edgeblocks.cli.screen import json_text, say, say_raw
 from edgeblocks.errors import ConfigError, DataError, StorageError
 
 if TYPE_CHECKING:
@@ -68,7 +69,7 @@ class Wish:
         # A column for each class where the classes take turns and are few; else the picture chooses.
         columns = num_classes if "label" not in asked and 1 < num_classes <= 16 else None
         pictures.save_png(out, pictures.image_grid(made, columns=columns))
-        print(json.dumps({"path": str(out), "n": len(made)}) if self.as_json else f"saved {len(made)} images to {out}")
+        say(json_text({"path": str(out), "n": len(made)}) if self.as_json else f"saved {len(made)} images to {out}")
 
     def nothing(self, what: str) -> None:
         """That no option was typed, because the network makes neither.
@@ -107,20 +108,20 @@ def say_classes(
             shown.append(f"and {len(unreadable) - len(shown)} more like that")
         if found:
             shown.append(f"{len(unreadable)} of {len(images)} images have no answer; the others have theirs")
-        raise DataError("\n".join(shown))
+        raise DataError(*shown)
 
 
 def _say_answers(found: "list[Answer]", out: Path | None, *, as_json: bool) -> None:
     if out is not None:
         _write(out, json.dumps(found, indent=1) + "\n")
-        print(json.dumps({"path": str(out), "n": len(found)}) if as_json else f"saved {len(found)} answers to {out}")
+        say(json_text({"path": str(out), "n": len(found)}) if as_json else f"saved {len(found)} answers to {out}")
         return
     if as_json:
-        print(json.dumps(found))
+        say(json_text(found))
         return
     for answer in found:
         classes = ", ".join(f"{one['name']} {one['probability']:.1%}" for one in answer["classes"])
-        print(f"{answer['path']}: {classes}")
+        say(f"{answer['path']}: {classes}")
 
 
 def _only(own: Mapping[str, object], others: Mapping[str, object], what: str) -> dict[str, Any]:
@@ -146,11 +147,11 @@ def _say_texts(texts: list[str], out: Path | None, *, as_json: bool) -> None:
     from edgeblocks.diffusion.unmasking import texts_as_file
 
     if out is None:
-        print(json.dumps(texts) if as_json else texts_as_file(texts), end="\n" if as_json else "")
+        say_raw(f"{json_text(texts)}\n" if as_json else texts_as_file(texts))
         return
     content = json.dumps(texts, indent=1, ensure_ascii=False) + "\n" if out.suffix == ".json" else texts_as_file(texts)
     _write(out, content)
-    print(json.dumps({"path": str(out), "n": len(texts)}) if as_json else f"saved {len(texts)} texts to {out}")
+    say(json_text({"path": str(out), "n": len(texts)}) if as_json else f"saved {len(texts)} texts to {out}")
 
 
 def _write(out: Path, content: str) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from edgeblocks.api import settings_for_here
 from edgeblocks.cli.console_progress import ConsoleListener
+from edgeblocks.cli.screen import complain, open_streams
 from edgeblocks.compare.plain_training import Recorder, train
 from edgeblocks.errors import EdgeblocksError
 from edgeblocks.files.own import make_folder
@@ -24,6 +25,7 @@ def main() -> None:
     parser.add_argument("--checkpointing", action="store_true", help="recompute activations on the way back")
     parser.add_argument("--eight-bit", action="store_true", help="moments of 8 bits: bitsandbytes' AdamW8bit")
     wanted = parser.parse_args()
+    open_streams()
     settings = settings_for_here(config=wanted.settings)
     run = settings.run.model_copy(update={"checkpointing": wanted.checkpointing})
     data = data_of(run, lambda *_: None)
@@ -55,7 +57,7 @@ if __name__ == "__main__":
     try:
         main()
     except EdgeblocksError as error:
-        print(f"error: {error}", file=sys.stderr)
+        complain(f"error: {error}")
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -1,6 +1,5 @@
 """`eval`, `sample`, `export`, `weights` and `run`: what a trained network is for."""
 
-import json
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -21,6 +20,7 @@ from edgeblocks.cli.options import (
     SampleSteps,
 )
 from edgeblocks.cli.outputs import Wish, say_classes
+from edgeblocks.cli.screen import json_text, say, say_lines
 from edgeblocks.errors import ConfigError
 from edgeblocks.tasks import TASKS, TEXT_TASKS
 from edgeblocks.units import format_bytes
@@ -65,7 +65,7 @@ def evaluate(
         result = api.load(run).evaluate(
             samples=samples, steps=steps, seed=seed, data=data, mem_budget=mem_budget, listener=listener
         )
-    print(json.dumps(result) if as_json else evaluation_report(result))
+    say_lines(json_text(result) if as_json else evaluation_report(result))
 
 
 @verb(of_images=IMAGE_OPTIONS, of_text=TEXT_OPTIONS)
@@ -118,7 +118,7 @@ def export(
 
     with ConsoleListener() as listener:
         manifest = api.load(run).export(out, listener=listener)
-    print(json.dumps(manifest) if as_json else export_report(manifest, out))
+    say_lines(json_text(manifest) if as_json else export_report(manifest, out))
 
 
 @verb()
@@ -133,7 +133,7 @@ def weights(
 
     written = api.load(run).save_weights(out, last=last)
     told = f"wrote {written['tensors']} tensors, {format_bytes(written['bytes'])}, to {out}"
-    print(json.dumps(written) if as_json else told)
+    say(json_text(written) if as_json else told)
 
 
 @verb(of_images=IMAGE_OPTIONS, of_text=TEXT_OPTIONS)

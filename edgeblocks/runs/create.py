@@ -25,6 +25,7 @@ from edgeblocks.runs.load_weights import InitialWeights
 from edgeblocks.runs.schema import InitFields, read_json
 from edgeblocks.runs.written_plan import WrittenPlan
 from edgeblocks.seeds import generator_at
+from edgeblocks.terminal import quoted
 
 
 def create_run(
@@ -85,11 +86,11 @@ def check_free(path: Path) -> None:
         ConfigError: there is a run already, or what was one before it lost its manifest.
     """
     if (path / "manifest.json").exists():
-        raise ConfigError(f"{path} holds a run already; go on with --resume {path}, or choose another --out")
+        raise ConfigError(f"{path} holds a run already; go on with --resume {quoted(path)}, or choose another --out")
     if (path / "metrics.jsonl").exists():  # which is written when the manifest exists
         raise ConfigError(
             f"{path} holds trained blocks, but no manifest.json; put that file back from a copy and go on with "
-            f"--resume {path}, or choose another --out"
+            f"--resume {quoted(path)}, or choose another --out"
         )
 
 

@@ -7,11 +7,11 @@ import platform
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from edgeblocks.commands import quoted
 from edgeblocks.errors import RunError
 from edgeblocks.files.own import links_under, open_alone
 from edgeblocks.offload.block_files import storage_error
 from edgeblocks.runs.directory import OWN_FOLDERS, OWN_NAMES, RunDirectory
+from edgeblocks.terminal import quoted
 
 _MOST_NAMED = 5
 
@@ -67,10 +67,10 @@ def _held(path: Path, note: Callable[[str], None]) -> Iterator[None]:
 
 def _holder(file: Path) -> str:
     """The text in a lock's file."""
-    with contextlib.suppress(OSError):
-        with contextlib.closing(os.fdopen(open_alone(file, os.O_RDONLY), "rb", buffering=0)) as text:
-            return (text.read(200) or b"").decode(errors="replace").strip() or "an unknown process"
-    return "an unknown process"
+    found = b""
+    with contextlib.suppress(OSError), os.fdopen(open_alone(file, os.O_RDONLY), "rb", buffering=0) as text:
+        found = text.read(200) or b""
+    return found.decode(errors="replace").strip() or "an unknown process"
 
 
 @contextlib.contextmanager

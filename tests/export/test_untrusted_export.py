@@ -149,9 +149,9 @@ def test_an_image_of_the_manifest_has_bounds(copy):
     assert_refused(invoke("run", copy), 1, r"image: 64 x 4096 x 4096 values are more than 67108864")
     content["image"]["channels"] = 4
     (copy / "manifest.json").write_text(json.dumps(content))
-    with pytest.raises(DoesNotFitError, match=r"takes at least 10\d GB for 64 at a time, by its manifest"):
-        with Sampler(copy).within("1GB", n=64):
-            pass
+    words = r"takes at least 10\d GB for 64 at a time, by its manifest"
+    with pytest.raises(DoesNotFitError, match=words), Sampler(copy).within("1GB", n=64):
+        pass
     assert_refused(invoke("run", copy, "--mem-budget", "lots"), 2, "--mem-budget 'lots' is not a size")
 
 
@@ -215,7 +215,8 @@ def test_onnxruntime_is_imported_in_one_place_which_switches_its_reports_off():
             if any(name.split(".")[0] == "onnxruntime" for name in names):
                 importing.add(path.name)
     assert importing == {"onnx_runtime.py"}
-    code = "import os; from edgeblocks.onnx_runtime import onnxruntime; onnxruntime(); print(os.environ['ORT_DISABLE_TELEMETRY'])"
+    code = "import os; from edgeblocks.onnx_runtime import onnxruntime; onnxruntime();"
+    code += "print(os.environ['ORT_DISABLE_TELEMETRY'])"
     environment = {name: value for name, value in os.environ.items() if name != "ORT_DISABLE_TELEMETRY"}
     for given, expected in (({}, "1"), ({"ORT_DISABLE_TELEMETRY": "0"}, "0")):
         done = subprocess.run(
