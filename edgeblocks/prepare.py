@@ -355,11 +355,15 @@ def check_work_dir(work_dir: str | None) -> None:
 def measure(
     settings: Settings,
     data: DataInfo,
-    folder: Path,
+    folder: Path | None,
     target: Target,
     listener: Listener,
 ) -> tuple[LayerCosts, Machine]:
-    """Trace the costs in a child process, then measure the machine when it is quiet again."""
+    """Trace the costs in a child process, then measure the machine when it is quiet again.
+
+    Args:
+        folder: whose disk is measured; None where a run is only read, which may lie on a medium that cannot be written.
+    """
     run = settings.run
     costs, planning_bytes = trace_costs(settings, data)
     Image.init()  # what saving pictures will need belongs to the runtime's share
@@ -370,7 +374,7 @@ def measure(
     return costs, replace(machine, planning_bytes=max(machine.planning_bytes, planning_bytes))
 
 
-def measured_machine(target: Target, folder: Path) -> Machine:
+def measured_machine(target: Target, folder: Path | None) -> Machine:
     """The machine; what measuring it took of the process's memory is the least that planning takes."""
     former_peak_bytes = target.host_peak_bytes()
     machine = target.measure(folder)

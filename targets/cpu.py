@@ -121,7 +121,7 @@ class CpuTarget:
         run_every_kernel()
         self.give_back()
 
-    def measure(self, folder: Path) -> Machine:
+    def measure(self, folder: Path | None) -> Machine:
         """Speeds of this machine, and what the process occupies before any block is loaded.
 
         The kernels are warmed up first: their code and scratch memory are part of `runtime_bytes`. Takes about half a

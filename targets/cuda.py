@@ -138,7 +138,7 @@ class CudaTarget:
         free, total = torch.cuda.mem_get_info()
         return int(total - free - torch.cuda.memory_reserved())
 
-    def measure(self, folder: Path) -> Machine:
+    def measure(self, folder: Path | None) -> Machine:
         """Speeds of the GPU, its link and the disk, and what both memories hold before any block is loaded."""
         self.warm_up()
         flops_per_s, memory_bytes_per_s, operator_s = self._measure_arithmetic()

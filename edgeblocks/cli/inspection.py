@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from edgeblocks.cli.exit_codes import verb
-from edgeblocks.cli.options import Json, RunArgument
+from edgeblocks.cli.options import Json, Overwrite, RunArgument
 from edgeblocks.cli.screen import json_text, say, say_lines
 
 
@@ -31,6 +31,7 @@ def report(
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="The file that is written.", show_default="RUN/report.html")
     ] = None,
+    overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
     """Write one HTML page of a run: plan against measured, losses, memory against the budget, time, samples.
@@ -39,7 +40,7 @@ def report(
     """
     from edgeblocks.report.run_report import write_report
 
-    written = write_report(run, out)
+    written = write_report(run, out, overwrite=overwrite)
     say(json_text(written.to_json()) if as_json else written.line())
 
 

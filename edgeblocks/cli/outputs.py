@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from edgeblocks.cli.options import as_flags
 from edgeblocks.cli.screen import json_text, say, say_raw
 from edgeblocks.errors import ConfigError, DataError, StorageError
+from edgeblocks.files.own import check_new
 
 if TYPE_CHECKING:
     import numpy as np
@@ -29,6 +30,7 @@ class Wish:
 
     n: int | None
     out: Path | None
+    overwrite: bool
     as_json: bool
     of_images: dict[str, Any]
     of_text: dict[str, Any]
@@ -52,6 +54,8 @@ class Wish:
         asked = _only(self.of_text, self.of_images, "writes text")
         if self.out is not None and self.out.suffix.lower() in (".png", ".jpg", ".jpeg"):
             raise ConfigError(f"-o {self.out}: this network writes text; give a name that ends in .txt or .json")
+        if self.out is not None:
+            check_new(self.out, overwrite=self.overwrite)
         _say_texts(write(n=self.num_texts, **asked), self.out, as_json=self.as_json)
 
     def images(self, draw: "Callable[..., NDArray[np.uint8]]", *, num_classes: int) -> None:
@@ -63,6 +67,7 @@ class Wish:
         asked = _only(self.of_images, self.of_text, "makes no text")
         out = self.out or Path("grid.png")
         _check_picture(out, asked.get("solver", "heun"))
+        check_new(out, overwrite=self.overwrite)
         made = draw(n=self.num_images, **asked)
         from edgeblocks.data import pictures
 
@@ -87,6 +92,7 @@ def say_classes(
     steps: int | None,
     seed: int,
     *,
+    overwrite: bool,
     as_json: bool,
 ) -> None:
     """Classify image files; print the likeliest classes of each, or save them as JSON.
@@ -98,6 +104,8 @@ def say_classes(
         raise ConfigError(f"{classifier.directory} classifies images: name some image files after it")
     if out is not None and out.suffix.lower() != ".json":
         raise ConfigError(f"-o {out}: classes are written as JSON; give a name that ends in .json")
+    if out is not None:
+        check_new(out, overwrite=overwrite)
     unreadable: list[DataError] = []
     found = classifier.classify_files(images, steps=steps, seed=seed, on_unreadable=unreadable.append)
     if found:

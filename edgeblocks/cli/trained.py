@@ -14,6 +14,7 @@ from edgeblocks.cli.options import (
     Json,
     MemBudget,
     Number,
+    Overwrite,
     RunArgument,
     RunBudget,
     SampleSeed,
@@ -81,10 +82,11 @@ def sample(
     of_text: dict[str, object],
     seed: SampleSeed = 0,
     mem_budget: MemBudget = None,
+    overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
     """Generate with a trained run: a grid of images, or texts."""
-    wish = Wish(n=n, out=out, as_json=as_json, of_images=of_images, of_text=of_text)
+    wish = Wish(n=n, out=out, overwrite=overwrite, as_json=as_json, of_images=of_images, of_text=of_text)
     from edgeblocks import api
     from edgeblocks.cli.console_progress import ConsoleListener
     from edgeblocks.inference.sampling import usual_steps
@@ -126,12 +128,13 @@ def weights(
     run: RunArgument,
     out: Annotated[Path, typer.Option("--out", "-o", help="A file that ends in .safetensors.", show_default=False)],
     last: Annotated[bool, typer.Option("--last", help="As the last step left them, instead of their average.")] = False,
+    overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
     """Write a run's weights as one .safetensors file: for --init of another run, or for PyTorch."""
     from edgeblocks import api
 
-    written = api.load(run).save_weights(out, last=last)
+    written = api.load(run).save_weights(out, last=last, overwrite=overwrite)
     told = f"wrote {written['tensors']} tensors, {format_bytes(written['bytes'])}, to {out}"
     say(json_text(written) if as_json else told)
 
@@ -154,6 +157,7 @@ def run(
     of_text: dict[str, object],
     seed: SampleSeed = 0,
     mem_budget: RunBudget = None,
+    overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
     """Run an exported network: onnxruntime only, one block in memory at a time, no torch.
@@ -162,7 +166,7 @@ def run(
     to a .json file. A text model prints its text, or writes it to a file. A network from elsewhere gets no more than
     --mem-budget, and Ctrl-C ends it.
     """
-    wish = Wish(n=n, out=out, as_json=as_json, of_images=of_images, of_text=of_text)
+    wish = Wish(n=n, out=out, overwrite=overwrite, as_json=as_json, of_images=of_images, of_text=of_text)
     from edgeblocks.cli.console_progress import ConsoleListener
     from edgeblocks.registry import open_exported
 
@@ -173,7 +177,7 @@ def run(
     if manifest.task == "classes":
         wish.nothing("classifies images")
         with exported.within(mem_budget, n=len(images or [])):
-            say_classes(exported, images or [], out, steps, seed, as_json=as_json)
+            say_classes(exported, images or [], out, steps, seed, overwrite=overwrite, as_json=as_json)
     elif manifest.task in TEXT_TASKS:
         with exported.within(mem_budget, n=wish.num_texts):
             wish.texts(partial(exported.write, steps=steps, seed=seed))

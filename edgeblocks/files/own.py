@@ -12,6 +12,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
+from edgeblocks.errors import ConfigError
+
 # Windows has neither; links are rare there, and `is_link` is asked first.
 _NOT_A_LINK = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
 _CLOSED_IN_CHILDREN = getattr(os, "O_CLOEXEC", 0)
@@ -34,6 +36,20 @@ def links_under(folder: Path, names: Iterable[str], folders: Iterable[str]) -> I
     for inner in folders:
         if (folder / inner).is_dir() and not is_link(folder / inner):
             yield from (path for path in sorted((folder / inner).iterdir()) if is_link(path))
+
+
+def check_new(out: Path, *, overwrite: bool) -> None:
+    """That a file which the user names may be written. Pipes and devices are there to be written to.
+
+    Raises:
+        ConfigError: it is there already and may not be replaced.
+    """
+    try:
+        taken = out.is_file()
+    except OSError as error:
+        raise ConfigError(f"-o {out}: {error.strerror}; choose another name") from error
+    if taken and not overwrite:
+        raise ConfigError(f"-o {out} is there already; add --overwrite to replace it, or choose another name")
 
 
 def create(path: Path, *, buffering: int = -1) -> BinaryIO:

@@ -20,12 +20,21 @@ from edgeblocks.families.base import DataInfo
 from edgeblocks.files.own import make_folder
 from edgeblocks.offload.block_files import storage_error
 from edgeblocks.offload.sections import init_section_
-from edgeblocks.runs.directory import RUN_FORMAT_VERSION, RunDirectory, remove_leftovers, write_text
+from edgeblocks.runs.directory import (
+    OWN_FOLDERS,
+    OWN_NAMES,
+    RUN_FORMAT_VERSION,
+    RunDirectory,
+    remove_leftovers,
+    write_text,
+)
 from edgeblocks.runs.load_weights import InitialWeights
 from edgeblocks.runs.schema import InitFields, read_json
 from edgeblocks.runs.written_plan import WrittenPlan
 from edgeblocks.seeds import generator_at
 from edgeblocks.terminal import quoted
+
+_MOST_NAMED = 5
 
 
 def create_run(
@@ -80,18 +89,37 @@ def create_run(
 
 
 def check_free(path: Path) -> None:
-    """That a new run may be created in a directory.
+    """That a new run may be created in a directory: a new one, an empty one, or one of ours that was never finished.
 
     Raises:
-        ConfigError: there is a run already, or what was one before it lost its manifest.
+        ConfigError: there is a run already, or what was one before it lost its manifest; or something else.
     """
-    if (path / "manifest.json").exists():
+    try:
+        present = {entry.name for entry in path.iterdir()} if path.is_dir() else set()
+        file = next((place for place in (path, *path.parents) if place.exists() and not place.is_dir()), None)
+    except OSError as error:
+        raise ConfigError(f"--out {path} cannot be used: {error.strerror}; choose another --out") from error
+    if file is not None:
+        raise ConfigError(f"--out {path}: {file} is a file, not a folder; choose another --out")
+    if "manifest.json" in present:
         raise ConfigError(f"{path} holds a run already; go on with --resume {quoted(path)}, or choose another --out")
-    if (path / "metrics.jsonl").exists():  # which is written when the manifest exists
+    if "metrics.jsonl" in present and "env.json" in present:  # which is written when the manifest exists
         raise ConfigError(
             f"{path} holds trained blocks, but no manifest.json; put that file back from a copy and go on with "
             f"--resume {quoted(path)}, or choose another --out"
         )
+    ours = {"lock", "samples"} if _unfinished_id(path) is None else {*OWN_NAMES, *OWN_FOLDERS}
+    others = sorted(name for name in present - ours if not re.fullmatch(r"\..*\.tmp", name))
+    if others or (_unfinished_id(path) is None and _holds_anything(path / "samples")):
+        named = ", ".join(others[:_MOST_NAMED] or ["samples"]) + (", .." if len(others) > _MOST_NAMED else "")
+        raise ConfigError(
+            f"--out {path} holds files that are not of a run ({named}), and a run's files would be mixed with them; "
+            f"name a new folder, such as --out {quoted(path / 'run')}"
+        )
+
+
+def _holds_anything(folder: Path) -> bool:
+    return folder.is_dir() and any(folder.iterdir())
 
 
 def _unfinished_id(path: Path) -> str | None:
