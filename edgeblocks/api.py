@@ -19,7 +19,7 @@ from edgeblocks.profiling.budgets import budget_of_this_process, usual_budgets
 from edgeblocks.progress import Listener, Silent
 from edgeblocks.registry import build_profile, build_target, family_type, profile_names, register_family, target_names
 from edgeblocks.run import Run
-from edgeblocks.runs.create import check_free, create_blocks, create_run, seal_run
+from edgeblocks.runs.create import changed_environment, check_free, create_blocks, create_run, seal_run
 from edgeblocks.runs.directory import RunDirectory, bring_blocks_home, open_run, remove_leftovers
 from edgeblocks.runs.load_weights import InitialWeights, initial_weights_of
 from edgeblocks.runs.locks import locked, locked_away
@@ -231,6 +231,12 @@ def _resume(run: RunDirectory, other_budget: bool, reinit_blocks: Sequence[int],
     run.save_settings()
     run.drop_metrics_after(saved)
     listener.note(f"resuming {run.path}: {_at_steps(run, saved)} of {run.settings.run.steps}")
+    changed = changed_environment(run)
+    if changed is not None:
+        listener.note(
+            f"note: this run began otherwise ({changed}): it goes on as well as before, but its sums are rounded in "
+            f"another way, so its bits are not those that it would have had there"
+        )
     return _train(run, data_set, listener, resumed_from=saved)
 
 
@@ -300,6 +306,11 @@ def _initial_again(run: RunDirectory) -> InitialWeights | None:
 def _train(run: RunDirectory, data_set: DataSet, listener: Listener, resumed_from: list[int] | None) -> "Run":
     target = build_target(run.settings.run.target)
     target.warm_up()
+    if not target.has_cap:
+        listener.note(
+            "note: this system does not bound the memory of a process: the plan and a look before each step keep the "
+            "budget, and nothing refuses what passes it in between"
+        )
     plan = run.trainable_plan
     budget_bytes, breakdown = plan.budget_bytes, plan.breakdown
     guard = Guard(

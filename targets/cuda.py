@@ -106,6 +106,8 @@ class CudaTarget:
         """The process's largest resident set so far: what `/usr/bin/time -v` reports."""
         return self._host.peak_bytes()
 
+    has_cap = True
+
     @contextlib.contextmanager
     def capped(self, budget_bytes: int) -> Iterator[None]:
         """Let torch refuse memory that would carry the process past the budget; a smaller share that was set stays."""

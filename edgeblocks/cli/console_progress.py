@@ -17,9 +17,15 @@ PLAIN_LINE_EVERY_S = 10.0
 LIVE_LINE_EVERY_S = 0.2
 
 
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        """rich would end the process here, in the middle of a step."""
+        raise BrokenPipeError
+
+
 def make_console(stream: TextIO) -> Console:
     """A console that neither wraps nor colours in a pipe."""
-    return Console(file=stream, width=None if stream.isatty() else 140, highlight=False, soft_wrap=not stream.isatty())
+    return _Console(file=stream, width=None if stream.isatty() else 140, highlight=False, soft_wrap=not stream.isatty())
 
 
 class ConsoleListener:

@@ -14,6 +14,7 @@ import json
 import math
 import os
 import shutil
+import stat
 import tempfile
 import time
 import weakref
@@ -28,7 +29,7 @@ from numpy.typing import NDArray
 from edgeblocks.data.npy import read_npy_header
 from edgeblocks.errors import StorageError
 from edgeblocks.files.durable import sync
-from edgeblocks.files.own import create, is_link
+from edgeblocks.files.own import create, file_locks, is_link
 from edgeblocks.files.untrusted import open_regular, read_object
 from edgeblocks.units import format_bytes
 
@@ -205,11 +206,49 @@ class CacheFiles:
 
 
 def cache_folder() -> Path:
-    """Where decoded images and tokens are kept: $EDGEBLOCKS_CACHE, or edgeblocks/ in the user's cache folder."""
+    """Where decoded images and tokens are kept: $EDGEBLOCKS_CACHE, or edgeblocks/ in the user's cache folder; without a
+    home (a container's user that no file knows) a folder of the user's own among the temporary ones.
+
+    Raises:
+        StorageError: there is none of them.
+    """
     given = os.environ.get("EDGEBLOCKS_CACHE")
     if given:
         return Path(given)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "edgeblocks"
+    home = _home_cache()
+    return _temporary_cache() if home is None else home
+
+
+def cache_note() -> str | None:
+    """What the user should know of where the caches are; None where they are in their usual place."""
+    if os.environ.get("EDGEBLOCKS_CACHE") or _home_cache() is not None:
+        return None
+    return (
+        f"there is no home folder (HOME is not set), so caches are kept in {cache_folder()}; "
+        "EDGEBLOCKS_CACHE=FOLDER names another place"
+    )
+
+
+def _home_cache() -> Path | None:
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "edgeblocks"
+    except RuntimeError:  # neither HOME nor an entry of this user
+        return None
+
+
+def _temporary_cache() -> Path:
+    """A folder that nobody else can write: everybody can make one of that name beforehand."""
+    user = getattr(os, "getuid", lambda: 0)()
+    cure = "name a folder for caches with EDGEBLOCKS_CACHE=FOLDER"
+    try:
+        folder = Path(tempfile.gettempdir()) / f"edgeblocks-{user}"
+        folder.mkdir(mode=0o700, exist_ok=True)
+        status = folder.lstat()
+    except OSError as error:
+        raise StorageError(f"there is no home folder and no temporary one ({error.strerror}); {cure}") from error
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid not in (user, 0) or status.st_mode & 0o022:
+        raise StorageError(f"there is no home folder, and {folder} may be written by others; {cure}")
+    return folder
 
 
 def open_or_build(
@@ -333,8 +372,7 @@ def _locked(partial: Path) -> Iterator[None]:
     Raises:
         OSError: somebody else holds it.
     """
-    import filelock  # at its first use: most processes find their cache
-
+    filelock = file_locks()
     lock = filelock.FileLock(partial.with_name(f"{partial.name}.lock"))
     try:
         lock.acquire(blocking=False)
@@ -364,5 +402,5 @@ def _storage_error(error: OSError, kind: CacheKind, cache_dir: Path, needed_byte
     need = f"; it needs {needed_bytes} bytes ({format_bytes(needed_bytes)})" if needed_bytes else ""
     return StorageError(
         f"the {kind.name} cannot be written in {cache_dir}: {error.strerror or error}{need}; "
-        "free some space, mend the permissions, or keep the cache on another disk"
+        "free some space, mend the permissions, or keep the cache on another disk with EDGEBLOCKS_CACHE=FOLDER"
     )

@@ -8,8 +8,10 @@ its folder and nowhere else, and what is removed is the name, not what it leads 
 import errno
 import os
 import stat
+import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import BinaryIO
 
 from edgeblocks.errors import ConfigError
@@ -90,6 +92,14 @@ def open_alone(path: Path, flags: int) -> int:
         what = "it has another name elsewhere (a hard link)" if stat.S_ISREG(status.st_mode) else "it is no file"
         raise OSError(errno.ELOOP, f"{what}, and that is not ours to write", str(path))
     return descriptor
+
+
+def file_locks() -> ModuleType:
+    """filelock, the library. It warns where there are no locks of the kernel's, which users need not hear of."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import filelock
+    return filelock
 
 
 def make_folder(path: Path) -> None:

@@ -86,6 +86,11 @@ class Target(Protocol):
         """
         ...
 
+    @property
+    def has_cap(self) -> bool:
+        """Whether the system refuses memory past the budget at all."""
+        ...
+
     def capped(self, budget_bytes: int) -> AbstractContextManager[None]:
         """Memory of the device past the budget is refused inside, as an error that can be caught."""
         ...

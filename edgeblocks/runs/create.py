@@ -6,7 +6,7 @@ import platform
 import re
 import sys
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
@@ -18,6 +18,7 @@ from edgeblocks.data.tokenizer import TOKENIZER_FILE, Tokenizer
 from edgeblocks.errors import ConfigError, RunError
 from edgeblocks.families.base import DataInfo
 from edgeblocks.files.own import make_folder
+from edgeblocks.files.untrusted import shown
 from edgeblocks.offload.block_files import storage_error
 from edgeblocks.offload.sections import init_section_
 from edgeblocks.runs.directory import (
@@ -108,7 +109,7 @@ def check_free(path: Path) -> None:
             f"{path} holds trained blocks, but no manifest.json; put that file back from a copy and go on with "
             f"--resume {quoted(path)}, or choose another --out"
         )
-    ours = {"lock", "samples"} if _unfinished_id(path) is None else {*OWN_NAMES, *OWN_FOLDERS}
+    ours = {"lock", "lock.pid", "samples"} if _unfinished_id(path) is None else {*OWN_NAMES, *OWN_FOLDERS}
     others = sorted(name for name in present - ours if not re.fullmatch(r"\..*\.tmp", name))
     if others or (_unfinished_id(path) is None and _holds_anything(path / "samples")):
         named = ", ".join(others[:_MOST_NAMED] or ["samples"]) + (", .." if len(others) > _MOST_NAMED else "")
@@ -159,9 +160,39 @@ def environment() -> dict[str, object]:
         "python": sys.version.split()[0],
         "platform": platform.platform(),
         "processor": platform.machine(),
+        "instructions": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
         "packages": {name: metadata.version(name) for name in packages},
     }
+
+
+def changed_environment(run: RunDirectory) -> str | None:
+    """What of the machine or of torch is not as it was when a run was created, of which the bits of its sums depend.
+
+    None where nothing is, or where env.json is gone; one of an earlier edgeblocks names no instructions.
+    """
+    try:
+        former = _sums_depend_on(read_json(run.path / "env.json"))
+    except RunError:
+        return None
+    found = [
+        f"{what} {shown(former[what])}, now {shown(value)}"
+        for what, value in _sums_depend_on(environment()).items()
+        if former.get(what, value) != value
+    ]
+    return "; ".join(found) or None
+
+
+def _sums_depend_on(environment: Mapping[str, object]) -> dict[str, object]:
+    """The entries of an env.json that decide how sums are rounded, under the names that people know."""
+    packages = environment.get("packages")
+    torch_version = packages.get("torch") if isinstance(packages, dict) else None
+    found = {
+        "the processor": environment.get("processor"),
+        "its vector instructions": environment.get("instructions"),
+        "torch": torch_version,
+    }
+    return {what: value for what, value in found.items() if value is not None}
 
 
 def create_blocks(

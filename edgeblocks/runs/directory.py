@@ -57,7 +57,7 @@ if TYPE_CHECKING:
 RUN_FORMAT_VERSION = 2
 OWN_FOLDERS = ("blocks", "blocks.arriving", "samples")
 OWN_NAMES = (
-    *("lock", "config.yaml", "plan.json", "env.json", "manifest.json", "metrics.jsonl", "quality.jsonl"),
+    *("lock", "lock.pid", "config.yaml", "plan.json", "env.json", "manifest.json", "metrics.jsonl", "quality.jsonl"),
     *("summary.json", TOKENIZER_FILE),
 )
 """What training writes and removes in a run directory."""

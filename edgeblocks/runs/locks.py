@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from edgeblocks.errors import RunError
-from edgeblocks.files.own import links_under, open_alone
+from edgeblocks.files.own import file_locks, links_under, open_alone
 from edgeblocks.offload.block_files import storage_error
 from edgeblocks.runs.directory import OWN_FOLDERS, OWN_NAMES, RunDirectory
 from edgeblocks.terminal import quoted
@@ -37,12 +37,14 @@ def locked(path: Path, note: Callable[[str], None]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _held(path: Path, note: Callable[[str], None]) -> Iterator[None]:
-    import filelock  # at its first use: only training locks
-
-    file = path / "lock"
+    filelock = file_locks()
+    # Without a kernel's lock (no fcntl) a file is one as long as it exists, and holds what its owner wrote.
+    is_kernels = not issubclass(filelock.FileLock, filelock.SoftFileLock)
+    file = path / ("lock" if is_kernels else "lock.pid")
     lock = filelock.FileLock(file, mode=0o644)
     try:
-        os.close(open_alone(file, os.O_RDWR | os.O_CREAT))
+        if file.exists():
+            os.close(open_alone(file, os.O_RDWR))
         lock.acquire(blocking=False)
     except filelock.Timeout as error:
         raise RunError(
@@ -55,14 +57,18 @@ def _held(path: Path, note: Callable[[str], None]) -> Iterator[None]:
             raise storage_error("cannot lock the run directory", file, error) from error
         note(f"{path} is on a file system without locks: take care that only one process trains this run")
     try:
-        with contextlib.suppress(OSError):  # the text is for people; a full disk must not stop a run here
-            descriptor = open_alone(file, os.O_RDWR)
-            with contextlib.closing(os.fdopen(descriptor, "r+b", buffering=0)) as text:
-                text.truncate(0)
-                text.write(f"process {os.getpid()} on {platform.node()}\n".encode())
+        if is_kernels:
+            _sign(file)
         yield
     finally:
         lock.release()
+
+
+def _sign(file: Path) -> None:
+    """Who holds a lock, for people; a full disk must not stop a run here."""
+    with contextlib.suppress(OSError), os.fdopen(open_alone(file, os.O_RDWR), "r+b", buffering=0) as text:
+        text.truncate(0)
+        text.write(f"process {os.getpid()} on {platform.node()}\n".encode())
 
 
 def _holder(file: Path) -> str:

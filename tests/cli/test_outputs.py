@@ -34,7 +34,7 @@ def everything(folder):
 
 
 def test_a_run_that_is_read_is_not_written(run, exported, tmp_path):
-    """By no verb that uses it (`export`: in the fixture), not even for a moment: it may lie on a medium that cannot be written."""
+    """By no verb that uses it (`export`: in the fixture), not even for a moment: its medium may be read-only."""
     before = everything(run)
     for verb, *arguments in (
         ("sample", "-o", tmp_path / "grid.png", "--n", "1", "--steps", "2"),
