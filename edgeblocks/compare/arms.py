@@ -24,6 +24,7 @@ from edgeblocks import api
 from edgeblocks.compare.plain_training import PlainSummary
 from edgeblocks.config import RunSettings, Settings, read_yaml
 from edgeblocks.errors import ConfigError, DoesNotFitError, EdgeblocksError, RunError
+from edgeblocks.files.own import is_link
 from edgeblocks.methods import EXACT, METHODS, MethodName
 from edgeblocks.prepare import check_method
 from edgeblocks.progress import Listener
@@ -189,6 +190,12 @@ def _check_folder(wanted: Wanted, out: Path) -> None:
     path, text = out / "settings.yaml", f"# minutes of each arm: {wanted.minutes}\n{wanted.settings.to_yaml()}"
     if out.exists() and not out.is_dir():
         raise ConfigError(f"{out} is no folder; choose another -o")
+    links = sorted(entry.name for entry in out.iterdir() if is_link(entry)) if out.exists() else []
+    if links:
+        raise ConfigError(
+            f"{out} holds links ({', '.join(links[:5])}), and arms would be written where they lead; copy "
+            f"it with cp -rL, or choose another -o"
+        )
     if path.exists():
         if path.read_text(encoding="utf-8") != text:
             raise ConfigError(
