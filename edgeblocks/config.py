@@ -4,7 +4,9 @@ Precedence: command line (flags and `--set key=value`) over `--config FILE.yaml`
 resolved settings are written to the run directory as config.yaml.
 """
 
+import os
 import re
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from importlib import resources
@@ -142,7 +144,7 @@ class RunSettings(BaseModel):
     @classmethod
     def _is_text(cls, value: object) -> object:
         if isinstance(value, str) and not is_text(value):
-            raise ValueError(_NO_TEXT.format(quoted(value)))
+            raise ValueError(_why_no_text(value))
         return value
 
     @field_validator("work_dir", "init")
@@ -212,9 +214,12 @@ class Settings:
         return yaml.safe_dump({**self.run.model_dump(), **asdict(self.family)}, sort_keys=False)
 
 
-_NO_TEXT = (
-    "its path holds bytes that are not UTF-8, and a run keeps paths as text; rename it, or name a link: ln -s {} LINK"
-)
+def _why_no_text(path: str) -> str:
+    encoding = sys.getfilesystemencoding()
+    if is_text(os.fsencode(path).decode("utf-8", errors="surrogateescape")):
+        return f"names are read as {encoding} here; set PYTHONUTF8=1, or LC_ALL=C.UTF-8"
+    link = f"ln -s {quoted(path)} LINK"
+    return f"its path holds bytes that are not UTF-8, and a run keeps paths as text; rename it, or name a link: {link}"
 
 
 def _whole_path(name: str, text: str) -> str:
@@ -225,7 +230,7 @@ def _whole_path(name: str, text: str) -> str:
             f"{name}={text}: the folder that this command was started in is gone; cd to another"
         ) from error
     if not is_text(whole):
-        raise ConfigError(f"{name}={one_line(whole)}: {_NO_TEXT.format(quoted(whole))}")
+        raise ConfigError(f"{name}={one_line(whole)}: {_why_no_text(whole)}")
     return whole
 
 

@@ -397,6 +397,12 @@ def test_a_path_that_is_no_text_is_refused_with_its_bytes(name, tmp_path, monkey
         resolve({name: "here"}).with_whole_paths()
 
 
+def test_a_path_that_python_reads_as_another_encoding_names_the_setting():
+    """In a locale without UTF-8 even sound names are read as bytes."""
+    problems = problems_of({"data": "d\udcc3\udca9"})
+    assert any("names are read as" in problem and "set PYTHONUTF8=1" in problem for problem in problems)
+
+
 def test_a_folder_that_is_gone_is_named(tmp_path, monkeypatch):
     """The one that the process is in."""
     (tmp_path / "gone").mkdir()

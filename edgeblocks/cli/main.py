@@ -4,12 +4,14 @@ Exit codes: 0 done; 1 the run failed; 2 wrong use; 3 does not fit the budget; 13
 """
 
 import os
+import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from edgeblocks.cli import comparing, inspection, trained, training
-from edgeblocks.cli.screen import open_streams, say
+from edgeblocks.cli.screen import complain, open_streams, say
 
 app = typer.Typer(
     add_completion=False,
@@ -54,4 +56,9 @@ def main() -> None:
     # step 3 times slower; 5,000 turns cost nothing on a quiet machine and a sixth less on a busy one.
     os.environ.setdefault("GOMP_SPINCOUNT", "5000")
     open_streams()
+    try:
+        Path.cwd()
+    except OSError as error:  # torch's libraries end the process without a word of why
+        complain(f"error: the folder that this command was started in is gone ({error.strerror}); cd to another one")
+        sys.exit(2)
     app()

@@ -10,6 +10,7 @@ import pytest
 from support.commands import invoke
 
 from edgeblocks.cli.console_progress import ConsoleListener
+from edgeblocks.cli.main import main
 from edgeblocks.cli.outputs import say_classes
 from edgeblocks.cli.screen import json_text
 from edgeblocks.progress import Progress
@@ -46,6 +47,16 @@ def test_output_that_nobody_takes_ends_without_a_traceback(where, words):
     shell = f'"$0" -c "$1" {where}; echo "${{PIPESTATUS[0]}}" >&2'
     done = subprocess.run(["bash", "-c", shell, sys.executable, MUCH], capture_output=True, text=True, check=False)
     assert re.fullmatch(f"{words}1\n", done.stderr), done.stderr
+
+
+def test_a_folder_that_is_gone_is_told_before_a_library_ends_the_process(tmp_path, monkeypatch, capsys):
+    """The one that the command was started in."""
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    with pytest.raises(SystemExit, match="2"):
+        main()
+    assert "the folder that this command was started in is gone" in capsys.readouterr().err
 
 
 class Leaving(io.StringIO):
