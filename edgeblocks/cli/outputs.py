@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from edgeblocks.cli.options import as_flags
 from edgeblocks.cli.screen import json_text, say, say_raw
 from edgeblocks.errors import ConfigError, DataError, StorageError
+from edgeblocks.files.durable import write_atomically
 from edgeblocks.files.own import check_new
 
 if TYPE_CHECKING:
@@ -164,6 +165,9 @@ def _say_texts(texts: list[str], out: Path | None, *, as_json: bool) -> None:
 
 def _write(out: Path, content: str) -> None:
     try:
-        out.write_text(content, encoding="utf-8")
+        if out.exists() and not out.is_file():  # a pipe or a device
+            out.write_text(content, encoding="utf-8")
+        else:
+            write_atomically(out, [content.encode()])
     except OSError as error:
         raise StorageError(f"cannot write {out}: {error.strerror}; choose another place with -o") from error

@@ -2,7 +2,7 @@
 
 A run directory that was downloaded may hold a link under any name. What is opened here is a regular file that lies in
 its folder and nowhere else, and what is removed is the name, not what it leads to. Folders on the way are checked with
-`check_names` before the first write: of a path the system itself only looks at the last part.
+`links_under` before the first write: of a path the system itself only looks at the last part.
 """
 
 import errno
