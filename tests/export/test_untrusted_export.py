@@ -15,6 +15,8 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 from support.commands import assert_refused, invoke
 from support.random_run import make_run
@@ -25,6 +27,7 @@ from edgeblocks.export.export_run import export_run
 from edgeblocks.export.graph_file import files_named_in
 from edgeblocks.export.manifest import read_manifest, sha256_of
 from edgeblocks.export.sampler import Sampler
+from edgeblocks.files.untrusted import MalformedFileError
 from edgeblocks.progress import Silent
 
 BODY = ["b", 1, 8, 8]
@@ -182,6 +185,17 @@ def test_the_files_that_a_graph_names_are_found_as_onnx_finds_them(exported):
         assert not files_named_in(exported / "manifest.json")
 
 
+@given(content=st.binary(max_size=200), place=st.integers(0, 2000), cut=st.integers(0, 2000))
+def test_any_bytes_are_a_graph_or_are_refused(exported, content, place, cut, tmp_path_factory):
+    """Also where they replace some of a graph's own: nothing else is raised, and it ends."""
+    sound = (exported / "block_000.onnx").read_bytes()
+    path = tmp_path_factory.getbasetemp() / "any.onnx"
+    for made in (content, sound[:place] + content + sound[place + len(content) :], sound[:cut]):
+        path.write_bytes(made)
+        with contextlib.suppress(MalformedFileError):
+            assert all(isinstance(name, str) for name in files_named_in(path))
+
+
 def test_an_export_of_links_into_a_store_runs(copy, exported, tmp_path):
     """As caches of content lay out a folder: each file a link to one that is called by its checksum."""
     store = tmp_path / "blobs"
@@ -218,8 +232,8 @@ def test_onnxruntime_is_imported_in_one_place_which_switches_its_reports_off():
     code = "import os; from edgeblocks.onnx_runtime import onnxruntime; onnxruntime();"
     code += "print(os.environ['ORT_DISABLE_TELEMETRY'])"
     environment = {name: value for name, value in os.environ.items() if name != "ORT_DISABLE_TELEMETRY"}
-    for given, expected in (({}, "1"), ({"ORT_DISABLE_TELEMETRY": "0"}, "0")):
+    for own, expected in (({}, "1"), ({"ORT_DISABLE_TELEMETRY": "0"}, "0")):
         done = subprocess.run(
-            [sys.executable, "-c", code], env=environment | given, capture_output=True, text=True, check=True
+            [sys.executable, "-c", code], env=environment | own, capture_output=True, text=True, check=True
         )
         assert done.stdout.strip() == expected
