@@ -62,7 +62,7 @@ def test_a_link_in_a_run_directory_is_refused_before_anything_is_written(name, h
         before = everything(run)
         with pytest.raises(RunError) as caught, locked(run, print):
             pass
-        assert f"holds a link where training writes: {place}. It would change files outside" in str(caught.value)
+        assert f"holds a link where training writes: {place}. Through them files outside would be" in str(caught.value)
         assert everything(run) == before
 
 
