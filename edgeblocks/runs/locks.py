@@ -115,6 +115,6 @@ def _refuse(links: list[Path], path: Path) -> None:
     named = ", ".join(str(link) for link in links[:_MOST_NAMED]) + (", .." if len(links) > _MOST_NAMED else "")
     raise RunError(
         f"{path} holds {'a link' if len(links) == 1 else f'{len(links)} links'} where training writes: {named}. "
-        f"Through them files outside would be changed, so nothing was written. If you trust them, copy the run with cp -rL "
-        f"{quoted(path)} COPY and go on with the copy; to keep blocks on another disk use --work-dir"
+        f"Through them files outside would be changed, so nothing was written. If you trust them, copy the run with "
+        f"cp -rL {quoted(path)} COPY and go on with the copy; to keep blocks on another disk use --work-dir"
     )
