@@ -19,13 +19,14 @@ from edgeblocks.profiling.budgets import budget_of_this_process, usual_budgets
 from edgeblocks.progress import Listener, Silent
 from edgeblocks.registry import build_profile, build_target, family_type, profile_names, register_family, target_names
 from edgeblocks.run import Run
-from edgeblocks.runs.create import check_free, create_blocks, create_run, seal_run
+from edgeblocks.runs.create import changed_environment, check_free, create_blocks, create_run, seal_run
 from edgeblocks.runs.directory import RunDirectory, bring_blocks_home, open_run, remove_leftovers
 from edgeblocks.runs.load_weights import InitialWeights, initial_weights_of
 from edgeblocks.runs.locks import locked, locked_away
 from edgeblocks.runs.open_data import check_vocab, open_run_data
 from edgeblocks.runs.schema import InitFields
 from edgeblocks.runs.written_plan import written_plan
+from edgeblocks.terminal import command
 from edgeblocks.training.guard import Guard, refusals_explained
 from edgeblocks.training.interruption import Interrupted, Interruption
 from edgeblocks.training.loop import trainer_type
@@ -233,6 +234,12 @@ def _resume(run: RunDirectory, other_budget: bool, reinit_blocks: Sequence[int],
     run.save_settings()
     run.drop_metrics_after(saved)
     listener.note(f"resuming {run.path}: {_at_steps(run, saved)} of {run.settings.run.steps}")
+    changed = changed_environment(run)
+    if changed is not None:
+        listener.note(
+            f"note: this run began otherwise ({changed}): it goes on as well as before, but its sums are rounded in "
+            f"another way, so its bits are not those that it would have had there"
+        )
     return _train(run, data_set, listener, resumed_from=saved)
 
 
@@ -303,6 +310,11 @@ def _initial_again(run: RunDirectory) -> InitialWeights | None:
 def _train(run: RunDirectory, data_set: DataSet, listener: Listener, resumed_from: list[int] | None) -> "Run":
     target = build_target(run.settings.run.target)
     target.warm_up()
+    if not target.has_cap:
+        listener.note(
+            "note: this system does not bound the memory of a process: the plan and a look before each step keep the "
+            "budget, and nothing refuses what passes it in between"
+        )
     plan = run.trainable_plan
     budget_bytes, breakdown = plan.budget_bytes, plan.breakdown
     guard = Guard(
@@ -336,7 +348,7 @@ def _train(run: RunDirectory, data_set: DataSet, listener: Listener, resumed_fro
     if interruption.signal_name is not None:
         raise InterruptedRunError(
             f"stopped by {interruption.signal_name}; saved at {_at_steps(run, steps)} of "
-            f"{run.settings.run.steps}. Go on with: edgeblocks train --resume {run.path}"
+            f"{run.settings.run.steps}. Go on with: {command('train', '--resume', run.path)}"
         )
     # Before the summary, which says that the run is finished: a crash in between is made good by --resume.
     bring_blocks_home(run)

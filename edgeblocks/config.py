@@ -4,7 +4,9 @@ Precedence: command line (flags and `--set key=value`) over `--config FILE.yaml`
 resolved settings are written to the run directory as config.yaml.
 """
 
+import os
 import re
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from importlib import resources
@@ -15,11 +17,12 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 from edgeblocks.errors import ConfigError, did_you_mean
-from edgeblocks.files.checked import field_problems, problem, whole_text
+from edgeblocks.files.checked import field_problems, is_text, problem, whole_text
 from edgeblocks.files.untrusted import MalformedFileError, read_text, shown
 from edgeblocks.limits import LONGEST_SEQUENCE, MOST_LAYERS, MOST_SAMPLES, MOST_STEPS, MOST_TOKENS
 from edgeblocks.methods import BoundaryDtype, Clipping, MethodName
 from edgeblocks.tasks import TASKS
+from edgeblocks.terminal import one_line, quoted
 from edgeblocks.units import parse_size
 
 DEFAULT_PRESETS = {
@@ -137,6 +140,13 @@ class RunSettings(BaseModel):
             raise ValueError(f"a size of at most {_MOST_DIGITS} characters is needed, for example 6GB")
         return value
 
+    @field_validator("data", "tokenizer", "work_dir", "init", mode="before")
+    @classmethod
+    def _is_text(cls, value: object) -> object:
+        if isinstance(value, str) and not is_text(value):
+            raise ValueError(_why_no_text(value))
+        return value
+
     @field_validator("work_dir", "init")
     @classmethod
     def _is_path(cls, text: str | None) -> str | None:
@@ -182,9 +192,13 @@ class Settings:
     """The family's own frozen settings dataclass."""
 
     def with_whole_paths(self) -> "Settings":
-        """The settings as a run keeps them: its data and its work directory are found from everywhere."""
+        """The settings as a run keeps them: its data and its work directory are found from everywhere.
+
+        Raises:
+            ConfigError: the folder that this process is in is gone, or a path through it is no text.
+        """
         whole = {
-            name: str(Path(text).expanduser().absolute())
+            name: _whole_path(name, text)
             for name, text, known in (
                 ("data", self.run.data, BUILT_IN_DATA),
                 ("tokenizer", self.run.tokenizer, TOKENIZERS),
@@ -198,6 +212,26 @@ class Settings:
     def to_yaml(self) -> str:
         """Flat YAML that `resolve_settings` reads back to the same settings."""
         return yaml.safe_dump({**self.run.model_dump(), **asdict(self.family)}, sort_keys=False)
+
+
+def _why_no_text(path: str) -> str:
+    encoding = sys.getfilesystemencoding()
+    if is_text(os.fsencode(path).decode("utf-8", errors="surrogateescape")):
+        return f"names are read as {encoding} here; set PYTHONUTF8=1, or LC_ALL=C.UTF-8"
+    link = f"ln -s {quoted(path)} LINK"
+    return f"its path holds bytes that are not UTF-8, and a run keeps paths as text; rename it, or name a link: {link}"
+
+
+def _whole_path(name: str, text: str) -> str:
+    try:
+        whole = str(Path(text).expanduser().absolute())
+    except FileNotFoundError as error:
+        raise ConfigError(
+            f"{name}={text}: the folder that this command was started in is gone; cd to another"
+        ) from error
+    if not is_text(whole):
+        raise ConfigError(f"{name}={one_line(whole)}: {_why_no_text(whole)}")
+    return whole
 
 
 def preset_names() -> tuple[str, ...]:

@@ -10,15 +10,19 @@ class EdgeblocksError(Exception):
 
     exit_code: ClassVar[int] = 1
 
-
-class ConfigError(EdgeblocksError):
-    """Wrong settings or arguments. `problems` lists every one found, so that they are mended in one go."""
-
-    exit_code = 2
-
     def __init__(self, *problems: str) -> None:
+        """
+        Args:
+            problems: every one found, a line each, so that they are mended in one go.
+        """
         self.problems = problems
         super().__init__("\n".join(problems))
+
+
+class ConfigError(EdgeblocksError):
+    """Wrong settings or arguments."""
+
+    exit_code = 2
 
 
 class DataError(EdgeblocksError):

@@ -13,6 +13,8 @@ MOST_PICTURE_BYTES = 2**28
 """Of a picture's file, which some decoders read whole."""
 MOST_PIXELS = 2**24
 """Of one image as it is trained on: 4096 x 4096."""
+MOST_IMAGE_VALUES = 4 * MOST_PIXELS
+"""Of one image with all its channels: as many as the largest picture with transparency has."""
 LONGEST_SIDE = 2**16
 MOST_CHANNELS = 2**10
 MOST_IMAGES = 2**24

@@ -31,6 +31,7 @@ from edgeblocks.runs.load_weights import InitialWeights, initial_weights_of
 from edgeblocks.runs.open_data import open_run_data
 from edgeblocks.runs.written_plan import TrainablePlan, WrittenPlan, written_plan
 from edgeblocks.tasks import GRID_TOKENS, TASKS
+from edgeblocks.terminal import quoted
 from edgeblocks.units import advised_budget, format_bytes, format_duration, parse_size
 
 if TYPE_CHECKING:
@@ -362,7 +363,7 @@ def check_work_dir(work_dir: str | None) -> None:
     if not path.is_dir():
         what = "is not a folder" if path.exists() else "does not exist"
         raise StorageError(
-            f"--work-dir {path} {what}; mount its disk, make it (mkdir -p {path}), or name another place"
+            f"--work-dir {path} {what}; mount its disk, make it (mkdir -p {quoted(path)}), or name another place"
         )
     if not os.access(path, os.W_OK | os.X_OK):
         raise StorageError(f"--work-dir {path} cannot be written; mend its permissions, or name another place")
@@ -371,11 +372,15 @@ def check_work_dir(work_dir: str | None) -> None:
 def measure(
     settings: Settings,
     data: DataInfo,
-    folder: Path,
+    folder: Path | None,
     target: Target,
     listener: Listener,
 ) -> tuple[LayerCosts, Machine]:
-    """Trace the costs in a child process, then measure the machine when it is quiet again."""
+    """Trace the costs in a child process, then measure the machine when it is quiet again.
+
+    Args:
+        folder: whose disk is measured; None where a run is only read, which may lie on a medium that cannot be written.
+    """
     run = settings.run
     costs, planning_bytes = trace_costs(settings, data)
     Image.init()  # what saving pictures will need belongs to the runtime's share
@@ -386,7 +391,7 @@ def measure(
     return costs, replace(machine, planning_bytes=max(machine.planning_bytes, planning_bytes))
 
 
-def measured_machine(target: Target, folder: Path) -> Machine:
+def measured_machine(target: Target, folder: Path | None) -> Machine:
     """The machine; what measuring it took of the process's memory is the least that planning takes."""
     former_peak_bytes = target.host_peak_bytes()
     machine = target.measure(folder)

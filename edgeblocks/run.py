@@ -101,7 +101,7 @@ class Run:
         budget_bytes = (
             device_budget_bytes(mem_budget, target) if mem_budget is not None else directory.plan.budget_bytes
         )
-        costs, machine = measure(directory.settings, directory.data, directory.path, target, Silent())
+        costs, machine = measure(directory.settings, directory.data, None, target, Silent())
         most_together, sample_bytes = samples, CHAIN_COPIES * directory.data.example_bytes
         if directory.family().task == "classes":
             chains = chains_of(directory)
@@ -288,15 +288,16 @@ class Run:
         manifest: dict[str, Any] = build_exporter()(self.directory, Path(out), listener or Silent())
         return manifest
 
-    def save_weights(self, out: Path | str, *, last: bool = False) -> WrittenWeights:
+    def save_weights(self, out: Path | str, *, last: bool = False, overwrite: bool = False) -> WrittenWeights:
         """Write the weights as one safetensors file, that another run can begin with and torch can load.
 
         Args:
             last: as the last step left them; else their average (EMA), which all else uses.
+            overwrite: replace a file that is there.
 
         Raises:
-            ConfigError: the file's name does not end in .safetensors.
-            RunError: a block is damaged, or the run is trained meanwhile.
+            ConfigError: the file's name does not end in .safetensors, or the file is there already.
+            RunError: a block is damaged or holds values that are not finite, or the run is trained meanwhile.
             StorageError: the disk refused.
         """
-        return write_weights(self.directory, Path(out), last=last)
+        return write_weights(self.directory, Path(out), last=last, overwrite=overwrite)

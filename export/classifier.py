@@ -1,5 +1,6 @@
 """Classes of images with an exported directory: numpy and onnxruntime, no torch."""
 
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypedDict
@@ -34,6 +35,10 @@ class Answer(TypedDict):
 
 class Classifier(ImageChain):
     """An exported chain that classifies images."""
+
+    def held_bytes(self, n: int) -> int:
+        """The images that go through together: as bytes and as numbers."""
+        return 5 * min(n, _TOGETHER) * math.prod(self.manifest.image_shape)
 
     def classify(
         self,

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 from edgeblocks.data.tokenizer import check_readable
-from edgeblocks.diffusion.autoregression import TokenChain, check_continuing, check_prompt, write_texts
+from edgeblocks.diffusion.autoregression import TokenChain, check_continuing, check_prompt, write_texts, writing_bytes
 from edgeblocks.diffusion.codebook import code_rows
 from edgeblocks.diffusion.noise import sampler_levels
 from edgeblocks.diffusion.token_choice import Tokens, Values, check_options
@@ -17,6 +17,19 @@ class Continuer(ExportedChain):
 
     manifest: ContinuationManifest
     keeps_all = True
+
+    def held_bytes(self, n: int) -> int:
+        """The codes of all tokens, and what writing keeps of each text that is written together."""
+        manifest, caches = self.manifest, self.manifest.caches
+        sets = 1 if caches.per == "block" else manifest.sampler.steps
+        text_bytes = writing_bytes(
+            length=manifest.length,
+            num_caches=sum(caches.num_caches) * sets,
+            width=caches.heads * caches.head_width,
+            vocabulary=manifest.vocabulary,
+            code_width=manifest.code_width,
+        )
+        return 4 * manifest.vocabulary * manifest.code_width + min(n, DEFAULT_MICRO_BATCH) * text_bytes
 
     def write(
         self,
@@ -123,5 +136,11 @@ class Continuer(ExportedChain):
 
     def run_block(self, block: int, z: Values, sigma: Values, inputs: Tokens, past: Values) -> tuple[Values, Values]:
         """One block's logits [b, n, vocabulary] and keys and values, whichever noise levels it owns."""
-        logits, present = self.run_graph(block, {"z": z, "sigma": sigma, "tokens": inputs, "past": past})
+        batch, new = inputs.shape
+        caches = self.manifest.caches
+        shapes = [
+            (batch, new, self.manifest.vocabulary),
+            (caches.num_caches[block], batch, caches.heads, new, caches.head_width),
+        ]
+        logits, present = self.run_graph(block, {"z": z, "sigma": sigma, "tokens": inputs, "past": past}, shapes)
         return logits, present

@@ -7,19 +7,20 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from io import BufferedWriter
 from pathlib import Path
+from typing import BinaryIO
 
 from edgeblocks.errors import ConfigError, RunError, StorageError
 from edgeblocks.export.manifest import FILE_NAME, read_manifest
 from edgeblocks.files.durable import sync
+from edgeblocks.files.own import create
 from edgeblocks.units import format_bytes
 
 
 @contextmanager
-def synced(path: Path) -> Iterator[BufferedWriter]:
+def synced(path: Path) -> Iterator[BinaryIO]:
     """A new file that is on the disk when the block ends."""
-    with path.open("wb") as file:
+    with create(path) as file:
         yield file
         file.flush()
         os.fsync(file.fileno())

@@ -4,6 +4,7 @@ All that is read is checked: a manifest may come from anywhere. File names are n
 else; a file's checksum is compared each time before the file is used.
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -15,6 +16,7 @@ from pydantic import ValidationError
 
 from edgeblocks.data.tokenizer import Tokenizer, stored_tokenizer
 from edgeblocks.errors import RunError
+from edgeblocks.export.graph_file import files_named_in
 from edgeblocks.export.manifest_types import (
     EXPORT_FORMAT_VERSION,
     KIND,
@@ -25,7 +27,9 @@ from edgeblocks.export.manifest_types import (
     WordedManifest,
 )
 from edgeblocks.files.checked import in_short
+from edgeblocks.files.own import create
 from edgeblocks.files.untrusted import MalformedFileError, open_regular, read_object, shown
+from edgeblocks.terminal import quoted
 
 FILE_NAME = "manifest.json"
 _CHUNK_BYTES = 2**20
@@ -39,8 +43,8 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
         OSError: the disk refused.
     """
     assert manifest.verified is not None, "only a verified export is finished"
-    with (folder / FILE_NAME).open("w", encoding="utf-8") as file:
-        file.write(json.dumps(manifest.to_json(), indent=1, ensure_ascii=False) + "\n")
+    with create(folder / FILE_NAME) as file:
+        file.write(f"{json.dumps(manifest.to_json(), indent=1, ensure_ascii=False)}\n".encode())
         file.flush()
         os.fsync(file.fileno())
 
@@ -53,7 +57,9 @@ def read_manifest(folder: Path) -> AnyManifest:
     """
     path = folder / FILE_NAME
     if not folder.is_dir():
-        raise RunError(f"there is no exported directory {folder}; write one with: edgeblocks export RUN -o {folder}")
+        raise RunError(
+            f"there is no exported directory {folder}; write one with: edgeblocks export RUN -o {quoted(folder)}"
+        )
     try:
         content = read_object(path, finite=False)  # the models look at each number, and then it has a name
     except FileNotFoundError as error:
@@ -111,7 +117,7 @@ def checked_path(folder: Path, file: BlockFile) -> Path:
         RunError: missing or damaged.
     """
     digests = (file.sha256, file.data_sha256)
-    present_bytes = sum(_bytes_inside(folder, name, file.block) for name in file.names)
+    present_bytes = sum(_bytes_of(folder / name, file.block) for name in file.names)
     if present_bytes != file.bytes:
         raise RunError(
             f"block {file.block} is damaged: {' and '.join(file.names)} in {folder} have {present_bytes} bytes where "
@@ -124,27 +130,41 @@ def checked_path(folder: Path, file: BlockFile) -> Path:
             raise RunError(f"cannot read block {file.block}: {folder / name}: {error.strerror}") from error
         if digest != expected:
             raise RunError(f"block {file.block} is damaged: {folder / name} does not match its checksum; {_AGAIN}")
+    _check_named_files(folder, file)
     return folder / file.file
 
 
-def _bytes_inside(folder: Path, name: str, block: int) -> int:
-    """Size of a regular file that lies in the folder itself, which a link need not."""
+def _check_named_files(folder: Path, file: BlockFile) -> None:
+    """That a graph takes its weights from its own files: others could be anybody's, and have no checksum."""
+    path = folder / file.file
     try:
-        found = (folder / name).resolve(strict=True)
-        status = found.stat()
-    except FileNotFoundError as error:
-        raise RunError(f"block {block} is missing: there is no file {folder / name}; {_AGAIN}") from error
-    except RuntimeError as error:  # links in a circle
-        raise RunError(f"cannot read block {block}: {folder / name} is a link to itself; {_AGAIN}") from error
+        named = files_named_in(path)
+    except MalformedFileError as error:
+        raise RunError(f"block {file.block} is damaged: {path}: {error}; {_AGAIN}") from error
     except OSError as error:
-        raise RunError(f"cannot read block {block}: {folder / name}: {error.strerror}") from error
-    if not found.is_relative_to(folder.resolve()):
+        raise RunError(f"cannot read block {file.block}: {path}: {error.strerror}") from error
+    foreign = sorted(named - {file.data_file})
+    if foreign:
         raise RunError(
-            f"block {block} is refused: {folder / name} is a link that leaves the directory, to {found}; copy the file "
-            "itself to its place"
+            f"block {file.block} is refused: {path} takes weights from {shown(foreign[0])}, which is not among its "
+            f"files in {FILE_NAME}; {_AGAIN}"
         )
+
+
+def _bytes_of(path: Path, block: int) -> int:
+    """Size of a regular file, or of the one that a link leads to: stores lay out a folder as links to their files.
+
+    Wherever that one is, it is used only when it has the checksum that the manifest names.
+    """
+    try:
+        status = path.stat()
+    except FileNotFoundError as error:
+        raise RunError(f"block {block} is missing: there is no file {path}; {_AGAIN}") from error
+    except OSError as error:
+        what = "is a link to itself" if error.errno == errno.ELOOP else error.strerror
+        raise RunError(f"cannot read block {block}: {path} {what}; {_AGAIN}") from error
     if not stat.S_ISREG(status.st_mode):
-        raise RunError(f"block {block} is refused: {folder / name} is no regular file; {_AGAIN}")
+        raise RunError(f"block {block} is refused: {path} is no regular file; {_AGAIN}")
     return status.st_size
 
 

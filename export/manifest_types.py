@@ -37,6 +37,7 @@ from edgeblocks.limits import (
     MOST_CLASSES,
     MOST_CODE_WIDTH,
     MOST_HEADS,
+    MOST_IMAGE_VALUES,
     MOST_LAYERS,
     MOST_NOISE,
     MOST_PIXELS,
@@ -154,6 +155,8 @@ class ImageSize(Checked):
     def _fits_into_memory(self) -> Self:
         if self.height * self.width > MOST_PIXELS:
             raise ValueError(f"{self.height} x {self.width} pixels are more than {MOST_PIXELS}")
+        if self.channels * self.height * self.width > MOST_IMAGE_VALUES:
+            raise ValueError(f"{self.channels} x {self.height} x {self.width} values are more than {MOST_IMAGE_VALUES}")
         return self
 
 

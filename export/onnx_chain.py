@@ -5,21 +5,28 @@ levels, and is released before the next one is loaded. The levels, the start noi
 level to its block are the same code that torch's chain runs; only the network differs.
 """
 
+import contextlib
+from abc import abstractmethod
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime
 from numpy.typing import NDArray
 
-from edgeblocks.errors import ConfigError, RunError
+from edgeblocks.errors import ConfigError, DoesNotFitError, OutOfBudgetError, RunError
 from edgeblocks.export.manifest import checked_path, read_manifest
 from edgeblocks.export.manifest_types import ImageManifest, Manifest
+from edgeblocks.onnx_runtime import Session, onnxruntime
+from edgeblocks.registry import build_target
+from edgeblocks.units import advised_budget, format_bytes, parse_size
 
 # As fast a sample as 64 at a time, at half of the memory (width 384, 4 layers, 64 tokens, 2 threads: 7.1 and 7.0 ms a
 # sample, 159 and 321 MB).
 DEFAULT_MICRO_BATCH = 16
-_ERRORS_ONLY = 3
+DEFAULT_BUDGET = "50%"
+_REFUSED = ("bad_alloc", "Failed to allocate memory", "bad allocation")
+"""What onnxruntime says where the system refuses memory."""
 
 Values = NDArray[np.float32]
 Condition = NDArray[Any]
@@ -44,30 +51,96 @@ class ExportedChain:
         self.partition = self.manifest.partition
         self.loads: list[int] = []
         """The blocks loaded, in order."""
-        self._sessions: dict[int, Any] = {}
+        self._sessions: dict[int, Session] = {}
 
-    def run_graph(self, block: int, feed: dict[str, NDArray[np.generic]]) -> list[Values]:
-        """The outputs of one block's graph on a micro-batch, whichever noise levels it owns; it stays loaded."""
-        found: list[Values] = self._load(block).run(None, feed)
+    @abstractmethod
+    def held_bytes(self, n: int) -> int:
+        """What `n` images or texts keep in memory at least, beside the blocks."""
+
+    @contextlib.contextmanager
+    def within(self, mem_budget: str | None, *, n: int) -> Iterator[None]:
+        """Keep the process inside a memory budget while `n` images or texts are made; a graph may come from anywhere.
+
+        Args:
+            mem_budget: a size, or a share of the machine's memory; None: half of it.
+
+        Raises:
+            ConfigError: not a size.
+            DoesNotFitError: what the manifest describes cannot fit.
+            OutOfBudgetError: memory was refused at the budget.
+        """
+        target = build_target("cpu")
+        try:
+            budget_bytes = parse_size(mem_budget or DEFAULT_BUDGET, whole_bytes=target.total_bytes())
+        except ValueError as error:
+            raise ConfigError(f"--mem-budget {error}") from error
+        sizes = [file.bytes for file in self.manifest.files]
+        least = target.used_bytes() + self.held_bytes(n) + (sum(sizes) if self.keeps_all else max(sizes))
+        if least > budget_bytes:
+            raise DoesNotFitError(
+                f"{self.directory} takes at least {format_bytes(least)} for {n} at a time, by its manifest: its "
+                f"largest block has {format_bytes(max(sizes))}; the budget is {format_bytes(budget_bytes)}. Ask for "
+                f"fewer with --n, or give --mem-budget {advised_budget(least)} or more",
+                least,
+            )
+        onnxruntime()  # its code is no part of what the graphs take
+        try:
+            with target.capped(budget_bytes):
+                yield
+        except MemoryError as error:
+            raise OutOfBudgetError(
+                f"memory was refused at the budget of {format_bytes(budget_bytes)}; ask for fewer with --n or give "
+                f"more with --mem-budget. If {self.directory} came from elsewhere, it may be made to fill the memory"
+            ) from error
+
+    def run_graph(
+        self, block: int, feed: dict[str, NDArray[np.generic]], shapes: Sequence[tuple[int, ...]]
+    ) -> list[Values]:
+        """The outputs of one block's graph on a micro-batch, whichever noise levels it owns; it stays loaded.
+
+        Args:
+            shapes: those that the outputs must have.
+
+        Raises:
+            RunError: the graph cannot be run, or gives something else than float32 numbers of these shapes.
+            MemoryError: the system refused memory.
+        """
+        session = self._load(block)
+        try:
+            found = session.run(feed)
+        except Exception as error:  # onnxruntime's errors have no common base
+            raise _explained(error, f"onnxruntime cannot run block {block} of {self.directory}") from error
+        kinds = [(getattr(values, "dtype", None), getattr(values, "shape", None)) for values in found]
+        if kinds != [(np.dtype(np.float32), shape) for shape in shapes]:
+            given, needed = (", ".join(str(kind) for kind in some) for some in (kinds, shapes))
+            raise RunError(
+                f"block {block} of {self.directory} is of another network than its manifest describes: it gives "
+                f"{given}, and float32 {needed} is needed; export the run again"
+            )
+        for values in found:
+            if values.size and not np.isfinite([values.min(), values.max()]).all():
+                raise RunError(
+                    f"block {block} of {self.directory} gives values that are not finite numbers (NaN or infinite): "
+                    f"its network is damaged or its training diverged; train again with a smaller learning rate"
+                )
         return found
 
     def close(self) -> None:
         """Release what is loaded."""
         self._sessions.clear()
 
-    def _load(self, block: int) -> Any:
+    def _load(self, block: int) -> Session:
         if block not in self._sessions:
             if not self.keeps_all:
                 self.close()
             # Compared with the manifest's checksums before onnxruntime parses it.
             path = checked_path(self.directory, self.manifest.files[block])
             try:
-                self._sessions[block] = onnxruntime.InferenceSession(path, session_options(), ["CPUExecutionProvider"])
+                self._sessions[block] = Session(path)
             except Exception as error:  # onnxruntime's errors have no common base
-                raise RunError(
-                    f"onnxruntime {onnxruntime.__version__} cannot load block {block} from {path}: {error}; the graph "
-                    f"needs opset {self.manifest.opset}: try a newer onnxruntime"
-                ) from error
+                what = f"onnxruntime {onnxruntime().__version__} cannot load block {block} from {path}"
+                cure = f"the graph needs opset {self.manifest.opset}: try a newer onnxruntime"
+                raise _explained(error, what, cure) from error
             self.loads.append(block)
         return self._sessions[block]
 
@@ -108,20 +181,12 @@ class ImageChain(ExportedChain):
         if condition is not None:
             assert self.manifest.condition_name is not None
             feed[self.manifest.condition_name] = condition
-        return self.run_graph(block, feed)[0]
+        return self.run_graph(block, feed, [z.shape])[0]
 
 
-def session_options() -> object:
-    """Options for little memory that cost no speed.
-
-    Measured on a block of 11M parameters (45 MB), 64 samples of 64 tokens, 2 threads; peak resident set and run time:
-    as onnxruntime sets them 456 MB, 402 ms; without memory pattern 295 MB, 407 ms; without prepacking (a second copy of
-    each weight) 25 MB less while loading; without the arena 321 MB, 440 ms, so the arena stays. Threads that spin while
-    they wait slow down whatever else runs (455 against 435 ms on two shared cores).
-    """
-    options = onnxruntime.SessionOptions()
-    options.enable_mem_pattern = False
-    options.log_severity_level = _ERRORS_ONLY
-    options.add_session_config_entry("session.disable_prepacking", "1")
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    return options
+def _explained(error: Exception, what: str, cure: str = "export the run again") -> Exception:
+    """An error of onnxruntime's in our words; memory that the system refused is a MemoryError whatever it says."""
+    text = str(error).strip()
+    if isinstance(error, MemoryError) or any(sign in text for sign in _REFUSED):
+        return MemoryError(text)
+    return RunError(f"{what}: {text}; {cure}")

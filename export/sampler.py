@@ -1,5 +1,6 @@
 """Images from an exported directory: numpy and onnxruntime, no torch."""
 
+import math
 from collections.abc import Callable
 
 import numpy as np
@@ -15,6 +16,10 @@ from edgeblocks.seeds import start_noise
 
 class Sampler(ImageChain):
     """An exported chain that makes images."""
+
+    def held_bytes(self, n: int) -> int:
+        """Noise, and what the solver keeps of each sample: six copies."""
+        return 4 * 6 * n * math.prod(self.manifest.image_shape)
 
     @property
     def conditional(self) -> bool:

@@ -308,7 +308,9 @@ def _real_data(run: RunDirectory, listener: Listener) -> DataSet | None:
     try:
         data_set = data_of(run.data_settings.run, listener.advance)
     except (ConfigError, DataError, StorageError) as error:
-        listener.note(f"verifying with random inputs only, because the run's data cannot be read: {error}")
+        listener.note(
+            f"verifying with random inputs only, because the run's data cannot be read: {'; '.join(error.problems)}"
+        )
         return None
     if data_set.fingerprint != run.data_fingerprint:
         listener.note(f"verifying with random inputs only, because {run.data_source} has changed since the training")

@@ -19,6 +19,10 @@ class Writer(ExportedChain):
 
     manifest: TextManifest
 
+    def held_bytes(self, n: int) -> int:
+        """The logits of the texts that go through a block together, in two copies."""
+        return 8 * min(n, DEFAULT_MICRO_BATCH) * self.manifest.length * self.manifest.vocabulary
+
     def write(
         self,
         n: int,
@@ -102,4 +106,4 @@ class Writer(ExportedChain):
 
     def run_block(self, block: int, tokens: NDArray[np.int64], t: Values) -> Values:
         """One block's logits [b, length, vocabulary], whichever times it owns."""
-        return self.run_graph(block, {"z": tokens, "t": t})[0]
+        return self.run_graph(block, {"z": tokens, "t": t}, [(*tokens.shape, self.manifest.vocabulary)])[0]

@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
@@ -73,6 +74,11 @@ class CpuTarget:
         """The resident set without heap pages that are free for the next allocation."""
         return self.used_bytes() - _free_heap_bytes()
 
+    @property
+    def has_cap(self) -> bool:
+        """Whether `capped` bounds anything here."""
+        return _limits() is not None
+
     @contextlib.contextmanager
     def capped(self, budget_bytes: int) -> Iterator[None]:
         """Let the system refuse memory that would carry the resident set past the budget (Linux; elsewhere no cap).
@@ -81,11 +87,10 @@ class CpuTarget:
         resident. Hence: budget - resident file pages (and those to come) + what is counted and will never be touched,
         such as the rest of thread stacks. Buffers must have been touched before, and threads started.
         """
-        if sys.platform != "linux":
+        resource = _limits()
+        if resource is None:
             yield
             return
-        import resource
-
         former = resource.getrlimit(resource.RLIMIT_DATA)
         status = _process_status()
         untouched = max(0, status["VmData"] - status["RssAnon"] - _untouched_heap_bytes())
@@ -101,8 +106,11 @@ class CpuTarget:
         """The process's largest resident set so far: what `/usr/bin/time -v` reports."""
         with contextlib.suppress(OSError):
             return _process_status()["VmHWM"]
-        import resource
-
+        try:
+            import resource
+        except ImportError:  # Windows
+            memory = psutil.Process().memory_info()
+            return int(getattr(memory, "peak_wset", memory.rss))
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return peak if sys.platform == "darwin" else peak * 1024
 
@@ -121,7 +129,7 @@ class CpuTarget:
         run_every_kernel()
         self.give_back()
 
-    def measure(self, folder: Path) -> Machine:
+    def measure(self, folder: Path | None) -> Machine:
         """Speeds of this machine, and what the process occupies before any block is loaded.
 
         The kernels are warmed up first: their code and scratch memory are part of `runtime_bytes`. Takes about half a
@@ -153,6 +161,17 @@ class CpuTarget:
 
 if TYPE_CHECKING:
     _is_a_target: Target = CpuTarget()
+
+
+def _limits() -> ModuleType | None:
+    """The module that bounds a process's memory; None where there is none, or where it bounds addresses only."""
+    if sys.platform != "linux":
+        return None
+    try:
+        import resource
+    except ImportError:
+        return None
+    return resource
 
 
 def _process_status() -> dict[str, int]:

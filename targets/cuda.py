@@ -106,6 +106,8 @@ class CudaTarget:
         """The process's largest resident set so far: what `/usr/bin/time -v` reports."""
         return self._host.peak_bytes()
 
+    has_cap = True
+
     @contextlib.contextmanager
     def capped(self, budget_bytes: int) -> Iterator[None]:
         """Let torch refuse memory that would carry the process past the budget; a smaller share that was set stays."""
@@ -138,7 +140,7 @@ class CudaTarget:
         free, total = torch.cuda.mem_get_info()
         return int(total - free - torch.cuda.memory_reserved())
 
-    def measure(self, folder: Path) -> Machine:
+    def measure(self, folder: Path | None) -> Machine:
         """Speeds of the GPU, its link and the disk, and what both memories hold before any block is loaded."""
         self.warm_up()
         flops_per_s, memory_bytes_per_s, operator_s = self._measure_arithmetic()

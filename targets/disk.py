@@ -1,6 +1,7 @@
 """How fast a folder's disk is, past this system's page cache."""
 
 import contextlib
+import math
 import mmap
 import os
 import statistics
@@ -35,10 +36,16 @@ class DiskSpeed:
     sync_s: float | None
 
 
-def measure_disk(folder: Path, *, probe_bytes: int, limit_s: float, num_syncs: int = 0) -> DiskSpeed:
+_NONE = DiskSpeed(
+    probe_bytes=0, write_bytes_per_s=math.inf, read_bytes_per_s=math.inf, read_way="page cache", sync_s=None
+)
+
+
+def measure_disk(folder: Path | None, *, probe_bytes: int, limit_s: float, num_syncs: int = 0) -> DiskSpeed:
     """Write and read a file in `folder`. The file has no name, so it is gone whatever ends the process.
 
     Args:
+        folder: None where nothing will be written, nor is now: a disk without a limit.
         probe_bytes: size of the file; a slow disk gets a smaller one.
         limit_s: stop writing after this time, at the end of 32 MiB, and stop reading after as long.
         num_syncs: small writes for `sync_s`.
@@ -46,6 +53,8 @@ def measure_disk(folder: Path, *, probe_bytes: int, limit_s: float, num_syncs: i
     Raises:
         StorageError: the folder cannot be written to or is full.
     """
+    if folder is None:
+        return _NONE
     try:
         with _nameless_file(folder) as (file, direct):
             written, write_s = _write(file, probe_bytes, limit_s)

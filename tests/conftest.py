@@ -14,6 +14,7 @@ from support.shapes import checked_shapes
 # Before torch is loaded: threads that spin while they wait make small steps ten times slower and more as soon as
 # another program needs a core.
 os.environ.setdefault("GOMP_SPINCOUNT", "5000")
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # some tests import onnxruntime by themselves
 # Two processes test at once, each with a core of its own.
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")

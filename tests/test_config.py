@@ -1,5 +1,6 @@
 import os
 from dataclasses import asdict, fields, replace
+from pathlib import Path
 
 import pytest
 import yaml
@@ -382,3 +383,30 @@ def test_a_wrong_value_is_shown_in_short():
         for key in ("steps", "heads"):
             (problem,) = problems_of({key: value})
             assert problem.startswith(f"{key}=") and len(problem) < 400
+
+
+@pytest.mark.parametrize("name", ["data", "work_dir", "init", "tokenizer"])
+def test_a_path_that_is_no_text_is_refused_with_its_bytes(name, tmp_path, monkeypatch):
+    """As it is typed, or because of the folder that it is in; a run's files keep text."""
+    folder = os.fsdecode(os.fsencode(tmp_path) + b"/d\xe9")
+    with pytest.raises(ConfigError, match=rf"{name}=.*not UTF-8, .*: ln -s \$'{tmp_path}/d\\xe9' LINK"):
+        resolve({name: folder})
+    Path(folder).mkdir()
+    monkeypatch.chdir(folder)
+    with pytest.raises(ConfigError, match=rf"{name}={tmp_path}/d\\xe9/here: its path holds bytes that are not UTF-8"):
+        resolve({name: "here"}).with_whole_paths()
+
+
+def test_a_path_that_python_reads_as_another_encoding_names_the_setting():
+    """In a locale without UTF-8 even sound names are read as bytes."""
+    problems = problems_of({"data": "d\udcc3\udca9"})
+    assert any("names are read as" in problem and "set PYTHONUTF8=1" in problem for problem in problems)
+
+
+def test_a_folder_that_is_gone_is_named(tmp_path, monkeypatch):
+    """The one that the process is in."""
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    with pytest.raises(ConfigError, match=r"data=here: the folder that .* in is gone; cd to another"):
+        resolve({"data": "here"}).with_whole_paths()

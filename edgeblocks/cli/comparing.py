@@ -1,6 +1,5 @@
 """`compare`: ways to train the same network, side by side."""
 
-import json
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,8 +9,10 @@ import typer
 
 from edgeblocks.cli.exit_codes import verb
 from edgeblocks.cli.options import SETTINGS, Json, given_settings
+from edgeblocks.cli.screen import json_text, say_lines
 from edgeblocks.errors import ConfigError, EdgeblocksError
 from edgeblocks.methods import DIFFUSION
+from edgeblocks.terminal import one_line
 from edgeblocks.units import format_bytes, format_duration
 
 if TYPE_CHECKING:
@@ -69,7 +70,7 @@ def compare(
         from edgeblocks.runs.directory import write_text
 
         write_text(folder / "report.html", comparison_page(content))
-    print(json.dumps(content) if as_json else comparison_table(content, folder))
+    say_lines(json_text(content) if as_json else comparison_table(content, folder))
     if all(row["failure"] is not None for row in content["arms"]):
         raise EdgeblocksError("no arm has a result")
 
@@ -81,7 +82,9 @@ def comparison_table(content: "Comparison", folder: Path) -> str:
     rows += [_cells(name, rows_of) for name, rows_of in by_arm(content["arms"]).items()]
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = ["  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    return "\n".join([*lines, "", f"{folder / 'report.html'}: curves, memory over time; compare.json: the figures"])
+    return "\n".join(
+        [*lines, "", f"{one_line(folder / 'report.html')}: curves, memory over time; compare.json: the figures"]
+    )
 
 
 def by_arm(rows: "Sequence[Row]") -> "dict[str, list[Row]]":

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from edgeblocks.methods import METHODS
 from edgeblocks.runs.summary import Summary, TextScores
+from edgeblocks.terminal import command, one_line
 from edgeblocks.units import format_bytes, format_duration
 
 if TYPE_CHECKING:
@@ -67,14 +68,15 @@ def _bits_line(text: TextScores) -> str:
 
 def _next_commands(makes: str | None, path: Path) -> list[str]:
     """What to type after a training run."""
-    export = f"      edgeblocks export {path} -o {path}-onnx && edgeblocks run {path}-onnx"
+    onnx = f"{path}-onnx"
+    export = f"      {command('export', path, '-o', onnx)} && {command('run', onnx)}"
     if makes == "classes":
-        return [f"next: edgeblocks eval {path}", f"{export} picture.png"]
+        return [f"next: {command('eval', path)}", f"{export} picture.png"]
     if makes == "text":
-        return [f"next: edgeblocks sample {path} --n 2", f"{export} --fill 'the ____ sat'"]
+        return [f"next: {command('sample', path)} --n 2", f"{export} --fill 'the ____ sat'"]
     if makes == "continuation":
-        return [f"next: edgeblocks sample {path} --prompt 'call me'", f"{export} --prompt 'call me'"]
-    return [f"next: edgeblocks sample {path} -o grid.png", f"{export} -o grid.png"]
+        return [f"next: {command('sample', path)} --prompt 'call me'", f"{export} --prompt 'call me'"]
+    return [f"next: {command('sample', path)} -o grid.png", f"{export} -o grid.png"]
 
 
 def export_report(manifest: Mapping[str, Any], path: Path) -> str:
@@ -87,9 +89,9 @@ def export_report(manifest: Mapping[str, Any], path: Path) -> str:
         "continuation": ("probabilities along the chain", "--prompt 'call me'"),
     }[manifest["task"]]
     return (
-        f"exported {len(manifest['files'])} block(s) to {path}; verified against torch: blocks differ by at most "
-        f"{verified['block_max_abs_error']:.1e}, {what} by {verified['output_max_abs_error']:.1e}\n"
-        f"next: edgeblocks run {path} {arguments}"
+        f"exported {len(manifest['files'])} block(s) to {one_line(path)}; verified against torch: blocks differ "
+        f"by at most {verified['block_max_abs_error']:.1e}, {what} by {verified['output_max_abs_error']:.1e}\n"
+        f"next: {command('run', path)} {arguments}"
     )
 
 
@@ -177,4 +179,4 @@ def _level_lines(levels: Sequence[Mapping[str, float]]) -> list[str]:
 def facts(rows: Sequence[tuple[str, str]]) -> str:
     """Aligned `name  value` lines."""
     width = max(len(name) for name, _ in rows)
-    return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
+    return "\n".join(f"{name:<{width}}  {one_line(value)}" for name, value in rows)

@@ -2,21 +2,30 @@
 
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Self, TextIO
 
 from rich.console import Console
 
+from edgeblocks.cli.screen import drop_output
 from edgeblocks.progress import Progress
+from edgeblocks.terminal import one_line, visible
 from edgeblocks.units import format_bytes, format_duration
 
 PLAIN_LINE_EVERY_S = 10.0
 LIVE_LINE_EVERY_S = 0.2
 
 
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        """rich would end the process here, in the middle of a step."""
+        raise BrokenPipeError
+
+
 def make_console(stream: TextIO) -> Console:
     """A console that neither wraps nor colours in a pipe."""
-    return Console(file=stream, width=None if stream.isatty() else 140, highlight=False, soft_wrap=not stream.isatty())
+    return _Console(file=stream, width=None if stream.isatty() else 140, highlight=False, soft_wrap=not stream.isatty())
 
 
 class ConsoleListener:
@@ -29,6 +38,7 @@ class ConsoleListener:
         self._stream = sys.stderr
         self._console = make_console(self._stream)
         self._live = self._stream.isatty()
+        self._is_read = True
         self._every_s = LIVE_LINE_EVERY_S if self._live else PLAIN_LINE_EVERY_S
         self._last = 0.0
         self._open_line = False
@@ -44,19 +54,19 @@ class ConsoleListener:
         self.close()
         self._last = 0.0
         if text != "training":
-            self._console.print(f"[dim]{text} ..[/dim]")
+            self._print(f"{one_line(text)} ..", style="dim")
 
     def note(self, text: str) -> None:
         self.close()
-        self._console.print(text, markup=False)
+        self._print(one_line(text))
 
     def advance(self, done: int, total: int, text: str) -> None:
         if done == total or time.monotonic() - self._last > self._every_s:
-            self._line(f"{text}: {done}/{total}", final=done == total)
+            self._line(f"{one_line(text)}: {done}/{total}", final=done == total)
 
     def planned(self, plan_text: str, out: Path) -> None:
-        self._console.print(plan_text, markup=False)
-        self._console.print(f"run directory: {out}", markup=False)
+        self._print(visible(plan_text))
+        self._print(f"run directory: {one_line(out)}")
 
     def step(self, progress: Progress) -> None:
         finished = progress.steps_done == progress.steps_total
@@ -95,19 +105,35 @@ class ConsoleListener:
     def close(self) -> None:
         """End a live line."""
         if self._open_line:
-            print(file=self._stream, flush=True)
+            self._write("\n")
             self._open_line = False
+
+    def _print(self, text: str, style: str | None = None) -> None:
+        self._tried(lambda: self._console.print(text, markup=False, style=style))
+
+    def _write(self, text: str) -> None:
+        self._tried(lambda: print(text, end="", file=self._stream, flush=True))
+
+    def _tried(self, work: Callable[[], None]) -> None:
+        """A reader that left, or a terminal that is gone, does not end hours of training."""
+        if not self._is_read:
+            return
+        try:
+            work()
+        except OSError:
+            self._is_read = False
+            drop_output(self._stream)
 
     def _line(self, text: str, *, final: bool) -> None:
         self._last = time.monotonic()
         if self._live:
             width = self._console.width - 1
-            print(f"\r{text[:width]:<{width}}", end="", file=self._stream, flush=True)
+            self._write(f"\r{text[:width]:<{width}}")
             self._open_line = True
             if final:
                 self.close()
         else:
-            print(text, file=self._stream, flush=True)
+            self._write(f"{text}\n")
 
 
 def _fitting(pieces: dict[str, int], width: int | None) -> str:

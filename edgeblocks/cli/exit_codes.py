@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from edgeblocks.cli.screen import complain, drop_output, finish_output
 from edgeblocks.errors import EdgeblocksError
 
 _Verb = Callable[..., None]
@@ -50,19 +51,21 @@ def _guarded(work: Callable[[], None], *, verbose: bool) -> None:
     """Run a verb; turn errors into their message and exit code."""
     try:
         work()
+        finish_output()
     except EdgeblocksError as error:
         if verbose:
             raise
-        for line in str(error).splitlines():
-            print(f"error: {line}" if error.exit_code != 130 else line, file=sys.stderr)
+        for problem in error.problems:
+            complain(f"error: {problem}" if error.exit_code != 130 else problem)
         raise typer.Exit(error.exit_code) from error
     except KeyboardInterrupt as error:
-        print("interrupted", file=sys.stderr)
+        complain("interrupted")
         raise typer.Exit(130) from error
-    except BrokenPipeError as error:
+    except BrokenPipeError as error:  # whoever read it has enough
+        drop_output(sys.stdout)
         raise typer.Exit(1) from error
     except (MemoryError, OSError, RuntimeError) as error:
         if verbose:
             raise
-        print(f"error: {type(error).__name__}: {error}. --verbose shows where", file=sys.stderr)
+        complain(f"error: {type(error).__name__}: {error}. --verbose shows where")
         raise typer.Exit(1) from error

@@ -1,13 +1,13 @@
 """`info`, `report` and `doctor`: what is there."""
 
-import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from edgeblocks.cli.exit_codes import verb
-from edgeblocks.cli.options import Json, RunArgument
+from edgeblocks.cli.options import Json, Overwrite, RunArgument
+from edgeblocks.cli.screen import json_text, say, say_lines
 
 
 @verb()
@@ -20,8 +20,8 @@ def info(
     from edgeblocks.runs.describe import describe
 
     description = describe(path)
-    print(
-        json.dumps(description) if as_json else facts([(key, _readable(value)) for key, value in description.items()])
+    say_lines(
+        json_text(description) if as_json else facts([(key, _readable(value)) for key, value in description.items()])
     )
 
 
@@ -31,6 +31,7 @@ def report(
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="The file that is written.", show_default="RUN/report.html")
     ] = None,
+    overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
     """Write one HTML page of a run: plan against measured, losses, memory against the budget, time, samples.
@@ -39,8 +40,8 @@ def report(
     """
     from edgeblocks.report.run_report import write_report
 
-    written = write_report(run, out)
-    print(json.dumps(written.to_json()) if as_json else written.line())
+    written = write_report(run, out, overwrite=overwrite)
+    say(json_text(written.to_json()) if as_json else written.line())
 
 
 @verb()
@@ -56,7 +57,7 @@ def doctor(
 
     with ConsoleListener() as listener:
         report = examine(work_dir, listener)
-    print(json.dumps(report.to_json()) if as_json else report_text(report))
+    say_lines(json_text(report.to_json()) if as_json else report_text(report))
 
 
 def _readable(value: object) -> str:

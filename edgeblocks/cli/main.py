@@ -3,14 +3,15 @@
 Exit codes: 0 done; 1 the run failed; 2 wrong use; 3 does not fit the budget; 130 interrupted and saved.
 """
 
-import io
 import os
 import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from edgeblocks.cli import comparing, inspection, trained, training
+from edgeblocks.cli.screen import complain, open_streams, say
 
 app = typer.Typer(
     add_completion=False,
@@ -23,7 +24,7 @@ def _print_version(wanted: bool) -> None:
     if wanted:
         from importlib import metadata
 
-        print(f"edgeblocks {metadata.version('edgeblocks')}")
+        say(f"edgeblocks {metadata.version('edgeblocks')}")
         raise typer.Exit
 
 
@@ -54,7 +55,10 @@ def main() -> None:
     # Torch's threads wait for each other actively for some milliseconds. Where another program holds a core this made a
     # step 3 times slower; 5,000 turns cost nothing on a quiet machine and a sixth less on a busy one.
     os.environ.setdefault("GOMP_SPINCOUNT", "5000")
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # what a terminal without UTF-8 cannot show is a question mark
+    open_streams()
+    try:
+        Path.cwd()
+    except OSError as error:  # torch's libraries end the process without a word of why
+        complain(f"error: the folder that this command was started in is gone ({error.strerror}); cd to another one")
+        sys.exit(2)
     app()

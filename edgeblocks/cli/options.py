@@ -17,6 +17,14 @@ MemBudget = Annotated[
         "the GPU's memory (90% is the default)."
     ),
 ]
+RunBudget = Annotated[
+    str | None,
+    typer.Option(
+        "--mem-budget",
+        help="Largest resident memory of the process, such as 700MB, 6GB or 50% (the default). Without a bound by the "
+        "system (Linux has one) it is only compared with what the manifest needs.",
+    ),
+]
 PlanTarget = Annotated[
     str | None,
     typer.Option(
@@ -25,6 +33,7 @@ PlanTarget = Annotated[
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output, nothing else.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a file that is there already.")]
 RunArgument = Annotated[Path, typer.Argument(help="A run directory.", show_default=False)]
 Number = Annotated[int | None, typer.Option("--n", help="How many images or texts.", show_default="64 images, 4 texts")]
 SampleSteps = Annotated[

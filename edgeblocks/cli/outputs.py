@@ -7,7 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgeblocks.cli.options import as_flags
+from edgeblocks.cli.screen import json_text, say, say_raw
 from edgeblocks.errors import ConfigError, DataError, StorageError
+from edgeblocks.files.durable import write_atomically
+from edgeblocks.files.own import check_new
 
 if TYPE_CHECKING:
     import numpy as np
@@ -28,9 +31,20 @@ class Request:
 
     n: int | None
     out: Path | None
+    overwrite: bool
     as_json: bool
     of_images: dict[str, Any]
     of_text: dict[str, Any]
+
+    @property
+    def num_texts(self) -> int:
+        """How many are written."""
+        return 4 if self.n is None else self.n
+
+    @property
+    def num_images(self) -> int:
+        """How many are made."""
+        return 64 if self.n is None else self.n
 
     def texts(self, write: Callable[..., list[str]]) -> None:
         """Have texts written, and print or save them.
@@ -41,7 +55,9 @@ class Request:
         asked = _only(self.of_text, self.of_images, "writes text")
         if self.out is not None and self.out.suffix.lower() in (".png", ".jpg", ".jpeg"):
             raise ConfigError(f"-o {self.out}: this network writes text; give a name that ends in .txt or .json")
-        _say_texts(write(n=4 if self.n is None else self.n, **asked), self.out, as_json=self.as_json)
+        if self.out is not None:
+            check_new(self.out, overwrite=self.overwrite)
+        _say_texts(write(n=self.num_texts, **asked), self.out, as_json=self.as_json)
 
     def images(self, draw: "Callable[..., NDArray[np.uint8]]", *, num_classes: int) -> None:
         """Have images made, and save a grid of them.
@@ -52,13 +68,14 @@ class Request:
         asked = _only(self.of_images, self.of_text, "makes no text")
         out = self.out or Path("grid.png")
         _check_picture(out, asked.get("solver", "heun"))
-        made = draw(n=64 if self.n is None else self.n, **asked)
+        check_new(out, overwrite=self.overwrite)
+        made = draw(n=self.num_images, **asked)
         from edgeblocks.data import pictures
 
         # A column for each class where the classes take turns and are few; else the picture chooses.
         columns = num_classes if "label" not in asked and 1 < num_classes <= 16 else None
         pictures.save_png(out, pictures.image_grid(made, columns=columns))
-        print(json.dumps({"path": str(out), "n": len(made)}) if self.as_json else f"saved {len(made)} images to {out}")
+        say(json_text({"path": str(out), "n": len(made)}) if self.as_json else f"saved {len(made)} images to {out}")
 
     def nothing(self, what: str) -> None:
         """That no option was typed, because the network makes neither.
@@ -76,6 +93,7 @@ def say_classes(
     steps: int | None,
     seed: int,
     *,
+    overwrite: bool,
     as_json: bool,
 ) -> None:
     """Classify image files; print the likeliest classes of each, or save them as JSON.
@@ -87,6 +105,8 @@ def say_classes(
         raise ConfigError(f"{classifier.directory} classifies images: name some image files after it")
     if out is not None and out.suffix.lower() != ".json":
         raise ConfigError(f"-o {out}: classes are written as JSON; give a name that ends in .json")
+    if out is not None:
+        check_new(out, overwrite=overwrite)
     unreadable: list[DataError] = []
     found = classifier.classify_files(images, steps=steps, seed=seed, on_unreadable=unreadable.append)
     if found:
@@ -97,20 +117,20 @@ def say_classes(
             shown.append(f"and {len(unreadable) - len(shown)} more like that")
         if found:
             shown.append(f"{len(unreadable)} of {len(images)} images have no answer; the others have theirs")
-        raise DataError("\n".join(shown))
+        raise DataError(*shown)
 
 
 def _say_answers(found: "list[Answer]", out: Path | None, *, as_json: bool) -> None:
     if out is not None:
         _write(out, json.dumps(found, indent=1) + "\n")
-        print(json.dumps({"path": str(out), "n": len(found)}) if as_json else f"saved {len(found)} answers to {out}")
+        say(json_text({"path": str(out), "n": len(found)}) if as_json else f"saved {len(found)} answers to {out}")
         return
     if as_json:
-        print(json.dumps(found))
+        say(json_text(found))
         return
     for answer in found:
         classes = ", ".join(f"{one['name']} {one['probability']:.1%}" for one in answer["classes"])
-        print(f"{answer['path']}: {classes}")
+        say(f"{answer['path']}: {classes}")
 
 
 def _only(own: Mapping[str, object], others: Mapping[str, object], what: str) -> dict[str, Any]:
@@ -136,15 +156,18 @@ def _say_texts(texts: list[str], out: Path | None, *, as_json: bool) -> None:
     from edgeblocks.diffusion.unmasking import texts_as_file
 
     if out is None:
-        print(json.dumps(texts) if as_json else texts_as_file(texts), end="\n" if as_json else "")
+        say_raw(f"{json_text(texts)}\n" if as_json else texts_as_file(texts))
         return
     content = json.dumps(texts, indent=1, ensure_ascii=False) + "\n" if out.suffix == ".json" else texts_as_file(texts)
     _write(out, content)
-    print(json.dumps({"path": str(out), "n": len(texts)}) if as_json else f"saved {len(texts)} texts to {out}")
+    say(json_text({"path": str(out), "n": len(texts)}) if as_json else f"saved {len(texts)} texts to {out}")
 
 
 def _write(out: Path, content: str) -> None:
     try:
-        out.write_text(content, encoding="utf-8")
+        if out.exists() and not out.is_file():  # a pipe or a device
+            out.write_text(content, encoding="utf-8")
+        else:
+            write_atomically(out, [content.encode()])
     except OSError as error:
         raise StorageError(f"cannot write {out}: {error.strerror}; choose another place with -o") from error

@@ -10,8 +10,10 @@ from pathlib import Path
 
 from edgeblocks.api import settings_for_here
 from edgeblocks.cli.console_progress import ConsoleListener
+from edgeblocks.cli.screen import complain, open_streams
 from edgeblocks.compare.plain_training import Recorder, train
 from edgeblocks.errors import EdgeblocksError
+from edgeblocks.files.own import make_folder
 from edgeblocks.registry import build_family, build_target, family_type
 from edgeblocks.runs.open_data import data_of
 
@@ -23,6 +25,7 @@ def main() -> None:
     parser.add_argument("--checkpointing", action="store_true", help="recompute activations on the way back")
     parser.add_argument("--eight-bit", action="store_true", help="moments of 8 bits: bitsandbytes' AdamW8bit")
     wanted = parser.parse_args()
+    open_streams()
     settings = settings_for_here(config=wanted.settings)
     run = settings.run.model_copy(update={"checkpointing": wanted.checkpointing})
     data = data_of(run, lambda *_: None)
@@ -32,7 +35,7 @@ def main() -> None:
     if target.host_bytes() is not None:  # on a processor ordinary training has the allocator's own settings
         target.prepare()
         target.warm_up()
-    wanted.out.mkdir(parents=True, exist_ok=True)
+    make_folder(wanted.out)
     for former in wanted.out.glob("*.json*"):
         former.unlink()
     with ConsoleListener() as listener:
@@ -54,7 +57,7 @@ if __name__ == "__main__":
     try:
         main()
     except EdgeblocksError as error:
-        print(f"error: {error}", file=sys.stderr)
+        complain(f"error: {error}")
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         sys.exit(130)

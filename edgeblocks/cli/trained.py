@@ -1,6 +1,5 @@
 """`eval`, `sample`, `export`, `weights` and `run`: what a trained network is for."""
 
-import json
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -15,11 +14,14 @@ from edgeblocks.cli.options import (
     Json,
     MemBudget,
     Number,
+    Overwrite,
     RunArgument,
+    RunBudget,
     SampleSeed,
     SampleSteps,
 )
 from edgeblocks.cli.outputs import Request, say_classes
+from edgeblocks.cli.screen import json_text, say, say_lines
 from edgeblocks.errors import ConfigError
 from edgeblocks.tasks import TASKS, TEXT_TASKS
 from edgeblocks.units import format_bytes
@@ -64,7 +66,7 @@ def evaluate(
         result = api.load(run).evaluate(
             samples=samples, steps=steps, seed=seed, data=data, mem_budget=mem_budget, listener=listener
         )
-    print(json.dumps(result) if as_json else evaluation_report(result))
+    say_lines(json_text(result) if as_json else evaluation_report(result))
 
 
 @verb(of_images=IMAGE_OPTIONS, of_text=TEXT_OPTIONS)
@@ -80,10 +82,11 @@ def sample(
     of_text: dict[str, object],
     seed: SampleSeed = 0,
     mem_budget: MemBudget = None,
+    overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
     """Generate with a trained run: a grid of images, or texts."""
-    request = Request(n=n, out=out, as_json=as_json, of_images=of_images, of_text=of_text)
+    request = Request(n=n, out=out, overwrite=overwrite, as_json=as_json, of_images=of_images, of_text=of_text)
     from edgeblocks import api
     from edgeblocks.cli.console_progress import ConsoleListener
     from edgeblocks.inference.sampling import usual_steps
@@ -117,7 +120,7 @@ def export(
 
     with ConsoleListener() as listener:
         manifest = api.load(run).export(out, listener=listener)
-    print(json.dumps(manifest) if as_json else export_report(manifest, out))
+    say_lines(json_text(manifest) if as_json else export_report(manifest, out))
 
 
 @verb()
@@ -125,14 +128,15 @@ def weights(
     run: RunArgument,
     out: Annotated[Path, typer.Option("--out", "-o", help="A file that ends in .safetensors.", show_default=False)],
     last: Annotated[bool, typer.Option("--last", help="As the last step left them, instead of their average.")] = False,
+    overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
     """Write a run's weights as one .safetensors file: for --init of another run, or for PyTorch."""
     from edgeblocks import api
 
-    written = api.load(run).save_weights(out, last=last)
+    written = api.load(run).save_weights(out, last=last, overwrite=overwrite)
     line = f"wrote {written['tensors']} tensors, {format_bytes(written['bytes'])}, to {out}"
-    print(json.dumps(written) if as_json else line)
+    say(json_text(written) if as_json else line)
 
 
 @verb(of_images=IMAGE_OPTIONS, of_text=TEXT_OPTIONS)
@@ -152,14 +156,17 @@ def run(
     of_images: dict[str, object],
     of_text: dict[str, object],
     seed: SampleSeed = 0,
+    mem_budget: RunBudget = None,
+    overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
     """Run an exported network: onnxruntime only, one block in memory at a time, no torch.
 
     An image model writes a grid of images. A classifier prints the likeliest classes of each image file, or writes them
-    to a .json file. A text model prints its text, or writes it to a file.
+    to a .json file. A text model prints its text, or writes it to a file. A network from elsewhere gets no more than
+    --mem-budget, and Ctrl-C ends it.
     """
-    request = Request(n=n, out=out, as_json=as_json, of_images=of_images, of_text=of_text)
+    request = Request(n=n, out=out, overwrite=overwrite, as_json=as_json, of_images=of_images, of_text=of_text)
     from edgeblocks.cli.console_progress import ConsoleListener
     from edgeblocks.registry import open_exported
 
@@ -169,12 +176,14 @@ def run(
         raise ConfigError(f"{directory} takes no images; leave out {images[0]}")
     if manifest.task == "classes":
         request.nothing("classifies images")
-        say_classes(exported, images or [], out, steps, seed, as_json=as_json)
+        with exported.within(mem_budget, n=len(images or [])):
+            say_classes(exported, images or [], out, steps, seed, overwrite=overwrite, as_json=as_json)
     elif manifest.task in TEXT_TASKS:
-        request.texts(partial(exported.write, steps=steps, seed=seed))
+        with exported.within(mem_budget, n=request.num_texts):
+            request.texts(partial(exported.write, steps=steps, seed=seed))
     else:
         levels = manifest.sampler.steps if steps is None else steps
-        with ConsoleListener() as listener:
+        with ConsoleListener() as listener, exported.within(mem_budget, n=request.num_images):
             sampled = partial(listener.advance, total=levels, text="sampling")
             request.images(
                 partial(exported.sample, steps=levels, seed=seed, on_level=sampled), num_classes=manifest.num_classes

@@ -1,6 +1,5 @@
 """`plan` and `train`."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict
 from functools import partial
@@ -11,7 +10,9 @@ import typer
 
 from edgeblocks.cli.exit_codes import verb
 from edgeblocks.cli.options import SETTINGS, Json, PlanTarget, as_flags, given_settings
+from edgeblocks.cli.screen import json_text, say, say_lines
 from edgeblocks.errors import ConfigError
+from edgeblocks.terminal import quoted
 
 RESUME_SETTINGS = frozenset({"mem_budget", "ram_budget", "target", "data", "work_dir", "max_disk_writes"})
 """Settings that a run may change when it goes on: they change no number of the result."""
@@ -61,7 +62,7 @@ def train(
     others = sorted(set(given) - RESUME_SETTINGS)
     if resume is not None and (others or config or out):
         raise ConfigError(
-            f"--resume {resume} goes on with the settings of that run; only {as_flags(RESUME_SETTINGS)} may be "
+            f"--resume {quoted(resume)} goes on with the settings of that run; only {as_flags(RESUME_SETTINGS)} may be "
             f"others; leave out {_left_out(others, given) or '--out/--config'}, or start a new run with --out"
         )
     if reinit_block and resume is None:
@@ -85,7 +86,7 @@ def train(
             run = api.train(out=out or _free_run_path(given), config=config, listener=listener, **given)
     summary = run.directory.summary
     assert summary is not None
-    print(json.dumps(summary.to_json()) if as_json else training_report(summary, run.path))
+    say_lines(json_text(summary.to_json()) if as_json else training_report(summary, run.path))
 
 
 def _left_out(names: list[str], given: Mapping[str, object]) -> str:
@@ -110,12 +111,12 @@ def _print_plan(given: Mapping[str, Any], config: Path | None, out: Path, *, as_
             options[other] = option(partial(api.plan, config=config, out=out, **{**given, "method": other}))
         advice = recommendation(measured(run.family), options)
     if as_json:
-        print(json.dumps({**prepared.to_json(), "recommendation": None if advice is None else asdict(advice)}))
+        say(json_text({**prepared.to_json(), "recommendation": None if advice is None else asdict(advice)}))
         return
-    print(banner(prepared))
-    print(plan_table(prepared))
+    say_lines(banner(prepared))
+    say_lines(plan_table(prepared))
     if advice is not None:
-        print(advice.line())
+        say(advice.line())
 
 
 def _free_run_path(given: Mapping[str, object]) -> Path:

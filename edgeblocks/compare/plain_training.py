@@ -24,6 +24,8 @@ from edgeblocks.data.dataset import DataSet
 from edgeblocks.diffusion.noise import NoisePartition, partition_noise
 from edgeblocks.errors import EdgeblocksError
 from edgeblocks.families.family import Family
+from edgeblocks.files.durable import write_atomically
+from edgeblocks.files.own import append
 from edgeblocks.inference.quality import network_quality
 from edgeblocks.offload.device import Target
 from edgeblocks.optim.update import BETA1, BETA2, EPS, ema_exponent, learning_rate_at
@@ -183,8 +185,7 @@ class Recorder:
             peak_bytes=self.target.peak_bytes(),
             runtime_bytes=self.runtime_bytes,
         )
-        (self.out / "summary.json").write_text(json.dumps(asdict(summary)))
+        write_atomically(self.out / "summary.json", [json.dumps(asdict(summary)).encode()])
 
     def _append(self, name: str, record: Mapping[str, object]) -> None:
-        with (self.out / name).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+        append(self.out / name, f"{json.dumps(record)}\n".encode())

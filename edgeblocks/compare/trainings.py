@@ -31,6 +31,7 @@ from edgeblocks.compare.arms import Arm
 from edgeblocks.compare.wanted import Asked, Measured, Settled
 from edgeblocks.errors import ConfigError, DoesNotFitError, EdgeblocksError, RunError, StorageError
 from edgeblocks.files.durable import write_atomically
+from edgeblocks.files.own import is_link
 from edgeblocks.methods import imported
 from edgeblocks.progress import Listener
 from edgeblocks.report.comparison import Comparison, Mark, Row
@@ -123,6 +124,12 @@ def _check_folder(settled: Settled, out: Path) -> None:
     path, text = out / "settings.yaml", f"# minutes of each arm: {settled.minutes}\n{_as_yaml(settled.settings)}"
     if out.exists() and not out.is_dir():
         raise ConfigError(f"{out} is no folder; choose another -o")
+    links = sorted(entry.name for entry in out.iterdir() if is_link(entry)) if out.exists() else []
+    if links:
+        raise ConfigError(
+            f"{out} holds links ({', '.join(links[:5])}), and arms would be written where they lead; copy "
+            f"it with cp -rL, or choose another -o"
+        )
     if path.exists():
         if path.read_text(encoding="utf-8") != text:
             raise ConfigError(

@@ -9,12 +9,12 @@ neighbours, and a file that shrinks under a map kills the process; pread leaves 
 """
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import math
 import os
 import shutil
+import stat
 import tempfile
 import time
 import weakref
@@ -29,6 +29,7 @@ from numpy.typing import NDArray
 from edgeblocks.data.npy import read_npy_header
 from edgeblocks.errors import StorageError
 from edgeblocks.files.durable import sync
+from edgeblocks.files.own import create, file_locks, is_link
 from edgeblocks.files.untrusted import open_regular, read_object
 from edgeblocks.units import format_bytes
 
@@ -101,7 +102,7 @@ class GrowingArray:
 
     def __init__(self, path: Path, dtype: np.dtype[np.generic] | type[np.generic], row_shape: tuple[int, ...]) -> None:
         self._dtype, self._row_shape, self._num_rows = np.dtype(dtype), row_shape, 0
-        self._file = path.open("wb")
+        self._file = create(path)
         self._write_header()
         self._header_bytes = self._file.tell()
 
@@ -169,7 +170,7 @@ class CacheFiles:
 
     def write(self, name: str, content: bytes) -> None:
         """Writes a whole file beside the arrays."""
-        with self._storing(), (self._folder / name).open("wb") as file:
+        with self._storing(), create(self._folder / name) as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
@@ -184,8 +185,8 @@ class CacheFiles:
             # meta.json.
             meta: dict[str, Any] = {"version": self._kind.version, "file_bytes": file_bytes, **content}
             meta["sha256"] = meta_digest(meta)
-            with (self._folder / "meta.json").open("w", encoding="ascii") as file:
-                json.dump(meta, file)
+            with create(self._folder / "meta.json") as file:
+                file.write(json.dumps(meta).encode("ascii"))
                 file.flush()
                 os.fsync(file.fileno())
             sync(self._folder)
@@ -208,11 +209,49 @@ class CacheFiles:
 
 
 def cache_folder() -> Path:
-    """Where decoded images and tokens are kept: $EDGEBLOCKS_CACHE, or edgeblocks/ in the user's cache folder."""
+    """Where decoded images and tokens are kept: $EDGEBLOCKS_CACHE, or edgeblocks/ in the user's cache folder; without a
+    home (a container's user that no file knows) a folder of the user's own among the temporary ones.
+
+    Raises:
+        StorageError: there is none of them.
+    """
     given = os.environ.get("EDGEBLOCKS_CACHE")
     if given:
         return Path(given)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "edgeblocks"
+    home = _home_cache()
+    return _temporary_cache() if home is None else home
+
+
+def cache_note() -> str | None:
+    """What the user should know of where the caches are; None where they are in their usual place."""
+    if os.environ.get("EDGEBLOCKS_CACHE") or _home_cache() is not None:
+        return None
+    return (
+        f"there is no home folder (HOME is not set), so caches are kept in {cache_folder()}; "
+        "EDGEBLOCKS_CACHE=FOLDER names another place"
+    )
+
+
+def _home_cache() -> Path | None:
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "edgeblocks"
+    except RuntimeError:  # neither HOME nor an entry of this user
+        return None
+
+
+def _temporary_cache() -> Path:
+    """A folder that nobody else can write: everybody can make one of that name beforehand."""
+    user = getattr(os, "getuid", lambda: 0)()
+    cure = "name a folder for caches with EDGEBLOCKS_CACHE=FOLDER"
+    try:
+        folder = Path(tempfile.gettempdir()) / f"edgeblocks-{user}"
+        folder.mkdir(mode=0o700, exist_ok=True)
+        status = folder.lstat()
+    except OSError as error:
+        raise StorageError(f"there is no home folder and no temporary one ({error.strerror}); {cure}") from error
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid not in (user, 0) or status.st_mode & 0o022:
+        raise StorageError(f"there is no home folder, and {folder} may be written by others; {cure}")
+    return folder
 
 
 def open_or_build(
@@ -315,10 +354,12 @@ def _array_in(file: BinaryIO, dtype: np.dtype[np.generic], most_rows: int) -> tu
 
 def _publish(partial: Path, final: Path, is_sound: Callable[[Path], bool]) -> None:
     """Gives the finished cache its name, unless another process has meanwhile built a sound one."""
-    if final.exists() and not is_sound(final):
+    if os.path.lexists(final) and not is_sound(final):
         # Renamed before it is deleted: a folder that is half gone must not have the final name.
         damaged = partial.with_suffix(".damaged.partial")
         final.rename(damaged)
+        if is_link(damaged):
+            damaged.unlink()
         shutil.rmtree(damaged, ignore_errors=True)
     try:
         partial.rename(final)
@@ -330,14 +371,23 @@ def _publish(partial: Path, final: Path, is_sound: Callable[[Path], bool]) -> No
 
 
 @contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Holds a lock on the folder; the kernel drops it when the process dies: the folder is abandoned."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def _locked(partial: Path) -> Iterator[None]:
+    """Holds a lock beside what is built; the kernel drops it when the process dies: the build is abandoned.
+
+    Raises:
+        OSError: somebody else holds it.
+    """
+    filelock = file_locks()
+    lock = filelock.FileLock(partial.with_name(f"{partial.name}.lock"))
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
+        lock.acquire(blocking=False)
+        try:
+            yield
+        finally:
+            lock.release()
+            Path(lock.lock_file).unlink(missing_ok=True)
+    except filelock.Timeout as error:
+        raise OSError(None, "another process builds it", str(partial)) from error
 
 
 def _remove_abandoned(cache_dir: Path) -> None:
@@ -346,20 +396,16 @@ def _remove_abandoned(cache_dir: Path) -> None:
         with contextlib.suppress(OSError):
             if time.time() - partial.stat().st_mtime < _ABANDONED_S:
                 continue
-            descriptor = os.open(partial, os.O_RDONLY)
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if partial.is_dir():
+            with _locked(partial):
+                if partial.is_dir() and not is_link(partial):
                     shutil.rmtree(partial, ignore_errors=True)
                 else:  # of a cost trace
                     partial.unlink()
-            finally:
-                os.close(descriptor)
 
 
 def _storage_error(error: OSError, kind: CacheKind, cache_dir: Path, needed_bytes: int) -> StorageError:
     need = f"; it needs {needed_bytes} bytes ({format_bytes(needed_bytes)})" if needed_bytes else ""
     return StorageError(
         f"the {kind.name} cannot be written in {cache_dir}: {error.strerror or error}{need}; "
-        "free some space, mend the permissions, or keep the cache on another disk"
+        "free some space, mend the permissions, or keep the cache on another disk with EDGEBLOCKS_CACHE=FOLDER"
     )

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from edgeblocks.errors import ConfigError, RunError, StorageError
+from edgeblocks.files.own import create
 
 if TYPE_CHECKING:
     import numpy as np
@@ -63,7 +64,8 @@ def save_png(path: Path, picture: NDArray[np.uint8]) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            image.save(temporary, format="PNG")
+            with create(temporary) as file:
+                image.save(file, format="PNG")
             temporary.replace(path)
         except BaseException:  # an interrupt leaves nothing behind either
             with contextlib.suppress(OSError):

@@ -8,6 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from edgeblocks.onnx_runtime import onnxruntime
+
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
@@ -226,7 +228,6 @@ def _onnx_session(
 ) -> Callable[["Float32s"], "Float32s"]:
     """A session as a function from the activations `x` to `y`."""
     import onnx
-    import onnxruntime
 
     graph = onnx.helper.make_graph(
         list(nodes),
@@ -237,7 +238,7 @@ def _onnx_session(
     )
     # Old numbers on purpose: onnx writes newer ones than the installed onnxruntime may read.
     model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 17)], ir_version=8)
-    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    session = onnxruntime().InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
     return lambda activations: session.run(None, {"x": activations})[0]
 
 

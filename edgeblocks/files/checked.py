@@ -14,13 +14,18 @@ _PROBLEMS_SHOWN = 5
 _Item = TypeVar("_Item")
 
 
+def is_text(text: str) -> bool:
+    """Whether it is text: bytes of a path that are none, Python keeps as halves of characters."""
+    return text.encode(errors="replace").decode() == text
+
+
 def whole_text(text: str) -> str:
     """The text, if it can be printed and written: JSON and YAML can name halves of characters, too.
 
     Raises:
         ValueError: it cannot.
     """
-    if text.encode(errors="replace").decode() != text:
+    if not is_text(text):
         raise ValueError("it holds halves of characters")
     return text
 

@@ -5,6 +5,8 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
+from edgeblocks.files.own import create
+
 
 def sync(path: Path) -> None:
     """Wait until a file, or the names in a folder, are on the disk."""
@@ -23,7 +25,7 @@ def write_atomically(path: Path, pieces: Iterable[bytes | memoryview]) -> None:
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with temporary.open("wb", buffering=0) as file:
+        with create(temporary, buffering=0) as file:
             for piece in pieces:
                 view = memoryview(piece)
                 done = 0

@@ -28,6 +28,7 @@ from edgeblocks.inference.block_runner import BlockRunner, EmaSource, class_labe
 from edgeblocks.runs.directory import RunDirectory
 from edgeblocks.seeds import start_noise
 from edgeblocks.tasks import TASKS, TEXT_TASKS
+from edgeblocks.terminal import command
 
 
 def usual_steps(directory: RunDirectory) -> int:
@@ -84,7 +85,7 @@ def sample_images(
         does = "classifies images" if family.task == "classes" else "writes text (sample_text)"
         raise ConfigError(
             f"{directory.path} is of the family {family.name}, which {does} and makes no images; see how well with: "
-            f"edgeblocks eval {directory.path}"
+            f"{command('eval', directory.path)}"
         )
     steps = usual_steps(directory) if steps is None else steps
     check_request(n=n, steps=steps, guidance=guidance, conditional=family.conditional)

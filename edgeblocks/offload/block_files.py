@@ -135,7 +135,7 @@ class BlockStore:
 
     def hold_folder(self) -> None:
         """Write into this very folder only from now on; while it is open no other folder is given its inode number."""
-        self._held_folder = os.open(self.folder, os.O_RDONLY)
+        self._held_folder = os.open(self.folder, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0))
         weakref.finalize(self, os.close, self._held_folder)
 
     def check_folder(self) -> None:
@@ -143,7 +143,7 @@ class BlockStore:
         if self._held_folder is None:
             return
         with contextlib.suppress(OSError):  # the write that follows says it better
-            if not os.path.samestat(self.folder.stat(), os.fstat(self._held_folder)):
+            if not os.path.samestat(self.folder.lstat(), os.fstat(self._held_folder)):
                 raise StorageError(
                     f"{self.folder} was deleted and made anew while this run was trained; nothing is written there. "
                     f"Put this run back from a copy, or leave the new one alone"

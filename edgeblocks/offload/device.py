@@ -73,8 +73,9 @@ class Target(Protocol):
         """Run every kind of kernel that training uses once, so that their code and scratch memory are resident."""
         ...
 
-    def measure(self, folder: Path) -> Machine:
-        """Speeds of the device and of a folder's disk, and what is occupied before any block is loaded."""
+    def measure(self, folder: Path | None) -> Machine:
+        """Speeds of the device and of a folder's disk (None: none is used), and what is occupied before any block is
+        loaded."""
         ...
 
     def examine_disk(self, folder: Path, *, probe_bytes: int, limit_s: float) -> "DiskSpeed":
@@ -83,6 +84,11 @@ class Target(Protocol):
         Raises:
             StorageError: the folder cannot be written to or is full.
         """
+        ...
+
+    @property
+    def has_cap(self) -> bool:
+        """Whether the system refuses memory past the budget at all."""
         ...
 
     def capped(self, budget_bytes: int) -> AbstractContextManager[None]:

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from edgeblocks.planning.plans import DAY_S
+from edgeblocks.terminal import one_line
 from edgeblocks.units import format_bytes, format_count, format_duration
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ def banner(prepared: "Prepared") -> str:
         f"{method.parts(chosen.blocks)} "
         f"of {'/'.join(str(count) for count in sorted(set(plan.layers), reverse=True))} layers"
         f"{_how_trained(plan)}",
-        f"data: {data.source}, {data.describe()}",
+        f"data: {one_line(data.source)}, {one_line(data.describe())}",
         *([] if prepared.profile is None else [f"machine: {prepared.profile.name}, {prepared.profile.description}"]),
         f"plan: batch {run.batch}{_in_parts(chosen)}, "
         f"checkpointing {'on' if chosen.checkpointing else 'off'}, {run.optimizer}, "
@@ -34,7 +35,7 @@ def banner(prepared: "Prepared") -> str:
         _time_line(prepared),
         _disk_line(plan),
     ]
-    return "\n".join([*lines, *(f"note: {warning}" for warning in plan.warnings)])
+    return "\n".join([*lines, *(f"note: {one_line(warning)}" for warning in plan.warnings)])
 
 
 def _in_parts(chosen: "Candidate") -> str:

@@ -84,7 +84,7 @@ def _ask_child(request: Mapping[str, object]) -> dict[str, Any]:
     done = subprocess.run(command, input=json.dumps(request), capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise EdgeblocksError(
-            f"the cost trace of '{request['family']}' failed (exit {done.returncode}):\n{done.stderr}"
+            f"the cost trace of '{request['family']}' failed (exit {done.returncode}):", *done.stderr.splitlines()
         )
     answer: dict[str, Any] = json.loads(done.stdout)
     return answer

@@ -11,6 +11,8 @@ from functools import cache
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from edgeblocks.terminal import visible
+
 
 @dataclass(frozen=True, kw_only=True)
 class Section:
@@ -75,12 +77,18 @@ def notes(texts: Sequence[str]) -> Markup:
     return fragment("notes.html", texts=texts)
 
 
+def _printable(value: object) -> object:
+    """A name as it may stand in a page; what is markup is ours."""
+    return visible(value) if type(value) is str else value
+
+
 @cache
 def _environment() -> Environment:
     return Environment(
         loader=PackageLoader("edgeblocks.report"),
         autoescape=True,
         undefined=StrictUndefined,
+        finalize=_printable,
         trim_blocks=True,
         lstrip_blocks=True,
     )

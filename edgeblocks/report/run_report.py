@@ -5,6 +5,7 @@ from pathlib import Path
 
 from edgeblocks.errors import ConfigError, StorageError
 from edgeblocks.files.durable import write_atomically
+from edgeblocks.files.own import check_new
 from edgeblocks.report.facts import read_facts
 from edgeblocks.report.run_page import run_page
 from edgeblocks.units import format_bytes
@@ -30,17 +31,19 @@ class WrittenReport:
         return f"wrote {self.path} ({format_bytes(self.bytes)}){so_far}"
 
 
-def write_report(run: Path, out: Path | None = None) -> WrittenReport:
+def write_report(run: Path, out: Path | None = None, *, overwrite: bool = False) -> WrittenReport:
     """Write the page of a run to `out`, or into its directory. The run itself is only read.
 
     Raises:
         RunError: there is no run, or it is damaged.
-        ConfigError: `out` is no name for a page.
+        ConfigError: `out` is no name for a page, or is there already; a report in the run's directory is replaced.
         StorageError: the disk refused.
     """
     path = run / REPORT_FILE if out is None else out
     if path.suffix.lower() not in (".html", ".htm"):
         raise ConfigError(f"-o {path}: the report is an HTML page; give a name that ends in .html")
+    if out is not None:
+        check_new(out, overwrite=overwrite or out.absolute() == (run / REPORT_FILE).absolute())
     facts = read_facts(run)
     content = run_page(facts).encode("utf-8", errors="replace")
     try:

@@ -6,7 +6,7 @@ import platform
 import re
 import sys
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
@@ -17,13 +17,25 @@ from edgeblocks.config import Settings
 from edgeblocks.data.tokenizer import TOKENIZER_FILE, Tokenizer
 from edgeblocks.errors import ConfigError, RunError
 from edgeblocks.families.base import DataInfo
+from edgeblocks.files.own import make_folder
+from edgeblocks.files.untrusted import shown
 from edgeblocks.offload.block_files import storage_error
 from edgeblocks.offload.sections import init_section_
-from edgeblocks.runs.directory import RUN_FORMAT_VERSION, RunDirectory, remove_leftovers, write_text
+from edgeblocks.runs.directory import (
+    OWN_FOLDERS,
+    OWN_NAMES,
+    RUN_FORMAT_VERSION,
+    RunDirectory,
+    remove_leftovers,
+    write_text,
+)
 from edgeblocks.runs.load_weights import InitialWeights
 from edgeblocks.runs.schema import InitFields, read_json
 from edgeblocks.runs.written_plan import WrittenPlan
 from edgeblocks.seeds import generator_at
+from edgeblocks.terminal import quoted
+
+_MOST_NAMED = 5
 
 
 def create_run(
@@ -62,9 +74,9 @@ def create_run(
     if settings.run.work_dir is not None and (path / "blocks").exists():
         raise ConfigError(f"{path} has a folder `blocks` already, which --work-dir replaces; choose another --out")
     try:
-        (path / "samples").mkdir(parents=True, exist_ok=True)
+        make_folder(path / "samples")
         run.write_json("env.json", {"run_id": run.run_id, **environment()})  # first: it says whose the blocks are
-        run.blocks_folder.mkdir(parents=True, exist_ok=True)
+        make_folder(run.blocks_folder)
         for stale in run.blocks_folder.glob("block_*.safetensors"):
             # Of a process that was killed before it wrote the manifest: without one there is no run that they could
             # belong to.
@@ -80,18 +92,37 @@ def create_run(
 
 
 def check_free(path: Path) -> None:
-    """That a new run may be created in a directory.
+    """That a new run may be created in a directory: a new one, an empty one, or one of ours that was never finished.
 
     Raises:
-        ConfigError: there is a run already, or what was one before it lost its manifest.
+        ConfigError: there is a run already, or what was one before it lost its manifest; or something else.
     """
-    if (path / "manifest.json").exists():
-        raise ConfigError(f"{path} holds a run already; go on with --resume {path}, or choose another --out")
-    if (path / "metrics.jsonl").exists():  # which is written when the manifest exists
+    try:
+        present = {entry.name for entry in path.iterdir()} if path.is_dir() else set()
+        file = next((place for place in (path, *path.parents) if place.exists() and not place.is_dir()), None)
+    except OSError as error:
+        raise ConfigError(f"--out {path} cannot be used: {error.strerror}; choose another --out") from error
+    if file is not None:
+        raise ConfigError(f"--out {path}: {file} is a file, not a folder; choose another --out")
+    if "manifest.json" in present:
+        raise ConfigError(f"{path} holds a run already; go on with --resume {quoted(path)}, or choose another --out")
+    if "metrics.jsonl" in present and "env.json" in present:  # which is written when the manifest exists
         raise ConfigError(
             f"{path} holds trained blocks, but no manifest.json; put that file back from a copy and go on with "
-            f"--resume {path}, or choose another --out"
+            f"--resume {quoted(path)}, or choose another --out"
         )
+    ours = {"lock", "lock.pid", "samples"} if _unfinished_id(path) is None else {*OWN_NAMES, *OWN_FOLDERS}
+    others = sorted(name for name in present - ours if not re.fullmatch(r"\..*\.tmp", name))
+    if others or (_unfinished_id(path) is None and _holds_anything(path / "samples")):
+        named = ", ".join(others[:_MOST_NAMED] or ["samples"]) + (", .." if len(others) > _MOST_NAMED else "")
+        raise ConfigError(
+            f"--out {path} holds files that are not of a run ({named}), and a run's files would be mixed with them; "
+            f"name a new folder, such as --out {quoted(path / 'run')}"
+        )
+
+
+def _holds_anything(folder: Path) -> bool:
+    return folder.is_dir() and any(folder.iterdir())
 
 
 def _unfinished_id(path: Path) -> str | None:
@@ -131,9 +162,39 @@ def environment() -> dict[str, object]:
         "python": sys.version.split()[0],
         "platform": platform.platform(),
         "processor": platform.machine(),
+        "instructions": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
         "packages": {name: metadata.version(name) for name in packages},
     }
+
+
+def changed_environment(run: RunDirectory) -> str | None:
+    """What of the machine or of torch is not as it was when a run was created, of which the bits of its sums depend.
+
+    None where nothing is, or where env.json is gone; one of an earlier edgeblocks names no instructions.
+    """
+    try:
+        former = _sums_depend_on(read_json(run.path / "env.json"))
+    except RunError:
+        return None
+    found = [
+        f"{what} {shown(former[what])}, now {shown(value)}"
+        for what, value in _sums_depend_on(environment()).items()
+        if former.get(what, value) != value
+    ]
+    return "; ".join(found) or None
+
+
+def _sums_depend_on(environment: Mapping[str, object]) -> dict[str, object]:
+    """The entries of an env.json that decide how sums are rounded, under the names that people know."""
+    packages = environment.get("packages")
+    torch_version = packages.get("torch") if isinstance(packages, dict) else None
+    found = {
+        "the processor": environment.get("processor"),
+        "its vector instructions": environment.get("instructions"),
+        "torch": torch_version,
+    }
+    return {what: value for what, value in found.items() if value is not None}
 
 
 def create_blocks(

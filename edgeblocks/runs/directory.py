@@ -22,6 +22,7 @@ from edgeblocks.data.tokenizer import TOKENIZER_FILE, Tokenizer, stored_tokenize
 from edgeblocks.diffusion.noise import NoisePartition, partition_noise
 from edgeblocks.errors import ConfigError, RunError
 from edgeblocks.files.durable import sync, write_atomically
+from edgeblocks.files.own import append, make_folder
 from edgeblocks.files.untrusted import shown
 from edgeblocks.methods import METHODS, Method
 from edgeblocks.offload.block_buffer import BlockLayout
@@ -47,12 +48,19 @@ from edgeblocks.runs.schema import (
 )
 from edgeblocks.runs.summary import Summary, read_summary
 from edgeblocks.runs.written_plan import TrainablePlan, WrittenPlan, check_plan
+from edgeblocks.terminal import command
 
 if TYPE_CHECKING:
     from edgeblocks.families.base import DataInfo
     from edgeblocks.families.family import AnyFamily
 
 RUN_FORMAT_VERSION = 2
+OWN_FOLDERS = ("blocks", "blocks.arriving", "samples")
+OWN_NAMES = (
+    *("lock", "lock.pid", "config.yaml", "plan.json", "env.json", "manifest.json", "metrics.jsonl", "quality.jsonl"),
+    *("summary.json", TOKENIZER_FILE),
+)
+"""What training writes and removes in a run directory."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -213,7 +221,7 @@ class RunDirectory:
         """
         try:
             (self.path / "summary.json").unlink(missing_ok=True)
-            self.blocks_folder.mkdir(exist_ok=True)
+            make_folder(self.blocks_folder)
         except OSError as error:
             raise storage_error("cannot make blocks again in", self.path, error) from error
 
@@ -231,10 +239,9 @@ class RunDirectory:
         """
         path = self.path / name
         try:
-            with path.open("a", encoding="utf-8") as file:
-                # Not synced: where a run goes on is in the block files alone, and a record that is lost is a point of a
-                # curve.
-                file.write(json.dumps(record) + "\n")
+            # Not synced: where a run goes on is in the block files alone, and a record that is lost is a point of a
+            # curve.
+            append(path, f"{json.dumps(record)}\n".encode())
         except OSError as error:
             raise storage_error("cannot write metrics", path, error) from error
 
@@ -312,7 +319,7 @@ def bring_blocks_home(run: RunDirectory) -> None:
         arriving = run.path / "blocks.arriving"
         try:
             shutil.rmtree(arriving, ignore_errors=True)
-            shutil.copytree(away, arriving, ignore=shutil.ignore_patterns("lock"))
+            shutil.copytree(away, arriving, symlinks=True, ignore=shutil.ignore_patterns("lock"))
             # The bytes are on the disk before the name is, and the name before the only other copy goes.
             for path in (*arriving.iterdir(), arriving):
                 sync(path)
@@ -336,11 +343,11 @@ def open_run(path: Path) -> RunDirectory:
         raise RunError(f"there is no run directory {path}")
     if not (path / "manifest.json").exists():
         trained = (path / "metrics.jsonl").exists()
-        cure = "put it back from a copy" if trained else f"start a run with: edgeblocks train --out {path}"
+        cure = "put it back from a copy" if trained else f"start a run with: {command('train', '--out', path)}"
         raise RunError(f"{path} is not a run directory: it has no manifest.json; {cure}")
     content = read_json(path / "manifest.json")
     if "files" in content:
-        raise RunError(f"{path} is an exported network, not a run; use it with: edgeblocks run {path}")
+        raise RunError(f"{path} is an exported network, not a run; use it with: {command('run', path)}")
     version = content.get("format_version")
     if type(version) is not int or version != RUN_FORMAT_VERSION:
         raise RunError(
@@ -404,5 +411,5 @@ def check_whole(run: RunDirectory, store: BlockStore) -> None:
     if len(steps) > 1:
         raise RunError(
             f"the stages of {run.path} are of different steps ({', '.join(map(str, sorted(steps)))}): saving them was "
-            f"cut short; edgeblocks train --resume {run.path} completes it"
+            f"cut short; {command('train', '--resume', run.path)} completes it"
         )

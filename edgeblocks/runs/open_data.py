@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 
 from edgeblocks.config import TOKENIZERS, RunSettings, Settings
-from edgeblocks.data.cache import cache_folder
+from edgeblocks.data.cache import cache_folder, cache_note
 from edgeblocks.data.dataset import DataSet, Progress
 from edgeblocks.data.images import open_images
 from edgeblocks.data.text import open_text
@@ -98,6 +98,9 @@ def open_run_data(settings: Settings, listener: Listener, *, budget_bytes: int, 
     Raises:
         DoesNotFitError: decoding a picture would pass the budget.
     """
+    note = cache_note()
+    if note is not None:
+        listener.note(f"note: {note}")
     taken_bytes = target.host_used_bytes() + DECODING_SLACK_BYTES
     room_bytes = max(0, budget_bytes - taken_bytes)
     try:

@@ -6,10 +6,12 @@ from typing import TypedDict
 
 from edgeblocks.errors import ConfigError, RunError, StorageError
 from edgeblocks.files.durable import write_atomically
+from edgeblocks.files.own import check_new
 from edgeblocks.files.tensor_file import encode_header, table_of
-from edgeblocks.offload.block_buffer import Part, bytes_of
+from edgeblocks.offload.block_buffer import BlockBuffer, Part, bytes_of
 from edgeblocks.offload.block_files import BlockStore
 from edgeblocks.runs.directory import RunDirectory, check_whole
+from edgeblocks.terminal import command
 
 
 class WrittenWeights(TypedDict):
@@ -21,21 +23,23 @@ class WrittenWeights(TypedDict):
     part: Part
 
 
-def write_weights(run: RunDirectory, out: Path, *, last: bool) -> WrittenWeights:
+def write_weights(run: RunDirectory, out: Path, *, last: bool, overwrite: bool) -> WrittenWeights:
     """Write the EMA weights of all blocks, one block after the other; returns the file's path and size.
 
     Blocks that were trained alone are networks of their own: their names begin with `block_0.`, `block_1.` and so on.
 
     Args:
         last: the weights as the last step left them, without the average.
+        overwrite: replace a file that is there.
 
     Raises:
-        ConfigError: the file's name does not end in .safetensors.
-        RunError: a block is damaged, or the run is trained while it is read.
+        ConfigError: the file's name does not end in .safetensors, or the file is there already.
+        RunError: a block is damaged or holds values that are not finite, or the run is trained while it is read.
         StorageError: the disk refused.
     """
     if out.suffix != ".safetensors":
         raise ConfigError(f"-o {out}: weights are written as safetensors; give a name that ends in .safetensors")
+    check_new(out, overwrite=overwrite)
     store, part = run.store(), _part(last)
     if run.method.trained_together:
         check_whole(run, store)
@@ -56,6 +60,21 @@ def _part(last: bool) -> Part:
     return "weights" if last else "ema"
 
 
+def _check_finite(run: RunDirectory, block: int, buffer: BlockBuffer, part: Part) -> None:
+    broken = [(name, int((~tensor.isfinite()).sum()), tensor.numel()) for name, tensor in buffer.tensors(part)]
+    count, total = sum(count for _, count, _ in broken), sum(size for _, _, size in broken)
+    if not count:
+        return
+    first = next(name for name, count, _ in broken if count)
+    alone = "" if run.method.trained_together else f"train it again: {command('train', '--resume', run.path)} "
+    alone += "" if run.method.trained_together else f"--reinit-block {block}, or "
+    raise RunError(
+        f"{run.method.part} {block} of {run.path} holds {count} values of {total} that are not finite numbers (NaN or "
+        f"infinite), the first in {first}: its training diverged, so nothing was written; {alone}train anew with a "
+        f"smaller --set learning_rate=.."
+    )
+
+
 def _pieces(run: RunDirectory, store: BlockStore, header: bytes, part: Part) -> Iterator[bytes | memoryview]:
     yield header
     buffer, steps = store.buffer((part,)), set()
@@ -63,6 +82,7 @@ def _pieces(run: RunDirectory, store: BlockStore, header: bytes, part: Part) -> 
         step = store.read(block, buffer)
         if trained:
             steps.add(step)
+        _check_finite(run, block, buffer, part)
         yield bytes_of(buffer.content)
     # Looked at again at the end: a training process may have put a checkpoint in place between two of the reads.
     if run.method.trained_together and len(steps) > 1:

@@ -29,6 +29,7 @@ from edgeblocks.optim.adamw import Workspace
 from edgeblocks.optim.update import adamw_, ema_exponent, follow_, learning_rate_at
 from edgeblocks.progress import Progress
 from edgeblocks.runs.directory import RunDirectory
+from edgeblocks.terminal import command
 from edgeblocks.training.batches import Batches, BatchThread, drawing
 from edgeblocks.training.guard import Guard, is_refusal
 from edgeblocks.training.interruption import Interruption
@@ -247,7 +248,7 @@ class Trainer(ABC):
         self._slots.flush()  # "everything is saved" must be true
         raise WriteLimitError(
             f"the run has written {format_bytes(written)} to disk; {what} would pass --max-disk-writes {allowed}. "
-            f"Everything is saved; go on with a larger limit: edgeblocks train --resume {self.run.path} "
+            f"Everything is saved; go on with a larger limit: {command('train', '--resume', self.run.path)} "
             f"--max-disk-writes {math.ceil(2 * (written + num_bytes) / 1e9)}GB"
         )
 

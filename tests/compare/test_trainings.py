@@ -112,7 +112,9 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path):
     """A comparison is not written among other files."""
     (tmp_path / "mine.txt").write_text("mine")
     assert_refused(invoke("compare", *IMAGES, "-o", tmp_path), 2, "holds no comparison")
-    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+    (tmp_path / "link").symlink_to(tmp_path / "mine.txt")
+    assert_refused(invoke("compare", *IMAGES, "-o", tmp_path), 2, r"holds links \(link\), and arms would be written")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "mine.txt"]
 
 
 def test_other_minutes_are_another_comparison(tmp_path):

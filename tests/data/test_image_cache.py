@@ -31,7 +31,7 @@ def opened(source, cache_dir, **settings):
 
 
 def the_cache(cache_dir):
-    (folder,) = cache_dir.iterdir()
+    (folder,) = (path for path in cache_dir.iterdir() if path.suffix != ".lock")
     return folder
 
 
@@ -365,3 +365,27 @@ def test_a_set_larger_than_the_memory_is_built_and_read_within_a_few_megabytes(t
     assert image_bytes > 299e6
     assert built_kb < 40_000 and read_kb < 40_000
     assert resident_bytes < 1e6
+
+
+def test_without_a_home_caches_are_in_a_temporary_folder_of_the_users_own(tmp_path, monkeypatch):
+    """It says so; a folder that others may write, or a link, is refused with the cure."""
+    for name in ("EDGEBLOCKS_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(cache_module.tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert cache_module.cache_folder() == tmp_path / "home/.cache/edgeblocks" and cache_module.cache_note() is None
+
+    def no_home():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(cache_module.Path, "home", no_home)
+    folder = cache_module.cache_folder()
+    assert folder.parent == tmp_path and folder.stat().st_mode & 0o777 == 0o700
+    assert f"caches are kept in {folder}; EDGEBLOCKS_CACHE=FOLDER names" in cache_module.cache_note()
+    folder.chmod(0o777)
+    with pytest.raises(StorageError, match=r"may be written by others; name a folder for caches with EDGEBLOCKS_CACHE"):
+        cache_module.cache_folder()
+    folder.rmdir()
+    folder.symlink_to(tmp_path)
+    with pytest.raises(StorageError, match="may be written by others"):
+        cache_module.cache_folder()

@@ -29,7 +29,7 @@ def opened(source, cache_dir, **settings):
 
 
 def the_cache(cache_dir):
-    (folder,) = cache_dir.iterdir()
+    (folder,) = (path for path in cache_dir.iterdir() if path.suffix != ".lock")
     return folder
 
 

@@ -15,11 +15,11 @@ from edgeblocks.errors import ConfigError, EdgeblocksError, RunError
 from edgeblocks.export.export_run import export_run
 from edgeblocks.export.graph import make_template, trace_own, write_graph
 from edgeblocks.export.manifest import read_manifest, sha256_of
-from edgeblocks.export.onnx_chain import session_options
 from edgeblocks.export.sampler import Sampler
 from edgeblocks.export.verify import BLOCK_LIMIT, OUTPUT_LIMIT, verify_export
 from edgeblocks.families.dit import Dit, DitSettings
 from edgeblocks.inference.block_runner import class_labels, guided
+from edgeblocks.onnx_runtime import session_options
 from edgeblocks.seeds import start_noise
 
 onnxruntime = pytest.importorskip("onnxruntime")

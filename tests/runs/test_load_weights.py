@@ -121,7 +121,7 @@ def test_blocks_that_are_trained_alone_begin_with_a_file_too(tmp_path):
     assert {name: value.tobytes() for name, value in first_weights(again).items()} == before
     with pytest.raises(ConfigError, match=r"--init .* lacks 32 of the 96 tensors .*block_2"):
         begun(tmp_path / "three", init=str(path), method="diffusion", blocks=3)
-    first.save_weights(path, last=True)
+    first.save_weights(path, last=True, overwrite=True)
     with pytest.raises(RunError, match="is another file now"):
         edgeblocks.resume(again.path, reinit_blocks=[1])
     path.unlink()
