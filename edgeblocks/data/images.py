@@ -47,6 +47,7 @@ class ImageSet:
     unreadable: the image files that were skipped, relative to the folder.
     fingerprint: sha256 of pixels, labels and class names, in hexadecimal: the same wherever the data lies.
     resident_bytes: what the set keeps in memory.
+    reading: what was read and what was left out with its numbers, in one line.
     warnings: empty; texts have them.
     image_file: where `gather` reads from; None when the images are in memory.
     """
@@ -62,6 +63,7 @@ class ImageSet:
     fingerprint: str
     source: str
     resident_bytes: int
+    reading: str
     image_file: ImageFile | None = field(default=None, repr=False)
     warnings: tuple[str, ...] = ()
 
@@ -83,6 +85,10 @@ class ImageSet:
     @property
     def has_held_out(self) -> bool:
         return len(self.held_out) > 0
+
+    @property
+    def train_examples(self) -> int:
+        return len(self.train)
 
     def order(self, *, batch: int, seed: int, block: int) -> BatchOrder:
         """The order in which a block sees the training part."""
@@ -226,6 +232,7 @@ def _image_set(stored: StoredImages, source: str, hold_out: float, seed: int) ->
         unreadable=content.unreadable,
         fingerprint=stored.fingerprint,
         source=source,
+        reading=f"{num_images:,} pictures",
         resident_bytes=sum(array.nbytes for array in in_memory),
         image_file=stored.image_file,
     )
