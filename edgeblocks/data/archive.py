@@ -13,7 +13,7 @@ import os
 import struct
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -113,7 +113,9 @@ class ImageArchive:
                     progress(done, num_images, "decoding")
             left_out = self._left_out(archive, parts)
         num_test = parts[1].images.shape[0] if len(parts) > 1 else 0
-        return Content(class_names=classes.names, num_test=num_test, left_out=left_out, notes=classes.notes)
+        return Content(
+            class_names=classes.names, num_test=num_test, left_out=left_out, notes=(*classes.notes, *_narrow(parts))
+        )
 
     def _parts(self, archive: zipfile.ZipFile) -> list[_Part]:
         found = {name.removesuffix(".npy") for name in archive.namelist() if name.endswith(".npy")}
@@ -284,15 +286,15 @@ class ImageArchive:
 
     def _texts(self, values: NDArray[Any], name: str) -> list[str]:
         """Values of an array of texts, or of bytes in UTF-8."""
+        encoding = "utf-8" if values.dtype.kind == "S" else f"utf-32-{'be' if values.dtype.str[0] == '>' else 'le'}"
         try:
-            texts = [text.decode("utf-8") if isinstance(text, bytes) else text for text in values.tolist()]
-            for text in texts:
-                text.encode("utf-8")
-        except ValueError as error:  # half a character, or a number that is none
+            # numpy would make a text of any number, or fail past Exception.
+            raw = np.ascontiguousarray(values).view(f"V{values.dtype.itemsize}")
+            return [value.tobytes().decode(encoding).rstrip("\0") for value in raw]
+        except UnicodeDecodeError as error:
             raise DataError(
                 f"{self._path}: `{name}` holds names that are no text in Unicode ({error}); save it as str again"
             ) from error
-        return texts
 
     def _classes(self, archive: zipfile.ZipFile, parts: list[_Part]) -> Classes:
         labels = [part.labels for part in parts if part.labels is not None]
@@ -451,6 +453,16 @@ class _ValueRange:
                 f"{where} has values from {self._smallest:g} to {self._largest:g}; wanted {wanted}; "
                 "rescale it, or save it as uint8 from 0 to 255"
             )
+
+
+def _narrow(parts: Sequence[_Part]) -> list[str]:
+    """What to tell of grey images that may be the rows of one in colour."""
+    return [
+        f"`{part.images.name}` of shape {part.images.shape} is {part.images.shape[0]} grey images that are "
+        f"{part.images.shape[2]} pixels wide; where it is one image in colour, save images[None]"
+        for part in parts
+        if len(part.images.shape) == 3 and part.images.shape[1] != part.images.shape[2] in (3, 4)
+    ]
 
 
 def _resized(pixels: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
