@@ -124,7 +124,8 @@ def compare(wanted: Wanted, out: Path, listener: Listener) -> Comparison:
         "family": wanted.settings.run.family,
         "measure": usual.measure.name,
         "higher_is_better": usual.measure.higher_is_better,
-        "examples": usual.quality_examples,
+        "examples": max((row["quality"][-1].get("examples") or 0 for row in rows if row["failure"] is None), default=0)
+        or usual.quality_examples,
         "equal": _what_is_equal(wanted),
         "evaluations_a_step": None
         if _is_unrolled(wanted)
@@ -374,7 +375,13 @@ def _marks(path: Path) -> list[Mark]:
         return []
     found = (checked_record(QualityFields, record) for record in read_records(path))
     return [
-        Mark(step=one.step, seconds=one.seconds, value=one.value, standard_error=one.standard_error)
+        Mark(
+            step=one.step,
+            seconds=one.seconds,
+            value=one.value,
+            standard_error=one.standard_error,
+            examples=one.examples,
+        )
         for one in found
         if one is not None
     ]

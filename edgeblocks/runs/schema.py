@@ -146,6 +146,9 @@ class QualityFields(Diverging):
     """Of training until then, without looking."""
     value: float
     standard_error: float | None = None
+    """None where the examples were too few for one."""
+    examples: Count | None = None
+    """Those that were looked at; None in the records of an earlier edgeblocks."""
 
 
 Fields = TypeVar("Fields", bound=Checked)
