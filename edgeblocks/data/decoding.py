@@ -264,7 +264,8 @@ def _check_size(picture: Image.Image, file_bytes: int) -> None:
 def _scale_transparency_(picture: Image.Image) -> None:
     """Makes a PNG's transparent colour, which is of the file's bits, one of the picture's, which has 8."""
     clear = picture.info.get("transparency")
-    kind = picture.tile[0].args if picture.format == "PNG" and picture.tile else None
+    tiles = getattr(picture, "tile", ())
+    kind = tiles[0].args if picture.format == "PNG" and tiles else None
     if kind in _SHADES and isinstance(clear, int):
         picture.info["transparency"] = clear * _SHADES[kind]
     elif kind == "RGB;16B" and isinstance(clear, tuple):

@@ -8,7 +8,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -180,8 +180,7 @@ class CacheWriter:
     def finish(self, content: Content) -> None:
         """Writes what is missing and flushes everything to the disk."""
         shape = (self._num_images, *self._image_shape)
-        told = {name: tuple(note[:_LONGEST_NOTE] for note in getattr(content, name)) for name in ("left_out", "notes")}
-        content = replace(content, **told)
+        content = replace(content, left_out=_shortened(content.left_out), notes=_shortened(content.notes))
         label_hash = self._label_hash.hexdigest() if self._has_labels else None
         self._files.finish(
             {
@@ -192,6 +191,11 @@ class CacheWriter:
                 "doubts": asdict(self._doubts()),
             }
         )
+
+
+def _shortened(notes: Sequence[str]) -> tuple[str, ...]:
+    """Notes of a length that is believed when they are read: names in them may be of any."""
+    return tuple(note[:_LONGEST_NOTE] for note in notes[:_MOST_NOTES])
 
 
 def open_or_build_images(cache_dir: Path, key: str, fill: Callable[[CacheWriter], Content]) -> StoredImages:

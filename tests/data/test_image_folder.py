@@ -13,6 +13,7 @@ from PIL import Image, ImageOps, PngImagePlugin, TiffImagePlugin
 from edgeblocks.data import class_folders, decoding, folder
 from edgeblocks.data.images import open_images
 from edgeblocks.errors import DataError, NoRoomToReadError
+from edgeblocks.families.vit import Vit
 
 
 def opened(source, cache_dir, **settings):
@@ -401,6 +402,11 @@ def test_deep_grey_keeps_its_shades_whatever_its_range(tmp_path, cache, values, 
     assert images.images[1].max() == images.images[0, 0, 32, 0]
     assert images.deep_range == (values[0], values[-1])
     assert f"from {values[0]:,} to {values[-1]:,}, which are spread over 0 to 255" in images.warnings[0]
+    alone = decoding.decode(
+        tmp_path / "deep" / f"b.{extension}", image_size=None, grey=True, deep_range=images.deep_range
+    )
+    np.testing.assert_array_equal(alone, images.images[1], err_msg="as a classifier reads it later")
+    assert Vit.data_info(images).deep_range == images.deep_range
     again = opened(tmp_path / "deep", cache)
     assert (again.deep_range, again.warnings) == (images.deep_range, images.warnings)
 
