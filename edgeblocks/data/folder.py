@@ -70,6 +70,7 @@ class ImageFolder:
             unreadable=tuple(sorted(printable(name) for name in skipped)),
             deep_range=survey.deep_range,
             num_of_several=survey.num_of_several,
+            notes=() if self._image_size is None else tuple(survey.notes()),
         )
 
     def _files(self, left_out_: LeftOut | None = None) -> Iterator[FoundFile]:
@@ -99,10 +100,11 @@ class ImageFolder:
             )
         empty = [folder for folder, count in zip(self._class_folders, counts, strict=False) if count == 0]
         if empty:
-            num_classes = len(self._class_folders)
+            beside = ", ".join(self.left_out.described())
             raise DataError(
-                f"data folder {self._root}: {len(empty)} of its {num_classes} class folders hold no images: "
-                f"{listed(empty)}; every sub-folder is a class: remove the empty ones, or add images to them"
+                f"data folder {self._root}: {len(empty)} of its {len(self._class_folders)} class folders hold no images: "
+                f"{listed(empty)}{f' (left out in all: {beside})' if beside else ''}; "
+                "every sub-folder is a class: remove the empty ones, or add images to them"
             )
         return digest.hexdigest(), int(counts.sum())
 
@@ -120,6 +122,8 @@ class ImageFolder:
                 else:
                     survey.all_grey = survey.all_grey and header.grey
                     survey.num_of_several += header.several
+                    survey.num_enlarged += min(header.width, header.height) < (self._image_size or 0)
+                    survey.num_cut += max(header.width, header.height) > 2 * min(header.width, header.height)
                     sizes.add(header.width, header.height)
             progress(done, max(done, self._num_files), "inspecting")
         if self._image_size is not None or not sizes.num_images:
@@ -207,11 +211,15 @@ class _Survey:
 
     size: (width, height) of all of them.
     num_of_several: pictures of files that hold more than one.
+    num_enlarged: those smaller than they are trained on.
+    num_cut: those of which the central square is less than half.
     """
 
     all_grey: bool = True
     size: tuple[int, int] = (1, 1)
     num_of_several: int = 0
+    num_enlarged: int = 0
+    num_cut: int = 0
     _values: GreyRange | None = field(default=None, repr=False)
 
     @property
@@ -229,6 +237,22 @@ class _Survey:
     def as_decided(self) -> tuple[object, ...]:
         """All that decoding an image depends on."""
         return self.shape, self.deep_range
+
+    def notes(self) -> list[str]:
+        """What to tell of pictures that are made another size."""
+        width, height = self.size
+        notes = []
+        if self.num_enlarged:
+            notes.append(
+                f"{self.num_enlarged:,} images are smaller than {width} x {height} and are enlarged, which adds nothing to "
+                "be learned"
+            )
+        if self.num_cut:
+            notes.append(
+                f"{self.num_cut:,} images are more than twice as long as wide, or as wide as long: what lies outside "
+                "of their central square is cut off"
+            )
+        return notes
 
     def add_range(self, found: GreyRange | None) -> None:
         """Count a picture of deep grey; None is one of which nothing is seen."""

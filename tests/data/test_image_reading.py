@@ -86,6 +86,18 @@ def test_files_with_more_pages_or_frames_are_told(pets, tmp_path, name):
     assert opened(pets, tmp_path / "cache").warnings == (told,)
 
 
+def test_images_that_are_enlarged_or_cut_are_told(pets, tmp_path):
+    """Neither is seen in a loss."""
+    save(pets / "dog" / "long.png", noise(20, 50, 3, seed=20))
+    assert opened(pets, tmp_path / "cache", image_size=4).warnings == (
+        "1 images are more than twice as long as wide, or as wide as long: what lies outside of their "
+        "central square is cut off",
+    )
+    for _ in range(2):
+        told = opened(pets, tmp_path / "cache", image_size=8).warnings
+        assert told[0] == "5 images are smaller than 8 x 8 and are enlarged, which adds nothing to be learned"
+
+
 def test_equal_images_are_told(pets, tmp_path):
     """In two classes a network cannot tell them apart; in one they may be held out and trained on."""
     save(pets / "dog" / "0.bmp", noise(5, 6, 3, seed=0))
