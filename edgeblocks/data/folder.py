@@ -102,8 +102,8 @@ class ImageFolder:
         if empty:
             beside = ", ".join(self.left_out.described())
             raise DataError(
-                f"data folder {self._root}: {len(empty)} of its {len(self._class_folders)} class folders hold no images: "
-                f"{listed(empty)}{f' (left out in all: {beside})' if beside else ''}; "
+                f"data folder {self._root}: {len(empty)} of its {len(self._class_folders)} class folders hold no "
+                f"images: {listed(empty)}{f' (left out in all: {beside})' if beside else ''}; "
                 "every sub-folder is a class: remove the empty ones, or add images to them"
             )
         return digest.hexdigest(), int(counts.sum())
@@ -244,8 +244,8 @@ class _Survey:
         notes = []
         if self.num_enlarged:
             notes.append(
-                f"{self.num_enlarged:,} images are smaller than {width} x {height} and are enlarged, which adds nothing to "
-                "be learned"
+                f"{self.num_enlarged:,} images are smaller than {width} x {height} and are enlarged, which adds "
+                "nothing to be learned"
             )
         if self.num_cut:
             notes.append(

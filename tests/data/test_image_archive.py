@@ -102,7 +102,7 @@ def test_labels_may_be_names(load, kind):
 
 def test_names_of_many_pieces_come_back(load, monkeypatch):
     """Names keep their numbers when the array is unpacked in several pieces."""
-    monkeypatch.setattr("edgeblocks.data.archive._PIECE_BYTES", 1000)
+    monkeypatch.setattr("edgeblocks.data.npz._PIECE_BYTES", 1000)
     names = np.array([f"{number * 7 % 10:40}\u00e4" for number in range(10)])
     images = load(images=IMAGES, labels=names)
     assert [images.class_names[number] for number in images.labels] == names.tolist()
