@@ -296,7 +296,7 @@ def _initial_again(run: RunDirectory) -> InitialWeights | None:
     if run.init is None:
         return None
     try:
-        initial = initial_weights_of(run.settings.run, run.family(), run.file_layers)
+        initial = initial_weights_of(run.settings.run, run.family(), run.file_layers, run.class_names)
     except ConfigError as error:
         raise RunError(f"a block of {run.path} begins with the file of --init, and {error}") from error
     if initial is None or initial.sha256 != run.init.sha256:

@@ -121,7 +121,7 @@ def prepare(settings: Settings, out: Path, listener: Listener) -> Prepared:
         plan = replace(plan, warnings=(A_GPU_IS_HERE, *plan.warnings))
     if run.init is None and plan.trained is not None and plan.chosen.blocks - 1 not in plan.trained:
         plan = replace(plan, warnings=(*plan.warnings, NOTHING_LEARNED.format(stage=plan.chosen.blocks - 1)))
-    initial = _initial_weights(settings, data, plan, listener)
+    initial = _initial_weights(settings, data_set, data, plan, listener)
     return Prepared(
         settings=settings,
         budget_bytes=budgets[0],
@@ -178,19 +178,26 @@ def _open_data(
     """The data set, and what a network must know of it; reports shapes that are impossible for it at once."""
     run = settings.run
     data_set = open_run_data(settings, listener, budget_bytes=budget_bytes, target=target)
+    if run.batch > data_set.train_examples:
+        listener.note(
+            f"note: a batch of {run.batch} is more than the {data_set.train_examples:,} training examples: each is in "
+            f"every step {run.batch / data_set.train_examples:.3g} times, with noise of its own; --batch "
+            f"{data_set.train_examples} takes each once, in less time"
+        )
     data = family_type(run.family).data_info(data_set)
     build_family(run.family, asdict(settings.family), asdict(data), run.method)
     return data_set, data
 
 
-def _initial_weights(settings: Settings, data: DataInfo, plan: Plan, listener: Listener) -> InitialWeights | None:
+def _initial_weights(
+    settings: Settings, data_set: DataSet, data: DataInfo, plan: Plan, listener: Listener
+) -> InitialWeights | None:
     """The file that the plan's blocks begin with, after a look at all of it."""
     run = settings.run
     if run.init is not None:
         listener.stage(f"reading {run.init}")
-    return initial_weights_of(
-        run, build_family(run.family, asdict(settings.family), asdict(data), run.method), plan.layers
-    )
+    family = build_family(run.family, asdict(settings.family), asdict(data), run.method)
+    return initial_weights_of(run, family, plan.layers, data_set.class_names)
 
 
 def prepare_elsewhere(settings: Settings, profile: "Profile", listener: Listener) -> Prepared:
@@ -214,7 +221,7 @@ def prepare_elsewhere(settings: Settings, profile: "Profile", listener: Listener
         costs=costs,
         machine=machine,
         plan=plan,
-        initial=_initial_weights(settings, data, plan, listener),
+        initial=_initial_weights(settings, data_set, data, plan, listener),
         profile=profile,
     )
 

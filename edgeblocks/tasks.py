@@ -10,6 +10,8 @@ Task = Literal["images", "classes", "text", "continuation"]
 """What a family's chain makes: images, the probabilities of an image's classes, text, or text token by token."""
 TEXT_TASKS: tuple[Task, ...] = ("text", "continuation")
 """Of networks that make text: by filling gaps, or from its beginning."""
+FEWEST_FOR_ERROR = 10
+"""Examples from which a standard error is told."""
 GRID_TOKENS = 64
 """Of a sample made during training that is written token by token: where blocks are on disk each token loads all."""
 

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgeblocks.data.decoding import UnreadableImageError, decode
+from edgeblocks.data.deep_grey import GreyRange
 from edgeblocks.diffusion.classification import classify
 from edgeblocks.diffusion.noise import sampler_levels
 from edgeblocks.errors import ConfigError, DataError
@@ -131,7 +132,12 @@ class Classifier(ImageChain):
         if not path.exists():
             raise DataError(f"there is no image {path}")
         try:
-            pixels = decode(path, image_size=height if height == width else None, grey=channels == 1)
+            pixels = decode(
+                path,
+                image_size=height if height == width else None,
+                grey=channels == 1,
+                deep_range=None if self.manifest.deep_range is None else GreyRange(*self.manifest.deep_range),
+            )
         except UnreadableImageError as error:
             raise DataError(f"{path} is no image that can be read: {error}") from error
         if pixels.shape != (height, width, channels):

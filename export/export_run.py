@@ -111,6 +111,7 @@ def _describe(run: RunDirectory, files: tuple[BlockFile, ...], folder: Path) -> 
         image=ImageSize(channels=family.data.channels, height=family.data.height, width=family.data.width),
         mean=family.data.mean,
         scale=family.data.scale,
+        deep_range=family.data.deep_range,
         sigma_data=family.sigma_data,
         num_classes=len(run.class_names),
         class_names=run.class_names,

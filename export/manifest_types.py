@@ -28,7 +28,7 @@ from edgeblocks.diffusion.noise import (
 from edgeblocks.diffusion.solver import Solver
 from edgeblocks.diffusion.token_choice import HIGHEST_TEMPERATURE
 from edgeblocks.errors import ConfigError
-from edgeblocks.files.checked import AnyText, Checked, ListOf, NotNegative, Positive, Sha256, Text
+from edgeblocks.files.checked import AnyText, Checked, DeepRange, ListOf, NotNegative, Positive, Sha256, Text
 from edgeblocks.files.untrusted import shown
 from edgeblocks.limits import (
     LONGEST_SEQUENCE,
@@ -293,12 +293,14 @@ class ImageManifest(NoiseManifest):
     """A chain that makes images, or classifies them.
 
     mean, scale: model space is x = (pixel/255 - mean) * scale, with standard deviation sigma_data.
+    deep_range: values of grey of more than 8 bits that become pixels of 0 and 255; None: its upper eight bits of 16 do.
     class_names: () for an unconditional network; a graph takes class numbers, and `num_classes` for "no class".
     """
 
     image: ImageSize
     mean: float
     scale: Positive
+    deep_range: DeepRange | None = None
     sigma_data: Positive
     num_classes: Annotated[int, Field(ge=0, le=MOST_CLASSES)]
     class_names: ListOf[AnyText]

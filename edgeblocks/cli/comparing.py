@@ -12,6 +12,7 @@ from edgeblocks.cli.options import SETTINGS, Json, given_settings
 from edgeblocks.cli.screen import json_text, say_lines
 from edgeblocks.errors import ConfigError, EdgeblocksError
 from edgeblocks.methods import DIFFUSION
+from edgeblocks.report.comparison import with_error
 from edgeblocks.terminal import one_line
 from edgeblocks.units import format_bytes, format_duration
 
@@ -98,8 +99,7 @@ def _cells(name: str, rows: "Sequence[Row]") -> list[str]:
         return [name, f"none: {rows[0]['failure']}", "", "", "", "", ""]
     final = [row["quality"][-1] for row in done]
     spread = f" ({', '.join(format(mark['value'], '.4f') for mark in final)})" if len(final) > 1 else ""
-    error = final[0]["standard_error"]
-    spread = spread or ("" if error is None else f" ± {error:.4f}")
+    spread = spread or with_error(final[0], ".4f")
     budget = done[0]["budget_bytes"]
     return [
         name

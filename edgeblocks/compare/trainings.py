@@ -70,17 +70,19 @@ def compare(asked: Asked, out: Path | None, listener: Listener) -> tuple[Compari
     done = [training for training in trainings if training.failure is None]
     figures = _apart("measured", [(training.path, training.arm.is_plain) for training in done]) if done else []
     measured = dict(zip(done, figures, strict=True))
+    rows = [training.row(measured.get(training)) for training in trainings]
     content: Comparison = {
         "family": run.family,
         "measure": usual.measure.name,
         "higher_is_better": usual.measure.higher_is_better,
-        "examples": usual.quality_examples,
+        "examples": max((row["quality"][-1].get("examples") or 0 for row in rows if row["failure"] is None), default=0)
+        or usual.quality_examples,
         "equal": _what_is_equal(settled),
         "evaluations_a_step": None if settled.unrolled else settled.depth * run.batch,
         "minutes": settled.minutes,
         "settings": settled.settings,
         "environment": settled.environment,
-        "arms": [training.row(measured.get(training)) for training in trainings],
+        "arms": rows,
     }
     _write(folder / "compare.json", json.dumps(content, indent=1))
     return content, folder
@@ -293,7 +295,13 @@ def _marks(path: Path) -> list[Mark]:
         return []
     found = (checked_record(QualityFields, record) for record in read_records(path))
     return [
-        Mark(step=one.step, seconds=one.seconds, value=one.value, standard_error=one.standard_error)
+        Mark(
+            step=one.step,
+            seconds=one.seconds,
+            value=one.value,
+            standard_error=one.standard_error,
+            examples=one.examples,
+        )
         for one in found
         if one is not None
     ]

@@ -31,10 +31,12 @@ class DataSet(Protocol):
 
     source: where they are from, as the user named it.
     fingerprint: sha256 of all that a training run sees, in hexadecimal: the same wherever the data lie.
+    reading: what was read and what was left out with its numbers, in one line; the same where it is from a cache.
     class_names: one name a class, () without classes.
     unreadable: the files that were skipped, relative to the folder.
     warnings: what the user should know of how the data are used, one sentence each.
     has_held_out: whether there is a hold-out part.
+    train_examples: different examples that an order draws from.
     """
 
     @property
@@ -42,6 +44,9 @@ class DataSet(Protocol):
 
     @property
     def fingerprint(self) -> str: ...
+
+    @property
+    def reading(self) -> str: ...
 
     @property
     def class_names(self) -> tuple[str, ...]: ...
@@ -54,6 +59,9 @@ class DataSet(Protocol):
 
     @property
     def has_held_out(self) -> bool: ...
+
+    @property
+    def train_examples(self) -> int: ...
 
     @property
     def tokenizer(self) -> Tokenizer | None:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from edgeblocks.data.file_identity import file_identity
 from edgeblocks.errors import ConfigError, DataError
 from edgeblocks.files.untrusted import MOST_JSON_BYTES, MalformedFileError, open_regular, parse_json, shown
 
@@ -35,12 +36,12 @@ class Piece(NamedTuple):
 
 
 class FoundText(NamedTuple):
-    """A file, its name relative to the source, its size and time of change."""
+    """A file, its name relative to the source, its size, and what changes when it is replaced."""
 
     path: Path
     name: str
     size_bytes: int
-    mtime_ns: int
+    identity: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +50,7 @@ class TextSource:
 
     source: as the user wrote it.
     path: None for the built-in sample.
-    identity: changes with the path and with any file's name, size or time of change.
+    identity: changes with the path and with any file's name, size, times or place on the disk.
     total_bytes: of all files.
     reading_bytes: memory that reading takes, a library's own included.
     """
@@ -108,7 +109,7 @@ def find_text(source: str) -> TextSource:
 def _source_at(path: Path, source: str) -> TextSource:
     digest, num_files, total_bytes, reading_bytes = hashlib.sha256(os.fsencode(path)), 0, 0, 0
     for file in _files(path):
-        digest.update(os.fsencode(f"\0{file.name}\0{file.size_bytes} {file.mtime_ns}"))
+        digest.update(os.fsencode(f"\0{file.name}\0{file.identity}"))
         num_files += 1
         total_bytes += file.size_bytes
         if file.path.suffix.lower() == ".parquet":
@@ -156,7 +157,7 @@ def _found(path: Path, name: str) -> FoundText:
         status = path.stat()
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}; mend or remove it") from error
-    return FoundText(path, name, status.st_size, status.st_mtime_ns)
+    return FoundText(path, name, status.st_size, file_identity(status))
 
 
 def _documents(file: FoundText, begin: int) -> Iterator[Iterator[Piece]]:

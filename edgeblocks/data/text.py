@@ -21,6 +21,7 @@ from edgeblocks.data.tokenizer import FEWEST_PAIRS, KINDS, Tokenizer, build_toke
 from edgeblocks.errors import ConfigError, DataError, NoRoomToReadError
 from edgeblocks.limits import LONGEST_SEQUENCE, MOST_TOKENS
 from edgeblocks.seeds import seed_at
+from edgeblocks.units import format_bytes
 
 _MOST_HOLD_OUT = 0.5
 _FEWEST_WINDOWS = 2
@@ -70,6 +71,7 @@ class TextSet:
         hold-out part, or in the training part where nothing is held out. Bytes are those of UTF-8.
     fingerprint: sha256 of the tokens and the tokenizer, in hexadecimal: the same wherever the text lies.
     resident_bytes: what the set keeps in memory.
+    reading: what was read, in one line.
     warnings: what of the text is left out, where that is much.
     class_names, unreadable: empty; images have them.
     """
@@ -84,6 +86,7 @@ class TextSet:
     bytes_per_token: float
     resident_bytes: int
     token_file: TokenFile = field(repr=False)
+    reading: str
     warnings: tuple[str, ...] = ()
     unreadable: tuple[str, ...] = ()
     class_names: tuple[str, ...] = ()
@@ -98,9 +101,14 @@ class TextSet:
         """Whether a part is kept for validation."""
         return self.train_tokens < self.num_tokens
 
+    @property
+    def train_examples(self) -> int:
+        """Windows of the training part, which begin at any of its tokens."""
+        return self.train_tokens - self.length + 1
+
     def order(self, *, batch: int, seed: int, block: int) -> WindowOrder:
         """The order in which a block sees the training part."""
-        return WindowOrder(num_starts=self.train_tokens - self.length + 1, batch=batch, seed=seed, block=block)
+        return WindowOrder(num_starts=self.train_examples, batch=batch, seed=seed, block=block)
 
     def gather(self, indices: NDArray[np.int64]) -> tuple[NDArray[np.int64], None]:
         """The windows int64 [b, length] that begin at `indices`, and no labels.
@@ -183,6 +191,7 @@ def open_text(
         bytes_per_token=measured.bytes / measured.tokens,
         resident_bytes=_LOADED_PER_BYTE * stored.definition_bytes,
         token_file=stored.token_file,
+        reading=f"{format_bytes(text.total_bytes)} of text",
         warnings=() if warning is None else (warning,),
     )
 

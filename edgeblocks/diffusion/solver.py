@@ -4,6 +4,7 @@ Plain operators on whatever arrays are given, and no torch. The same denoiser gi
 """
 
 import math
+import unicodedata
 from collections.abc import Callable, Sequence
 from typing import Literal, Protocol, Self, TypeVar
 
@@ -108,11 +109,15 @@ def check_request(*, n: int, steps: int, guidance: float, conditional: bool) -> 
 def class_number(label: int | str | None, class_names: Sequence[str]) -> int | None:
     """A class by name or number; a name goes first. None stays None.
 
+    Letters with accents are written in two ways, one code or two; a name is found in either.
+
     Raises:
         ConfigError: there is no such class.
 
     >>> class_number("cat", ("dog", "cat")), class_number(0, ("dog", "cat")), class_number(None, ())
     (1, 0, None)
+    >>> class_number("caf\u00e9", ("bar", "cafe\u0301"))
+    1
     """
     if label is None:
         return None
@@ -121,10 +126,27 @@ def class_number(label: int | str | None, class_names: Sequence[str]) -> int | N
     text = str(label)
     if text in class_names:
         return list(class_names).index(text)
+    alike = [number for number, name in enumerate(class_names) if _composed(name) == _composed(text)]
+    if len(alike) == 1:
+        return alike[0]
+    if alike:
+        raise ConfigError(
+            f"--class {label}: the classes {', '.join(f'{number} ({class_names[number]!a})' for number in alike)} are "
+            "written so; give the number"
+        )
     if text.isascii() and text.isdecimal() and int(text) < len(class_names):
         return int(text)
-    shown = ", ".join(class_names[:20]) + (", .." if len(class_names) > 20 else "")
+    shown = ", ".join(map(_distinct, class_names[:20])) + (", .." if len(class_names) > 20 else "")
     raise ConfigError(f"--class {label}: there is no such class; the {len(class_names)} classes are {shown}")
+
+
+def _composed(name: str) -> str:
+    return unicodedata.normalize("NFC", name)
+
+
+def _distinct(name: str) -> str:
+    """A name as a message shows it: one with letters in parts looks like one that is written in another way."""
+    return name if name == _composed(name) else ascii(name)
 
 
 def classes_in_turn(num_samples: int, *, num_classes: int, chosen: int | None) -> NDArray[np.int64] | None:

@@ -71,7 +71,8 @@ class ImageInfo:
     """What a network must know of an image set.
 
     Model space is x = (pixel/255 - mean) * scale, which has standard deviation sigma_data. `num_classes` is 0 when the
-    set has no labels.
+    set has no labels. `deep_range` are the values of grey of more than 8 bits that become 0 and 255, for pictures that
+    are classified later; None where its upper eight bits of 16 are kept.
     """
 
     channels: int
@@ -80,6 +81,7 @@ class ImageInfo:
     num_classes: int
     mean: float
     scale: float
+    deep_range: tuple[int, int] | None = None
 
     @property
     def example_bytes(self) -> int:
@@ -198,6 +200,7 @@ class ImageFamily(BaseFamily):
             num_classes=len(data.class_names),
             mean=data.mean,
             scale=cls.sigma_data / data.std,
+            deep_range=data.deep_range,
         )
 
     def __init__(self, settings: NoiseSettings, data: ImageInfo) -> None:

@@ -38,6 +38,10 @@ NotNegative = Annotated[float, Field(ge=0)]
 ListOf = Annotated[tuple[_Item, ...], Field(strict=False)]
 """A list in the file, which cannot be changed once it is read."""
 
+_DeepGrey = Annotated[int, Field(ge=-(2**31), le=2**32, strict=True)]
+DeepRange = Annotated[tuple[_DeepGrey, _DeepGrey], Field(strict=False)]
+"""Values of grey of more than 8 bits that become 0 and 255."""
+
 
 class Checked(BaseModel):
     """Values as JSON gives them, none converted: "1" and true are not 1, and NaN is no number."""

@@ -37,7 +37,7 @@ class StoredTensor:
 
 
 class TensorFile:
-    """A file's table, and its tensors as float32."""
+    """A file's table, and its tensors as float32. `metadata` is what texts were written beside them."""
 
     def __init__(self, path: Path) -> None:
         """
@@ -49,7 +49,8 @@ class TensorFile:
         with open_regular(path) as file:
             self.num_bytes = os.fstat(file.fileno()).st_size
             table, data_start = read_header(file)
-        table.pop("__metadata__", None)
+        beside = table.pop("__metadata__", None)
+        self.metadata: dict[str, str] = _texts(beside)
         self.tensors = {name: self._stored(name, entry, data_start) for name, entry in table.items()}
 
     def sha256(self) -> str:
@@ -106,6 +107,10 @@ class TensorFile:
         if dtype in READABLE and math.prod(shape) * READABLE[dtype].itemsize != end - start:
             raise damaged
         return StoredTensor(dtype=dtype, shape=tuple(shape), start=data_start + start, num_bytes=end - start)
+
+
+def _texts(told: object) -> dict[str, str]:
+    return {name: text for name, text in told.items() if isinstance(text, str)} if isinstance(told, dict) else {}
 
 
 def read_header(file: BinaryIO) -> tuple[dict[str, Any], int]:

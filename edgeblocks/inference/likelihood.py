@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from edgeblocks.diffusion.autoregression import TokenChain, read_levels
 from edgeblocks.diffusion.token_choice import Tokens, Values
 from edgeblocks.inference.block_runner import BlockRunner
+from edgeblocks.inference.metrics import standard_error
 from edgeblocks.seeds import seed_at
 
 NOISES = (1, 8)
@@ -100,8 +101,7 @@ def bound(
         if number + 1 in noises:
             # -log of the mean over noises, then the mean over a text's tokens: [texts].
             nats = (math.log(number + 1) - total).mean(axis=1)
-            error = float(nats.std(ddof=1) / math.sqrt(len(nats))) if len(nats) > 1 else None
-            found[number + 1] = float(nats.mean()), error
+            found[number + 1] = float(nats.mean()), standard_error(nats)
         if on_noise is not None:
             on_noise(number + 1, noises[-1])
     return found

@@ -6,6 +6,7 @@ from typing import Protocol, TypedDict
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from edgeblocks.data.dataset import DataSet
@@ -15,8 +16,11 @@ from edgeblocks.diffusion.noise import NoisePartition
 from edgeblocks.families.base import Level
 from edgeblocks.families.family import Family
 from edgeblocks.seeds import generator_at
+from edgeblocks.tasks import FEWEST_FOR_ERROR
 
 FEATURE_CHUNK = 16
+_FEWEST_OF_A_KIND = 5
+"""Right or wrong examples from which the error of their share is the usual one."""
 
 
 class ValidationLoss(TypedDict):
@@ -24,7 +28,7 @@ class ValidationLoss(TypedDict):
 
     total: float
     standard_error: float | None
-    """Over examples; None of one."""
+    """Over examples; None where they are too few for one."""
     images: int
     """How many examples, of whatever kind."""
     part: str
@@ -83,6 +87,31 @@ class NetworkSource(Protocol):
         ...
 
 
+def standard_error(values: NDArray[np.float64]) -> float | None:
+    """Of the mean of values [n]; None where they are too few for one.
+
+    >>> standard_error(np.array([1.0, 2.0])), standard_error(np.arange(12.0))
+    (None, 1.0408329997330663)
+    """
+    return None if len(values) < FEWEST_FOR_ERROR else float(values.std(ddof=1) / math.sqrt(len(values)))
+
+
+def share_error(share: float, count: int) -> float | None:
+    """The standard error of a share of `count` examples; None where they are too few for one.
+
+    Source: A. Agresti, B. Coull 1998, "Approximate is better than exact": four more examples, two of them right, where
+    nearly all are right or wrong, so that four of four are not certain.
+
+    >>> share_error(1.0, 4), share_error(0.5, 100), round(share_error(1.0, 100), 4)
+    (None, 0.05, 0.0135)
+    """
+    if count < FEWEST_FOR_ERROR:
+        return None
+    if min(share, 1 - share) * count < _FEWEST_OF_A_KIND:
+        share, count = (share * count + 2) / (count + 4), count + 4
+    return math.sqrt(share * (1 - share) / count)
+
+
 def validation_loss(
     family: Family,
     runner: NetworkSource,
@@ -121,7 +150,7 @@ def validation_loss(
             on_level(number + 1, len(levels))
     return {
         "total": float(per_example.mean()),
-        "standard_error": float(per_example.std(ddof=1) / math.sqrt(len(indices))) if len(indices) > 1 else None,
+        "standard_error": standard_error(per_example),
         "images": len(indices),
         "part": "hold-out" if data.has_held_out else "training (there is no hold-out part)",
         "levels": rows,

@@ -4,7 +4,6 @@ Images are judged by their denoising loss, classes by accuracy, text by bits a c
 network is one; an ordinary network answers in one pass.
 """
 
-import math
 from dataclasses import dataclass
 
 from edgeblocks.data.dataset import DataSet
@@ -20,10 +19,11 @@ from edgeblocks.tasks import TASKS, TEXT_TASKS
 
 @dataclass(frozen=True, kw_only=True)
 class Quality:
-    """A figure and its standard error over examples; None where one example was looked at."""
+    """A figure, its standard error over examples, None where they are too few for one, and their number."""
 
     value: float
     standard_error: float | None
+    examples: int
 
 
 def run_quality(directory: RunDirectory, runner: BlockRunner, data: DataSet) -> Quality:
@@ -40,7 +40,7 @@ def run_quality(directory: RunDirectory, runner: BlockRunner, data: DataSet) -> 
     examples, _ = data.gather(indices)
     assert isinstance(data, TextSet)
     chain = token_chain_of(directory, usual_steps(directory))
-    return _bits(*likelihood.bound(runner, chain, examples, seed=seed, noises=(1,))[1], data)
+    return _bits(*likelihood.bound(runner, chain, examples, seed=seed, noises=(1,))[1], data, len(examples))
 
 
 def network_quality(family: Family, runner: NetworkSource, data: DataSet, *, seed: int) -> Quality:
@@ -55,17 +55,18 @@ def network_quality(family: Family, runner: NetworkSource, data: DataSet, *, see
     if family.task == "classes":
         return _accuracy(first["top1"], found["images"])
     if family.task not in TEXT_TASKS:
-        return Quality(value=found["total"], standard_error=found["standard_error"])
+        return Quality(value=found["total"], standard_error=found["standard_error"], examples=found["images"])
     assert isinstance(data, TextSet)
     if family.task == "continuation":
-        return _bits(first["loss"], found["standard_error"] if len(found["levels"]) == 1 else None, data)
-    return _bits(found["total"], found["standard_error"], data)
+        error = found["standard_error"] if len(found["levels"]) == 1 else None
+        return _bits(first["loss"], error, data, found["images"])
+    return _bits(found["total"], found["standard_error"], data, found["images"])
 
 
 def _accuracy(share: float, count: int) -> Quality:
-    return Quality(value=share, standard_error=math.sqrt(share * (1 - share) / count))
+    return Quality(value=share, standard_error=metrics.share_error(share, count), examples=count)
 
 
-def _bits(nats: float, error: float | None, text: TextSet) -> Quality:
+def _bits(nats: float, error: float | None, text: TextSet, count: int) -> Quality:
     found = metrics.bits(nats, error, text)
-    return Quality(value=found["bits_per_character"], standard_error=found["bits_per_character_error"])
+    return Quality(value=found["bits_per_character"], standard_error=found["bits_per_character_error"], examples=count)

@@ -2,6 +2,8 @@
 
 from typing import NotRequired, TypedDict
 
+from edgeblocks.tasks import FEWEST_FOR_ERROR
+
 
 class Mark(TypedDict):
     """How good a network was after some training."""
@@ -10,6 +12,24 @@ class Mark(TypedDict):
     seconds: float
     value: float
     standard_error: float | None
+    examples: NotRequired[int | None]
+
+
+def with_error(mark: Mark, digits: str) -> str:
+    """A standard error as it stands behind its figure, or that there is none; "" where it was not asked for.
+
+    >>> with_error({"step": 1, "seconds": 1.0, "value": 1.0, "standard_error": None, "examples": 4}, ".2g")
+    ' (4 examples, too few for an error)'
+    """
+    error = mark["standard_error"]
+    if error is not None:
+        return f" ± {error:{digits}}"
+    return f" ({mark.get('examples')} examples, too few for an error)" if has_too_few(mark) else ""
+
+
+def has_too_few(mark: Mark) -> bool:
+    """Whether a figure has no error because of the number of its examples."""
+    return mark["standard_error"] is None and (mark.get("examples") or FEWEST_FOR_ERROR) < FEWEST_FOR_ERROR
 
 
 class Row(TypedDict):

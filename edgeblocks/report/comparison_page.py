@@ -12,7 +12,7 @@ from markupsafe import Markup
 from edgeblocks.methods import METHODS
 from edgeblocks.report import page
 from edgeblocks.report.bars import Part, stacked_bar
-from edgeblocks.report.comparison import Comparison, Row
+from edgeblocks.report.comparison import Comparison, Row, has_too_few, with_error
 from edgeblocks.report.figures import Reference, Series, line_figure
 from edgeblocks.report.page import Section
 from edgeblocks.report.surroundings import values_table
@@ -68,6 +68,8 @@ def _verdict(content: Comparison, arms: dict[str, list[Row]]) -> str:
     if len(order) == 1:
         return verdict
     first, second = arms[order[0]], arms[order[1]]
+    if any(has_too_few(row["quality"][-1]) for row in (*first, *second)):
+        return f"{verdict}; {content['examples']} examples are too few to tell whether {order[1]} is worse"
     difference = abs(final_value(first) - final_value(second))
     if difference < 2 * math.hypot(_error(first), _error(second)):
         return f"{verdict}, but the difference to {order[1]} is within the error of {content['examples']} examples"
@@ -111,8 +113,7 @@ def _table(content: Comparison, arms: dict[str, list[Row]]) -> Markup:
     rows = []
     for name, own in arms.items():
         values = [row["quality"][-1]["value"] for row in own]
-        error = own[0]["quality"][-1]["standard_error"]
-        spread = f" ± {error:.2g}" if len(own) == 1 and error is not None else ""
+        spread = with_error(own[0]["quality"][-1], ".2g") if len(own) == 1 else ""
         budget = own[0]["budget_bytes"]
         rows.append(
             [

@@ -28,7 +28,7 @@ def environment_table(facts: RunFacts) -> Markup:
     values = {
         "data": run.data_source,
         "fingerprint of the data": run.data_fingerprint,
-        **{f"data: {name}": value for name, value in asdict(run.data).items()},
+        **{f"data: {name}": value for name, value in asdict(run.data).items() if value is not None},
         **({"classes": ", ".join(run.class_names)} if run.class_names else {}),
         **({"tokenizer": run.tokenizer.kind} if run.tokenizer is not None else {}),
         "run": run.run_id,

@@ -1,8 +1,9 @@
 """Weights that a network starts from: a safetensors file, compared with the network before anything is created."""
 
 import re
+import unicodedata
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -11,11 +12,13 @@ from torch import Tensor
 
 from edgeblocks.config import RunSettings
 from edgeblocks.errors import ConfigError, RunError
+from edgeblocks.families.base import ImageInfo
 from edgeblocks.families.family import Family
 from edgeblocks.files.tensor_file import READABLE, TensorFile
-from edgeblocks.files.untrusted import MalformedFileError, shown
+from edgeblocks.files.untrusted import MalformedFileError, parse_json, shown
 from edgeblocks.methods import METHODS
 from edgeblocks.offload.sections import Section, blocks_of, network_of, stages_of, tensor_name
+from edgeblocks.runs.save_weights import CLASS_NAMES
 
 _NAMES_SHOWN = 8
 
@@ -51,11 +54,14 @@ class InitialWeights:
                 raise RunError(f"cannot read {self.file.path}: {error.strerror or error}; start again") from error
 
 
-def initial_weights_of(run: RunSettings, family: Family, layers: Sequence[int]) -> InitialWeights | None:
+def initial_weights_of(
+    run: RunSettings, family: Family, layers: Sequence[int], class_names: Sequence[str]
+) -> InitialWeights | None:
     """What a run's settings have a network start from; None where that is the seed alone.
 
     Args:
         layers: of each block, or stage.
+        class_names: of the data, in their order.
 
     Raises:
         ConfigError: with everything that is wrong with the file.
@@ -74,6 +80,7 @@ def initial_weights_of(run: RunSettings, family: Family, layers: Sequence[int]) 
         (stages_of if one_network else blocks_of)(layers),
         partial(tensor_name, layers=tuple(layers), one_network=one_network),
         fresh=[part.strip() for part in (run.init_fresh or "").split(",") if part.strip()],
+        class_names=class_names,
     )
 
 
@@ -84,6 +91,7 @@ def open_initial_weights(
     name_of: Callable[[int, str], str],
     *,
     fresh: Sequence[str] = (),
+    class_names: Sequence[str] = (),
 ) -> InitialWeights:
     """A file whose tensors fit the network's, every value of them finite.
 
@@ -91,6 +99,7 @@ def open_initial_weights(
         sections: the network's blocks, or stages.
         name_of: what a tensor of a block is called in the file.
         fresh: parts of the network, such as `readout`, that start from the seed whatever the file has.
+        class_names: of the data, in their order; they are compared with those that a file of ours has.
 
     Raises:
         ConfigError: with everything that is wrong.
@@ -101,7 +110,19 @@ def open_initial_weights(
         file = TensorFile(path)
         wanted = {name: shape for name, shape in shapes.items() if name not in left_out}
         # Values last: looking at them reads the whole file, and a wrong shape is known from its table.
-        problems = _differences(file, shapes, wanted) or _values_that_are_no_numbers(file, wanted)
+        problems = (
+            _differences(file, shapes, wanted)
+            or _other_classes(
+                _class_names(file),
+                class_names,
+                lambda: [
+                    name
+                    for name in _by_class(family, partial(_shapes, sections=sections, name_of=name_of))
+                    if name in wanted
+                ],
+            )
+            or _values_that_are_no_numbers(file, wanted)
+        )
         digest = file.sha256()
     except OSError as error:
         raise ConfigError(f"--init {path}: it cannot be read ({error.strerror or error}); name another file") from error
@@ -193,6 +214,52 @@ def _differences(
         pairs = [f"{name} is {shown(there[name].dtype)}" for name in unreadable]
         found.append(f"{len(unreadable)} of its tensors are of no type that is read: {_listed(pairs)}. Use float32")
     return found
+
+
+def _other_classes(
+    theirs: Sequence[str] | None, ours: Sequence[str], of_classes: Callable[[], Sequence[str]]
+) -> list[str]:
+    """In what the classes of a file differ from the data's: as many others, or the same ones in another order.
+
+    Args:
+        theirs: None where the file does not tell.
+        of_classes: gives the names of the tensors that are taken from the file and have a part for each class.
+    """
+    if theirs is None or list(map(_plain, theirs)) == list(map(_plain, ours)) or not (tensors := of_classes()):
+        return []
+    if sorted(map(_plain, theirs)) == sorted(map(_plain, ours)):
+        number = next(number for number, (a, b) in enumerate(zip(theirs, ours, strict=True)) if _plain(a) != _plain(b))
+        differ = f"the data's classes in another order: class {number} is {shown(theirs[number])}, "
+        differ += f"here {shown(ours[number])}"
+    else:
+        differ = f"other classes: {_listed(theirs)}; the data have {_listed(ours) or 'none'}"
+    return [
+        f"it is of {differ}. Name the classes so that they are the file's, or let what is of classes start from the "
+        f"seed with --set init_fresh={','.join(_parts(tensors))}"
+    ]
+
+
+def _plain(name: str) -> str:
+    """A name as it is compared: systems differ in how they write letters with accents."""
+    return unicodedata.normalize("NFC", name)
+
+
+def _class_names(file: TensorFile) -> list[str] | None:
+    """The names of the file's classes; None where it does not tell, as those of others and of an earlier edgeblocks."""
+    try:
+        names = parse_json(file.metadata.get(CLASS_NAMES, "null"))
+    except MalformedFileError:
+        return None
+    return names if isinstance(names, list) and all(isinstance(name, str) for name in names) else None
+
+
+def _by_class(family: Family, shapes: Callable[[Family], Mapping[str, tuple[int, ...]]]) -> list[str]:
+    """Names of the tensors that have another shape where there is one more class."""
+    if not isinstance(family.data, ImageInfo):
+        return []
+    make: Callable[[object, object], Family] = type(family)
+    more = shapes(make(family.settings, replace(family.data, num_classes=family.data.num_classes + 1)))
+    return [name for name, shape in shapes(family).items() if more.get(name) != shape]
 
 
 def _values_that_are_no_numbers(file: TensorFile, wanted: Iterable[str]) -> list[str]:

@@ -115,6 +115,7 @@ def open_run_data(settings: Settings, listener: Listener, *, budget_bytes: int, 
             f"(then it is in the cache), or make it smaller",
             smallest_bytes,
         ) from error
+    listener.note(f"read: {data_set.reading}")
     if data_set.unreadable:
         shown = ", ".join(data_set.unreadable[:5]) + (", .." if len(data_set.unreadable) > 5 else "")
         listener.note(f"skipped {len(data_set.unreadable)} unreadable files: {shown}")

@@ -1,5 +1,6 @@
 """A run's weights in one safetensors file, under the names that they have in the whole network."""
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TypedDict
@@ -12,6 +13,12 @@ from edgeblocks.offload.block_buffer import BlockBuffer, Part, bytes_of
 from edgeblocks.offload.block_files import BlockStore
 from edgeblocks.runs.directory import RunDirectory, check_whole
 from edgeblocks.terminal import command
+
+CLASS_NAMES = "edgeblocks.class_names"
+"""What a file's metadata has the names of the classes under, in JSON: the order in which a network knows them."""
+
+_MOST_NAMES_BYTES = 2**20
+"""Beyond which the names are left out: a header may not have any length."""
 
 
 class WrittenWeights(TypedDict):
@@ -46,7 +53,9 @@ def write_weights(run: RunDirectory, out: Path, *, last: bool, overwrite: bool) 
     entries = [(block, entry) for block, layout in enumerate(store.layouts) for entry in layout.of_part(part)]
     named = [(run.tensor_name(block, entry.name.removeprefix(f"{part}.")), entry) for block, entry in entries]
     table = table_of((name, entry.dtype, entry.shape) for name, entry in named)
-    header = encode_header(table, {"format": "pt"})
+    names = json.dumps(run.class_names)
+    told = {CLASS_NAMES: names} if run.class_names and len(names) <= _MOST_NAMES_BYTES else {}
+    header = encode_header(table, {"format": "pt", **told})
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(out, _pieces(run, store, header, part))

@@ -15,7 +15,7 @@ from pydantic import ConfigDict, Field, ValidationError, model_validator
 from edgeblocks.config import MOST_YAML_BYTES
 from edgeblocks.data.tokenizer import Kind
 from edgeblocks.errors import RunError
-from edgeblocks.files.checked import Checked, in_short
+from edgeblocks.files.checked import Checked, DeepRange, in_short
 from edgeblocks.files.untrusted import MalformedFileError, open_regular, parse_json, read_object, read_text
 from edgeblocks.limits import (
     LONGEST_SEQUENCE,
@@ -51,6 +51,7 @@ class ImageFields(Checked):
     num_classes: Annotated[int, Field(ge=0, le=MOST_CLASSES)]
     mean: Annotated[float, Field(ge=0, le=1)]
     scale: Annotated[float, Field(gt=0, le=1e12)]
+    deep_range: DeepRange | None = None
     source: Text
     fingerprint: Text
 
@@ -146,6 +147,9 @@ class QualityFields(Diverging):
     """Of training until then, without previews and evaluations."""
     value: float
     standard_error: float | None = None
+    """None where the examples were too few for one."""
+    examples: Count | None = None
+    """Those that were looked at; None in the records of an earlier edgeblocks."""
 
 
 Fields = TypeVar("Fields", bound=Checked)

@@ -118,7 +118,19 @@ def test_a_corrupt_picture_is_named_and_the_run_goes_on(tmp_path):
     (tmp_path / "set/a/broken.png").write_bytes(b"\x89PNG\r\n\x1a\nnot a picture")
     result = invoke("train", "--data", tmp_path / "set", "--mem-budget", "2GB", "--out", tmp_path / "run", *TINY)
     assert result.exit_code == 0, result.output
-    assert "skipped 1 unreadable files: a/broken.png" in result.stderr.replace("\\", "/")
+    told = result.stderr.replace("\\", "/")
+    assert "read: 12 images in 2 classes of 6 each; left out: 1 unreadable\n" in told
+    assert "skipped 1 unreadable files: a/broken.png" in told
+
+
+def test_a_batch_larger_than_the_set_is_told(tmp_path):
+    """The pictures are in each step several times: with how often, and what would do."""
+    for index in range(12):
+        write_png(tmp_path / f"set/{'ab'[index % 2]}/{index}.png", index)
+    result = invoke("plan", "--data", tmp_path / "set", "--mem-budget", "2GB", *TINY, "--batch", "22")
+    assert result.exit_code == 0, result.output
+    told = "a batch of 22 is more than the 11 training examples: each is in every step 2 times, with noise of its own"
+    assert f"{told}; --batch 11 takes each once" in result.stderr
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,8 @@ import pytest
 from support.commands import assert_refused, invoke
 
 import edgeblocks
+from edgeblocks.cli.comparing import comparison_table
+from edgeblocks.report.comparison_page import comparison_page
 from edgeblocks.runs.locks import locked
 
 SMALL = ["--set", "depth=3", "--set", "width=32", "--set", "heads=2", "--set", "hold_out=0.02", "--batch", "16"]
@@ -155,3 +157,35 @@ def test_a_signal_ends_the_training_and_the_same_command_goes_on(tmp_path):
     with locked(run, print):  # nobody trains it any more
         pass
     assert path.exists()
+
+
+def row(arm, value, error, examples):
+    mark = {"step": 1, "seconds": 1.0, "value": value, "standard_error": error, "examples": examples}
+    sizes = {"steps": 1, "peak_bytes": 10**9, "runtime_bytes": 10**8, "step_s": 0.1, "blocks": 1, "budget_bytes": None}
+    return {
+        "arm": arm,
+        "meaning": arm,
+        "seed": 0,
+        "path": arm,
+        "failure": None,
+        "seconds": 1.0,
+        "quality": [mark],
+    } | sizes
+
+
+def comparison(*rows, examples):
+    told = {"family": "vit", "measure": "accuracy", "higher_is_better": True, "examples": examples, "equal": "steps"}
+    told |= {"evaluations_a_step": None, "minutes": None, "settings": {"data": "digits"}, "environment": {}}
+    return {**told, "arms": [{**one, "memory": [(1.0, 10**8)], "time_split": None} for one in rows]}
+
+
+def test_few_examples_have_no_error(tmp_path):
+    """Four of four right are not certain, and tell no arm from another; of an earlier edgeblocks the error stands."""
+    few = comparison(row("exact", 1.0, None, 4), row("plain", 0.75, None, 4), examples=4)
+    table = comparison_table(few, tmp_path)
+    assert "1.0000 (4 examples, too few for an error)" in table and "±" not in table
+    shown = comparison_page(few)
+    assert "4 examples are too few to tell whether plain is worse" in shown
+    assert "1.0000 (4 examples, too few for an error)" in shown
+    many = comparison(row("exact", 0.5, 0.01, None), row("plain", 0.4, None, None), examples=1024)
+    assert "0.5000 ± 0.0100" in comparison_table(many, tmp_path) and "too few" not in comparison_page(many)

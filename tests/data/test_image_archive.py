@@ -1,6 +1,7 @@
 """Files of arrays (.npz), whole and broken."""
 
 import io
+import re
 import tracemalloc
 import zipfile
 
@@ -89,6 +90,79 @@ def test_truth_values_are_black_and_white(load):
     np.testing.assert_array_equal(load(images=IMAGES > 127).images, np.where(IMAGES > 127, 255, 0))
 
 
+@pytest.mark.parametrize("kind", [str, "S", np.str_])
+def test_labels_may_be_names(load, kind):
+    """Classes in the order of the names, whatever comes first."""
+    names = np.array(["dog", "cat", "fox", "dog", "cat"] * 2, dtype=kind)
+    images = load(images=IMAGES, labels=names)
+    assert images.class_names == ("cat", "dog", "fox")
+    assert [images.class_names[number] for number in images.labels] == names.astype(str).tolist()
+    assert images.warnings == ()
+
+
+def test_names_of_many_pieces_come_back(load, monkeypatch):
+    """Names keep their numbers when the array is unpacked in several pieces."""
+    monkeypatch.setattr("edgeblocks.data.npz._PIECE_BYTES", 1000)
+    names = np.array([f"{number * 7 % 10:40}\u00e4" for number in range(10)])
+    images = load(images=IMAGES, labels=names)
+    assert [images.class_names[number] for number in images.labels] == names.tolist()
+
+
+def test_class_names_name_the_numbers(load):
+    """In their order, which is not that of the alphabet; labels that are names are numbered in it, too."""
+    names = np.array(["dog", "cat", "ant"])
+    by_number = load(images=IMAGES, labels=LABELS, class_names=names)
+    assert by_number.class_names == ("dog", "cat", "ant")
+    np.testing.assert_array_equal(by_number.labels, LABELS)
+    by_name = load(images=IMAGES, labels=names[LABELS], class_names=names)
+    np.testing.assert_array_equal(by_name.labels, LABELS)
+    assert by_name.fingerprint == by_number.fingerprint
+
+
+@pytest.mark.parametrize(
+    ("labels", "names", "classes", "told"),
+    [
+        (
+            LABELS + 1,
+            None,
+            ("1", "2", "3"),
+            "no image has the label 0; the 3 classes are those that some have: 1, 2, 3",
+        ),
+        (LABELS * 20 + 3, None, ("3", "23", "43"), "no image has the label 0, 1, 2, 4, .* and 31 more; the 3 classes"),
+        (LABELS, ["a", "b", "c", "d"], ("a", "b", "c"), "no image has the label d;"),
+        (np.array(["x"] * 5 + ["z"] * 5), ["x", "y", "z"], ("x", "z"), "no image has the label y;"),
+    ],
+)
+def test_a_class_without_images_is_none(load, labels, names, classes, told):
+    """Labels from 1 or with gaps would be classes that nobody can learn: they are numbered anew, and that is told."""
+    given = {} if names is None else {"class_names": np.array(names)}
+    images = load(images=IMAGES, labels=labels, **given)
+    assert images.class_names == classes
+    assert len(np.unique(images.labels)) == len(classes) == images.labels.max() + 1
+    assert re.search(told, images.warnings[0])
+
+
+def test_a_class_of_the_test_part_alone_is_told(load):
+    """The user's own parts stay as they are."""
+    y_test = np.array([0, 1, 2, 2])
+    images = load(x_train=IMAGES[:6], y_train=np.arange(6) % 2, x_test=IMAGES[6:], y_test=y_test)
+    assert images.class_names == ("0", "1", "2")
+    assert images.warnings == ("1 of 3 classes have images in the test part alone and are not learned: 2",)
+
+
+def test_arrays_that_are_not_used_are_told(load, tmp_path):
+    """Labels under another name would be missed without a word."""
+    for images in (load(images=IMAGES, label=LABELS, x_val=IMAGES), opened(tmp_path)):
+        assert images.labels is None
+        assert images.reading == "10 images; left out: 2 arrays (label, x_val)"
+    assert load(images=IMAGES, labels=LABELS).reading == "10 images in 3 classes from 3 (1) to 4 (0)"
+
+
+def test_an_image_that_may_be_taken_for_many_is_told(load):
+    """One of 8 x 5 pixels in colour has the shape of 8 grey ones of 5 x 3."""
+    assert "3 pixels wide" in load(images=IMAGES.reshape(-1, 5, 3)).warnings[0]
+
+
 def test_image_size_is_honoured(load):
     """Cut to the central square and resized, grey or colour."""
     assert load(images=IMAGES, image_size=8).images.shape == (10, 8, 8, 3)
@@ -148,6 +222,40 @@ NAN[4, 1, 1, 0] = np.inf
         ({"x_train": IMAGES, "y_train": LABELS, "x_test": IMAGES}, "labels for one part only"),
         ({"x_train": IMAGES, "x_test": IMAGES, "y_test": LABELS}, "labels for one part only"),
         ({"x_train": IMAGES, "x_test": IMAGES[:, 1:]}, "`x_train` are 4 x 5 x 3 and those of `x_test` 3 x 5 x 3"),
+        (
+            {"images": IMAGES, "labels": LABELS.astype(object)},
+            r"`labels` holds Python objects.*numpy\.array\(\.\., str\)",
+        ),
+        (
+            {"images": IMAGES, "labels": LABELS, "class_names": np.array(["a", "b"])},
+            "a label is 2, and `class_names` names 0 to 1",
+        ),
+        (
+            {"images": IMAGES, "labels": np.array(["a", "b"] * 5), "class_names": np.array(["a", "c"])},
+            "1 labels are not in `class_names`: b",
+        ),
+        (
+            {"images": IMAGES, "labels": LABELS, "class_names": np.array(["a", "b", "a"])},
+            "1 of its 3 names are there already",
+        ),
+        (
+            {"images": IMAGES, "labels": LABELS, "class_names": np.eye(3)},
+            r"`class_names` has shape \(3, 3\) and dtype float64",
+        ),
+        (
+            {"images": IMAGES, "labels": np.array(["x" * 2000] * 10)},
+            "take 8000 bytes each, and names of classes take 1 to 4096",
+        ),
+        ({"images": IMAGES, "labels": np.array([b"\xff"] * 10)}, "`labels` holds names that are no text in Unicode"),
+        ({"images": IMAGES, "labels": np.array(["\ud800"] * 10)}, "`labels` holds names that are no text in Unicode"),
+        (
+            {"images": IMAGES, "labels": np.full(10, 2**31, np.uint32).view("<U1")},
+            "`labels` holds names that are no text",
+        ),
+        (
+            {"x_train": IMAGES, "y_train": LABELS, "x_test": IMAGES, "y_test": LABELS.astype(str)},
+            "the labels of one part are numbers and those of the other names",
+        ),
         ({"images": np.full((5, 2, 2), 3, np.uint8)}, "all 16 pixel values of the 4 training images are 3"),
     ],
 )

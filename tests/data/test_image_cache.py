@@ -42,7 +42,7 @@ def test_a_second_opening_decodes_nothing(source, tmp_path):
     again = opened(source, tmp_path / "cache", progress=lambda *call: calls.append(call))
     assert calls == []
     np.testing.assert_array_equal(again.images, IMAGES)
-    for name in ("class_names", "mean", "std", "unreadable", "fingerprint", "source", "resident_bytes"):
+    for name in ("class_names", "mean", "std", "unreadable", "fingerprint", "source", "reading", "warnings"):
         assert getattr(again, name) == getattr(first, name)
 
 
@@ -54,6 +54,16 @@ def test_changed_data_or_size_gets_a_cache_of_its_own(source, tmp_path):
     os.utime(source, ns=(1, 1))
     np.testing.assert_array_equal(opened(source, tmp_path / "cache").images, IMAGES[::-1])
     assert len(list((tmp_path / "cache").iterdir())) == 3
+
+
+def test_a_file_replaced_by_another_of_the_same_size_and_time_is_noticed(source, tmp_path):
+    """Also where it is renamed into place, with the time of the one that was there."""
+    times = source.stat().st_atime_ns, source.stat().st_mtime_ns
+    opened(source, tmp_path / "cache")
+    np.savez(tmp_path / "new.npz", images=IMAGES[::-1], labels=np.arange(20))
+    os.utime(tmp_path / "new.npz", ns=times)
+    (tmp_path / "new.npz").rename(source)
+    np.testing.assert_array_equal(opened(source, tmp_path / "cache").images, IMAGES[::-1])
 
 
 @pytest.mark.parametrize("name", ["images.npy", "labels.npy", "moments.npy", "meta.json"])
@@ -124,6 +134,14 @@ def change_meta(cache_dir, keys, value):
         (["content", "class_names"], []),
         (["content", "unreadable"], {"a": 1}),
         (["content"], [[[[[]]]]]),
+        (["content", "notes"], "abc"),
+        (["content", "notes"], [1]),
+        (["content", "left_out"], ["a" * 10_000]),
+        (["content", "deep_range"], [1]),
+        (["content", "deep_range"], [0, 2.5]),
+        (["content", "num_of_several"], -1),
+        (["doubts"], None),
+        (["doubts"], {"brightest": "a", "num_again": 0, "num_in_several_classes": 0}),
         (["fingerprint"], 5),
         (["file_bytes"], {"images.npy": float("nan")}),
         (["file_bytes"], {"../set.npz": 1}),

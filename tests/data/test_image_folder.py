@@ -8,11 +8,12 @@ import zlib
 
 import numpy as np
 import pytest
-from PIL import Image, ImageOps, TiffImagePlugin
+from PIL import Image, ImageOps, PngImagePlugin, TiffImagePlugin
 
-from edgeblocks.data import decoding, folder
+from edgeblocks.data import class_folders, decoding, folder
 from edgeblocks.data.images import open_images
 from edgeblocks.errors import DataError, NoRoomToReadError
+from edgeblocks.families.vit import Vit
 
 
 def opened(source, cache_dir, **settings):
@@ -81,19 +82,30 @@ def test_one_colour_image_makes_the_set_colour(tmp_path, cache):
 
 
 def test_every_extension_is_read(tmp_path, cache):
-    """All the formats of the documentation, lossless ones exactly; of a moving GIF the first frame."""
+    """All the formats of the documentation, lossless ones nearly; of a moving GIF the first frame."""
     root = tmp_path / "kinds"
     root.mkdir()
     halves = np.full((16, 16, 3), 200, dtype=np.uint8)
     halves[:, 8:] = 60
-    for name in ("a.png", "b.jpg", "c.jpeg", "d.bmp", "e.webp", "f.tif", "g.tiff", "h.ppm"):
-        Image.fromarray(halves).save(root / name)
-    Image.fromarray(halves[..., 0]).save(root / "i.pgm")
+    for extension in decoding.EXTENSIONS - {".gif", ".pbm"}:
+        kind = {".jif": "JPEG", ".avifs": "AVIF"}.get(
+            extension, Image.registered_extensions().get(extension, "JPEG2000")
+        )
+        Image.fromarray(halves).save(root / f"a{extension}", format=kind)
+    Image.fromarray(halves[..., 0] > 100).save(root / "b.pbm")
     frames = [Image.fromarray(halves), Image.fromarray(halves // 4)]
     frames[0].save(root / "j.gif", save_all=True, append_images=frames[1:])
     images = opened(root, cache)
-    assert len(images.images) == 10 and images.unreadable == ()
-    assert np.abs(images.images.astype(int) - halves).max() <= 2
+    assert len(images.images) == len(decoding.EXTENSIONS) and images.unreadable == ()
+    num_near = (np.abs(images.images.astype(int) - halves).reshape(len(images.images), -1).max(axis=1) <= 2).sum()
+    assert num_near == len(decoding.EXTENSIONS) - 1, "all but the one in black and white"
+
+
+def test_a_name_decides_for_tga_alone(pets, cache):
+    """Nothing in a TGA says what it is: other files are never taken for one, and one with another name is none."""
+    Image.fromarray(noise(5, 6, 3, seed=9)).save(pets / "cat" / "z.tga")
+    (pets / "cat" / "z.tga").rename(pets / "cat" / "z.png")
+    assert opened(pets, cache).unreadable == ("cat/z.png",)
 
 
 def test_the_exif_orientation_is_applied(tmp_path, cache):
@@ -233,7 +245,9 @@ def test_an_empty_class_folder_is_named(pets, cache):
     """It would shift the class numbers or stand for nothing: the user decides."""
     (pets / "fox").mkdir()
     (pets / "fox" / "notes.txt").touch()
-    with pytest.raises(DataError, match=r"1 of its 3 class folders hold no images: fox; .*remove the empty ones"):
+    with pytest.raises(
+        DataError, match=r"3 class folders hold no images: fox \(left out in all: 1 \.txt\); .*remove the empty"
+    ):
         opened(pets, cache)
 
 
@@ -244,7 +258,7 @@ def test_a_folder_without_images_says_what_was_looked_for(tmp_path, cache, sub_f
     root.mkdir()
     for name in sub_folders:
         (root / name).mkdir()
-    with pytest.raises(DataError, match=r"holds no images: looked for \.bmp, .*\.webp in it and in its sub-folders"):
+    with pytest.raises(DataError, match=r"holds no images: looked for \.apng, .*\.webp in it and in its sub-folders"):
         opened(root, cache)
 
 
@@ -301,42 +315,59 @@ def test_progress_is_told_for_every_image(pets, cache):
     assert calls == [(n, 3, what) for what in ("inspecting", "decoding") for n in (1, 2, 3)]
 
 
-def png_of_size(width, height):
-    """A PNG that declares a size and has hardly any pixels."""
+def png(width, height, rows, *, bits=8, kind=2, clear=b""):
+    """A PNG of these bytes, with a transparent colour if one is given."""
 
-    def chunk(kind, data):
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+    def chunk(name, data):
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
 
-    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    packed = zlib.compress(b"\0" * 1000)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", packed) + chunk(b"IEND", b"")
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, bits, kind, 0, 0, 0))
+    header += chunk(b"tRNS", clear) if clear else b""
+    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
 
 
 @pytest.mark.parametrize(
     ("size", "image_size", "words"),
     [
-        ((60_000, 60_000), 8, "DecompressionBombError"),
-        ((8192, 8192), 8, "it has 8192 x 8192 pixels, 67,108,864 in all, and at most 33,554,432 .* make it smaller"),
-        ((4097, 4096), None, "it has .* at most 16,777,216 .* or pass --set image_size=N"),
-        ((70_000, 1), 8, "it has 70000 x 1 pixels, .* and 65,536 a side"),
+        ((60_000, 60_000), 8, "it has more than the 178,956,970 pixels that Pillow decodes; make it smaller"),
+        ((8192, 8192), 8, "it declares 8192 x 8192 pixels, more than 74 bytes can hold"),
+        ((70_000, 1), 8, "it has 70000 x 1 pixels, and at most 65,536 a side"),
     ],
 )
 def test_a_picture_that_declares_too_many_pixels_is_skipped_with_the_reason(tmp_path, cache, size, image_size, words):
     """Before anything is decoded, and with what would help."""
     root = tmp_path / "large"
     root.mkdir()
-    (root / "a.png").write_bytes(png_of_size(*size))
+    (root / "a.png").write_bytes(png(*size, bytes(1000)))
     with pytest.raises(DataError, match=rf"0 of its 1 image files can be read(?s:.)*a\.png: {words}"):
         opened(root, cache, image_size=image_size)
 
 
+def test_pictures_too_large_to_train_on_ask_for_image_size(tmp_path, cache, monkeypatch):
+    """Left out they would be missed: a camera's pictures are all of one size."""
+    monkeypatch.setattr(folder, "MOST_PIXELS", 29)
+    for name in ("a.png", "b.png"):
+        save(tmp_path / "large" / name, noise(5, 6, 3))
+    with pytest.raises(DataError, match=r"have 6 x 5 pixels, and at most 29 are trained on; pass --set image_size=N"):
+        opened(tmp_path / "large", cache)
+
+
 @pytest.mark.parametrize(
-    ("name", "needed_bytes", "settings"),
-    [("a.png", 11 * 160_000, {}), ("a.webp", 21 * 160_000, {}), ("a.jpg", 6 * 160_000, {"progressive": True})],
+    ("name", "pixel_bytes", "shape", "settings"),
+    [
+        ("a.png", 6, (3,), {}),
+        ("a.png", 11, (4,), {}),
+        ("a.webp", 21, (3,), {}),
+        ("a.jpg", 6, (3,), {"progressive": True}),
+        ("a.jp2", 24, (3,), {}),
+    ],
 )
-def test_a_picture_that_the_memory_does_not_hold_is_refused_by_name(tmp_path, cache, name, needed_bytes, settings):
+def test_a_picture_that_the_memory_does_not_hold_is_refused_by_name(
+    tmp_path, cache, name, pixel_bytes, shape, settings
+):
     """With what it takes at most; no picture is left out for it, as the set must not depend on the memory."""
-    save(tmp_path / "large" / name, noise(400, 400, 3), **settings)
+    needed_bytes = pixel_bytes * 160_000
+    save(tmp_path / "large" / name, noise(400, 400, *shape), **settings)
     save(tmp_path / "large" / "b.png", noise(30, 30, 3))
     with pytest.raises(NoRoomToReadError, match=rf"{name} \(400 x 400 pixels") as caught:
         opened(tmp_path / "large", cache, image_size=16, room_bytes=needed_bytes - 1)
@@ -345,24 +376,117 @@ def test_a_picture_that_the_memory_does_not_hold_is_refused_by_name(tmp_path, ca
     assert len(enough.images) == 2 and not enough.unreadable
 
 
-def test_a_jpeg_counts_with_the_size_that_it_is_decoded_to(tmp_path, cache, monkeypatch):
-    """A camera's picture is larger than the limit, and its decoder makes it smaller for nothing; a PNG is skipped."""
-    monkeypatch.setattr(decoding, "MOST_DECODED_PIXELS", 100 * 100)
-    save(tmp_path / "large" / "a.jpg", noise(400, 400, 3))
-    save(tmp_path / "large" / "b.jpg", noise(400, 400, 3))
-    save(tmp_path / "large" / "c.png", noise(400, 400, 3))
-    images = opened(tmp_path / "large", cache, image_size=16)
-    assert len(images.images) == 2 and images.unreadable == ("c.png",)
+def test_a_jpeg_counts_with_the_size_that_it_is_decoded_to(tmp_path, cache):
+    """A camera's picture may be larger than the memory: its decoder makes it smaller for nothing."""
+    for name in ("a.jpg", "b.jpg"):
+        save(tmp_path / "large" / name, noise(800, 800, 3))
+    assert len(opened(tmp_path / "large", cache, image_size=16, room_bytes=100_000).images) == 2
 
 
-def test_a_progressive_jpeg_counts_with_all_its_pixels(tmp_path, cache, monkeypatch):
-    """Its decoder keeps the whole picture whatever is asked for."""
-    monkeypatch.setattr(decoding, "MOST_PROGRESSIVE_PIXELS", 100 * 100)
-    save(tmp_path / "large" / "a.jpg", noise(400, 400, 3), progressive=True)
-    save(tmp_path / "large" / "b.jpg", noise(90, 90, 3), progressive=True)
-    save(tmp_path / "large" / "c.jpg", noise(400, 400, 3))
-    images = opened(tmp_path / "large", cache, image_size=16)
-    assert images.unreadable == ("a.jpg",)
+@pytest.mark.parametrize(
+    ("values", "extension"),
+    [
+        (np.linspace(0, 4095, 64).astype(np.uint16), "png"),
+        (np.linspace(30_000, 34_000, 64).astype(np.uint16), "png"),
+        (np.arange(64, dtype=np.uint16) * 4, "png"),
+        (np.linspace(-1000, 3000, 64).astype(np.int32), "tif"),
+        (np.linspace(0, 10**6, 64).astype(np.int32), "tif"),
+    ],
+)
+def test_deep_grey_keeps_its_shades_whatever_its_range(tmp_path, cache, values, extension):
+    """The range of the set is spread over 0..255; one picture alone has a part of it."""
+    whole = np.resize(values, (8, 64))
+    save(tmp_path / "deep" / f"a.{extension}", whole)
+    save(tmp_path / "deep" / f"b.{extension}", whole[:, ::-1].clip(None, values[32]))
+    images = opened(tmp_path / "deep", cache)
+    ramp = (values - values[0].astype(float)) * 255 / (values[-1].astype(float) - values[0])
+    assert np.abs(images.images[0, 0, :, 0] - ramp).max() <= 0.5
+    assert images.images[1].max() == images.images[0, 0, 32, 0]
+    assert images.deep_range == (values[0], values[-1])
+    assert f"from {values[0]:,} to {values[-1]:,}, which are spread over 0 to 255" in images.warnings[0]
+    alone = decoding.decode(
+        tmp_path / "deep" / f"b.{extension}", image_size=None, grey=True, deep_range=images.deep_range
+    )
+    np.testing.assert_array_equal(alone, images.images[1], err_msg="as a classifier reads it later")
+    assert Vit.data_info(images).deep_range == images.deep_range
+    again = opened(tmp_path / "deep", cache)
+    assert (again.deep_range, again.warnings) == (images.deep_range, images.warnings)
+
+
+def test_a_damaged_picture_of_deep_grey_does_not_decide_the_range(tmp_path, cache):
+    """It is named, and the others have the range."""
+    for number, name in enumerate(("a.png", "b.png", "c.png")):
+        save(tmp_path / "deep" / name, noise(30, 30, seed=number).astype(np.uint16) * (1 + 9 * (name == "c.png")))
+    content = (tmp_path / "deep" / "c.png").read_bytes()
+    (tmp_path / "deep" / "c.png").write_bytes(content[: len(content) // 2])
+    images = opened(tmp_path / "deep", cache)
+    assert images.unreadable == ("c.png",) and images.deep_range == (0, 255)
+
+
+def test_deep_grey_whose_zero_is_white_is_turned_round(tmp_path, cache):
+    """As Pillow does it for 8 bits: X-ray pictures are often kept so."""
+    values = np.array([[0, 65535], [20_000, 40_000]], dtype=np.uint16)
+    for name in ("a.tif", "b.tif"):
+        save(tmp_path / "deep" / name, values, tiffinfo={262: 0})
+    assert opened(tmp_path / "deep", cache).images[0, ..., 0].tolist() == [[255, 0], [177, 99]]
+
+
+@pytest.mark.parametrize(
+    ("bits", "kind", "pixels", "clear"),
+    [
+        (16, 0, struct.pack(">2H", 0, 60_000), struct.pack(">H", 0)),
+        (16, 0, struct.pack(">2H", 60_000, 1), struct.pack(">H", 60_000)),
+        (8, 0, b"\x07\x09", struct.pack(">H", 7)),
+        (4, 0, b"\xf1", struct.pack(">H", 15)),
+        (2, 0, b"\x40", struct.pack(">H", 1)),
+        (1, 0, b"\x80", struct.pack(">H", 1)),
+        (16, 2, struct.pack(">6H", 1000, 2000, 3000, 9, 9, 9), struct.pack(">3H", 1000, 2000, 3000)),
+        (8, 2, bytes(range(6)), struct.pack(">3H", 0, 1, 2)),
+    ],
+)
+def test_the_transparent_colour_of_a_png_becomes_white(tmp_path, cache, bits, kind, pixels, clear):
+    """Grey of 1 to 16 bits, and colours of 8 and 16: the first of two pixels has that colour, the second another."""
+    (tmp_path / "clear").mkdir()
+    for name in ("a.png", "b.png"):
+        (tmp_path / "clear" / name).write_bytes(png(2, 1, b"\0" + pixels, bits=bits, kind=kind, clear=clear))
+    image = opened(tmp_path / "clear", cache).images[0]
+    assert (image[0, 0] == 255).all()
+    assert (image[0, 1] != 255).any()
+
+
+def test_cmyk_is_not_turned_round(tmp_path, cache):
+    """Cyan stays cyan, in a TIFF and in a JPEG, which keeps the four inks the other way round."""
+    cyan = np.zeros((8, 8, 4), dtype=np.uint8)
+    cyan[..., 0] = 255
+    (tmp_path / "ink").mkdir()
+    for name in ("a.jpg", "b.tif"):
+        Image.fromarray(cyan, "CMYK").save(tmp_path / "ink" / name)
+    save(tmp_path / "ink" / "c.png", noise(8, 8, 3))
+    for image in opened(tmp_path / "ink", cache).images[:2]:
+        assert np.abs(image.astype(int) - [0, 255, 255]).max() <= 2
+
+
+def test_the_orientation_that_imagemagick_writes_is_applied(tmp_path, cache):
+    """As hexadecimal text in a PNG; nothing of the picture is turned before it is used."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    text = f"\nexif\n{len(exif.tobytes()):8}\n{exif.tobytes().hex()}\n"
+    told = PngImagePlugin.PngInfo()
+    told.add_text("Raw profile type exif", text, zip=True)
+    upright = noise(3, 5, 3)
+    save(tmp_path / "exif" / "a.png", np.ascontiguousarray(np.rot90(upright)), pnginfo=told)
+    save(tmp_path / "exif" / "b.png", upright)
+    np.testing.assert_array_equal(opened(tmp_path / "exif", cache).images[0], upright)
+
+
+def test_pictures_replaced_by_others_of_the_same_size_and_time_are_noticed(tmp_path, cache):
+    """Archives set fixed times; the old pictures are never trained on."""
+    for seed in (1, 2):
+        for number in range(3):
+            path = tmp_path / "set" / f"{number}.bmp"
+            save(path, noise(5, 6, 3, seed=10 * seed + number))
+            os.utime(path, (0, 0))
+        np.testing.assert_array_equal(opened(tmp_path / "set", cache).images[0], noise(5, 6, 3, seed=10 * seed))
 
 
 @pytest.mark.parametrize("kind", ["clear", "deep", "palette"])
@@ -423,10 +547,10 @@ def test_of_thousands_of_frames_one_is_read(tmp_path, cache):
 
 def test_too_many_classes_images_or_damaged_files_are_an_error(pets, cache, monkeypatch):
     """Each keeps a name in memory; beyond the limits the folder is not what was meant."""
-    monkeypatch.setattr(folder, "MOST_CLASSES", 1)
+    monkeypatch.setattr(class_folders, "MOST_CLASSES", 1)
     with pytest.raises(DataError, match="has 2 sub-folders, each a class, and at most 1 classes are accepted"):
         opened(pets, cache)
-    monkeypatch.setattr(folder, "MOST_CLASSES", 100)
+    monkeypatch.setattr(class_folders, "MOST_CLASSES", 100)
     monkeypatch.setattr(folder, "MOST_IMAGES", 2)
     with pytest.raises(DataError, match="holds 3 images, and at most 2 are trained on"):
         opened(pets, cache)

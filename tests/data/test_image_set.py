@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edgeblocks.data.images import open_images, split
+from edgeblocks.data.images import open_images, split, with_every_class
 from edgeblocks.errors import ConfigError, DataError
 
 
@@ -73,6 +73,27 @@ def test_the_split_covers_every_image_once(num_images, hold_out, seed):
     assert train.dtype == held_out.dtype == np.int64
     for part, again in zip((train, held_out), split(num_images, hold_out, seed), strict=True):
         np.testing.assert_array_equal(part, again)
+
+
+@given(st.lists(st.integers(0, 5), min_size=2, max_size=40), st.floats(0, 0.5), st.integers(0, 2**32))
+def test_every_class_is_trained_on(labels, hold_out, seed):
+    """Each has an image in the training part; where it had one anyway, no image has changed parts."""
+    labels = np.array(labels)
+    drawn = split(len(labels), hold_out, seed)
+    train, held_out = with_every_class(*drawn, labels)
+    assert set(labels[train]) == set(labels)
+    np.testing.assert_array_equal(np.sort(np.concatenate([train, held_out])), np.arange(len(labels)))
+    assert (np.diff(train) > 0).all() and (np.diff(held_out) > 0).all()
+    assert set(labels[np.setdiff1d(train, drawn[0])]).isdisjoint(labels[drawn[0]])
+    assert len(train) - len(drawn[0]) == len(set(labels)) - len(set(labels[drawn[0]]))
+
+
+def test_classes_of_one_image_leave_nothing_to_hold_out(tmp_path):
+    """Which is told; a class held out whole would be learned by nobody."""
+    np.savez(tmp_path / "a.npz", images=np.random.default_rng(0).integers(0, 255, (30, 4, 4)), labels=np.arange(30))
+    images = opened(tmp_path / "a.npz", tmp_path / "cache")
+    assert len(images.train) == 30 and not images.has_held_out
+    assert images.warnings == ("no image is held out: each one is the only one of its class; give more images a class",)
 
 
 def test_another_seed_gives_another_split():

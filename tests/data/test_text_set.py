@@ -3,6 +3,7 @@
 import hashlib
 import json
 import lzma
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -49,6 +50,19 @@ def source(tmp_path):
     path = tmp_path / "text.txt"
     path.write_text(LINES, encoding="utf-8")
     return path
+
+
+def test_text_replaced_by_other_text_of_the_same_size_and_time_is_noticed(tmp_path):
+    """Archives set fixed times; the old text is never trained on."""
+    for letter in "ab":
+        for name in ("1.txt", "2.txt"):
+            path = tmp_path / "texts" / name
+            path.parent.mkdir(exist_ok=True)
+            path.unlink(missing_ok=True)
+            path.write_text(letter * 100)
+            os.utime(path, (0, 0))
+        assert whole_text(tmp_path / "texts", tmp_path / "cache").startswith(letter * 100)
+        assert whole_text(tmp_path / "texts" / "1.txt", tmp_path / "cache") == letter * 100
 
 
 def test_the_built_in_text_is_moby_dick_and_small():

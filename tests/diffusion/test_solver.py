@@ -186,6 +186,24 @@ def test_a_class_of_a_network_without_classes_is_refused():
         class_number("dog", ())
 
 
+@pytest.mark.parametrize(("typed", "kept"), [("caf\u00e9", "cafe\u0301"), ("cafe\u0301", "caf\u00e9")])
+def test_a_class_is_found_however_its_accents_are_written(typed, kept):
+    """A Mac takes letters apart; what is typed is composed. The very name goes first."""
+    assert class_number(typed, ("bar", kept)) == 1
+    assert class_number(kept, (typed, kept)) == 1
+
+
+def test_classes_that_look_the_same_are_told_apart():
+    """A message must not show the very name that it says is not there."""
+    with pytest.raises(ConfigError, match=r"the 2 classes are bar, 'cafe\\u0301'"):
+        class_number("cafe", ("bar", "cafe\u0301"))
+    both = ("caf\u00e9\u0323", "cafe\u0301\u0323")
+    with pytest.raises(
+        ConfigError, match=r"the classes 0 \('caf\\xe9\\u0323'\), 1 \('cafe\\u0301\\u0323'\) are written so"
+    ):
+        class_number("caf\u1eb9\u0301", both)
+
+
 def test_classes_take_turns_unless_one_is_chosen():
     """All classes in turn, or the chosen one for all; none for an unconditional network."""
     assert classes_in_turn(5, num_classes=3, chosen=None).tolist() == [0, 1, 2, 0, 1]

@@ -165,6 +165,40 @@ def test_parts_begin_afresh_when_asked(weights, tmp_path):
         np.testing.assert_array_equal(value, expected, err_msg=name)
 
 
+def letters(tmp_path, names):
+    """Pictures of ten classes that are called so, as an .npz file."""
+    path = tmp_path / f"{names[0]}.npz"
+    images = np.random.default_rng(0).integers(0, 256, (60, 8, 8, 1), dtype=np.uint8)
+    np.savez(path, images=images, labels=np.arange(60) % 10, class_names=np.array(list(names)))
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("names", "told"),
+    [
+        (tuple("9876543210"), "it is of the data's classes in another order: class 0 is '0', here '9'"),
+        (tuple("abcdefghij"), "it is of other classes: 0, 1, .* and 2 more; the data have a, b, "),
+    ],
+)
+def test_classes_in_another_order_are_refused(weights, tmp_path, names, told):
+    """As many classes fit the readout, which would know them by each other's names; a new one learns them."""
+    settings = {"data": letters(tmp_path, names), "batch": 8, "hold_out": 0.1, "blocks": 2}
+    with pytest.raises(ConfigError, match=told) as refused:
+        begun(tmp_path / "run", init=str(weights), **settings)
+    assert "--set init_fresh=" in str(refused.value) and not (tmp_path / "run").exists()
+    parts = re.search(r"init_fresh=(\S+)", str(refused.value))[1]
+    assert begun(tmp_path / "run", init=str(weights), init_fresh=parts, **settings)
+
+
+def test_a_file_that_tells_no_classes_is_begun_with(weights, tmp_path):
+    """As those of others, and of an earlier edgeblocks."""
+    tensors = {name: torch.from_numpy(value) for name, value in load_file(weights).items()}
+    for number, metadata in enumerate(({}, {"edgeblocks.class_names": "[1"}, {"edgeblocks.class_names": "[1]"})):
+        save_file(tensors, tmp_path / "weights.safetensors", metadata=metadata)
+        settings = {"data": letters(tmp_path, "abcdefghij"), "batch": 8, "hold_out": 0.1, "blocks": 2}
+        assert begun(tmp_path / f"run{number}", init=str(tmp_path / "weights.safetensors"), **settings)
+
+
 def test_everything_that_is_wrong_is_told_together(weights, tmp_path):
     tensors = {name: torch.from_numpy(value) for name, value in load_file(weights).items()}
     del tensors["class_token.weight"]

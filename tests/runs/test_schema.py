@@ -126,6 +126,8 @@ def test_a_written_plan_is_read_back_as_it_was(tmp_path):
     [
         (["data", "height"], 10**12, "data.height=1000000000000"),
         (["data", "width"], -8, "data.width=-8"),
+        (["data", "deep_range"], [1], "data.deep_range.1"),
+        (["data", "deep_range"], [0, 1e9], "data.deep_range.1=1000000000.0"),
         (["data", "channels"], "1", "data.channels='1'"),
         (["data", "num_classes"], 10**6, "data.num_classes=1000000"),
         (["data", "mean"], 10**400, "data.mean="),

@@ -61,6 +61,8 @@ class ArchiveReader(ImageReader):
             {"images": (images / 255).astype(np.float32)},
             {"x_train": images[:4], "y_train": labels[:4], "x_test": images[4:], "y_test": labels[4:]},
             {"images": images[..., 0].astype(np.int16), "labels": labels.astype(np.uint8)},
+            {"images": images, "labels": np.array(["a", "b", "c"])[labels]},
+            {"images": images, "labels": labels, "class_names": np.array([b"a", b"b", b"c"])},
         ]
         self.sound = []
         for arrays in self.sets:
@@ -160,6 +162,10 @@ class FolderReader(ImageReader):
             ("m.webp", frames, {"save_all": True, "append_images": frames[1:]}),
             ("n.ppm", colours, {}),
             ("o.pgm", smooth, {}),
+            ("t.avif", clear, {}),
+            ("u.jp2", colours, {}),
+            ("v.tga", clear, {"compression": "tga_rle"}),
+            ("w.tif", frames, {"save_all": True, "append_images": frames[1:]}),
         ):
             picture = pixels[0] if isinstance(pixels, list) else Image.fromarray(pixels)
             path = folder / name
