@@ -50,6 +50,7 @@ class RunSettings(BaseModel):
     hold_out: float = Field(default=0.1, ge=0, le=0.5)
     tokenizer: str = "chars"
     vocab: int = Field(default=4096, ge=2, le=MOST_TOKENS)
+    text_key: str = Field(default="text", max_length=200)
     length: int = Field(default=256, ge=1, le=LONGEST_SEQUENCE)
     mem_budget: str = "50%"
     ram_budget: str | None = None
@@ -148,7 +149,7 @@ class RunSettings(BaseModel):
             raise ValueError(f"{error}; write the whole path") from error
         return text
 
-    @field_validator("data", "family", "preset", "tokenizer", "init", "init_fresh")
+    @field_validator("data", "family", "preset", "tokenizer", "text_key", "init", "init_fresh")
     @classmethod
     def _is_not_empty(cls, text: str | None) -> str | None:
         if text is not None and not text.strip():

@@ -33,6 +33,7 @@ class DataSet(Protocol):
     fingerprint: sha256 of all that a training run sees, in hexadecimal: the same wherever the data lie.
     class_names: one name a class, () without classes.
     unreadable: the files that were skipped, relative to the folder.
+    reading: what was read, in a line for people: how much was used, and what was left out and why; "" if built in.
     warnings: what the user should know of how the data are used, one sentence each.
     has_held_out: whether there is a hold-out part.
     """
@@ -48,6 +49,9 @@ class DataSet(Protocol):
 
     @property
     def unreadable(self) -> tuple[str, ...]: ...
+
+    @property
+    def reading(self) -> str: ...
 
     @property
     def warnings(self) -> tuple[str, ...]: ...

@@ -63,6 +63,7 @@ class ImageSet:
     source: str
     resident_bytes: int
     image_file: ImageFile | None = field(default=None, repr=False)
+    reading: str = ""
     warnings: tuple[str, ...] = ()
 
     def gather(self, indices: NDArray[np.int64]) -> tuple[NDArray[np.uint8], NDArray[np.int64] | None]:

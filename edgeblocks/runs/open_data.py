@@ -1,25 +1,33 @@
 """The data that a run's settings name, opened inside its budget."""
 
 from collections.abc import Mapping
+from typing import Any
 
 from edgeblocks.config import TOKENIZERS, RunSettings, Settings
 from edgeblocks.data.cache import cache_folder
 from edgeblocks.data.dataset import DataSet, Progress
 from edgeblocks.data.images import open_images
 from edgeblocks.data.text import open_text
+from edgeblocks.data.tokenise import tokenise_in_child
 from edgeblocks.data.tokenizer import build_tokenizer
 from edgeblocks.errors import ConfigError, DoesNotFitError, NoRoomToReadError
 from edgeblocks.offload.device import Target
 from edgeblocks.progress import Listener
 from edgeblocks.registry import family_type
-from edgeblocks.units import advised_budget, format_bytes
+from edgeblocks.units import advised_budget, format_bytes, who_holds
 
 DECODING_SLACK_BYTES = 12_000_000
 """Beside a picture: pieces of it on their way to the cache, code of Pillow's decoders."""
 
 
-def data_of(run: RunSettings, progress: Progress, *, room_bytes: int | None = None) -> DataSet:
+def data_of(
+    run: RunSettings, progress: Progress, *, room_bytes: int | None = None, budget_bytes: int | None = None
+) -> DataSet:
     """The data that a run's settings name; see `open_images` and `open_text`.
+
+    Args:
+        room_bytes: memory that reading may take in this process; None does not bound it.
+        budget_bytes: that of a process that reads beside it, as text is.
 
     Raises:
         ConfigError: settings of images for a family that reads text, or the other way round.
@@ -27,15 +35,21 @@ def data_of(run: RunSettings, progress: Progress, *, room_bytes: int | None = No
     reads = family_type(run.family).reads
     check_data_settings(run, reads)
     if reads == "text":
+        asked: dict[str, Any] = {
+            "tokenizer": run.tokenizer,
+            "vocabulary": run.vocab,
+            "length": run.length,
+            "hold_out": run.hold_out,
+            "text_key": run.text_key,
+        }
+        request = {"source": run.data, "cache_dir": str(cache_folder()), "budget_bytes": budget_bytes, **asked}
         return open_text(
             run.data,
-            tokenizer=run.tokenizer,
-            vocabulary=run.vocab,
-            length=run.length,
-            hold_out=run.hold_out,
+            **asked,
             cache_dir=cache_folder(),
             progress=progress,
             room_bytes=room_bytes,
+            elsewhere=lambda: tokenise_in_child(request, progress),
         )
     return open_images(
         run.data,
@@ -54,7 +68,7 @@ def check_data_settings(run: RunSettings, reads: str) -> None:
     Raises:
         ConfigError: with all that are of the other kind.
     """
-    others = {"images": ("tokenizer", "vocab", "length"), "text": ("image_size",)}[reads]
+    others = {"images": ("tokenizer", "vocab", "length", "text_key"), "text": ("image_size",)}[reads]
     usual = RunSettings()
     problems = [
         f"{name}={getattr(run, name)}: {run.family} reads {reads}, and {name} is for families that do not; leave it out"
@@ -101,13 +115,17 @@ def open_run_data(settings: Settings, listener: Listener, *, budget_bytes: int, 
     taken_bytes = target.host_used_bytes() + DECODING_SLACK_BYTES
     room_bytes = max(0, budget_bytes - taken_bytes)
     try:
-        data_set = data_of(settings.run, listener.advance, room_bytes=room_bytes)
+        data_set = data_of(settings.run, listener.advance, room_bytes=room_bytes, budget_bytes=budget_bytes)
     except NoRoomToReadError as error:
+        holder = who_holds(taken_bytes)
+        if error.taken_bytes is not None:  # read by a process that has an interpreter, and little else
+            taken_bytes, holder = error.taken_bytes, "the interpreter that reads it"
+            room_bytes = max(0, budget_bytes - taken_bytes)
         smallest_bytes = taken_bytes + error.needed_bytes
         flag = "--mem-budget" if target.host_bytes() is None else "--ram-budget"
         raise DoesNotFitError(
             f"{error.what} takes up to {format_bytes(error.needed_bytes)} to read, and the budget of "
-            f"{format_bytes(budget_bytes)} leaves {format_bytes(room_bytes)} after the interpreter and its libraries "
+            f"{format_bytes(budget_bytes)} leaves {format_bytes(room_bytes)} after {holder} "
             f"({format_bytes(taken_bytes)}); use {flag} {advised_budget(smallest_bytes)} or more the first time "
             f"(then it is in the cache), or make it smaller",
             smallest_bytes,
@@ -115,6 +133,8 @@ def open_run_data(settings: Settings, listener: Listener, *, budget_bytes: int, 
     if data_set.unreadable:
         shown = ", ".join(data_set.unreadable[:5]) + (", .." if len(data_set.unreadable) > 5 else "")
         listener.note(f"skipped {len(data_set.unreadable)} unreadable files: {shown}")
+    if data_set.reading:
+        listener.note(data_set.reading)
     for warning in data_set.warnings:
         listener.note(f"note: {warning}")
     return data_set
