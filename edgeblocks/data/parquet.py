@@ -1,8 +1,9 @@
 """Documents in the rows of a .parquet file, read by bytes: what a page unpacks to is known before it is unpacked.
 
-A column's values lie in pages, each unpacked as a whole. A page of 1 MB is usual, but of long documents one page can be
-all of them, and a few packed kilobytes can unpack to gigabytes. So the headers of the pages are read first, which say both
-sizes; the library is then asked for few rows at a time, and their text is decoded from its buffers piece by piece.
+A column's values lie in pages, each unpacked as a whole. A page of 1 MB is usual, but of long documents one page can
+be all of them, and a few packed kilobytes can unpack to gigabytes. So the headers of the pages are read first, which
+say both sizes; the library is then asked for few rows at a time, and their text is decoded from its buffers piece by
+piece.
 
 Source: the Parquet format, https://github.com/apache/parquet-format (`parquet.thrift`, its compact protocol).
 """
@@ -30,6 +31,7 @@ _SKEW = 4
 _BYTES_AT_ONCE = 2**24
 _MOST_ROWS_AT_ONCE = 64
 _MOST_FOOTER_BYTES = 2**28
+_SMALLER_PAGES = "save it in row groups of fewer rows (pyarrow.parquet.write_table(.., row_group_size=..))"
 _TEXT_KINDS = ("string", "large_string", "string_view", "binary", "large_binary", "binary_view")
 
 
@@ -169,11 +171,11 @@ def _sizes_of(path: Path, metadata: Any, group: int, reading: Reading) -> PageSi
     sizes = _page_sizes(path, _column(metadata, group, reading.text_key))
     if sizes.room_bytes:
         try:
-            reading.check_room(_described(path, sizes), sizes.room_bytes)
+            reading.check_room(_described(path, sizes), sizes.room_bytes, _SMALLER_PAGES)
         except NoRoomToReadError:  # told once, with the room that the largest pages need
             for later in range(group + 1, metadata.num_row_groups):
                 sizes |= _page_sizes(path, _column(metadata, later, reading.text_key))
-            reading.check_room(_described(path, sizes), sizes.room_bytes)
+            reading.check_room(_described(path, sizes), sizes.room_bytes, _SMALLER_PAGES)
     return sizes
 
 

@@ -1,5 +1,5 @@
-"""Text in files of its own, read piece by piece; and what all readers of text share: pieces, decoding, encodings by their
-marks, and the memory that a document may take.
+"""Text in files of its own, read piece by piece; and what all readers of text share: pieces, decoding, encodings by
+their marks, and the memory that a document may take.
 """
 
 import codecs
@@ -56,7 +56,7 @@ class FoundText(NamedTuple):
     state: str
 
 
-def _any_room(_what: str, _needed_bytes: int) -> None:
+def _any_room(_what: str, _needed_bytes: int, _cure: str) -> None:
     """Where nothing bounds the memory."""
 
 
@@ -65,14 +65,14 @@ class Reading:
     """How files are read.
 
     text_key: the key or the column of records that holds the text.
-    check_room: called with what takes memory, and how many bytes, before they are taken.
+    check_room: called with what takes memory, how many bytes, and what else would do, before they are taken.
 
         Raises:
             NoRoomToReadError: there are not so many.
     """
 
     text_key: str = "text"
-    check_room: Callable[[str, int], None] = field(default=_any_room)
+    check_room: Callable[[str, int, str], None] = field(default=_any_room)
 
 
 def plain_text(file: FoundText, begin: int) -> Iterator[Piece]:
@@ -170,7 +170,7 @@ def cut(text: str, start: int, end: int) -> Iterator[Piece]:
 
 
 def on_disk(path: Path) -> Path:
-    """The path; where there is none, the one whose name has the same letters, composed otherwise (as a Mac writes é)."""
+    """The path; where there is none, the one whose name has the same letters, composed otherwise (é, as on a Mac)."""
     if path.exists() or not path.parent.is_dir():
         return path
     wanted = unicodedata.normalize("NFC", path.name)

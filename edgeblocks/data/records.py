@@ -1,5 +1,5 @@
-"""Documents in records: lines of JSON, an array of JSON objects, and tables of text (.csv, .tsv). Each record has its text
-under one key.
+"""Documents in records: lines of JSON, an array of JSON objects, and tables of text (.csv, .tsv). Each record has its
+text under one key.
 """
 
 import csv
@@ -58,7 +58,11 @@ def json_documents(file: FoundText, begin: int, reading: Reading) -> Iterator[It
                 f"{file.path} is one array of {file.size_bytes} bytes, and at most {MOST_JSON_BYTES} are read at once; "
                 "write an object a line, which is read piece by piece: jq -c '.[]' FILE.json > FILE.jsonl"
             )
-        reading.check_room(str(file.path), (1 + _COPIES * _width(head)) * file.size_bytes)
+        reading.check_room(
+            f"the array in {file.path}",
+            (1 + _COPIES * _width(head)) * file.size_bytes,
+            "write an object a line: jq -c '.[]' FILE.json > FILE.jsonl",
+        )
         content = head + stream.read(MOST_JSON_BYTES)
     text, _ = decode(file.path, content, 0, final=True)
     del content
@@ -170,12 +174,12 @@ def _rest(file: FoundText, stream: BinaryIO, number: int, line: bytes, reading: 
     if length <= MOST_JSON_BYTES:
         needed_bytes = (1 + _COPIES * width) * length
         try:
-            reading.check_room(where, needed_bytes)
+            reading.check_room(where, needed_bytes, "divide it")
         except NoRoomToReadError:  # told once, with the room that the longest line needs
             while step := _skip_line(stream):
                 longest = max(longest, step)
             longest = min(longest, MOST_JSON_BYTES)
-            reading.check_room(f"{where}, or a later one,", (1 + _COPIES * width) * longest)
+            reading.check_room(f"{where}, or a later one,", (1 + _COPIES * width) * longest, "divide it")
         stream.seek(start)
         return stream.readline(MOST_JSON_BYTES)
     raise DataError(f"{where} is longer than {MOST_JSON_BYTES} bytes, the most that one document may have; divide it")

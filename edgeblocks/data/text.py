@@ -296,10 +296,11 @@ class _Tokenising:
             needed_bytes = self._text.reading_bytes + tokenising_bytes
             raise NoRoomToReadError(f"the text '{self._text.source}' with tokenizer: {self._chosen}", needed_bytes)
 
-    def _check_document(self, what: str, document_bytes: int) -> None:
+    def _check_document(self, what: str, document_bytes: int, cure: str) -> None:
         """That there is room for a document beside what tokenising takes."""
-        if not self._has_room(self._needed_bytes + document_bytes):
-            raise NoRoomToReadError(what, self._text.reading_bytes + self._needed_bytes + document_bytes)
+        needed_bytes = self._needed_bytes + document_bytes
+        if not self._has_room(needed_bytes):
+            raise NoRoomToReadError(what, self._text.reading_bytes + needed_bytes, cure=cure)
 
 
 def _with_short_words(text: str) -> list[str]:

@@ -1,8 +1,8 @@
 """Tokenising in a process of its own, which leaves nothing behind in the one that trains.
 
-Learning byte pairs and unpacking pages of long documents take memory that an allocator keeps when it is freed, and calls of
-libraries that no signal interrupts. Here they have their own interpreter, without torch, under the same budget; Ctrl-C ends
-it at once.
+Learning byte pairs and unpacking pages of long documents take memory that an allocator keeps when it is freed, and
+calls of libraries that no signal interrupts. Here they have their own interpreter, without torch, under the same
+budget; Ctrl-C ends it at once.
 """
 
 import contextlib
@@ -59,7 +59,7 @@ def tokenise_in_child(request: Mapping[str, object], progress: Progress) -> None
 def _error(told: Mapping[str, Any]) -> EdgeblocksError:
     kind = getattr(errors, told["error"])
     if kind is NoRoomToReadError:
-        return NoRoomToReadError(told["what"], told["needed_bytes"], taken_bytes=told["taken_bytes"])
+        return NoRoomToReadError(told["what"], told["needed_bytes"], taken_bytes=told["taken_bytes"], cure=told["cure"])
     if kind is ConfigError:
         return ConfigError(*told["problems"])
     error: EdgeblocksError = kind(told["message"])
@@ -81,7 +81,7 @@ def main() -> None:
     try:
         open_text(**{**request, "cache_dir": Path(request["cache_dir"])}, progress=progress, room_bytes=room_bytes)
     except NoRoomToReadError as error:
-        told = {"what": error.what, "needed_bytes": error.needed_bytes, "taken_bytes": taken_bytes}
+        told = {"what": error.what, "needed_bytes": error.needed_bytes, "taken_bytes": taken_bytes, "cure": error.cure}
         print(json.dumps({"error": "NoRoomToReadError", **told}), flush=True)
     except ConfigError as error:
         print(json.dumps({"error": "ConfigError", "problems": error.problems}), flush=True)

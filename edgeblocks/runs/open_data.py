@@ -127,7 +127,7 @@ def open_run_data(settings: Settings, listener: Listener, *, budget_bytes: int, 
             f"{error.what} takes up to {format_bytes(error.needed_bytes)} to read, and the budget of "
             f"{format_bytes(budget_bytes)} leaves {format_bytes(room_bytes)} after {holder} "
             f"({format_bytes(taken_bytes)}); use {flag} {advised_budget(smallest_bytes)} or more the first time "
-            f"(then it is in the cache), or make it smaller",
+            f"(then it is in the cache), or {error.cure}",
             smallest_bytes,
         ) from error
     if data_set.unreadable:
