@@ -1,14 +1,9 @@
 """How large settings, networks and data sets may be: what lies above is a slip of the keyboard or a damaged file, and
 is refused before memory is taken for it.
-
-Decoding was measured to take 4 to 20 bytes a pixel (WebP with transparency most, PNG 4 to 11), so that one picture
-costs at most 0.7 GB, and 0.35 GB where the set keeps the pictures' own size.
 """
 
-MOST_DECODED_PIXELS = 2**25
-"""Of one picture that is then made smaller. A JPEG counts with the size that its decoder reduces it to."""
-MOST_PROGRESSIVE_PIXELS = 2**26
-"""Of a progressive JPEG, whose decoder keeps all of it, 3 to 6 bytes a pixel, before it can reduce anything."""
+MOST_RESIZED_PIXELS = 2**25
+"""Of one image in an array that is then made smaller. A picture's file may have as many as its reading has memory."""
 MOST_PICTURE_BYTES = 2**28
 """Of a picture's file, which some decoders read whole."""
 MOST_PIXELS = 2**24

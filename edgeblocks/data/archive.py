@@ -1,5 +1,7 @@
 """An .npz file of images, read as a stream: `images` [`labels`], or Keras' x_train [y_train] [x_test [y_test]].
 
+Labels are numbers of classes or their names; `class_names` may name what the numbers stand for.
+
 An .npz is a zip of .npy files. Each member is unpacked a piece at a time, so that the arrays may be larger than the
 memory, and its header is compared with its size before anything is allocated. Pickled objects are never loaded.
 """
@@ -23,16 +25,21 @@ from PIL import Image
 
 from edgeblocks.data.dataset import Progress
 from edgeblocks.data.decoding import fit_square
+from edgeblocks.data.file_identity import file_identity
 from edgeblocks.data.image_cache import FORMAT_VERSION, CacheWriter, Content
+from edgeblocks.data.labels import Classes, Labels, number_classes
 from edgeblocks.data.npy import NpyHeader, Readable, read_npy_header
+from edgeblocks.data.picture_files import listed
 from edgeblocks.errors import DataError
 from edgeblocks.files.untrusted import MalformedFileError, open_regular
-from edgeblocks.limits import LONGEST_SIDE, MOST_CLASSES, MOST_DECODED_PIXELS, MOST_IMAGES, MOST_PIXELS
+from edgeblocks.limits import LONGEST_SIDE, MOST_CLASSES, MOST_IMAGES, MOST_PIXELS, MOST_RESIZED_PIXELS
 
 _CHUNK_VALUES = 2**20
 _PIECE_BYTES = 2**20
 _MOST_DEFLATED = 1032
 """Deflate, the only packing that numpy uses, makes nothing smaller than this many times."""
+_CLASS_NAMES = "class_names"
+_LONGEST_NAME_BYTES = 2**12
 _ACCEPTED_KEYS = "`images` and optionally `labels`, or x_train, y_train, x_test, y_test"
 
 
@@ -55,7 +62,8 @@ class _Part:
     """Images [n, H, W] or [n, H, W, C] and their labels, checked against each other."""
 
     images: _Member
-    labels: NDArray[np.int64] | None
+    labels: Labels | None
+    labels_name: str | None
 
     def values_per_image(self, image_size: int | None) -> int:
         """The larger of what an image has in the file and in the cache."""
@@ -71,13 +79,12 @@ class _Part:
 class ImageArchive:
     """Reads the images of an .npz file into a cache.
 
-    key: names the cache; changes with the file's path, size or time of change, and with `image_size`.
+    key: names the cache; changes with the file's path, size, times or place on the disk, and with `image_size`.
     """
 
     def __init__(self, path: Path, image_size: int | None) -> None:
         self._path, self._image_size = path, image_size
-        status = path.stat()
-        described = f"npz {FORMAT_VERSION} {image_size} {status.st_size} {status.st_mtime_ns}\0"
+        described = f"npz {FORMAT_VERSION} {image_size} {file_identity(path.stat())}\0"
         self.key = hashlib.sha256(described.encode() + os.fsencode(path)).hexdigest()
 
     def fill(self, cache: CacheWriter, progress: Progress) -> Content:
@@ -93,19 +100,20 @@ class ImageArchive:
             if num_images < 2:
                 raise DataError(f"{self._path} holds {num_images} image; at least 2 are needed; add images")
             self._check_number(num_images)
-            class_names = self._class_names(parts)
+            classes = self._classes(archive, parts)
             shape = self._common_shape(parts)
             cache.begin(shape, num_images, has_labels=parts[0].labels is not None)
             done = 0
-            for part in parts:
+            for number, part in enumerate(parts):
                 start = 0
                 for pixels in self._pixels(archive, part):
                     stop = start + len(pixels)
-                    cache.append(pixels, None if part.labels is None else part.labels[start:stop])
+                    cache.append(pixels, classes.labels[number][start:stop] if classes.labels else None)
                     done, start = done + len(pixels), stop
                     progress(done, num_images, "decoding")
+            left_out = self._left_out(archive, parts)
         num_test = parts[1].images.shape[0] if len(parts) > 1 else 0
-        return Content(class_names=class_names, num_test=num_test)
+        return Content(class_names=classes.names, num_test=num_test, left_out=left_out, notes=classes.notes)
 
     def _parts(self, archive: zipfile.ZipFile) -> list[_Part]:
         found = {name.removesuffix(".npy") for name in archive.namelist() if name.endswith(".npy")}
@@ -131,7 +139,7 @@ class ImageArchive:
         images = self._member(archive, images_name)
         self._check_images(images)
         labels = None if labels_name is None else self._labels(archive, labels_name, images)
-        return _Part(images=images, labels=labels)
+        return _Part(images=images, labels=labels, labels_name=labels_name)
 
     def _member(self, archive: zipfile.ZipFile, name: str) -> _Member:
         """An array's header, which must agree with the bytes that follow it."""
@@ -143,7 +151,8 @@ class ImageArchive:
         if dtype.hasobject:
             raise DataError(
                 f"{self._path}: `{name}` holds Python objects (dtype {dtype}), which only pickle could load, and a "
-                "pickle can run any code; make one array of it, for example with numpy.stack, and save it again"
+                "pickle can run any code; make one array of it, for example with numpy.stack, or of names with "
+                "numpy.array(.., str), and save it again"
             )
         if header.fortran_order:
             raise DataError(
@@ -196,7 +205,7 @@ class ImageArchive:
             raise DataError(f"{self._path}: `{images.name}` has dtype {images.dtype}; wanted uint8; convert it")
         self._check_number(images.shape[0])
         height, width = images.shape[1:3]
-        most_pixels = MOST_PIXELS if self._image_size is None else MOST_DECODED_PIXELS
+        most_pixels = MOST_PIXELS if self._image_size is None else MOST_RESIZED_PIXELS
         if max(height, width) > LONGEST_SIDE or height * width > most_pixels:
             raise DataError(
                 f"{where}: images of {height} x {width} pixels; at most {most_pixels} pixels and {LONGEST_SIDE} a side "
@@ -209,7 +218,7 @@ class ImageArchive:
                 f"{self._path} holds {num_images} images, and at most {MOST_IMAGES} are trained on; give a part of them"
             )
 
-    def _labels(self, archive: zipfile.ZipFile, name: str, images: _Member) -> NDArray[np.int64]:
+    def _labels(self, archive: zipfile.ZipFile, name: str, images: _Member) -> Labels:
         member = self._member(archive, name)
         num_images = images.shape[0]
         if len(member.shape) != 1 and not (len(member.shape) == 2 and member.shape[1] == 1):
@@ -222,16 +231,18 @@ class ImageArchive:
                 f"{self._path}: {num_images} images in `{images.name}` and {member.shape[0]} labels in `{name}`; "
                 "save one label per image, in the same order"
             )
+        if member.dtype.kind in "US":
+            return self._named_labels(archive, member)
         if member.dtype.kind not in "iu":
-            raise DataError(f"{self._path}: `{name}` has dtype {member.dtype}; wanted whole numbers; save it as int64")
+            raise DataError(
+                f"{self._path}: `{name}` has dtype {member.dtype}; wanted whole numbers or names; save it as int64"
+            )
         values = np.empty(num_images, dtype=np.int64)
         smallest = largest = num_negative = 0
-        with self._unpacking(archive, member) as take:
-            for start in range(0, num_images, member.piece_values):
-                piece = take(min(member.piece_values, num_images - start))
-                smallest, largest = min(smallest, int(piece.min())), max(largest, int(piece.max()))
-                num_negative += int((piece < 0).sum())
-                values[start : start + len(piece)] = piece.astype(np.int64)
+        for start, piece in self._pieces(archive, member):
+            smallest, largest = min(smallest, int(piece.min())), max(largest, int(piece.max()))
+            num_negative += int((piece < 0).sum())
+            values[start : start + len(piece)] = piece.astype(np.int64)
         if smallest < 0:
             raise DataError(
                 f"{self._path}: `{name}` holds {num_negative} negative class numbers, the smallest {smallest}; "
@@ -242,11 +253,74 @@ class ImageArchive:
                 f"{self._path}: `{name}` goes up to {largest}, which means {largest + 1} classes, and at most "
                 f"{MOST_CLASSES} are accepted; number the classes from 0 without gaps"
             )
-        return values
+        return Labels(values)
 
-    def _class_names(self, parts: list[_Part]) -> tuple[str, ...]:
-        largest = [int(part.labels.max()) for part in parts if part.labels is not None]
-        return tuple(str(number) for number in range(max(largest) + 1)) if largest else ()
+    def _named_labels(self, archive: zipfile.ZipFile, member: _Member) -> Labels:
+        """Labels that are names, numbered as they come."""
+        numbers: dict[str, int] = {}
+        values = np.empty(member.shape[0], dtype=np.int64)
+        for start, piece in self._pieces(archive, member):
+            names, places = np.unique(piece, return_inverse=True)
+            known = [numbers.setdefault(name, len(numbers)) for name in self._texts(names, member.name)]
+            values[start : start + len(piece)] = np.array(known, dtype=np.int64)[places]
+            if len(numbers) > MOST_CLASSES:
+                raise DataError(
+                    f"{self._path}: `{member.name}` holds more than {MOST_CLASSES} different names, the most "
+                    "that are accepted; give each image the name of its class"
+                )
+        return Labels(values, tuple(numbers))
+
+    def _pieces(self, archive: zipfile.ZipFile, member: _Member) -> Iterator[tuple[int, NDArray[Any]]]:
+        """An array's values, flat, a piece at a time, and the number of the first one of each."""
+        if not 0 < member.dtype.itemsize <= _LONGEST_NAME_BYTES:
+            raise DataError(
+                f"{self._path}: the texts in `{member.name}` take {member.dtype.itemsize} bytes each, and names of "
+                f"classes take 1 to {_LONGEST_NAME_BYTES}; give shorter names"
+            )
+        num_values = member.shape[0]
+        with self._unpacking(archive, member) as take:
+            for start in range(0, num_values, member.piece_values):
+                yield start, take(min(member.piece_values, num_values - start))
+
+    def _texts(self, values: NDArray[Any], name: str) -> list[str]:
+        """Values of an array of texts, or of bytes in UTF-8."""
+        try:
+            texts = [text.decode("utf-8") if isinstance(text, bytes) else text for text in values.tolist()]
+            for text in texts:
+                text.encode("utf-8")
+        except ValueError as error:  # half a character, or a number that is none
+            raise DataError(
+                f"{self._path}: `{name}` holds names that are no text in Unicode ({error}); save it as str again"
+            ) from error
+        return texts
+
+    def _classes(self, archive: zipfile.ZipFile, parts: list[_Part]) -> Classes:
+        labels = [part.labels for part in parts if part.labels is not None]
+        given = self._class_names(archive) if labels and f"{_CLASS_NAMES}.npy" in archive.namelist() else None
+        try:
+            return number_classes(labels, given) if labels else Classes(labels=[], names=())
+        except ValueError as error:
+            raise DataError(f"{self._path}: {error}; mend the labels or the names and save the file again") from error
+
+    def _class_names(self, archive: zipfile.ZipFile) -> tuple[str, ...]:
+        member = self._member(archive, _CLASS_NAMES)
+        where = f"{self._path}: `{_CLASS_NAMES}`"
+        if member.dtype.kind not in "US" or len(member.shape) != 1 or not 0 < member.shape[0] <= MOST_CLASSES:
+            raise DataError(
+                f"{where} has shape {member.shape} and dtype {member.dtype}; wanted 1 to {MOST_CLASSES} names, the "
+                "first that of class 0; save numpy.array(names, str)"
+            )
+        names = [name for _, piece in self._pieces(archive, member) for name in self._texts(piece, _CLASS_NAMES)]
+        if num_twice := len(names) - len(set(names)):
+            raise DataError(f"{where}: {num_twice} of its {len(names)} names are there already; make them differ")
+        return tuple(names)
+
+    def _left_out(self, archive: zipfile.ZipFile, parts: list[_Part]) -> tuple[str, ...]:
+        """Arrays that stand for nothing here, such as labels under another name."""
+        used = {name for part in parts for name in (part.images.name, part.labels_name)}
+        used |= {_CLASS_NAMES} if parts[0].labels else set()
+        beside = sorted({name.removesuffix(".npy") for name in archive.namelist()} - used)
+        return (f"{len(beside)} arrays ({listed(beside)})",) if beside else ()
 
     def _common_shape(self, parts: list[_Part]) -> tuple[int, int, int]:
         """The (H, W, C) that all images have in the cache."""

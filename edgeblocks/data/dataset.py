@@ -31,11 +31,12 @@ class DataSet(Protocol):
 
     source: where they are from, as the user named it.
     fingerprint: sha256 of all that a training run sees, in hexadecimal: the same wherever the data lie.
+    reading: what was read and what was left out with its numbers, in one line; the same where it is from a cache.
     class_names: one name a class, () without classes.
     unreadable: the files that were skipped, relative to the folder.
-    reading: what was read, in a line for people: how much was used, and what was left out and why; "" if built in.
     warnings: what the user should know of how the data are used, one sentence each.
     has_held_out: whether there is a hold-out part.
+    train_examples: different examples that an order draws from.
     """
 
     @property
@@ -45,19 +46,22 @@ class DataSet(Protocol):
     def fingerprint(self) -> str: ...
 
     @property
+    def reading(self) -> str: ...
+
+    @property
     def class_names(self) -> tuple[str, ...]: ...
 
     @property
     def unreadable(self) -> tuple[str, ...]: ...
 
     @property
-    def reading(self) -> str: ...
-
-    @property
     def warnings(self) -> tuple[str, ...]: ...
 
     @property
     def has_held_out(self) -> bool: ...
+
+    @property
+    def train_examples(self) -> int: ...
 
     @property
     def tokenizer(self) -> Tokenizer | None:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from edgeblocks.data.cache import cache_folder
+from edgeblocks.data.file_identity import file_identity
 from edgeblocks.data.parquet import LIBRARY_ROOM_BYTES, parquet_documents
 from edgeblocks.data.plain_text import FoundText, Piece, Reading, composed, cut, on_disk, plain_text
 from edgeblocks.data.python_data import TEXT_FILE, is_python_data, python_folder
@@ -30,7 +31,7 @@ _RECORDS = {
     ".parquet": parquet_documents,
 }
 _ALONE_SUFFIXES = frozenset({".json", ".csv", ".tsv"})
-"""Read where they are named. Beside the texts of a folder they are settings, lists and indices more often than texts."""
+"""Read where they are named: beside the texts of a folder they are settings and lists more often than texts."""
 _FOLDER_SUFFIXES = TEXT_SUFFIXES | (_RECORDS.keys() - _ALONE_SUFFIXES)
 _ACCEPTED = (
     f'give "{BUILT_IN}" (built in), a text file in UTF-8, a .jsonl, .json, .csv, .tsv or .parquet file with a key or a '
@@ -145,7 +146,7 @@ def _look_through(source: str, path: Path) -> TextSource:
     digest, num_files, total_bytes, reading_bytes = hashlib.sha256(os.fsencode(path)), 0, 0, 0
     left_out: Counter[str] = Counter()
     for file in _files(path, left_out):
-        digest.update(os.fsencode(f"\0{file.name}\0{file.size_bytes} {file.state}"))
+        digest.update(os.fsencode(f"\0{file.name}\0{file.identity}"))
         num_files += 1
         total_bytes += file.size_bytes
         if file.path.suffix.lower() == ".parquet":
@@ -206,8 +207,7 @@ def _found(path: Path, name: str) -> FoundText:
         status = path.stat()
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}; mend or remove it") from error
-    # Archives are unpacked with the times that they hold: the time of the inode's change is this disk's own.
-    return FoundText(path, name, status.st_size, f"{status.st_mtime_ns} {status.st_ctime_ns} {status.st_ino}")
+    return FoundText(path, name, status.st_size, file_identity(status))
 
 
 def _documents(file: FoundText, begin: int, reading: Reading) -> Iterator[Iterator[Piece]]:

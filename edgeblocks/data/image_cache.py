@@ -9,17 +9,18 @@ import json
 import math
 import os
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from edgeblocks.data.cache import CacheFiles, CacheKind, RowFile, open_or_build, read_meta, read_rows
+from edgeblocks.data.deep_grey import GreyRange
 from edgeblocks.errors import StorageError
 from edgeblocks.limits import MOST_CLASSES, MOST_IMAGES, MOST_PIXELS, MOST_UNREADABLE
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 _KIND = CacheKind(
     name="image cache",
     content="decoded images",
@@ -28,15 +29,43 @@ _KIND = CacheKind(
     version=FORMAT_VERSION,
 )
 _SQUARES_CHUNK = 2**20
+_MOST_COMPARED = 2**19
+"""Images that are looked through for equal ones: each takes 8 bytes of memory while the cache is built."""
+_LONGEST_NOTE = 2**12
+_MOST_NOTES = 100
 
 
 @dataclass(frozen=True, kw_only=True)
 class Content:
-    """What a reader knows about its images beside the pixels. The last `num_test` images are its own test part."""
+    """What a reader knows about its images beside the pixels. The last `num_test` images are its own test part.
+
+    left_out: what the source holds beside them that is not read, each kind with its number.
+    notes: what the user should know of how they were read, one sentence each.
+    deep_range: values of grey of more than 8 bits that became 0 and 255; None where the upper eight bits of 16 did.
+    num_of_several: images from files that hold more than one, of which the first was taken.
+    """
 
     class_names: tuple[str, ...] = ()
     unreadable: tuple[str, ...] = ()
     num_test: int = 0
+    left_out: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    deep_range: GreyRange | None = None
+    num_of_several: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Doubts:
+    """What in the pixels may be a slip of who made the images.
+
+    brightest: the largest value of all.
+    num_again: images that are there already, value by value.
+    num_in_several_classes: images of which an equal one has another label.
+    """
+
+    brightest: int = 255
+    num_again: int = 0
+    num_in_several_classes: int = 0
 
 
 class ImageFile:
@@ -81,6 +110,7 @@ class StoredImages:
     moments: NDArray[np.int64]
     content: Content
     fingerprint: str
+    doubts: Doubts = Doubts()
 
 
 class CacheWriter:
@@ -96,11 +126,13 @@ class CacheWriter:
         self._has_labels = False
         self._num_images = 0
         self._pixel_hash, self._label_hash = hashlib.sha256(), hashlib.sha256()
+        self._digests, self._labels, self._brightest = bytearray(), bytearray(), 0
 
     def begin(self, image_shape: tuple[int, int, int], max_images: int, *, has_labels: bool) -> None:
         """Opens the files for up to `max_images` images of `image_shape` (H, W, C), after a look at the free space."""
         self._image_shape, self._has_labels, self._num_images = image_shape, has_labels, 0
         self._pixel_hash, self._label_hash = hashlib.sha256(), hashlib.sha256()
+        self._digests, self._labels, self._brightest = bytearray(), bytearray(), 0
         arrays: dict[str, tuple[type[np.generic], tuple[int, ...]]] = {
             "images.npy": (np.uint8, image_shape),
             "moments.npy": (np.int64, (2,)),
@@ -117,13 +149,39 @@ class CacheWriter:
         self._num_images += len(images)
         self._files.append("images.npy", images)
         self._files.append("moments.npy", image_moments(images))
+        self._look_at(images, labels)
         if labels is not None:
             self._label_hash.update(np.ascontiguousarray(labels).data)
             self._files.append("labels.npy", labels)
 
+    def _look_at(self, images: NDArray[np.uint8], labels: NDArray[np.int64] | None) -> None:
+        self._brightest = max(self._brightest, int(images.max(initial=0)))
+        if self._num_images <= _MOST_COMPARED:
+            for image in images:
+                self._digests += hashlib.blake2b(image.data, digest_size=8).digest()
+            self._labels += b"" if labels is None else labels.astype(np.int32).tobytes()
+
+    def _doubts(self) -> Doubts:
+        if self._num_images > _MOST_COMPARED:
+            return Doubts(brightest=self._brightest)
+        _, group, sizes = np.unique(
+            np.frombuffer(self._digests, dtype=np.uint64), return_inverse=True, return_counts=True
+        )
+        in_several = 0
+        if self._has_labels:
+            labels = np.frombuffer(self._labels, dtype=np.int32)
+            first = np.zeros(len(sizes), dtype=np.int32)
+            first[group] = labels
+            differs = np.zeros(len(sizes), dtype=bool)
+            differs[group[first[group] != labels]] = True
+            in_several = int(differs[group].sum())
+        return Doubts(brightest=self._brightest, num_again=len(group) - len(sizes), num_in_several_classes=in_several)
+
     def finish(self, content: Content) -> None:
         """Writes what is missing and flushes everything to the disk."""
         shape = (self._num_images, *self._image_shape)
+        told = {name: tuple(note[:_LONGEST_NOTE] for note in getattr(content, name)) for name in ("left_out", "notes")}
+        content = replace(content, **told)
         label_hash = self._label_hash.hexdigest() if self._has_labels else None
         self._files.finish(
             {
@@ -131,6 +189,7 @@ class CacheWriter:
                 "label_sha256": label_hash,
                 "fingerprint": content_fingerprint(shape, self._pixel_hash.hexdigest(), label_hash, content),
                 "content": asdict(content),
+                "doubts": asdict(self._doubts()),
             }
         )
 
@@ -200,6 +259,7 @@ def _read_cache(folder: Path) -> StoredImages:
         moments=moments,
         content=_content(meta["content"], num_images, labels),
         fingerprint=fingerprint,
+        doubts=Doubts(**{name: _count(meta["doubts"][name]) for name in asdict(Doubts())}),
     )
 
 
@@ -215,13 +275,40 @@ def _content(told: object, num_images: int, labels: NDArray[np.int64] | None) ->
     for names, most in ((class_names, MOST_CLASSES), (unreadable, MOST_UNREADABLE)):
         if not isinstance(names, list) or len(names) > most or not all(isinstance(name, str) for name in names):
             raise ValueError("names are a list of texts")
+    for notes in (told["left_out"], told["notes"]):
+        if not isinstance(notes, list) or len(notes) > _MOST_NOTES:
+            raise ValueError("notes are a list of texts")
+        if not all(isinstance(note, str) and len(note) <= _LONGEST_NOTE for note in notes):
+            raise ValueError("a note is a short text")
     if type(num_test) is not int or not 0 <= num_test < num_images:
         raise ValueError("the test part is a part")
     if (labels is None) != (not class_names):
         raise ValueError("labels are numbers of classes")
     if labels is not None and not (labels.min() >= 0 and labels.max() < len(class_names)):
         raise ValueError("labels are numbers of classes")
-    return Content(class_names=tuple(class_names), unreadable=tuple(unreadable), num_test=num_test)
+    return Content(
+        class_names=tuple(class_names),
+        unreadable=tuple(unreadable),
+        num_test=num_test,
+        left_out=tuple(told["left_out"]),
+        notes=tuple(told["notes"]),
+        deep_range=_deep_range(told["deep_range"]),
+        num_of_several=_count(told["num_of_several"]),
+    )
+
+
+def _deep_range(told: object) -> GreyRange | None:
+    if told is None:
+        return None
+    if not isinstance(told, list) or len(told) != 2 or any(type(end) is not int or abs(end) >= 2**32 for end in told):
+        raise ValueError("a range has two ends")
+    return GreyRange(*told)
+
+
+def _count(told: object) -> int:
+    if type(told) is not int or not 0 <= told < 2**63:
+        raise ValueError("a count is a number")
+    return told
 
 
 def _are_moments(moments: NDArray[np.int64], values_per_image: int) -> bool:

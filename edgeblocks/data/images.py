@@ -7,6 +7,7 @@ the disk, and a batch is read from there; only the labels and the indices of the
 import hashlib
 import importlib.resources
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from PIL import Image
 from edgeblocks.data.archive import ImageArchive
 from edgeblocks.data.dataset import Progress, silent
 from edgeblocks.data.decoding import fit_square
+from edgeblocks.data.deep_grey import GreyRange
 from edgeblocks.data.folder import ImageFolder
 from edgeblocks.data.image_cache import (
     Content,
@@ -27,6 +29,7 @@ from edgeblocks.data.image_cache import (
     image_moments,
     open_or_build_images,
 )
+from edgeblocks.data.image_reading import doubtful, reading, untrained
 from edgeblocks.data.order import BatchOrder
 from edgeblocks.errors import ConfigError, DataError
 
@@ -47,7 +50,9 @@ class ImageSet:
     unreadable: the image files that were skipped, relative to the folder.
     fingerprint: sha256 of pixels, labels and class names, in hexadecimal: the same wherever the data lies.
     resident_bytes: what the set keeps in memory.
-    warnings: empty; texts have them.
+    reading: what was read and what was left out with its numbers, in one line.
+    warnings: what may be a slip of who made the set, and what was changed of it, one sentence each.
+    deep_range: values of grey of more than 8 bits that became 0 and 255; None where the upper eight bits of 16 did.
     image_file: where `gather` reads from; None when the images are in memory.
     """
 
@@ -62,9 +67,10 @@ class ImageSet:
     fingerprint: str
     source: str
     resident_bytes: int
+    reading: str
     image_file: ImageFile | None = field(default=None, repr=False)
-    reading: str = ""
     warnings: tuple[str, ...] = ()
+    deep_range: GreyRange | None = None
 
     def gather(self, indices: NDArray[np.int64]) -> tuple[NDArray[np.uint8], NDArray[np.int64] | None]:
         """Copies of the images uint8 [b, H, W, C] and labels int64 [b] at `indices`; leaves nothing else resident.
@@ -84,6 +90,10 @@ class ImageSet:
     @property
     def has_held_out(self) -> bool:
         return len(self.held_out) > 0
+
+    @property
+    def train_examples(self) -> int:
+        return len(self.train)
 
     def order(self, *, batch: int, seed: int, block: int) -> BatchOrder:
         """The order in which a block sees the training part."""
@@ -137,7 +147,9 @@ def open_images(
         return _open_digits(image_size, hold_out, seed)
     reader = _reader(source, image_size, room_bytes)
     stored = open_or_build_images(cache_dir, reader.key, lambda cache: reader.fill(cache, progress or silent))
-    return _image_set(stored, source, hold_out, seed)
+    beside = reader.left_out.described() if isinstance(reader, ImageFolder) else ()
+    warnings = reader.warnings if isinstance(reader, ImageFolder) else ()
+    return _image_set(stored, source, hold_out, seed, left_out=beside, warnings=warnings)
 
 
 def split(num_images: int, hold_out: float, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -150,6 +162,21 @@ def split(num_images: int, hold_out: float, seed: int) -> tuple[NDArray[np.int64
     num_held_out = min(num_images - 1, max(1, round(hold_out * num_images))) if hold_out > 0 else 0
     order = np.random.default_rng([seed, _SPLIT_STREAM]).permutation(num_images).astype(np.int64)
     return np.sort(order[num_held_out:]), np.sort(order[:num_held_out])
+
+
+def with_every_class(
+    train: NDArray[np.int64], held_out: NDArray[np.int64], labels: NDArray[np.int64] | None
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """The two parts, where the first held-out image of a class without any in the training part has moved there.
+
+    >>> with_every_class(np.array([0, 1]), np.array([2, 3, 4]), np.array([0, 0, 0, 1, 1]))
+    (array([0, 1, 3]), array([2, 4]))
+    """
+    if labels is None:
+        return train, held_out
+    classes, firsts = np.unique(labels[held_out], return_index=True)
+    needed = firsts[~np.isin(classes, labels[train])]
+    return np.sort(np.concatenate([train, held_out[needed]])), np.delete(held_out, needed)
 
 
 def _check_settings(image_size: int | None, hold_out: float) -> None:
@@ -203,15 +230,28 @@ def _open_digits(image_size: int | None, hold_out: float, seed: int) -> ImageSet
     return _image_set(stored, "digits", hold_out, seed)
 
 
-def _image_set(stored: StoredImages, source: str, hold_out: float, seed: int) -> ImageSet:
+def _image_set(
+    stored: StoredImages,
+    source: str,
+    hold_out: float,
+    seed: int,
+    *,
+    left_out: Sequence[str] = (),
+    warnings: Sequence[str] = (),
+) -> ImageSet:
     images, labels, content = stored.images, stored.labels, stored.content
     num_images = len(images)
     if num_images < 2:
         raise DataError(f"data '{source}' has {num_images} usable image; at least 2 are needed")
+    notes = [*warnings, *content.notes, *doubtful(stored)]
     if content.num_test:
         train, held_out = np.split(np.arange(num_images, dtype=np.int64), [num_images - content.num_test])
     else:
         train, held_out = split(num_images, hold_out, seed)
+        train, held_out = with_every_class(train, held_out, labels)
+        if hold_out and not len(held_out):
+            notes.append("no image is held out: each one is the only one of its class; give more images a class")
+    notes += untrained(labels, train, content.class_names)
     mean, std = _mean_std(stored.moments[train], math.prod(images.shape[1:]), source)
     in_memory: list[NDArray[Any]] = [train, held_out]
     in_memory += [images] if stored.image_file is None else []
@@ -227,8 +267,11 @@ def _image_set(stored: StoredImages, source: str, hold_out: float, seed: int) ->
         unreadable=content.unreadable,
         fingerprint=stored.fingerprint,
         source=source,
+        reading=reading(stored, left_out),
         resident_bytes=sum(array.nbytes for array in in_memory),
         image_file=stored.image_file,
+        warnings=tuple(notes),
+        deep_range=content.deep_range,
     )
 
 

@@ -53,7 +53,7 @@ class FoundText(NamedTuple):
     path: Path
     name: str
     size_bytes: int
-    state: str
+    identity: str
 
 
 def _any_room(_what: str, _needed_bytes: int, _cure: str) -> None:

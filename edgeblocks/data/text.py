@@ -88,7 +88,7 @@ class TextSet:
     bytes_per_token: float
     resident_bytes: int
     token_file: TokenFile = field(repr=False)
-    reading: str = ""
+    reading: str
     warnings: tuple[str, ...] = ()
     unreadable: tuple[str, ...] = ()
     class_names: tuple[str, ...] = ()
@@ -103,9 +103,14 @@ class TextSet:
         """Whether a part is kept for validation."""
         return self.train_tokens < self.num_tokens
 
+    @property
+    def train_examples(self) -> int:
+        """Windows of the training part, which begin at any of its tokens."""
+        return self.train_tokens - self.length + 1
+
     def order(self, *, batch: int, seed: int, block: int) -> WindowOrder:
         """The order in which a block sees the training part."""
-        return WindowOrder(num_starts=self.train_tokens - self.length + 1, batch=batch, seed=seed, block=block)
+        return WindowOrder(num_starts=self.train_examples, batch=batch, seed=seed, block=block)
 
     def gather(self, indices: NDArray[np.int64]) -> tuple[NDArray[np.int64], None]:
         """The windows int64 [b, length] that begin at `indices`, and no labels.
@@ -202,7 +207,7 @@ def open_text(
 def _told(text: TextSource, stored: StoredTokens) -> str:
     """What was read, in a line."""
     documents, empty = stored.account.documents, stored.account.empty
-    told = f"read {text.files_told()}: {documents:,} document{'s' * (documents != 1)}"
+    told = f"{text.files_told()}, {documents:,} document{'s' * (documents != 1)}"
     told += f", {stored.train.tokens + stored.held_out.tokens:,} tokens"
     left_out = [f"{empty:,} empty document{'s' * (empty != 1)}"] if empty else []
     left_out += [f"files of the folder ({text.left_out_told()})"] if text.left_out else []

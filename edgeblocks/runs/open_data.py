@@ -130,11 +130,10 @@ def open_run_data(settings: Settings, listener: Listener, *, budget_bytes: int, 
             f"(then it is in the cache), or {error.cure}",
             smallest_bytes,
         ) from error
+    listener.note(f"read: {data_set.reading}")
     if data_set.unreadable:
         shown = ", ".join(data_set.unreadable[:5]) + (", .." if len(data_set.unreadable) > 5 else "")
         listener.note(f"skipped {len(data_set.unreadable)} unreadable files: {shown}")
-    if data_set.reading:
-        listener.note(data_set.reading)
     for warning in data_set.warnings:
         listener.note(f"note: {warning}")
     return data_set

@@ -584,13 +584,13 @@ def test_what_was_read_and_left_out_is_told_from_the_cache_too(tmp_path):
     for name in ("c.pdf", "inner/d.pdf", "e.csv", "README", ".hidden"):
         (folder / name).write_text("no text")
     expected = (
-        "read 2 files of 1.23 KB: 2 documents, 1,190 tokens; left out: 2 empty documents, files of the folder "
+        "2 files of 1.23 KB, 2 documents, 1,190 tokens; left out: 2 empty documents, files of the folder "
         "(2 .pdf, 1 .csv, 1 without an ending)"
     )
     for _ in range(2):
         assert opened(folder, tmp_path / "cache").reading == expected
     assert opened("moby-dick", tmp_path / "cache").reading.startswith(
-        "read moby-dick (built in, 1.22 MB): 1 document, "
+        "moby-dick (built in, 1.22 MB), 1 document, "
     )
     (tmp_path / "tables").mkdir()
     (tmp_path / "tables/a.csv").write_text("text")
