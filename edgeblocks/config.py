@@ -19,7 +19,7 @@ from edgeblocks.files.checked import field_problems, problem, whole_text
 from edgeblocks.files.untrusted import MalformedFileError, read_text, shown
 from edgeblocks.limits import LONGEST_SEQUENCE, MOST_LAYERS, MOST_SAMPLES, MOST_STEPS, MOST_TOKENS
 from edgeblocks.methods import BoundaryDtype, Clipping, MethodName
-from edgeblocks.tasks import TASKS
+from edgeblocks.tasks import PYTHON_DATA, TASKS
 from edgeblocks.units import parse_size
 
 DEFAULT_PRESETS = {
@@ -192,7 +192,7 @@ class Settings:
                 ("work_dir", self.run.work_dir, (None,)),
                 ("init", self.run.init, (None,)),
             )
-            if text is not None and text not in known
+            if text is not None and text not in known and not text.startswith(PYTHON_DATA)
         }
         return replace(self, run=self.run.model_copy(update=whole))
 

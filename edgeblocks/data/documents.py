@@ -116,8 +116,11 @@ class TextSource:
         return ", ".join([*told, *([f"{others:,} others"] if others else [])])
 
 
-def find_text(source: str) -> TextSource:
+def find_text(source: str, cache_dir: Path | None = None) -> TextSource:
     """The text that the user means: "moby-dick", a file, or a folder that is searched with its sub-folders.
+
+    Args:
+        cache_dir: where texts are that a program gave.
 
     Raises:
         DataError: there is none.
@@ -126,7 +129,7 @@ def find_text(source: str) -> TextSource:
         text = _sample().encode()
         return TextSource(source=source, path=None, identity=hashlib.sha256(text).hexdigest(), total_bytes=len(text))
     if is_python_data(source):
-        path = python_folder(source, cache_folder()) / TEXT_FILE
+        path = python_folder(source, cache_folder() if cache_dir is None else cache_dir) / TEXT_FILE
         if not path.exists():
             raise DataError(f"data '{source}' are images; give text, such as a list of strings, or another family")
         return TextSource(source=source, path=path, identity=source, total_bytes=path.stat().st_size)

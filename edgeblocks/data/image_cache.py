@@ -208,6 +208,14 @@ def open_or_build_images(cache_dir: Path, key: str, fill: Callable[[CacheWriter]
     return open_or_build(_KIND, cache_dir, key, build=build, read=_read_cache)
 
 
+def open_images_of(folder: Path) -> StoredImages | None:
+    """A finished cache; None where it is damaged, or of something else."""
+    try:
+        return _read_cache(folder)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return None
+
+
 def image_moments(images: NDArray[np.uint8]) -> NDArray[np.int64]:
     """Sum and sum of squares of each image's pixel values: uint8 [n, ...] -> int64 [n, 2].
 

@@ -180,7 +180,7 @@ def open_text(
         NoRoomToReadError: tokenising takes more than `room_bytes`.
     """
     _check_settings(tokenizer, vocabulary, length, hold_out)
-    text = find_text(source)
+    text = find_text(source, cache_dir)
     work = _Tokenising(text, tokenizer, vocabulary, hold_out, text_key, progress or silent, room_bytes)
     if elsewhere is not None and not (cache_dir / work.key / "meta.json").exists():
         elsewhere()

@@ -1,19 +1,23 @@
 """The data that a run's settings name, opened inside its budget."""
 
-from collections.abc import Mapping
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from edgeblocks.config import TOKENIZERS, RunSettings, Settings
 from edgeblocks.data.cache import cache_folder
 from edgeblocks.data.dataset import DataSet, Progress
 from edgeblocks.data.images import open_images
+from edgeblocks.data.python_data import store_images, store_texts
 from edgeblocks.data.text import open_text
 from edgeblocks.data.tokenise import tokenise_in_child
 from edgeblocks.data.tokenizer import build_tokenizer
 from edgeblocks.errors import ConfigError, DoesNotFitError, NoRoomToReadError
 from edgeblocks.offload.device import Target
+from edgeblocks.profiling.budgets import budget_of_this_process, with_budgets
 from edgeblocks.progress import Listener
-from edgeblocks.registry import family_type
+from edgeblocks.registry import build_target, family_type
 from edgeblocks.units import advised_budget, format_bytes, who_holds
 
 DECODING_SLACK_BYTES = 12_000_000
@@ -106,16 +110,60 @@ def check_vocab(run: RunSettings, typed: Mapping[str, object], from_file: Mappin
     )
 
 
+def stored_source(data: object, settings: Settings, listener: Listener) -> str | None:
+    """Data as a setting: a path as text; what a program gave is read into the cache, inside the budget of this process.
+
+    Raises:
+        DataError: they are nothing that the run's family reads.
+        DoesNotFitError: converting an image would pass the budget.
+    """
+    if data is None or isinstance(data, str | os.PathLike):
+        return None if data is None else os.fspath(data)
+    run = settings.run
+    if family_type(run.family).reads == "text":
+        return store_texts(data, cache_dir=cache_folder(), text_key=run.text_key)
+    target = build_target(run.target)
+    budget_bytes = budget_of_this_process(
+        with_budgets(settings, beside_a_host=target.host_bytes() is not None).run, target
+    )
+    with _refusals_to_read_explained(budget_bytes, target) as room_bytes:
+        return store_images(
+            data,
+            cache_dir=cache_folder(),
+            image_size=run.image_size,
+            room_bytes=room_bytes,
+            progress=listener.advance,
+        )
+
+
 def open_run_data(settings: Settings, listener: Listener, *, budget_bytes: int, target: Target) -> DataSet:
     """The data of a run; pictures are decoded first, inside the budget of the memory that this process is in.
 
     Raises:
         DoesNotFitError: decoding a picture would pass the budget.
     """
+    with _refusals_to_read_explained(budget_bytes, target) as room_bytes:
+        data_set = data_of(settings.run, listener.advance, room_bytes=room_bytes, budget_bytes=budget_bytes)
+    listener.note(f"read: {data_set.reading}")
+    if data_set.unreadable:
+        shown = ", ".join(data_set.unreadable[:5]) + (", .." if len(data_set.unreadable) > 5 else "")
+        listener.note(f"skipped {len(data_set.unreadable)} unreadable files: {shown}")
+    for warning in data_set.warnings:
+        listener.note(f"note: {warning}")
+    return data_set
+
+
+@contextmanager
+def _refusals_to_read_explained(budget_bytes: int, target: Target) -> Iterator[int]:
+    """Gives the memory that reading may take in this process; says which budget would do where that is too little.
+
+    Raises:
+        DoesNotFitError: in place of NoRoomToReadError.
+    """
     taken_bytes = target.host_used_bytes() + DECODING_SLACK_BYTES
     room_bytes = max(0, budget_bytes - taken_bytes)
     try:
-        data_set = data_of(settings.run, listener.advance, room_bytes=room_bytes, budget_bytes=budget_bytes)
+        yield room_bytes
     except NoRoomToReadError as error:
         holder = who_holds(taken_bytes)
         if error.taken_bytes is not None:  # read by a process that has an interpreter, and little else
@@ -130,10 +178,3 @@ def open_run_data(settings: Settings, listener: Listener, *, budget_bytes: int, 
             f"(then it is in the cache), or {error.cure}",
             smallest_bytes,
         ) from error
-    listener.note(f"read: {data_set.reading}")
-    if data_set.unreadable:
-        shown = ", ".join(data_set.unreadable[:5]) + (", .." if len(data_set.unreadable) > 5 else "")
-        listener.note(f"skipped {len(data_set.unreadable)} unreadable files: {shown}")
-    for warning in data_set.warnings:
-        listener.note(f"note: {warning}")
-    return data_set

@@ -589,9 +589,7 @@ def test_what_was_read_and_left_out_is_told_from_the_cache_too(tmp_path):
     )
     for _ in range(2):
         assert opened(folder, tmp_path / "cache").reading == expected
-    assert opened("moby-dick", tmp_path / "cache").reading.startswith(
-        "moby-dick (built in, 1.22 MB), 1 document, "
-    )
+    assert opened("moby-dick", tmp_path / "cache").reading.startswith("moby-dick (built in, 1.22 MB), 1 document, ")
     (tmp_path / "tables").mkdir()
     (tmp_path / "tables/a.csv").write_text("text")
     with pytest.raises(DataError, match=r"its \.csv files are read one at a time: give one by name"):
