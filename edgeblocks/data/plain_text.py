@@ -146,13 +146,8 @@ def decode(path: Path, content: bytes, reached: int, *, final: bool) -> tuple[st
 def _unmarked_encoding(content: bytes) -> str | None:
     """UTF-16 or UTF-32 by where its NULs are; None where they are strewn about."""
     shares = [content[place::4].count(0) / max(1, len(content[place::4])) for place in range(4)]
-    often = [share > _NUL_SHARE for share in shares]
-    return {
-        (False, True, True, True): "UTF-32LE",
-        (True, True, True, False): "UTF-32BE",
-        (False, True, False, True): "UTF-16LE",
-        (True, False, True, False): "UTF-16BE",
-    }.get(tuple(often))
+    where = "".join("0" if share > _NUL_SHARE else "x" for share in shares)
+    return {"x000": "UTF-32LE", "000x": "UTF-32BE", "x0x0": "UTF-16LE", "0x0x": "UTF-16BE"}.get(where)
 
 
 def _other_encoding(path: Path, encoding: str) -> DataError:

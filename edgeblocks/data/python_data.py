@@ -88,7 +88,7 @@ def store_texts(data: object, *, cache_dir: Path, text_key: str) -> str:
     return _renamed(cache_dir, key, open_or_build(_TEXT, cache_dir, key, build=build, read=read))
 
 
-def _texts(data: object, text_key: str) -> Iterator[str]:
+def _texts(data: Any, text_key: str) -> Iterator[str]:
     """The texts that are not empty."""
     if isinstance(data, dict):
         _refuse_several_sets(data)

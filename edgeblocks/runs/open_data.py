@@ -1,8 +1,9 @@
 """The data that a run's settings name, opened inside its budget."""
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from edgeblocks.config import TOKENIZERS, RunSettings, Settings
@@ -12,7 +13,7 @@ from edgeblocks.data.images import open_images
 from edgeblocks.data.python_data import store_images, store_texts
 from edgeblocks.data.text import open_text
 from edgeblocks.data.tokenise import tokenise_in_child
-from edgeblocks.data.tokenizer import build_tokenizer
+from edgeblocks.data.tokenizer import build_tokenizer, read_tokenizer
 from edgeblocks.errors import ConfigError, DoesNotFitError, NoRoomToReadError
 from edgeblocks.offload.device import Target
 from edgeblocks.profiling.budgets import budget_of_this_process, with_budgets
@@ -20,6 +21,8 @@ from edgeblocks.progress import Listener
 from edgeblocks.registry import build_target, family_type
 from edgeblocks.units import advised_budget, format_bytes, who_holds
 
+PAIRS_LIBRARY_BYTES, BYTES_PER_PAIR = 25_000_000, 800
+"""Measured: 23 MB for the library, and 35 MB with 50,000 tokens."""
 DECODING_SLACK_BYTES = 12_000_000
 """Beside a picture: pieces of it on their way to the cache, code of Pillow's decoders."""
 
@@ -83,6 +86,24 @@ def check_data_settings(run: RunSettings, reads: str) -> None:
         raise ConfigError(*problems)
 
 
+def vocabulary_of(run: RunSettings) -> int:
+    """Different tokens that a text will have, before it is read: of byte pairs that are learned, the most.
+
+    Raises:
+        DataError: the tokenizer's file cannot be used.
+    """
+    if run.tokenizer == "bpe":
+        return run.vocab
+    if run.tokenizer in TOKENIZERS:
+        return build_tokenizer(run.tokenizer, None).vocabulary
+    return read_tokenizer(Path(run.tokenizer).expanduser()).vocabulary
+
+
+def tokenizer_bytes(run: RunSettings) -> int:
+    """What byte pairs that are learned will keep in memory, the library included."""
+    return PAIRS_LIBRARY_BYTES + BYTES_PER_PAIR * run.vocab if run.tokenizer == "bpe" else 0
+
+
 def check_vocab(run: RunSettings, typed: Mapping[str, object], from_file: Mapping[str, object]) -> None:
     """That a number of byte pairs is asked for only where some are learned.
 
@@ -136,13 +157,24 @@ def stored_source(data: object, settings: Settings, listener: Listener) -> str |
         )
 
 
-def open_run_data(settings: Settings, listener: Listener, *, budget_bytes: int, target: Target) -> DataSet:
-    """The data of a run; pictures are decoded first, inside the budget of the memory that this process is in.
+def open_run_data(
+    settings: Settings,
+    listener: Listener,
+    *,
+    budget_bytes: int,
+    target: Target,
+    training_bytes: Callable[[], int] = lambda: 0,
+) -> DataSet:
+    """The data of a run, read into the cache inside the budget of the memory that this process is in.
+
+    Args:
+        training_bytes: the smallest budget that the training needs which follows, as far as it is known; asked where
+            reading is refused, so that the budget that is advised is the last one.
 
     Raises:
-        DoesNotFitError: decoding a picture would pass the budget.
+        DoesNotFitError: reading a picture or a text would pass the budget.
     """
-    with _refusals_to_read_explained(budget_bytes, target) as room_bytes:
+    with _refusals_to_read_explained(budget_bytes, target, training_bytes) as room_bytes:
         data_set = data_of(settings.run, listener.advance, room_bytes=room_bytes, budget_bytes=budget_bytes)
     listener.note(f"read: {data_set.reading}")
     if data_set.unreadable:
@@ -154,7 +186,9 @@ def open_run_data(settings: Settings, listener: Listener, *, budget_bytes: int, 
 
 
 @contextmanager
-def _refusals_to_read_explained(budget_bytes: int, target: Target) -> Iterator[int]:
+def _refusals_to_read_explained(
+    budget_bytes: int, target: Target, training_bytes: Callable[[], int] = lambda: 0
+) -> Iterator[int]:
     """Gives the memory that reading may take in this process; says which budget would do where that is too little.
 
     Raises:
@@ -169,7 +203,7 @@ def _refusals_to_read_explained(budget_bytes: int, target: Target) -> Iterator[i
         if error.taken_bytes is not None:  # read by a process that has an interpreter, and little else
             taken_bytes, holder = error.taken_bytes, "the interpreter that reads it"
             room_bytes = max(0, budget_bytes - taken_bytes)
-        smallest_bytes = taken_bytes + error.needed_bytes
+        smallest_bytes = max(taken_bytes + error.needed_bytes, training_bytes())
         flag = "--mem-budget" if target.host_bytes() is None else "--ram-budget"
         raise DoesNotFitError(
             f"{error.what} takes up to {format_bytes(error.needed_bytes)} to read, and the budget of "
