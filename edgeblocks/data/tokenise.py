@@ -22,6 +22,7 @@ from edgeblocks.errors import ConfigError, EdgeblocksError, NoRoomToReadError
 
 SLACK_BYTES = 12_000_000
 """Beside what is counted: code of libraries, pieces of text on their way to the cache."""
+_PARTING_S = 0.5
 
 
 def tokenise_in_child(request: Mapping[str, object], progress: Progress) -> None:
@@ -46,7 +47,7 @@ def tokenise_in_child(request: Mapping[str, object], progress: Progress) -> None
                     raise _error(told)
                 progress(told["done"], told["total"], told["what"])
         except BaseException:
-            child.kill()
+            _end(child)
             raise
         if child.wait() != 0:
             said.seek(0)
@@ -54,6 +55,15 @@ def tokenise_in_child(request: Mapping[str, object], progress: Progress) -> None
                 f"reading '{request['source']}' ended with status {child.returncode}, as when memory runs out:\n"
                 f"{said.read()[-2000:]}"
             )
+
+
+def _end(child: subprocess.Popen[str]) -> None:
+    """Ends the child, with a moment to remove what it has written; in a long call of a library it has none."""
+    child.terminate()
+    try:
+        child.wait(timeout=_PARTING_S)
+    except subprocess.TimeoutExpired:
+        child.kill()
 
 
 def _error(told: Mapping[str, Any]) -> EdgeblocksError:
@@ -69,6 +79,7 @@ def _error(told: Mapping[str, Any]) -> EdgeblocksError:
 def main() -> None:
     """Answer one request on standard input with lines of progress, and of an error of ours, on standard output."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process that asked ends this one
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     from edgeblocks.data.text import open_text
 
     request = json.load(sys.stdin)
