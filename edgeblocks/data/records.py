@@ -16,7 +16,10 @@ _SHORT_BYTES = 2**20
 """A record so long is read without a question: it is part of what tokenising takes."""
 _COPIES = 4
 """Of a record while it is read: its text, its values, and strings on their way. Measured: 3.2 with one long value."""
+_MOST_CELL_CHARACTERS = 2**22
+"""Of a table: a quotation mark that is never closed would take the rest of the file."""
 _SURROGATES = re.compile("[\ud800-\udfff]")
+_OR_AN_ARRAY = {".json": ", or the file is one array of them: jq -s . FILE.json > NEW.json"}
 _DELIMITERS = {".csv": ",", ".tsv": "\t"}
 
 
@@ -36,13 +39,13 @@ def jsonl_documents(file: FoundText, begin: int, reading: Reading) -> Iterator[I
             except MalformedFileError as error:
                 raise DataError(
                     f"{where} is not read: {error}; every line of a {file.path.suffix.lower()} file is one object, "
-                    f'such as {{"{reading.text_key}": "a document"}}'
+                    f'such as {{"{reading.text_key}": "a document"}}{_OR_AN_ARRAY.get(file.path.suffix.lower(), "")}'
                 ) from error
             yield cut(_text_of(document, where, reading.text_key), begin + start, begin + end)
 
 
 def json_documents(file: FoundText, begin: int, reading: Reading) -> Iterator[Iterator[Piece]]:
-    """The documents of a .json: an array of objects, else lines of them.
+    """The documents of a .json: an array of objects or of strings, else lines of objects.
 
     Raises:
         DataError: it is neither, or an array of more than MOST_JSON_BYTES.
@@ -75,7 +78,8 @@ def json_documents(file: FoundText, begin: int, reading: Reading) -> Iterator[It
     del text
     assert isinstance(array, list)
     for number, document in enumerate(array):
-        found = _text_of(document, f"{file.path}, item {number + 1}", reading.text_key)
+        where = f"{file.path}, item {number + 1}"
+        found = whole(document) if isinstance(document, str) else _text_of(document, where, reading.text_key)
         places = (begin + file.size_bytes * done // len(array) for done in (number, number + 1))
         yield cut(found, *places)
 
@@ -99,11 +103,11 @@ def csv_documents(file: FoundText, begin: int, reading: Reading) -> Iterator[Ite
     delimiter = _DELIMITERS[file.path.suffix.lower()]
     if delimiter == "," and first.count(";") > first.count(","):  # as spreadsheets write where the comma is decimal
         delimiter = ";"
-    former = csv.field_size_limit(MOST_JSON_BYTES)
+    former = csv.field_size_limit(_MOST_CELL_CHARACTERS)
     try:
         names = next(csv.reader([first], delimiter=delimiter), [])
         column = _column(file.path, names, reading.text_key)
-        rows = csv.reader(lines, delimiter=delimiter)
+        rows = csv.reader(lines, delimiter=delimiter, strict=True)  # strict: a quotation mark has to be closed
         start = reached[0]
         for number, row in enumerate(rows, start=1):
             if row and len(row) <= column:
@@ -114,7 +118,9 @@ def csv_documents(file: FoundText, begin: int, reading: Reading) -> Iterator[Ite
             yield cut(row[column] if row else "", begin + start, begin + reached[0])
             start = reached[0]
     except csv.Error as error:
-        raise DataError(f"{file.path} is not read after byte {reached[0]}: {error}; mend or remove the row") from error
+        raise DataError(
+            f"{file.path} is not read after byte {reached[0]}: {error}; mend the row, or write long texts as .jsonl"
+        ) from error
     finally:
         csv.field_size_limit(former)
 
@@ -134,6 +140,12 @@ def _text_of(document: object, where: str, text_key: str) -> str:
         raise DataError(f'{where} is {shown(document)}, not an object with the key "{text_key}"; mend or remove it')
     if text_key not in document:
         keys = ", ".join(shown(key) for key in list(document)[:10]) or "none"
+        arrays = [key for key, value in document.items() if isinstance(value, list)]
+        if len(arrays) == 1:
+            raise DataError(
+                f'{where} has no key "{text_key}", and an array under {shown(arrays[0])}; give that one: '
+                f"jq -c '.[\"{arrays[0]}\"][]' FILE.json > FILE.jsonl"
+            )
         raise DataError(
             f'{where} has no key "{text_key}", but {keys}{did_you_mean(text_key, document)}; name the key that holds '
             f"the text with --text-key"

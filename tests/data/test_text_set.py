@@ -523,6 +523,7 @@ RECORDS = {
     "a.jsonl": as_lines(),
     "a.ndjson": as_lines(),
     "lines.json": "\n" + as_lines(),
+    "strings.json": json.dumps(WORDS),
     "array.json": json.dumps([{"text": word} for word in WORDS], indent=1),
     "a.csv": "\ufeff" + as_table(","),
     "semicolons.csv": as_table(";"),
@@ -535,6 +536,8 @@ def test_records_are_read_as_documents_under_any_of_their_names(tmp_path, name):
     """The text alone is trained on, under its key, or another that is named."""
     (tmp_path / name).write_text(RECORDS[name], encoding="utf-8")
     assert whole_text(tmp_path / name, tmp_path / "cache") == "\n".join(WORDS)
+    if name == "strings.json":
+        return
     (tmp_path / name).write_text(RECORDS[name].replace("text", "content"), encoding="utf-8")
     assert whole_text(tmp_path / name, tmp_path / "cache", text_key="content") == "\n".join(WORDS)
     with pytest.raises(DataError, match=r"no (key|column) .text..*, but .*content.*--text-key"):
@@ -551,6 +554,9 @@ def odd_records():
     yield "a.json", '[{"text": "a"}', r"a\.json is not read: it is not JSON .*; a \.json file is one array of objects"
     yield "a.json", '{"text": {"de": "a"}}', r"is \{'de': 'a'\}, not a string; write the text itself there"
     yield "a.json", "[" + " " * 2**24 + "]", r"is one array of 16777218 bytes, .*jq -c"
+    yield "a.json", '{"data": [{"text": "a"}]}', r"has no key .text., and an array under 'data'; give that one: jq -c"
+    yield "a.json", '{\n "text": "a"\n}', r"line 1 is not read: .*, or the file is one array of them: jq -s"
+    yield "a.csv", 'text\n"a\nb\n', r"a\.csv is not read after byte 10: unexpected end of data; mend the row"
     yield "a.csv", "id,text\n1\n", r"a\.csv, row 1 has 1 columns, and `text` is column 2; mend"
     yield "a.csv", 'id,txet\n1,"x', r"has no column 'text' in its first line, but 'id', 'txet'; did you mean 'txet'\?"
     for encoding in ("utf-32", "utf-16"):
