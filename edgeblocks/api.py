@@ -23,7 +23,7 @@ from edgeblocks.runs.create import changed_environment, check_free, create_block
 from edgeblocks.runs.directory import RunDirectory, bring_blocks_home, open_run, remove_leftovers
 from edgeblocks.runs.load_weights import InitialWeights, initial_weights_of
 from edgeblocks.runs.locks import locked, locked_away
-from edgeblocks.runs.open_data import check_vocab, open_run_data
+from edgeblocks.runs.open_data import check_vocab, open_run_data, stored_source
 from edgeblocks.runs.schema import InitFields
 from edgeblocks.runs.written_plan import written_plan
 from edgeblocks.terminal import command
@@ -53,13 +53,13 @@ def plan(
         config: a YAML file of settings; keyword settings go over it.
         out: where a run would be written; its disk is measured.
         settings: any of `config.RunSettings` or of the family's settings, such as mem_budget="6GB"; `target` may also
-            be a machine's name, such as "rtx3060-12gb".
+            be a machine's name, such as "rtx3060-12gb", and `data` the data themselves (docs/python.md).
 
     Raises:
         ConfigError, DataError: the settings or the data cannot be used.
         DoesNotFitError: nothing fits the budget; carries the smallest that would.
     """
-    resolved, profile = _resolved(config, settings)
+    resolved, profile = _resolved(config, _with_stored_data(config, settings, listener or Silent()))
     if profile is not None:
         return prepare_elsewhere(resolved, profile, listener or Silent())
     return prepare(resolved, Path(out), listener or Silent())
@@ -78,6 +78,17 @@ def settings_for_here(*, config: Path | str | None = None, **settings: object) -
             f"edgeblocks plan --target {profile.name}, or train with --target auto"
         )
     return resolved
+
+
+def _with_stored_data(
+    config: Path | str | None, settings: Mapping[str, object], listener: Listener
+) -> dict[str, object]:
+    """The settings, with data that the program gave in the cache, and their name there in their place."""
+    data = settings.get("data")
+    if data is None or isinstance(data, str):
+        return dict(settings)
+    resolved, _ = _resolved(config, {name: value for name, value in settings.items() if name != "data"})
+    return {**settings, "data": stored_source(data, resolved, listener)}
 
 
 def _resolved(config: Path | str | None, settings: Mapping[str, object]) -> tuple[Settings, "Profile | None"]:
@@ -122,6 +133,7 @@ def train(
     path = Path(out)
     # Looked at now, because planning takes half a minute, and again by `create_run`, which must not trust that look.
     check_free(path)
+    settings = _with_stored_data(config, settings, listener)
     prepared = prepare(settings_for_here(config=config, **settings).with_whole_paths(), path, listener)
     check_disk(prepared, path)
     with locked(path, listener.note):
@@ -162,7 +174,7 @@ def resume(
     mem_budget: str | None = None,
     ram_budget: str | None = None,
     target: str | None = None,
-    data: str | None = None,
+    data: object = None,
     work_dir: str | None = None,
     max_disk_writes: str | None = None,
     reinit_blocks: Sequence[int] = (),
@@ -177,7 +189,8 @@ def resume(
         mem_budget: another budget from now on.
         ram_budget: another bound of the host's memory, when a GPU trains.
         target: another kind of machine; it has its usual budgets unless these are given too.
-        data: where the same data are now; they are compared by their fingerprint.
+        data: where the same data are now, or the data themselves where they came from Python; they are compared by
+            their fingerprint.
         work_dir: where the block files are now, and will be written.
         max_disk_writes: another limit from now on, counted from the run's beginning.
         reinit_blocks: blocks to make and train again from their beginning, for example because a file is damaged.
@@ -190,6 +203,7 @@ def resume(
     run = open_run(Path(path))
     run = replace(run, plan=run.trainable_plan)
     with locked(run.path, listener.note):
+        data = stored_source(data, run.settings, listener)
         given = {"mem_budget": mem_budget, "ram_budget": ram_budget, "target": target, "data": data}
         given |= {"work_dir": work_dir, "max_disk_writes": max_disk_writes}
         changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}

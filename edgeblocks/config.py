@@ -21,7 +21,7 @@ from edgeblocks.files.checked import field_problems, is_text, problem, whole_tex
 from edgeblocks.files.untrusted import MalformedFileError, read_text, shown
 from edgeblocks.limits import LONGEST_SEQUENCE, MOST_LAYERS, MOST_SAMPLES, MOST_STEPS, MOST_TOKENS
 from edgeblocks.methods import BoundaryDtype, Clipping, MethodName
-from edgeblocks.tasks import TASKS
+from edgeblocks.tasks import PYTHON_DATA, TASKS
 from edgeblocks.terminal import one_line, quoted
 from edgeblocks.units import parse_size
 
@@ -53,6 +53,7 @@ class RunSettings(BaseModel):
     hold_out: float = Field(default=0.1, ge=0, le=0.5)
     tokenizer: str = "chars"
     vocab: int = Field(default=4096, ge=2, le=MOST_TOKENS)
+    text_key: str = Field(default="text", max_length=200)
     length: int = Field(default=256, ge=1, le=LONGEST_SEQUENCE)
     mem_budget: str = "50%"
     ram_budget: str | None = None
@@ -158,7 +159,7 @@ class RunSettings(BaseModel):
             raise ValueError(f"{error}; write the whole path") from error
         return text
 
-    @field_validator("data", "family", "preset", "tokenizer", "init", "init_fresh")
+    @field_validator("data", "family", "preset", "tokenizer", "text_key", "init", "init_fresh")
     @classmethod
     def _is_not_empty(cls, text: str | None) -> str | None:
         if text is not None and not text.strip():
@@ -205,7 +206,7 @@ class Settings:
                 ("work_dir", self.run.work_dir, (None,)),
                 ("init", self.run.init, (None,)),
             )
-            if text is not None and text not in known
+            if text is not None and text not in known and not text.startswith(PYTHON_DATA)
         }
         return replace(self, run=self.run.model_copy(update=whole))
 

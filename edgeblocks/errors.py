@@ -61,12 +61,17 @@ class DoesNotFitError(EdgeblocksError):
 
 
 class NoRoomToReadError(EdgeblocksError):
-    """A picture or a text takes more memory to read than is free. `what` says which."""
+    """A picture or a text takes more memory to read than is free. `what` says which.
+
+    `taken_bytes` is what the process that reads holds already; None where it is this one. `cure` is what else would do.
+    """
 
     exit_code = 3
 
-    def __init__(self, what: str, needed_bytes: int) -> None:
-        self.what, self.needed_bytes = what, needed_bytes
+    def __init__(
+        self, what: str, needed_bytes: int, taken_bytes: int | None = None, cure: str = "make it smaller"
+    ) -> None:
+        self.what, self.needed_bytes, self.taken_bytes, self.cure = what, needed_bytes, taken_bytes, cure
         super().__init__(f"{what}: reading it takes up to {needed_bytes} bytes")
 
 

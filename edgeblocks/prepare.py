@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,7 +16,7 @@ from edgeblocks.diffusion.autoregression import writing_bytes
 from edgeblocks.diffusion.classification import classified_bytes
 from edgeblocks.diffusion.noise import NoisePartition, partition_noise
 from edgeblocks.errors import ConfigError, DoesNotFitError, StorageError
-from edgeblocks.families.base import DataInfo, ImageInfo
+from edgeblocks.families.base import DataInfo, ImageInfo, TextInfo
 from edgeblocks.families.family import AnyFamily
 from edgeblocks.methods import METHODS
 from edgeblocks.offload.device import Target
@@ -28,7 +29,7 @@ from edgeblocks.profiling.warmup_step import run_warmup_step
 from edgeblocks.progress import Listener
 from edgeblocks.registry import build_family, build_target, family_type
 from edgeblocks.runs.load_weights import InitialWeights, initial_weights_of
-from edgeblocks.runs.open_data import open_run_data
+from edgeblocks.runs.open_data import open_run_data, tokenizer_bytes, vocabulary_of
 from edgeblocks.runs.written_plan import TrainablePlan, WrittenPlan, written_plan
 from edgeblocks.tasks import GRID_TOKENS, TASKS
 from edgeblocks.terminal import quoted
@@ -112,10 +113,16 @@ def prepare(settings: Settings, out: Path, listener: Listener) -> Prepared:
     settings = with_budgets(settings, beside_a_host=target.host_bytes() is not None)
     run = settings.run
     budgets = budgets_here(run, target)
-    data_set, data = _open_data(settings, listener, budget_bytes=budgets[1] or budgets[0], target=target)
+    data_set, data = _open_data(
+        settings,
+        listener,
+        budget_bytes=budgets[1] or budgets[0],
+        target=target,
+        training_bytes=lambda: _least_to_train(settings, existing_folder(out), target, budgets, listener),
+    )
     listener.stage("planning")
     costs, machine = measure(settings, data, existing_folder(Path(run.work_dir or out)), target, listener)
-    plan = make_plan(costs, machine, _request(settings, data_set, data, budgets))
+    plan = make_plan(costs, machine, _request_on(data_set, settings, data, budgets))
     plan = _with_gpu_warnings(plan, elsewhere=False)
     if run.target == "auto" and torch_sees_a_gpu():
         plan = replace(plan, warnings=(A_GPU_IS_HERE, *plan.warnings))
@@ -173,11 +180,18 @@ def _with_gpu_warnings(plan: Plan, *, elsewhere: bool) -> Plan:
 
 
 def _open_data(
-    settings: Settings, listener: Listener, *, budget_bytes: int, target: Target
+    settings: Settings,
+    listener: Listener,
+    *,
+    budget_bytes: int,
+    target: Target,
+    training_bytes: Callable[[], int] = lambda: 0,
 ) -> tuple[DataSet, DataInfo]:
     """The data set, and what a network must know of it; reports shapes that are impossible for it at once."""
     run = settings.run
-    data_set = open_run_data(settings, listener, budget_bytes=budget_bytes, target=target)
+    data_set = open_run_data(
+        settings, listener, budget_bytes=budget_bytes, target=target, training_bytes=training_bytes
+    )
     if run.batch > data_set.train_examples:
         listener.note(
             f"note: a batch of {run.batch} is more than the {data_set.train_examples:,} training examples: each is in "
@@ -187,6 +201,33 @@ def _open_data(
     data = family_type(run.family).data_info(data_set)
     build_family(run.family, asdict(settings.family), asdict(data), run.method)
     return data_set, data
+
+
+def _least_to_train(
+    settings: Settings, folder: Path, target: Target, budgets: tuple[int, int | None], listener: Listener
+) -> int:
+    """The smallest budget that would train on data that are not read yet, as far as the settings tell their shape.
+
+    It is 0 where they do not, and where the budget is enough to train.
+    """
+    run = settings.run
+    if target.host_bytes() is not None:  # it is the host's memory that reading lacks
+        return 0
+    if family_type(run.family).reads == "text":
+        data: DataInfo = TextInfo(vocabulary=vocabulary_of(run), length=run.length)
+    elif run.image_size is not None:
+        side = run.image_size
+        data = ImageInfo(channels=3, height=side, width=side, num_classes=0, mean=0.5, scale=1.0)
+    else:
+        return 0
+    listener.stage("planning")
+    costs, machine = measure(settings, data, folder, target, listener)
+    machine = replace(machine, runtime_bytes=machine.runtime_bytes + tokenizer_bytes(run))
+    try:
+        make_plan(costs, machine, _request(settings, run.batch * data.example_bytes, data, budgets))
+    except DoesNotFitError as error:
+        return error.as_fixed_bytes
+    return 0
 
 
 def _initial_weights(
@@ -211,7 +252,7 @@ def prepare_elsewhere(settings: Settings, profile: "Profile", listener: Listener
     listener.stage("planning")
     costs, planning_bytes = trace_costs(settings, data)
     machine = replace(machine, planning_bytes=planning_bytes)
-    plan = make_plan(costs, machine, _request(settings, data_set, data, budgets))
+    plan = make_plan(costs, machine, _request_on(data_set, settings, data, budgets))
     plan = _with_gpu_warnings(plan, elsewhere=True)
     return Prepared(
         settings=settings,
@@ -245,7 +286,10 @@ def replan(
     listener.stage("planning again")
     budgets = budgets_here(settings.run, target)
     costs, machine = measure(settings, data, existing_folder(Path(settings.run.work_dir or out)), target, listener)
-    request = replace(_request(settings, data_set, data, budgets), blocks=len(former.layers_per_block))
+    request = replace(
+        _request_on(data_set, settings, data, budgets),
+        blocks=len(former.layers_per_block),
+    )
     try:
         # Another micro-batch sums gradients in another order, and then the last bits of every weight differ.
         return make_plan(costs, machine, replace(request, micro_batch=former.micro_batch, checkpointing=None))
@@ -264,7 +308,11 @@ def replan(
         ) from error
 
 
-def _request(settings: Settings, data_set: DataSet, data: DataInfo, budgets: tuple[int, int | None]) -> PlanRequest:
+def _request_on(data_set: DataSet, settings: Settings, data: DataInfo, budgets: tuple[int, int | None]) -> PlanRequest:
+    return _request(settings, data_set.batch_resident_bytes(settings.run.batch), data, budgets)
+
+
+def _request(settings: Settings, data_bytes: int, data: DataInfo, budgets: tuple[int, int | None]) -> PlanRequest:
     run = settings.run
     budget_bytes, ram_budget_bytes = budgets
     fixed = {
@@ -284,10 +332,10 @@ def _request(settings: Settings, data_set: DataSet, data: DataInfo, budgets: tup
         clip_by=run.clip_by,
         boundaries=None if run.boundaries == "auto" else run.boundaries,
         boundary_dtype=run.boundary_dtype,
-        data_bytes=data_set.batch_resident_bytes(run.batch),
+        data_bytes=data_bytes,
         grid_samples=TASKS[family_type(run.family).task].grid_samples,
         sample_bytes=grid_sample_bytes(build_family(run.family, asdict(settings.family), asdict(data), run.method)),
-        quality_bytes=quality_bytes(run, data_set, data),
+        quality_bytes=quality_bytes(run, data),
         previews=max(run.sample_grids, run.evaluations),
         max_disk_writes=None if run.max_disk_writes is None else parse_size(run.max_disk_writes),
         ram_budget_bytes=ram_budget_bytes,
@@ -295,7 +343,7 @@ def _request(settings: Settings, data_set: DataSet, data: DataInfo, budgets: tup
     )
 
 
-def quality_bytes(run: RunSettings, data_set: DataSet, data: DataInfo) -> int:
+def quality_bytes(run: RunSettings, data: DataInfo) -> int:
     """What measuring the quality along the training keeps beside the network, where a chain classifies images."""
     usual = TASKS[family_type(run.family).task]
     if not run.evaluations or not isinstance(data, ImageInfo) or METHODS[run.method].trained_together:
@@ -303,7 +351,7 @@ def quality_bytes(run: RunSettings, data_set: DataSet, data: DataInfo) -> int:
     if family_type(run.family).task != "classes":
         return 0
     return classified_bytes(
-        len(data_set.evaluation_indices(usual.quality_examples)),
+        usual.quality_examples,
         num_classes=data.num_classes,
         noises=usual.noises,
         values_per_image=data.channels * data.height * data.width,

@@ -24,6 +24,7 @@ from edgeblocks.profiling.budgets import device_budget_bytes
 from edgeblocks.progress import Listener, Silent
 from edgeblocks.registry import build_exporter, build_target
 from edgeblocks.runs.directory import RunDirectory
+from edgeblocks.runs.open_data import stored_source
 from edgeblocks.runs.save_weights import WrittenWeights, write_weights
 from edgeblocks.tasks import TASKS
 from edgeblocks.training.guard import is_refusal
@@ -231,7 +232,7 @@ class Run:
         samples: int | None = None,
         steps: int | None = None,
         seed: int = 0,
-        data: str | None = None,
+        data: object = None,
         mem_budget: str | None = None,
         listener: Listener | None = None,
     ) -> Evaluated:
@@ -245,14 +246,16 @@ class Run:
                 on. None: what is usual for the task (`tasks.TASKS`).
             steps: noise levels of the chain, at least one a block; None: what is usual for the task. The bound of a
                 text that is filled in has its own.
-            data: where the run's data are now, if they were moved.
+            data: where the run's data are now, if they were moved; or the data themselves, if they came from Python and
+                the cache has them no more.
 
         Raises:
             ConfigError: it cannot be asked for like that.
             RunError: the data are not those of the run.
         """
+        source = stored_source(data, self.directory.settings, listener or Silent())
         return evaluate(
-            self.directory if data is None else self.directory.changed({"data": data}),
+            self.directory if source is None else self.directory.changed({"data": source}),
             self._runners(None, mem_budget),
             samples=samples,
             steps=steps,

@@ -6,6 +6,8 @@ from typing import Literal
 
 Reads = Literal["images", "text"]
 """What kind of data a family is trained on."""
+PYTHON_DATA = "python:"
+"""Begins the name of data that a program gave; the sha256 of their content follows, by which the cache has them."""
 Task = Literal["images", "classes", "text", "continuation"]
 """What a family's chain makes: images, the probabilities of an image's classes, text, or text token by token."""
 TEXT_TASKS: tuple[Task, ...] = ("text", "continuation")

@@ -5,6 +5,8 @@ import re
 
 PROCESSES_DIFFER_BYTES = 2_000_000
 """Interpreter and libraries of one program take this much more or less from process to process, measured."""
+BARE_PROCESS_BYTES = 320_000_000
+"""More than the interpreter and the libraries of training take, measured 225 to 300 MB."""
 _UNITS = {
     "": 1,
     "B": 1,
@@ -58,6 +60,17 @@ def advised_budget(needed_bytes: int) -> str:
     '444MB'
     """
     return f"{math.ceil((needed_bytes + PROCESSES_DIFFER_BYTES) / 1e6)}MB"
+
+
+def who_holds(taken_bytes: int) -> str:
+    """Whose the memory is that a process takes before anything is read or planned, in words.
+
+    >>> who_holds(250_000_000), who_holds(2_000_000_000)
+    ('the interpreter and its libraries', 'what this process already holds')
+    """
+    return (
+        "the interpreter and its libraries" if taken_bytes < BARE_PROCESS_BYTES else "what this process already holds"
+    )
 
 
 def format_bytes(size_bytes: float) -> str:

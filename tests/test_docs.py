@@ -30,7 +30,10 @@ def test_the_python_examples_run_as_printed(tmp_path):
     first = code_after("test: python")
     assert first in page("docs/python.md")
     parts = [first, "assert images.shape == (16, 8, 8, 1), images.shape"]
-    parts += [code_after(f"test: python, {name}") for name in ("summary", "errors", "listener")]
+    parts += [
+        code_after(f"test: python, {name}")
+        for name in ("summary", "arrays", "pictures", "strings", "errors", "listener")
+    ]
     done = subprocess.run(
         [sys.executable, "-c", "\n".join(parts)], cwd=tmp_path, capture_output=True, text=True, check=False
     )

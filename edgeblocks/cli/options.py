@@ -65,8 +65,12 @@ SETTINGS: dict[str, Any] = {
         str | None,
         typer.Option(
             help="Images: digits (built in), a folder, or an .npz file. Text: moby-dick (built in), a file or folder "
-            "of text, a .jsonl or .parquet file."
+            "of text, or of records with a text each (.jsonl, .json, .csv, .tsv, .parquet)."
         ),
+    ],
+    "text_key": Annotated[
+        str | None,
+        typer.Option(help="Of records of text: the key or column that holds it.", show_default="text"),
     ],
     "tokenizer": Annotated[
         str | None,

@@ -175,6 +175,13 @@ class CacheFiles:
             file.flush()
             os.fsync(file.fileno())
 
+    def extend(self, name: str, content: bytes) -> None:
+        """Adds to the end of a file beside the arrays."""
+        with self._storing(), (self._folder / name).open("ab") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+
     def finish(self, content: Mapping[str, object]) -> None:
         """Writes `content` and a checksum of it into meta.json, and flushes everything to the disk."""
         with self._storing():

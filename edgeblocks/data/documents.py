@@ -3,45 +3,50 @@
 Each piece says up to which byte of the source it leads, so that a share of the text is known before its end is.
 """
 
-import codecs
 import hashlib
 import importlib.resources
 import lzma
 import os
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
 
+from edgeblocks.data.cache import cache_folder
 from edgeblocks.data.file_identity import file_identity
-from edgeblocks.errors import ConfigError, DataError
-from edgeblocks.files.untrusted import MOST_JSON_BYTES, MalformedFileError, open_regular, parse_json, shown
+from edgeblocks.data.parquet import LIBRARY_ROOM_BYTES, parquet_documents
+from edgeblocks.data.plain_text import FoundText, Piece, Reading, composed, cut, on_disk, plain_text
+from edgeblocks.data.python_data import TEXT_FILE, is_python_data, python_folder
+from edgeblocks.data.records import csv_documents, json_documents, jsonl_documents
+from edgeblocks.errors import DataError
+from edgeblocks.files.untrusted import MalformedFileError, open_regular, parse_json
+from edgeblocks.units import format_bytes
 
 BUILT_IN = "moby-dick"
-PIECE_CHARACTERS = 2**16
 TEXT_SUFFIXES = frozenset({".txt", ".text", ".md", ".markdown", ".rst", ".tex"})
-_ALL_SUFFIXES = TEXT_SUFFIXES | {".jsonl", ".parquet"}
-_ACCEPTED = f'give "{BUILT_IN}" (built in), a text file in UTF-8, a .jsonl or .parquet file, or a folder of such files'
-_UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
-_ROWS_AT_ONCE = 64
-_PARQUET_ROOM_BYTES = 90_000_000
-"""Measured: 75 MB with 87 MB of rows of 3 kB each, most of it the library's own."""
+_RECORDS = {
+    **dict.fromkeys((".jsonl", ".ndjson", ".jsonlines", ".jl"), jsonl_documents),
+    ".json": json_documents,
+    **dict.fromkeys((".csv", ".tsv"), csv_documents),
+    ".parquet": parquet_documents,
+}
+_ALONE_SUFFIXES = frozenset({".json", ".csv", ".tsv"})
+"""Read where they are named: beside the texts of a folder they are settings and lists more often than texts."""
+_FOLDER_SUFFIXES = TEXT_SUFFIXES | (_RECORDS.keys() - _ALONE_SUFFIXES)
+_ACCEPTED = (
+    f'give "{BUILT_IN}" (built in), a text file in UTF-8, a .jsonl, .json, .csv, .tsv or .parquet file with a key or a '
+    "column `text` (--text-key names another), or a folder of such files"
+)
+_MOST_LINE_BYTES = 2**16
+_NUM_SHOWN = 6
 
 
-class Piece(NamedTuple):
-    """Some text, at most PIECE_CHARACTERS long, and the byte of the source up to which it leads."""
+@dataclass(kw_only=True)
+class Account:
+    """What `TextSource.pieces` has read: documents with text in them, and those that are empty and left out."""
 
-    text: str
-    position: int
-
-
-class FoundText(NamedTuple):
-    """A file, its name relative to the source, its size, and what changes when it is replaced."""
-
-    path: Path
-    name: str
-    size_bytes: int
-    identity: str
+    documents: int = 0
+    empty: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,8 +55,10 @@ class TextSource:
 
     source: as the user wrote it.
     path: None for the built-in sample.
-    identity: changes with the path and with any file's name, size, times or place on the disk.
+    identity: changes with the path, and when any file is changed, renamed or replaced.
     total_bytes: of all files.
+    num_files: that are read.
+    left_out: files of a folder that are not read, by the endings of their names.
     reading_bytes: memory that reading takes, a library's own included.
     """
 
@@ -59,34 +66,61 @@ class TextSource:
     path: Path | None
     identity: str
     total_bytes: int
+    num_files: int = 1
+    left_out: Mapping[str, int] = field(default_factory=dict)
     reading_bytes: int = 0
 
-    def pieces(self) -> Iterator[Piece]:
+    def pieces(self, reading: Reading | None = None, account_: Account | None = None) -> Iterator[Piece]:
         """The documents in the order of their names, with a newline between two.
+
+        Args:
+            reading: how records are read, and what memory there is.
+            account_: counts the documents.
 
         Raises:
             DataError: a file is not what its name says, or cannot be read.
             ConfigError: a library is missing.
+            NoRoomToReadError: a document takes more memory than there is.
         """
+        account = Account() if account_ is None else account_
         if self.path is None:
-            yield from _cut(_sample(), 0, self.total_bytes)
+            account.documents += 1
+            yield from cut(_sample(), 0, self.total_bytes)
             return
         position, any_text = 0, False
-        for file in _files(self.path):
+        for file in _files(self.path, Counter()):
             try:
-                for document in _documents(file, position):
-                    between = "\n" if any_text else ""
+                for document in _documents(file, position, reading or Reading()):
+                    between, is_empty = "\n" if any_text else "", True
                     for text, reached in document:
                         if text:
                             yield Piece(between + text, reached)
-                            between, any_text = "", True
+                            between, any_text, is_empty = "", True, False
+                    account.documents += not is_empty
+                    account.empty += is_empty
             except OSError as error:
                 raise DataError(f"{file.path} cannot be read: {error.strerror or error}; check the file") from error
             position += file.size_bytes
 
+    def files_told(self) -> str:
+        """The files that are read, in words."""
+        if self.path is None:
+            return f"{self.source} (built in, {format_bytes(self.total_bytes)})"
+        return f"{self.num_files:,} file{'s' * (self.num_files != 1)} of {format_bytes(self.total_bytes)}"
 
-def find_text(source: str) -> TextSource:
+    def left_out_told(self) -> str:
+        """The files of the folder that are not read, by their endings; empty where all are."""
+        often = sorted(self.left_out.items(), key=lambda found: (-found[1], found[0]))
+        told = [f"{count:,} {ending}" for ending, count in often[:_NUM_SHOWN]]
+        others = sum(count for _, count in often[_NUM_SHOWN:])
+        return ", ".join([*told, *([f"{others:,} others"] if others else [])])
+
+
+def find_text(source: str, cache_dir: Path | None = None) -> TextSource:
     """The text that the user means: "moby-dick", a file, or a folder that is searched with its sub-folders.
+
+    Args:
+        cache_dir: where texts are that a program gave.
 
     Raises:
         DataError: there is none.
@@ -94,8 +128,13 @@ def find_text(source: str) -> TextSource:
     if source == BUILT_IN:
         text = _sample().encode()
         return TextSource(source=source, path=None, identity=hashlib.sha256(text).hexdigest(), total_bytes=len(text))
+    if is_python_data(source):
+        path = python_folder(source, cache_folder() if cache_dir is None else cache_dir) / TEXT_FILE
+        if not path.exists():
+            raise DataError(f"data '{source}' are images; give text, such as a list of strings, or another family")
+        return TextSource(source=source, path=path, identity=source, total_bytes=path.stat().st_size)
     try:
-        path = Path(source).expanduser()
+        path = on_disk(Path(source).expanduser())
         if not path.exists():
             raise DataError(f"data '{source}' does not exist; {_ACCEPTED}")
         path = path.resolve()
@@ -108,16 +147,19 @@ def find_text(source: str) -> TextSource:
 
 def _source_at(path: Path, source: str) -> TextSource:
     digest, num_files, total_bytes, reading_bytes = hashlib.sha256(os.fsencode(path)), 0, 0, 0
-    for file in _files(path):
+    left_out: Counter[str] = Counter()
+    for file in _files(path, left_out):
         digest.update(os.fsencode(f"\0{file.name}\0{file.identity}"))
         num_files += 1
         total_bytes += file.size_bytes
         if file.path.suffix.lower() == ".parquet":
-            reading_bytes = _PARQUET_ROOM_BYTES
+            reading_bytes = LIBRARY_ROOM_BYTES
     if not num_files:
+        alone = sorted(_ALONE_SUFFIXES & left_out.keys())
+        hint = f"; its {' and '.join(alone)} files are read one at a time: give one by name" if alone else ""
         raise DataError(
-            f"data folder {path} holds no text: looked for {', '.join(sorted(_ALL_SUFFIXES))} in it and in its "
-            "sub-folders; give a folder with such files, or one file of any name in UTF-8"
+            f"data folder {path} holds no text: looked for {', '.join(sorted(_FOLDER_SUFFIXES))} in it and in its "
+            f"sub-folders; give a folder with such files, or one file of any name in UTF-8{hint}"
         )
     if not total_bytes:
         raise DataError(f"data '{source}' is empty: 0 bytes in {num_files} file(s); give a file with text in it")
@@ -126,24 +168,35 @@ def _source_at(path: Path, source: str) -> TextSource:
         path=path,
         identity=digest.hexdigest(),
         total_bytes=total_bytes,
+        num_files=num_files,
+        left_out=left_out,
         reading_bytes=reading_bytes,
     )
 
 
-def _files(path: Path) -> Iterator[FoundText]:
+def _files(path: Path, left_out_: Counter[str]) -> Iterator[FoundText]:
     """The files of a source: in each folder first its own, then those of its sub-folders, sorted by name.
 
-    Hidden ones are left out, and links to folders are not followed, so that the walk ends.
+    Hidden ones are left out, and links to folders are not followed, so that the walk ends. What else is left out is
+    counted by its ending.
     """
     if not path.is_dir():
         yield _found(path, path.name)
         return
     for folder, folders, names in os.walk(path, onerror=_refuse_folder):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for name in sorted(names):
-            if not name.startswith(".") and os.path.splitext(name)[1].lower() in _ALL_SUFFIXES:  # noqa: PTH122
+        visible = sorted((name for name in folders if not name.startswith(".")), key=composed)
+        left_out_["links to folders"] += sum(os.path.islink(os.path.join(folder, name)) for name in visible)  # noqa: PTH114, PTH118
+        folders[:] = visible
+        for name in sorted(names, key=composed):
+            if name.startswith("."):
+                continue
+            ending = os.path.splitext(name)[1].lower()  # noqa: PTH122
+            if ending in _FOLDER_SUFFIXES:
                 file = Path(folder, name)
                 yield _found(file, str(file.relative_to(path)))
+            else:
+                left_out_[ending or "without an ending"] += 1
+    left_out_ += Counter()  # without what was not found
 
 
 def _refuse_folder(error: OSError) -> None:
@@ -160,140 +213,28 @@ def _found(path: Path, name: str) -> FoundText:
     return FoundText(path, name, status.st_size, file_identity(status))
 
 
-def _documents(file: FoundText, begin: int) -> Iterator[Iterator[Piece]]:
+def _documents(file: FoundText, begin: int, reading: Reading) -> Iterator[Iterator[Piece]]:
     """The documents of a file that begins at byte `begin` of the source."""
-    suffix = file.path.suffix.lower()
-    if suffix == ".jsonl":
-        yield from _jsonl_documents(file, begin)
-    elif suffix == ".parquet":
-        yield from _parquet_documents(file, begin)
-    else:
-        yield _plain_text(file, begin)
-
-
-def _plain_text(file: FoundText, begin: int) -> Iterator[Piece]:
-    with open_regular(file.path) as stream:
-        reached, undecoded = 0, b""
-        while True:
-            read = stream.read(PIECE_CHARACTERS) or b""  # None: some files of /proc would have to be waited for
-            content = undecoded + read
-            if reached == 0:
-                _check_mark(file.path, content)
-                if content.startswith(codecs.BOM_UTF8):
-                    content, reached = content[len(codecs.BOM_UTF8) :], len(codecs.BOM_UTF8)
-            text, num_decoded = _decode(file.path, content, reached, final=not read)
-            reached += num_decoded
-            undecoded = content[num_decoded:]
-            yield Piece(text, begin + min(reached, file.size_bytes))
-            if not read:
-                return
-
-
-def _check_mark(path: Path, content: bytes) -> None:
-    if content.startswith(_UTF_16):
+    ending = file.path.suffix.lower()
+    if ending in _RECORDS:
+        yield from _RECORDS[ending](file, begin, reading)
+        return
+    if ending not in TEXT_SUFFIXES and _is_record(file.path):
         raise DataError(
-            f"{path} is text in UTF-16, and UTF-8 is read; convert it: iconv -f UTF-16 -t UTF-8 {path.name} > new.txt"
+            f"{file.path} holds lines of JSON under a name that does not say so, and would be read as prose; name it "
+            f"{file.path.name}.jsonl, or .txt if the brackets are meant"
         )
+    yield plain_text(file, begin)
 
 
-def _decode(path: Path, content: bytes, reached: int, *, final: bool) -> tuple[str, int]:
-    nul = content.find(b"\0")
-    if nul >= 0:
-        raise DataError(f"{path} is not text: byte {reached + nul} is NUL, as in a binary file; {_ACCEPTED}")
+def _is_record(path: Path) -> bool:
+    """Whether a file begins with a line that is a JSON object."""
+    with open_regular(path) as file:
+        line = file.readline(_MOST_LINE_BYTES) or b""
     try:
-        return codecs.utf_8_decode(content, "strict", final)
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"{path} is not text in UTF-8: {error.reason} at byte {reached + error.start} "
-            f"(0x{content[error.start]:02x}); convert it from the encoding it has, for example: "
-            f"iconv -f ISO-8859-1 -t UTF-8 {path.name} > new.txt"
-        ) from error
-
-
-def _jsonl_documents(file: FoundText, begin: int) -> Iterator[Iterator[Piece]]:
-    with open_regular(file.path) as stream:
-        reached, number = 0, 0
-        while line := stream.readline(MOST_JSON_BYTES + 1):
-            number += 1
-            start, reached = reached, min(reached + len(line), file.size_bytes)
-            if line.strip():
-                yield _cut(_text_in(file.path, number, start, line), begin + start, begin + reached)
-
-
-def _text_in(path: Path, number: int, start: int, line: bytes) -> str:
-    where = f"{path}, line {number}"
-    if len(line) > MOST_JSON_BYTES:
-        raise DataError(
-            f"{where} is longer than {MOST_JSON_BYTES} bytes, the most that one document may have; divide it"
-        )
-    text, _ = _decode(path, line, start, final=True)
-    try:
-        document = parse_json(text.removeprefix("\ufeff"), finite=False)
-    except MalformedFileError as error:
-        raise DataError(
-            f'{where} is not read: {error}; every line of a .jsonl file is one object, such as {{"text": "a document"}}'
-        ) from error
-    if not isinstance(document, dict):
-        raise DataError(f'{where} is {shown(document)}, not an object with the key "text"; mend or remove the line')
-    if "text" not in document:
-        keys = ", ".join(shown(key) for key in list(document)[:10]) or "none"
-        raise DataError(f'{where} has no key "text", but {keys}; rename the key that holds the text')
-    if not isinstance(document["text"], str):
-        raise DataError(f'{where}: "text" is {shown(document["text"])}, not a string; mend or remove the line')
-    return _whole(document["text"])
-
-
-def _parquet_documents(file: FoundText, begin: int) -> Iterator[Iterator[Piece]]:
-    """A row is a document, a missing text an empty one. A page of the column, 1 MB as a rule, is unpacked at once."""
-    table = _parquet(file.path)
-    import pyarrow
-
-    try:
-        kinds = {field.name: str(field.type) for field in table.schema_arrow}
-        if kinds.get("text") not in ("string", "large_string"):
-            columns = ", ".join(f"{name} ({kind})" for name, kind in list(kinds.items())[:10]) or "none"
-            raise DataError(
-                f"{file.path} has no column `text` of strings, but {columns}; rename the column of the text"
-            )
-        num_rows, done = max(1, table.metadata.num_rows), 0
-        for batch in table.iter_batches(batch_size=_ROWS_AT_ONCE, columns=["text"], use_threads=False):
-            for text in batch.column(0).to_pylist():
-                start, end = (begin + file.size_bytes * min(row, num_rows) // num_rows for row in (done, done + 1))
-                done += 1
-                yield _cut(text or "", start, end)
-    except (OSError, ValueError, pyarrow.ArrowException) as error:
-        raise DataError(
-            f"{file.path} is a damaged .parquet file: {' '.join(str(error).split())[:200]}; copy or save it again"
-        ) from error
-
-
-def _parquet(path: Path) -> Any:
-    try:
-        import pyarrow.parquet
-    except ImportError as error:
-        raise ConfigError(
-            f"{path}: reading .parquet needs the library `pyarrow`, which cannot be imported ({error}); "
-            "pip install 'edgeblocks[parquet]', or save the text as .jsonl"
-        ) from error
-    try:
-        open_regular(path).close()
-        return pyarrow.parquet.ParquetFile(path, memory_map=False, pre_buffer=False, buffer_size=2**16)
-    except (OSError, ValueError, pyarrow.ArrowException) as error:
-        raise DataError(
-            f"{path} is not a .parquet file: {' '.join(str(error).split())[:200]}; copy or save it again"
-        ) from error
-
-
-def _cut(text: str, start: int, end: int) -> Iterator[Piece]:
-    """Pieces of a text that lies between two bytes of the source."""
-    for first in range(0, len(text), PIECE_CHARACTERS):
-        last = min(first + PIECE_CHARACTERS, len(text))
-        yield Piece(text[first:last], start + (end - start) * last // len(text))
-
-
-def _whole(text: str) -> str:
-    """The text with U+FFFD for each half of a surrogate pair, which JSON can write and UTF-8 cannot."""
-    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        return line.lstrip()[:1] == b"{" and isinstance(parse_json(line.decode(), finite=False), dict)
+    except (UnicodeDecodeError, MalformedFileError):
+        return False
 
 
 def _sample() -> str:

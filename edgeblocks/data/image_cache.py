@@ -212,6 +212,14 @@ def open_or_build_images(cache_dir: Path, key: str, fill: Callable[[CacheWriter]
     return open_or_build(_KIND, cache_dir, key, build=build, read=_read_cache)
 
 
+def open_images_of(folder: Path) -> StoredImages | None:
+    """A finished cache; None where it is damaged, or of something else."""
+    try:
+        return _read_cache(folder)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return None
+
+
 def image_moments(images: NDArray[np.uint8]) -> NDArray[np.int64]:
     """Sum and sum of squares of each image's pixel values: uint8 [n, ...] -> int64 [n, 2].
 
@@ -280,7 +288,7 @@ def _content(content: object, num_images: int, labels: NDArray[np.int64] | None)
     for names, most in ((class_names, MOST_CLASSES), (unreadable, MOST_UNREADABLE)):
         if not isinstance(names, list) or len(names) > most or not all(isinstance(name, str) for name in names):
             raise ValueError("names are a list of texts")
-    for notes in (told["left_out"], told["notes"]):
+    for notes in (content["left_out"], content["notes"]):
         if not isinstance(notes, list) or len(notes) > _MOST_NOTES:
             raise ValueError("notes are a list of texts")
         if not all(isinstance(note, str) and len(note) <= _LONGEST_NOTE for note in notes):
@@ -295,10 +303,10 @@ def _content(content: object, num_images: int, labels: NDArray[np.int64] | None)
         class_names=tuple(class_names),
         unreadable=tuple(unreadable),
         num_test=num_test,
-        left_out=tuple(told["left_out"]),
-        notes=tuple(told["notes"]),
-        deep_range=_deep_range(told["deep_range"]),
-        num_of_several=_count(told["num_of_several"]),
+        left_out=tuple(content["left_out"]),
+        notes=tuple(content["notes"]),
+        deep_range=_deep_range(content["deep_range"]),
+        num_of_several=_count(content["num_of_several"]),
     )
 
 

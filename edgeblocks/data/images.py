@@ -27,10 +27,12 @@ from edgeblocks.data.image_cache import (
     StoredImages,
     content_fingerprint,
     image_moments,
+    open_images_of,
     open_or_build_images,
 )
 from edgeblocks.data.image_reading import doubtful, reading, untrained
 from edgeblocks.data.order import BatchOrder
+from edgeblocks.data.python_data import is_python_data, python_folder
 from edgeblocks.errors import ConfigError, DataError
 
 _SPLIT_STREAM = 0x5B117  # keeps the split's random numbers apart from everything else drawn from the user's seed
@@ -145,11 +147,33 @@ def open_images(
     _check_settings(image_size, hold_out)
     if source == "digits":
         return _open_digits(image_size, hold_out, seed)
+    if is_python_data(source):
+        return _image_set(_stored_from_python(source, image_size, cache_dir), source, hold_out, seed)
     reader = _reader(source, image_size, room_bytes)
     stored = open_or_build_images(cache_dir, reader.key, lambda cache: reader.fill(cache, progress or silent))
     beside = reader.left_out.described() if isinstance(reader, ImageFolder) else ()
     warnings = reader.warnings if isinstance(reader, ImageFolder) else ()
     return _image_set(stored, source, hold_out, seed, left_out=beside, warnings=warnings)
+
+
+def _stored_from_python(source: str, image_size: int | None, cache_dir: Path) -> StoredImages:
+    """What a program gave, which is in the cache or nowhere.
+
+    Raises:
+        DataError: it is not there, or has another size.
+    """
+    stored = open_images_of(python_folder(source, cache_dir))
+    if stored is None:
+        raise DataError(
+            f"data '{source}' in the cache {cache_dir} are no images, or damaged; give them again from Python"
+        )
+    height, width = stored.images.shape[1:3]
+    if image_size is not None and (height, width) != (image_size, image_size):
+        raise DataError(
+            f"data '{source}' were read at {height} x {width} pixels, and image_size is {image_size}; give them again "
+            "from Python with that image_size"
+        )
+    return stored
 
 
 def split(num_images: int, hold_out: float, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

@@ -7,7 +7,7 @@ the text's length: an order is drawn step by step, and an example is named by th
 import hashlib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,13 +15,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgeblocks.data.dataset import Progress, silent
-from edgeblocks.data.documents import TextSource, find_text
+from edgeblocks.data.documents import Account, TextSource, find_text
+from edgeblocks.data.plain_text import Reading
 from edgeblocks.data.token_cache import FORMAT_VERSION, StoredTokens, Stretch, TokenFile, grouped, open_or_build_tokens
 from edgeblocks.data.tokenizer import FEWEST_PAIRS, KINDS, Tokenizer, build_tokenizer, read_tokenizer, train_pairs
 from edgeblocks.errors import ConfigError, DataError, NoRoomToReadError
 from edgeblocks.limits import LONGEST_SEQUENCE, MOST_TOKENS
 from edgeblocks.seeds import seed_at
-from edgeblocks.units import format_bytes
 
 _MOST_HOLD_OUT = 0.5
 _FEWEST_WINDOWS = 2
@@ -34,6 +34,8 @@ _STRETCH_ROOM_BYTES = 20_000_000
 """Measured: 9 MB for the text on its way to the cache as characters, 4 MB as bytes."""
 _PAIRS_ROOM_BYTES = 60_000_000
 """Measured: 23 MB for the library, and what lies beside the words while they are learned and encoded."""
+_ROOM_PER_PAIR_BYTES = 900
+"""Measured: 400 to 870 with 16,000 to 50,000 tokens."""
 _ROOM_PER_WORD_BYTE = 112
 """Measured: 90 with words of random letters, of which no two are alike."""
 _LOADED_PER_BYTE = 30
@@ -71,7 +73,7 @@ class TextSet:
         hold-out part, or in the training part where nothing is held out. Bytes are those of UTF-8.
     fingerprint: sha256 of the tokens and the tokenizer, in hexadecimal: the same wherever the text lies.
     resident_bytes: what the set keeps in memory.
-    reading: what was read, in one line.
+    reading: what was read, in a line: files, documents, tokens, and what was left out.
     warnings: what of the text is left out, where that is much.
     class_names, unreadable: empty; images have them.
     """
@@ -153,10 +155,12 @@ def open_text(
     length: int,
     hold_out: float,
     cache_dir: Path,
+    text_key: str = "text",
     progress: Progress | None = None,
     room_bytes: int | None = None,
+    elsewhere: Callable[[], None] | None = None,
 ) -> TextSet:
-    """The text of `source`: "moby-dick" (built in), a file in UTF-8, .jsonl or .parquet, or a folder of such files.
+    """The text of `source`: "moby-dick" (built in), a file, or a folder of files; see `documents.find_text`.
 
     tokenizer: "chars", "bytes", "bpe" (learned from the training part), or the path of a tokenizer.json.
     vocabulary: number of tokens that "bpe" learns; the others have a number of their own.
@@ -164,8 +168,10 @@ def open_text(
     hold_out: share of the source, its end, in the hold-out part, 0 to 0.5. It is cut at that byte, or at the space
         before it for byte pairs, so that no token that is learned has seen the hold-out part.
     cache_dir: where the text is tokenised to, once; the next call with the same files and settings finds it there.
+    text_key: the key or column of records that holds the text.
     progress: called with (done, total, what) in bytes, for example (65536, 1216415, "tokenising").
     room_bytes: memory that tokenising may take; None does not bound it.
+    elsewhere: called where the text is not in the cache, to tokenise it in another process; None: in this one.
 
     Raises:
         ConfigError: a setting is out of range, or needs a library that is missing.
@@ -174,8 +180,10 @@ def open_text(
         NoRoomToReadError: tokenising takes more than `room_bytes`.
     """
     _check_settings(tokenizer, vocabulary, length, hold_out)
-    text = find_text(source)
-    work = _Tokenising(text, tokenizer, vocabulary, hold_out, progress or silent, room_bytes)
+    text = find_text(source, cache_dir)
+    work = _Tokenising(text, tokenizer, vocabulary, hold_out, text_key, progress or silent, room_bytes)
+    if elsewhere is not None and not (cache_dir / work.key / "meta.json").exists():
+        elsewhere()
     stored = open_or_build_tokens(cache_dir, work.key, tokenizer=work.tokenizer, stretches=work.stretches)
     _check_windows(source, stored, length, hold_out, source_bytes=text.total_bytes)
     measured = stored.held_out if hold_out else stored.train
@@ -191,9 +199,19 @@ def open_text(
         bytes_per_token=measured.bytes / measured.tokens,
         resident_bytes=_LOADED_PER_BYTE * stored.definition_bytes,
         token_file=stored.token_file,
-        reading=f"{format_bytes(text.total_bytes)} of text",
+        reading=_told(text, stored),
         warnings=() if warning is None else (warning,),
     )
+
+
+def _told(text: TextSource, stored: StoredTokens) -> str:
+    """What was read, in a line."""
+    documents, empty = stored.account.documents, stored.account.empty
+    told = f"{text.files_told()}, {documents:,} document{'s' * (documents != 1)}"
+    told += f", {stored.train.tokens + stored.held_out.tokens:,} tokens"
+    left_out = [f"{empty:,} empty document{'s' * (empty != 1)}"] if empty else []
+    left_out += [f"files of the folder ({text.left_out_told()})"] if text.left_out else []
+    return told + (f"; left out: {', '.join(left_out)}" if left_out else "")
 
 
 class _Tokenising:
@@ -205,11 +223,13 @@ class _Tokenising:
         chosen: str,
         vocabulary: int,
         hold_out: float,
+        text_key: str,
         progress: Progress,
         room_bytes: int | None,
     ) -> None:
         self._text, self._chosen, self._vocabulary = text, chosen, vocabulary
-        self._progress, self._room_bytes = progress, room_bytes
+        self._progress, self._room_bytes, self._needed_bytes = progress, room_bytes, _STRETCH_ROOM_BYTES
+        self._reading = Reading(text_key=text_key, check_room=self._check_document)
         self._border = round(text.total_bytes * (1 - hold_out)) if hold_out else None
         self._given: Tokenizer | None = None
         if chosen in ("chars", "bytes"):
@@ -217,7 +237,7 @@ class _Tokenising:
         elif chosen != "bpe":
             self._given = read_tokenizer(Path(chosen).expanduser())
         definition = None if self._given is None else self._given.to_json()
-        decides = [FORMAT_VERSION, text.identity, self._border]
+        decides = [FORMAT_VERSION, text.identity, self._border, text_key]
         decides += [definition or chosen, vocabulary if self._given is None else None]
         self.key = hashlib.sha256(f"text {json.dumps(decides)}".encode()).hexdigest()
 
@@ -232,16 +252,18 @@ class _Tokenising:
             loaded_bytes = 0 if definition is None else _PAIRS_ROOM_BYTES + _LOADED_PER_BYTE * len(definition)
             self._check_room(max(_STRETCH_ROOM_BYTES, loaded_bytes))
             return self._given
-        self._check_room(_PAIRS_ROOM_BYTES)
+        if not self._has_room(_STRETCH_ROOM_BYTES):  # the words cannot even be counted: as many as there may be
+            self._check_room(self._learning_bytes(min(self._text.total_bytes, _MOST_WORD_BYTES)))
         return train_pairs(self._sample(), self._vocabulary)
 
-    def stretches(self, tokenizer: Tokenizer) -> Iterator[Stretch]:
-        """All of the text."""
-        return self._read("tokenising", at_spaces=tokenizer.kind == "bpe")
+    def stretches(self, tokenizer: Tokenizer, account: Account) -> Iterator[Stretch]:
+        """All of the text, whose documents are counted."""
+        return self._read("tokenising", account, at_spaces=tokenizer.kind == "bpe")
 
-    def _read(self, what: str, *, at_spaces: bool) -> Iterator[Stretch]:
+    def _read(self, what: str, account: Account, *, at_spaces: bool) -> Iterator[Stretch]:
         total = self._text.total_bytes
-        for stretch in grouped(self._text.pieces(), border=self._border, at_spaces=at_spaces):
+        pieces = self._text.pieces(self._reading, account)
+        for stretch in grouped(pieces, border=self._border, at_spaces=at_spaces):
             yield stretch
             self._progress(min(stretch.position, total), total, what)
 
@@ -252,8 +274,8 @@ class _Tokenising:
         """
         border = self._text.total_bytes if self._border is None else self._border
         words: set[str] = set()
-        taken_bytes = begin = word_bytes = needed_bytes = 0
-        for stretch in self._read("learning byte pairs", at_spaces=True):
+        taken_bytes = begin = word_bytes = 0
+        for stretch in self._read("learning byte pairs", Account(), at_spaces=True):
             if stretch.held_out or word_bytes > _MOST_WORD_BYTES:
                 break
             if taken_bytes * border <= _SAMPLE_BYTES * begin:
@@ -261,19 +283,29 @@ class _Tokenising:
                 new = set(stretch.text.split()) - words
                 words |= new
                 word_bytes += sum(len(word.encode()) for word in new)
-                needed_bytes = _PAIRS_ROOM_BYTES + _ROOM_PER_WORD_BYTE * word_bytes
-                if self._has_room(needed_bytes):
+                if self._has_room(self._learning_bytes(word_bytes)):
                     yield from _with_short_words(stretch.text)
             begin = stretch.position
-        self._check_room(needed_bytes)  # once all are counted, so that the figure is the last one asked for
+        self._check_room(self._learning_bytes(word_bytes))  # of all of them: the figure is the last one asked for
+
+    def _learning_bytes(self, word_bytes: int) -> int:
+        """Memory that learning byte pairs takes from so many bytes of different words."""
+        return _PAIRS_ROOM_BYTES + _ROOM_PER_WORD_BYTE * word_bytes + _ROOM_PER_PAIR_BYTES * self._vocabulary
 
     def _has_room(self, tokenising_bytes: int) -> bool:
         return self._room_bytes is None or self._text.reading_bytes + tokenising_bytes <= self._room_bytes
 
     def _check_room(self, tokenising_bytes: int) -> None:
-        needed_bytes = self._text.reading_bytes + tokenising_bytes
+        self._needed_bytes = tokenising_bytes
         if not self._has_room(tokenising_bytes):
+            needed_bytes = self._text.reading_bytes + tokenising_bytes
             raise NoRoomToReadError(f"the text '{self._text.source}' with tokenizer: {self._chosen}", needed_bytes)
+
+    def _check_document(self, what: str, document_bytes: int, cure: str) -> None:
+        """That there is room for a document beside what tokenising takes."""
+        needed_bytes = self._needed_bytes + document_bytes
+        if not self._has_room(needed_bytes):
+            raise NoRoomToReadError(what, self._text.reading_bytes + needed_bytes, cure=cure)
 
 
 def _with_short_words(text: str) -> list[str]:

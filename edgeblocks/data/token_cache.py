@@ -17,8 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgeblocks.data.cache import CacheFiles, CacheKind, RowFile, open_or_build, read_meta
-from edgeblocks.data.documents import PIECE_CHARACTERS, Piece
+from edgeblocks.data.documents import Account
 from edgeblocks.data.left_out import LeftOut, Tally, read_left_out
+from edgeblocks.data.plain_text import PIECE_CHARACTERS, Piece
 from edgeblocks.data.tokenizer import (
     MOST_DEFINITION_BYTES,
     CharacterTokenizer,
@@ -30,7 +31,7 @@ from edgeblocks.errors import DataError, RunError, StorageError
 from edgeblocks.files.untrusted import read_text
 from edgeblocks.limits import MOST_TOKENS
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 PAGE_BYTES = 4096
 _KIND = CacheKind(name="token cache", content="tokens", row="a page", remedy="give less text", version=FORMAT_VERSION)
 _MOST_PAGES = 2**40
@@ -60,6 +61,7 @@ class StoredTokens:
 
     fingerprint: sha256 of the tokens and the tokenizer, in hexadecimal.
     left_out: what "chars" does not write; None for the other tokenizers, and in caches that do not have it.
+    account: the documents that were read.
     """
 
     token_file: "TokenFile"
@@ -69,6 +71,7 @@ class StoredTokens:
     held_out: Extent
     fingerprint: str
     left_out: LeftOut | None
+    account: Account
 
 
 class TokenFile:
@@ -109,7 +112,7 @@ def open_or_build_tokens(
     key: str,
     *,
     tokenizer: Callable[[], Tokenizer],
-    stretches: Callable[[Tokenizer], Iterator[Stretch]],
+    stretches: Callable[[Tokenizer, Account], Iterator[Stretch]],
 ) -> StoredTokens:
     """The cache of that key; where there is none or a damaged one, `stretches` are encoded with `tokenizer`.
 
@@ -120,7 +123,8 @@ def open_or_build_tokens(
 
     def build(files: CacheFiles) -> None:
         chosen = tokenizer()
-        _fill(files, chosen, stretches(chosen))
+        account = Account()
+        _fill(files, chosen, stretches(chosen, account), account)
 
     return open_or_build(_KIND, cache_dir, key, build=build, read=_read_cache)
 
@@ -183,7 +187,7 @@ def _last_border(text: str) -> int:
     return place if place > 0 else len(text)
 
 
-def _fill(files: CacheFiles, tokenizer: Tokenizer, stretches: Iterator[Stretch]) -> None:
+def _fill(files: CacheFiles, tokenizer: Tokenizer, stretches: Iterator[Stretch], account: Account) -> None:
     dtype = token_type(tokenizer.vocabulary)
     page_tokens = PAGE_BYTES // dtype.itemsize
     files.begin({"tokens.npy": (dtype, (page_tokens,)), "checks.npy": (np.dtype(np.uint32), ())}, PAGE_BYTES)
@@ -222,6 +226,7 @@ def _fill(files: CacheFiles, tokenizer: Tokenizer, stretches: Iterator[Stretch])
             "held_out": asdict(extents[1]),
             "fingerprint": hashlib.sha256(json.dumps(seen).encode()).hexdigest(),
             "left_out": None if tally is None else asdict(tally.result()),
+            "account": asdict(account),
         }
     )
 
@@ -288,18 +293,21 @@ def _read_cache(folder: Path) -> StoredTokens:
         train=train,
         held_out=held_out,
         fingerprint=fingerprint,
-        left_out=read_left_out(meta.get("left_out")),
+        left_out=read_left_out(meta["left_out"]),
+        account=Account(**_counts(meta["account"], ("documents", "empty"))),
     )
 
 
 def _extent(content: object) -> Extent:
-    if (
-        not isinstance(content, dict)
-        or content.keys() != {"tokens", "characters", "bytes"}
-        or any(type(n) is not int or not 0 <= n < 2**63 for n in content.values())
-    ):
-        raise ValueError("an extent is three counts")
-    return Extent(**content)
+    return Extent(**_counts(content, ("tokens", "characters", "bytes")))
+
+
+def _counts(content: object, names: tuple[str, ...]) -> dict[str, int]:
+    if not isinstance(content, dict) or content.keys() != set(names):
+        raise ValueError(f"{', '.join(names)} are wanted")
+    if any(type(count) is not int or not 0 <= count < 2**63 for count in content.values()):
+        raise ValueError("a count")
+    return content
 
 
 def _sha256(definition: str | None) -> str | None:

@@ -9,15 +9,21 @@ The table is never stored. No torch.
 """
 
 import hashlib
+import weakref
 
 import numpy as np
 from numpy.typing import NDArray
 
 from edgeblocks.errors import ConfigError
 
+_IN_MEMORY: weakref.WeakValueDictionary[tuple[int, int], NDArray[np.float32]] = weakref.WeakValueDictionary()
+
 
 def code_rows(vocabulary: int, width: int) -> NDArray[np.float32]:
-    """The codes of `vocabulary` tokens, [vocabulary, width]; `width` is divisible by 8.
+    """The codes of `vocabulary` tokens, [vocabulary, width], not to be written to; `width` is divisible by 8.
+
+    Who asks while another has them gets the same ones: of 50,000 tokens they take 13 MB, and in an evaluation the
+    trained block, the one that is looked at and the next one each ask.
 
     Raises:
         ConfigError: two tokens would have the same code.
@@ -28,8 +34,12 @@ def code_rows(vocabulary: int, width: int) -> NDArray[np.float32]:
     >>> (rows[0] * 4).astype(int).tolist()
     [-1, -1, -1, -1, 1, -1, 1, 1, 1, -1, 1, -1, -1, -1, 1, -1]
     """
+    if (known := _IN_MEMORY.get((vocabulary, width))) is not None:
+        return known
     bits = np.unpackbits(_packed_rows(vocabulary, width), axis=1)
-    return np.where(bits, np.float32(width**-0.5), np.float32(-(width**-0.5)))
+    rows: NDArray[np.float32] = np.where(bits, np.float32(width**-0.5), np.float32(-(width**-0.5)))
+    _IN_MEMORY[vocabulary, width] = rows
+    return rows
 
 
 def check_codes(vocabulary: int, width: int) -> None:

@@ -146,6 +146,7 @@ def validation_loss(
         per_example += level.share * sums["loss"]
         means = {name: float(values.mean()) for name, values in sums.items()}
         rows.append({"sigma": level.middle, "block": block, "share": level.share, **means})
+        del network  # the next block is made before a name would let go of this one
         if on_level is not None:
             on_level(number + 1, len(levels))
     return {

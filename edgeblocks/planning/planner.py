@@ -24,8 +24,9 @@ from edgeblocks.planning.memory import (
 from edgeblocks.planning.plans import Candidate, Machine, Plan, PlanRequest, StepShape, micro_batches, split_layers
 from edgeblocks.planning.step_times import boundary_disk_bytes
 from edgeblocks.planning.warnings import plan_warnings
-from edgeblocks.units import advised_budget, format_bytes
+from edgeblocks.units import BARE_PROCESS_BYTES, advised_budget, format_bytes
 
+BARE_RUNTIME = "the interpreter and its libraries alone need"
 ABOUT_AS_FAST = 1.1
 """Of two ways to train end to end, one that takes up to this many times as long is preferred where it writes less."""
 
@@ -186,7 +187,7 @@ def _does_not_fit(costs: LayerCosts, machine: Machine, request: PlanRequest) -> 
             flag="--mem-budget",
             budget_bytes=request.budget_bytes,
             where="" if machine.host is None else " on the device",
-            runtime="its context alone needs" if machine.host else "the interpreter and its libraries alone need",
+            runtime="its context alone needs" if machine.host else BARE_RUNTIME,
             forced=forced,
         )
     # Of the options that fit the device, if any: what follows from the answer must not be the other refusal.
@@ -205,7 +206,7 @@ def _does_not_fit(costs: LayerCosts, machine: Machine, request: PlanRequest) -> 
         flag="--ram-budget",
         budget_bytes=ram_budget_bytes,
         where=" on the host",
-        runtime="the interpreter and its libraries alone need",
+        runtime=BARE_RUNTIME,
         forced=forced,
         too="" if on_device else device_too,
     )
@@ -234,7 +235,11 @@ def _refusal(
     smallest_bytes = math.ceil(min(sum(breakdown.values()) for breakdown in free_breakdowns) / 1e6) * 1_000_000
     parts = ", ".join(f"{name} {format_bytes(size)}" for name, size in closest.items() if size)
     advice = f"use {flag} {advised_budget(needed_bytes)} or more"
-    if closest["runtime"] > needed_bytes / 2:
+    if runtime == BARE_RUNTIME and closest["runtime"] > BARE_PROCESS_BYTES:
+        advice += (
+            f" (this process already holds {format_bytes(closest['runtime'])} of it, your program's data included)"
+        )
+    elif closest["runtime"] > needed_bytes / 2:
         advice += f" ({runtime} {format_bytes(closest['runtime'])} of it)"
     else:
         advice += ", or a smaller network (--set width=.., --set patch=.., --set image_size=..)"

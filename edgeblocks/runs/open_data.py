@@ -1,25 +1,40 @@
 """The data that a run's settings name, opened inside its budget."""
 
-from collections.abc import Mapping
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
 from edgeblocks.config import TOKENIZERS, RunSettings, Settings
 from edgeblocks.data.cache import cache_folder, cache_note
 from edgeblocks.data.dataset import DataSet, Progress
 from edgeblocks.data.images import open_images
+from edgeblocks.data.python_data import store_images, store_texts
 from edgeblocks.data.text import open_text
-from edgeblocks.data.tokenizer import build_tokenizer
+from edgeblocks.data.tokenise import tokenise_in_child
+from edgeblocks.data.tokenizer import build_tokenizer, read_tokenizer
 from edgeblocks.errors import ConfigError, DoesNotFitError, NoRoomToReadError
 from edgeblocks.offload.device import Target
+from edgeblocks.profiling.budgets import budget_of_this_process, with_budgets
 from edgeblocks.progress import Listener
-from edgeblocks.registry import family_type
-from edgeblocks.units import advised_budget, format_bytes
+from edgeblocks.registry import build_target, family_type
+from edgeblocks.units import advised_budget, format_bytes, who_holds
 
+PAIRS_LIBRARY_BYTES, BYTES_PER_PAIR = 25_000_000, 800
+"""Measured: 23 MB for the library, and 35 MB with 50,000 tokens."""
 DECODING_SLACK_BYTES = 12_000_000
 """Beside a picture: pieces of it on their way to the cache, code of Pillow's decoders."""
 
 
-def data_of(run: RunSettings, progress: Progress, *, room_bytes: int | None = None) -> DataSet:
+def data_of(
+    run: RunSettings, progress: Progress, *, room_bytes: int | None = None, budget_bytes: int | None = None
+) -> DataSet:
     """The data that a run's settings name; see `open_images` and `open_text`.
+
+    Args:
+        room_bytes: memory that reading may take in this process; None does not bound it.
+        budget_bytes: that of a process that reads beside it, as text is.
 
     Raises:
         ConfigError: settings of images for a family that reads text, or the other way round.
@@ -27,15 +42,21 @@ def data_of(run: RunSettings, progress: Progress, *, room_bytes: int | None = No
     reads = family_type(run.family).reads
     check_data_settings(run, reads)
     if reads == "text":
+        asked: dict[str, Any] = {
+            "tokenizer": run.tokenizer,
+            "vocabulary": run.vocab,
+            "length": run.length,
+            "hold_out": run.hold_out,
+            "text_key": run.text_key,
+        }
+        request = {"source": run.data, "cache_dir": str(cache_folder()), "budget_bytes": budget_bytes, **asked}
         return open_text(
             run.data,
-            tokenizer=run.tokenizer,
-            vocabulary=run.vocab,
-            length=run.length,
-            hold_out=run.hold_out,
+            **asked,
             cache_dir=cache_folder(),
             progress=progress,
             room_bytes=room_bytes,
+            elsewhere=lambda: tokenise_in_child(request, progress),
         )
     return open_images(
         run.data,
@@ -54,7 +75,7 @@ def check_data_settings(run: RunSettings, reads: str) -> None:
     Raises:
         ConfigError: with all that are of the other kind.
     """
-    others = {"images": ("tokenizer", "vocab", "length"), "text": ("image_size",)}[reads]
+    others = {"images": ("tokenizer", "vocab", "length", "text_key"), "text": ("image_size",)}[reads]
     usual = RunSettings()
     problems = [
         f"{name}={getattr(run, name)}: {run.family} reads {reads}, and {name} is for families that do not; leave it out"
@@ -63,6 +84,24 @@ def check_data_settings(run: RunSettings, reads: str) -> None:
     ]
     if problems:
         raise ConfigError(*problems)
+
+
+def vocabulary_of(run: RunSettings) -> int:
+    """Different tokens that a text will have, before it is read: of byte pairs that are learned, the most.
+
+    Raises:
+        DataError: the tokenizer's file cannot be used.
+    """
+    if run.tokenizer == "bpe":
+        return run.vocab
+    if run.tokenizer in TOKENIZERS:
+        return build_tokenizer(run.tokenizer, None).vocabulary
+    return read_tokenizer(Path(run.tokenizer).expanduser()).vocabulary
+
+
+def tokenizer_bytes(run: RunSettings) -> int:
+    """What byte pairs that are learned will keep in memory, the library included."""
+    return PAIRS_LIBRARY_BYTES + BYTES_PER_PAIR * run.vocab if run.tokenizer == "bpe" else 0
 
 
 def check_vocab(run: RunSettings, typed: Mapping[str, object], from_file: Mapping[str, object]) -> None:
@@ -92,29 +131,54 @@ def check_vocab(run: RunSettings, typed: Mapping[str, object], from_file: Mappin
     )
 
 
-def open_run_data(settings: Settings, listener: Listener, *, budget_bytes: int, target: Target) -> DataSet:
-    """The data of a run; pictures are decoded first, inside the budget of the memory that this process is in.
+def stored_source(data: object, settings: Settings, listener: Listener) -> str | None:
+    """Data as a setting: a path as text; what a program gave is read into the cache, inside the budget of this process.
 
     Raises:
-        DoesNotFitError: decoding a picture would pass the budget.
+        DataError: they are nothing that the run's family reads.
+        DoesNotFitError: converting an image would pass the budget.
+    """
+    if data is None or isinstance(data, str | os.PathLike):
+        return None if data is None else os.fspath(data)
+    run = settings.run
+    if family_type(run.family).reads == "text":
+        return store_texts(data, cache_dir=cache_folder(), text_key=run.text_key)
+    target = build_target(run.target)
+    budget_bytes = budget_of_this_process(
+        with_budgets(settings, beside_a_host=target.host_bytes() is not None).run, target
+    )
+    with _refusals_to_read_explained(budget_bytes, target) as room_bytes:
+        return store_images(
+            data,
+            cache_dir=cache_folder(),
+            image_size=run.image_size,
+            room_bytes=room_bytes,
+            progress=listener.advance,
+        )
+
+
+def open_run_data(
+    settings: Settings,
+    listener: Listener,
+    *,
+    budget_bytes: int,
+    target: Target,
+    training_bytes: Callable[[], int] = lambda: 0,
+) -> DataSet:
+    """The data of a run, read into the cache inside the budget of the memory that this process is in.
+
+    Args:
+        training_bytes: the smallest budget that the training needs which follows, as far as it is known; asked where
+            reading is refused, so that the budget that is advised is the last one.
+
+    Raises:
+        DoesNotFitError: reading a picture or a text would pass the budget.
     """
     note = cache_note()
     if note is not None:
         listener.note(f"note: {note}")
-    taken_bytes = target.host_used_bytes() + DECODING_SLACK_BYTES
-    room_bytes = max(0, budget_bytes - taken_bytes)
-    try:
-        data_set = data_of(settings.run, listener.advance, room_bytes=room_bytes)
-    except NoRoomToReadError as error:
-        smallest_bytes = taken_bytes + error.needed_bytes
-        flag = "--mem-budget" if target.host_bytes() is None else "--ram-budget"
-        raise DoesNotFitError(
-            f"{error.what} takes up to {format_bytes(error.needed_bytes)} to read, and the budget of "
-            f"{format_bytes(budget_bytes)} leaves {format_bytes(room_bytes)} after the interpreter and its libraries "
-            f"({format_bytes(taken_bytes)}); use {flag} {advised_budget(smallest_bytes)} or more the first time "
-            f"(then it is in the cache), or make it smaller",
-            smallest_bytes,
-        ) from error
+    with _refusals_to_read_explained(budget_bytes, target, training_bytes) as room_bytes:
+        data_set = data_of(settings.run, listener.advance, room_bytes=room_bytes, budget_bytes=budget_bytes)
     listener.note(f"read: {data_set.reading}")
     if data_set.unreadable:
         shown = ", ".join(data_set.unreadable[:5]) + (", .." if len(data_set.unreadable) > 5 else "")
@@ -122,3 +186,32 @@ def open_run_data(settings: Settings, listener: Listener, *, budget_bytes: int, 
     for warning in data_set.warnings:
         listener.note(f"note: {warning}")
     return data_set
+
+
+@contextmanager
+def _refusals_to_read_explained(
+    budget_bytes: int, target: Target, training_bytes: Callable[[], int] = lambda: 0
+) -> Iterator[int]:
+    """Gives the memory that reading may take in this process; says which budget would do where that is too little.
+
+    Raises:
+        DoesNotFitError: in place of NoRoomToReadError.
+    """
+    taken_bytes = target.host_used_bytes() + DECODING_SLACK_BYTES
+    room_bytes = max(0, budget_bytes - taken_bytes)
+    try:
+        yield room_bytes
+    except NoRoomToReadError as error:
+        holder = who_holds(taken_bytes)
+        if error.taken_bytes is not None:  # read by a process that has an interpreter, and little else
+            taken_bytes, holder = error.taken_bytes, "the interpreter that reads it"
+            room_bytes = max(0, budget_bytes - taken_bytes)
+        smallest_bytes = max(taken_bytes + error.needed_bytes, training_bytes())
+        flag = "--mem-budget" if target.host_bytes() is None else "--ram-budget"
+        raise DoesNotFitError(
+            f"{error.what} takes up to {format_bytes(error.needed_bytes)} to read, and the budget of "
+            f"{format_bytes(budget_bytes)} leaves {format_bytes(room_bytes)} after {holder} "
+            f"({format_bytes(taken_bytes)}); use {flag} {advised_budget(smallest_bytes)} or more the first time "
+            f"(then it is in the cache), or {error.cure}",
+            smallest_bytes,
+        ) from error

@@ -56,7 +56,8 @@ WRONG_SETTINGS = {
     "budget below the interpreter": (
         ["--mem-budget", "100MB"],
         3,
-        r"no plan fits 100 MB: the smallest needs .* use --mem-budget \d+MB or more \(the interpreter and its",
+        r"no plan fits 100 MB: the smallest needs .* use --mem-budget \d+MB"
+        r" or more \((the interpreter and its|this process already holds)",
     ),
     "unknown key": (["--set", "pach=2"], 2, r"unknown setting 'pach' for the family 'dit'; did you mean 'patch'\?"),
     "no value": (["--set", "patch"], 2, r"--set patch: write key=value, for example --set patch=2"),

@@ -1,5 +1,7 @@
 """The tokens' codes: unit rows, all different, the same for ever."""
 
+import weakref
+
 import numpy as np
 import pytest
 
@@ -29,3 +31,12 @@ def test_too_few_signs_are_refused():
     for make in (code_rows, check_codes):
         with pytest.raises(ConfigError, match=r"code_width=8 gives two of 300 tokens the same code; use --set code_w"):
             make(300, 8)
+
+
+def test_codes_are_in_memory_once_and_no_longer_than_someone_has_them():
+    """However many blocks and chains ask."""
+    first, again = code_rows(300, 64), code_rows(300, 64)
+    assert first is again and code_rows(301, 64) is not first
+    kept = weakref.ref(first)
+    del first, again
+    assert kept() is None
