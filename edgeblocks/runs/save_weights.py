@@ -7,7 +7,7 @@ from typing import TypedDict
 from edgeblocks.errors import ConfigError, RunError, StorageError
 from edgeblocks.files.durable import write_atomically
 from edgeblocks.files.tensor_file import encode_header, table_of
-from edgeblocks.offload.block_buffer import Part, bytes_of
+from edgeblocks.offload.block_buffer import BlockBuffer, Part, bytes_of
 from edgeblocks.offload.block_files import BlockStore
 from edgeblocks.runs.directory import RunDirectory, check_whole
 
@@ -22,7 +22,7 @@ class WrittenWeights(TypedDict):
 
 
 def write_weights(run: RunDirectory, out: Path, *, last: bool) -> WrittenWeights:
-    """Write the EMA weights of all blocks, one block after the other; returns the file's path and size.
+    """Write the weights of all blocks, one block after the other; returns the file's path and size.
 
     Blocks that were trained alone are networks of their own: their names begin with `block_0.`, `block_1.` and so on.
 
@@ -36,16 +36,15 @@ def write_weights(run: RunDirectory, out: Path, *, last: bool) -> WrittenWeights
     """
     if out.suffix != ".safetensors":
         raise ConfigError(f"-o {out}: weights are written as safetensors; give a name that ends in .safetensors")
-    store, part = run.store(), _part(last)
-    if run.method.trained_together:
-        check_whole(run, store)
-    entries = [(block, entry) for block, layout in enumerate(store.layouts) for entry in layout.of_part(part)]
+    part = _part(last)
+    blocks = read_weights(run, last=last)  # looks at the steps before anything is written
+    entries = [(block, entry) for block, layout in enumerate(run.store().layouts) for entry in layout.of_part(part)]
     named = [(run.tensor_name(block, entry.name.removeprefix(f"{part}.")), entry) for block, entry in entries]
     table = table_of((name, entry.dtype, entry.shape) for name, entry in named)
     header = encode_header(table, {"format": "pt"})
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(out, _pieces(run, store, header, part))
+        write_atomically(out, _pieces(header, blocks))
     except OSError as error:
         raise StorageError(f"cannot write {out}: {error.strerror or error}; choose another place with -o") from error
     num_bytes = len(header) + sum(entry.num_bytes for _, entry in entries)
@@ -56,13 +55,33 @@ def _part(last: bool) -> Part:
     return "weights" if last else "ema"
 
 
-def _pieces(run: RunDirectory, store: BlockStore, header: bytes, part: Part) -> Iterator[bytes | memoryview]:
+def _pieces(header: bytes, blocks: Iterator[BlockBuffer]) -> Iterator[bytes | memoryview]:
     yield header
-    buffer, steps = store.buffer((part,)), set()
+    for buffer in blocks:
+        yield bytes_of(buffer.content)
+
+
+def read_weights(run: RunDirectory, *, last: bool) -> Iterator[BlockBuffer]:
+    """The weights of one block after the other, all in the same memory: a block's are there until the next is taken.
+
+    Args:
+        last: the weights as the last step left them; else their average (EMA), which is the only part that is read.
+
+    Raises:
+        RunError: a block is damaged, or the run is trained while it is read.
+    """
+    store = run.store()
+    if run.method.trained_together:
+        check_whole(run, store)
+    return _blocks(run, store, store.buffer((_part(last),)))
+
+
+def _blocks(run: RunDirectory, store: BlockStore, buffer: BlockBuffer) -> Iterator[BlockBuffer]:
+    steps = set()
     for block, trained in enumerate(run.trained):
         step = store.read(block, buffer)
         if trained:
             steps.add(step)
-        yield bytes_of(buffer.content)
+        yield buffer
     if run.method.trained_together and len(steps) > 1:
         raise RunError(f"{run.path} was saved while its weights were read, and they do not belong together; try again")
