@@ -24,6 +24,7 @@ from edgeblocks.runs.directory import RunDirectory, bring_blocks_home, open_run,
 from edgeblocks.runs.load_weights import InitialWeights, initial_weights_of
 from edgeblocks.runs.locks import locked, locked_away
 from edgeblocks.runs.open_data import check_vocab, open_run_data
+from edgeblocks.runs.prolonging import check_prolonging, prolong
 from edgeblocks.runs.schema import InitFields
 from edgeblocks.runs.written_plan import written_plan
 from edgeblocks.training.guard import Guard, refusals_explained
@@ -157,6 +158,7 @@ def _origin(initial: InitialWeights | None) -> InitFields | None:
 def resume(
     path: Path | str,
     *,
+    steps: int | None = None,
     mem_budget: str | None = None,
     ram_budget: str | None = None,
     target: str | None = None,
@@ -172,6 +174,8 @@ def resume(
     the rest is planned again), on another machine, with its data or its work directory in another place.
 
     Args:
+        steps: more than the run was to make. The learning rate rises again from where it is, over the warm-up, and
+            falls to zero along a new cosine.
         mem_budget: another budget from now on.
         ram_budget: another bound of the host's memory, when a GPU trains.
         target: another kind of machine; it has its usual budgets unless these are given too.
@@ -191,6 +195,9 @@ def resume(
         given = {"mem_budget": mem_budget, "ram_budget": ram_budget, "target": target, "data": data}
         given |= {"work_dir": work_dir, "max_disk_writes": max_disk_writes}
         changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+        steps_before = run.settings.run.steps
+        if steps is not None and steps != steps_before:
+            changes["steps"] = steps
         if target is not None and target != run.settings.run.target:
             changes = {**usual_budgets(target), **changes}
         run = run.changed(changes)
@@ -200,7 +207,8 @@ def resume(
             listener.note(f"{run.path} is finished: it has made its {run.settings.run.steps} steps")
             return Run(run)
         with locked_away(run, listener.note):
-            return _resume(run, mem_budget is not None or ram_budget is not None, reinit_blocks, listener)
+            other_budget = mem_budget is not None or ram_budget is not None
+            return _resume(run, other_budget, reinit_blocks, listener, steps_before=steps_before)
 
 
 def _is_finished(run: RunDirectory) -> bool:
@@ -210,11 +218,15 @@ def _is_finished(run: RunDirectory) -> bool:
     return min(run.saved_steps(run.store())) >= run.settings.run.steps
 
 
-def _resume(run: RunDirectory, other_budget: bool, reinit_blocks: Sequence[int], listener: Listener) -> "Run":
+def _resume(
+    run: RunDirectory, other_budget: bool, reinit_blocks: Sequence[int], listener: Listener, *, steps_before: int
+) -> "Run":
     """Go on with a locked run; its settings are written down when everything has proved sound."""
     remove_leftovers(run)
     if run.method.trained_together:
         NextBlocks(run.store()).recover()
+    check_prolonging(run, steps_before=steps_before, saved=run.saved_steps(run.store()))
+    is_prolonged = run.settings.run.steps != steps_before
     target = build_target(run.settings.run.target)
     target.prepare()
     budget_bytes = budget_of_this_process(run.settings.run, target)
@@ -224,9 +236,11 @@ def _resume(run: RunDirectory, other_budget: bool, reinit_blocks: Sequence[int],
             f"the data of {run.path} have changed: {data_set.source} is not what the run was trained on; put the "
             f"former data back, name their new place with --data, or start a new run with --out"
         )
-    run = _replanned_if_needed(run, data_set, other_budget, target, listener)
+    run = _replanned_if_needed(run, data_set, other_budget or is_prolonged, target, listener)
     _reinitialise(run, reinit_blocks, listener)
     saved = run.saved_steps(run.store())
+    if is_prolonged:
+        run = prolong(run, steps_before=steps_before, saved=saved, note=listener.note)
     run.save_settings()
     run.drop_metrics_after(saved)
     listener.note(f"resuming {run.path}: {_at_steps(run, saved)} of {run.settings.run.steps}")

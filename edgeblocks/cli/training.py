@@ -13,8 +13,8 @@ from edgeblocks.cli.exit_codes import verb
 from edgeblocks.cli.options import SETTINGS, Json, PlanTarget, as_flags, given_settings
 from edgeblocks.errors import ConfigError
 
-RESUME_SETTINGS = frozenset({"mem_budget", "ram_budget", "target", "data", "work_dir", "max_disk_writes"})
-"""Settings that a run may change when it goes on: they change no number of the result."""
+RESUME_SETTINGS = frozenset({"steps", "mem_budget", "ram_budget", "target", "data", "work_dir", "max_disk_writes"})
+"""Settings that a run may change when it goes on: more steps, and what changes no number of the result."""
 
 
 @verb(flags={**SETTINGS, "target": PlanTarget})
@@ -42,7 +42,8 @@ def train(
     resume: Annotated[
         Path | None,
         typer.Option(
-            help="Go on with this run directory. It keeps its settings; --mem-budget, --ram-budget, --target, --data "
+            help="Go on with this run directory. It keeps its settings; --steps may be more than before (the learning "
+            "rate rises again and falls along a new cosine), and --mem-budget, --ram-budget, --target, --data "
             "(its new place), --work-dir and --max-disk-writes may be others."
         ),
     ] = None,

@@ -26,7 +26,8 @@ from edgeblocks.offload.block_files import BlockStore
 from edgeblocks.offload.device import Device
 from edgeblocks.offload.slots import Slots
 from edgeblocks.optim.adamw import Workspace
-from edgeblocks.optim.update import adamw_, ema_exponent, follow_, learning_rate_at
+from edgeblocks.optim.schedule import learning_rate_over
+from edgeblocks.optim.update import adamw_, ema_exponent, follow_
 from edgeblocks.progress import Progress
 from edgeblocks.runs.directory import RunDirectory
 from edgeblocks.training.batches import Batches, BatchThread, drawing
@@ -196,22 +197,22 @@ class Trainer(ABC):
         self._slots.close()
         self._thread.close()
 
-    def update_(self, buffer: BlockBuffer, gradients: Tensor, step: int) -> None:
-        """AdamW, then the EMA, in a block or stage. Steps count from 0."""
+    def update_(self, buffer: BlockBuffer, gradients: Tensor, step: int, block: int = 0) -> None:
+        """AdamW, then the EMA, in a block or stage. Steps count from 0; what is trained together is block 0."""
         adamw_(
             buffer,
             gradients,
             step=step,
-            learning_rate=self.learning_rate(step),
+            learning_rate=self.learning_rate(step, block),
             weight_decay=self.settings.weight_decay,
             workspace=self._workspace,
         )
         follow_(buffer, step=step, exponent=self._ema_exponent)
 
-    def learning_rate(self, step: int) -> float:
+    def learning_rate(self, step: int, block: int = 0) -> float:
         """Of a step, which counts from 0."""
-        settings = self.settings
-        return learning_rate_at(step, steps=settings.steps, warmup=settings.warmup, peak=settings.learning_rate)
+        stretches, settings = self.run.stretches(block), self.settings
+        return learning_rate_over(stretches, step, warmup=settings.warmup, peak=settings.learning_rate)
 
     def network_on(self, buffer: BlockBuffer, build: Callable[[], Block], gradients: Tensor | None) -> Block:
         """A network whose parameters are views of a buffer's weights, and their gradients views of `gradients`."""
@@ -273,7 +274,7 @@ class Trainer(ABC):
                 "step": step + 1,
                 "loss": loss,
                 "gradient_norm": gradient_norm,
-                "learning_rate": self.learning_rate(step),
+                "learning_rate": self.learning_rate(step, number),
                 "examples_per_s": round(speed, 2),
                 "seconds": progress.seconds,
                 "used_bytes": progress.used_bytes,
