@@ -4,10 +4,13 @@ Everything the command line does goes through here; `cli` only reads arguments a
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from contextlib import closing
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from edgeblocks.callbacks import Callback, Callbacks, Finished, Planned, Step
 from edgeblocks.config import Settings, read_yaml, resolve_settings
 from edgeblocks.data.dataset import DataSet
 from edgeblocks.errors import ConfigError, InterruptedRunError, RunError
@@ -16,7 +19,7 @@ from edgeblocks.offload.device import Target
 from edgeblocks.planning.plan_text import banner
 from edgeblocks.prepare import Prepared, check_disk, check_work_dir, prepare, prepare_elsewhere, replan
 from edgeblocks.profiling.budgets import budget_of_this_process, usual_budgets
-from edgeblocks.progress import Listener, Silent
+from edgeblocks.progress import Listener, Progress, Silent
 from edgeblocks.registry import build_profile, build_target, family_type, profile_names, register_family, target_names
 from edgeblocks.run import Run
 from edgeblocks.runs.create import check_free, create_blocks, create_run, seal_run
@@ -26,6 +29,7 @@ from edgeblocks.runs.locks import locked, locked_away
 from edgeblocks.runs.open_data import check_vocab, open_run_data
 from edgeblocks.runs.prolonging import check_prolonging, prolong
 from edgeblocks.runs.schema import InitFields
+from edgeblocks.runs.summary import Summary
 from edgeblocks.runs.written_plan import written_plan
 from edgeblocks.training.guard import Guard, refusals_explained
 from edgeblocks.training.interruption import Interrupted, Interruption
@@ -37,7 +41,7 @@ from edgeblocks.units import format_bytes
 if TYPE_CHECKING:
     from edgeblocks.targets.profile import Profile
 
-__all__ = ["Prepared", "Run", "load", "plan", "register_family", "resume", "train"]
+__all__ = ["Callback", "Prepared", "Run", "load", "plan", "register_family", "resume", "train"]
 
 
 def plan(
@@ -111,14 +115,18 @@ def train(
     out: Path | str,
     config: Path | str | None = None,
     listener: Listener | None = None,
+    callbacks: Sequence[Callback] = (),
     **settings: object,
 ) -> "Run":
     """Train a new run in the directory `out` and return it; see `plan` for settings and errors.
 
+    Args:
+        callbacks: hear what happens in the training. An error of theirs ends it, saved, and is raised.
+
     Raises:
         InterruptedRunError: stopped by a signal; everything is saved.
     """
-    listener = listener or Silent()
+    listener, told = listener or Silent(), Callbacks(callbacks)
     path = Path(out)
     check_free(path)
     prepared = prepare(settings_for_here(config=config, **settings).with_whole_paths(), path, listener)
@@ -144,7 +152,7 @@ def train(
                 on_block=lambda done: listener.advance(done, len(run.file_layers), "creating blocks"),
             )
             seal_run(run)
-            return _train(run, prepared.data_set, listener, resumed_from=None)
+            return _train(run, prepared.data_set, listener, told, resumed_from=None)
 
 
 def _origin(initial: InitialWeights | None) -> InitFields | None:
@@ -167,6 +175,7 @@ def resume(
     max_disk_writes: str | None = None,
     reinit_blocks: Sequence[int] = (),
     listener: Listener | None = None,
+    callbacks: Sequence[Callback] = (),
 ) -> "Run":
     """Go on with a run from each block's last saved step, and return it when it is finished.
 
@@ -183,12 +192,13 @@ def resume(
         work_dir: where the block files are now, and will be written.
         max_disk_writes: another limit from now on, counted from the run's beginning.
         reinit_blocks: blocks to make and train again from their beginning, for example because a file is damaged.
+        callbacks: as of `train`; they hear nothing where the run is finished already.
 
     Raises:
         RunError: the run is damaged, in use by another process, or its data have changed.
         DoesNotFitError: the run's blocks do not fit the budget on this machine.
     """
-    listener = listener or Silent()
+    listener, told = listener or Silent(), Callbacks(callbacks)
     run = open_run(Path(path))
     run = replace(run, plan=run.trainable_plan)
     with locked(run.path, listener.note):
@@ -208,7 +218,7 @@ def resume(
             return Run(run)
         with locked_away(run, listener.note):
             other_budget = mem_budget is not None or ram_budget is not None
-            return _resume(run, other_budget, reinit_blocks, listener, steps_before=steps_before)
+            return _resume(run, other_budget, reinit_blocks, listener, told, steps_before=steps_before)
 
 
 def _is_finished(run: RunDirectory) -> bool:
@@ -219,7 +229,13 @@ def _is_finished(run: RunDirectory) -> bool:
 
 
 def _resume(
-    run: RunDirectory, other_budget: bool, reinit_blocks: Sequence[int], listener: Listener, *, steps_before: int
+    run: RunDirectory,
+    other_budget: bool,
+    reinit_blocks: Sequence[int],
+    listener: Listener,
+    told: Callbacks,
+    *,
+    steps_before: int,
 ) -> "Run":
     """Go on with a locked run; its settings are written down when everything has proved sound."""
     remove_leftovers(run)
@@ -244,7 +260,7 @@ def _resume(
     run.save_settings()
     run.drop_metrics_after(saved)
     listener.note(f"resuming {run.path}: {_at_steps(run, saved)} of {run.settings.run.steps}")
-    return _train(run, data_set, listener, resumed_from=saved)
+    return _train(run, data_set, listener, told, resumed_from=saved)
 
 
 def _replanned_if_needed(
@@ -310,7 +326,25 @@ def _initial_again(run: RunDirectory) -> InitialWeights | None:
     return initial
 
 
-def _train(run: RunDirectory, data_set: DataSet, listener: Listener, resumed_from: list[int] | None) -> "Run":
+def _train(
+    run: RunDirectory, data_set: DataSet, listener: Listener, told: Callbacks, *, resumed_from: list[int] | None
+) -> "Run":
+    """Train to the last step and evaluate; the callbacks are closed whatever happens."""
+    with closing(told):
+        settings = {**run.settings.run.model_dump(), **asdict(run.settings.family)}
+        plan = run.trainable_plan.to_json()
+        told.tell(Planned(run=run.path, settings=settings, plan=plan, resumed_from=resumed_from))
+        summary = _trained(run, data_set, listener, told, resumed_from)
+        run.write_json("summary.json", summary.to_json())
+        finished = Run(run)
+        told.tell(Finished(run=run.path, summary=finished.summary or {}))
+    return finished
+
+
+def _trained(
+    run: RunDirectory, data_set: DataSet, listener: Listener, told: Callbacks, resumed_from: list[int] | None
+) -> Summary:
+    """The summary of a run that is trained now."""
     target = build_target(run.settings.run.target)
     target.warm_up()
     plan = run.trainable_plan
@@ -330,10 +364,12 @@ def _train(run: RunDirectory, data_set: DataSet, listener: Listener, resumed_fro
         trainer = trainer_type(run.method).open(run, data_set, store, guard, target.device)
         try:
             with target.capped(budget_bytes), Interruption(listener.note).listening() as interruption:
-                previews = Previews(run, data_set, trainer, interruption)
+                previews = Previews(run, data_set, trainer, interruption, told.tell)
                 listener.stage("training")
                 previews.after_visit(run.saved_steps(store))
-                steps = trainer.train(interruption, on_step=listener.step, between_visits=previews.after_visit)
+                steps = trainer.train(
+                    interruption, on_step=partial(_on_step, listener, told), between_visits=previews.after_visit
+                )
                 if interruption.signal_name is None:
                     listener.stage("evaluating")
                     evaluation = previews.evaluation(listener)
@@ -347,9 +383,30 @@ def _train(run: RunDirectory, data_set: DataSet, listener: Listener, resumed_fro
             f"{run.settings.run.steps}. Go on with: edgeblocks train --resume {run.path}"
         )
     bring_blocks_home(run)
-    summary = summary_of(run, trainer, evaluation, data_set, target, budget_bytes, resumed_from)
-    run.write_json("summary.json", summary.to_json())
-    return Run(run)
+    return summary_of(run, trainer, evaluation, data_set, target, budget_bytes, resumed_from)
+
+
+def _on_step(listener: Listener, told: Callbacks, progress: Progress) -> None:
+    """What hears of each step."""
+    listener.step(progress)
+    if told:
+        told.tell(
+            Step(
+                block=progress.block,
+                step=progress.step,
+                steps=progress.steps,
+                steps_done=progress.steps_done,
+                steps_total=progress.steps_total,
+                loss=progress.loss,
+                gradient_norm=progress.gradient_norm,
+                learning_rate=progress.learning_rate,
+                examples_per_s=progress.examples_per_s,
+                seconds=progress.seconds,
+                used_bytes=progress.used_bytes,
+                budget_bytes=progress.budget_bytes,
+                bytes_written=progress.bytes_written,
+            )
+        )
 
 
 def load(path: Path | str) -> Run:

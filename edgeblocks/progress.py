@@ -52,7 +52,14 @@ class Progress:
 
     losses: dict[int, float] = field(default_factory=dict)
     """Smoothed training loss of each block."""
+    loss: float = 0.0
+    """Of the last step alone, as the next two are."""
+    gradient_norm: float = 0.0
+    learning_rate: float = 0.0
+    steps: int = 0
+    """Of each block."""
     steps_done: int = 0
+    """Of all blocks together."""
     steps_total: int = 0
     block: int | None = 0
     """The one that is trained; None where all are trained together, whose loss is that of block 0."""

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from edgeblocks.diffusion.noise import NoisePartition
 from edgeblocks.families.block import Block
-from edgeblocks.offload.block_buffer import bind_parameters_
+from edgeblocks.offload.block_buffer import Part, bind_parameters_
 from edgeblocks.runs.directory import RunDirectory
 from edgeblocks.runs.save_weights import read_weights
 
@@ -34,11 +34,14 @@ class BlocksAsOne(nn.Module):
             level: of each sample, [batch].
             others: what the family's blocks get besides, such as classes or images, [batch, ..].
         """
-        owners = torch.tensor([self.block_of(float(one)) for one in level], device=level.device)
-        used = owners.unique().tolist()
+        owners = [self.block_of(float(one)) for one in level]
+        used = sorted(set(owners))
         if len(used) == 1:
             return self._given(used[0], z, level, *others)
-        rows = [torch.nonzero(owners == block)[:, 0] for block in used]
+        rows = [
+            torch.tensor([row for row, owner in enumerate(owners) if owner == block], device=level.device)
+            for block in used
+        ]
         parts = [
             self._given(block, z[own], level[own], *(None if one is None else one[own] for one in others))
             for block, own in zip(used, rows, strict=True)
@@ -61,7 +64,7 @@ def trained_network(run: RunDirectory, *, last: bool) -> nn.Module:
         networks = [family.block(num_layers=count, checkpointing=False) for count in run.layers]
     whole: nn.Module = networks[0] if run.method.one_network else BlocksAsOne(networks, run.partition)
     for number, buffer in enumerate(read_weights(run, last=last)):
-        part = "weights" if last else "ema"
+        part: Part = "weights" if last else "ema"
         bind_parameters_(whole, [(run.tensor_name(number, own), value.clone()) for own, value in buffer.tensors(part)])
     with torch.device("cpu"):
         for network in networks:

@@ -100,6 +100,7 @@ class Trainer(ABC):
         self._metrics_every = max(1, self.settings.steps // METRICS_RECORDS)
         self._thread = BatchThread(self.device)
         self.progress = Progress(
+            steps=self.settings.steps,
             bytes_written=self.store.run_bytes_written,
             budget_bytes=run.plan.budget_bytes,
             example="img" if self.family.reads == "images" else "seq",
@@ -158,7 +159,7 @@ class Trainer(ABC):
 
         Args:
             on_step: called after every step. What it raises ends the run, saved.
-            between_visits: called with the steps when nothing is resident.
+            between_visits: called with the steps when nothing is resident. What it raises ends the run, saved.
 
         Raises:
             EdgeblocksError: the loss is no longer finite; the run is as it was before the visit.
@@ -188,7 +189,11 @@ class Trainer(ABC):
                 self._slots.flush()  # "everything is saved" must be true
                 raise ending
             if interruption.signal_name is None:  # a preview can take minutes: a stop does not wait for one
-                between_visits(steps)
+                try:
+                    between_visits(steps)
+                except BaseException:
+                    self._slots.flush()
+                    raise
         self._slots.flush()
         return steps
 
@@ -258,6 +263,8 @@ class Trainer(ABC):
         progress, number = self.progress, block or 0
         step_s = timer.add_to_(progress)
         progress.block, progress.step, progress.steps_done = block, step + 1, progress.steps_done + 1
+        progress.loss, progress.gradient_norm = loss, gradient_norm
+        progress.learning_rate = self.learning_rate(step, number)
         progress.used_bytes = self.guard.used_bytes
         progress.bytes_written = max(progress.bytes_written, self.store.run_bytes_written)
         # Moving averages, of the last 20 losses and the last 10 speeds or so: a single step says little.
@@ -274,7 +281,7 @@ class Trainer(ABC):
                 "step": step + 1,
                 "loss": loss,
                 "gradient_norm": gradient_norm,
-                "learning_rate": self.learning_rate(step, number),
+                "learning_rate": progress.learning_rate,
                 "examples_per_s": round(speed, 2),
                 "seconds": progress.seconds,
                 "used_bytes": progress.used_bytes,

@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 
+from edgeblocks.callbacks import Evaluated, Sampled
 from edgeblocks.data import pictures
 from edgeblocks.data.dataset import DataSet
 from edgeblocks.diffusion.unmasking import texts_as_file
@@ -27,10 +28,21 @@ class Previews:
     A signal stops one at its next noise level.
     """
 
-    def __init__(self, run: RunDirectory, data_set: DataSet, trainer: Trainer, interruption: Interruption) -> None:
+    def __init__(
+        self,
+        run: RunDirectory,
+        data_set: DataSet,
+        trainer: Trainer,
+        interruption: Interruption,
+        tell: Callable[[Evaluated | Sampled], None],
+    ) -> None:
+        """
+        Args:
+            tell: called with what was made, when it is saved.
+        """
         self._progress, self._guard = trainer.progress, trainer.guard
         self._source, self._residents = trainer.ema, trainer.residents
-        self._run, self._data_set, self._interruption = run, data_set, interruption
+        self._run, self._data_set, self._interruption, self._tell = run, data_set, interruption, tell
         self._task = run.family().task
         self._total = run.settings.run.steps
         grids = run.settings.run.sample_grids if TASKS[self._task].grid_samples else 0
@@ -52,24 +64,28 @@ class Previews:
         if self._grids.are_due(done):
             self._preview(done, self._make_grid, "the grid of samples")
 
-    def _preview(self, done: int, make: Callable[[int], None], what: str) -> None:
-        started = time.perf_counter()
+    def _preview(self, done: int, make: Callable[[int], Evaluated | Sampled], what: str) -> None:
+        started, made = time.perf_counter(), None
         try:
-            make(done)
+            made = make(done)
         except (MemoryError, RuntimeError) as error:
             if not is_refusal(error):
                 raise
             self._guard.go_on_without(f"{what} at step {done}, which is left out")
-        self._progress.previews_s += time.perf_counter() - started
+        finally:
+            self._progress.previews_s += time.perf_counter() - started
+        if made is not None:
+            self._tell(made)
 
-    def _note_quality(self, done: int) -> None:
+    def _note_quality(self, done: int) -> Evaluated:
         trained_s = self._progress.seconds
         found = run_quality(self._run, self._runner(), self._data_set)
         self._stop_if_interrupted(done)
         if trained_s is not None:
             self._run.append("quality.jsonl", {"step": done, "seconds": trained_s, **asdict(found)})
+        return Evaluated(step=done, measure=TASKS[self._task].measure.name, **asdict(found))
 
-    def _make_grid(self, done: int) -> None:
+    def _make_grid(self, done: int) -> Sampled:
         path = self._run.path / "samples" / f"step_{done:07d}"
         count, runners = TASKS[self._task].grid_samples, always(self._runner())
         if self._task in TEXT_TASKS:
@@ -78,7 +94,7 @@ class Previews:
             length = None if self._task == "text" else min(data.length, GRID_TOKENS)
             texts = sample_texts(self._run, runners, n=count, length=length, seed=0, on_step=self._stop_if_interrupted)
             write_text(path.with_suffix(".txt"), texts_as_file(texts))
-            return
+            return Sampled(step=done, path=path.with_suffix(".txt"), texts=texts)
         images = sample_images(
             self._run,
             runners,
@@ -87,7 +103,9 @@ class Previews:
             seed=0,
             on_level=self._stop_if_interrupted,
         )
-        pictures.save_png(path.with_suffix(".png"), pictures.image_grid(images, columns=10))
+        grid = pictures.image_grid(images, columns=10)
+        pictures.save_png(path.with_suffix(".png"), grid)
+        return Sampled(step=done, path=path.with_suffix(".png"), grid=grid)
 
     def _micro_batch(self) -> int:
         """As planned, or as small as the guard has made a step's since."""
@@ -108,7 +126,7 @@ class Previews:
             listener.advance(done, total, "evaluating")
             self._stop_if_interrupted(done)
 
-        return metrics.validation_loss(
+        found = metrics.validation_loss(
             self._run.family(),
             self._runner(),
             self._data_set,
@@ -116,6 +134,9 @@ class Previews:
             most_examples=TASKS[self._task].loss_examples,
             on_level=on_level,
         )
+        value, error = found["total"], found["standard_error"]
+        self._tell(Evaluated(step=self._total, measure="validation loss", value=value, standard_error=error))
+        return found
 
     def _stop_if_interrupted(self, _done: int, _total: int | None = None) -> None:
         if self._interruption.signal_name is not None:
