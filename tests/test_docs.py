@@ -8,7 +8,6 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import typer
-import yaml
 from PIL import Image
 from support.commands import invoke
 from support.pages import PAGES, ROOT, blocks_in_order, code_after, command_words, commands, links, page, rows
@@ -16,6 +15,7 @@ from support.pages import PAGES, ROOT, blocks_in_order, code_after, command_word
 from edgeblocks.cli.main import app
 from edgeblocks.config import RunSettings, load_preset, preset_names
 from edgeblocks.registry import family_type, profile_names, target_names
+from edgeblocks.setting_table import as_markdown, family_settings, run_settings
 
 
 def family_defaults():
@@ -128,16 +128,10 @@ def test_relative_links_and_pictures_exist():
 
 
 def test_the_page_of_settings_has_all_of_them_with_their_defaults():
-    """Of runs, of families, and the presets."""
-    told = {name.strip("`"): default.strip("`") for name, default, _ in rows("docs/settings.md", "Of every run")}
-    held = {name: field.default for name, field in RunSettings.model_fields.items()}
-    assert told == {name: "none" if value is None else str(value) for name, value in held.items()}
-
-    told = {
-        name.strip("`"): {family: yaml.safe_load(value) for family, value in re.findall(r"`(\w+)` ([^,]+)", defaults)}
-        for name, defaults, _ in rows("docs/settings.md", "Of a family")
-    }
-    assert told == family_defaults()
+    """Of runs and of families as `edgeblocks settings --markdown` prints them, and the presets."""
+    types = {name: family_type(name).settings_type for name in ("ar", "dit", "looped", "mdlm", "vit")}
+    for heading, table in (("Of every run", run_settings()), ("Of a family", family_settings(types))):
+        assert f"## {heading}\n\n{as_markdown(table)}\n" in page("docs/settings.md"), heading
 
     told = {name.strip("`"): numbers for name, *numbers in rows("docs/settings.md", "Presets")}
     assert told == {

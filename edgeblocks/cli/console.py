@@ -1,6 +1,9 @@
 """What the verbs print: the banner of a plan, its table, what a training, an export or an evaluation came to."""
 
+import shutil
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -178,3 +181,17 @@ def facts(rows: Sequence[tuple[str, str]]) -> str:
     """Aligned `name  value` lines."""
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
+
+
+def wrapped_table(rows: Sequence[Sequence[str]]) -> str:
+    """Rows of four cells, no wider than the terminal: what does not fit goes on in the next line of its column."""
+    width = shutil.get_terminal_size(fallback=(120, 24)).columns
+    longest = [max(len(row[column]) for row in rows) for column in range(4)]
+    widths = [longest[0], min(longest[1], max(12, width // 5)), min(longest[2], max(14, width // 5))]
+    widths.append(max(20, width - sum(widths) - 6))
+    lines = []
+    for row in rows:
+        cells = [textwrap.wrap(cell, size) or [""] for cell, size in zip(row, widths, strict=True)]
+        for pieces in zip_longest(*cells, fillvalue=""):
+            lines.append("  ".join(f"{piece:<{size}}" for piece, size in zip(pieces, widths, strict=True)).rstrip())
+    return "\n".join(lines)

@@ -1,6 +1,7 @@
-"""`info`, `report` and `doctor`: what is there."""
+"""`info`, `report`, `settings` and `doctor`: what is there."""
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -41,6 +42,31 @@ def report(
 
     written = write_report(run, out)
     print(json.dumps(written.to_json()) if as_json else written.line())
+
+
+@verb()
+def settings(
+    family: Annotated[
+        str | None, typer.Argument(help="Those of this family; all families otherwise.", show_default=False)
+    ] = None,
+    as_json: Json = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="As the tables of docs/settings.md.")] = False,
+) -> None:
+    """List every setting with its default, what it may be, and what it means."""
+    from edgeblocks.cli.console import wrapped_table
+    from edgeblocks.registry import family_names, family_type
+    from edgeblocks.setting_table import HEADINGS, as_markdown, family_settings, run_settings
+
+    names = family_names() if family is None else (family,)
+    of_families = family_settings({name: family_type(name).settings_type for name in names})
+    tables = {"of every run": run_settings(), f"of {', '.join(names)}": of_families}
+    if as_json:
+        print(json.dumps([{**asdict(setting), "of": of} for of, table in tables.items() for setting in table]))
+        return
+    for of, table in tables.items():
+        rows = [HEADINGS, *(tuple(cell.replace("`", "") for cell in setting.cells) for setting in table)]
+        print(f"\n{of}:\n\n{as_markdown(table) if markdown else wrapped_table(rows)}")
+    print("\nGive one with --set key=value, in a file with --config, or as a keyword from Python; presets give some.")
 
 
 @verb()

@@ -30,12 +30,12 @@ class TensorBoard(Callback):
             ConfigError: TensorBoard is not installed.
         """
         try:
-            from torch.utils.tensorboard import SummaryWriter
+            from torch.utils import tensorboard
         except ImportError as error:
             raise ConfigError(
                 f"--track tensorboard needs its library ({error}): pip install 'edgeblocks[track]', or leave it out"
             ) from error
-        self._make: type[SummaryWriter] = SummaryWriter
+        self._make = tensorboard.SummaryWriter
         self._folder = None if folder is None else Path(folder)
         self._writer: SummaryWriter | None = None
 
