@@ -368,7 +368,9 @@ def _trained(
                 listener.stage("training")
                 previews.after_visit(run.saved_steps(store))
                 steps = trainer.train(
-                    interruption, on_step=partial(_on_step, listener, told), between_visits=previews.after_visit
+                    interruption,
+                    on_step=partial(_on_step, listener, told, previews),
+                    between_visits=previews.after_visit,
                 )
                 if interruption.signal_name is None:
                     listener.stage("evaluating")
@@ -383,11 +385,14 @@ def _trained(
             f"{run.settings.run.steps}. Go on with: edgeblocks train --resume {run.path}"
         )
     bring_blocks_home(run)
-    return summary_of(run, trainer, evaluation, data_set, target, budget_bytes, resumed_from)
+    return summary_of(
+        run, trainer, evaluation, data_set, target, budget_bytes, resumed_from, evaluation_s=previews.evaluation_s
+    )
 
 
-def _on_step(listener: Listener, told: Callbacks, progress: Progress) -> None:
+def _on_step(listener: Listener, told: Callbacks, previews: Previews, progress: Progress) -> None:
     """What hears of each step."""
+    progress.looks_left_s = previews.left_s()
     listener.step(progress)
     if told:
         told.tell(

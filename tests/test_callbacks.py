@@ -64,6 +64,9 @@ def test_they_hear_everything_in_its_order(tmp_path, method):
     assert sampled.path == run.path / "samples/step_0000004.png" and sampled.path.exists()
     assert sampled.grid.dtype == np.uint8 and sampled.grid.ndim == 3
     assert heard.events[-1].summary == run.summary
+    shares = run.directory.summary.shares_of_time
+    assert sum(shares.values()) == pytest.approx(run.summary["seconds"], abs=0.01)
+    assert shares["samples"] > 0 and shares["evaluation"] > 0
 
 
 def test_resuming_says_from_where(tmp_path):

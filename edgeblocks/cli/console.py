@@ -39,18 +39,34 @@ def training_report(summary: Summary, path: Path) -> str:
         ),
     ]
     total = max(summary.seconds or 0.0, 1e-9)
-    share = {part: summary.time_split.get(part, 0.0) / total for part in ("compute", "stall", "data")}
+    labels = {"stall": f"waiting for {method.part}s"}
+    shares = ", ".join(f"{labels.get(name, name)} {share}" for name, share in _shares(summary.shares_of_time).items())
     lines = [f"{'':<18}{'planned':>12}{'measured':>12}"]
     lines += [f"{name:<18}{planned:>12}{measured:>12}" for name, planned, measured in rows]
     lines += [
-        f"time: {format_duration(total)}; compute {share['compute']:.1%}, waiting for {method.part}s "
-        f"{share['stall']:.1%}, data {share['data']:.1%}; {_or_dash(summary.disk_bytes_written, format_bytes)} written "
-        f"to disk",
+        f"time: {format_duration(total)}{f'; {shares}' if shares else ''}; "
+        f"{_or_dash(summary.disk_bytes_written, format_bytes)} written to disk",
         f"validation loss {loss.validation_loss:.4f}{by_block}",
     ]
     if loss.text is not None:
         lines.append(_bits_line(loss.text))
     return "\n".join([*lines, "", *_next_commands(summary.makes, path)])
+
+
+def _shares(seconds: Mapping[str, float]) -> dict[str, str]:
+    """Per cent of a whole, to a tenth, which add up to 100; nothing where the whole is nothing.
+
+    >>> _shares({"compute": 1.0, "data": 1.0, "other": 1.0})
+    {'compute': '33.4%', 'data': '33.3%', 'other': '33.3%'}
+    """
+    whole = sum(seconds.values())
+    if not whole:
+        return {}
+    exact = {name: 1000 * value / whole for name, value in seconds.items()}
+    tenths = {name: int(value) for name, value in exact.items()}
+    for name in sorted(exact, key=lambda name: tenths[name] - exact[name])[: 1000 - sum(tenths.values())]:
+        tenths[name] += 1
+    return {name: f"{value / 10:.1f}%" for name, value in tenths.items()}
 
 
 def _or_dash(value: float | None, write: Callable[[float], str]) -> str:

@@ -167,7 +167,8 @@ class Trainer(ABC):
             WriteLimitError: more would be written to disk than the user allows; everything is saved.
         """
         steps = self.saved_steps()
-        self.progress.steps_total, self.progress.steps_done = self.settings.steps * len(steps), sum(steps)
+        self.progress.steps_total = self.settings.steps * len(steps)
+        self.progress.steps_done = self.progress.steps_before = sum(steps)
         visits = plan_visits(steps, steps=self.settings.steps, visit_steps=self.run.trainable_plan.visit_steps)
         following = next(visits, None)
         while (visit := following) is not None and interruption.signal_name is None:

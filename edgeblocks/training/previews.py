@@ -14,6 +14,7 @@ from edgeblocks.inference import metrics
 from edgeblocks.inference.block_runner import BlockRunner
 from edgeblocks.inference.quality import run_quality
 from edgeblocks.inference.sampling import always, runner_of, sample_images, sample_texts
+from edgeblocks.profiling.looks import expected_looks, pass_seconds
 from edgeblocks.progress import Listener
 from edgeblocks.runs.directory import RunDirectory, write_text
 from edgeblocks.tasks import GRID_TOKENS, TASKS, TEXT_TASKS
@@ -45,11 +46,13 @@ class Previews:
         self._run, self._data_set, self._interruption, self._tell = run, data_set, interruption, tell
         self._task = run.family().task
         self._total = run.settings.run.steps
-        grids = run.settings.run.sample_grids if TASKS[self._task].grid_samples else 0
-        self._grids = _Marks(grids, self._total, made=self._newest_grid())
+        self._looks = expected_looks(run.settings.run, run.family(), run.partition, data_set)
+        self._grids = _Marks(self._looks.grids, self._total, made=self._newest_grid())
         self._evaluations = _Marks(
-            run.settings.run.evaluations, self._total, made=max((mark.step for mark in run.quality()), default=0)
+            self._looks.evaluations, self._total, made=max((mark.step for mark in run.quality()), default=0)
         )
+        self.evaluation_s = 0.0
+        """That the evaluation at the end took."""
 
     def _newest_grid(self) -> int:
         """The steps of the newest grid that was made: one that a crash prevented is due, one that exists is not."""
@@ -60,11 +63,21 @@ class Previews:
         """Make those that are due, with blocks that have made these steps."""
         done = min(steps)
         if self._evaluations.are_due(done):
-            self._preview(done, self._note_quality, "the measure of quality")
+            self._preview(self._evaluations, done, self._note_quality, "the measure of quality")
         if self._grids.are_due(done):
-            self._preview(done, self._make_grid, "the grid of samples")
+            self._preview(self._grids, done, self._make_grid, "the grid of samples")
 
-    def _preview(self, done: int, make: Callable[[int], Evaluated | Sampled], what: str) -> None:
+    def left_s(self) -> float:
+        """What those to come and the evaluation at the end will take: as the last ones took, else as steps suggest."""
+        progress, settings = self._progress, self._run.settings.run
+        made = max(progress.steps_done - progress.steps_before, 1)
+        again = self._guard.shape.checkpointing or self._run.method.trained_together
+        pass_s = pass_seconds(progress.compute_s / made, batch=settings.batch, again=again)
+        kinds = ((self._grids, self._looks.grid_passes), (self._evaluations, self._looks.evaluation_passes))
+        to_come = (marks.left * (passes * pass_s if marks.took_s is None else marks.took_s) for marks, passes in kinds)
+        return sum(to_come, self._looks.last_passes * pass_s)
+
+    def _preview(self, marks: "_Marks", done: int, make: Callable[[int], Evaluated | Sampled], what: str) -> None:
         started, made = time.perf_counter(), None
         try:
             made = make(done)
@@ -73,7 +86,8 @@ class Previews:
                 raise
             self._guard.go_on_without(f"{what} at step {done}, which is left out")
         finally:
-            self._progress.previews_s += time.perf_counter() - started
+            marks.took_s = time.perf_counter() - started
+            self._progress.previews_s += marks.took_s
         if made is not None:
             self._tell(made)
 
@@ -126,6 +140,7 @@ class Previews:
             listener.advance(done, total, "evaluating")
             self._stop_if_interrupted(done)
 
+        started = time.perf_counter()
         found = metrics.validation_loss(
             self._run.family(),
             self._runner(),
@@ -134,6 +149,7 @@ class Previews:
             most_examples=TASKS[self._task].loss_examples,
             on_level=on_level,
         )
+        self.evaluation_s = time.perf_counter() - started
         value, error = found["total"], found["standard_error"]
         self._tell(Evaluated(step=self._total, measure="validation loss", value=value, standard_error=error))
         return found
@@ -153,6 +169,13 @@ class _Marks:
         """
         self._marks = [math.ceil(total * (i + 1) / count) for i in range(count)]
         self._made = made
+        self.took_s: float | None = None
+        """Seconds of the last one in this process."""
+
+    @property
+    def left(self) -> int:
+        """Marks that are still to come."""
+        return sum(mark > self._made for mark in self._marks)
 
     def are_due(self, done: int) -> bool:
         """Whether a mark was reached since the last time; it is done with then."""
