@@ -74,6 +74,10 @@ def doctor(
     work_dir: Annotated[
         Path, typer.Option("--work-dir", help="Folder whose disk is measured: where runs will be written.")
     ] = Path(),
+    time_s: Annotated[
+        float,
+        typer.Option("--time", min=5, max=3600, help="Seconds that it may take; a busy machine needs more."),
+    ] = 28.0,
     as_json: Json = False,
 ) -> None:
     """Measure this machine in half a minute: which budgets and presets are sensible, what is wrong, what mends it."""
@@ -81,7 +85,7 @@ def doctor(
     from edgeblocks.doctor.examination import examine, report_text
 
     with ConsoleListener() as listener:
-        report = examine(work_dir, listener)
+        report = examine(work_dir, listener, limit_s=time_s)
     print(json.dumps(report.to_json()) if as_json else report_text(report))
 
 
