@@ -20,7 +20,7 @@ from edgeblocks.methods import METHODS
 from edgeblocks.offload.device import Target
 from edgeblocks.planning.layer_costs import LayerCosts
 from edgeblocks.planning.planner import make_plan
-from edgeblocks.planning.plans import Machine, Plan, PlanRequest, micro_batches
+from edgeblocks.planning.plans import FEWEST_GOOD_LAYERS, Machine, Plan, PlanRequest, micro_batches
 from edgeblocks.planning.reasons import reason
 from edgeblocks.profiling import trace
 from edgeblocks.profiling.budgets import budgets_here, budgets_of, with_budgets
@@ -292,6 +292,7 @@ def _request(settings: Settings, data_set: DataSet, data: DataInfo, budgets: tup
         steps=run.steps,
         optimizer=run.optimizer,
         preferred_blocks=family_type(run.family).preferred_blocks,
+        good_layers=good_layers(run.family),
         method=METHODS[run.method],
         trained=run.trained_blocks,
         clip_by=run.clip_by,
@@ -305,6 +306,12 @@ def _request(settings: Settings, data_set: DataSet, data: DataInfo, budgets: tup
         ram_budget_bytes=ram_budget_bytes,
         **fixed,
     )
+
+
+def good_layers(family: str) -> int:
+    """Of a block: the usual network in its usual cut is not warned of."""
+    kind = family_type(family)
+    return min(FEWEST_GOOD_LAYERS, max(1, kind.settings_type().depth // kind.preferred_blocks))
 
 
 def grid_sample_bytes(family: AnyFamily) -> int:

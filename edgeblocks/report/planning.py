@@ -10,7 +10,11 @@ from edgeblocks.report.facts import RunFacts
 from edgeblocks.runs.summary import Summary
 from edgeblocks.units import format_bytes, format_duration, parse_size
 
+_MOST_OF_HALF_A_ROW = 4
+"""Columns of numbers; more take the whole width."""
 _NOTHING = "\N{EN DASH}"
+_MOST_OF_HALF_A_ROW = 4
+"""Columns of numbers; more take the whole width."""
 _PARTS = {
     "runtime": "interpreter and libraries",
     "weights": "weights",
@@ -153,7 +157,7 @@ def block_table(facts: RunFacts, *, wide: bool) -> list[Markup]:
         caption = (
             "Training loss: running mean at the end. Validation loss: EMA weights, mean over a block's noise levels."
         )
-    return [page.table(head, rows, caption=caption, wide=wide)]
+    return [page.table(head, rows, caption=caption, wide=wide or len(head) > _MOST_OF_HALF_A_ROW)]
 
 
 def _score_table(summary: Summary, *, wide: bool) -> Markup:
