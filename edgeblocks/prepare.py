@@ -311,7 +311,8 @@ def _request(settings: Settings, data_set: DataSet, data: DataInfo, budgets: tup
 def good_layers(family: str) -> int:
     """Of a block: the usual network in its usual cut is not warned of."""
     kind = family_type(family)
-    return min(FEWEST_GOOD_LAYERS, max(1, kind.settings_type().depth // kind.preferred_blocks))
+    depth: int = kind.settings_type().depth
+    return min(FEWEST_GOOD_LAYERS, max(1, depth // kind.preferred_blocks))
 
 
 def grid_sample_bytes(family: AnyFamily) -> int:

@@ -72,7 +72,7 @@ def _value(value: object) -> str:
 def _range(field: FieldInfo) -> str:
     """What a field's type and limits say that it may be."""
     kinds = get_args(field.annotation) if get_origin(field.annotation) not in (None, Literal) else (field.annotation,)
-    said = []
+    said: list[str] = []
     for kind in kinds:
         if kind is NoneType:
             said.insert(0, "none")
