@@ -4,10 +4,13 @@ Everything the command line does goes through here; `cli` only reads arguments a
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from contextlib import closing
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from edgeblocks.callbacks import Callback, Callbacks, Finished, Planned, Step
 from edgeblocks.config import Settings, read_yaml, resolve_settings
 from edgeblocks.data.dataset import DataSet
 from edgeblocks.errors import ConfigError, InterruptedRunError, RunError
@@ -16,7 +19,7 @@ from edgeblocks.offload.device import Target
 from edgeblocks.planning.plan_text import banner
 from edgeblocks.prepare import Prepared, check_disk, check_work_dir, prepare, prepare_elsewhere, replan
 from edgeblocks.profiling.budgets import budget_of_this_process, usual_budgets
-from edgeblocks.progress import Listener, Silent
+from edgeblocks.progress import Listener, Progress, Silent
 from edgeblocks.registry import build_profile, build_target, family_type, profile_names, register_family, target_names
 from edgeblocks.run import Run
 from edgeblocks.runs.create import changed_environment, check_free, create_blocks, create_run, seal_run
@@ -24,7 +27,9 @@ from edgeblocks.runs.directory import RunDirectory, bring_blocks_home, open_run,
 from edgeblocks.runs.load_weights import InitialWeights, initial_weights_of
 from edgeblocks.runs.locks import locked, locked_away
 from edgeblocks.runs.open_data import check_vocab, open_run_data, stored_source
+from edgeblocks.runs.prolonging import check_prolonging, prolong
 from edgeblocks.runs.schema import InitFields
+from edgeblocks.runs.summary import Summary
 from edgeblocks.runs.written_plan import written_plan
 from edgeblocks.terminal import command
 from edgeblocks.training.guard import Guard, refusals_explained
@@ -37,7 +42,7 @@ from edgeblocks.units import format_bytes
 if TYPE_CHECKING:
     from edgeblocks.targets.profile import Profile
 
-__all__ = ["Prepared", "Run", "load", "plan", "register_family", "resume", "train"]
+__all__ = ["Callback", "Prepared", "Run", "load", "plan", "register_family", "resume", "train"]
 
 
 def plan(
@@ -122,14 +127,18 @@ def train(
     out: Path | str,
     config: Path | str | None = None,
     listener: Listener | None = None,
+    callbacks: Sequence[Callback] = (),
     **settings: object,
 ) -> "Run":
     """Train a new run in the directory `out` and return it; see `plan` for settings and errors.
 
+    Args:
+        callbacks: hear what happens in the training. An error of theirs ends it, saved, and is raised.
+
     Raises:
         InterruptedRunError: stopped by a signal; everything is saved.
     """
-    listener = listener or Silent()
+    listener, told = listener or Silent(), Callbacks(callbacks)
     path = Path(out)
     # Looked at now, because planning takes half a minute, and again by `create_run`, which must not trust that look.
     check_free(path)
@@ -157,7 +166,7 @@ def train(
                 on_block=lambda done: listener.advance(done, len(run.file_layers), "creating blocks"),
             )
             seal_run(run)
-            return _train(run, prepared.data_set, listener, resumed_from=None)
+            return _train(run, prepared.data_set, listener, told, resumed_from=None)
 
 
 def _origin(initial: InitialWeights | None) -> InitFields | None:
@@ -171,6 +180,7 @@ def _origin(initial: InitialWeights | None) -> InitFields | None:
 def resume(
     path: Path | str,
     *,
+    steps: int | None = None,
     mem_budget: str | None = None,
     ram_budget: str | None = None,
     target: str | None = None,
@@ -179,6 +189,7 @@ def resume(
     max_disk_writes: str | None = None,
     reinit_blocks: Sequence[int] = (),
     listener: Listener | None = None,
+    callbacks: Sequence[Callback] = (),
 ) -> "Run":
     """Go on with a run from each block's last saved step, and return it when it is finished.
 
@@ -186,6 +197,8 @@ def resume(
     the rest is planned again), on another machine, with its data or its work directory in another place.
 
     Args:
+        steps: more than the run was to make. The learning rate rises again from where it is, over the warm-up, and
+            falls to zero along a new cosine.
         mem_budget: another budget from now on.
         ram_budget: another bound of the host's memory, when a GPU trains.
         target: another kind of machine; it has its usual budgets unless these are given too.
@@ -194,12 +207,13 @@ def resume(
         work_dir: where the block files are now, and will be written.
         max_disk_writes: another limit from now on, counted from the run's beginning.
         reinit_blocks: blocks to make and train again from their beginning, for example because a file is damaged.
+        callbacks: as of `train`; they hear nothing where the run is finished already.
 
     Raises:
         RunError: the run is damaged, in use by another process, or its data have changed.
         DoesNotFitError: the run's blocks do not fit the budget on this machine.
     """
-    listener = listener or Silent()
+    listener, told = listener or Silent(), Callbacks(callbacks)
     run = open_run(Path(path))
     run = replace(run, plan=run.trainable_plan)
     with locked(run.path, listener.note):
@@ -207,6 +221,9 @@ def resume(
         given = {"mem_budget": mem_budget, "ram_budget": ram_budget, "target": target, "data": data}
         given |= {"work_dir": work_dir, "max_disk_writes": max_disk_writes}
         changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+        steps_before = run.settings.run.steps
+        if steps is not None and steps != steps_before:
+            changes["steps"] = steps
         if target is not None and target != run.settings.run.target:
             changes = {**usual_budgets(target), **changes}
         run = run.changed(changes)
@@ -216,7 +233,8 @@ def resume(
             listener.note(f"{run.path} is finished: it has made its {run.settings.run.steps} steps")
             return Run(run)
         with locked_away(run, listener.note):
-            return _resume(run, mem_budget is not None or ram_budget is not None, reinit_blocks, listener)
+            other_budget = mem_budget is not None or ram_budget is not None
+            return _resume(run, other_budget, reinit_blocks, listener, told, steps_before=steps_before)
 
 
 def _is_finished(run: RunDirectory) -> bool:
@@ -226,12 +244,22 @@ def _is_finished(run: RunDirectory) -> bool:
     return min(run.saved_steps(run.store())) >= run.settings.run.steps
 
 
-def _resume(run: RunDirectory, other_budget: bool, reinit_blocks: Sequence[int], listener: Listener) -> "Run":
+def _resume(
+    run: RunDirectory,
+    other_budget: bool,
+    reinit_blocks: Sequence[int],
+    listener: Listener,
+    told: Callbacks,
+    *,
+    steps_before: int,
+) -> "Run":
     """Go on with a locked run; its settings are written down when everything has proved sound."""
     remove_leftovers(run)
     # Before any step is read: a checkpoint that was cut short has files of two steps.
     if run.method.trained_together:
         NextBlocks(run.store()).recover()
+    check_prolonging(run, steps_before=steps_before, saved=run.saved_steps(run.store()))
+    is_prolonged = run.settings.run.steps != steps_before
     target = build_target(run.settings.run.target)
     target.prepare()
     budget_bytes = budget_of_this_process(run.settings.run, target)
@@ -242,9 +270,11 @@ def _resume(run: RunDirectory, other_budget: bool, reinit_blocks: Sequence[int],
             f"the data of {run.path} have changed: {data_set.source} is not what the run was trained on; put the "
             f"former data back, name their new place with --data, or start a new run with --out"
         )
-    run = _replanned_if_needed(run, data_set, other_budget, target, listener)
+    run = _replanned_if_needed(run, data_set, other_budget or is_prolonged, target, listener)
     _reinitialise(run, reinit_blocks, listener)
     saved = run.saved_steps(run.store())
+    if is_prolonged:
+        run = prolong(run, steps_before=steps_before, saved=saved, note=listener.note)
     run.save_settings()
     run.drop_metrics_after(saved)
     listener.note(f"resuming {run.path}: {_at_steps(run, saved)} of {run.settings.run.steps}")
@@ -254,7 +284,7 @@ def _resume(run: RunDirectory, other_budget: bool, reinit_blocks: Sequence[int],
             f"note: this run began otherwise ({changed}): it goes on as well as before, but its sums are rounded in "
             f"another way, so its bits are not those that it would have had there"
         )
-    return _train(run, data_set, listener, resumed_from=saved)
+    return _train(run, data_set, listener, told, resumed_from=saved)
 
 
 def _replanned_if_needed(
@@ -321,7 +351,25 @@ def _initial_again(run: RunDirectory) -> InitialWeights | None:
     return initial
 
 
-def _train(run: RunDirectory, data_set: DataSet, listener: Listener, resumed_from: list[int] | None) -> "Run":
+def _train(
+    run: RunDirectory, data_set: DataSet, listener: Listener, told: Callbacks, *, resumed_from: list[int] | None
+) -> "Run":
+    """Train to the last step and evaluate; the callbacks are closed whatever happens."""
+    with closing(told):
+        settings = {**run.settings.run.model_dump(), **asdict(run.settings.family)}
+        plan = run.trainable_plan.to_json()
+        told.tell(Planned(run=run.path, settings=settings, plan=plan, resumed_from=resumed_from))
+        summary = _trained(run, data_set, listener, told, resumed_from)
+        run.write_json("summary.json", summary.to_json())
+        finished = Run(run)
+        told.tell(Finished(run=run.path, summary=finished.summary or {}))
+    return finished
+
+
+def _trained(
+    run: RunDirectory, data_set: DataSet, listener: Listener, told: Callbacks, resumed_from: list[int] | None
+) -> Summary:
+    """The summary of a run that is trained now."""
     target = build_target(run.settings.run.target)
     target.warm_up()
     if not target.has_cap:
@@ -347,11 +395,15 @@ def _train(run: RunDirectory, data_set: DataSet, listener: Listener, resumed_fro
         trainer = trainer_type(run.method).open(run, data_set, store, guard, target.device)
         try:
             with target.capped(budget_bytes), Interruption(listener.note).listening() as interruption:
-                previews = Previews(run, data_set, trainer, interruption)
+                previews = Previews(run, data_set, trainer, interruption, told.tell)
                 listener.stage("training")
                 # Those that a crash prevented are due now; of a new run none is.
                 previews.after_visit(run.saved_steps(store))
-                steps = trainer.train(interruption, on_step=listener.step, between_visits=previews.after_visit)
+                steps = trainer.train(
+                    interruption,
+                    on_step=partial(_on_step, listener, told, previews),
+                    between_visits=previews.after_visit,
+                )
                 if interruption.signal_name is None:
                     listener.stage("evaluating")
                     evaluation = previews.evaluation(listener)
@@ -366,9 +418,33 @@ def _train(run: RunDirectory, data_set: DataSet, listener: Listener, resumed_fro
         )
     # Before the summary, which says that the run is finished: a crash in between is made good by --resume.
     bring_blocks_home(run)
-    summary = summary_of(run, trainer, evaluation, data_set, target, budget_bytes, resumed_from)
-    run.write_json("summary.json", summary.to_json())
-    return Run(run)
+    return summary_of(
+        run, trainer, evaluation, data_set, target, budget_bytes, resumed_from, evaluation_s=previews.evaluation_s
+    )
+
+
+def _on_step(listener: Listener, told: Callbacks, previews: Previews, progress: Progress) -> None:
+    """What hears of each step."""
+    progress.looks_left_s = previews.left_s()
+    listener.step(progress)
+    if told:
+        told.tell(
+            Step(
+                block=progress.block,
+                step=progress.step,
+                steps=progress.steps,
+                steps_done=progress.steps_done,
+                steps_total=progress.steps_total,
+                loss=progress.loss,
+                gradient_norm=progress.gradient_norm,
+                learning_rate=progress.learning_rate,
+                examples_per_s=progress.examples_per_s,
+                seconds=progress.seconds,
+                used_bytes=progress.used_bytes,
+                budget_bytes=progress.budget_bytes,
+                bytes_written=progress.bytes_written,
+            )
+        )
 
 
 def load(path: Path | str) -> Run:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol, SupportsFloat
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, ValidationInfo, field_validator
 
 from edgeblocks.errors import ConfigError, did_you_mean
 from edgeblocks.files.checked import field_problems, is_text, problem, whole_text
@@ -41,51 +41,225 @@ _MOST_DIGITS = 40
 _MOST_COUNTS = {"blocks": MOST_LAYERS, "micro_batch": MOST_SAMPLES, "visit_steps": MOST_STEPS}
 
 
+def _may_be(text: str) -> dict[str, JsonValue]:
+    """What a setting may be, where its type does not say it."""
+    return {"allowed": text}
+
+
 class RunSettings(BaseModel):
-    """Settings that every family has. `auto` leaves the choice to the planner."""
+    """Settings that every family has. `auto` leaves the choice to the planner.
+
+    From what stands at the fields `edgeblocks settings` and the tables of docs/settings.md are made.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    family: str = "dit"
-    preset: str = "dit-tiny"
-    data: str = "digits"
-    image_size: int | None = Field(default=None, ge=1, le=4096)
-    hold_out: float = Field(default=0.1, ge=0, le=0.5)
-    tokenizer: str = "chars"
-    vocab: int = Field(default=4096, ge=2, le=MOST_TOKENS)
-    text_key: str = Field(default="text", max_length=200)
-    length: int = Field(default=256, ge=1, le=LONGEST_SEQUENCE)
-    mem_budget: str = "50%"
-    ram_budget: str | None = None
-    work_dir: str | None = None
-    max_disk_writes: str | None = None
-    steps: int = Field(default=1000, ge=1, le=MOST_STEPS)
-    batch: int = Field(default=64, ge=1, le=MOST_SAMPLES)
-    seed: int = Field(default=0, ge=0, lt=2**63)
-    method: MethodName = "diffusion"
-    blocks: int | Literal["auto"] = "auto"
-    init: str | None = None
-    init_fresh: str | None = None
-    train_blocks: str | None = None
-    partition: Literal["equal-probability", "uniform"] = "equal-probability"
-    overlap: float = Field(default=0.05, ge=0, le=1)
-    target: Literal["auto", "cpu", "cuda"] = "auto"
-    optimizer: Literal["adamw8bit", "adamw"] = "adamw8bit"
-    learning_rate: float = Field(default=1e-3, gt=0)
-    warmup: int = Field(default=50, ge=0, le=MOST_STEPS)
-    weight_decay: float = Field(default=0.01, ge=0)
-    clip: float = Field(default=1.0, gt=0)
-    clip_by: Clipping = "stage"
-    boundaries: Literal["auto", "ram", "disk"] = "auto"
-    boundary_dtype: BoundaryDtype = "float32"
-    ema_length: float = Field(default=0.1, gt=0, lt=0.28)
-    micro_batch: int | Literal["auto"] = "auto"
-    checkpointing: bool | Literal["auto"] = "auto"
-    visit_steps: int | Literal["auto"] = "auto"
-    tier: Literal["auto", "ram", "disk"] = "auto"
-    sample_grids: int = Field(default=4, ge=0, le=10_000)
-    evaluations: int = Field(default=0, ge=0, le=10_000)
-    sample_steps: int = Field(default=TASKS["images"].steps, ge=1, le=10_000)
+    family: str = Field(
+        default="dit",
+        description="kind of model",
+        json_schema_extra=_may_be("`dit`, `vit`, `mdlm`, `ar`, `looped`, or one of your own"),
+    )
+    preset: str = Field(
+        default="dit-tiny",
+        description="a named size; each family's own -tiny where none is given",
+        json_schema_extra=_may_be("a name, such as `dit-s`"),
+    )
+    data: str = Field(
+        default="digits",
+        description="images: digits, a folder, an .npz; text: moby-dick, a file or folder, .jsonl, .parquet",
+        json_schema_extra=_may_be("a name or a path"),
+    )
+    image_size: int | None = Field(
+        default=None,
+        ge=1,
+        le=4096,
+        description="side to which images are scaled; none: as they are",
+    )
+    hold_out: float = Field(
+        default=0.1,
+        ge=0,
+        le=0.5,
+        description="share of the data that is kept for evaluation",
+    )
+    tokenizer: str = Field(
+        default="chars",
+        description="how text is cut into tokens",
+        json_schema_extra=_may_be("`chars` (a to z and space), `bytes`, `bpe`, or a tokenizer.json"),
+    )
+    vocab: int = Field(
+        default=4096,
+        ge=2,
+        le=MOST_TOKENS,
+        description="with tokenizer=bpe: tokens that are learned from the text",
+    )
+    text_key: str = Field(
+        default="text",
+        max_length=200,
+        description="of records of text: the key or column that holds it",
+        json_schema_extra=_may_be("a name of at most 200 characters"),
+    )
+    length: int = Field(
+        default=256,
+        ge=1,
+        le=LONGEST_SEQUENCE,
+        description="tokens of one example of text",
+    )
+    mem_budget: str = Field(
+        default="50%",
+        description="largest resident memory of the process; with target=cuda of the GPU's memory",
+        json_schema_extra=_may_be("a size, such as `6GB`, or a share of the memory"),
+    )
+    ram_budget: str | None = Field(
+        default=None,
+        description="with a GPU: largest resident memory of the process in the host's RAM",
+        json_schema_extra=_may_be("none, or as mem_budget"),
+    )
+    work_dir: str | None = Field(
+        default=None,
+        description="folder on a fast disk for the blocks while they are trained",
+        json_schema_extra=_may_be("none, or a folder"),
+    )
+    max_disk_writes: str | None = Field(
+        default=None,
+        description="most that the run may write to disk",
+        json_schema_extra=_may_be("none, or a size, such as `200GB`"),
+    )
+    steps: int = Field(
+        default=1000,
+        ge=1,
+        le=MOST_STEPS,
+        description="optimizer steps of each block; with method=exact of the whole network",
+    )
+    batch: int = Field(
+        default=64,
+        ge=1,
+        le=MOST_SAMPLES,
+        description="images or sequences a step",
+    )
+    seed: int = Field(
+        default=0,
+        ge=0,
+        lt=2**63,
+        description="decides all randomness",
+    )
+    method: MethodName = Field(
+        default="diffusion",
+        description="each block alone, as a denoiser of its own noise levels; or end to end with true gradients",
+    )
+    blocks: int | Literal["auto"] = Field(
+        default="auto",
+        description="number of blocks, or of stages with method=exact",
+        json_schema_extra=_may_be(f"`auto`, or 1 to {_MOST_COUNTS['blocks']:,}"),
+    )
+    init: str | None = Field(
+        default=None,
+        description="a .safetensors file that the weights begin with",
+        json_schema_extra=_may_be("none, or a file"),
+    )
+    init_fresh: str | None = Field(
+        default=None,
+        description="parts of the network that begin with random values all the same, with commas between",
+        json_schema_extra=_may_be("none, or names, such as `readout`"),
+    )
+    train_blocks: str | None = Field(
+        default=None,
+        description="with method=exact: the stages that are trained; none: all",
+        json_schema_extra=_may_be("none, or numbers, such as `2,3`; the first is 0"),
+    )
+    partition: Literal["equal-probability", "uniform"] = Field(
+        default="equal-probability",
+        description="how noise levels are shared: so that blocks train on as many, or in equal widths in log "
+        "sigma or time",
+    )
+    overlap: float = Field(
+        default=0.05,
+        ge=0,
+        le=1,
+        description="by how much a block's range of noise levels is widened in training",
+    )
+    target: Literal["auto", "cpu", "cuda"] = Field(
+        default="auto",
+        description="kind of machine; auto is the processor",
+    )
+    optimizer: Literal["adamw8bit", "adamw"] = Field(
+        default="adamw8bit",
+        description="AdamW with moments of 8 bits, or with fp32 ones",
+    )
+    learning_rate: float = Field(
+        default=1e-3,
+        gt=0,
+        description="its highest value; it falls to zero along a cosine",
+    )
+    warmup: int = Field(
+        default=50,
+        ge=0,
+        le=MOST_STEPS,
+        description="steps over which it rises, at most half of all",
+    )
+    weight_decay: float = Field(
+        default=0.01,
+        ge=0,
+        description="of AdamW; vectors have none",
+    )
+    clip: float = Field(
+        default=1.0,
+        gt=0,
+        description="largest norm of a gradient",
+    )
+    clip_by: Clipping = Field(
+        default="stage",
+        description="with method=exact: by the norm of each stage, or of the whole gradient",
+    )
+    boundaries: Literal["auto", "ram", "disk"] = Field(
+        default="auto",
+        description="with method=exact: where the activations at the stage boundaries are kept",
+    )
+    boundary_dtype: BoundaryDtype = Field(
+        default="float32",
+        description="with method=exact: as what they are kept; bfloat16 halves them and rounds the gradients",
+    )
+    ema_length: float = Field(
+        default=0.1,
+        gt=0,
+        lt=0.28,
+        description="relative width of the weights' average over the training (arXiv 2312.02696, 3.1)",
+    )
+    micro_batch: int | Literal["auto"] = Field(
+        default="auto",
+        description="samples that go through a block at a time",
+        json_schema_extra=_may_be(f"`auto`, or 1 to {_MOST_COUNTS['micro_batch']:,}"),
+    )
+    checkpointing: bool | Literal["auto"] = Field(
+        default="auto",
+        description="whether layers are run again in the backward pass to save memory",
+    )
+    visit_steps: int | Literal["auto"] = Field(
+        default="auto",
+        description="steps of a block before the next one has its turn",
+        json_schema_extra=_may_be(f"`auto`, or 1 to {_MOST_COUNTS['visit_steps']:,}"),
+    )
+    tier: Literal["auto", "ram", "disk"] = Field(
+        default="auto",
+        description="where blocks wait",
+    )
+    sample_grids: int = Field(
+        default=4,
+        ge=0,
+        le=10_000,
+        description="grids of samples that are made during training",
+    )
+    evaluations: int = Field(
+        default=0,
+        ge=0,
+        le=10_000,
+        description="how often quality is measured during training, into quality.jsonl",
+    )
+    sample_steps: int = Field(
+        default=TASKS["images"].steps,
+        ge=1,
+        le=10_000,
+        description="noise levels of those grids",
+    )
 
     @field_validator("*", mode="before")
     @classmethod

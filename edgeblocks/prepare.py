@@ -22,9 +22,11 @@ from edgeblocks.methods import METHODS
 from edgeblocks.offload.device import Target
 from edgeblocks.planning.layer_costs import LayerCosts
 from edgeblocks.planning.planner import make_plan
-from edgeblocks.planning.plans import Machine, Plan, PlanRequest, micro_batches
+from edgeblocks.planning.plans import FEWEST_GOOD_LAYERS, Machine, Plan, PlanRequest, micro_batches
+from edgeblocks.planning.reasons import reason
 from edgeblocks.profiling import trace
 from edgeblocks.profiling.budgets import budgets_here, budgets_of, with_budgets
+from edgeblocks.profiling.looks import expected_looks, pass_seconds
 from edgeblocks.profiling.warmup_step import run_warmup_step
 from edgeblocks.progress import Listener
 from edgeblocks.registry import build_family, build_target, family_type
@@ -90,6 +92,26 @@ class Prepared:
         return partition_noise(noise, num_blocks=blocks, kind=run.partition, overlap=run.overlap)
 
     @property
+    def whole_s(self) -> float:
+        """Of the whole run, about: its steps, with loading and storing, and the samples and evaluations."""
+        run, chosen = self.settings.run, self.plan.chosen
+        family = build_family(run.family, asdict(self.settings.family), asdict(self.data), run.method)
+        again = chosen.checkpointing or self.plan.method.trained_together
+        pass_s = pass_seconds(chosen.step_s, batch=run.batch, again=again)
+        return self.plan.predicted_s + expected_looks(run, family, self.partition, self.data_set).seconds(pass_s)
+
+    @property
+    def reason(self) -> str:
+        """Why the plan is as it is, in words."""
+        run = self.settings.run
+        return reason(
+            self.plan,
+            asked_blocks=None if run.blocks == "auto" else run.blocks,
+            preferred_blocks=family_type(run.family).preferred_blocks,
+            streamed_by_user=run.tier == "disk",
+        )
+
+    @property
     def written_plan(self) -> TrainablePlan:
         """The plan as plan.json has it."""
         return written_plan(self.plan, self.partition.ranges)
@@ -97,6 +119,7 @@ class Prepared:
     def to_json(self) -> dict[str, object]:
         """What `plan --json` prints: the content of plan.json, and what only a plan that is not carried out needs."""
         content = self.written_plan.to_json()
+        content |= {"why": self.reason.removeprefix("why: "), "predicted_s": self.whole_s}
         content["gb_written_a_day"] = self.plan.written_a_day_bytes / 1e9
         if self.profile is not None:
             content["target"] = self.profile.model_dump()
@@ -327,6 +350,7 @@ def _request(settings: Settings, data_bytes: int, data: DataInfo, budgets: tuple
         steps=run.steps,
         optimizer=run.optimizer,
         preferred_blocks=family_type(run.family).preferred_blocks,
+        good_layers=good_layers(run.family),
         method=METHODS[run.method],
         trained=run.trained_blocks,
         clip_by=run.clip_by,
@@ -356,6 +380,13 @@ def quality_bytes(run: RunSettings, data: DataInfo) -> int:
         noises=usual.noises,
         values_per_image=data.channels * data.height * data.width,
     )
+
+
+def good_layers(family: str) -> int:
+    """Of a block: the usual network in its usual cut is not warned of."""
+    kind = family_type(family)
+    depth: int = kind.settings_type().depth
+    return min(FEWEST_GOOD_LAYERS, max(1, depth // kind.preferred_blocks))
 
 
 def grid_sample_bytes(family: AnyFamily) -> int:

@@ -52,7 +52,14 @@ class Progress:
 
     losses: dict[int, float] = field(default_factory=dict)
     """Smoothed training loss of each block."""
+    loss: float = 0.0
+    """Of the last step alone, as the next two are."""
+    gradient_norm: float = 0.0
+    learning_rate: float = 0.0
+    steps: int = 0
+    """Of each block."""
     steps_done: int = 0
+    """Of all blocks together."""
     steps_total: int = 0
     block: int | None = 0
     """The one that is trained; None where all are trained together, whose loss is that of block 0."""
@@ -72,8 +79,21 @@ class Progress:
     started: float = field(default_factory=time.perf_counter)
     previews_s: float = 0.0
     """Spent on previews and evaluations between steps."""
+    looks_left_s: float = 0.0
+    """That those to come and the evaluation at the end will take, about."""
+    steps_before: int = 0
+    """Of all blocks, made before this process."""
     earlier_s: float | None = 0.0
     """Seconds of training before this process; None where the run's records do not tell them."""
+
+    @property
+    def left_s(self) -> float | None:
+        """Until the run is finished, about: its steps, evaluations and samples; None before the first step."""
+        made = self.steps_done - self.steps_before
+        if made < 1:
+            return None
+        training_s = time.perf_counter() - self.started - self.previews_s
+        return training_s / made * (self.steps_total - self.steps_done) + self.looks_left_s
 
     @property
     def seconds(self) -> float | None:

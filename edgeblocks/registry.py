@@ -100,6 +100,11 @@ def import_own_family(found: dict[str, str]) -> None:
     register_family(getattr(importlib.import_module(module), attribute))
 
 
+def family_names() -> tuple[str, ...]:
+    """Families that can be asked for, those of one's own behind the others."""
+    return tuple(_FAMILIES)
+
+
 def target_names() -> tuple[str, ...]:
     return tuple(_TARGETS)
 

@@ -7,16 +7,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import Tensor, nn
 
+from edgeblocks.data.tokenizer import Tokenizer
 from edgeblocks.diffusion.autoregression import TokenChain
 from edgeblocks.diffusion.classification import classified_bytes, classified_together
 from edgeblocks.diffusion.solver import Solver
-from edgeblocks.errors import DoesNotFitError, OutOfBudgetError
+from edgeblocks.errors import ConfigError, DoesNotFitError, OutOfBudgetError
+from edgeblocks.families.base import TextInfo
 from edgeblocks.inference import sampling
 from edgeblocks.inference.block_runner import BlockRunner, EmaSource
 from edgeblocks.inference.evaluate import Evaluated, evaluate
 from edgeblocks.inference.sampling import Runners, chains_of
 from edgeblocks.inference.staged_weights import loaded_ema
+from edgeblocks.inference.trained_network import trained_network
 from edgeblocks.planning.planner import inference_micro_batch
 from edgeblocks.planning.plans import micro_batches
 from edgeblocks.prepare import measure
@@ -290,6 +294,46 @@ class Run:
         """
         manifest: dict[str, Any] = build_exporter()(self.directory, Path(out), listener or Silent())
         return manifest
+
+    def network(self, *, last: bool = False) -> nn.Module:
+        """The trained network as one torch module on the processor, in evaluation mode, with parameters of its own.
+
+        It is called as the family's blocks are: `network(z, sigma)`, with classes or images behind these; mdlm's
+        `network(tokens, t)`. A classifier of `method="exact"` has `network.logits(images)` as well. Blocks that were
+        trained alone are the parts `block_0`, `block_1` and so on, and each sample goes to the one of its noise level.
+        `state_dict` has the names of `save_weights`. All weights are in memory, whatever the run's budget was.
+
+        Args:
+            last: with the weights as the last step left them; else with their average (EMA), which all else uses.
+
+        Raises:
+            RunError: a block is damaged, or the run is trained meanwhile.
+        """
+        return trained_network(self.directory, last=last)
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """What the network's classes are called, in its order; empty where there are none."""
+        return self.directory.class_names
+
+    @property
+    def tokenizer(self) -> Tokenizer | None:
+        """Has `encode`, a text's tokens, and `decode`, the text of tokens; None of a run on images."""
+        return self.directory.tokenizer
+
+    def images(self, pixels: np.ndarray) -> Tensor:
+        """Images as the network gets them, float32 [N, C, H, W], of uint8 [N, H, W, C] of the run's size.
+
+        Raises:
+            ConfigError: the run reads text, or the images have another size.
+        """
+        data = self.directory.data
+        if isinstance(data, TextInfo):
+            raise ConfigError(f"{self.path} reads text; its tokens come from `run.tokenizer.encode`")
+        shape = (data.height, data.width, data.channels)
+        if pixels.shape[1:] != shape or pixels.dtype != np.uint8:
+            raise ConfigError(f"images are {pixels.dtype} {pixels.shape[1:]}; the run takes uint8 {shape}")
+        return data.to_model(pixels)
 
     def save_weights(self, out: Path | str, *, last: bool = False, overwrite: bool = False) -> WrittenWeights:
         """Write the weights as one safetensors file, that another run can begin with and torch can load.

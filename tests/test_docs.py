@@ -5,14 +5,17 @@ import subprocess
 import sys
 from itertools import pairwise
 
+import numpy as np
 import pytest
 import typer
-import yaml
-from support.pages import PAGES, ROOT, code_after, commands, links, page, rows
+from PIL import Image
+from support.commands import invoke
+from support.pages import PAGES, ROOT, blocks_in_order, code_after, command_words, commands, links, page, rows
 
 from edgeblocks.cli.main import app
 from edgeblocks.config import RunSettings, load_preset, preset_names
 from edgeblocks.registry import family_type, profile_names, target_names
+from edgeblocks.setting_table import as_markdown, family_settings, run_settings
 
 
 def family_defaults():
@@ -32,7 +35,7 @@ def test_the_python_examples_run_as_printed(tmp_path):
     parts = [first, "assert images.shape == (16, 8, 8, 1), images.shape"]
     parts += [
         code_after(f"test: python, {name}")
-        for name in ("summary", "arrays", "pictures", "strings", "errors", "listener")
+        for name in ("network", "summary", "arrays", "pictures", "strings", "errors", "listener")
     ]
     done = subprocess.run(
         [sys.executable, "-c", "\n".join(parts)], cwd=tmp_path, capture_output=True, text=True, check=False
@@ -44,6 +47,50 @@ def test_the_python_examples_run_as_printed(tmp_path):
     assert printed and printed[0].replace('"', "").strip("(,)") in "".join(lines).replace('"', "")
     assert sum(bool(re.match(r"this needs \d+ MB$", line)) for line in lines) == 1
     assert sum(line.startswith(("0 1 {", "2 2 {")) for line in lines) == 2
+
+
+SMALL = ["--mem-budget", "4GB", "--steps", "2", "--batch", "4", "--set", "sample_grids=0", "--set", "warmup=0"]
+SMALL += [part for key in ("depth=4", "width=16", "heads=2", "hold_out=0.1") for part in ("--set", key)]
+SMALL_IMAGES = ["--set", "image_size=8"]
+SMALL_TEXT = ["--set", "length=32", "--set", "hold_out=0.0005"]
+
+
+def small(words):
+    """A command as a page has it, but for a network and a training that take a second."""
+    if words[0] not in ("plan", "train") or "--resume" in words:
+        return [*words, "--samples", "4"] if words[0] == "eval" else words
+    return [*words, *SMALL, *(SMALL_TEXT if words[1] in ("mdlm", "ar", "looped") else SMALL_IMAGES)]
+
+
+@pytest.fixture(scope="module")
+def a_users_folder(tmp_path_factory):
+    """Pictures of three classes in photos/ and more/, and one in new/, as the pages name them."""
+    folder, rng = tmp_path_factory.mktemp("user"), np.random.default_rng(0)
+    for name in ("photos/cat", "photos/dog", "photos/owl", "more/cat", "more/dog", "more/owl", "new"):
+        (folder / name).mkdir(parents=True)
+        for number in range(1 if name == "new" else 8):
+            picture = Image.fromarray(rng.integers(0, 256, (8, 8, 3)).astype(np.uint8))
+            picture.save(folder / name / f"{number}.jpg")
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["README.md", "docs/exact.md", "docs/images.md"])
+def test_the_blocks_of_a_page_work_in_their_order(name, a_users_folder, tmp_path, monkeypatch, one_thread):
+    """Each command and each Python block does its work on what those before it on the page have made."""
+    for made in a_users_folder.iterdir():
+        (tmp_path / made.name).symlink_to(made)
+    monkeypatch.chdir(tmp_path)
+    seen = []
+    for language, code in blocks_in_order(name):
+        if language == "python" and "edgeblocks.train(" not in code:  # what trains is run as printed, above
+            exec(code, {})
+        for words in command_words(code) if language == "bash" else ():
+            files = [str(path) for word in words if "*" in word for path in tmp_path.glob(word)]
+            done = invoke(*small([word for word in words if "*" not in word]), *files)
+            assert done.exit_code == 0, (words, done.output)
+            seen.append(words[0])
+    assert {"plan", "train"} <= set(seen), seen
 
 
 def test_every_command_has_valid_options_and_settings():
@@ -84,16 +131,10 @@ def test_relative_links_and_pictures_exist():
 
 
 def test_the_page_of_settings_has_all_of_them_with_their_defaults():
-    """Of runs, of families, and the presets."""
-    told = {name.strip("`"): default.strip("`") for name, default, _ in rows("docs/settings.md", "Of every run")}
-    held = {name: field.default for name, field in RunSettings.model_fields.items()}
-    assert told == {name: "none" if value is None else str(value) for name, value in held.items()}
-
-    told = {
-        name.strip("`"): {family: yaml.safe_load(value) for family, value in re.findall(r"`(\w+)` ([^,]+)", defaults)}
-        for name, defaults, _ in rows("docs/settings.md", "Of a family")
-    }
-    assert told == family_defaults()
+    """Of runs and of families as `edgeblocks settings --markdown` prints them, and the presets."""
+    types = {name: family_type(name).settings_type for name in ("ar", "dit", "looped", "mdlm", "vit")}
+    for heading, table in (("Of every run", run_settings()), ("Of a family", family_settings(types))):
+        assert f"## {heading}\n\n{as_markdown(table)}\n" in page("docs/settings.md"), heading
 
     told = {name.strip("`"): numbers for name, *numbers in rows("docs/settings.md", "Presets")}
     assert told == {

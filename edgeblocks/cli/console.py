@@ -1,6 +1,9 @@
 """What the verbs print: the banner of a plan, its table, what a training, an export or an evaluation came to."""
 
+import shutil
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,18 +40,34 @@ def training_report(summary: Summary, path: Path) -> str:
         ),
     ]
     total = max(summary.seconds or 0.0, 1e-9)
-    share = {part: summary.time_split.get(part, 0.0) / total for part in ("compute", "stall", "data")}
+    labels = {"stall": f"waiting for {method.part}s"}
+    shares = ", ".join(f"{labels.get(name, name)} {share}" for name, share in _shares(summary.shares_of_time).items())
     lines = [f"{'':<18}{'planned':>12}{'measured':>12}"]
     lines += [f"{name:<18}{planned:>12}{measured:>12}" for name, planned, measured in rows]
     lines += [
-        f"time: {format_duration(total)}; compute {share['compute']:.1%}, waiting for {method.part}s "
-        f"{share['stall']:.1%}, data {share['data']:.1%}; {_or_dash(summary.disk_bytes_written, format_bytes)} written "
-        f"to disk",
+        f"time: {format_duration(total)}{f'; {shares}' if shares else ''}; "
+        f"{_or_dash(summary.disk_bytes_written, format_bytes)} written to disk",
         f"validation loss {loss.validation_loss:.4f}{by_block}",
     ]
     if loss.text is not None:
         lines.append(_bits_line(loss.text))
     return "\n".join([*lines, "", *_next_commands(summary.makes, path)])
+
+
+def _shares(seconds: Mapping[str, float]) -> dict[str, str]:
+    """Per cent of a whole, to a tenth, which add up to 100; nothing where the whole is nothing.
+
+    >>> _shares({"compute": 1.0, "data": 1.0, "other": 1.0})
+    {'compute': '33.4%', 'data': '33.3%', 'other': '33.3%'}
+    """
+    whole = sum(seconds.values())
+    if not whole:
+        return {}
+    exact = {name: 1000 * value / whole for name, value in seconds.items()}
+    tenths = {name: int(value) for name, value in exact.items()}
+    for name in sorted(exact, key=lambda name: tenths[name] - exact[name])[: 1000 - sum(tenths.values())]:
+        tenths[name] += 1
+    return {name: f"{value / 10:.1f}%" for name, value in tenths.items()}
 
 
 def _or_dash(value: float | None, write: Callable[[float], str]) -> str:
@@ -180,3 +199,17 @@ def facts(rows: Sequence[tuple[str, str]]) -> str:
     """Aligned `name  value` lines."""
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"{name:<{width}}  {one_line(value)}" for name, value in rows)
+
+
+def wrapped_table(rows: Sequence[Sequence[str]]) -> str:
+    """Rows of four cells, no wider than the terminal: what does not fit goes on in the next line of its column."""
+    width = shutil.get_terminal_size(fallback=(120, 24)).columns
+    longest = [max(len(row[column]) for row in rows) for column in range(4)]
+    widths = [longest[0], min(longest[1], max(12, width // 5)), min(longest[2], max(14, width // 5))]
+    widths.append(max(20, width - sum(widths) - 6))
+    lines = []
+    for row in rows:
+        cells = [textwrap.wrap(cell, size) or [""] for cell, size in zip(row, widths, strict=True)]
+        for pieces in zip_longest(*cells, fillvalue=""):
+            lines.append("  ".join(f"{piece:<{size}}" for piece, size in zip(pieces, widths, strict=True)).rstrip())
+    return "\n".join(lines)

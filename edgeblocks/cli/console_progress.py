@@ -42,7 +42,6 @@ class ConsoleListener:
         self._every_s = LIVE_LINE_EVERY_S if self._live else PLAIN_LINE_EVERY_S
         self._last = 0.0
         self._open_line = False
-        self._started_at: tuple[float, int] | None = None
 
     def __enter__(self) -> Self:
         return self
@@ -71,14 +70,10 @@ class ConsoleListener:
     def step(self, progress: Progress) -> None:
         finished = progress.steps_done == progress.steps_total
         now = time.monotonic()
-        if self._started_at is None:
-            self._started_at = (now, progress.steps_done)
         if not finished and now - self._last <= self._every_s:
             return
-        start_time, start_steps = self._started_at
-        done = progress.steps_done - start_steps
-        to_do = progress.steps_total - progress.steps_done
-        remaining = f"{format_duration((now - start_time) / done * to_do)} left" if done else ""
+        left_s = progress.left_s
+        remaining = "" if left_s is None else f"{format_duration(left_s)} left"
         where, loss = f"step {progress.step}", f"loss {progress.losses[progress.block or 0]:.3f}"
         other_losses = ""
         if progress.block is not None:

@@ -1,5 +1,6 @@
-"""`info`, `report` and `doctor`: what is there."""
+"""`info`, `report`, `settings` and `doctor`: what is there."""
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -45,10 +46,41 @@ def report(
 
 
 @verb()
+def settings(
+    family: Annotated[
+        str | None, typer.Argument(help="Those of this family; all families otherwise.", show_default=False)
+    ] = None,
+    as_json: Json = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="As the tables of docs/settings.md.")] = False,
+) -> None:
+    """List every setting with its default, what it may be, and what it means."""
+    from edgeblocks.cli.console import wrapped_table
+    from edgeblocks.registry import family_names, family_type
+    from edgeblocks.setting_table import HEADINGS, as_markdown, family_settings, run_settings
+
+    names = family_names() if family is None else (family,)
+    of_families = family_settings({name: family_type(name).settings_type for name in names})
+    tables = {"of every run": run_settings(), f"of {', '.join(names)}": of_families}
+    if as_json:
+        say_lines(json_text([{**asdict(setting), "of": of} for of, table in tables.items() for setting in table]))
+        return
+    for of, table in tables.items():
+        rows = [HEADINGS, *(tuple(cell.replace("`", "") for cell in setting.cells) for setting in table)]
+        say_lines(f"\n{of}:\n\n{as_markdown(table) if markdown else wrapped_table(rows)}")
+    say_lines(
+        "\nGive one with --set key=value, in a file with --config, or as a keyword from Python; presets give some"
+    )
+
+
+@verb()
 def doctor(
     work_dir: Annotated[
         Path, typer.Option("--work-dir", help="Folder whose disk is measured: where runs will be written.")
     ] = Path(),
+    time_s: Annotated[
+        float,
+        typer.Option("--time", min=5, max=3600, help="Seconds that it may take; a busy machine needs more."),
+    ] = 28.0,
     as_json: Json = False,
 ) -> None:
     """Measure this machine in half a minute: which budgets and presets are sensible, what is wrong, what mends it."""
@@ -56,7 +88,7 @@ def doctor(
     from edgeblocks.doctor.examination import examine, report_text
 
     with ConsoleListener() as listener:
-        report = examine(work_dir, listener)
+        report = examine(work_dir, listener, limit_s=time_s)
     say_lines(json_text(report.to_json()) if as_json else report_text(report))
 
 

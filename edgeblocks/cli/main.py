@@ -47,6 +47,7 @@ app.command()(trained.run)
 app.command()(comparing.compare)
 app.command()(inspection.info)
 app.command()(inspection.report)
+app.command()(inspection.settings)
 app.command()(inspection.doctor)
 
 

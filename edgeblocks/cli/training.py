@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -14,8 +14,11 @@ from edgeblocks.cli.screen import json_text, say, say_lines
 from edgeblocks.errors import ConfigError
 from edgeblocks.terminal import quoted
 
-RESUME_SETTINGS = frozenset({"mem_budget", "ram_budget", "target", "data", "work_dir", "max_disk_writes"})
-"""Settings that a run may change when it goes on: they change no number of the result."""
+if TYPE_CHECKING:
+    from edgeblocks.callbacks import Callback
+
+RESUME_SETTINGS = frozenset({"steps", "mem_budget", "ram_budget", "target", "data", "work_dir", "max_disk_writes"})
+"""Settings that a run may change when it goes on: more steps, and what changes no number of the result."""
 
 
 @verb(flags={**SETTINGS, "target": PlanTarget})
@@ -43,13 +46,21 @@ def train(
     resume: Annotated[
         Path | None,
         typer.Option(
-            help="Go on with this run directory. It keeps its settings; --mem-budget, --ram-budget, --target, --data "
+            help="Go on with this run directory. It keeps its settings; --steps may be more than before (the learning "
+            "rate rises again and falls along a new cosine), and --mem-budget, --ram-budget, --target, --data "
             "(its new place), --work-dir and --max-disk-writes may be others."
         ),
     ] = None,
     reinit_block: Annotated[
         list[int] | None,
         typer.Option(help="With --resume: train this block alone again, from its beginning. Repeatable."),
+    ] = None,
+    track: Annotated[
+        str | None,
+        typer.Option(help="tensorboard: also write losses, samples and memory for it, into RUN/tensorboard."),
+    ] = None,
+    track_folder: Annotated[
+        Path | None, typer.Option("--track-folder", help="With --track: another folder.", show_default=False)
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and stop.")] = False,
     as_json: Json = False,
@@ -67,6 +78,10 @@ def train(
         )
     if reinit_block and resume is None:
         raise ConfigError("--reinit-block belongs to --resume RUN: it trains one block of that run again")
+    if track_folder is not None and track is None:
+        raise ConfigError("--track-folder belongs to --track tensorboard: it says where its files go")
+    if track not in (None, "tensorboard"):
+        raise ConfigError(f"--track {track}: there is tensorboard; others are ten lines of Python (docs/tracking.md)")
     if dry_run:
         if resume is not None:
             raise ConfigError("--dry-run shows a new run's plan; the plan of a run is in its plan.json")
@@ -79,14 +94,23 @@ def train(
     from edgeblocks.cli.console import training_report
     from edgeblocks.cli.console_progress import ConsoleListener
 
+    callbacks = _tracker(track_folder) if track else []
     with ConsoleListener() as listener:
+        hearing: dict[str, Any] = {"listener": listener, "callbacks": callbacks}
         if resume is not None:
-            run = api.resume(resume, reinit_blocks=reinit_block or (), listener=listener, **given)
+            run = api.resume(resume, reinit_blocks=reinit_block or (), **hearing, **given)
         else:
-            run = api.train(out=out or _free_run_path(given), config=config, listener=listener, **given)
+            run = api.train(out=out or _free_run_path(given), config=config, **hearing, **given)
     summary = run.directory.summary
     assert summary is not None
     say_lines(json_text(summary.to_json()) if as_json else training_report(summary, run.path))
+
+
+def _tracker(folder: Path | None) -> "list[Callback]":
+    """Made before the memory is measured, so that its library is counted in the plan."""
+    from edgeblocks.track.tensorboard import TensorBoard
+
+    return [TensorBoard(folder)]
 
 
 def _left_out(names: list[str], given: Mapping[str, object]) -> str:

@@ -28,7 +28,8 @@ from edgeblocks.files.durable import write_atomically
 from edgeblocks.files.own import append
 from edgeblocks.inference.quality import network_quality
 from edgeblocks.offload.device import Target
-from edgeblocks.optim.update import BETA1, BETA2, EPS, ema_exponent, learning_rate_at
+from edgeblocks.optim.schedule import learning_rate_at
+from edgeblocks.optim.update import BETA1, BETA2, EPS, ema_exponent
 from edgeblocks.progress import Listener
 from edgeblocks.seeds import generator_at
 from edgeblocks.training.batches import BatchThread, drawing

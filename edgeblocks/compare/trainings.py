@@ -20,7 +20,6 @@ import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -190,7 +189,7 @@ class _Training:
         if not (trial / "summary.json").exists():
             self._train(trial, PROBE_STEPS)
         (measured,) = _apart("measured", [(trial, self.arm.is_plain)])
-        steps = max(1, round(self.settled.minutes * 60 / measured.step_s))
+        steps: int = max(1, round(self.settled.minutes * 60 / measured.step_s))
         _write(steps_file, str(steps))
         return steps
 
@@ -249,7 +248,13 @@ class _Training:
             raise RunError(f"{self.path} has no figures of quality; remove it and compare again")
         return {
             **row,
-            **asdict(measured),
+            "steps": measured.steps,
+            "peak_bytes": measured.peak_bytes,
+            "runtime_bytes": measured.runtime_bytes,
+            "step_s": measured.step_s,
+            "blocks": measured.blocks,
+            "budget_bytes": measured.budget_bytes,
+            "time_split": measured.time_split,
             "seconds": quality[-1]["seconds"],
             "quality": quality,
             "memory": _thinned(_memory(self.path / "metrics.jsonl")),

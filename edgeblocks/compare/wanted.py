@@ -5,6 +5,7 @@ from pathlib import Path
 
 from edgeblocks.compare.arms import Arm
 from edgeblocks.config import RunSettings
+from edgeblocks.tasks import Task
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +31,7 @@ class Settled:
     settings: dict[str, object]
     """Of the run and of its family."""
     depth: int
-    task: str
+    task: Task
     unrolled: bool
     """Whether end-to-end training runs some layers several times a step, so that steps differ in layer evaluations."""
     environment: dict[str, object]

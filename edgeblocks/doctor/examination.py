@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from edgeblocks.config import preset_names
 from edgeblocks.doctor.findings import PATIENCE_S, Budgets, Disk, Gpu, Kernel, PresetFit, Report
 from edgeblocks.doctor.kernels import KERNELS, kernel_names
 from edgeblocks.doctor.probes import Answer, ask
@@ -64,8 +65,12 @@ def examine(
     requests: dict[str, Any] = answers["presets"].value or {}
     common = {"machine": machine.value, "budget_bytes": half_bytes, "free_disk_bytes": disk.free_bytes}
     plans = {}
-    if machine.value is not None:
+    if machine.value is not None and requests:
         plans = ask(smallest_first(requests), {"presets": requests, **common}, limit_s=limit_s / 2, deadline=deadline)
+    else:
+        unplanned = "the machine" if machine.value is None else "the presets"
+        why = machine.reason if machine.value is None else answers["presets"].reason
+        plans = {name: Answer(reason=f"{unplanned}: {why}") for name in smallest_first(requests) or preset_names()}
     for library in ("onnxruntime", "bitsandbytes", "torchao"):
         if versions[library] is not None:
             listener.stage(f"running {library}")
@@ -295,6 +300,8 @@ def _advice(report: Report) -> list[str]:
         )
     elif any(fit.fits for fit in report.presets):
         lines.append(f"no preset finishes its own steps within {PATIENCE_S / 86400:.0f} days: give fewer --steps")
+    if any(fit.fits is None for fit in report.presets):
+        lines.append("some presets were not found out: edgeblocks doctor --time 60 measures longer, for a busy machine")
     for kernel in report.kernels:
         if kernel.name in _FASTER_FORMS and kernel.works and kernel.time_s is not None and kernel.fp32_time_s:
             ratio = kernel.fp32_time_s / kernel.time_s

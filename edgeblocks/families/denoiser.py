@@ -5,11 +5,12 @@ Source: Karras et al. 2022, arXiv 2206.00364, table 1 (preconditioning, loss wei
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Annotated, Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int
+from pydantic import Field
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -18,7 +19,7 @@ from edgeblocks.families.base import NOISE_FEATURES, Batch, BatchSpec, Condition
 from edgeblocks.families.block import Block
 from edgeblocks.families.family import EndToEnd
 from edgeblocks.families.layers import Condition, LabelEmbedding, Linear, noise_features, run_layers
-from edgeblocks.families.settings import Depth, FamilySettings, PMean, PStd, Share, SigmaMax, SigmaMin, Width
+from edgeblocks.families.settings import Depth, FamilySettings, Flip, PMean, PStd, Share, SigmaMax, SigmaMin, Width
 
 SIGMA_DATA = 0.5
 
@@ -29,8 +30,10 @@ class DenoiserSettings(FamilySettings):
 
     width: Width = 128
     depth: Depth = 12
-    label_dropout: Share = 0.1
-    flip: bool = False
+    label_dropout: Annotated[
+        Share, Field(description="share of samples without their class, which --guidance needs")
+    ] = 0.1
+    flip: Flip = False
     sigma_min: SigmaMin = 0.002
     sigma_max: SigmaMax = 80.0
     p_mean: PMean = -1.2

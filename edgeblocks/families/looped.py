@@ -30,21 +30,23 @@ from edgeblocks.families.token_block import Codes, Sigma, TokenDenoiserBlock, To
 from edgeblocks.families.token_denoiser import TokenDenoiser, TokenDenoiserSettings
 
 MOST_ITERATIONS = 64
-Iterations = Annotated[int, Field(ge=1, le=MOST_ITERATIONS)]
+_Iterations = Annotated[int, Field(ge=1, le=MOST_ITERATIONS)]
+Iterations = Annotated[
+    _Iterations, Field(description="with method=exact: how often its core is run, on average in training")
+]
+Truncation = Annotated[
+    _Iterations, Field(description="with method=exact: through how many of the last iterations gradients go back")
+]
 SPREAD = 0.5
 """Standard deviation of the logarithm of the mean number of iterations."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoopedSettings(TokenDenoiserSettings):
-    """Those of a denoiser; and, where the network is trained end to end, its core's iterations.
-
-    `iterations` is their mean number in training and their number afterwards, `truncation` the number of the last ones
-    that gradients go back through.
-    """
+    """Those of a denoiser; and, where the network is trained end to end, its core's iterations."""
 
     iterations: Iterations = 8
-    truncation: Iterations = 8
+    truncation: Truncation = 8
 
 
 class LoopedBlock(TokenDenoiserBlock):

@@ -66,17 +66,35 @@ def _leaves_levels_to_draw(p_std: float, info: ValidationInfo) -> float:
     return p_std
 
 
-Width = Annotated[int, Field(ge=1, le=MOST["width"])]
-Depth = Annotated[int, Field(ge=1, le=MOST["depth"])]
-Patch = Annotated[int, Field(ge=1, le=MOST["patch"])]
+Width = Annotated[int, Field(ge=1, le=MOST["width"], description="features of a token")]
+Depth = Annotated[int, Field(ge=1, le=MOST["depth"], description="layers of the whole network")]
+Patch = Annotated[
+    int, Field(ge=1, le=MOST["patch"], description="side of the squares that an image is cut into, in pixels")
+]
 Share = Annotated[float, Field(ge=0, lt=1)]
-_AnyHeads = Annotated[int, Field(ge=1, le=MOST["heads"])]
+TopShare = Annotated[
+    Share,
+    Field(description="share of the first block's samples that is drawn at sigma_max, where inference starts"),
+]
+Flip = Annotated[bool, Field(description="mirror half of the images")]
+_AnyHeads = Annotated[int, Field(ge=1, le=MOST["heads"], description="attention heads")]
 
 # A field sees those before it that are not refused: `width` stands before `heads`, and the levels stand in this order.
 WidthOfPatches = Annotated[Width, AfterValidator(_divisible_by_4)]
 Heads = Annotated[_AnyHeads, AfterValidator(_divides_width)]
 RotaryHeads = Annotated[_AnyHeads, AfterValidator(_divides_half_of_width)]
-SigmaMin = Annotated[float, Field(ge=1 / MOST_NOISE, le=MOST_NOISE)]
-SigmaMax = Annotated[float, Field(gt=0, le=MOST_NOISE), AfterValidator(_lies_above_sigma_min)]
-PMean = Annotated[float, Field(ge=-MOST_NOISE, le=MOST_NOISE)]
-PStd = Annotated[float, Field(gt=0, le=MOST_NOISE), AfterValidator(_leaves_levels_to_draw)]
+SigmaMin = Annotated[float, Field(ge=1 / MOST_NOISE, le=MOST_NOISE, description="lowest noise level")]
+SigmaMax = Annotated[
+    float, Field(gt=0, le=MOST_NOISE, description="highest noise level"), AfterValidator(_lies_above_sigma_min)
+]
+PMean = Annotated[
+    float,
+    Field(
+        ge=-MOST_NOISE,
+        le=MOST_NOISE,
+        description="mean of the logarithm of the noise levels in training",
+    ),
+]
+PStd = Annotated[
+    float, Field(gt=0, le=MOST_NOISE, description="its standard deviation"), AfterValidator(_leaves_levels_to_draw)
+]

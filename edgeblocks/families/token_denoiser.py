@@ -41,9 +41,9 @@ from edgeblocks.families.settings import (
     PMean,
     PStd,
     RotaryHeads,
-    Share,
     SigmaMax,
     SigmaMin,
+    TopShare,
     Width,
 )
 from edgeblocks.families.token_block import Codes, Past, Present, Sigma, TokenDenoiserBlock, Tokens
@@ -53,16 +53,15 @@ from edgeblocks.limits import MOST_CODE_WIDTH
 
 @dataclass(frozen=True, kw_only=True)
 class TokenDenoiserSettings(FamilySettings):
-    """The shape of the network, the width of a token's code, and the distribution of noise levels.
-
-    `top_share` of the first block's samples are drawn at sigma_max, where inference starts.
-    """
+    """The shape of the network, the width of a token's code, and the distribution of noise levels."""
 
     width: Width = 256
     depth: Depth = 12
     heads: RotaryHeads = 4
-    code_width: Annotated[int, Field(ge=8, le=MOST_CODE_WIDTH, multiple_of=8)] = 64
-    top_share: Share = 0.4
+    code_width: Annotated[
+        int, Field(ge=8, le=MOST_CODE_WIDTH, multiple_of=8, description="width of a token's code")
+    ] = 64
+    top_share: TopShare = 0.4
     sigma_min: SigmaMin = 0.1
     sigma_max: SigmaMax = 10.0
     p_mean: PMean = 0.0

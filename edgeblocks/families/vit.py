@@ -54,6 +54,7 @@ from edgeblocks.families.layers import (
 from edgeblocks.families.settings import (
     Depth,
     FamilySettings,
+    Flip,
     Heads,
     Patch,
     PMean,
@@ -61,6 +62,7 @@ from edgeblocks.families.settings import (
     Share,
     SigmaMax,
     SigmaMin,
+    TopShare,
     WidthOfPatches,
 )
 
@@ -75,23 +77,23 @@ SIGMA_DATA = 0.5
 
 @dataclass(frozen=True, kw_only=True)
 class VitSettings(FamilySettings):
-    """The shape of the network and its objective's settings.
-
-    `top_share` of the first block's samples are drawn at sigma_max, where inference starts. `crop` is the number of
-    pixels that an image is padded with before a part of its own size is cut out; `randaugment` the number of random
-    operations an image, of strength `randaugment_strength` (0 to 1).
-    """
+    """The shape of the network and its objective's settings."""
 
     width: WidthOfPatches = 128
     depth: Depth = 12
     heads: Heads = 4
     patch: Patch = 4
-    label_smoothing: Share = 0.0
-    flip: bool = False
-    crop: Annotated[int, Field(ge=0, le=1024)] = 0
-    randaugment: Annotated[int, Field(ge=0, le=16)] = 0
-    randaugment_strength: Annotated[float, Field(ge=0, le=1)] = 0.3
-    top_share: Share = 0.4
+    label_smoothing: Annotated[Share, Field(description="share of a label that is spread over all classes")] = 0.0
+    flip: Flip = False
+    crop: Annotated[
+        int,
+        Field(
+            ge=0, le=1024, description="pixels that an image is padded with before a part of its own size is cut out"
+        ),
+    ] = 0
+    randaugment: Annotated[int, Field(ge=0, le=16, description="random operations an image")] = 0
+    randaugment_strength: Annotated[float, Field(ge=0, le=1, description="strength of these operations")] = 0.3
+    top_share: TopShare = 0.4
     sigma_min: SigmaMin = 0.1
     sigma_max: SigmaMax = 10.0
     p_mean: PMean = 0.0

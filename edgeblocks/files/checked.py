@@ -56,7 +56,8 @@ class _Fields(BaseModel):
 
 
 @functools.cache
-def _fields_model(kind: type) -> type[BaseModel]:
+def fields_model(kind: type) -> type[BaseModel]:
+    """A dataclass's fields with what their annotations say of them."""
     hints = get_type_hints(kind, include_extras=True)
     found: Any = {field.name: (hints[field.name], ...) for field in fields(kind)}
     return create_model(kind.__name__, __base__=_Fields, **found)
@@ -73,7 +74,7 @@ def field_problems(kind: type, values: Mapping[str, object]) -> list[str]:
     ['width=0: input should be greater than or equal to 1']
     """
     try:
-        _fields_model(kind).model_validate(values)
+        fields_model(kind).model_validate(values)
     except ValidationError as error:
         return problems(error)
     return []

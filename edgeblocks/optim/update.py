@@ -1,4 +1,4 @@
-"""What a step changes in a block: AdamW over its flat parameters, and the EMA that follows; how fast, and clipping.
+"""What a step changes in a block: AdamW over its flat parameters, and the EMA that follows; and clipping.
 
 Block-wise and end-to-end training make the same update.
 """
@@ -16,18 +16,6 @@ if TYPE_CHECKING:
     from edgeblocks.offload.block_buffer import BlockBuffer
 
 BETA1, BETA2, EPS = 0.9, 0.99, 1e-8
-
-
-def learning_rate_at(step: int, *, steps: int, warmup: int, peak: float) -> float:
-    """Linear warm-up, then a cosine to zero. `step` counts from 0; the last step still learns.
-
-    >>> [round(learning_rate_at(s, steps=10, warmup=2, peak=1.0), 3) for s in (0, 1, 2, 6, 9)]
-    [0.5, 1.0, 1.0, 0.5, 0.038]
-    """
-    warmup = min(warmup, steps // 2)
-    if step < warmup:
-        return peak * (step + 1) / warmup
-    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(steps - warmup, 1)))
 
 
 def ema_exponent(length: float) -> float:

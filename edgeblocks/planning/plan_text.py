@@ -31,6 +31,7 @@ def banner(prepared: "Prepared") -> str:
             if method.trained_together
             else f"visits of {chosen.visit_steps} steps, {_where(chosen, unit)}"
         ),
+        prepared.reason,
         *_memory_lines(plan),
         _time_line(prepared),
         _disk_line(plan),
@@ -103,16 +104,18 @@ def _memory_lines(plan: "Plan") -> list[str]:
 def _time_line(prepared: "Prepared") -> str:
     """An estimate from measured speeds, or a bound from those of a profile."""
     plan, steps = prepared.plan, prepared.settings.run.steps
-    total, written = format_duration(plan.predicted_s), format_bytes(plan.chosen.bytes_written)
+    total, written = format_duration(prepared.whole_s), format_bytes(plan.chosen.bytes_written)
+    looking_s = prepared.whole_s - plan.predicted_s
+    looking = f"{format_duration(looking_s)} of it for samples and evaluation, " if looking_s >= 1 else ""
     which = f"{steps} steps" if plan.method.trained_together else f"{steps} steps of each block"
     streamed = plan.chosen.slots < plan.chosen.blocks
     moving = f"{plan.stall_share:.1%} of it moving {plan.method.part}s, " if streamed else ""
     if prepared.profile is None:
-        return f"time: about {total} for {which}, {moving}about {written} written to disk"
+        return f"time: about {total} here for {which}, {looking}{moving}about {written} written to disk"
     step = format_duration(plan.chosen.step_s + plan.chosen.streaming_s)
     return (
         f"time: at most about {step} a step, {total} for {which} (a bound from the profile's "
-        f"sustained speeds, not a measurement), {moving}about {written} written to disk"
+        f"sustained speeds, not a measurement), {looking}{moving}about {written} written to disk"
     )
 
 

@@ -46,6 +46,10 @@ class Machine:
     """None where the device's memory is the process's own."""
 
 
+FEWEST_GOOD_LAYERS = 4
+"""Of a block: with fewer quality suffered where it was measured, on images."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class PlanRequest:
     """What the user fixed; None leaves the choice to the planner."""
@@ -57,6 +61,8 @@ class PlanRequest:
     preferred_blocks: int
     method: Method = DIFFUSION
     blocks: int | None = None
+    good_layers: int = FEWEST_GOOD_LAYERS
+    """Of a block, below which a plan warns of its quality: no more than the family has in its usual cut."""
     trained: tuple[int, ...] | None = None
     """Numbers of the stages that are trained end to end, the others being frozen; None: all."""
     clip_by: Clipping = "stage"

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from edgeblocks.prepare import Prepared
 
 TABLE = "docs/methods.md"
+_DATA = {"fashion": "Fashion-MNIST", "moby-dick": "Moby-Dick", "addresses": "the State of the Union addresses"}
+"""What `conditions` begin with, for people."""
 MUCH_SLOWER = 3.0
 """A recommended method that takes this many times as long as the other has that named as a drawback."""
 
@@ -38,6 +40,14 @@ class Measured:
     conditions: str
     shallow: float | None = None
     shallow_layers: int | None = None
+
+    @property
+    def origin(self) -> str:
+        """Whose data the figures come from, and how they were made."""
+        data, _, how = self.conditions.partition(", ")
+        return (
+            f"figures of edgeblocks' own trainings on {_DATA.get(data, data)}, not on your data: {how or 'see there'}"
+        )
 
     @property
     def is_shallow_better(self) -> bool:
@@ -125,7 +135,7 @@ def recommendation(found: Measured | None, options: dict[MethodName, Option]) ->
         said = f"{found.measure} {own:.4g} against {others:.4g} of {other}"
         drawback = possible[method] > MUCH_SLOWER * possible[other]
         said += f", but slow under this budget: {times}" if drawback else f"; {times}"
-    reason = f"{said} ({found.conditions}; {TABLE})"
+    reason = f"{said} ({found.origin}; {TABLE})"
     if found.is_shallow_better:
         reason += (
             f". In trainings as short as that fewer layers do better than either: {found.shallow_layers} with as many "

@@ -5,10 +5,9 @@ from dataclasses import replace
 
 from edgeblocks.planning.candidates import candidate
 from edgeblocks.planning.layer_costs import LayerCosts
-from edgeblocks.planning.plans import Candidate, Cut, Machine, PlanRequest
+from edgeblocks.planning.plans import FEWEST_GOOD_LAYERS, Candidate, Cut, Machine, PlanRequest
 from edgeblocks.units import format_bytes
 
-FEWEST_GOOD_LAYERS = 4
 MUCH_FASTER = 0.75
 """The share of the time of the preferred blocks from which on the plan names a cut into more of them."""
 NOTED_STALL = 0.25
@@ -32,9 +31,9 @@ def plan_warnings(
     """
     found, num_layers, method = [], costs.num_layers, request.method
     holds_stages = "--mem-budget" if machine.host is None or chosen.tier == "ram" else "--mem-budget or --ram-budget"
-    if method.cut_changes_result and chosen.layers_per_block < min(FEWEST_GOOD_LAYERS, num_layers):
+    if method.cut_changes_result and chosen.layers_per_block < min(request.good_layers, num_layers):
         found.append(
-            f"{chosen.layers_per_block} layer(s) a block: fewer than {FEWEST_GOOD_LAYERS} cost quality, because a "
+            f"{chosen.layers_per_block} layer(s) a block: fewer than {request.good_layers} cost quality, because a "
             f"block denoises alone with the layers it has (ImageNet FID in the paper: 3 blocks 11.1, 6 blocks 14.4). "
             + (
                 "A larger --mem-budget or a smaller width gives deeper blocks"

@@ -13,6 +13,10 @@ from markupsafe import Markup
 
 from edgeblocks.terminal import visible
 
+NO_BREAK = "\N{NO-BREAK SPACE}"
+_ONE_LINE = 14
+"""Characters of a value that is not broken."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Section:
@@ -64,6 +68,8 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]], *, caption: str = 
     Args:
         wide: whether it takes the whole width among pieces that stand two in a row.
     """
+    if head:  # a short value stays in one line, as "418 MB" does; a long one goes on in the next, so that the page fits
+        rows = [[cell.replace(" ", NO_BREAK) if len(cell) <= _ONE_LINE else cell for cell in row] for row in rows]
     return fragment("table.html", head=head, rows=rows, caption=caption, wide=wide)
 
 

@@ -10,7 +10,11 @@ from edgeblocks.report.facts import RunFacts
 from edgeblocks.runs.summary import Summary
 from edgeblocks.units import format_bytes, format_duration, parse_size
 
+_MOST_OF_HALF_A_ROW = 4
+"""Columns of numbers; more take the whole width."""
 _NOTHING = "\N{EN DASH}"
+_MOST_OF_HALF_A_ROW = 4
+"""Columns of numbers; more take the whole width."""
 _PARTS = {
     "runtime": "interpreter and libraries",
     "weights": "weights",
@@ -119,15 +123,9 @@ def time_bar(facts: RunFacts) -> Markup:
     title, summary = "Time", facts.summary
     if summary is None or not summary.time_split:
         return page.card(title, "How the time was spent is known when the run is finished.")
-    split = {name: max(0.0, value) for name, value in summary.time_split.items()}
-    sampling_s = min(summary.sampling_s, split.get("other", 0.0))
-    parts = [
-        Part(label="compute", value=split.get("compute", 0.0)),
-        Part(label=f"stall: waiting for {facts.unit}s", value=split.get("stall", 0.0)),
-        Part(label="data", value=split.get("data", 0.0)),
-        Part(label="samples", value=sampling_s),
-        Part(label="other: evaluation, saving", value=split.get("other", 0.0) - sampling_s),
-    ]
+    labels = {"stall": f"stall: waiting for {facts.unit}s", "other": "other: starting, saving"}
+    parts = [Part(label=labels.get(name, name), value=value) for name, value in summary.shares_of_time.items()]
+    split = summary.time_split
     moving = (
         f"Reading {facts.unit}s (load) took {format_duration(split.get('load', 0.0))} and writing them (store) "
         f"{format_duration(split.get('store', 0.0))}, at the same time as the computing, apart from the stall."
@@ -159,7 +157,7 @@ def block_table(facts: RunFacts, *, wide: bool) -> list[Markup]:
         caption = (
             "Training loss: running mean at the end. Validation loss: EMA weights, mean over a block's noise levels."
         )
-    return [page.table(head, rows, caption=caption, wide=wide)]
+    return [page.table(head, rows, caption=caption, wide=wide or len(head) > _MOST_OF_HALF_A_ROW)]
 
 
 def _score_table(summary: Summary, *, wide: bool) -> Markup:

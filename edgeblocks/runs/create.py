@@ -150,6 +150,7 @@ def seal_run(run: RunDirectory) -> None:
             "data": data,
             "class_names": list(run.class_names),
             **({} if run.init is None else {"init": run.init.model_dump()}),
+            **({"prolonged": [one.model_dump() for one in run.prolonged]} if run.prolonged else {}),
         },
     )
 

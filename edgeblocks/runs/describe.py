@@ -41,6 +41,7 @@ def _describe_run(path: Path) -> dict[str, object]:
         f"layers_per_{unit}": list(run.file_layers),
         "steps": steps,
         "steps_wanted": run.settings.run.steps,
+        **({"prolonged_from": [one.steps_before for one in run.prolongations]} if run.prolongations else {}),
         "finished": min(steps) >= run.settings.run.steps,
         **({} if all(run.trained) else {"trained_stages": list(run.settings.run.trained_blocks or ())}),
         **({} if run.init is None else {"init": f"{run.init.file}, sha256 {run.init.sha256[:16]}.."}),

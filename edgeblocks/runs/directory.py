@@ -31,7 +31,9 @@ from edgeblocks.offload.sections import Section, blocks_of, network_of, stages_o
 from edgeblocks.planning.plans import trained_stages
 from edgeblocks.registry import build_family, family_type
 from edgeblocks.runs.schema import (
+    AGAIN,
     InitFields,
+    Prolongation,
     QualityFields,
     RecordFields,
     TextManifestFields,
@@ -80,6 +82,8 @@ class RunDirectory:
     """How text becomes tokens; None for a family that reads images."""
     init: InitFields | None = None
     """The file that the weights began with; None where they came from the seed."""
+    prolonged: tuple[Prolongation, ...] = ()
+    """When more steps were asked for than before; see `prolonging.prolong`."""
 
     @property
     def trainable_plan(self) -> TrainablePlan:
@@ -131,6 +135,17 @@ class RunDirectory:
         steps = [store.header(block).step for block in range(len(self.file_layers))]
         least = min(step for step, trained in zip(steps, self.trained, strict=True) if trained)
         return [step if trained else least for step, trained in zip(steps, self.trained, strict=True)]
+
+    def stretches(self, block: int) -> list[tuple[int, int]]:
+        """Of a block's learning rate, for `schedule.learning_rate_over`; one where the run was never prolonged."""
+        steps, in_force = self.settings.run.steps, self.prolongations
+        begins = [0, *(one.began_at[block] for one in in_force)]
+        return list(zip(begins, [*(one.steps_before for one in in_force), steps], strict=True))
+
+    @property
+    def prolongations(self) -> tuple[Prolongation, ...]:
+        """Those of `prolonged` that are in force: a process that is killed while it prolongs a run changes nothing."""
+        return tuple(one for one in self.prolonged if one.steps_before < self.settings.run.steps)
 
     @property
     def method(self) -> Method:
@@ -381,12 +396,15 @@ def open_run(path: Path) -> RunDirectory:
         class_names=tuple(manifest.class_names),
         tokenizer=_tokenizer_of(path, manifest) if isinstance(manifest, TextManifestFields) else None,
         init=manifest.init,
+        prolonged=tuple(manifest.prolonged),
     )
     if max(settings.run.trained_blocks or (0,)) >= len(run.file_layers):
         raise RunError(
             f"{path} is damaged: config.yaml trains the blocks {settings.run.train_blocks} and plan.json has "
             f"{len(run.file_layers)}; put both back from a copy, or train again with a new --out"
         )
+    if any(len(one.began_at) != len(run.file_layers) for one in run.prolonged):
+        raise RunError(f"{path} is damaged: manifest.json was prolonged with another number of blocks; {AGAIN}")
     # Checksums come last: what the other checks find they say better.
     check_checksum(path / "manifest.json", content)
     check_checksum(path / "plan.json", plan)

@@ -31,7 +31,7 @@ class WrittenWeights(TypedDict):
 
 
 def write_weights(run: RunDirectory, out: Path, *, last: bool, overwrite: bool) -> WrittenWeights:
-    """Write the EMA weights of all blocks, one block after the other; returns the file's path and size.
+    """Write the weights of all blocks, one block after the other; returns the file's path and size.
 
     Blocks that were trained alone are networks of their own: their names begin with `block_0.`, `block_1.` and so on.
 
@@ -47,10 +47,9 @@ def write_weights(run: RunDirectory, out: Path, *, last: bool, overwrite: bool) 
     if out.suffix != ".safetensors":
         raise ConfigError(f"-o {out}: weights are written as safetensors; give a name that ends in .safetensors")
     check_new(out, overwrite=overwrite)
-    store, part = run.store(), _part(last)
-    if run.method.trained_together:
-        check_whole(run, store)
-    entries = [(block, entry) for block, layout in enumerate(store.layouts) for entry in layout.of_part(part)]
+    part = _part(last)
+    blocks = read_weights(run, last=last)  # looks at the steps before anything is written
+    entries = [(block, entry) for block, layout in enumerate(run.store().layouts) for entry in layout.of_part(part)]
     named = [(run.tensor_name(block, entry.name.removeprefix(f"{part}.")), entry) for block, entry in entries]
     table = table_of((name, entry.dtype, entry.shape) for name, entry in named)
     names = json.dumps(run.class_names)
@@ -58,7 +57,7 @@ def write_weights(run: RunDirectory, out: Path, *, last: bool, overwrite: bool) 
     header = encode_header(table, {"format": "pt", **told})
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(out, _pieces(run, store, header, part))
+        write_atomically(out, _pieces(run, header, blocks, part))
     except OSError as error:
         raise StorageError(f"cannot write {out}: {error.strerror or error}; choose another place with -o") from error
     num_bytes = len(header) + sum(entry.num_bytes for _, entry in entries)
@@ -84,15 +83,37 @@ def _check_finite(run: RunDirectory, block: int, buffer: BlockBuffer, part: Part
     )
 
 
-def _pieces(run: RunDirectory, store: BlockStore, header: bytes, part: Part) -> Iterator[bytes | memoryview]:
+def _pieces(
+    run: RunDirectory, header: bytes, blocks: Iterator[BlockBuffer], part: Part
+) -> Iterator[bytes | memoryview]:
     yield header
-    buffer, steps = store.buffer((part,)), set()
+    for block, buffer in enumerate(blocks):
+        _check_finite(run, block, buffer, part)
+        yield bytes_of(buffer.content)
+
+
+def read_weights(run: RunDirectory, *, last: bool) -> Iterator[BlockBuffer]:
+    """The weights of one block after the other, all in the same memory: a block's are there until the next is taken.
+
+    Args:
+        last: the weights as the last step left them; else their average (EMA), which is the only part that is read.
+
+    Raises:
+        RunError: a block is damaged, or the run is trained while it is read.
+    """
+    store = run.store()
+    if run.method.trained_together:
+        check_whole(run, store)
+    return _blocks(run, store, store.buffer((_part(last),)))
+
+
+def _blocks(run: RunDirectory, store: BlockStore, buffer: BlockBuffer) -> Iterator[BlockBuffer]:
+    steps = set()
     for block, trained in enumerate(run.trained):
         step = store.read(block, buffer)
         if trained:
             steps.add(step)
-        _check_finite(run, block, buffer, part)
-        yield bytes_of(buffer.content)
+        yield buffer
     # Looked at again at the end: a training process may have put a checkpoint in place between two of the reads.
     if run.method.trained_together and len(steps) > 1:
         raise RunError(f"{run.path} was saved while its weights were read, and they do not belong together; try again")

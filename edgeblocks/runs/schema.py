@@ -81,6 +81,15 @@ class InitFields(Checked):
     sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
+class Prolongation(Checked):
+    """One of `prolonged` in manifest.json. It is in force once config.yaml asks for more steps than `steps_before`."""
+
+    steps_before: Steps
+    """That the run was to make until then."""
+    began_at: Annotated[list[Count], Field(min_length=1, max_length=MOST_LAYERS)]
+    """Each block's step when the run was prolonged."""
+
+
 class ManifestFields(Checked):
     """manifest.json."""
 
@@ -88,6 +97,7 @@ class ManifestFields(Checked):
     family: Text
     class_names: Annotated[list[Text], Field(max_length=MOST_CLASSES)]
     init: InitFields | None = None
+    prolonged: Annotated[list[Prolongation], Field(max_length=1000)] = Field(default_factory=list)
 
 
 class ImageManifestFields(ManifestFields):

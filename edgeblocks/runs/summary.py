@@ -115,12 +115,25 @@ class Summary(Checked):
     step_s: Seconds | None = None
     predicted_step_s: Seconds | None = None
     time_split: dict[str, float] = Field(default_factory=dict)
-    """Seconds of computing, loading, storing, waiting for blocks, data, and the rest."""
+    """Seconds of computing, loading, storing, waiting for blocks, data, and the rest, which has the next two in it."""
     sampling_s: Seconds = 0.0
+    """Of samples and measures of quality on the way."""
+    evaluation_s: Seconds = 0.0
+    """Of the evaluation at the end."""
     metrics: Metrics
     init: InitFields | None = None
     resumed_from: list[int] | None = None
     """Each block's step when the run was resumed last: what was measured is since then. None: never."""
+
+    @property
+    def shares_of_time(self) -> dict[str, float]:
+        """Seconds by what they went into; together they are all that were measured."""
+        split = {name: max(0.0, value) for name, value in self.time_split.items()}
+        other = split.get("other", 0.0)
+        sampling_s = min(self.sampling_s, other)
+        evaluation_s = min(self.evaluation_s, other - sampling_s)
+        parts = {name: split.get(name, 0.0) for name in ("compute", "stall", "data")}
+        return {**parts, "samples": sampling_s, "evaluation": evaluation_s, "other": other - sampling_s - evaluation_s}
 
     def to_json(self) -> dict[str, object]:
         """The content of the file: what was given or read, and no defaults."""

@@ -99,7 +99,7 @@ class DiffusionTrainer(Trainer):
 
         # The update: clipping by the block's own norm, AdamW, EMA. From here on the step cannot be made again.
         gradient_norm = clip_(gradients, settings.clip)
-        self.update_(resident.buffer, gradients, step)
+        self.update_(resident.buffer, gradients, step, visit.block)
         gradients.zero_()  # the next step's backward pass adds to them
         resident.step = step + 1  # written into the file's header, where a resumed run begins
 

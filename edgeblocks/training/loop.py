@@ -26,7 +26,8 @@ from edgeblocks.offload.block_files import BlockStore
 from edgeblocks.offload.device import Device
 from edgeblocks.offload.slots import Slots
 from edgeblocks.optim.adamw import Workspace
-from edgeblocks.optim.update import adamw_, ema_exponent, follow_, learning_rate_at
+from edgeblocks.optim.schedule import learning_rate_over
+from edgeblocks.optim.update import adamw_, ema_exponent, follow_
 from edgeblocks.progress import Progress
 from edgeblocks.runs.directory import RunDirectory
 from edgeblocks.terminal import command
@@ -100,6 +101,7 @@ class Trainer(ABC):
         self._metrics_every = max(1, self.settings.steps // METRICS_RECORDS)
         self._thread = BatchThread(self.device)
         self.progress = Progress(
+            steps=self.settings.steps,
             bytes_written=self.store.run_bytes_written,
             budget_bytes=run.plan.budget_bytes,
             example="img" if self.family.reads == "images" else "seq",
@@ -158,7 +160,7 @@ class Trainer(ABC):
 
         Args:
             on_step: called after every step. What it raises ends the run, saved.
-            between_visits: called with the steps when nothing is resident.
+            between_visits: called with the steps when nothing is resident. What it raises ends the run, saved.
 
         Raises:
             EdgeblocksError: the loss is no longer finite; the run is as it was before the visit.
@@ -166,7 +168,8 @@ class Trainer(ABC):
             WriteLimitError: more would be written to disk than the user allows; everything is saved.
         """
         steps = self.saved_steps()
-        self.progress.steps_total, self.progress.steps_done = self.settings.steps * len(steps), sum(steps)
+        self.progress.steps_total = self.settings.steps * len(steps)
+        self.progress.steps_done = self.progress.steps_before = sum(steps)
         visits = plan_visits(steps, steps=self.settings.steps, visit_steps=self.run.trainable_plan.visit_steps)
         following = next(visits, None)
         while (visit := following) is not None and interruption.signal_name is None:
@@ -193,7 +196,11 @@ class Trainer(ABC):
                 self._slots.flush()  # "everything is saved" must be true
                 raise ending
             if interruption.signal_name is None:  # a preview can take minutes: a stop does not wait for one
-                between_visits(steps)
+                try:
+                    between_visits(steps)
+                except BaseException:
+                    self._slots.flush()
+                    raise
         self._slots.flush()
         return steps
 
@@ -202,22 +209,22 @@ class Trainer(ABC):
         self._slots.close()
         self._thread.close()
 
-    def update_(self, buffer: BlockBuffer, gradients: Tensor, step: int) -> None:
-        """AdamW, then the EMA, in a block or stage. Steps count from 0."""
+    def update_(self, buffer: BlockBuffer, gradients: Tensor, step: int, block: int = 0) -> None:
+        """AdamW, then the EMA, in a block or stage. Steps count from 0; what is trained together is block 0."""
         adamw_(
             buffer,
             gradients,
             step=step,
-            learning_rate=self.learning_rate(step),
+            learning_rate=self.learning_rate(step, block),
             weight_decay=self.settings.weight_decay,
             workspace=self._workspace,
         )
         follow_(buffer, step=step, exponent=self._ema_exponent)
 
-    def learning_rate(self, step: int) -> float:
+    def learning_rate(self, step: int, block: int = 0) -> float:
         """Of a step, which counts from 0."""
-        settings = self.settings
-        return learning_rate_at(step, steps=settings.steps, warmup=settings.warmup, peak=settings.learning_rate)
+        stretches, settings = self.run.stretches(block), self.settings
+        return learning_rate_over(stretches, step, warmup=settings.warmup, peak=settings.learning_rate)
 
     def network_on(self, buffer: BlockBuffer, build: Callable[[], Block], gradients: Tensor | None) -> Block:
         """A network whose parameters are views of a buffer's weights, and their gradients views of `gradients`."""
@@ -264,6 +271,8 @@ class Trainer(ABC):
         progress, number = self.progress, block or 0
         step_s = timer.add_to_(progress)
         progress.block, progress.step, progress.steps_done = block, step + 1, progress.steps_done + 1
+        progress.loss, progress.gradient_norm = loss, gradient_norm
+        progress.learning_rate = self.learning_rate(step, number)
         progress.used_bytes = self.guard.used_bytes
         # Whichever is ahead: a visit is counted when it begins, the store's own count as it writes.
         progress.bytes_written = max(progress.bytes_written, self.store.run_bytes_written)
@@ -281,7 +290,7 @@ class Trainer(ABC):
                 "step": step + 1,
                 "loss": loss,
                 "gradient_norm": gradient_norm,
-                "learning_rate": self.learning_rate(step),
+                "learning_rate": progress.learning_rate,
                 "examples_per_s": round(speed, 2),
                 "seconds": progress.seconds,
                 "used_bytes": progress.used_bytes,

@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 
+from edgeblocks.callbacks import Evaluated, Sampled
 from edgeblocks.data import pictures
 from edgeblocks.data.dataset import DataSet
 from edgeblocks.diffusion.unmasking import texts_as_file
@@ -13,6 +14,7 @@ from edgeblocks.inference import metrics
 from edgeblocks.inference.block_runner import BlockRunner
 from edgeblocks.inference.quality import run_quality
 from edgeblocks.inference.sampling import always, runner_of, sample_images, sample_texts
+from edgeblocks.profiling.looks import expected_looks, pass_seconds
 from edgeblocks.progress import Listener
 from edgeblocks.runs.directory import RunDirectory, write_text
 from edgeblocks.tasks import GRID_TOKENS, TASKS, TEXT_TASKS
@@ -27,17 +29,30 @@ class Previews:
     A signal stops one at its next noise level.
     """
 
-    def __init__(self, run: RunDirectory, data_set: DataSet, trainer: Trainer, interruption: Interruption) -> None:
+    def __init__(
+        self,
+        run: RunDirectory,
+        data_set: DataSet,
+        trainer: Trainer,
+        interruption: Interruption,
+        tell: Callable[[Evaluated | Sampled], None],
+    ) -> None:
+        """
+        Args:
+            tell: called with what was made, when it is saved.
+        """
         self._progress, self._guard = trainer.progress, trainer.guard
         self._source, self._residents = trainer.ema, trainer.residents
-        self._run, self._data_set, self._interruption = run, data_set, interruption
+        self._run, self._data_set, self._interruption, self._tell = run, data_set, interruption, tell
         self._task = run.family().task
         self._total = run.settings.run.steps
-        grids = run.settings.run.sample_grids if TASKS[self._task].grid_samples else 0
-        self._grids = _Marks(grids, self._total, made=self._newest_grid())
+        self._looks = expected_looks(run.settings.run, run.family(), run.partition, data_set)
+        self._grids = _Marks(self._looks.grids, self._total, made=self._newest_grid())
         self._evaluations = _Marks(
-            run.settings.run.evaluations, self._total, made=max((mark.step for mark in run.quality()), default=0)
+            self._looks.evaluations, self._total, made=max((mark.step for mark in run.quality()), default=0)
         )
+        self.evaluation_s = 0.0
+        """That the evaluation at the end took."""
 
     def _newest_grid(self) -> int:
         """The steps of the newest grid that was made: one that a crash prevented is due, one that exists is not."""
@@ -49,29 +64,44 @@ class Previews:
         # Blocks take turns: a mark is reached when the last of them has come to it.
         done = min(steps)
         if self._evaluations.are_due(done):
-            self._preview(done, self._note_quality, "the measure of quality")
+            self._preview(self._evaluations, done, self._note_quality, "the measure of quality")
         if self._grids.are_due(done):
-            self._preview(done, self._make_grid, "the grid of samples")
+            self._preview(self._grids, done, self._make_grid, "the grid of samples")
 
-    def _preview(self, done: int, make: Callable[[int], None], what: str) -> None:
-        started = time.perf_counter()
+    def left_s(self) -> float:
+        """What those to come and the evaluation at the end will take: as the last ones took, else as steps suggest."""
+        progress, settings = self._progress, self._run.settings.run
+        made = max(progress.steps_done - progress.steps_before, 1)
+        again = self._guard.shape.checkpointing or self._run.method.trained_together
+        pass_s = pass_seconds(progress.compute_s / made, batch=settings.batch, again=again)
+        kinds = ((self._grids, self._looks.grid_passes), (self._evaluations, self._looks.evaluation_passes))
+        to_come = (marks.left * (passes * pass_s if marks.took_s is None else marks.took_s) for marks, passes in kinds)
+        return sum(to_come, self._looks.last_passes * pass_s)
+
+    def _preview(self, marks: "_Marks", done: int, make: Callable[[int], Evaluated | Sampled], what: str) -> None:
+        started, made = time.perf_counter(), None
         try:
-            make(done)
+            made = make(done)
         # A preview that is refused memory is left out; the training does without.
         except (MemoryError, RuntimeError) as error:
             if not is_refusal(error):
                 raise
             self._guard.go_on_without(f"{what} at step {done}, which is left out")
-        self._progress.previews_s += time.perf_counter() - started
+        finally:
+            marks.took_s = time.perf_counter() - started
+            self._progress.previews_s += marks.took_s
+        if made is not None:
+            self._tell(made)
 
-    def _note_quality(self, done: int) -> None:
+    def _note_quality(self, done: int) -> Evaluated:
         trained_s = self._progress.seconds
         found = run_quality(self._run, self._runner(), self._data_set)
         self._stop_if_interrupted(done)
         if trained_s is not None:
             self._run.append("quality.jsonl", {"step": done, "seconds": trained_s, **asdict(found)})
+        return Evaluated(step=done, measure=TASKS[self._task].measure.name, **asdict(found))
 
-    def _make_grid(self, done: int) -> None:
+    def _make_grid(self, done: int) -> Sampled:
         path = self._run.path / "samples" / f"step_{done:07d}"
         # With the same seed each time: what changes from grid to grid is the network.
         count, runners = TASKS[self._task].grid_samples, always(self._runner())
@@ -81,7 +111,7 @@ class Previews:
             length = None if self._task == "text" else min(data.length, GRID_TOKENS)
             texts = sample_texts(self._run, runners, n=count, length=length, seed=0, on_step=self._stop_if_interrupted)
             write_text(path.with_suffix(".txt"), texts_as_file(texts))
-            return
+            return Sampled(step=done, path=path.with_suffix(".txt"), texts=texts)
         images = sample_images(
             self._run,
             runners,
@@ -90,7 +120,9 @@ class Previews:
             seed=0,
             on_level=self._stop_if_interrupted,
         )
-        pictures.save_png(path.with_suffix(".png"), pictures.image_grid(images, columns=10))
+        grid = pictures.image_grid(images, columns=10)
+        pictures.save_png(path.with_suffix(".png"), grid)
+        return Sampled(step=done, path=path.with_suffix(".png"), grid=grid)
 
     def _micro_batch(self) -> int:
         """As planned, or as small as the guard has made a step's since."""
@@ -111,7 +143,8 @@ class Previews:
             listener.advance(done, total, "evaluating")
             self._stop_if_interrupted(done)
 
-        return metrics.validation_loss(
+        started = time.perf_counter()
+        found = metrics.validation_loss(
             self._run.family(),
             self._runner(),
             self._data_set,
@@ -119,6 +152,10 @@ class Previews:
             most_examples=TASKS[self._task].loss_examples,
             on_level=on_level,
         )
+        self.evaluation_s = time.perf_counter() - started
+        value, error = found["total"], found["standard_error"]
+        self._tell(Evaluated(step=self._total, measure="validation loss", value=value, standard_error=error))
+        return found
 
     def _stop_if_interrupted(self, _done: int, _total: int | None = None) -> None:
         if self._interruption.signal_name is not None:
@@ -135,6 +172,13 @@ class _Marks:
         """
         self._marks = [math.ceil(total * (i + 1) / count) for i in range(count)]
         self._made = made
+        self.took_s: float | None = None
+        """Seconds of the last one in this process."""
+
+    @property
+    def left(self) -> int:
+        """Marks that are still to come."""
+        return sum(mark > self._made for mark in self._marks)
 
     def are_due(self, done: int) -> bool:
         """Whether a mark was reached since the last time; it is done with then."""

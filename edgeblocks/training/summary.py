@@ -20,12 +20,14 @@ def summary_of(
     target: Target,
     budget_bytes: int,
     resumed_from: list[int] | None,
+    evaluation_s: float,
 ) -> Summary:
     """The summary of a run whose training has just ended, in this process.
 
     Args:
         evaluation: what `validation_loss` found at the end.
         resumed_from: the blocks' steps that this process began with; None where it began the run.
+        evaluation_s: that the evaluation took.
     """
     progress, times = trainer.progress, trainer.times
     seconds = time.perf_counter() - progress.started
@@ -66,6 +68,7 @@ def summary_of(
         predicted_step_s=run.plan.predicted_step_s,
         time_split={name: round(value, 3) for name, value in split.items()},
         sampling_s=round(progress.previews_s, 3),
+        evaluation_s=round(evaluation_s, 3),
         metrics=Metrics(
             train_loss_by_block=[progress.losses.get(block) for block in range(len(run.file_layers))],
             validation_loss=evaluation["total"],

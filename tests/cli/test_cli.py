@@ -235,9 +235,9 @@ def test_a_run_directory_is_not_overwritten(run):
 def test_resume_takes_no_settings(run):
     """--resume with settings that would change the result is refused and names them."""
     assert_refused(
-        invoke("train", "--resume", run, "--steps", "9"),
+        invoke("train", "--resume", run, "--batch", "9"),
         2,
-        r"only --data, --max-disk-writes, --mem-budget, --ram-budget, --target, --work-dir may be others; ",
+        r"only --data, --max-disk-writes, --mem-budget, --ram-budget, --steps, --target, --work-dir may be others; ",
     )
 
 

@@ -138,3 +138,12 @@ def test_the_text_of_a_real_report_names_everything(examined):
         *(item.cure for item in report.problems),
     ):
         assert words in text
+
+
+def test_the_table_of_presets_is_never_empty(tmp_path):
+    """Where there was no time, each preset says so, and what to type is advised."""
+    report = doctor.examine(tmp_path, limit_s=0.5)
+    assert {fit.preset for fit in report.presets} == set(preset_names())
+    assert all(fit.fits is None and "the time was up" in fit.reason for fit in report.presets)
+    text = doctor.report_text(report)
+    assert "vit-b" in text and "edgeblocks doctor --time 60 measures longer" in text

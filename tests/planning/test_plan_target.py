@@ -163,7 +163,7 @@ def test_a_plan_for_this_machine_has_the_disks_line():
     assert "time: about" in text
     assert "bound" not in text
     content = prepared.to_json()
-    assert content.keys() - prepared.written_plan.to_json().keys() == {"gb_written_a_day"}
+    assert content.keys() - prepared.written_plan.to_json().keys() == {"gb_written_a_day", "predicted_s", "why"}
 
 
 def test_the_interface_of_python_plans_for_other_machines_too(tmp_path):

@@ -38,7 +38,7 @@ def test_the_better_method_is_recommended_and_else_the_faster_one(figures, metho
     """A difference counts where it is more than twice the error; the figures and their conditions are told."""
     advice = recommendation(figures, BOTH)
     assert advice is not None and advice.method == method
-    for told in ("0.8", "photos", "docs/methods.md"):
+    for told in ("0.8", "own trainings on photos, not on your data", "docs/methods.md"):
         assert told in advice.line()
 
 
@@ -105,3 +105,7 @@ def test_plan_tells_a_method():
     advice = json.loads(invoke("plan", *asked, "--json").stdout)["recommendation"]
     assert advice["method"] in ("diffusion", "exact", None)
     assert f"{advice['method'] or 'none'} is recommended" in done.stdout
+    assert "own trainings on Fashion-MNIST, not on your data: 6 layers" in done.stdout
+    assert done.stdout.count("\nwhy: no limit is felt: ") == 1 and " here for 1200 steps" in done.stdout
+    content = json.loads(invoke("plan", *asked, "--json").stdout)
+    assert content["why"].startswith("no limit is felt: ") and content["predicted_s"] > 0

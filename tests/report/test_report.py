@@ -398,3 +398,53 @@ def test_a_figure_of_many_points_keeps_its_peaks_and_stays_small():
     line = max(re.findall(r'd="([^"]*)"', figure), key=len)
     heights = [float(pair.split()[1]) for pair in re.findall(r"[\d.]+ [\d.]+", line)]
     assert len(figure) < 40_000 and sorted(heights)[1] - min(heights) > 20
+
+
+class Tables(HTMLParser):
+    """The cells of a page's tables, by row, and whether each takes the whole width."""
+
+    def __init__(self):
+        super().__init__()
+        self.found, self._cell, self._span = [], None, False
+
+    def handle_starttag(self, tag, attributes):
+        classes = dict(attributes).get("class") or ""
+        if tag == "div" and "card" in classes:
+            self._span = "span" in classes
+        elif tag == "table":
+            self.found.append((self._span, "numbers" in classes, []))
+        elif tag == "tr":
+            self.found[-1][2].append([])
+        elif tag in ("td", "th"):
+            self._cell = []
+
+    def handle_data(self, data):
+        if self._cell is not None:
+            self._cell.append(data)
+
+    def handle_endtag(self, tag):
+        if tag in ("td", "th"):
+            self.found[-1][2][-1].append("".join(self._cell))
+            self._cell = None
+
+
+def least_width(rows):
+    """Pixels: in each column the longest piece that cannot be broken, at 15 px a line, and the cells' padding."""
+    columns = [[row[i] for row in rows if i < len(row)] for i in range(max(map(len, rows)))]
+    pieces = [max((len(piece) for cell in column for piece in cell.split(" ")), default=0) for column in columns]
+    return sum(pieces) * 0.58 * 15 + (len(columns) - 1) * 19.2
+
+
+@pytest.mark.parametrize("kind", ["dit", "exact", "vit", "mdlm"])
+def test_no_table_of_numbers_is_wider_than_a_window_of_1000_pixels(runs, tmp_path, kind):
+    """Beside another one, or in the whole row; nothing keeps a long value from going on in the next line."""
+    page = page_of(runs(kind), tmp_path)
+    assert not re.search(r"table[^{]*\{[^}]*nowrap", page)
+    tables = Tables()
+    tables.feed(page)
+    numbers = [(span, rows) for span, is_numbers, rows in tables.found if is_numbers]
+    assert numbers
+    for span, rows in numbers:
+        row_px = 1000 - 48  # the body's padding
+        room = row_px - 40 if span else (row_px - 16) / 2 - 40
+        assert least_width(rows) <= room, (span, rows)

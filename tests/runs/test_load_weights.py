@@ -92,10 +92,10 @@ def test_torch_loads_the_file_and_a_file_of_torch_is_begun_with(run, weights, tm
 
 
 def test_the_lines_of_the_docs_write_a_file_that_is_begun_with(run, weights, tmp_path, monkeypatch):
-    """As printed, in a folder where the run is `runs/cls` and its weights are `cls.safetensors`."""
+    """As printed, in a folder where the run is `runs/exact` and its weights are `exact.safetensors`."""
     (tmp_path / "runs").mkdir()
-    (tmp_path / "runs/cls").symlink_to(run.path)
-    (tmp_path / "cls.safetensors").symlink_to(weights)
+    (tmp_path / "runs/exact").symlink_to(run.path)
+    (tmp_path / "exact.safetensors").symlink_to(weights)
     monkeypatch.chdir(tmp_path)
     exec(code_after("test: plain weights"), {})
     assert begun(tmp_path / "run", init="mine.safetensors", blocks=2).summary["init"]["file"] == "mine.safetensors"

@@ -10,7 +10,8 @@ from support.separate_memory import SeparateMemory
 import edgeblocks
 from edgeblocks.offload.sections import init_section_, network_of, whole_name
 from edgeblocks.offload.tiers import DiskTier, HostTier, SwapFile
-from edgeblocks.optim.update import BETA1, BETA2, EPS, learning_rate_at
+from edgeblocks.optim.schedule import learning_rate_at
+from edgeblocks.optim.update import BETA1, BETA2, EPS
 from edgeblocks.progress import Silent
 from edgeblocks.runs.open_data import data_of
 from edgeblocks.seeds import generator_at

@@ -24,6 +24,19 @@ def code_after(marker):
     return found[0]
 
 
+def blocks_in_order(name):
+    """(language, code) of a page's blocks of commands and of Python, without those that CI runs as they stand."""
+    text = re.sub(r"<!-- ci: [\w-]+ -->\n```.*?^```", "", page(name), flags=re.MULTILINE | re.DOTALL)
+    return [(language, code) for language, code in _FENCED.findall(text) if language in ("bash", "python")]
+
+
+def command_words(code):
+    """The words after `edgeblocks` of each command of a block."""
+    lines = (line.partition(" #")[0] for line in code.splitlines())
+    parts = (part.strip() for line in lines for part in line.split("&&"))
+    return [shlex.split(part)[1:] for part in parts if part.startswith("edgeblocks ")]
+
+
 def commands():
     """(page, verb, words) of every `edgeblocks VERB ..` in a block of commands or in running text."""
     for path, text in PAGES.items():

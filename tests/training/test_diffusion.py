@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edgeblocks.data.order import BatchOrder
-from edgeblocks.optim.update import clip_, ema_exponent, learning_rate_at
+from edgeblocks.optim.schedule import learning_rate_at
+from edgeblocks.optim.update import clip_, ema_exponent
 from edgeblocks.training.interruption import Interruption
 from edgeblocks.training.loop import plan_visits
 

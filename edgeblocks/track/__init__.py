@@ -1,0 +1,1 @@
+"""Trackers: callbacks that write a training down for other programs."""
