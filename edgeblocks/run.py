@@ -286,13 +286,21 @@ class Run:
         runners = self._runners(None, mem_budget)
         return sampling.classify_images(self.directory, runners, pixels, steps=steps, noises=noises, seed=seed)
 
-    def export(self, out: Path | str, *, listener: Listener | None = None) -> dict[str, Any]:
+    def export(
+        self, out: Path | str, *, mem_budget: str | None = None, listener: Listener | None = None
+    ) -> dict[str, Any]:
         """Write the run as ONNX graphs with a manifest, verify it against torch, and return the manifest.
 
+        Args:
+            mem_budget: what it may take of memory; None does not bound it. What it takes is told before it begins.
+
         Raises:
+            DoesNotFitError: it takes more than `mem_budget`.
             EdgeblocksError: onnxruntime's numbers differ from torch's by more than is promised.
         """
-        manifest: dict[str, Any] = build_exporter()(self.directory, Path(out), listener or Silent())
+        manifest: dict[str, Any] = build_exporter()(
+            self.directory, Path(out), listener or Silent(), mem_budget=mem_budget
+        )
         return manifest
 
     def network(self, *, last: bool = False) -> nn.Module:

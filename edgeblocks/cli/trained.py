@@ -111,6 +111,10 @@ def sample(
 def export(
     run: RunArgument,
     out: Annotated[Path, typer.Option("--out", "-o", help="Directory of the exported network.", show_default=False)],
+    mem_budget: Annotated[
+        str | None,
+        typer.Option(help="Refuse an export that takes more memory than this, such as 2GB.", show_default="no bound"),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Write a trained run as ONNX graphs, one a block, and verify them against torch."""
@@ -119,7 +123,7 @@ def export(
     from edgeblocks.cli.console_progress import ConsoleListener
 
     with ConsoleListener() as listener:
-        manifest = api.load(run).export(out, listener=listener)
+        manifest = api.load(run).export(out, mem_budget=mem_budget, listener=listener)
     say_lines(json_text(manifest) if as_json else export_report(manifest, out))
 
 

@@ -33,6 +33,7 @@ def banner(prepared: "Prepared") -> str:
         ),
         prepared.reason,
         *_memory_lines(plan),
+        *_planning_lines(plan),
         _time_line(prepared),
         _disk_line(plan),
     ]
@@ -98,6 +99,18 @@ def _memory_lines(plan: "Plan") -> list[str]:
         f"{name}: predicted peak {format_bytes(sum(breakdown.values()))} of {format_bytes(budget_bytes)} "
         f"({', '.join(f'{part} {format_bytes(size)}' for part, size in breakdown.items() if size)})"
         for name, breakdown, budget_bytes in memories
+    ]
+
+
+def _planning_lines(plan: "Plan") -> list[str]:
+    """What planning takes in all its processes, where one of them traced the network's costs."""
+    machine = plan.machine
+    if not machine.planning_bytes:
+        return []
+    runtime_bytes = machine.runtime_bytes if machine.host is None else machine.host.runtime_bytes
+    return [
+        f"while planning: two processes, of {format_bytes(runtime_bytes)} and up to "
+        f"{format_bytes(machine.planning_bytes)}; the second ends before training"
     ]
 
 

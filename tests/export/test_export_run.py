@@ -11,7 +11,7 @@ from torch import nn
 
 from edgeblocks.diffusion.noise import sampler_levels
 from edgeblocks.diffusion.solver import integrate
-from edgeblocks.errors import ConfigError, EdgeblocksError, RunError
+from edgeblocks.errors import ConfigError, DoesNotFitError, EdgeblocksError, RunError
 from edgeblocks.export.export_run import export_run
 from edgeblocks.export.graph import make_template, trace_own, write_graph
 from edgeblocks.export.manifest import read_manifest, sha256_of
@@ -148,6 +148,18 @@ def test_export_prints_nothing(runs, tmp_path, capfd, exported_anew):
     """torch's exporter is kept quiet: neither stdout nor stderr gets a word."""
     export_run(runs["unconditional"].directory, tmp_path / "out", Notes())
     assert capfd.readouterr() == ("", "")
+
+
+def test_what_an_export_takes_is_told_and_bounded(runs, tmp_path):
+    """Nothing is written where it is more than the budget; the budget that is advised does."""
+    directory = runs["unconditional"].directory
+    with pytest.raises(DoesNotFitError, match="takes up to 490 MB of memory, and the budget is 300 MB") as caught:
+        export_run(directory, tmp_path / "out", Notes(), mem_budget="300MB")
+    assert not (tmp_path / "out").exists()
+    advised = str(caught.value).split("--mem-budget ")[1].split(" ")[0]
+    heard = Notes()
+    export_run(directory, tmp_path / "out", heard, mem_budget=advised)
+    assert "exporting takes up to 490 MB of memory" in heard.notes
 
 
 def test_large_blocks_keep_their_weights_beside_the_graph(runs, exports, tmp_path):
