@@ -135,7 +135,8 @@ def _unfinished_id(path: Path) -> str | None:
 
 def seal_run(run: RunDirectory) -> None:
     """Write the manifest: from now on the directory is a run that can be resumed."""
-    data = {**asdict(run.data), "source": run.data_source, "fingerprint": run.data_fingerprint}
+    known = {name: value for name, value in asdict(run.data).items() if value is not None}
+    data = {**known, "source": run.data_source, "fingerprint": run.data_fingerprint}
     if run.tokenizer is not None:
         definition = run.tokenizer.to_json()
         digest = None if definition is None else hashlib.sha256(definition.encode()).hexdigest()
