@@ -1,5 +1,6 @@
 import itertools
 import math
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ import torch
 from edgeblocks.diffusion.noise import NoiseDistribution, partition_noise, sampler_levels
 from edgeblocks.diffusion.solver import check_request, class_number, classes_in_turn, guide, integrate
 from edgeblocks.errors import ConfigError
+from edgeblocks.planning.memory import SAMPLE_COPIES
 
 
 def levels_of(num_steps):
@@ -134,6 +136,24 @@ def test_numpy_and_torch_integrate_to_the_same_bits(solver):
     in_numpy = integrate(denoise, noise.numpy(), levels_of(18), solver=solver)
     assert in_numpy.dtype == np.float32
     np.testing.assert_array_equal(in_torch.numpy(), in_numpy)
+
+
+@pytest.mark.parametrize(("solver", "copies"), [("euler", 4), ("heun", 5)])
+def test_the_solver_keeps_few_copies_of_the_samples(solver, copies):
+    """As many as the plan of a grid counts, the denoiser's answer included; the noise is not among them once it is used."""
+    size = 2**20
+
+    def denoise(z, sigma):
+        return z * 0.5
+
+    tracemalloc.start()
+    try:
+        integrate(denoise, np.ones(size, np.float32), levels_of(4), solver=solver)
+        peak_bytes = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak_bytes < (copies + 0.1) * 4 * size
+    assert copies <= SAMPLE_COPIES
 
 
 def test_guidance_goes_beyond_the_class():

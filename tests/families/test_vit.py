@@ -15,7 +15,13 @@ from torch import nn
 
 import edgeblocks
 from edgeblocks.cli.console import export_report
-from edgeblocks.diffusion.classification import classification_scores, classify
+from edgeblocks.diffusion.classification import (
+    CLASSIFIED_BYTES,
+    classification_scores,
+    classified_bytes,
+    classified_together,
+    classify,
+)
 from edgeblocks.diffusion.noise import partition_noise, sampler_levels
 from edgeblocks.errors import ConfigError
 from edgeblocks.export.open_export import open_chain
@@ -213,6 +219,15 @@ def test_an_image_has_the_same_noise_wherever_it_stands():
     assert np.array_equal(starts(images[[2, 0, 2]]), former[[2, 0, 2]])
     assert not np.isclose(former[0], former[1]).any()
     assert not np.isclose(former, starts(images, seed=1)).any()
+
+
+def test_classes_are_asked_for_in_groups_that_a_bound_holds():
+    """Few classes: more images than are usual together; 5,000 classes of large images: a few, within 16 MB."""
+    assert classified_together(num_classes=10, noises=4, values_per_image=32 * 32 * 3) >= 1024
+    many = {"num_classes": 5000, "noises": 4, "values_per_image": 256 * 256 * 3}
+    assert 1 < classified_together(**many) < 64
+    assert classified_bytes(1024, **many) <= CLASSIFIED_BYTES
+    assert classified_bytes(2, **many) == 2 * classified_bytes(1, **many)
 
 
 def test_scores_against_a_slow_count():

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 from support.random_run import make_run, make_text_run, torch_runner
 
-from edgeblocks.errors import ConfigError
+from edgeblocks.errors import ConfigError, DoesNotFitError
+from edgeblocks.run import _fitting
 
 NUM_BLOCKS = 20
 """More than the noise levels that are usual for images."""
@@ -25,6 +26,34 @@ def test_images_of_many_blocks_take_a_level_of_each(deep_run):
     np.testing.assert_array_equal(
         found, deep_run.sample(n=1, steps=NUM_BLOCKS, solver="euler", runner=torch_runner(deep_run))
     )
+
+
+def test_samples_that_walk_the_chain_in_groups_are_the_same(deep_run):
+    """Bit for bit; each group loads every block once, and the levels are told as for one."""
+    whole, groups, levels = torch_runner(deep_run), torch_runner(deep_run), []
+    whole.micro_batch = groups.micro_batch = groups.together = 2
+    expected = deep_run.sample(n=5, steps=NUM_BLOCKS, runner=whole)
+    found = deep_run.sample(n=5, steps=NUM_BLOCKS, runner=groups, on_level=levels.append)
+    np.testing.assert_array_equal(found, expected)
+    assert groups.loads == whole.loads * 3
+    assert levels == sorted(levels) and levels[-1] == NUM_BLOCKS
+
+
+def test_a_budget_that_does_not_hold_all_samples_takes_some_at_a_time():
+    """All together where they fit, with as many blocks in memory as fit; else half as many, and so on."""
+    room = {(8, 3): None, (8, 2): None, (8, 1): None, (4, 3): None, (4, 2): 16}
+
+    def micro_batch_of(*, residents, held_bytes):
+        found = room[held_bytes // 10, residents]
+        if found is None:
+            raise DoesNotFitError("too much", 1)
+        return found
+
+    assert _fitting(micro_batch_of, most_together=8, sample_bytes=10, most_residents=3) == (16, 2, 4)
+    with pytest.raises(DoesNotFitError):
+        _fitting(
+            lambda **_: micro_batch_of(residents=3, held_bytes=80), most_together=8, sample_bytes=10, most_residents=3
+        )
 
 
 def test_an_export_of_many_blocks_takes_as_many_levels(deep_run, tmp_path):

@@ -20,7 +20,7 @@ def test_a_network_larger_than_the_budget_is_created_trained_and_sampled(tmp_pat
     refused = measured(*EDGEBLOCKS, "plan", *settings, "--mem-budget", "50MB")
     assert refused["code"] == 3
     smallest = int(refused["err"].split("use --mem-budget ")[1].split("MB")[0])
-    budget_bytes = (smallest + 20) * 1_000_000
+    budget_bytes = (smallest + 2) * 1_000_000
     train = measured(*EDGEBLOCKS, "train", *settings, "--mem-budget", budget_bytes, "--out", tmp_path / "run", "--json")
     assert train["code"] == 0, train["err"]
     summary = json.loads(train["out"])
