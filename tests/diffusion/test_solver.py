@@ -140,7 +140,7 @@ def test_numpy_and_torch_integrate_to_the_same_bits(solver):
 
 @pytest.mark.parametrize(("solver", "copies"), [("euler", 4), ("heun", 5)])
 def test_the_solver_keeps_few_copies_of_the_samples(solver, copies):
-    """As many as the plan of a grid counts, the denoiser's answer included; the noise is not among them once it is used."""
+    """As many as the plan of a grid counts, the denoiser's answer included."""
     size = 2**20
 
     def denoise(z, sigma):
