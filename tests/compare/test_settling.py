@@ -41,6 +41,12 @@ def test_what_cannot_be_compared_is_refused(change, said):
     assert caught.value.exit_code == 2
 
 
+def test_a_time_and_the_steps_of_a_file_are_refused(tmp_path):
+    (tmp_path / "steps.yaml").write_text("steps: 3\n")
+    with pytest.raises(EdgeblocksError, match="an arm trains for a time or for a number of steps"):
+        settled(asked(minutes=1.0, config=tmp_path / "steps.yaml"))
+
+
 def test_a_refusal_is_the_same_in_another_process():
     """Exit code and budgets included."""
     error = DoesNotFitError("too small", 10, 20, "--ram-budget")
