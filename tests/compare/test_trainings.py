@@ -113,7 +113,7 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path):
 
 def test_other_minutes_are_another_comparison(compared):
     """Figures of one length of training are not told as those of another."""
-    out, asked, _ = compared
+    _, asked, _ = compared
     without_steps = [word for place, word in enumerate(asked) if "--steps" not in asked[max(0, place - 1) : place + 1]]
     assert_refused(invoke("compare", *without_steps, "--arms", "plain", "--minutes", "1"), 2, "for another time")
 
