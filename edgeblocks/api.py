@@ -258,8 +258,9 @@ def _resume(
     # Before any step is read: a checkpoint that was cut short has files of two steps.
     if run.method.trained_together:
         NextBlocks(run.store()).recover()
-    check_prolonging(run, steps_before=steps_before, saved=run.saved_steps(run.store()))
     is_prolonged = run.settings.run.steps != steps_before
+    if is_prolonged:  # else a damaged block may be among them, which is to be made again
+        check_prolonging(run, steps_before=steps_before, saved=run.saved_steps(run.store()))
     target = build_target(run.settings.run.target)
     target.prepare()
     budget_bytes = budget_of_this_process(run.settings.run, target)

@@ -71,6 +71,9 @@ class Evaluated:
     """What it is: `validation loss` at the end; on the way what suits the task, such as `top-1 accuracy`."""
     value: float
     standard_error: float | None
+    """None of fewer than ten examples."""
+    examples: int | None
+    """How many it was measured on."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -153,8 +153,15 @@ class Previews:
             on_level=on_level,
         )
         self.evaluation_s = time.perf_counter() - started
-        value, error = found["total"], found["standard_error"]
-        self._tell(Evaluated(step=self._total, measure="validation loss", value=value, standard_error=error))
+        self._tell(
+            Evaluated(
+                step=self._total,
+                measure="validation loss",
+                value=found["total"],
+                standard_error=found["standard_error"],
+                examples=found["images"],
+            )
+        )
         return found
 
     def _stop_if_interrupted(self, _done: int, _total: int | None = None) -> None:

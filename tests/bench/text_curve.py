@@ -145,7 +145,7 @@ def table(rows: list[dict[str, Any]], means: dict[str, float], note: str) -> str
         ]
         lines += [
             f"| {row['processor_s'] / 120:.1f} | {row['wall_s'] / 60:.1f} | {', '.join(map(str, row['steps']))} "
-            f"| {row['bits']:.3f} | {row['error']:.3f} |"
+            f"| {row['bits']:.3f} | {'' if row['error'] is None else format(row['error'], '.3f')} |"
             for row in own
         ]
         lines.append("")

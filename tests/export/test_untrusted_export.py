@@ -124,10 +124,10 @@ def test_what_a_graph_gives_is_checked(copy, what, capfd):
 
 
 def test_memory_that_a_graph_asks_for_is_bounded(copy):
-    """4 GB of zeros under a budget of 1 GB are refused, with what to do."""
+    """4 GB of zeros under a budget of 2 GB are refused, with what to do."""
     sampler = Sampler(with_graph(copy, *filling(10**9)))
-    words = r"refused at the budget of 1 GB; ask for fewer with --n or give more with --mem-budget. If .* elsewhere"
-    with pytest.raises(OutOfBudgetError, match=words), sampler.within("1GB", n=1):
+    words = r"refused at the budget of 2 GB; ask for fewer with --n or give more with --mem-budget. If .* elsewhere"
+    with pytest.raises(OutOfBudgetError, match=words), sampler.within("2GB", n=1):
         sampler.sample(1, steps=1)
 
 

@@ -399,7 +399,9 @@ def test_codes_that_are_too_short_for_the_vocabulary_are_refused():
 # Export
 
 
-@both
+@pytest.mark.parametrize(
+    "family", [pytest.param(AR, id="ar"), pytest.param(LOOPED, id="looped", marks=pytest.mark.thorough)]
+)
 def test_an_exported_block_gives_torchs_logits_with_and_without_a_past(tmp_path, family):
     """One graph of opset 20 for any batch, any number of tokens and any past, none included."""
     block = random_block(family).eval()

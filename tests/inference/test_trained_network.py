@@ -106,7 +106,7 @@ def test_a_sample_made_with_it_is_the_runs_own(runs):
     run = runs("dit", "diffusion")
 
     class Whole:
-        network = run.network()
+        network, together = run.network(), None
 
         @torch.no_grad()
         def denoise(self, z, sigma, condition):

@@ -105,7 +105,7 @@ def test_training_on_a_device_equals_training_on_the_processor(on_cpu, tmp_path,
 
 
 @pytest.mark.usefixtures("gpu_like")
-@pytest.mark.parametrize(("tier", "ram_blocks"), [("ram", 4), ("disk", 0)])
+@pytest.mark.parametrize(("tier", "ram_blocks"), [pytest.param("ram", 4, marks=pytest.mark.thorough), ("disk", 0)])
 def test_a_planned_run_is_used_as_any_other(on_cpu, tmp_path, tier, ram_blocks):
     """Under the smallest budget that streams: both memories hold what was planned, the plan tells the places.
 

@@ -37,7 +37,7 @@ def test_a_network_larger_than_the_budget_is_created_trained_and_sampled(tmp_pat
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["ar", "looped"])
+@pytest.mark.parametrize("family", ["ar", pytest.param("looped", marks=THOROUGH)])
 def test_text_is_trained_on_and_written_at_the_smallest_budget(tmp_path, family):
     """Under the cap nothing is loaded for the first time, nor given scratch memory: not by numpy either."""
     settings = [family, "--steps", "2", "--batch", "2"]
@@ -115,7 +115,7 @@ def test_a_picture_too_large_for_the_budget_is_refused_and_a_larger_budget_decod
         ),
         pytest.param(
             [
-                *("--method", "exact", "--blocks", "4", "--batch", "16", "--set", "width=384", "--set", "tier=disk"),
+                *("--method", "exact", "--blocks", "4", "--batch", "16", "--set", "width=256", "--set", "tier=disk"),
                 *("--set", "hold_out=0.01"),
             ],
             id="end to end",
@@ -140,7 +140,7 @@ def test_prediction_is_close_to_the_measured_peak(tmp_path, settings):
     assert abs(train["peak_bytes"] / summary["peak_bytes"] - 1) < 0.02
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_larger_images_make_the_step_smaller_and_stay_inside(tmp_path):
     """Under one tight budget, 16 times the pixels train with a smaller micro-batch, and the peak stays inside."""
     shapes = {}

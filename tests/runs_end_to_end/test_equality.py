@@ -57,7 +57,7 @@ def test_streamed_training_equals_resident_training_bit_for_bit(resident, tmp_pa
     assert_same_bits(resident, out)
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_a_small_budget_alone_streams_and_gives_the_same_weights(tmp_path, edgeblocks_command):
     """The same B under a budget that streams, and under a large one: equal weights bit for bit after 4 steps."""
     common = ["train", "--steps", "4", "--batch", "8", "--blocks", "4", "--seed", "3", "--json"]
@@ -92,7 +92,10 @@ def test_checkpointing_changes_no_bit(tmp_path):
     assert_same_bits(tmp_path / "on", tmp_path / "off")
 
 
-@pytest.mark.parametrize(("family", "blocks"), [("vit", 2), ("mdlm", 2), ("ar", 2), ("looped", 1), ("looped", 2)])
+@pytest.mark.parametrize(
+    ("family", "blocks"),
+    [("vit", 2), ("mdlm", 2), ("ar", 2), ("looped", 1), pytest.param("looped", 2, marks=pytest.mark.thorough)],
+)
 def test_every_family_streams_resumes_and_checkpoints_without_changing_a_bit(tmp_path, family, blocks):
     """Resident blocks in one visit; blocks on disk in visits of 3 steps; that stopped and resumed, or checkpointed."""
     wanted = {**KINDS[family], "family": family, "blocks": blocks, "mem_budget": "4GB"}

@@ -156,7 +156,8 @@ def test_a_process_that_grows_while_training_takes_smaller_steps(free, tmp_path)
     result = json.loads(done["out"])
     assert "error" not in result, result
     assert result["changes"], "nothing had to shrink: the test is too mild"
-    assert all("the micro-batch is now" in note for note in result["notes"])
+    notes = [note for note in result["notes"] if not note.startswith("read:")]
+    assert all("the micro-batch is now" in note for note in notes)
     assert done["peak_bytes"] <= 420 * MB
     one, two = weights(free), weights(tmp_path / "run")
     assert one.keys() == two.keys()
