@@ -36,9 +36,18 @@ from edgeblocks.units import format_bytes
 
 
 def _fitting(
-    micro_batch_of: Callable[..., int], *, most_together: int, sample_bytes: int, most_residents: int
+    micro_batch_of: Callable[..., int],
+    *,
+    most_together: int,
+    sample_bytes: int,
+    made_bytes: int,
+    most_residents: int,
 ) -> tuple[int, int, int]:
     """The largest micro-batch that fits, with how many blocks in memory, and with how many samples at the same time.
+
+    Args:
+        sample_bytes: of a sample on its way.
+        made_bytes: of all samples once they are made.
 
     All samples together come first, then blocks in memory: a chain loads each block once for the samples that walk it.
     """
@@ -46,7 +55,8 @@ def _fitting(
     for together in micro_batches(most_together):
         for residents in range(most_residents, 0, -1):
             try:
-                return micro_batch_of(residents=residents, held_bytes=sample_bytes * together), residents, together
+                held_bytes = made_bytes + sample_bytes * together
+                return micro_batch_of(residents=residents, held_bytes=held_bytes), residents, together
             except DoesNotFitError as error:
                 refused = error
     assert refused is not None
@@ -54,7 +64,7 @@ def _fitting(
 
 
 CHAIN_COPIES = 8
-"""Of a sample whose chain is walked: the solver's five, the network's input, and its picture."""
+"""Of a sample whose chain is walked: the solver's five, the network's input, what makes a picture of it."""
 
 
 class Run:
@@ -124,6 +134,7 @@ class Run:
             ),
             most_together=min(samples, most_together),
             sample_bytes=sample_bytes,
+            made_bytes=samples * directory.data.example_bytes // 4 if directory.family().task == "images" else 0,
             most_residents=1 if chain is None and not directory.method.one_network else len(directory.file_layers),
         )
         ema = loaded_ema(directory, slots=residents, device=target.device)

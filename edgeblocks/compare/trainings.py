@@ -18,9 +18,8 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -101,23 +100,39 @@ def _what_is_equal(settled: Settled) -> str:
 
 
 def _apart(function: str, *arguments: object) -> Any:
-    """What a function of `settling` gives, found in a process of its own.
+    """What a function of `settling` gives, found in a process of its own, which Ctrl-C ends at once.
 
     Raises:
         EdgeblocksError: it raised one, or the process was killed.
     """
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        try:
-            return pool.submit(_call, function, *arguments).result()
-        except BrokenProcessPool as error:
-            raise EdgeblocksError(
-                "the process that looks at settings and data ended without an answer, most likely because memory ran "
-                "out; close other programs and start again"
-            ) from error
+    context = get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    child = context.Process(target=_answer, args=(sender, function, arguments), daemon=True)
+    child.start()
+    sender.close()  # the child's is the only one left: that it ends without an answer is noticed
+    try:
+        answer = receiver.recv()
+    except EOFError as error:
+        raise EdgeblocksError(
+            "the process that looks at settings and data ended without an answer, most likely because memory ran out; "
+            "close other programs and start again"
+        ) from error
+    except BaseException:
+        child.kill()
+        raise
+    child.join()
+    if isinstance(answer, EdgeblocksError):
+        raise answer
+    return answer
 
 
-def _call(function: str, *arguments: object) -> Any:
-    return imported(f"edgeblocks.compare.settling:{function}")(*arguments)
+def _answer(sender: Connection, function: str, arguments: Sequence[object]) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process that asked ends this one
+    try:
+        answer = imported(f"edgeblocks.compare.settling:{function}")(*arguments)
+    except EdgeblocksError as error:
+        answer = error
+    sender.send(answer)
 
 
 def _check_folder(settled: Settled, out: Path) -> None:

@@ -41,19 +41,17 @@ def test_samples_that_walk_the_chain_in_groups_are_the_same(deep_run):
 
 def test_a_budget_that_does_not_hold_all_samples_takes_some_at_a_time():
     """All together where they fit, with as many blocks in memory as fit; else half as many, and so on."""
-    room = {(8, 3): None, (8, 2): None, (8, 1): None, (4, 3): None, (4, 2): 16}
+    room = {(8, 3): None, (8, 2): None, (8, 1): None, (4, 3): None, (4, 2): 16, (1, 1): None}
 
     def micro_batch_of(*, residents, held_bytes):
-        found = room[held_bytes // 10, residents]
+        found = room[(held_bytes - 3) // 10, residents]
         if found is None:
             raise DoesNotFitError("too much", 1)
         return found
 
-    assert _fitting(micro_batch_of, most_together=8, sample_bytes=10, most_residents=3) == (16, 2, 4)
+    assert _fitting(micro_batch_of, most_together=8, sample_bytes=10, made_bytes=3, most_residents=3) == (16, 2, 4)
     with pytest.raises(DoesNotFitError):
-        _fitting(
-            lambda **_: micro_batch_of(residents=3, held_bytes=80), most_together=8, sample_bytes=10, most_residents=3
-        )
+        _fitting(micro_batch_of, most_together=1, sample_bytes=10, made_bytes=3, most_residents=1)
 
 
 def test_an_export_of_many_blocks_takes_as_many_levels(deep_run, tmp_path):
