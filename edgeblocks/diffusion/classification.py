@@ -17,7 +17,7 @@ LEAST_PROBABILITY = 1e-12
 
 CLASSIFIED_BYTES = 2**24
 """Of the images and chains that are in memory together."""
-_CHAIN_COPIES = 5
+_CHAIN_COPIES = 6
 """Of a chain's labels, while they are integrated."""
 
 
@@ -64,10 +64,6 @@ def classify(
         noises: chains an image.
     """
     images = [hashlib.sha256(image.tobytes()).hexdigest() for image in pixels]
-    starts = [
-        start_noise((num_classes,), samples=images, seed=seed_at(seed, "chain", number)) for number in range(noises)
-    ]
-
     # The end of one chain is a draw from the classes' distribution, not the distribution: by itself it is right as
     # often as the network is sure. The denoised label is a martingale along a chain, whose mean at every level is the
     # distribution, so all levels count; measured on the digits (2 blocks of 2 layers, 300 steps, 4 noises, 4 levels),
@@ -75,13 +71,22 @@ def classify(
     total = np.zeros((len(pixels), num_classes), dtype=np.float32)
 
     def denoise_all(z: NDArray[np.float32], sigma: float) -> NDArray[np.float32]:
-        parts = [denoise(part, sigma) for part in np.split(z, noises)]
-        for part in parts:
-            np.add(total, part, out=total)
-        return np.concatenate(parts)
+        denoised = np.empty_like(z)
+        for one, part in zip(np.split(denoised, noises), np.split(z, noises), strict=True):
+            one[:] = denoise(part, sigma)
+            np.add(total, one, out=total)
+        return denoised
 
     # All chains together: at each level they run before the next level's block is needed, so each is loaded once.
-    integrate(denoise_all, np.concatenate(starts), levels, solver="euler", on_level=on_level)
+    integrate(
+        denoise_all,
+        np.concatenate(
+            [start_noise((num_classes,), samples=images, seed=seed_at(seed, "chain", n)) for n in range(noises)]
+        ),
+        levels,
+        solver="euler",
+        on_level=on_level,
+    )
     mean: NDArray[np.float32] = total / np.float32(noises * len(levels))
     return mean
 

@@ -64,11 +64,13 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 def _chunks(x: Tensor, weight: Tensor, bias: Tensor, counts: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Some rows that count at a time: their numbers, their x and their logits; each chunk overwrites the former."""
     size = chunk_rows(len(weight))
-    x_buffer, buffer = x.new_empty(size, x.shape[1]), x.new_empty(size, len(weight))
     # Rows that count come first, so that the loop ends with them: on average half of the tokens are masked, in the last
     # of three blocks a sixth. On the meta device nothing can be counted, and the trace takes all rows.
     order = counts.int().argsort(descending=True, stable=True)
     most = len(x) if x.is_meta else int(counts.sum())
+    # What no row touches would count at the cap all the same. The trace has the largest buffer, for a straight line.
+    held = size if x.is_meta else min(size, max(1, most))
+    x_buffer, buffer = x.new_empty(held, x.shape[1]), x.new_empty(held, len(weight))
     for start in range(0, most, size):
         rows = order[start : min(start + size, most)]
         part = torch.index_select(x, 0, rows, out=x_buffer[: len(rows)])
