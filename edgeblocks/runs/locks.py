@@ -51,7 +51,7 @@ def _held(path: Path, note: Callable[[str], None]) -> Iterator[None]:
             f"{path} is being trained by {_holder(file)}; wait until it ends, or stop it (Ctrl-C saves), then start "
             f"again"
         ) from error
-    except (OSError, NotImplementedError) as error:
+    except (OSError, NotImplementedError) as error:  # the second is filelock's word for a file system without locks
         without_locks = (errno.ENOTSUP, errno.ENOLCK, errno.EINVAL, errno.ENOSYS)
         if isinstance(error, OSError) and error.errno not in without_locks:
             raise storage_error("cannot lock the run directory", file, error) from error

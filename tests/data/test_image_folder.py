@@ -9,26 +9,11 @@ import zlib
 import numpy as np
 import pytest
 from PIL import Image, ImageOps, PngImagePlugin, TiffImagePlugin
+from support.picture_files import noise, opened, save
 
 from edgeblocks.data import class_folders, decoding, folder
-from edgeblocks.data.images import open_images
 from edgeblocks.errors import DataError, NoRoomToReadError
 from edgeblocks.families.vit import Vit
-
-
-def opened(source, cache_dir, **settings):
-    return open_images(
-        str(source), **{"image_size": None, "hold_out": 0.2, "seed": 0, "cache_dir": cache_dir} | settings
-    )
-
-
-def noise(*shape, seed=0):
-    return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
-
-
-def save(path, pixels, **options):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(pixels).save(path, **options)
 
 
 @pytest.fixture

@@ -1,0 +1,21 @@
+"""Picture files with noise in them, and a data set of such files opened with usual settings."""
+
+import numpy as np
+from PIL import Image
+
+from edgeblocks.data.images import open_images
+
+
+def opened(source, cache_dir, **settings):
+    return open_images(
+        str(source), **{"image_size": None, "hold_out": 0.2, "seed": 0, "cache_dir": cache_dir} | settings
+    )
+
+
+def noise(*shape, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+
+
+def save(path, pixels, **options):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels).save(path, **options)
