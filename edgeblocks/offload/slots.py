@@ -81,9 +81,17 @@ class Slots:
         return self._slots[0].buffer.device
 
     def flush(self) -> None:
-        """Wait until everything handed to the I/O thread is done; raises what it met."""
+        """Wait until everything handed to the I/O thread is done; raises the first failure that it met."""
+        first: Exception | None = None
         for slot in self._slots:
-            self._wait(slot)
+            try:
+                self._wait(slot)
+            except Exception as error:
+                # The others are waited for all the same: a failure that stayed behind would be raised by the flush of
+                # whoever handles this one, in its place.
+                first = first or error
+        if first is not None:
+            raise first
 
     def close(self) -> None:
         """Stop the I/O thread after what it was given, and give the room of the tier back."""

@@ -175,6 +175,19 @@ def test_a_failed_write_surfaces_at_the_latest_at_flush(tmp_path, scheduling, sl
         pytest.fail("the lost block was given")
 
 
+def test_the_first_of_two_failed_writes_is_raised_and_none_at_the_next_flush(tmp_path, scheduling):
+    """Who handles the first failure flushes again: the second one must not take its place."""
+    store = make_store(tmp_path)
+    scheduler = scheduling(store, 3)
+    for block in (1, 2):
+        with scheduler.visit(block, then=None) as resident:
+            train(resident, 1)
+            refuse_writes_of(store, block)
+    with pytest.raises(StorageError, match="cannot write block 1"):
+        scheduler.flush()
+    scheduler.flush()
+
+
 @pytest.mark.parametrize("slots", [2, 3])
 def test_a_failed_write_stops_later_visits(tmp_path, scheduling, slots):
     """Without a flush between visits the failure still surfaces, within the next round over all blocks."""
