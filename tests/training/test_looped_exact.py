@@ -74,7 +74,7 @@ def test_it_is_evaluated_and_exported(run, tmp_path):
     """`eval` tells what iterations are worth; the exported graph answers as torch does, which `export` compares."""
     rows = run.evaluate(samples=2)["curve"]
     assert [row["steps"] for row in rows] == [1, 2, 4, 8, 16, 32]
-    assert len({row["bits_per_character"] for row in rows}) > 1  # from some number on, which rounding sets, none changes
+    assert len({row["bits_per_character"] for row in rows}) > 1  # from some number on none changes
     run.export(tmp_path / "onnx")
     (path,) = (tmp_path / "onnx").glob("*.onnx")
     stored = sum(math.prod(tensor.dims) for tensor in onnx.load(path).graph.initializer)
