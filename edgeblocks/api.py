@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgeblocks.callbacks import Callback, Callbacks, Finished, Planned, Step
-from edgeblocks.config import Settings, read_yaml, resolve_settings
 from edgeblocks.data.dataset import DataSet
 from edgeblocks.errors import ConfigError, InterruptedRunError, RunError
 from edgeblocks.offload.checkpoint import NextBlocks
@@ -31,6 +30,8 @@ from edgeblocks.runs.prolonging import check_prolonging, prolong
 from edgeblocks.runs.schema import InitFields
 from edgeblocks.runs.summary import Summary
 from edgeblocks.runs.written_plan import written_plan
+from edgeblocks.settings.fields import Settings
+from edgeblocks.settings.reading import read_yaml, resolve_settings
 from edgeblocks.terminal import command
 from edgeblocks.training.guard import Guard, refusals_explained
 from edgeblocks.training.interruption import Interrupted, Interruption

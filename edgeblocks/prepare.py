@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 
 from PIL import Image
 
-from edgeblocks.config import RunSettings, Settings
 from edgeblocks.data.cache import cache_folder
 from edgeblocks.data.dataset import DataSet
 from edgeblocks.diffusion.autoregression import writing_bytes
@@ -33,6 +32,7 @@ from edgeblocks.registry import build_family, build_target, family_type
 from edgeblocks.runs.load_weights import InitialWeights, initial_weights_of
 from edgeblocks.runs.open_data import open_run_data, tokenizer_bytes, vocabulary_of
 from edgeblocks.runs.written_plan import TrainablePlan, WrittenPlan, written_plan
+from edgeblocks.settings.fields import RunSettings, Settings
 from edgeblocks.tasks import GRID_TOKENS, TASKS
 from edgeblocks.terminal import quoted
 from edgeblocks.units import advised_budget, format_bytes, format_duration, parse_size

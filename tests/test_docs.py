@@ -13,9 +13,10 @@ from support.commands import invoke
 from support.pages import PAGES, ROOT, blocks_in_order, code_after, command_words, commands, links, page, rows
 
 from edgeblocks.cli.main import app
-from edgeblocks.config import RunSettings, load_preset, preset_names
 from edgeblocks.registry import family_type, profile_names, target_names
-from edgeblocks.setting_table import as_markdown, family_settings, run_settings
+from edgeblocks.settings.fields import RunSettings
+from edgeblocks.settings.presets import load_preset, preset_names
+from edgeblocks.settings.table import as_markdown, family_settings, run_settings
 
 
 def family_defaults():

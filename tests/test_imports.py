@@ -7,7 +7,7 @@ import pytest
 
 PARTS = {
     "plans and errors come at once": (
-        ("planning", "config", "errors", "limits", "methods", "progress", "registry", "seeds", "tasks", "units"),
+        ("planning", "settings", "errors", "limits", "methods", "progress", "registry", "seeds", "tasks", "units"),
         ("torch", "matplotlib"),
     ),
     "the deployed chain runs without torch": (

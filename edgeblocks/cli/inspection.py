@@ -56,7 +56,7 @@ def settings(
     """List every setting with its default, what it may be, and what it means."""
     from edgeblocks.cli.console import wrapped_table
     from edgeblocks.registry import family_names, family_type
-    from edgeblocks.setting_table import HEADINGS, as_markdown, family_settings, run_settings
+    from edgeblocks.settings.table import HEADINGS, as_markdown, family_settings, run_settings
 
     names = family_names() if family is None else (family,)
     of_families = family_settings({name: family_type(name).settings_type for name in names})

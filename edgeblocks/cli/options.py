@@ -197,7 +197,7 @@ def given_settings(flags: Mapping[str, Any]) -> tuple[dict[str, Any], Path | Non
     Args:
         flags: options of `SETTINGS`, None where nothing was typed.
     """
-    from edgeblocks.config import parse_assignments
+    from edgeblocks.settings.reading import parse_assignments
 
     typed = {name: value for name, value in flags.items() if value is not None}
     set_values, config = typed.pop("set_values", []), typed.pop("config", None)

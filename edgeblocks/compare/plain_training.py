@@ -19,7 +19,6 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
-from edgeblocks.config import RunSettings
 from edgeblocks.data.dataset import DataSet
 from edgeblocks.diffusion.noise import NoisePartition, partition_noise
 from edgeblocks.errors import EdgeblocksError
@@ -32,6 +31,7 @@ from edgeblocks.optim.schedule import learning_rate_at
 from edgeblocks.optim.update import BETA1, BETA2, EPS, ema_exponent
 from edgeblocks.progress import Listener
 from edgeblocks.seeds import generator_at
+from edgeblocks.settings.fields import RunSettings
 from edgeblocks.training.batches import BatchThread, drawing
 from edgeblocks.training.loop import METRICS_RECORDS
 

@@ -12,7 +12,6 @@ from edgeblocks import api
 from edgeblocks.compare.arms import Arm
 from edgeblocks.compare.plain_training import PlainSummary
 from edgeblocks.compare.wanted import Asked, Measured, Settled
-from edgeblocks.config import RunSettings, Settings, read_yaml
 from edgeblocks.errors import ConfigError, RunError
 from edgeblocks.prepare import check_method
 from edgeblocks.profiling.budgets import budget_of_this_process
@@ -21,6 +20,8 @@ from edgeblocks.registry import build_target, family_type
 from edgeblocks.runs.create import environment
 from edgeblocks.runs.directory import open_run
 from edgeblocks.runs.open_data import open_run_data
+from edgeblocks.settings.fields import RunSettings, Settings
+from edgeblocks.settings.reading import read_yaml
 
 
 def settled(asked: Asked) -> Settled:

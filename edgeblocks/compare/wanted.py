@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from edgeblocks.compare.arms import Arm
-from edgeblocks.config import RunSettings
+from edgeblocks.settings.fields import RunSettings
 from edgeblocks.tasks import Task
 
 

@@ -12,7 +12,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from edgeblocks.config import preset_names
 from edgeblocks.doctor.findings import PATIENCE_S, Budgets, Disk, Gpu, Kernel, PresetFit, Report
 from edgeblocks.doctor.kernels import KERNELS, kernel_names
 from edgeblocks.doctor.probes import Answer, ask
@@ -28,6 +27,7 @@ from edgeblocks.errors import ConfigError
 from edgeblocks.files.cgroups import CGROUPS
 from edgeblocks.planning.plans import Machine
 from edgeblocks.progress import Listener, Silent
+from edgeblocks.settings.presets import preset_names
 from edgeblocks.units import advised_budget, format_bytes, format_count, format_duration
 
 LIMIT_S = 28.0

@@ -153,10 +153,11 @@ def _probe_presets() -> dict[str, dict[str, object]]:
 
     A process of its own, because the settings' libraries would weigh on the peak of the one that traces.
     """
-    from edgeblocks.config import DEFAULT_PRESETS, preset_names, resolve_settings
     from edgeblocks.families.base import ImageInfo, TextInfo
     from edgeblocks.prepare import grid_sample_bytes
     from edgeblocks.runs.open_data import open_run_data
+    from edgeblocks.settings.presets import DEFAULT_PRESETS, preset_names
+    from edgeblocks.settings.reading import resolve_settings
     from edgeblocks.tasks import TASKS
 
     requests: dict[str, dict[str, object]] = {}

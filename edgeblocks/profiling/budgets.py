@@ -2,10 +2,10 @@
 
 from dataclasses import replace
 
-from edgeblocks.config import RunSettings, Settings
 from edgeblocks.errors import ConfigError
 from edgeblocks.offload.device import Target
 from edgeblocks.registry import build_target
+from edgeblocks.settings.fields import RunSettings, Settings
 from edgeblocks.units import format_bytes, parse_size
 
 LEAST_MEANT_BYTES = 1_000_000

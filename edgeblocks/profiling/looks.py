@@ -5,11 +5,11 @@ They are counted in passes of one example forward through a block, or through th
 
 from dataclasses import dataclass
 
-from edgeblocks.config import RunSettings
 from edgeblocks.data.dataset import DataSet
 from edgeblocks.diffusion.noise import NoisePartition
 from edgeblocks.families.family import AnyFamily
 from edgeblocks.methods import METHODS
+from edgeblocks.settings.fields import RunSettings
 from edgeblocks.tasks import GRID_TOKENS, TASKS
 
 

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import torch
 
-from edgeblocks.config import Settings
 from edgeblocks.data.tokenizer import TOKENIZER_FILE, Tokenizer
 from edgeblocks.errors import ConfigError, RunError
 from edgeblocks.families.base import DataInfo
@@ -33,6 +32,7 @@ from edgeblocks.runs.load_weights import InitialWeights
 from edgeblocks.runs.schema import InitFields, read_json
 from edgeblocks.runs.written_plan import WrittenPlan
 from edgeblocks.seeds import generator_at
+from edgeblocks.settings.fields import Settings
 from edgeblocks.terminal import quoted
 
 _MOST_NAMED = 5

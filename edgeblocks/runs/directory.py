@@ -17,7 +17,6 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from edgeblocks.config import TOKENIZERS, Settings, read_yaml, resolve_settings
 from edgeblocks.data.tokenizer import TOKENIZER_FILE, Tokenizer, stored_tokenizer
 from edgeblocks.diffusion.noise import NoisePartition, partition_noise
 from edgeblocks.errors import ConfigError, RunError
@@ -50,6 +49,8 @@ from edgeblocks.runs.schema import (
 )
 from edgeblocks.runs.summary import Summary, read_summary
 from edgeblocks.runs.written_plan import TrainablePlan, WrittenPlan, check_plan
+from edgeblocks.settings.fields import TOKENIZERS, Settings
+from edgeblocks.settings.reading import read_yaml, resolve_settings
 from edgeblocks.terminal import command
 
 if TYPE_CHECKING:

@@ -10,7 +10,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from edgeblocks.config import RunSettings
 from edgeblocks.errors import ConfigError, RunError
 from edgeblocks.families.base import ImageInfo
 from edgeblocks.families.family import Family
@@ -19,6 +18,7 @@ from edgeblocks.files.untrusted import MalformedFileError, parse_json, shown
 from edgeblocks.methods import METHODS
 from edgeblocks.offload.sections import Section, blocks_of, network_of, stages_of, tensor_name
 from edgeblocks.runs.save_weights import CLASS_NAMES
+from edgeblocks.settings.fields import RunSettings
 
 _NAMES_SHOWN = 8
 

@@ -6,7 +6,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from edgeblocks.config import TOKENIZERS, RunSettings, Settings
 from edgeblocks.data.cache import cache_folder, cache_note
 from edgeblocks.data.dataset import DataSet, Progress
 from edgeblocks.data.images import open_images
@@ -19,6 +18,7 @@ from edgeblocks.offload.device import Target
 from edgeblocks.profiling.budgets import budget_of_this_process, with_budgets
 from edgeblocks.progress import Listener
 from edgeblocks.registry import build_target, family_type
+from edgeblocks.settings.fields import TOKENIZERS, RunSettings, Settings
 from edgeblocks.units import advised_budget, format_bytes, who_holds
 
 PAIRS_LIBRARY_BYTES, BYTES_PER_PAIR = 25_000_000, 800

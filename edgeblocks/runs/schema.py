@@ -12,7 +12,6 @@ from typing import Annotated, Literal, Self, TypeVar
 
 from pydantic import ConfigDict, Field, ValidationError, model_validator
 
-from edgeblocks.config import MOST_YAML_BYTES
 from edgeblocks.data.tokenizer import Kind
 from edgeblocks.errors import RunError
 from edgeblocks.files.checked import Checked, DeepRange, in_short
@@ -28,6 +27,7 @@ from edgeblocks.limits import (
     MOST_STEPS,
     MOST_TOKENS,
 )
+from edgeblocks.settings.limited_yaml import MOST_YAML_BYTES
 
 _MOST_RECORD_BYTES = 2**16
 _CHECKSUM = "# sha256 of the lines above: "

@@ -29,7 +29,6 @@ import torch
 from plain import PlainCausal, PlainClassifier, PlainDenoiser
 
 import edgeblocks
-from edgeblocks.config import RunSettings
 from edgeblocks.data.dataset import DataSet
 from edgeblocks.errors import DoesNotFitError
 from edgeblocks.offload.block_buffer import BlockBuffer, BlockLayout, bind_parameters_
@@ -42,6 +41,7 @@ from edgeblocks.registry import family_type
 from edgeblocks.runs.directory import open_run
 from edgeblocks.runs.open_data import data_of
 from edgeblocks.seeds import generator_at
+from edgeblocks.settings.fields import RunSettings
 from edgeblocks.targets.cpu import CpuTarget
 from edgeblocks.training.diffusion import DiffusionTrainer, Visit
 from edgeblocks.training.guard import Guard

@@ -5,10 +5,10 @@ import json
 import pytest
 from support.made_up_machine import LIMIT_BYTES, groups
 
-from edgeblocks.config import preset_names
 from edgeblocks.doctor import examination as doctor
 from edgeblocks.doctor.kernels import KERNELS
 from edgeblocks.progress import Silent
+from edgeblocks.settings.presets import preset_names
 
 
 class Stages(Silent):

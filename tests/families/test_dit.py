@@ -7,12 +7,12 @@ import torch
 from support.blocks import fresh_block, random_block, seeded
 from torch import nn
 
-from edgeblocks.config import load_preset
 from edgeblocks.diffusion.noise import loss_weight, partition_noise
 from edgeblocks.errors import ConfigError
 from edgeblocks.families.base import ImageInfo, Level
 from edgeblocks.families.dit import SIGMA_DATA, Dit, DitSettings
 from edgeblocks.families.settings import MOST
+from edgeblocks.settings.presets import load_preset
 
 SETTINGS = DitSettings(width=16, depth=3, heads=2, patch=2)
 DATA = ImageInfo(channels=2, height=4, width=6, num_classes=5, mean=0.4, scale=1.7)

@@ -11,9 +11,9 @@ from support.pages import code_after
 
 import edgeblocks
 from edgeblocks import registry
-from edgeblocks.config import resolve_settings
 from edgeblocks.errors import ConfigError
 from edgeblocks.families.denoiser import DenoiserSettings, ImageDenoiser, OwnDenoiser
+from edgeblocks.settings.reading import resolve_settings
 
 
 @pytest.mark.slow

@@ -7,9 +7,9 @@ from importlib import resources
 import pytest
 from support.commands import invoke
 
-from edgeblocks.config import DEFAULT_PRESETS
 from edgeblocks.errors import ConfigError, DoesNotFitError
 from edgeblocks.planning.recommendation import Measured, Option, measured, option, recommendation
+from edgeblocks.settings.presets import DEFAULT_PRESETS
 
 BOTH = {"diffusion": Option(seconds=100.0), "exact": Option(seconds=140.0)}
 

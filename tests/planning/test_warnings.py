@@ -6,10 +6,10 @@ import pytest
 from support.commands import invoke
 from support.made_up_plans import MACHINE, REQUEST, costs
 
-from edgeblocks.config import load_preset, preset_names
 from edgeblocks.planning.planner import make_plan
 from edgeblocks.prepare import good_layers
 from edgeblocks.registry import family_type
+from edgeblocks.settings.presets import load_preset, preset_names
 
 
 @pytest.mark.parametrize("preset", preset_names())

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from edgeblocks.config import resolve_settings
 from edgeblocks.families.base import ImageInfo, TextInfo
 from edgeblocks.profiling.warmup_step import run_warmup_step
 from edgeblocks.registry import build_family, family_type
+from edgeblocks.settings.reading import resolve_settings
 
 IMAGES = ImageInfo(channels=1, height=8, width=8, num_classes=10, mean=0.5, scale=2.0)
 TEXT = TextInfo(vocabulary=27, length=16)

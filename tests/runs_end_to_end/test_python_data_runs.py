@@ -9,8 +9,8 @@ from support.commands import invoke
 from support.equality import StopAfter
 
 import edgeblocks
-from edgeblocks.config import read_yaml
 from edgeblocks.errors import DataError, InterruptedRunError, RunError
+from edgeblocks.settings.reading import read_yaml
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (40, 8, 8, 3), dtype=np.uint8)
 LABELS = ["cat", "dog"] * 20

@@ -3,7 +3,6 @@
 import numpy as np
 import torch
 
-from edgeblocks.config import resolve_settings
 from edgeblocks.data.images import open_images
 from edgeblocks.data.text import open_text
 from edgeblocks.inference.ema_loader import EmaLoader
@@ -12,6 +11,7 @@ from edgeblocks.registry import family_type
 from edgeblocks.run import Run
 from edgeblocks.runs.create import create_run, seal_run
 from edgeblocks.runs.written_plan import WrittenPlan
+from edgeblocks.settings.reading import resolve_settings
 
 
 def make_run(path, *, layers, step=1, **settings):

@@ -1,43 +1,29 @@
-"""A run's settings: where they come from, what they may be, and every mistake at once.
+"""What a run's settings are, and what each may be.
 
-Precedence: command line (flags and `--set key=value`) over `--config FILE.yaml` over the preset over the defaults. The
-resolved settings are written to the run directory as config.yaml.
+Resolved settings are written to the run directory as config.yaml.
 """
 
 import os
 import re
 import sys
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, fields, replace
-from importlib import resources
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Protocol, SupportsFloat
+from typing import Any, ClassVar, Literal, Protocol
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, ValidationInfo, field_validator
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationInfo, field_validator
 
-from edgeblocks.errors import ConfigError, did_you_mean
-from edgeblocks.files.checked import field_problems, is_text, problem, whole_text
-from edgeblocks.files.untrusted import MalformedFileError, read_text, shown
+from edgeblocks.errors import ConfigError
+from edgeblocks.files.checked import is_text, whole_text
 from edgeblocks.limits import LONGEST_SEQUENCE, MOST_LAYERS, MOST_SAMPLES, MOST_STEPS, MOST_TOKENS
 from edgeblocks.methods import BoundaryDtype, Clipping, MethodName
 from edgeblocks.tasks import PYTHON_DATA, TASKS
 from edgeblocks.terminal import one_line, quoted
 from edgeblocks.units import parse_size
 
-DEFAULT_PRESETS = {
-    "ar": "ar-tiny",
-    "dit": "dit-tiny",
-    "looped": "looped-tiny",
-    "mdlm": "mdlm-tiny",
-    "vit": "vit-tiny",
-}
 BUILT_IN_DATA = ("digits", "moby-dick")
 TOKENIZERS = ("chars", "bytes", "bpe")
-MOST_YAML_BYTES = 2**16
-MOST_KEYS = 200
-_MOST_YAML_DEPTH = 8
-_MOST_DIGITS = 40
+_MOST_SIZE_CHARACTERS = 40
 _MOST_COUNTS = {"blocks": MOST_LAYERS, "micro_batch": MOST_SAMPLES, "visit_steps": MOST_STEPS}
 
 
@@ -311,8 +297,8 @@ class RunSettings(BaseModel):
     @field_validator("mem_budget", "ram_budget", "max_disk_writes", mode="before")
     @classmethod
     def _is_short(cls, value: object) -> object:
-        if isinstance(value, str) and len(value) > _MOST_DIGITS:
-            raise ValueError(f"a size of at most {_MOST_DIGITS} characters is needed, for example 6GB")
+        if isinstance(value, str) and len(value) > _MOST_SIZE_CHARACTERS:
+            raise ValueError(f"a size of at most {_MOST_SIZE_CHARACTERS} characters is needed, for example 6GB")
         return value
 
     @field_validator("data", "tokenizer", "work_dir", "init", mode="before")
@@ -407,204 +393,3 @@ def _whole_path(name: str, text: str) -> str:
     if not is_text(whole):
         raise ConfigError(f"{name}={one_line(whole)}: {_why_no_text(whole)}")
     return whole
-
-
-def preset_names() -> tuple[str, ...]:
-    """The presets that come with the package."""
-    folder = resources.files("edgeblocks.recipes")
-    return tuple(sorted(item.name.removesuffix(".yaml") for item in folder.iterdir() if item.name.endswith(".yaml")))
-
-
-class _SettingsLoader(yaml.SafeLoader):
-    """YAML for settings, in which nothing is short to write and long to use.
-
-    Aliases (`*name`) can stand for each other until they mean more values than any memory holds; nested values and
-    whole numbers are limited; a date is a text, as a path such as 2024-05-01 is meant.
-    """
-
-    def __init__(self, stream: str) -> None:
-        super().__init__(stream)
-        self._depth = 0
-
-    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
-        event = self.peek_event()  # type: ignore[no-untyped-call]
-        if isinstance(event, yaml.AliasEvent):
-            raise _refused(event.start_mark, f"an alias ({shown(event.anchor)}) is not read here; write the value out")
-        if self._depth >= _MOST_YAML_DEPTH:
-            raise _refused(event.start_mark, f"a value is nested more than {_MOST_YAML_DEPTH} levels deep")
-        self._depth += 1
-        node = super().compose_node(parent, index)
-        self._depth -= 1
-        return node
-
-    def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
-        if len(node.value) > _MOST_DIGITS:
-            raise _refused(node.start_mark, f"a whole number has more than {_MOST_DIGITS} digits")
-        return int(super().construct_yaml_int(node))
-
-
-_SettingsLoader.add_constructor("tag:yaml.org,2002:int", _SettingsLoader.construct_yaml_int)
-_SettingsLoader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-
-
-def _refused(mark: Any, why: str) -> yaml.YAMLError:
-    return yaml.constructor.ConstructorError(None, None, why, mark)
-
-
-def _load_yaml(text: str) -> object:
-    """The value of a YAML text.
-
-    Raises:
-        ValueError: not YAML, or more than settings need.
-    """
-    try:
-        return yaml.load(text, _SettingsLoader)
-    except yaml.YAMLError as error:
-        raise ValueError(" ".join(str(error).split())) from error
-    except (ValueError, TypeError, AttributeError, LookupError, ArithmeticError) as error:
-        # What PyYAML's constructors let through for tags that do not suit their values, such as `!!bool 5`.
-        raise ValueError(f"a value does not suit its tag ({type(error).__name__}: {error})") from error
-
-
-def read_yaml(path: Path) -> dict[str, object]:
-    """A settings file.
-
-    Raises:
-        ConfigError: not readable, too large, not YAML, or not a mapping.
-    """
-    try:
-        content = _load_yaml(read_text(path, most_bytes=MOST_YAML_BYTES))
-    except OSError as error:
-        raise ConfigError(f"cannot read {path}: {error.strerror}") from error
-    except MalformedFileError as error:
-        raise ConfigError(f"{path} is no settings file: {error}") from error
-    except ValueError as error:
-        raise ConfigError(f"{path} is not valid YAML: {error}") from error
-    if not isinstance(content, dict):
-        raise ConfigError(f"{path} must hold 'key: value' lines, found {type(content).__name__}")
-    if len(content) > MOST_KEYS:
-        raise ConfigError(f"{path} holds {len(content)} settings; there are fewer than {MOST_KEYS}")
-    return content
-
-
-def parse_assignments(assignments: list[str]) -> dict[str, object]:
-    """`key=value` texts as settings; dashes in keys become underscores, and a value is read as YAML.
-
-    >>> parse_assignments(["patch=1", "flip=true", "learning_rate=3e-4", "data=my.npz"])
-    {'patch': 1, 'flip': True, 'learning_rate': 0.0003, 'data': 'my.npz'}
-    """
-    settings: dict[str, Any] = {}
-    for assignment in assignments:
-        key, equals, text = assignment.partition("=")
-        if not equals or not key:
-            raise ConfigError(f"--set {assignment}: write key=value, for example --set patch=2")
-        settings[key.strip().replace("-", "_")] = _parse_value(text)
-    return settings
-
-
-def _parse_value(text: str) -> object:
-    try:
-        value = _load_yaml(text)
-    except ValueError:
-        return text
-    return _number(value) if isinstance(value, str) else value  # YAML 1.1 takes 3e-4, without a dot, for text
-
-
-def resolve_settings(
-    given: Mapping[str, object],
-    *,
-    family_settings: Callable[[str], type[FamilySettings]],
-    config: Mapping[str, object] | None = None,
-) -> Settings:
-    """Settings from what the user gave over a config file over a preset over the defaults.
-
-    Args:
-        given: the command line's settings, flat; None means not given.
-        family_settings: a function from a family's name to its settings dataclass.
-        config: a config file's settings, flat.
-
-    Raises:
-        ConfigError: with all problems found.
-    """
-    user = {**(config or {}), **{key: value for key, value in given.items() if value is not None}}
-    given_family, given_preset = user.get("family"), user.get("preset")
-    if not isinstance(given_family, str | None) or not isinstance(given_preset, str | None):
-        given_names = (("family", given_family), ("preset", given_preset))
-        raise ConfigError(
-            *(f"{key}={shown(name)}: a name is needed" for key, name in given_names if not isinstance(name, str | None))
-        )
-    family = given_family or _preset_family(given_preset)
-    family_type = family_settings(family)
-    preset_name = given_preset or DEFAULT_PRESETS.get(family, family)  # a family of one's own has no presets
-    preset = load_preset(preset_name) if preset_name != family else {}
-    if preset.get("family", family) != family:
-        raise ConfigError(f"--preset {preset_name} belongs to the family '{preset['family']}', not to '{family}'")
-    merged = {**preset, **user, "family": family, "preset": preset_name}
-
-    family_keys = {field.name for field in fields(family_type)}
-    run_keys = set(RunSettings.model_fields)
-    problems = [_unknown(key, family, run_keys | family_keys) for key in merged if key not in run_keys | family_keys]
-    run: RunSettings | None = None
-    try:
-        run = RunSettings.model_validate({key: value for key, value in merged.items() if key in run_keys})
-    except ValidationError as error:
-        problems += _validation_problems(error)
-    family_values = {key: value for key, value in merged.items() if key in family_keys}
-    family_values = {**vars(family_type()), **_with_numbers(family_type, family_values)}
-    # Here, not in `problems` alone: settings of a family of one's own may derive from nothing of ours.
-    wrong = field_problems(family_type, family_values)
-    checked = family_type(**({} if wrong else family_values))
-    problems += wrong or checked.problems()
-    if problems:
-        raise ConfigError(*problems)
-    assert run is not None
-    return Settings(run=run, family=checked)
-
-
-def _with_numbers(family_type: type[FamilySettings], values: Mapping[str, object]) -> dict[str, object]:
-    """The values with texts such as 3e-4, which YAML 1.1 takes for text, and whole numbers, as the floats they are."""
-    numbers = {field.name for field in fields(family_type) if isinstance(field.default, float)}
-    return {key: _number(value) if key in numbers else value for key, value in values.items()}
-
-
-def _number(value: object) -> object:
-    try:
-        return float(value) if isinstance(value, str | SupportsFloat) and not isinstance(value, bool) else value
-    except (ValueError, TypeError, OverflowError):
-        return value
-
-
-def _preset_family(preset: str | None) -> str:
-    return str(load_preset(preset).get("family", "dit")) if preset else "dit"
-
-
-def load_preset(name: str) -> dict[str, object]:
-    """A preset's settings.
-
-    Raises:
-        ConfigError: there is no such preset.
-    """
-    if name not in preset_names():
-        raise ConfigError(
-            f"there is no preset '{name}'; there are: {', '.join(preset_names())}{did_you_mean(name, preset_names())}"
-        )
-    text = (resources.files("edgeblocks.recipes") / f"{name}.yaml").read_text(encoding="utf-8")
-    preset: dict[str, Any] = yaml.safe_load(text)
-    return preset
-
-
-def _unknown(key: str, family: str, known: set[str]) -> str:
-    hint = did_you_mean(key, known) or f"; known: {', '.join(sorted(known))}"
-    return f"unknown setting '{key}' for the family '{family}'{hint}"
-
-
-def _validation_problems(error: ValidationError) -> list[str]:
-    """One a setting: where it may be of two types, what is wrong for the first."""
-    found: dict[str, str] = {}
-    for item in error.errors():
-        key = str(item["loc"][0])
-        found.setdefault(key, problem(item, (key,)))
-    return list(found.values())

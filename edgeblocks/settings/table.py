@@ -8,8 +8,8 @@ from typing import Any, Literal, get_args, get_origin
 import annotated_types
 from pydantic.fields import FieldInfo
 
-from edgeblocks.config import FamilySettings, RunSettings
 from edgeblocks.files.checked import fields_model
+from edgeblocks.settings.fields import FamilySettings, RunSettings
 
 HEADINGS = ("setting", "default", "range", "what it is")
 

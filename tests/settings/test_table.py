@@ -8,10 +8,10 @@ import pytest
 from pydantic import Field
 from support.commands import assert_refused, invoke
 
-from edgeblocks.config import RunSettings
 from edgeblocks.families.settings import FamilySettings
 from edgeblocks.registry import family_type
-from edgeblocks.setting_table import family_settings, run_settings
+from edgeblocks.settings.fields import RunSettings
+from edgeblocks.settings.table import family_settings, run_settings
 
 FAMILIES = ("dit", "vit", "mdlm", "ar", "looped")
 
