@@ -16,13 +16,14 @@ from edgeblocks.errors import ConfigError, InterruptedRunError, RunError
 from edgeblocks.offload.checkpoint import NextBlocks
 from edgeblocks.offload.device import Target
 from edgeblocks.planning.plan_text import banner
-from edgeblocks.prepare import Prepared, check_disk, check_work_dir, prepare, prepare_elsewhere, replan
+from edgeblocks.prepare import Prepared, prepare, prepare_elsewhere, replan
 from edgeblocks.profiling.budgets import budget_of_this_process, usual_budgets
 from edgeblocks.progress import Listener, Progress, Silent
 from edgeblocks.registry import build_profile, build_target, family_type, profile_names, register_family, target_names
 from edgeblocks.run import Run
 from edgeblocks.runs.create import changed_environment, check_free, create_blocks, create_run, seal_run
 from edgeblocks.runs.directory import RunDirectory, bring_blocks_home, open_run, remove_leftovers
+from edgeblocks.runs.disk_room import check_disk, check_work_dir
 from edgeblocks.runs.load_weights import InitialWeights, initial_weights_of
 from edgeblocks.runs.locks import locked, locked_away
 from edgeblocks.runs.open_data import check_vocab, open_run_data, stored_source
@@ -58,7 +59,7 @@ def plan(
     Args:
         config: a YAML file of settings; keyword settings go over it.
         out: where a run would be written; its disk is measured.
-        settings: any of `config.RunSettings` or of the family's settings, such as mem_budget="6GB"; `target` may also
+        settings: any of `RunSettings` or of the family's settings, such as mem_budget="6GB"; `target` may also
             be a machine's name, such as "rtx3060-12gb", and `data` the data themselves (docs/python.md).
 
     Raises:
@@ -145,7 +146,7 @@ def train(
     check_free(path)
     settings = _with_stored_data(config, settings, listener)
     prepared = prepare(settings_for_here(config=config, **settings).with_whole_paths(), path, listener)
-    check_disk(prepared, path)
+    check_disk(prepared.plan, work_dir=prepared.settings.run.work_dir, out=path)
     with locked(path, listener.note):
         run = create_run(
             path,

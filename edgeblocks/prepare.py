@@ -1,47 +1,36 @@
 """What comes before training: the budget, the data, the machine, the network's costs, and the plan made of them."""
 
-import os
-import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from PIL import Image
-
-from edgeblocks.data.cache import cache_folder
 from edgeblocks.data.dataset import DataSet
-from edgeblocks.diffusion.autoregression import writing_bytes
-from edgeblocks.diffusion.classification import classified_bytes
 from edgeblocks.diffusion.noise import NoisePartition, partition_noise
-from edgeblocks.errors import ConfigError, DoesNotFitError, StorageError
+from edgeblocks.errors import ConfigError, DoesNotFitError
 from edgeblocks.families.base import DataInfo, ImageInfo, TextInfo
-from edgeblocks.families.family import AnyFamily
 from edgeblocks.methods import METHODS
 from edgeblocks.offload.device import Target
 from edgeblocks.planning.layer_costs import LayerCosts
 from edgeblocks.planning.planner import make_plan
-from edgeblocks.planning.plans import FEWEST_GOOD_LAYERS, Machine, Plan, PlanRequest, micro_batches
+from edgeblocks.planning.plans import FEWEST_GOOD_LAYERS, Machine, Plan, PlanRequest
 from edgeblocks.planning.reasons import reason
-from edgeblocks.profiling import trace
 from edgeblocks.profiling.budgets import budgets_here, budgets_of, with_budgets
-from edgeblocks.profiling.looks import expected_looks, pass_seconds
-from edgeblocks.profiling.warmup_step import run_warmup_step
+from edgeblocks.profiling.looks import expected_looks, grid_sample_bytes, pass_seconds, quality_bytes
+from edgeblocks.profiling.measurement import measure, trace_costs
 from edgeblocks.progress import Listener
 from edgeblocks.registry import build_family, build_target, family_type
+from edgeblocks.runs.disk_room import check_work_dir, existing_folder
 from edgeblocks.runs.load_weights import InitialWeights, initial_weights_of
 from edgeblocks.runs.open_data import open_run_data, tokenizer_bytes, vocabulary_of
 from edgeblocks.runs.written_plan import TrainablePlan, WrittenPlan, written_plan
 from edgeblocks.settings.fields import RunSettings, Settings
-from edgeblocks.tasks import GRID_TOKENS, TASKS
-from edgeblocks.terminal import quoted
-from edgeblocks.units import advised_budget, format_bytes, format_duration, parse_size
+from edgeblocks.tasks import TASKS
+from edgeblocks.units import advised_budget, format_bytes, parse_size
 
 if TYPE_CHECKING:
     from edgeblocks.targets.profile import Profile
 
-LONGEST_MOVING_S = 600.0
-"""A slow disk is refused when it takes longer than this, and longer than the computing."""
 PREDICTED_FOR_A_GPU = (
     "this GPU's speeds and memory are taken from what others published of it; plans were held against measurements on "
     "one kind of GPU only, an H100 (docs/gpu.md)"
@@ -144,7 +133,7 @@ def prepare(settings: Settings, out: Path, listener: Listener) -> Prepared:
         training_bytes=lambda: _least_to_train(settings, existing_folder(out), target, budgets, listener),
     )
     listener.stage("planning")
-    costs, machine = measure(settings, data, existing_folder(Path(run.work_dir or out)), target, listener)
+    costs, machine = measure(settings, data, existing_folder(Path(run.work_dir or out)), target)
     plan = make_plan(costs, machine, _request_on(data_set, settings, data, budgets))
     plan = _with_gpu_warnings(plan, elsewhere=False)
     if run.target == "auto" and torch_sees_a_gpu():
@@ -244,7 +233,7 @@ def _least_to_train(
     else:
         return 0
     listener.stage("planning")
-    costs, machine = measure(settings, data, folder, target, listener)
+    costs, machine = measure(settings, data, folder, target)
     machine = replace(machine, runtime_bytes=machine.runtime_bytes + tokenizer_bytes(run))
     try:
         make_plan(costs, machine, _request(settings, run.batch * data.example_bytes, data, budgets))
@@ -308,7 +297,7 @@ def replan(
     """
     listener.stage("planning again")
     budgets = budgets_here(settings.run, target)
-    costs, machine = measure(settings, data, existing_folder(Path(settings.run.work_dir or out)), target, listener)
+    costs, machine = measure(settings, data, existing_folder(Path(settings.run.work_dir or out)), target)
     request = replace(
         _request_on(data_set, settings, data, budgets),
         blocks=len(former.layers_per_block),
@@ -367,140 +356,8 @@ def _request(settings: Settings, data_bytes: int, data: DataInfo, budgets: tuple
     )
 
 
-def quality_bytes(run: RunSettings, data: DataInfo) -> int:
-    """What measuring the quality along the training keeps beside the network, where a chain classifies images."""
-    usual = TASKS[family_type(run.family).task]
-    if not run.evaluations or not isinstance(data, ImageInfo) or METHODS[run.method].trained_together:
-        return 0
-    if family_type(run.family).task != "classes":
-        return 0
-    return classified_bytes(
-        usual.quality_examples,
-        num_classes=data.num_classes,
-        noises=usual.noises,
-        values_per_image=data.channels * data.height * data.width,
-    )
-
-
 def good_layers(family: str) -> int:
     """Of a block: the usual network in its usual cut is not warned of."""
     kind = family_type(family)
     depth: int = kind.settings_type().depth
     return min(FEWEST_GOOD_LAYERS, max(1, depth // kind.preferred_blocks))
-
-
-def grid_sample_bytes(family: AnyFamily) -> int:
-    """Bytes of the KV cache of a sample that is written token by token during training."""
-    if family.task != "continuation":
-        return 0
-    sets = 1 if family.caches_per == "block" else TASKS[family.task].steps
-    return writing_bytes(
-        length=min(family.data.length, GRID_TOKENS),
-        num_caches=family.num_caches(family.num_layers) * sets,
-        width=family.heads * family.head_width,
-        vocabulary=family.data.vocabulary,
-        code_width=family.code_width,
-    )
-
-
-def check_disk(prepared: Prepared, out: Path) -> None:
-    """Refuse a run for which the disk has no room, or is so slow that moving blocks would be most of the work.
-
-    Raises:
-        StorageError: with the bytes that are needed.
-    """
-    chosen, machine, work_dir = prepared.plan.chosen, prepared.plan.machine, prepared.settings.run.work_dir
-    method = prepared.plan.method
-    # Parts that are trained together move in every step, however seldom they are saved.
-    longer = "" if method.trained_together else f"longer visits with --set visit_steps={4 * chosen.visit_steps}, "
-    blocks_bytes = chosen.blocks * chosen.block_bytes
-    wanted = {Path(work_dir) if work_dir else out: chosen.disk_bytes}
-    if work_dir:
-        wanted[out] = blocks_bytes
-    for path, needed in wanted.items():
-        free = shutil.disk_usage(existing_folder(path)).free
-        if needed > free:
-            raise StorageError(
-                f"{path} needs {format_bytes(needed)} of disk for {method.parts(chosen.blocks)} of "
-                f"{format_bytes(chosen.block_bytes)} and the copies that saving them makes, {format_bytes(free)} are "
-                f"free there; choose another disk with {'--work-dir' if path != out else '--out'}, or a smaller network"
-            )
-    computing_s = prepared.plan.computing_s
-    moving_s = prepared.plan.predicted_s - computing_s
-    if moving_s > max(computing_s, LONGEST_MOVING_S):
-        raise StorageError(
-            f"{Path(work_dir) if work_dir else out} reads {format_bytes(machine.disk_read_bytes_per_s)} and writes "
-            f"{format_bytes(machine.disk_write_bytes_per_s)} a second: moving {method.parts(chosen.blocks)} of "
-            f"{format_bytes(chosen.block_bytes)} would take {format_duration(moving_s)}, computing "
-            f"only {format_duration(computing_s)}; choose a faster disk with --work-dir, {longer}or a larger "
-            f"--mem-budget"
-        )
-
-
-def check_work_dir(work_dir: str | None) -> None:
-    """Check that blocks can be kept in the work directory.
-
-    Raises:
-        StorageError: it is missing, no folder, or not writable.
-    """
-    if work_dir is None:
-        return
-    path = Path(work_dir).expanduser()
-    if not path.is_dir():
-        what = "is not a folder" if path.exists() else "does not exist"
-        raise StorageError(
-            f"--work-dir {path} {what}; mount its disk, make it (mkdir -p {quoted(path)}), or name another place"
-        )
-    if not os.access(path, os.W_OK | os.X_OK):
-        raise StorageError(f"--work-dir {path} cannot be written; mend its permissions, or name another place")
-
-
-def measure(
-    settings: Settings,
-    data: DataInfo,
-    folder: Path | None,
-    target: Target,
-    listener: Listener,
-) -> tuple[LayerCosts, Machine]:
-    """Trace the costs in a child process, then measure the machine when it is quiet again.
-
-    Args:
-        folder: whose disk is measured; None where a run is only read, which may lie on a medium that cannot be written.
-    """
-    run = settings.run
-    costs, planning_bytes = trace_costs(settings, data)
-    Image.init()  # what saving pictures will need belongs to the runtime's share
-    if target.host_bytes() is not None:
-        family = build_family(run.family, asdict(settings.family), asdict(data), run.method)
-        run_warmup_step(family, run.optimizer, target.torch_device)
-    machine = measured_machine(target, folder)
-    return costs, replace(machine, planning_bytes=max(machine.planning_bytes, planning_bytes))
-
-
-def measured_machine(target: Target, folder: Path | None) -> Machine:
-    """The machine; what measuring it took of the process's memory is the least that planning takes."""
-    former_peak_bytes = target.host_peak_bytes()
-    machine = target.measure(folder)
-    peak_bytes = target.host_peak_bytes()
-    return replace(machine, planning_bytes=peak_bytes if peak_bytes > former_peak_bytes else 0)
-
-
-def trace_costs(settings: Settings, data: DataInfo) -> tuple[LayerCosts, int]:
-    """The costs of the network at the micro-batches that matter, and the peak of the child process that traced them."""
-    sizes = micro_batches(settings.run.batch)
-    # The ends and the middle: a peak is convex in the samples, so a line between two of them is never below it.
-    counts = {sizes[0], sizes[len(sizes) // 2], 1}
-    if settings.run.micro_batch != "auto":
-        counts.add(min(settings.run.micro_batch, settings.run.batch))
-    # An image set's mean and scale shape no tensor: sets that differ in nothing else share an answer.
-    shapes = {name: 1.0 if isinstance(value, float) else value for name, value in asdict(data).items()}
-    fields = (settings.run.family, asdict(settings.family), shapes, sorted(counts))
-    return trace.trace_in_subprocess(*fields, method=settings.run.method, cache=cache_folder())
-
-
-def existing_folder(path: Path) -> Path:
-    """The path, or the nearest folder above it that exists."""
-    for folder in (path, *path.resolve().parents):
-        if folder.is_dir():
-            return folder
-    return Path()

@@ -23,8 +23,8 @@ from edgeblocks.inference.staged_weights import loaded_ema
 from edgeblocks.inference.trained_network import trained_network
 from edgeblocks.planning.planner import inference_micro_batch
 from edgeblocks.planning.plans import micro_batches
-from edgeblocks.prepare import measure
 from edgeblocks.profiling.budgets import device_budget_bytes
+from edgeblocks.profiling.measurement import measure
 from edgeblocks.progress import Listener, Silent
 from edgeblocks.registry import build_exporter, build_target
 from edgeblocks.runs.directory import RunDirectory
@@ -116,7 +116,7 @@ class Run:
         budget_bytes = (
             device_budget_bytes(mem_budget, target) if mem_budget is not None else directory.plan.budget_bytes
         )
-        costs, machine = measure(directory.settings, directory.data, None, target, Silent())
+        costs, machine = measure(directory.settings, directory.data, None, target)
         most_together, sample_bytes = samples, CHAIN_COPIES * directory.data.example_bytes
         if directory.family().task == "classes":
             chains = chains_of(directory)

@@ -137,7 +137,7 @@ def _probe_machine(folder: Path) -> Machine:
     """The planner's view of this machine, with the libraries loaded that a training process has."""
     from PIL import Image
 
-    from edgeblocks.prepare import measured_machine
+    from edgeblocks.profiling.measurement import measured_machine
 
     for name in ("api", "cli.main", "cli.console_progress"):
         importlib.import_module(f"edgeblocks.{name}")
@@ -154,7 +154,7 @@ def _probe_presets() -> dict[str, dict[str, object]]:
     A process of its own, because the settings' libraries would weigh on the peak of the one that traces.
     """
     from edgeblocks.families.base import ImageInfo, TextInfo
-    from edgeblocks.prepare import grid_sample_bytes
+    from edgeblocks.profiling.looks import grid_sample_bytes
     from edgeblocks.runs.open_data import open_run_data
     from edgeblocks.settings.presets import DEFAULT_PRESETS, preset_names
     from edgeblocks.settings.reading import resolve_settings

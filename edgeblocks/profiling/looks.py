@@ -1,14 +1,19 @@
-"""Looks at a network during its training: grids of samples and evaluations, and about how long they will take.
+"""Looks at a network during its training: grids of samples and evaluations.
 
-They are counted in passes of one example forward through a block, or through the network that stages make up.
+What they keep in memory, and about how long they take: counted in passes of one example forward through a block, or
+through the network that stages make up.
 """
 
 from dataclasses import dataclass
 
 from edgeblocks.data.dataset import DataSet
+from edgeblocks.diffusion.autoregression import writing_bytes
+from edgeblocks.diffusion.classification import classified_bytes
 from edgeblocks.diffusion.noise import NoisePartition
+from edgeblocks.families.base import DataInfo, ImageInfo
 from edgeblocks.families.family import AnyFamily
 from edgeblocks.methods import METHODS
+from edgeblocks.registry import family_type
 from edgeblocks.settings.fields import RunSettings
 from edgeblocks.tasks import GRID_TOKENS, TASKS
 
@@ -60,4 +65,33 @@ def expected_looks(run: RunSettings, family: AnyFamily, partition: NoisePartitio
         evaluations=run.evaluations,
         evaluation_passes=quality * (chain * usual.noises if is_chain else levels),
         last_passes=float(len(data.evaluation_indices(usual.loss_examples)) * levels),
+    )
+
+
+def quality_bytes(run: RunSettings, data: DataInfo) -> int:
+    """What measuring the quality along the training keeps beside the network, where a chain classifies images."""
+    usual = TASKS[family_type(run.family).task]
+    if not run.evaluations or not isinstance(data, ImageInfo) or METHODS[run.method].trained_together:
+        return 0
+    if family_type(run.family).task != "classes":
+        return 0
+    return classified_bytes(
+        usual.quality_examples,
+        num_classes=data.num_classes,
+        noises=usual.noises,
+        values_per_image=data.channels * data.height * data.width,
+    )
+
+
+def grid_sample_bytes(family: AnyFamily) -> int:
+    """Bytes of the KV cache of a sample that is written token by token during training."""
+    if family.task != "continuation":
+        return 0
+    sets = 1 if family.caches_per == "block" else TASKS[family.task].steps
+    return writing_bytes(
+        length=min(family.data.length, GRID_TOKENS),
+        num_caches=family.num_caches(family.num_layers) * sets,
+        width=family.heads * family.head_width,
+        vocabulary=family.data.vocabulary,
+        code_width=family.code_width,
     )

@@ -19,7 +19,7 @@ from edgeblocks.inference import likelihood
 from edgeblocks.inference.block_runner import BlockRunner
 from edgeblocks.inference.ema_loader import EmaLoader
 from edgeblocks.inference.sampling import token_chain_of
-from edgeblocks.prepare import grid_sample_bytes
+from edgeblocks.profiling.looks import grid_sample_bytes
 from edgeblocks.seeds import seed_at
 from edgeblocks.tasks import GRID_TOKENS, TASKS
 
