@@ -1,0 +1,111 @@
+"""The training of a run in this process: from its files to its summary, or to the signal that stops it."""
+
+from collections.abc import Sequence
+from functools import partial
+
+from edgeblocks.callbacks import Callbacks, Step
+from edgeblocks.data.dataset import DataSet
+from edgeblocks.errors import InterruptedRunError
+from edgeblocks.progress import Listener, Progress
+from edgeblocks.registry import build_target
+from edgeblocks.runs.directory import RunDirectory, bring_blocks_home
+from edgeblocks.runs.summary import Summary
+from edgeblocks.terminal import command
+from edgeblocks.training.guard import Guard, refusals_explained
+from edgeblocks.training.interruption import Interrupted, Interruption
+from edgeblocks.training.loop import trainer_type
+from edgeblocks.training.previews import Previews
+from edgeblocks.training.summary import summary_of
+
+
+def trained(
+    run: RunDirectory, data_set: DataSet, listener: Listener, told: Callbacks, resumed_from: list[int] | None
+) -> Summary:
+    """The summary of a run that is trained now.
+
+    Args:
+        resumed_from: the blocks' steps that this process begins with; None where it begins the run.
+
+    Raises:
+        InterruptedRunError: stopped by a signal; everything is saved.
+    """
+    target = build_target(run.settings.run.target)
+    target.warm_up()
+    if not target.has_cap:
+        listener.note(
+            "note: this system does not bound the memory of a process: the plan and a look before each step keep the "
+            "budget, and nothing refuses what passes it in between"
+        )
+    plan = run.trainable_plan
+    budget_bytes, breakdown = plan.budget_bytes, plan.breakdown
+    guard = Guard(
+        target,
+        budget_bytes=budget_bytes,
+        shapes=plan.step_shapes,
+        breakdown=breakdown,
+        note=listener.note,
+        ram_budget_bytes=plan.ram_budget_bytes,
+    )
+    with refusals_explained(target, budget_bytes, breakdown):
+        store = run.store()
+        # Of the newest file, as each header has what the run had written when that file was complete.
+        store.continue_meter(store.header(block) for block in range(len(run.file_layers)))
+        store.hold_folder()
+        trainer = trainer_type(run.method).open(run, data_set, store, guard, target.device)
+        try:
+            with target.capped(budget_bytes), Interruption(listener.note).listening() as interruption:
+                previews = Previews(run, data_set, trainer, interruption, told.tell)
+                listener.stage("training")
+                # Those that a crash prevented are due now; of a new run none is.
+                previews.after_visit(run.saved_steps(store))
+                steps = trainer.train(
+                    interruption,
+                    on_step=partial(_on_step, listener, told, previews),
+                    between_visits=previews.after_visit,
+                )
+                if interruption.signal_name is None:
+                    listener.stage("evaluating")
+                    evaluation = previews.evaluation(listener)
+        except Interrupted:
+            steps = run.saved_steps(store)
+        finally:
+            trainer.close()
+    if interruption.signal_name is not None:
+        raise InterruptedRunError(
+            f"stopped by {interruption.signal_name}; saved at {at_steps(run, steps)} of "
+            f"{run.settings.run.steps}. Go on with: {command('train', '--resume', run.path)}"
+        )
+    # Before the summary, which says that the run is finished: a crash in between is made good by --resume.
+    bring_blocks_home(run)
+    return summary_of(
+        run, trainer, evaluation, data_set, target, budget_bytes, resumed_from, evaluation_s=previews.evaluation_s
+    )
+
+
+def _on_step(listener: Listener, told: Callbacks, previews: Previews, progress: Progress) -> None:
+    """What hears of each step."""
+    progress.looks_left_s = previews.left_s()
+    listener.step(progress)
+    if told:
+        told.tell(
+            Step(
+                block=progress.block,
+                step=progress.step,
+                steps=progress.steps,
+                steps_done=progress.steps_done,
+                steps_total=progress.steps_total,
+                loss=progress.loss,
+                gradient_norm=progress.gradient_norm,
+                learning_rate=progress.learning_rate,
+                examples_per_s=progress.examples_per_s,
+                seconds=progress.seconds,
+                used_bytes=progress.used_bytes,
+                budget_bytes=progress.budget_bytes,
+                bytes_written=progress.bytes_written,
+            )
+        )
+
+
+def at_steps(run: RunDirectory, steps: Sequence[int]) -> str:
+    """How far the blocks are, or the stages that are trained together."""
+    return f"step {steps[0]}" if run.method.trained_together else f"steps {', '.join(map(str, steps))}"
