@@ -6,6 +6,9 @@ from typer.testing import CliRunner
 
 from edgeblocks.cli.main import app
 
+TINY = ["--steps", "2", "--batch", "4", "--set", "depth=3", "--set", "width=16", "--set", "sample_grids=0"]
+TINY += ["--set", "hold_out=0.005"]  # to evaluate takes longer than to train
+
 
 def invoke(*arguments):
     return CliRunner().invoke(app, [str(argument) for argument in arguments])

@@ -1,0 +1,105 @@
+"""What a terminal and a pipe see of a command at work."""
+
+import contextlib
+import dataclasses
+import io
+import os
+import pty
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from support.commands import TINY
+
+from edgeblocks.cli.console import training_report
+from edgeblocks.cli.console_progress import ConsoleListener
+from edgeblocks.progress import Progress
+from edgeblocks.runs.summary import Metrics, Summary, read_summary
+
+
+def test_training_says_how_it_goes_on_standard_error_and_prints_the_summary(edgeblocks_command, tmp_path):
+    """A pipe of either sees no control characters; standard output has planned beside measured and the next command."""
+    out = tmp_path / "run"
+    done = edgeblocks_command("train", *TINY, "--mem-budget", "2GB", "--out", out)
+    assert done.returncode == 0, done.stderr
+    assert not set(done.stdout + done.stderr) & {"\r", "\x1b"}
+    for expected in ("predicted peak", f"run directory: {out}", "creating blocks", "written", "loss 0:"):
+        assert expected in done.stderr
+    assert done.stdout == training_report(read_summary(out / "summary.json"), out) + "\n"
+    for expected in ("planned", "measured", "validation loss", "next: edgeblocks sample"):
+        assert expected in done.stdout
+
+
+def test_a_report_has_dashes_for_what_a_summary_lacks():
+    """An earlier edgeblocks wrote less into it; what is there is told."""
+    report = training_report(Summary(peak_bytes=5_000_000, metrics=Metrics(validation_loss=float("nan"))), "run")
+    assert re.search(r"peak memory +- +5 MB\nbudget +-\n", report) and "; - written to disk" in report
+    assert "validation loss nan\n" in report
+
+
+def test_a_live_line_is_written_to_the_terminal_alone(run, tmp_path):
+    """What a command makes goes to a file while its progress is seen; each live line ends before the next text."""
+    main, terminal = pty.openpty()
+    with (tmp_path / "told").open("w") as told:
+        command = [Path(sys.executable).with_name("edgeblocks"), "eval", run, "--samples", "4"]
+        process = subprocess.Popen(command, stdout=told, stderr=terminal)
+    os.close(terminal)
+    seen = b""
+    with contextlib.suppress(OSError):  # how Linux says that the other end is closed
+        while part := os.read(main, 4096):
+            seen += part
+    os.close(main)
+    assert process.wait() == 0, seen
+    assert b"\r" in seen and seen.endswith(b"\n")
+    assert not set((tmp_path / "told").read_text()) & {"\r", "\x1b"}
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_an_error_begins_on_a_line_of_its_own(monkeypatch):
+    """Also where a live line was being written."""
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    with pytest.raises(ValueError, match="broken"), ConsoleListener() as listener:
+        listener.advance(1, 3, "counting")
+        raise ValueError("broken")
+    assert sys.stderr.getvalue().strip(" ").endswith("\n")
+
+
+def test_the_progress_line_of_a_narrow_terminal_has_what_counts(monkeypatch):
+    """How far it is, how long it takes, where it is, its memory and its loss; in a pipe everything."""
+    progress = Progress(
+        block=0,
+        step=244,
+        steps_done=156,
+        steps_total=200,
+        losses={0: 0.623, **dict.fromkeys(range(1, 12), 0.5)},
+        used_bytes=496_000_000,
+        budget_bytes=600_000_000,
+        bytes_written=189_000_000,
+        examples_per_s=58.0,
+        started=time.perf_counter() - 60,
+    )
+    monkeypatch.setenv("COLUMNS", "80")
+    lines = {}
+    for stream in (Terminal(), io.StringIO()):
+        monkeypatch.setattr(sys, "stderr", stream)
+        listener = ConsoleListener()
+        for done in (150, 156):
+            listener._last = 0.0
+            listener.step(dataclasses.replace(progress, steps_done=done))
+        lines[stream.isatty()] = stream.getvalue().replace("\r", "\n").splitlines()[-1].rstrip()
+    assert len(lines[True]) < 80
+    for shown in (" 78%", "block 0 step 244", "loss 0:0.623", "496 MB/600 MB", " left"):
+        assert shown in lines[True] and shown in lines[False]
+    assert "189 MB written" in lines[False] and "stall" in lines[False] and "11:0.500" in lines[False]
+
+
+def test_a_terminal_that_does_not_know_a_character_gets_a_question_mark(run, edgeblocks_command):
+    progress = edgeblocks_command("eval", run, "--samples", "0", env={"PYTHONIOENCODING": "ascii"})
+    assert progress.returncode == 0 and "?" in progress.stdout and "Traceback" not in progress.stderr
