@@ -58,8 +58,8 @@ class _KnownResults:
     """
 
     def __init__(self) -> None:
-        self._made: dict[object, _Result | Literal["first"] | None] = {}
-        """By operator and arguments: how its result is made, or that it is the first argument; None: it must be run."""
+        self._made: dict[object, _Result | Literal["first", "out"] | None] = {}
+        """By operator and arguments: how its result is made, or which argument it is; None: it must be run."""
 
     def of(self, operator: "OpOverload[..., object]", args: tuple[object, ...], kwargs: Mapping[str, object]) -> object:
         # Values of numbers are part of it, contents of tensors are not: on the meta device they have none.
@@ -70,13 +70,16 @@ class _KnownResults:
             return operator(*args, **kwargs)
         if known == "first":
             return args[0]
+        if known == "out":
+            return kwargs["out"]
         if isinstance(known, _Result):
             return known.again()
         result = operator(*args, **kwargs)
         if known == "unknown" and operator._schema.is_mutable:
             # It may also have given what it wrote into another shape.
-            is_first = args and result is args[0] and _described(args) == key[1]
-            self._made[key] = "first" if is_first else None
+            is_as_before = (_described(args), _described(tuple(kwargs.items()))) == key[1:]
+            is_first, is_out = args and result is args[0], "out" in kwargs and result is kwargs["out"]
+            self._made[key] = None if not is_as_before else "first" if is_first else "out" if is_out else None
         elif known == "unknown":
             self._made[key] = _how_made(result, (args, kwargs))
         return result
@@ -84,14 +87,18 @@ class _KnownResults:
 
 @dataclass(frozen=True, kw_only=True)
 class _Result:
-    """Shape, stride and dtype of each tensor that an operator gave."""
+    """Shape, stride and dtype of each tensor that an operator gave; None for one that was not asked for."""
 
-    tensors: tuple[tuple[Any, ...], ...]
+    tensors: tuple[tuple[Any, ...] | None, ...]
     is_tuple: bool
 
     def again(self) -> object:
-        made = (torch.empty_strided(shape, stride, dtype=dtype, device="meta") for shape, stride, dtype in self.tensors)
+        made = (None if one is None else _made_again(*one) for one in self.tensors)
         return tuple(made) if self.is_tuple else next(made)
+
+
+def _made_again(shape: torch.Size, stride: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    return torch.empty_strided(shape, stride, dtype=dtype, device="meta")
 
 
 def _described(value: object) -> object:
@@ -106,13 +113,16 @@ def _described(value: object) -> object:
 def _how_made(result: object, given: object) -> _Result | None:
     """How to make an operator's result; None where it is not of meta tensors with memory of their own."""
     results = result if isinstance(result, tuple) else (result,)
-    if not all(isinstance(tensor, torch.Tensor) and tensor.device.type == "meta" for tensor in results):
+    tensors = _tensors(results)
+    if not tensors or not all(one is None or isinstance(one, torch.Tensor) for one in results):
         return None
-    own, others = _sizes(results), _sizes(_tensors(given))
-    if len(own) < len(results) or own.keys() & others.keys():
+    if any(tensor.device.type != "meta" for tensor in tensors):
+        return None
+    own, others = _sizes(tensors), _sizes(_tensors(given))
+    if len(own) < len(tensors) or own.keys() & others.keys():
         return None
     found = _Result(
-        tensors=tuple((tensor.shape, tensor.stride(), tensor.dtype) for tensor in results),
+        tensors=tuple(None if one is None else (one.shape, one.stride(), one.dtype) for one in results),
         is_tuple=isinstance(result, tuple),
     )
     again = _tensors(found.again())

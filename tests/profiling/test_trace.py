@@ -274,6 +274,22 @@ def test_only_results_with_their_own_memory_are_looked_up():
     assert found["add.Tensor"].tensors == ((torch.Size([4, 6]), (6, 1), torch.float32),)
 
 
+def test_results_that_are_written_to_a_given_place_or_left_out_are_looked_up():
+    """`out=` is given back, unless it had another shape; a gradient that nobody asked for is None again."""
+    results, aten = step_trace._KnownResults(), torch.ops.aten
+    for is_known in (False, True):
+        x, place, small = (torch.empty(size, 6, device="meta") for size in (4, 4, 0))
+        statistics = torch.empty(4, 1, device="meta")
+        assert results.of(aten.add.out, (x, x), {"out": place}) is place
+        assert results.of(aten.mul.out, (x, x), {"out": small}) is small and small.shape == (4, 6)
+        backward = (x, x, [6], statistics, statistics, None, None, [True, False, False])
+        gradient, *others = results.of(aten.native_layer_norm_backward.default, backward, {})
+        assert gradient.shape == (4, 6) and gradient is not x and others == [None, None], is_known
+    found = {key[0].__name__: value for key, value in results._made.items()}
+    assert (found["add.out"], found["mul.out"]) == ("out", None)
+    assert found["native_layer_norm_backward.default"].tensors[1:] == (None, None)
+
+
 USES_COMPILER = """
 from edgeblocks.families.dit import Dit
 class Own(Dit):
