@@ -25,7 +25,7 @@ TEXT = {"family": "mdlm", "data": "moby-dick", "width": 32, "heads": 2, "depth":
 KINDS = {"dit": {**IMAGES, "hold_out": 0.005}, "mdlm": {**TEXT, "length": 16, "hold_out": 0.00005}}
 
 
-KINDS |= {"vit": {**KINDS["dit"], "family": "vit"}, "ar": {**KINDS["mdlm"], "family": "ar"}}
+KINDS |= {"vit": {**KINDS["dit"], "family": "vit"}, "ar": {**KINDS["mdlm"], "family": "ar", "depth": 4}}
 
 
 SLOTS = {"dit": (1, 2, 3), "mdlm": (1,), "vit": (2,), "ar": (3,)}
