@@ -6,6 +6,7 @@ What they measure says nothing at this size. Constants that name large networks 
 import gzip
 import importlib
 import json
+import os
 import shutil
 import struct
 import sys
@@ -23,6 +24,8 @@ CHANGES = [part for name, value in TINY.items() for part in ("--set", f"{name}={
 def bench(monkeypatch, capsys, tmp_path):
     """Runs one of the programs with arguments, in `tmp_path`; gives what it printed."""
     monkeypatch.chdir(tmp_path)
+    # `budget_grid` sets it; the tests that follow have their traced costs and exported graphs in this one.
+    monkeypatch.setenv("EDGEBLOCKS_CACHE", os.environ["EDGEBLOCKS_CACHE"])
 
     def run(name, *arguments, **constants):
         program = importlib.import_module(name)
