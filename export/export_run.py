@@ -192,13 +192,14 @@ def _write_blocks(
     listener.stage("exporting")
     family, files = run.family(), []
     template: Template | None = None
+    template_layers = 0
     for done, block in enumerate(sorted(range(len(run.layers)), key=lambda block: run.layers[block])):
-        if template is None or template.num_layers != run.layers[block]:
-            template = make_template(family, run.layers[block])
-            if template is None:
-                listener.note(f"the exporter changed a parameter of block {block}: tracing it with its own weights")
+        if run.layers[block] != template_layers:
+            template_layers = run.layers[block]
+            template = make_template(family, template_layers)
         network = runner.network(block)
         if template is None:
+            listener.note(f"the exporter changed a parameter of block {block}: tracing it with its own weights")
             graph, tensors = trace_own(network, family)
         else:
             graph, tensors = template.graph, template.tensors_of(network)

@@ -45,12 +45,11 @@ Tensors = Mapping[str, LazyTensor]
 
 @dataclass(frozen=True, kw_only=True)
 class Template:
-    """The graph of all blocks with `num_layers` layers, without their weights.
+    """The graph of all blocks with a number of layers, without their weights.
 
     parameters: for each initializer that is to be filled in, the parameter and whether it is transposed.
     """
 
-    num_layers: int
     graph: onnx.ModelProto
     parameters: Mapping[str, tuple[str, bool]]
 
@@ -85,9 +84,7 @@ def make_template(family: AnyFamily, num_layers: int) -> Template | None:
         return None
     graph = _graph_without(program, set(found))
     _rename_initializers_(graph, renamed)
-    return Template(
-        num_layers=num_layers, graph=graph, parameters={renamed[key]: match for key, match in found.items()}
-    )
+    return Template(graph=graph, parameters={renamed[key]: match for key, match in found.items()})
 
 
 def write_graph(path: Path, graph: onnx.ModelProto, tensors: Tensors, *, external: bool) -> Path | None:

@@ -23,7 +23,13 @@ def test_the_page_works(tmp_path, edgeblocks_command):
     The exported network runs where the family is not known.
     """
     (tmp_path / "my_family.py").write_text(code_after("test: my_family.py"))
+    first = (
+        "import torch\n"
+        "traced, usual = [], torch.onnx.export\n"
+        "torch.onnx.export = lambda *given, **named: traced.append(given) or usual(*given, **named)\n"
+    )
     more = (
+        "assert len(traced) == 4  # once to see that its parameters are not found, then each of three blocks\n"
         "assert images.shape == (4, 8, 8, 1)\n"
         "assert run.summary['peak_bytes'] <= run.summary['budget_bytes']\n"
         "plan = run.directory.plan\n"
@@ -37,7 +43,7 @@ def test_the_page_works(tmp_path, edgeblocks_command):
         "    assert all(one[name].tobytes() == two[name].tobytes() for name in one), path\n"
         "    assert abs(one['ema.layers.0.norm.weight'] - 1).max() < 0.1\n"
     )
-    (tmp_path / "train.py").write_text(code_after("test: train.py") + more)
+    (tmp_path / "train.py").write_text(first + code_after("test: train.py") + more)
     done = subprocess.run([sys.executable, "train.py"], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     ran = edgeblocks_command("run", tmp_path / "onnx", "-o", tmp_path / "grid.png", "--n", "4")
