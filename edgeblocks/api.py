@@ -15,8 +15,9 @@ from edgeblocks.errors import ConfigError
 from edgeblocks.planning.plan_text import banner
 from edgeblocks.prepare import Prepared, prepare, prepare_elsewhere
 from edgeblocks.profiling.budgets import usual_budgets
+from edgeblocks.profiling.precisions import with_precision
 from edgeblocks.progress import Listener, Silent
-from edgeblocks.registry import build_profile, family_type, profile_names, register_family, target_names
+from edgeblocks.registry import build_profile, build_target, family_type, profile_names, register_family, target_names
 from edgeblocks.run import Run
 from edgeblocks.runs.create import check_free, create_blocks, create_run, seal_run
 from edgeblocks.runs.directory import RunDirectory, open_run
@@ -178,6 +179,7 @@ def resume(
     data: object = None,
     work_dir: str | None = None,
     max_disk_writes: str | None = None,
+    precision: str | None = None,
     reinit_blocks: Sequence[int] = (),
     listener: Listener | None = None,
     callbacks: Sequence[Callback] = (),
@@ -197,6 +199,7 @@ def resume(
             their fingerprint.
         work_dir: where the block files are now, and will be written.
         max_disk_writes: another limit from now on, counted from the run's beginning.
+        precision: another one from now on, for example float32 on a processor that would have to emulate bfloat16.
         reinit_blocks: blocks to make and train again from their beginning, for example because a file is damaged.
         callbacks: as of `train`; they hear nothing where the run is finished already.
 
@@ -210,21 +213,24 @@ def resume(
     with locked(run.path, listener.note):
         data = stored_source(data, run.settings, listener)
         given = {"mem_budget": mem_budget, "ram_budget": ram_budget, "target": target, "data": data}
-        given |= {"work_dir": work_dir, "max_disk_writes": max_disk_writes}
+        given |= {"work_dir": work_dir, "max_disk_writes": max_disk_writes, "precision": precision}
         changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
         steps_before = run.settings.run.steps
         if steps is not None and steps != steps_before:
             changes["steps"] = steps
         if target is not None and target != run.settings.run.target:
             changes = {**usual_budgets(target), **changes}
+        precision_before = run.precision
         run = run.changed(changes)
+        device = build_target(run.settings.run.target).torch_device
+        run = replace(run, settings=with_precision(run.settings, device=device))
         if run.blocks_folder == run.away_folder:
             check_work_dir(run.settings.run.work_dir)
         if not reinit_blocks and not changes and is_finished(run):
             listener.note(f"{run.path} is finished: it has made its {run.settings.run.steps} steps")
             return Run(run)
         with locked_away(run, listener.note):
-            other_budget = mem_budget is not None or ram_budget is not None
+            other_budget = mem_budget is not None or ram_budget is not None or run.precision != precision_before
             run, data_set, saved = made_ready(run, other_budget, reinit_blocks, listener, steps_before=steps_before)
             return _train(run, data_set, listener, told, resumed_from=saved)
 

@@ -18,13 +18,14 @@ from edgeblocks.planning.reasons import reason
 from edgeblocks.profiling.budgets import budgets_here, budgets_of, with_budgets
 from edgeblocks.profiling.looks import expected_looks, grid_sample_bytes, pass_seconds, quality_bytes
 from edgeblocks.profiling.measurement import measure, trace_costs
+from edgeblocks.profiling.precisions import with_precision
 from edgeblocks.progress import Listener
 from edgeblocks.registry import build_family, build_target, family_type
 from edgeblocks.runs.disk_room import check_work_dir, existing_folder
 from edgeblocks.runs.load_weights import InitialWeights, initial_weights_of
 from edgeblocks.runs.open_data import open_run_data, tokenizer_bytes, vocabulary_of
 from edgeblocks.runs.written_plan import TrainablePlan, WrittenPlan, written_plan
-from edgeblocks.settings.fields import RunSettings, Settings
+from edgeblocks.settings.fields import RunSettings, Settings, precision_of
 from edgeblocks.tasks import TASKS
 from edgeblocks.units import advised_budget, format_bytes, parse_size
 
@@ -123,6 +124,7 @@ def prepare(settings: Settings, out: Path, listener: Listener) -> Prepared:
     target.prepare()
     check_method(settings.run)
     settings = with_budgets(settings, beside_a_host=target.host_bytes() is not None)
+    settings = with_precision(settings, device=target.torch_device)
     run = settings.run
     budgets = budgets_here(run, target)
     data_set, data = _open_data(
@@ -258,6 +260,7 @@ def prepare_elsewhere(settings: Settings, profile: "Profile", listener: Listener
     machine = profile.machine()
     check_method(settings.run)
     settings = with_budgets(settings, beside_a_host=machine.host is not None)
+    settings = with_precision(settings, device="cpu" if machine.host is None else "cuda", is_here=False)
     host_bytes = None if machine.host is None else machine.host.memory_bytes
     budgets = budgets_of(settings.run, profile.memory_bytes, host_bytes, profile.name)
     data_set, data = _open_data(settings, listener, budget_bytes=budgets[1] or budgets[0], target=build_target("cpu"))
@@ -344,7 +347,9 @@ def _request(settings: Settings, data_bytes: int, data: DataInfo, budgets: tuple
         trained=run.trained_blocks,
         clip_by=run.clip_by,
         boundaries=None if run.boundaries == "auto" else run.boundaries,
-        boundary_dtype=run.boundary_dtype,
+        # In half precision they have that type already.
+        boundary_dtype=run.boundary_dtype if precision_of(run) == "fp32" else "float32",
+        precision=precision_of(run),
         data_bytes=data_bytes,
         grid_samples=TASKS[family_type(run.family).task].grid_samples,
         sample_bytes=grid_sample_bytes(build_family(run.family, asdict(settings.family), asdict(data), run.method)),

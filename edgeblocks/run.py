@@ -25,6 +25,7 @@ from edgeblocks.planning.planner import inference_micro_batch
 from edgeblocks.planning.plans import micro_batches
 from edgeblocks.profiling.budgets import device_budget_bytes
 from edgeblocks.profiling.measurement import measure
+from edgeblocks.profiling.precisions import untouched_bytes
 from edgeblocks.progress import Listener, Silent
 from edgeblocks.registry import build_exporter, build_target
 from edgeblocks.runs.directory import RunDirectory
@@ -142,7 +143,7 @@ class Run:
         blocks = 1 if directory.method.one_network else residents
         runner = self.runner(ema, micro_batch=micro_batch, residents=blocks, together=together)
         try:
-            with target.capped(budget_bytes):
+            with target.capped(budget_bytes, untouched_bytes=untouched_bytes(directory.precision)):
                 yield runner
         except (MemoryError, RuntimeError) as error:
             if not is_refusal(error):

@@ -80,7 +80,7 @@ class CpuTarget:
         return _limits() is not None
 
     @contextlib.contextmanager
-    def capped(self, budget_bytes: int) -> Iterator[None]:
+    def capped(self, budget_bytes: int, *, untouched_bytes: int = 0) -> Iterator[None]:
         """Let the system refuse memory that would carry the resident set past the budget (Linux; elsewhere no cap).
 
         RLIMIT_DATA counts private writable memory whether touched or not, and no file pages; the budget bounds what is
@@ -93,7 +93,7 @@ class CpuTarget:
             return
         former = resource.getrlimit(resource.RLIMIT_DATA)
         status = _process_status()
-        untouched = max(0, status["VmData"] - status["RssAnon"] - _untouched_heap_bytes())
+        untouched = untouched_bytes + max(0, status["VmData"] - status["RssAnon"] - _untouched_heap_bytes())
         cap = budget_bytes - status["RssFile"] - _FILE_PAGES_TO_COME_BYTES + untouched
         most = min((size for size in former if size != resource.RLIM_INFINITY), default=cap)
         resource.setrlimit(resource.RLIMIT_DATA, (max(min(cap, most), 0), former[1]))

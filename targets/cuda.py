@@ -109,7 +109,7 @@ class CudaTarget:
     has_cap = True
 
     @contextlib.contextmanager
-    def capped(self, budget_bytes: int) -> Iterator[None]:
+    def capped(self, budget_bytes: int, *, untouched_bytes: int = 0) -> Iterator[None]:
         """Let torch refuse memory that would carry the process past the budget; a smaller share that was set stays."""
         share = (budget_bytes - self._runtime_bytes) / self.total_bytes()
         former = torch.cuda.memory.get_per_process_memory_fraction()

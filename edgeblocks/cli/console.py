@@ -125,6 +125,12 @@ def evaluation_report(result: "Evaluated") -> str:
         f"({validation['images']} {examples} of the {validation['part']} part, EMA weights)",
         *(_level_lines(validation["levels"]) if len(validation["levels"]) > 1 else ()),
     ]
+    if "in_both" in result:
+        both = result["in_both"]
+        lines.append(
+            f"computed in bf16: {both['bf16']:.5f} on {both['examples']} of them, {both['fp32']:.5f} in fp32 "
+            f"({abs(both['bf16'] / both['fp32'] - 1):.2%} apart)"
+        )
     if "text" in result:
         lines.append(_bits_line(TextScores.model_validate(result["text"])))
     if "bounds" in result:

@@ -111,6 +111,14 @@ SETTINGS: dict[str, Any] = {
             show_default="diffusion",
         ),
     ],
+    "precision": Annotated[
+        str | None,
+        typer.Option(
+            help="Numbers in which the network computes: fp32, bf16 (half of the memory for activations, and less time "
+            "where the processor has instructions for it), or auto, which measures that.",
+            show_default="fp32",
+        ),
+    ],
     "init": Annotated[
         str | None,
         typer.Option(

@@ -1,5 +1,6 @@
 """`plan` and `train`."""
 
+import contextlib
 from collections.abc import Mapping
 from dataclasses import asdict
 from functools import partial
@@ -11,14 +12,16 @@ import typer
 from edgeblocks.cli.exit_codes import verb
 from edgeblocks.cli.options import SETTINGS, Json, PlanTarget, as_flags, given_settings
 from edgeblocks.cli.screen import json_text, say, say_lines
-from edgeblocks.errors import ConfigError
+from edgeblocks.errors import ConfigError, DoesNotFitError
 from edgeblocks.terminal import quoted
 
 if TYPE_CHECKING:
     from edgeblocks.callbacks import Callback
 
-RESUME_SETTINGS = frozenset({"steps", "mem_budget", "ram_budget", "target", "data", "work_dir", "max_disk_writes"})
-"""Settings that a run may change when it goes on: more steps, and what changes no number of the result."""
+RESUME_SETTINGS = frozenset(
+    {"steps", "mem_budget", "ram_budget", "target", "data", "work_dir", "max_disk_writes", "precision"}
+)
+"""Settings that a run may change when it goes on: steps, precision, and what changes no number of the result."""
 
 
 @verb(flags={**SETTINGS, "target": PlanTarget})
@@ -48,7 +51,7 @@ def train(
         typer.Option(
             help="Go on with this run directory. It keeps its settings; --steps may be more than before (the learning "
             "rate rises again and falls along a new cosine), and --mem-budget, --ram-budget, --target, --data "
-            "(its new place), --work-dir and --max-disk-writes may be others."
+            "(its new place), --work-dir, --max-disk-writes and --precision may be others."
         ),
     ] = None,
     reinit_block: Annotated[
@@ -123,7 +126,7 @@ def _print_plan(given: Mapping[str, Any], config: Path | None, out: Path, *, as_
     from edgeblocks import api
     from edgeblocks.cli.console_progress import ConsoleListener
     from edgeblocks.methods import METHODS, MethodName
-    from edgeblocks.planning.plan_text import banner, plan_table
+    from edgeblocks.planning.plan_text import banner, in_fp32, plan_table
     from edgeblocks.planning.recommendation import Option, measured, option, recommendation
 
     with ConsoleListener() as listener:
@@ -134,10 +137,17 @@ def _print_plan(given: Mapping[str, Any], config: Path | None, out: Path, *, as_
             listener.stage(f"planning with --method {other} as well")
             options[other] = option(partial(api.plan, config=config, out=out, **{**given, "method": other}))
         advice = recommendation(measured(run.family), options)
+        single = None
+        if prepared.plan.precision == "bf16":
+            listener.stage("planning in fp32 as well")
+            with contextlib.suppress(DoesNotFitError):
+                single = api.plan(config=config, out=out, **{**given, "precision": "fp32"}).plan
     if as_json:
         say(json_text({**prepared.to_json(), "recommendation": None if advice is None else asdict(advice)}))
         return
     say_lines(banner(prepared))
+    if prepared.plan.precision == "bf16":
+        say(in_fp32(prepared.plan, single))
     say_lines(plan_table(prepared))
     if advice is not None:
         say(advice.line())

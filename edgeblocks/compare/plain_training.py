@@ -23,15 +23,17 @@ from edgeblocks.data.dataset import DataSet
 from edgeblocks.diffusion.noise import NoisePartition, partition_noise
 from edgeblocks.errors import EdgeblocksError
 from edgeblocks.families.family import Family
+from edgeblocks.families.precision import computing_in
 from edgeblocks.files.durable import write_atomically
 from edgeblocks.files.own import append
 from edgeblocks.inference.quality import network_quality
+from edgeblocks.methods import Precision
 from edgeblocks.offload.device import Target
 from edgeblocks.optim.schedule import learning_rate_at
 from edgeblocks.optim.update import BETA1, BETA2, EPS, ema_exponent
 from edgeblocks.progress import Listener
 from edgeblocks.seeds import generator_at
-from edgeblocks.settings.fields import RunSettings
+from edgeblocks.settings.fields import RunSettings, precision_of
 from edgeblocks.training.batches import BatchThread, drawing
 from edgeblocks.training.loop import METRICS_RECORDS
 
@@ -74,7 +76,8 @@ def train(
         batches = thread.batches(draw, last=run.steps)
         for step in range(run.steps):
             batch = {name: tensor.to(device) for name, tensor in batches.of(step).items()}
-            loss = family.loss(network, batch).mean()
+            with computing_in(precision_of(run)):
+                loss = family.loss(network, batch).mean()
             loss.backward()  # type: ignore[no-untyped-call]
             nn.utils.clip_grad_norm_(network.parameters(), run.clip)
             for group in optimizer.param_groups:
@@ -122,6 +125,7 @@ class WholeNetwork:
     whole: nn.Module
     micro_batch: int
     device: torch.device
+    precision: Precision
 
     def network(self, block: int) -> nn.Module:
         return self.whole
@@ -170,7 +174,13 @@ class Recorder:
             started = time.perf_counter()
             micro_batch = min(self.run.batch, 64)
             device = torch.device(self.target.torch_device)
-            whole = WholeNetwork(partition=self.partition, whole=mean.eval(), micro_batch=micro_batch, device=device)
+            whole = WholeNetwork(
+                partition=self.partition,
+                whole=mean.eval(),
+                micro_batch=micro_batch,
+                device=device,
+                precision=precision_of(self.run),
+            )
             # The average of the weights is looked at, as with the other methods.
             found = network_quality(self.family, whole, self.data, seed=self.run.seed)
             mean.train()

@@ -15,6 +15,7 @@ from edgeblocks.compare.wanted import Asked, Measured, Settled
 from edgeblocks.errors import ConfigError, RunError
 from edgeblocks.prepare import check_method
 from edgeblocks.profiling.budgets import budget_of_this_process
+from edgeblocks.profiling.precisions import with_precision
 from edgeblocks.progress import Silent
 from edgeblocks.registry import build_target, family_type
 from edgeblocks.runs.create import environment
@@ -37,6 +38,7 @@ def settled(asked: Asked) -> Settled:
             f"--minutes and the steps of {asked.config}: an arm trains for a time or for a number of steps"
         )
     settings = api.settings_for_here(config=asked.config, **asked.settings).with_whole_paths()
+    settings = with_precision(settings, device=build_target(settings.run.target).torch_device)  # the same for every arm
     _check(asked.arms, asked.minutes, settings)
     run = settings.run
     return Settled(

@@ -15,6 +15,7 @@ from edgeblocks.families.base import Batch, Level, TextInfo
 from edgeblocks.families.causal_layers import CausalLayer, PlainCausalLayer, TwoStreamLayer
 from edgeblocks.families.family import EndToEnd
 from edgeblocks.families.layers import Condition, Hidden, Linear, TokenEmbedding, init_plain_, init_zero_, rotary_table
+from edgeblocks.families.precision import lowered
 from edgeblocks.families.token_block import TokenDenoiserBlock, Tokens
 from edgeblocks.families.token_denoiser import TokenDenoiser
 from edgeblocks.families.token_loss import token_losses
@@ -80,7 +81,7 @@ class PlainArBlock(TokenDenoiserBlock):
 
     def enter(self, tokens: Tokens) -> tuple[Hidden, Tensor]:
         """The first layer's input for the token before each position, and an empty conditioning."""
-        x = self.token_embedding(tokens)
+        x = lowered(self.token_embedding(tokens))
         return x, x.new_zeros(x.shape[0], 1)
 
     def through_layers(

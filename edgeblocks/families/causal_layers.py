@@ -178,6 +178,7 @@ def halves(x: Float[Tensor, "both ..."]) -> tuple[Float[Tensor, "one ..."], Floa
 def _with_past(keys: Tensor, values: Tensor, past: Past | None) -> tuple[Tensor, Tensor]:
     if past is None:
         return keys, values
+    past = past.to(keys.dtype)
     return torch.cat([past[0], keys], dim=2), torch.cat([past[1], values], dim=2)
 
 

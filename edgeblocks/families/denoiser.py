@@ -19,6 +19,7 @@ from edgeblocks.families.base import NOISE_FEATURES, Batch, BatchSpec, Condition
 from edgeblocks.families.block import Block
 from edgeblocks.families.family import EndToEnd
 from edgeblocks.families.layers import Condition, LabelEmbedding, Linear, noise_features, run_layers
+from edgeblocks.families.precision import lowered
 from edgeblocks.families.settings import Depth, FamilySettings, Flip, PMean, PStd, Share, SigmaMax, SigmaMin, Width
 
 SIGMA_DATA = 0.5
@@ -69,7 +70,7 @@ class EdmBlock(Block):
         c_out = sigma.view(-1, 1, 1, 1) * SIGMA_DATA * total.rsqrt()
         # With little noise D is nearly z and F a small correction, with much noise F is nearly the image itself: F's
         # target has unit variance at every level.
-        return torch.addcmul(c_skip * z, c_out, self.ended(hidden, condition))
+        return torch.addcmul(c_skip * z, c_out, self.ended(hidden, condition).float())
 
     def forward(
         self,
@@ -157,7 +158,7 @@ class ResidualBlock(EdmBlock):
     def begun(self, x: Tensor, c_noise: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor]:
         """The stem's output, and noise level and class."""
         condition = noise_and_class(self.noise_up, self.noise_down, self.label_embedding, c_noise, labels)
-        return self.stem(x), condition
+        return lowered(self.stem(x)), condition
 
     def ended(self, hidden: Tensor, condition: Tensor) -> Tensor:
         """The readout's output."""

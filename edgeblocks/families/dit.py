@@ -29,6 +29,7 @@ from edgeblocks.families.layers import (
     patchify,
     unpatchify,
 )
+from edgeblocks.families.precision import lowered
 from edgeblocks.families.settings import Heads, Patch, WidthOfPatches
 
 __all__ = ["SIGMA_DATA", "Dit", "DitBlock", "DitSettings"]
@@ -82,7 +83,8 @@ class DitBlock(WithPositions, EdmBlock):
     def begun(self, x: Tensor, c_noise: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor]:
         """Patches with their positions, and noise level and class."""
         condition = noise_and_class(self.noise_up, self.noise_down, self.label_embedding, c_noise, labels)
-        return self.patch_embedding(patchify(x, self.patch)) + self.positions, condition  # [B, T, D], [B, D]
+        tokens = lowered(self.patch_embedding(patchify(x, self.patch)) + self.positions)
+        return tokens, condition  # [B, T, D], [B, D]
 
     def ended(self, hidden: Tensor, condition: Tensor) -> Tensor:
         """An image of the patches."""

@@ -15,6 +15,8 @@ from jaxtyping import Complex, Float, Int
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 
+from edgeblocks.families.precision import computing_in, lowered, precision_now
+
 Hidden = Float[Tensor, "batch tokens width"]
 """Hidden values, between two layers."""
 Condition = Float[Tensor, "batch width"]
@@ -26,19 +28,29 @@ class _AddingToGradients(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: FunctionCtx, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        x = lowered(x)
+        # The weight as it is stored: it is rounded again on the way back, which costs less than keeping a copy does.
         ctx.save_for_backward(x, weight, bias)
-        return F.linear(x, weight, bias)
+        return F.linear(x, lowered(weight), lowered(bias))
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias = ctx.saved_tensors
         # [rows, outputs], whatever the dimensions before the features are; x as [rows, features].
         rows = grad_outputs[0].flatten(0, -2)
-        # In place, because autograd first makes a tensor as large as the weight and then adds it. In a block of width
-        # 1024 that took 25 MB at the peak, as much again in gaps of the heap, and two more passes over memory a step.
-        weight.grad.addmm_(rows.t(), x.flatten(0, -2))
+        add_product_(weight.grad, rows.t(), x.flatten(0, -2))
         bias.grad.add_(rows.sum(0))
-        return grad_outputs[0] @ weight if ctx.needs_input_grad[0] else None, None, None
+        return grad_outputs[0] @ weight.to(rows.dtype) if ctx.needs_input_grad[0] else None, None, None
+
+
+def add_product_(gradient: Tensor, a: Tensor, b: Tensor) -> None:
+    """Add a @ b to a float32 gradient."""
+    # In place, because autograd first makes a tensor as large as the weight and then adds it. In a block of width 1024
+    # that took 25 MB at the peak, as much again in gaps of the heap, and two more passes over memory a step.
+    if a.dtype == gradient.dtype:
+        gradient.addmm_(a, b)
+    else:
+        gradient.add_(a @ b)  # no product of bfloat16 matrices adds to a float32 one; this takes half of that tensor
 
 
 class Linear(nn.Linear):
@@ -50,7 +62,7 @@ class Linear(nn.Linear):
     def forward(self, input: Float[Tensor, "*rows features"]) -> Float[Tensor, "*rows outputs"]:
         # Without a gradient to add to, as in ordinary training and in evaluation, it is torch's own operator.
         if self.weight.grad is None or not torch.is_grad_enabled():
-            return F.linear(input, self.weight, self.bias)
+            return F.linear(lowered(input), lowered(self.weight), lowered(self.bias))
         out: Tensor = _AddingToGradients.apply(input, self.weight, self.bias)  # type: ignore[no-untyped-call]
         return out
 
@@ -128,8 +140,9 @@ class _Turned(torch.autograd.Function):
     @staticmethod
     def forward(ctx: FunctionCtx, qkv: Tensor, turns: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         ctx.save_for_backward(turns)
-        # Queries and keys together, [B, T, 2, heads, d/2] complex, times e^(i position frequency), [T, 1, 1, d/2].
-        turned = torch.view_as_real(_pairs(qkv[:, :, :2]) * turns[:, None, None]).flatten(-2)
+        # Queries and keys together, [B, T, 2, heads, d/2] complex, times e^(i position frequency), [T, 1, 1, d/2]; in
+        # float32, as torch knows no complex numbers of half precision on a processor.
+        turned = torch.view_as_real(_pairs(qkv[:, :, :2].float()) * turns[:, None, None]).flatten(-2).to(qkv.dtype)
         queries, keys = turned.permute(2, 0, 3, 1, 4).unbind(0)
         return queries, keys, qkv[:, :, 2].transpose(1, 2)
 
@@ -143,7 +156,11 @@ class _Turned(torch.autograd.Function):
         # size with zeros and add them.
         grad = grad_values.new_empty(batch, tokens, 3, heads, head_width)
         for part, grad_turned in enumerate((grad_queries, grad_keys)):
-            torch.mul(_pairs(grad_turned.contiguous()), back, out=_pairs(grad[:, :, part]))
+            if grad.dtype == torch.float32:
+                torch.mul(_pairs(grad_turned.contiguous()), back, out=_pairs(grad[:, :, part]))
+            else:
+                turned_back = _pairs(grad_turned.contiguous().float()) * back
+                grad[:, :, part] = torch.view_as_real(turned_back).flatten(-2)
         grad[:, :, 2] = grad_values
         return grad, None
 
@@ -214,7 +231,7 @@ def modulated_norm(x: Hidden, shift: Float[Tensor, "batch width"], scale: Float[
     """LayerNorm without affine parameters, then x * (1 + scale) + shift (AdaLN)."""
     # 1 + scale: a modulation of zero, as it starts, leaves the norm as it is.
     # eps as DiT has it; torch's own is 1e-5.
-    normed = F.layer_norm(x, x.shape[-1:], eps=1e-6)
+    normed = lowered(F.layer_norm(x, x.shape[-1:], eps=1e-6))
     return torch.addcmul(shift.unsqueeze(1), normed, 1 + scale.unsqueeze(1))
 
 
@@ -393,7 +410,7 @@ class _Checkpointed(torch.autograd.Function):
     # Our own 20 lines because the first call of torch.utils.checkpoint imports dynamo: 73 MB resident.
     @staticmethod
     def forward(ctx: Any, layer: nn.Module, *inputs: Tensor) -> Tensor:
-        ctx.layer = layer
+        ctx.layer, ctx.precision = layer, precision_now()
         ctx.save_for_backward(*inputs)
         with torch.no_grad():
             out: Tensor = layer(*inputs)
@@ -404,7 +421,9 @@ class _Checkpointed(torch.autograd.Function):
         # Detached, so that this pass ends at the layer's inputs; autograd continues from their gradients.
         inputs = [tensor.detach().requires_grad_(tensor.requires_grad) for tensor in ctx.saved_tensors]
         with torch.enable_grad():
-            out = ctx.layer(*inputs)
+            # As the forward pass did, wherever this is called.
+            with computing_in(ctx.precision, device=inputs[0].device.type):
+                out = ctx.layer(*inputs)
             loss = _WithGradient.apply(out, grad_outputs[0])  # type: ignore[no-untyped-call]
         # This adds to the gradients of the layer's parameters in place, so only those of its inputs are returned.
         loss.backward()

@@ -26,6 +26,7 @@ from edgeblocks.families.ar import PlainAr, PlainArBlock
 from edgeblocks.families.base import Batch, BatchSpec, Level, TextInfo
 from edgeblocks.families.causal_layers import CausalLayer, halves
 from edgeblocks.families.layers import Condition, Hidden, Linear
+from edgeblocks.families.precision import lowered
 from edgeblocks.families.token_block import Codes, Sigma, TokenDenoiserBlock, Tokens
 from edgeblocks.families.token_denoiser import TokenDenoiser, TokenDenoiserSettings
 
@@ -81,7 +82,7 @@ class LoopedBlock(TokenDenoiserBlock):
         prelude, core, coda = self._parts()
         condition = self.condition(sigma.log() / 4)
         steady = torch.zeros_like(condition)
-        x = self.run(prelude, self.token_embedding(tokens), steady, None, None)
+        x = self.run(prelude, lowered(self.token_embedding(tokens)), steady, None, None)
         # [2 B, T, D]: the core adds noised codes to the prelude's output in either stream.
         streams = torch.cat([x + self.noised(known, sigma), x + self.noised(z, sigma)])
         for numbers, conditioning in ((core, condition), (coda, steady)):
@@ -133,7 +134,7 @@ class PlainLoopedBlock(PlainArBlock):
 
         The row takes the place of the conditioning; only its length is used.
         """
-        x = self.token_embedding(tokens)
+        x = lowered(self.token_embedding(tokens))
         return x, x.new_zeros(x.shape[0], self.iterations)
 
     def through_layers(

@@ -34,6 +34,7 @@ from edgeblocks.families.base import (
 )
 from edgeblocks.families.family import EndToEnd
 from edgeblocks.families.layers import Condition, Linear, RotaryAdaLnLayer, TokenEmbedding, run_layers
+from edgeblocks.families.precision import lowered
 from edgeblocks.families.settings import Depth, FamilySettings, RotaryHeads, Width
 from edgeblocks.families.text_block import TextBlock
 from edgeblocks.families.token_loss import token_losses, token_scores
@@ -79,7 +80,7 @@ class MdlmBlock(TextBlock):
     ) -> Float[Tensor, "batch length vocabulary"]:
         """Logits of the token at each position, given the visible ones; the mask itself is never an answer."""
         out: Tensor = self.readout(self.hidden(z, t))
-        return out
+        return out.float()
 
     def hidden(self, z: Int[Tensor, "batch length"], t: Float[Tensor, " batch"]) -> Float[Tensor, "batch length width"]:
         """The readout's input."""
@@ -90,7 +91,8 @@ class MdlmBlock(TextBlock):
         self, z: Int[Tensor, "batch length"], t: Float[Tensor, " batch"]
     ) -> tuple[Float[Tensor, "batch length width"], Condition]:
         """The first layer's input, and the conditioning of all layers."""
-        return self.token_embedding(z), self.condition(2 * t - 1)  # t to [-1, 1], about the span of the features
+        # t to [-1, 1], about the span of the features.
+        return lowered(self.token_embedding(z)), self.condition(2 * t - 1)
 
 
 class Mdlm(TextFamily, EndToEnd):
@@ -190,7 +192,7 @@ class Mdlm(TextFamily, EndToEnd):
         assert isinstance(block, MdlmBlock)
         # Those of all places would take more memory than the network.
         out: Tensor = block.readout(block.hidden(z, t)[wanted])
-        return out
+        return out.float()
 
     def scores(self, block: nn.Module, batch: Batch) -> dict[str, Float[Tensor, " batch"]]:
         """The loss, and the share of masked tokens that the likeliest answers get right.

@@ -10,6 +10,7 @@ from edgeblocks.diffusion.codebook import code_rows
 from edgeblocks.families.base import NOISE_FEATURES, TextInfo
 from edgeblocks.families.causal_layers import CausalLayer, PlainCausalLayer
 from edgeblocks.families.layers import Condition, Hidden, Linear, TokenEmbedding, init_zero_, run_layers
+from edgeblocks.families.precision import lowered
 from edgeblocks.families.text_block import TextBlock
 
 Tokens = Int[Tensor, "batch tokens"]
@@ -85,13 +86,13 @@ class TokenDenoiserBlock(TextBlock, ABC):
         """
         x, present = self.hidden(z, sigma, tokens, past)
         logits: Tensor = self.readout(x)
-        return logits, present
+        return logits.float(), present
 
     def hidden(self, z: Codes, sigma: Sigma, tokens: Tokens, past: Past | None = None) -> tuple[Hidden, Present]:
         """The readout's input, and keys and values; see `forward`."""
         present: list[Tensor] = []
         x = self._states(z, sigma, tokens, past, present)
-        return x, torch.stack(present)
+        return x, torch.stack(present).float()
 
     def window_states(self, z: Codes, sigma: Sigma, tokens: Tokens) -> Hidden:
         """The readout's input for a whole window, without a KV cache."""
@@ -102,7 +103,7 @@ class TokenDenoiserBlock(TextBlock, ABC):
     ) -> Tensor:
         # c_noise (EDM, table 1); clean and noised codes come in as [B, T, D].
         condition = self.condition(sigma.log() / 4)
-        x = self.through_layers(self.token_embedding(tokens), self.noised(z, sigma), condition, past, present)
+        x = self.through_layers(lowered(self.token_embedding(tokens)), self.noised(z, sigma), condition, past, present)
         return self.normalised(x, condition)
 
     def noised(self, z: Codes, sigma: Sigma) -> Hidden:

@@ -216,7 +216,8 @@ class TokenDenoiser(TextFamily):
         assert isinstance(block, TokenDenoiserBlock)
         hidden, present = block.hidden(z, sigma, tokens, past)
         # The last position alone: logits of all of them are [B, n, vocabulary], and only one is drawn from.
-        return block.readout(hidden[:, -1]), present
+        logits: Tensor = block.readout(hidden[:, -1])
+        return logits.float(), present
 
     def estimates(
         self,

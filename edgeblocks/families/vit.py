@@ -51,6 +51,7 @@ from edgeblocks.families.layers import (
     patchify,
     run_layers,
 )
+from edgeblocks.families.precision import lowered
 from edgeblocks.families.settings import (
     Depth,
     FamilySettings,
@@ -157,7 +158,7 @@ class VitBlock(WithPositions, Block):
         class_token = self.label_embedding(c_in * z).unsqueeze(1)
         tokens = self.patch_embedding(patchify(images, self.patch)) + self.positions
         # [B, 1 + T, D]: the class token is the first.
-        return torch.cat([class_token, tokens], dim=1), condition
+        return lowered(torch.cat([class_token, tokens], dim=1)), condition
 
     def leave(self, tokens: Hidden, condition: Condition) -> Classes:
         """The classes' logits from the class token that the last layer gives."""
@@ -165,7 +166,7 @@ class VitBlock(WithPositions, Block):
         # From the hidden state, not from c_skip z + c_out h: where c_out goes to 0 the last block could change no
         # answer.
         out: Tensor = self.readout(modulated_norm(tokens[:, :1], shift, scale)[:, 0])
-        return out
+        return out.float()
 
 
 class PlainVitBlock(WithPositions, Block):
@@ -207,12 +208,12 @@ class PlainVitBlock(WithPositions, Block):
         """The class token and the patches, and a condition that says nothing."""
         tokens = self.patch_embedding(patchify(images, self.patch)) + self.positions
         token = self.class_token(torch.zeros(images.shape[0], 1, dtype=torch.int64, device=images.device))
-        return torch.cat([token, tokens], dim=1), images.new_zeros(images.shape[0], 1)
+        return lowered(torch.cat([token, tokens], dim=1)), images.new_zeros(images.shape[0], 1)
 
     def leave(self, tokens: Hidden) -> Classes:
         """The classes' logits."""
         out: Tensor = self.readout(self.readout_norm(tokens[:, 0]))
-        return out
+        return out.float()
 
 
 class Vit(ImageFamily):

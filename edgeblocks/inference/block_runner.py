@@ -21,6 +21,8 @@ from edgeblocks.diffusion.solver import classes_in_turn, guide
 from edgeblocks.diffusion.token_choice import Tokens, Values
 from edgeblocks.families.block import Block
 from edgeblocks.families.family import AnyFamily, FamilyOfContinuations
+from edgeblocks.families.precision import computing_in
+from edgeblocks.methods import Precision
 from edgeblocks.offload.slots import slot_of
 
 Denoise = Callable[[Tensor, float], Tensor]
@@ -55,14 +57,17 @@ class BlockRunner:
         micro_batch: int,
         residents: int = 1,
         together: int | None = None,
+        precision: Precision = "fp32",
     ) -> None:
         """
         Args:
             residents: blocks that stay in memory, as `offload.slots.slot_of` places them; the source must hold as many.
             together: samples whose chain is walked at the same time, so that each block is loaded once for them; None:
                 all. Their number changes no sample.
+            precision: in which the networks compute.
         """
         self.partition, self.micro_batch, self.together = partition, micro_batch, together
+        self.precision: Precision = precision
         self.device = torch.device("cpu")
         """Where the network is; the arguments and results of `denoise` are in the processor's memory."""
         self.loads: list[int] = []
@@ -104,7 +109,8 @@ class BlockRunner:
             # is.
             sigmas = torch.full((len(z[part]),), sigma, device=self.device)
             seen = None if condition is None else condition[part].to(self.device)
-            denoised[part] = network(z[part].to(self.device), sigmas, seen)
+            with computing_in(self.precision):
+                denoised[part] = network(z[part].to(self.device), sigmas, seen)
         return denoised
 
     @torch.no_grad()
@@ -114,7 +120,9 @@ class BlockRunner:
         assert family.task == "text"
         z = torch.from_numpy(tokens).to(self.device)
         times = torch.full((len(z),), t, device=self.device)
-        found: NDArray[np.float32] = family.logits(network, z, times, torch.from_numpy(wanted)).cpu().numpy()
+        with computing_in(self.precision):
+            logits = family.logits(network, z, times, torch.from_numpy(wanted))
+        found: NDArray[np.float32] = logits.cpu().numpy()
         return found
 
     @torch.no_grad()
@@ -123,7 +131,8 @@ class BlockRunner:
         family, network = self.family, self.network(block)
         assert family.task == "continuation"
         given = [torch.from_numpy(array).to(self.device) for array in (z, sigma, inputs, past)]
-        logits, present = family.next_logits(network, *given)
+        with computing_in(self.precision):
+            logits, present = family.next_logits(network, *given)
         return logits.cpu().numpy(), present.cpu().numpy()
 
 

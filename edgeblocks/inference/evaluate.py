@@ -76,6 +76,8 @@ class Evaluated(TypedDict):
     validation_loss: float
     validation_loss_by_block: list[float | None]
     validation: ValidationLoss
+    in_both: NotRequired[metrics.InBoth]
+    """Of a network that computes in half precision."""
     text: NotRequired[TextBound | ChainBound]
     bounds: NotRequired[list[Bound]]
     curve: NotRequired[list[OfCurve]]
@@ -184,6 +186,8 @@ class Evaluation:
             "validation_loss_by_block": metrics.mean_by_block(loss["levels"], directory.partition),
             "validation": loss,
         }
+        if runner.precision == "bf16":
+            result["in_both"] = metrics.loss_in_both(family, runner, data_set, seed=directory.settings.run.seed)
         if family.task == "text":
             result["text"] = metrics.text_scores(loss["total"], loss["standard_error"], loss["images"], data_set)
         elif family.task == "continuation":

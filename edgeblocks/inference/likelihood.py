@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from edgeblocks.diffusion.autoregression import TokenChain, read_levels
 from edgeblocks.diffusion.token_choice import Tokens, Values
+from edgeblocks.families.precision import computing_in
 from edgeblocks.inference.block_runner import BlockRunner
 from edgeblocks.inference.metrics import standard_error
 from edgeblocks.seeds import seed_at
@@ -68,7 +69,8 @@ def _read(runner: BlockRunner, chain: TokenChain, tokens: Tokens, noise: Values)
     for step, sigma in enumerate(chain.levels):
         network, sigmas = runner.network(chain.blocks[step]), torch.full((len(z),), sigma, device=device)
         known = torch.add(clean, eps, alpha=sigma)
-        denoised, logarithms = family.estimates(network, z, known, sigmas, inputs, answers, codes)
+        with computing_in(runner.precision):
+            denoised, logarithms = family.estimates(network, z, known, sigmas, inputs, answers, codes)
         found[step] = logarithms.cpu().numpy()
         sigma_next = chain.levels[step + 1] if step + 1 < len(chain.levels) else 0.0
         # Euler, as `solver.integrate` does it, at all positions at once: here each has the right tokens before it.

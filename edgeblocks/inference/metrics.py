@@ -15,11 +15,15 @@ from edgeblocks.data.text import TextSet
 from edgeblocks.diffusion.noise import NoisePartition
 from edgeblocks.families.base import Level
 from edgeblocks.families.family import Family
+from edgeblocks.families.precision import computing_in
+from edgeblocks.methods import Precision
 from edgeblocks.seeds import generator_at
 from edgeblocks.tasks import FEWEST_FOR_ERROR
 
 FEATURE_CHUNK = 16
 _FEWEST_OF_A_KIND = 5
+MOST_IN_BOTH = 32
+"""Examples whose loss is computed in both precisions."""
 """Right or wrong examples from which the error of their share is the usual one."""
 
 
@@ -80,6 +84,11 @@ class NetworkSource(Protocol):
     @property
     def device(self) -> torch.device:
         """Where the network is that was given last."""
+        ...
+
+    @property
+    def precision(self) -> Precision:
+        """In which it computes."""
         ...
 
     def network(self, block: int) -> nn.Module:
@@ -177,11 +186,48 @@ def _scores(
     return {name: np.concatenate(parts).astype(np.float64) for name, parts in found.items()}
 
 
+class InBoth(TypedDict):
+    """Mean losses of the same examples with the same noise, over all levels, in either precision."""
+
+    bf16: float
+    fp32: float
+    examples: int
+
+
+def loss_in_both(family: Family, runner: NetworkSource, data: DataSet, *, seed: int) -> InBoth:
+    """What computing in half precision changes in the family's loss, on a few hold-out examples."""
+    # Half a micro-batch, as an activation takes twice the room.
+    indices = data.evaluation_indices(max(1, min(runner.micro_batch // 2, MOST_IN_BOTH)))
+    examples, labels = data.gather(indices)
+    sums: dict[Precision, float] = {"bf16": 0.0, "fp32": 0.0}
+    for number, level in enumerate(family.evaluation_levels(runner.partition)):
+        network = runner.network(runner.partition.block_of(level.middle))
+        batch = family.at_level(examples, labels, level, generator_at(seed, "eval", number))
+        for precision in sums:
+            losses = scores_of(family, runner, network, batch, precision=precision)["loss"]
+            sums[precision] += level.share * float(losses.double().mean())
+        del network
+    return {"bf16": sums["bf16"], "fp32": sums["fp32"], "examples": len(indices)}
+
+
 @torch.no_grad()
-def scores_of(family: Family, runner: NetworkSource, network: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The family's scores of each example of a batch; the batch and the scores lie in the processor's memory."""
+def scores_of(
+    family: Family,
+    runner: NetworkSource,
+    network: nn.Module,
+    batch: dict[str, Tensor],
+    *,
+    precision: Precision | None = None,
+) -> dict[str, Tensor]:
+    """The family's scores of each example of a batch; the batch and the scores lie in the processor's memory.
+
+    Args:
+        precision: None: the runner's.
+    """
     there = {name: tensor.to(runner.device) for name, tensor in batch.items()}
-    return {name: values.cpu() for name, values in family.scores(network, there).items()}
+    with computing_in(precision or runner.precision):
+        scores = family.scores(network, there)
+    return {name: values.cpu() for name, values in scores.items()}
 
 
 def mean_by_block(

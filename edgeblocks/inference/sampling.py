@@ -49,6 +49,7 @@ def runner_of(
         micro_batch=micro_batch,
         residents=residents,
         together=together,
+        precision=directory.precision,
     )
 
 

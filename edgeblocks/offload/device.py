@@ -91,8 +91,12 @@ class Target(Protocol):
         """Whether the system refuses memory past the budget at all."""
         ...
 
-    def capped(self, budget_bytes: int) -> AbstractContextManager[None]:
-        """Memory of the device past the budget is refused inside, as an error that can be caught."""
+    def capped(self, budget_bytes: int, *, untouched_bytes: int = 0) -> AbstractContextManager[None]:
+        """Memory of the device past the budget is refused inside, as an error that can be caught.
+
+        Args:
+            untouched_bytes: memory that libraries will map inside and never touch, where the system counts that too.
+        """
         ...
 
     def give_back(self) -> None:

@@ -25,7 +25,7 @@ def banner(prepared: "Prepared") -> str:
         f"data: {one_line(data.source)}, {one_line(data.describe())}",
         *([] if prepared.profile is None else [f"machine: {prepared.profile.name}, {prepared.profile.description}"]),
         f"plan: batch {run.batch}{_in_parts(chosen)}, "
-        f"checkpointing {'on' if chosen.checkpointing else 'off'}, {run.optimizer}, "
+        f"checkpointing {'on' if chosen.checkpointing else 'off'}, {run.optimizer}, {plan.precision}, "
         + (
             f"saved every {chosen.visit_steps} steps, {_where(chosen, unit)}"
             if method.trained_together
@@ -38,6 +38,18 @@ def banner(prepared: "Prepared") -> str:
         _disk_line(plan),
     ]
     return "\n".join([*lines, *(f"note: {one_line(warning)}" for warning in plan.warnings)])
+
+
+def in_fp32(plan: "Plan", single: "Plan | None") -> str:
+    """What half precision buys, beside the plan that the same request gives in float32; None where nothing fits."""
+    if single is None:
+        return "in fp32 instead: nothing fits the budget"
+    half_s, single_s = (one.chosen.step_s + one.chosen.streaming_s for one in (plan, single))
+    activations = format_bytes(single.chosen.breakdown["activations"])
+    return (
+        f"in fp32 instead: {single.method.parts(single.chosen.blocks)}, a batch{_in_parts(single.chosen)}, activations "
+        f"{activations}, about {format_duration(single_s)} a step instead of {format_duration(half_s)}"
+    )
 
 
 def _in_parts(chosen: "Candidate") -> str:

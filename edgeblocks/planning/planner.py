@@ -78,6 +78,7 @@ def make_plan(costs: LayerCosts, machine: Machine, request: PlanRequest) -> Plan
         parameters=sum(map(costs.parameters, request.method.denoisers(layers))),
         optimizer=request.optimizer,
         machine=machine,
+        precision=request.precision,
         method=request.method,
         trained=request.trained,
         boundary_disk_bytes=boundary_disk_bytes(costs, request, chosen.blocks),

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from edgeblocks.methods import DIFFUSION, BoundaryDtype, BoundaryTier, Clipping, Method
+from edgeblocks.methods import DIFFUSION, BoundaryDtype, BoundaryTier, Clipping, Method, Precision
 from edgeblocks.planning.layer_costs import LayerCosts
 
 DAY_S = 86_400.0
@@ -69,6 +69,8 @@ class PlanRequest:
     boundaries: BoundaryTier | None = None
     """None: in memory where that fits."""
     boundary_dtype: BoundaryDtype = "float32"
+    precision: Precision = "fp32"
+    """In which the costs were traced, and the network computes."""
     micro_batch: int | None = None
     checkpointing: bool | None = None
     visit_steps: int | None = None
@@ -195,6 +197,7 @@ class Plan:
     parameters: int
     optimizer: str
     machine: Machine
+    precision: Precision = "fp32"
     method: Method = DIFFUSION
     trained: tuple[int, ...] | None = None
     """Stages that are trained, where others are frozen."""

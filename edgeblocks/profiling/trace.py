@@ -26,7 +26,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any, get_args
 
 from edgeblocks.errors import EdgeblocksError
-from edgeblocks.methods import MethodName
+from edgeblocks.methods import MethodName, Precision
 from edgeblocks.planning.layer_costs import Growth, LayerCosts, StepCost
 from edgeblocks.registry import build_family, build_target, import_own_family, own_family
 
@@ -48,6 +48,7 @@ def trace_in_subprocess(
     sample_counts: Sequence[int],
     *,
     method: MethodName = "diffusion",
+    precision: Precision = "fp32",
     cache: Path | None = None,
 ) -> tuple[LayerCosts, int]:
     """`LayerCosts` of a family, traced by a child process that leaves nothing behind in this one; and the child's peak.
@@ -58,6 +59,7 @@ def trace_in_subprocess(
         cache: a folder of former answers, one file a sample count, looked up and added to; None traces in any case.
     """
     request: dict[str, Any] = {"family": family_name, "settings": settings, "data": data, "method": method}
+    request["precision"] = precision
     request["own_family"] = own_family(family_name)
     kept = {count: cache / f"costs-{_fingerprint(request, count)}.json" for count in sample_counts} if cache else {}
     answers = {count: answer for count, path in kept.items() if (answer := _kept_answer(path)) is not None}
@@ -141,7 +143,7 @@ def _step_cost(fields: Mapping[str, Any]) -> StepCost:
     return StepCost(samples=int(fields["samples"]), **growths)
 
 
-def trace(family: "Family", sample_counts: Sequence[int]) -> LayerCosts:
+def trace(family: "Family", sample_counts: Sequence[int], *, precision: Precision = "fp32") -> LayerCosts:
     """`LayerCosts` of a family, traced in this process on the meta device (`step_trace`)."""
     import torch
 
@@ -161,9 +163,10 @@ def trace(family: "Family", sample_counts: Sequence[int]) -> LayerCosts:
     # By periods: layers inside one may differ, as of prelude, core and coda.
     layer_flops = (flops[1] - flops[0]) // period
     kinds = {
-        kind: tuple(_trace_growth(family, samples, kind) for samples in sorted(set(sample_counts))) for kind in _KINDS
+        kind: tuple(_trace_growth(family, samples, kind, precision) for samples in sorted(set(sample_counts)))
+        for kind in _KINDS
     }
-    hidden_bytes, condition_bytes = _carried_bytes(family)
+    hidden_bytes, condition_bytes = _carried_bytes(family, precision)
     return LayerCosts(
         num_layers=family.num_layers,
         stem_readout_parameters=2 * one - two,
@@ -181,11 +184,12 @@ def trace(family: "Family", sample_counts: Sequence[int]) -> LayerCosts:
     )
 
 
-def _carried_bytes(family: "Family") -> tuple[int, int]:
+def _carried_bytes(family: "Family", precision: Precision) -> tuple[int, int]:
     """Of one sample's hidden values and condition, which go from stage to stage."""
     import torch
 
     from edgeblocks.families.family import EndToEnd
+    from edgeblocks.families.precision import computing_in
 
     if not isinstance(family, EndToEnd):
         return 0, 0
@@ -193,7 +197,8 @@ def _carried_bytes(family: "Family") -> tuple[int, int]:
         block = family.block(num_layers=1, checkpointing=False)
         block.reset_tables_()
         batch = {name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in family.batch_spec(1).items()}
-        hidden, condition = family.enter(block, batch)
+        with computing_in(precision, device="meta"):
+            hidden, condition = family.enter(block, batch)
     return _num_bytes(hidden.shape, hidden.dtype), _num_bytes(condition.shape, condition.dtype)
 
 
@@ -208,12 +213,12 @@ def _count_parameters(family: "Family", num_layers: int) -> tuple[int, int]:
     return sum(p.numel() for p in parameters), sum(p.numel() for p in parameters if is_quantizable(p.shape))
 
 
-def _trace_growth(family: "Family", samples: int, kind: str) -> StepCost:
+def _trace_growth(family: "Family", samples: int, kind: str, precision: Precision) -> StepCost:
     """From blocks of one, two and three layers, or as many periods of a structure that repeats after some layers."""
     from edgeblocks.profiling.step_trace import traced_step
 
     period = family.layer_period
-    traces = [traced_step(family, period * count, samples, kind) for count in (1, 2, 3)]
+    traces = [traced_step(family, period * count, samples, kind, precision=precision) for count in (1, 2, 3)]
     growths = {
         name: _growth(*(getattr(found, name) for found in traces), period=period)
         for name in ("peak_bytes", "heap_bytes", "touched_bytes", "operators")
@@ -268,15 +273,17 @@ class _NoCompiler(ModuleType):
         return getattr(importlib.import_module(self.__name__), name)
 
 
-def trace_without_compiler(family: "Family", sample_counts: Sequence[int]) -> LayerCosts:
+def trace_without_compiler(
+    family: "Family", sample_counts: Sequence[int], *, precision: Precision = "fp32"
+) -> LayerCosts:
     """`trace` in a process that does nothing else: torch's compiler is imported only for a network that uses it."""
     name = "torch._dynamo"
     sys.modules[name] = _NoCompiler(name)
     try:
-        return trace(family, sample_counts)
+        return trace(family, sample_counts, precision=precision)
     except ImportError:  # the network imports a part of it
         sys.modules.pop(name, None)
-        return trace(family, sample_counts)
+        return trace(family, sample_counts, precision=precision)
 
 
 def main() -> None:
@@ -285,7 +292,7 @@ def main() -> None:
     if request["own_family"] is not None:
         import_own_family(request["own_family"])
     family = build_family(request["family"], request["settings"], request["data"], request["method"])
-    costs = asdict(trace_without_compiler(family, request["sample_counts"]))
+    costs = asdict(trace_without_compiler(family, request["sample_counts"], precision=request["precision"]))
     print(json.dumps({**costs, "planning_bytes": build_target("cpu").peak_bytes() + RUN_TO_RUN_BYTES}))
 
 

@@ -4,18 +4,38 @@ CUDA loads a kernel when it is first launched, into the device's memory and the 
 libraries and threads at their first use. Measured on an H100, a training took 130 MB more of the device and 270 to 470
 MB more of the host than the process had after a few kernels of another network. After a warm-up step both are there
 before anything is planned.
+
+On a processor the library that multiplies bfloat16 matrices writes a program for each shape of two matrices when it
+first meets them, into memory that it maps and hardly touches: 18 MB for the products of one micro-batch, 1.3 MB of it
+resident. Under the cap it is refused that, and it does not take a refusal well.
 """
+
+from collections.abc import Sequence
 
 import torch
 
+from edgeblocks.families.base import Batch
 from edgeblocks.families.family import Family
+from edgeblocks.families.precision import computing_in
+from edgeblocks.methods import Precision
 from edgeblocks.offload.block_buffer import BlockBuffer, BlockLayout, Optimizer, bind_parameters_
 from edgeblocks.optim.adamw import Workspace
 from edgeblocks.optim.update import adamw_, clip_, follow_
 
 
-def run_warmup_step(family: Family, optimizer: Optimizer, device: str) -> None:
-    """Train the smallest block of a family on one example of zeros for two steps, and look at it; nothing is kept."""
+def run_warmup_step(
+    family: Family,
+    optimizer: Optimizer,
+    device: str,
+    *,
+    samples: Sequence[int] = (1,),
+    precision: Precision = "fp32",
+) -> None:
+    """Train the smallest block of a family on zeros for a few steps, and look at it; nothing is kept.
+
+    Args:
+        samples: examples of a step, one number a kind of step that is to come.
+    """
     with torch.device("meta"):
         network = family.block(num_layers=family.layer_period, checkpointing=False)
     with torch.device(device):
@@ -24,18 +44,25 @@ def run_warmup_step(family: Family, optimizer: Optimizer, device: str) -> None:
     buffer = BlockBuffer(layout, allocate=lambda size: torch.zeros(size, dtype=torch.uint8, device=device))
     gradients = torch.zeros(layout.num_parameters, device=device)
     bind_parameters_(network, buffer.tensors("weights"), gradients)
-    batch = {
-        name: torch.zeros(shape, dtype=dtype, device=device) for name, (shape, dtype) in family.batch_spec(1).items()
-    }
     workspace = Workspace.for_device(device) if layout.num_quantized else None
     buffer.flat("weights").normal_(std=0.02)
-    for step in range(2):
-        family.loss(network, batch).sum().backward()  # type: ignore[no-untyped-call]
+    # Twice at least: some kernels are only loaded when there are moments.
+    for step, count in enumerate((samples[0], *samples)):
+        batch = _zeros(family, count, device)
+        with computing_in(precision):
+            loss = family.loss(network, batch)
+        loss.sum().backward()  # type: ignore[no-untyped-call]
+        del loss  # its activations are gone before the next, larger ones come
         # A noise level of 0 has an infinite logarithm: gradients are NaN, and the update is to run on numbers.
         gradients.nan_to_num_()
         clip_(gradients, 1.0)
         adamw_(buffer, gradients, step=step, learning_rate=1e-3, weight_decay=0.1, workspace=workspace)
         follow_(buffer, step=step, exponent=6.94)
         gradients.zero_()
-    with torch.no_grad():
-        family.loss(network.eval(), batch)
+    with torch.no_grad(), computing_in(precision):
+        family.loss(network.eval(), _zeros(family, 1, device))
+
+
+def _zeros(family: Family, count: int, device: str) -> Batch:
+    spec = family.batch_spec(count).items()
+    return {name: torch.zeros(shape, dtype=dtype, device=device) for name, (shape, dtype) in spec}

@@ -16,8 +16,10 @@ import torch
 from edgeblocks.data.tokenizer import TOKENIZER_FILE, Tokenizer
 from edgeblocks.errors import ConfigError, RunError
 from edgeblocks.families.base import DataInfo
+from edgeblocks.families.precision import bf16_instructions
 from edgeblocks.files.own import make_folder
 from edgeblocks.files.untrusted import shown
+from edgeblocks.methods import Precision
 from edgeblocks.offload.block_files import storage_error
 from edgeblocks.offload.sections import init_section_
 from edgeblocks.runs.directory import (
@@ -165,6 +167,7 @@ def environment() -> dict[str, object]:
         "platform": platform.platform(),
         "processor": platform.machine(),
         "instructions": torch.backends.cpu.get_cpu_capability(),
+        "bf16_instructions": bf16_instructions(),
         "threads": torch.get_num_threads(),
         "packages": {name: metadata.version(name) for name in packages},
     }
@@ -176,24 +179,25 @@ def changed_environment(run: RunDirectory) -> str | None:
     None where nothing is, or where env.json is gone; one of an earlier edgeblocks names no instructions.
     """
     try:
-        former = _sums_depend_on(read_json(run.path / "env.json"))
+        former = _sums_depend_on(read_json(run.path / "env.json"), run.precision)
     except RunError:
         return None
     found = [
         f"{what} {shown(former[what])}, now {shown(value)}"
-        for what, value in _sums_depend_on(environment()).items()
+        for what, value in _sums_depend_on(environment(), run.precision).items()
         if former.get(what, value) != value
     ]
     return "; ".join(found) or None
 
 
-def _sums_depend_on(environment: Mapping[str, object]) -> dict[str, object]:
+def _sums_depend_on(environment: Mapping[str, object], precision: Precision) -> dict[str, object]:
     """The entries of an env.json that decide how sums are rounded, under the names that people know."""
     packages = environment.get("packages")
     torch_version = packages.get("torch") if isinstance(packages, dict) else None
     found = {
         "the processor": environment.get("processor"),
         "its vector instructions": environment.get("instructions"),
+        "its instructions for bf16": environment.get("bf16_instructions") if precision == "bf16" else None,
         "torch": torch_version,
     }
     return {what: value for what, value in found.items() if value is not None}

@@ -23,7 +23,7 @@ from edgeblocks.errors import ConfigError, RunError
 from edgeblocks.files.durable import sync, write_atomically
 from edgeblocks.files.own import append, make_folder
 from edgeblocks.files.untrusted import shown
-from edgeblocks.methods import METHODS, Method
+from edgeblocks.methods import METHODS, Method, Precision
 from edgeblocks.offload.block_buffer import BlockLayout
 from edgeblocks.offload.block_files import BlockStore, storage_error
 from edgeblocks.offload.sections import Section, blocks_of, network_of, stages_of, tensor_name
@@ -49,7 +49,7 @@ from edgeblocks.runs.schema import (
 )
 from edgeblocks.runs.summary import Summary, read_summary
 from edgeblocks.runs.written_plan import TrainablePlan, WrittenPlan, check_plan
-from edgeblocks.settings.fields import TOKENIZERS, Settings
+from edgeblocks.settings.fields import TOKENIZERS, Settings, precision_of
 from edgeblocks.settings.reading import read_yaml, resolve_settings
 from edgeblocks.terminal import command
 
@@ -106,6 +106,11 @@ class RunDirectory:
         """
         path = self.path / "summary.json"
         return read_summary(path) if path.exists() else None
+
+    @property
+    def precision(self) -> Precision:
+        """In which its networks compute."""
+        return precision_of(self.settings.run)
 
     @property
     def file_layers(self) -> tuple[int, ...]:

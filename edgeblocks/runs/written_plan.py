@@ -163,7 +163,7 @@ def written_plan(plan: Plan, noise_ranges: Sequence[NoiseRange]) -> TrainablePla
         accumulation=chosen.accumulation,
         checkpointing=chosen.checkpointing,
         optimizer=plan.optimizer,
-        precision="fp32",
+        precision=plan.precision,
         method=plan.method.name,
         tiers=chosen.tiers,
         slots=chosen.slots,

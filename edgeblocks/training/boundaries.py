@@ -1,7 +1,8 @@
 """Activations at the stage boundaries, kept from the forward to the backward pass: in memory or in a scratch file.
 
-Kept as bfloat16 they take half of the room and are rounded by up to one part in 256, so that gradients are no longer
-exactly those of plain back-propagation. As float32 nothing changes.
+A network that computes in float32 may keep them as bfloat16: they take half of the room and are rounded by up to one
+part in 256, so that gradients are no longer exactly those of plain back-propagation. As float32 nothing changes, nor
+where the network computes in bfloat16: there they have that type already.
 """
 
 import time
@@ -27,17 +28,19 @@ class InMemory:
         """
         self._size, self._dtype = size, DTYPES[dtype]
         self._kept: dict[int, Tensor] = {}
+        self._given = torch.float32
 
     def put(self, stage: int, part: slice, hidden: Tensor) -> None:
         """Keep the activations with which some samples enter a stage."""
         # Room for the whole batch at once, [batch, tokens, width]: joining micro-batches later would take it twice.
         if stage not in self._kept:
-            self._kept[stage] = hidden.new_empty(self._size, *hidden.shape[1:], dtype=self._dtype)
+            self._given = hidden.dtype
+            self._kept[stage] = hidden.new_empty(self._size, *hidden.shape[1:], dtype=_kept_as(self._dtype, hidden))
         self._kept[stage][part] = hidden
 
     def of(self, stage: int, part: slice) -> Tensor:
-        """The activations that were put, float32."""
-        return self._kept[stage][part].float()  # a stage computes in float32 whatever was kept
+        """The activations that were put, of the type that they had."""
+        return self._kept[stage][part].to(self._given)
 
     def forget(self, stage: int) -> None:
         """Drop a stage's activations, which are not needed again."""
@@ -60,11 +63,13 @@ class OnDisk:
         self._file = ScratchFile(folder, "the activations at the stage boundaries")
         self._shape: torch.Size | None = None
         """Of one sample."""
+        self._given = torch.float32
         self._device = torch.device("cpu")
         """Where stages get them."""
 
     def put(self, stage: int, part: slice, hidden: Tensor) -> None:
         self._shape, self._device, started = hidden.shape[1:], hidden.device, time.perf_counter()
+        self._given, self._dtype = hidden.dtype, _kept_as(self._dtype, hidden)
         # Rounded where it is, before the copy: as bfloat16 half of the bytes leave a device. The copy waits for it.
         kept = hidden.detach().to(self._dtype).contiguous().cpu()
         self._file.write(self._start(stage, part), kept.view(torch.uint8))
@@ -78,7 +83,7 @@ class OnDisk:
         self._file.read(self._start(stage, part), kept.view(torch.uint8))
         given = kept.to(self._device)
         self._times.waited_for_loading(started)
-        return given.float()
+        return given.to(self._given)
 
     def forget(self, stage: int) -> None:
         """Nothing: the next step overwrites their place in the file."""
@@ -88,6 +93,11 @@ class OnDisk:
         # By stage and row, so that micro-batches of another size find them. No stage 0, whose place stays a hole in the
         # file.
         return (stage * self._size + int(part.start)) * self._shape.numel() * self._dtype.itemsize
+
+
+def _kept_as(asked: torch.dtype, hidden: Tensor) -> torch.dtype:
+    """The type in which activations are kept: no wider one than they have."""
+    return min(asked, hidden.dtype, key=lambda dtype: dtype.itemsize)
 
 
 Boundaries = InMemory | OnDisk

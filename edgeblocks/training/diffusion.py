@@ -13,6 +13,7 @@ from typing import Self
 
 from edgeblocks.data.dataset import DataSet
 from edgeblocks.families.block import Block
+from edgeblocks.families.precision import computing_in
 from edgeblocks.offload.block_files import BlockStore
 from edgeblocks.offload.block_slots import BlockSlots
 from edgeblocks.offload.device import Device
@@ -88,7 +89,8 @@ class DiffusionTrainer(Trainer):
                 rows = slice(start, start + shape.micro_batch)
                 part = {name: tensor[rows].to(self.device) for name, tensor in batch.items()}
                 # Per sample, [micro_batch]. Divided by the whole batch, so that micro-batches add up to its mean.
-                loss = self.family.loss(network, part).sum() / settings.batch
+                with computing_in(self.run.precision):
+                    loss = self.family.loss(network, part).sum() / settings.batch
                 loss.backward()  # type: ignore[no-untyped-call]
                 losses.append(loss.detach())  # not .item(): that waits for a device
             return float(sum(loss.item() for loss in losses))  # a device is waited for here, once

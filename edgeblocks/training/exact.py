@@ -102,7 +102,14 @@ class ExactTrainer(Trainer):
         # Forward through all stages but the last, keeping the activations at their boundaries; then backward from the
         # last stage to the lowest trained one, each stage run again from the activations that entered it.
         boundaries = self._boundaries_on_disk or InMemory(settings.batch, dtype=settings.boundary_dtype)
-        streamed = StreamedBackward(self._end_to_end, batch, num_stages=last + 1, lowest=lowest, boundaries=boundaries)
+        streamed = StreamedBackward(
+            self._end_to_end,
+            batch,
+            num_stages=last + 1,
+            lowest=lowest,
+            boundaries=boundaries,
+            precision=self.run.precision,
+        )
         for use, then in zip(self._uses, [*self._uses[1:], self._uses[0]], strict=True):
             # `then` is the next use, after the last one the next step's first: its stage is loaded while this one
             # computes.

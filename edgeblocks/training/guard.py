@@ -20,7 +20,10 @@ T = TypeVar("T")
 
 HEADROOM_BYTES = 12_000_000
 """Left free where a smaller step allows it, for memory that no step accounts for: listeners, pages of code."""
-_REFUSALS = ("allocate memory", "not enough memory", "out of memory", "bad_alloc", "can't start new thread")
+_REFUSALS = (
+    *("allocate memory", "not enough memory", "out of memory", "bad_alloc", "can't start new thread"),
+    *("could not create a primitive", "could not execute a primitive"),  # oneDNN, of bfloat16 matrices
+)
 
 
 def is_refusal(error: BaseException) -> bool:

@@ -6,6 +6,8 @@ from functools import partial
 from edgeblocks.callbacks import Callbacks, Step
 from edgeblocks.data.dataset import DataSet
 from edgeblocks.errors import InterruptedRunError
+from edgeblocks.profiling.precisions import untouched_bytes, warm_up
+from edgeblocks.profiling.warmup_step import run_warmup_step
 from edgeblocks.progress import Listener, Progress
 from edgeblocks.registry import build_target
 from edgeblocks.runs.directory import RunDirectory, bring_blocks_home
@@ -30,13 +32,17 @@ def trained(
         InterruptedRunError: stopped by a signal; everything is saved.
     """
     target = build_target(run.settings.run.target)
-    target.warm_up()
+    warm_up(target, run.precision)
+    plan = run.trainable_plan
+    if run.precision == "bf16":
+        sizes = sorted({plan.look_micro_batch or plan.micro_batch, plan.micro_batch})
+        run_warmup_step(run.family(), run.settings.run.optimizer, "cpu", samples=sizes, precision=run.precision)
+        target.give_back()
     if not target.has_cap:
         listener.note(
             "note: this system does not bound the memory of a process: the plan and a look before each step keep the "
             "budget, and nothing refuses what passes it in between"
         )
-    plan = run.trainable_plan
     budget_bytes, breakdown = plan.budget_bytes, plan.breakdown
     guard = Guard(
         target,
@@ -53,7 +59,8 @@ def trained(
         store.hold_folder()
         trainer = trainer_type(run.method).open(run, data_set, store, guard, target.device)
         try:
-            with target.capped(budget_bytes), Interruption(listener.note).listening() as interruption:
+            cap = target.capped(budget_bytes, untouched_bytes=untouched_bytes(run.precision))
+            with cap, Interruption(listener.note).listening() as interruption:
                 previews = Previews(run, data_set, trainer, interruption, told.tell)
                 listener.stage("training")
                 # Those that a crash prevented are due now; of a new run none is.

@@ -16,6 +16,8 @@ from torch import Tensor
 from edgeblocks.families.base import Batch
 from edgeblocks.families.block import Block
 from edgeblocks.families.family import EndToEnd
+from edgeblocks.families.precision import computing_in
+from edgeblocks.methods import Precision
 from edgeblocks.training.boundaries import Boundaries, InMemory
 
 
@@ -34,13 +36,16 @@ class StreamedBackward:
         num_stages: int,
         lowest: int = 0,
         boundaries: Boundaries | None = None,
+        precision: Precision = "fp32",
     ) -> None:
         """
         Args:
             boundaries: keeps the activations at the stage boundaries; None: in memory, as they are.
             lowest: the stage at which the backward pass ends.
+            precision: in which the stages compute.
         """
         self._family, self._batch, self._last, self._lowest = family, batch, num_stages - 1, lowest
+        self._precision: Precision = precision
         self._size = len(next(iter(batch.values())))
         self._boundaries = boundaries or InMemory(self._size)
         """By the stage that the activations enter; none of the first stage, which gets the batch itself."""
@@ -55,7 +60,7 @@ class StreamedBackward:
         """Send all samples through a stage that is not the last one, a micro-batch at a time."""
         conditions = _BatchTensor(self._size)
         # Nothing is recorded: a stage is run again in the backward pass, from the activations kept here.
-        with torch.no_grad():
+        with torch.no_grad(), computing_in(self._precision):
             for part in self._parts(micro_batch):
                 hidden, condition = self._stage_inputs(number, stage, part)
                 if number == 0:
@@ -73,13 +78,15 @@ class StreamedBackward:
         # Parts may be smaller here than in the forward pass, where the guard has shrunk the step in between; so all
         # that is kept goes by rows of the batch, not by micro-batch.
         for part in self._parts(micro_batch):
-            hidden, condition = self._stage_inputs(number, stage, part)
-            if number > 0:
-                # Leaves of this stage's graph: their gradients are what the stage below continues from.
-                hidden, condition = hidden.detach().requires_grad_(), condition.detach().requires_grad_()
-            out = stage.through_stage(hidden, condition, checkpointing=checkpointing)
+            with computing_in(self._precision):
+                hidden, condition = self._stage_inputs(number, stage, part)
+                if number > 0:
+                    # Leaves of this stage's graph: their gradients are what the stage below continues from.
+                    hidden, condition = hidden.detach().requires_grad_(), condition.detach().requires_grad_()
+                out = stage.through_stage(hidden, condition, checkpointing=checkpointing)
+                if number == self._last:
+                    losses = self._family.loss_after(stage, out, condition, self._samples(part))
             if number == self._last:
-                losses = self._family.loss_after(stage, out, condition, self._samples(part))
                 mean = losses.sum() / self._size  # by the whole batch, so that micro-batches add up to its mean
                 mean.backward()  # type: ignore[no-untyped-call]
                 loss += mean.item()

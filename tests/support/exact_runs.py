@@ -71,7 +71,8 @@ def plain_training(run, steps):
         losses.append(0.0)
         for start in range(0, told.batch, told.micro_batch):
             part = {name: tensor[start : start + told.micro_batch] for name, tensor in batch.items()}
-            loss = family.loss(network, part).sum() / told.batch
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=told.precision == "bf16"):
+                loss = family.loss(network, part).sum() / told.batch
             loss.backward()
             losses[-1] += loss.item()
         if told.clip_by == "network":

@@ -1,0 +1,162 @@
+"""Training in bfloat16: the same equalities as in float32, half of the activations' memory, nearly the same losses."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from support.equality import StopAfter, assert_same_bits
+from support.exact_runs import KINDS, SLOTS, plain_training, trained, whole_weights, with_slots
+from support.shapes import checked_shapes
+
+import edgeblocks
+from edgeblocks.errors import ConfigError, InterruptedRunError
+from edgeblocks.families.precision import computing_in, lowered
+from edgeblocks.profiling.precisions import WORTH_IT, bf16_gain, with_precision
+from edgeblocks.profiling.step_trace import traced_step
+from edgeblocks.registry import build_family, family_type
+from edgeblocks.runs.create import changed_environment
+from edgeblocks.settings.reading import resolve_settings
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+HALF = {"precision": "bf16", "steps": 6}
+IMAGE = {"channels": 1, "height": 16, "width": 16, "num_classes": 10, "mean": 0.5, "scale": 1.0}
+TEXT = {"vocabulary": 300, "length": 64}
+FAMILIES = {"dit": IMAGE, "vit": IMAGE, "mdlm": TEXT, "ar": TEXT, "looped": TEXT}
+
+
+def random_batch(family, count, generator):
+    drawn = {torch.int64: lambda shape: torch.randint(0, 9, shape, generator=generator)}
+    drawn[torch.bool] = lambda shape: torch.rand(shape, generator=generator) < 0.5
+    drawn[torch.float32] = lambda shape: 0.1 + 0.8 * torch.rand(shape, generator=generator)
+    return {name: drawn[dtype](shape) for name, (shape, dtype) in family.batch_spec(count).items()}
+
+
+@pytest.mark.parametrize("method", ["diffusion", "exact"])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_losses_and_gradients_are_nearly_those_of_float32(name, method):
+    """Losses, float32 themselves, within 0.5 %, gradients within 2 %, and neither is the same."""
+    family = build_family(name, {"width": 64, "heads": 2, "depth": 4}, FAMILIES[name], method)
+    generator = torch.Generator().manual_seed(0)
+    block = family.block(num_layers=4, checkpointing=False)
+    block.reset_tables_()
+    block.init_(generator)
+    with torch.no_grad():  # no gate is closed, so that every part has a gradient
+        for parameter in block.parameters():
+            parameter.add_(0.02 * torch.randn(parameter.shape, generator=generator))
+    batch, found = random_batch(family, 8, generator), {}
+    for precision in ("fp32", "bf16"):
+        for parameter in block.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        with computing_in(precision), checked_shapes():
+            losses = family.loss(block, batch)
+        assert losses.dtype == torch.float32
+        losses.sum().backward()
+        found[precision] = losses.detach(), torch.cat([parameter.grad.flatten() for parameter in block.parameters()])
+    for expected, half, most in zip(found["fp32"], found["bf16"], (0.005, 0.02), strict=True):
+        assert 0 < (half - expected).norm() / expected.norm() < most
+
+
+@pytest.mark.parametrize("kind", ["plain", "checkpointed"])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_activations_take_about_half_of_the_room(name, kind):
+    """At 32 samples; what is left of float32 in texts are logits, and rotations by positions while they are made."""
+    family = build_family(name, {"width": 256, "heads": 4, "depth": 4}, FAMILIES[name], "diffusion")
+    single, half = (traced_step(family, 4, 32, kind, precision=p).peak_bytes for p in ("fp32", "bf16"))
+    assert 0.45 < half / single < (0.65 if kind == "plain" else 0.9)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_exact_training_is_that_of_plain_pytorch_under_autocast(tmp_path, kind):
+    """Losses and weights bit for bit: torch.optim.AdamW, torch.autocast; and so on disk, stopped and resumed."""
+    made = {"blocks": 4, "tier": "ram", "optimizer": "adamw", "clip": 1e9, **HALF}
+    run = trained(kind, tmp_path / "run", **made)
+    named, losses = plain_training(run, steps=HALF["steps"])
+    assert [record["loss"] for record in run.directory.metrics()] == losses
+    weights = whole_weights(run)
+    for name, parameter in named.items():
+        np.testing.assert_array_equal(weights[name], parameter.detach().numpy(), err_msg=name)
+    with pytest.raises(InterruptedRunError), checked_shapes():
+        streamed = {**made, "tier": "disk", "checkpointing": True, "visit_steps": 4}
+        trained(kind, tmp_path / "begun", listener=StopAfter(2), **streamed)
+    again = edgeblocks.resume(with_slots(tmp_path / "begun", run, SLOTS[kind][0]))
+    assert_same_bits(run.path, again.path, blocks=4)
+    assert again.summary["metrics"]["validation"] == run.summary["metrics"]["validation"]
+    both = run.evaluate(samples=2)["in_both"]
+    assert both["bf16"] == pytest.approx(both["fp32"], rel=0.01) and both["bf16"] != both["fp32"]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_blocks_stream_and_resume_without_changing_a_bit(tmp_path, family):
+    """Resident, and on disk with checkpointing, stopped and resumed; another precision gives other bits."""
+    kind = {**KINDS["dit" if family in ("dit", "vit") else "mdlm"], "family": family, "depth": 4}
+    wanted = {**kind, **HALF, "blocks": 2, "mem_budget": "4GB", "sample_grids": 0, "visit_steps": 3}
+    one = edgeblocks.train(out=tmp_path / "one", tier="ram", checkpointing=False, **wanted)
+    streamed = {**wanted, "tier": "disk", "checkpointing": True}
+    with pytest.raises(InterruptedRunError):
+        edgeblocks.train(out=tmp_path / "two", listener=StopAfter(8), **streamed)
+    edgeblocks.resume(tmp_path / "two")
+    assert_same_bits(one.path, tmp_path / "two", blocks=2)
+    edgeblocks.train(out=tmp_path / "fp32", **{**wanted, "precision": "fp32"})
+    with pytest.raises(AssertionError):
+        assert_same_bits(one.path, tmp_path / "fp32", blocks=2)
+
+
+def test_a_run_goes_on_in_another_precision_where_it_is_told_to(tmp_path):
+    """Planned again, since activations take twice the room; config.yaml and plan.json have the new one."""
+    with pytest.raises(InterruptedRunError):
+        trained("dit", tmp_path / "run", listener=StopAfter(2), **HALF)
+    former = json.loads((tmp_path / "run/plan.json").read_text())
+    assert former["precision"] == "bf16"
+    run = edgeblocks.resume(tmp_path / "run", precision="fp32")
+    assert run.directory.precision == "fp32"
+    plan = json.loads((tmp_path / "run/plan.json").read_text())
+    assert plan["precision"] == "fp32"
+    assert plan["breakdown"]["activations"] > 1.5 * former["breakdown"]["activations"]
+
+
+def test_other_instructions_are_told_where_they_change_sums(tmp_path):
+    """A run in bfloat16 that was begun on a processor with other instructions for it; float32 does not mind."""
+    for precision, expected in (("bf16", "its instructions for bf16"), ("fp32", None)):
+        run = trained("dit", tmp_path / precision, **{**HALF, "precision": precision, "steps": 1})
+        env = json.loads((run.path / "env.json").read_text())
+        (run.path / "env.json").write_text(json.dumps({**env, "bf16_instructions": "another"}))
+        told = changed_environment(run.directory)
+        assert told is None if expected is None else expected in told and "another" in told
+
+
+def settings_of(**given):
+    return resolve_settings({"family": "dit", **given}, family_settings=lambda name: family_type(name).settings_type)
+
+
+def test_auto_is_decided_by_a_measurement_here_and_float32_elsewhere():
+    """What was asked for stays; a machine that is not this one cannot be measured."""
+    asked = settings_of(precision="auto")
+    gain = bf16_gain(asked)
+    assert 0.01 < gain < 100
+    if not 0.8 * WORTH_IT < gain < 1.25 * WORTH_IT:  # else two measurements may differ
+        assert with_precision(asked, device="cpu").run.precision == ("bf16" if gain > WORTH_IT else "fp32")
+    for elsewhere in ({"device": "cpu", "is_here": False}, {"device": "cuda"}):
+        assert with_precision(asked, **elsewhere).run.precision == "fp32"
+    for precision in ("fp32", "bf16"):
+        assert with_precision(settings_of(precision=precision), device="cpu").run.precision == precision
+
+
+def test_half_precision_on_a_gpu_is_refused_for_now():
+    """It was never tried there; nor is it planned for another machine's."""
+    with pytest.raises(ConfigError, match="is for processors so far"):
+        with_precision(settings_of(precision="bf16"), device="cuda")
+    with pytest.raises(ConfigError, match="is for processors so far"):
+        edgeblocks.plan(family="dit", target="rtx3060-12gb", precision="bf16")
+
+
+def test_nothing_is_rounded_in_float32():
+    """Outside of half precision tensors pass as they are; inside, other types do."""
+    x = torch.randn(3)
+    assert lowered(x) is x
+    with computing_in("bf16"):
+        assert lowered(x).dtype == torch.bfloat16
+        with computing_in("fp32"):
+            assert lowered(x) is x
+        assert lowered(x.double()).dtype == torch.float64 and lowered(torch.arange(3)).dtype == torch.int64
