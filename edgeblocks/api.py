@@ -15,7 +15,7 @@ from edgeblocks.errors import ConfigError
 from edgeblocks.planning.plan_text import banner
 from edgeblocks.prepare import Prepared, prepare, prepare_elsewhere
 from edgeblocks.profiling.budgets import usual_budgets
-from edgeblocks.profiling.precisions import with_precision
+from edgeblocks.profiling.measurement import with_precision
 from edgeblocks.progress import Listener, Silent
 from edgeblocks.registry import build_profile, build_target, family_type, profile_names, register_family, target_names
 from edgeblocks.run import Run
@@ -223,7 +223,7 @@ def resume(
         precision_before = run.precision
         run = run.changed(changes)
         device = build_target(run.settings.run.target).torch_device
-        run = replace(run, settings=with_precision(run.settings, device=device))
+        run = replace(run, settings=with_precision(run.settings, run.data, device=device))
         if run.blocks_folder == run.away_folder:
             check_work_dir(run.settings.run.work_dir)
         if not reinit_blocks and not changes and is_finished(run):

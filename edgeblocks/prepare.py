@@ -17,8 +17,7 @@ from edgeblocks.planning.plans import FEWEST_GOOD_LAYERS, Machine, Plan, PlanReq
 from edgeblocks.planning.reasons import reason
 from edgeblocks.profiling.budgets import budgets_here, budgets_of, with_budgets
 from edgeblocks.profiling.looks import expected_looks, grid_sample_bytes, pass_seconds, quality_bytes
-from edgeblocks.profiling.measurement import measure, trace_costs
-from edgeblocks.profiling.precisions import with_precision
+from edgeblocks.profiling.measurement import check_precision, measure, trace_costs, with_precision
 from edgeblocks.progress import Listener
 from edgeblocks.registry import build_family, build_target, family_type
 from edgeblocks.runs.disk_room import check_work_dir, existing_folder
@@ -124,7 +123,7 @@ def prepare(settings: Settings, out: Path, listener: Listener) -> Prepared:
     target.prepare()
     check_method(settings.run)
     settings = with_budgets(settings, beside_a_host=target.host_bytes() is not None)
-    settings = with_precision(settings, device=target.torch_device)
+    check_precision(settings, target.torch_device)
     run = settings.run
     budgets = budgets_here(run, target)
     data_set, data = _open_data(
@@ -135,6 +134,7 @@ def prepare(settings: Settings, out: Path, listener: Listener) -> Prepared:
         training_bytes=lambda: _least_to_train(settings, existing_folder(out), target, budgets, listener),
     )
     listener.stage("planning")
+    settings = with_precision(settings, data, device=target.torch_device)
     costs, machine = measure(settings, data, existing_folder(Path(run.work_dir or out)), target)
     plan = make_plan(costs, machine, _request_on(data_set, settings, data, budgets))
     plan = _with_gpu_warnings(plan, elsewhere=False)
@@ -235,6 +235,8 @@ def _least_to_train(
     else:
         return 0
     listener.stage("planning")
+    # A bound: whether half precision would pay is measured on the data as they are.
+    settings = with_precision(settings, data, device=target.torch_device, is_here=False)
     costs, machine = measure(settings, data, folder, target)
     machine = replace(machine, runtime_bytes=machine.runtime_bytes + tokenizer_bytes(run))
     try:
@@ -260,11 +262,13 @@ def prepare_elsewhere(settings: Settings, profile: "Profile", listener: Listener
     machine = profile.machine()
     check_method(settings.run)
     settings = with_budgets(settings, beside_a_host=machine.host is not None)
-    settings = with_precision(settings, device="cpu" if machine.host is None else "cuda", is_here=False)
+    device = "cpu" if machine.host is None else "cuda"
+    check_precision(settings, device)
     host_bytes = None if machine.host is None else machine.host.memory_bytes
     budgets = budgets_of(settings.run, profile.memory_bytes, host_bytes, profile.name)
     data_set, data = _open_data(settings, listener, budget_bytes=budgets[1] or budgets[0], target=build_target("cpu"))
     listener.stage("planning")
+    settings = with_precision(settings, data, device=device, is_here=False)
     costs, planning_bytes = trace_costs(settings, data)
     machine = replace(machine, planning_bytes=planning_bytes)
     plan = make_plan(costs, machine, _request_on(data_set, settings, data, budgets))

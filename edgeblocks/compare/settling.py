@@ -12,10 +12,11 @@ from edgeblocks import api
 from edgeblocks.compare.arms import Arm
 from edgeblocks.compare.plain_training import PlainSummary
 from edgeblocks.compare.wanted import Asked, Measured, Settled
+from edgeblocks.data.dataset import DataSet
 from edgeblocks.errors import ConfigError, RunError
 from edgeblocks.prepare import check_method
 from edgeblocks.profiling.budgets import budget_of_this_process
-from edgeblocks.profiling.precisions import with_precision
+from edgeblocks.profiling.measurement import check_precision, with_precision
 from edgeblocks.progress import Silent
 from edgeblocks.registry import build_target, family_type
 from edgeblocks.runs.create import environment
@@ -38,8 +39,10 @@ def settled(asked: Asked) -> Settled:
             f"--minutes and the steps of {asked.config}: an arm trains for a time or for a number of steps"
         )
     settings = api.settings_for_here(config=asked.config, **asked.settings).with_whole_paths()
-    settings = with_precision(settings, device=build_target(settings.run.target).torch_device)  # the same for every arm
-    _check(asked.arms, asked.minutes, settings)
+    data_set = _checked_data(asked.arms, asked.minutes, settings)
+    # One precision for every arm.
+    data = family_type(settings.run.family).data_info(data_set)
+    settings = with_precision(settings, data, device=build_target(settings.run.target).torch_device)
     run = settings.run
     return Settled(
         arms=asked.arms,
@@ -54,7 +57,7 @@ def settled(asked: Asked) -> Settled:
     )
 
 
-def _check(arms: Sequence[Arm], minutes: float | None, settings: Settings) -> None:
+def _checked_data(arms: Sequence[Arm], minutes: float | None, settings: Settings) -> DataSet:
     run, problems = settings.run, []
     if minutes is not None and not 0 < minutes < math.inf:
         problems.append(f"--minutes {minutes}: a number above 0 is needed")
@@ -70,11 +73,12 @@ def _check(arms: Sequence[Arm], minutes: float | None, settings: Settings) -> No
         raise ConfigError(*problems)
     target = build_target(run.target)
     target.prepare()  # says at once that there is no such device
+    check_precision(settings, target.torch_device)
     for arm in arms:
         family_type(run.family, arm.network)
         if not arm.is_plain:
             check_method(run.model_copy(update={"method": arm.network}))
-    open_run_data(settings, Silent(), budget_bytes=budget_of_this_process(run, target), target=target)
+    return open_run_data(settings, Silent(), budget_bytes=budget_of_this_process(run, target), target=target)
 
 
 def measured(trainings: Sequence[tuple[Path, bool]]) -> list[Measured]:

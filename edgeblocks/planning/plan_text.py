@@ -42,13 +42,14 @@ def banner(prepared: "Prepared") -> str:
 
 def in_fp32(plan: "Plan", single: "Plan | None") -> str:
     """What half precision buys, beside the plan that the same request gives in float32; None where nothing fits."""
+    gain = plan.machine.bf16_gain
+    speed = "" if gain is None else f"; the smallest block takes {1 / gain:.2f} of its time in fp32, measured"
     if single is None:
-        return "in fp32 instead: nothing fits the budget"
-    half_s, single_s = (one.chosen.step_s + one.chosen.streaming_s for one in (plan, single))
+        return f"in fp32 instead: nothing fits the budget{speed}"
     activations = format_bytes(single.chosen.breakdown["activations"])
     return (
-        f"in fp32 instead: {single.method.parts(single.chosen.blocks)}, a batch{_in_parts(single.chosen)}, activations "
-        f"{activations}, about {format_duration(single_s)} a step instead of {format_duration(half_s)}"
+        f"in fp32 instead: {single.method.parts(single.chosen.blocks)}, a batch{_in_parts(single.chosen)}, "
+        f"activations {activations}{speed}"
     )
 
 

@@ -42,6 +42,9 @@ class Machine:
     """What a run occupies at least: the peak of the child process that traced the costs, or of this one while it
     measured the machine."""
     update_s_per_parameter: float = UPDATE_S_PER_PARAMETER
+    bf16_gain: float | None = None
+    """How many times as fast the network's smallest block is in bfloat16 as in float32, where it computes in that; it is
+    part of `flops_per_s`."""
     host: Host | None = None
     """None where the device's memory is the process's own."""
 

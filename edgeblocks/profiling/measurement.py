@@ -3,18 +3,24 @@
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import torch
 from PIL import Image
 
 from edgeblocks.data.cache import cache_folder
+from edgeblocks.errors import ConfigError
 from edgeblocks.families.base import DataInfo
+from edgeblocks.methods import Precision
 from edgeblocks.offload.device import Target
-from edgeblocks.planning.layer_costs import LayerCosts
+from edgeblocks.planning.layer_costs import LayerCosts, at_samples
 from edgeblocks.planning.plans import Machine, micro_batches
 from edgeblocks.profiling import trace
-from edgeblocks.profiling.precisions import bf16_gain, warm_up
+from edgeblocks.profiling.precisions import WORTH_IT, bf16_gain, warm_up
 from edgeblocks.profiling.warmup_step import run_warmup_step
 from edgeblocks.registry import build_family
 from edgeblocks.settings.fields import Settings, precision_of
+
+LARGEST_MEASURED_BYTES = 32_000_000
+"""Of the activations with which float32 and half precision are compared."""
 
 
 def measure(settings: Settings, data: DataInfo, folder: Path | None, target: Target) -> tuple[LayerCosts, Machine]:
@@ -29,23 +35,65 @@ def measure(settings: Settings, data: DataInfo, folder: Path | None, target: Tar
     if target.host_bytes() is not None:
         family = build_family(run.family, asdict(settings.family), asdict(data), run.method)
         run_warmup_step(family, run.optimizer, target.torch_device)
-    machine = measured_machine(target, folder, settings)
+    if precision_of(run) == "bf16":
+        warm_up(target, "bf16")  # before the runtime's share is measured
+    machine = measured_machine(target, folder)
+    if precision_of(run) == "bf16":
+        gain = _gain(settings, data, costs)
+        machine = replace(machine, flops_per_s=machine.flops_per_s * gain, bf16_gain=gain)
     return costs, replace(machine, planning_bytes=max(machine.planning_bytes, planning_bytes))
 
 
-def measured_machine(target: Target, folder: Path | None, settings: Settings | None = None) -> Machine:
-    """The machine; what measuring it took of the process's memory is the least that planning takes.
+def with_precision(settings: Settings, data: DataInfo, *, device: str, is_here: bool = True) -> Settings:
+    """The settings with a precision instead of `auto`, which takes half precision where a measurement says it pays.
 
     Args:
-        settings: of a network that may compute in half precision.
+        device: where the network will be, as torch names it.
+        is_here: whether that is this machine, on which it can be measured.
+
+    Raises:
+        ConfigError: half precision on a device that has none.
     """
+    check_precision(settings, device)
+    if settings.run.precision != "auto":
+        return settings
+    chosen = _in_precision(settings, "fp32")
+    if is_here and torch.device(device).type == "cpu" and _gain(chosen, data, trace_costs(chosen, data)[0]) >= WORTH_IT:
+        return _in_precision(settings, "bf16")
+    return chosen
+
+
+def check_precision(settings: Settings, device: str) -> None:
+    """Check that a network can compute in a precision where it will be, which torch names `device`.
+
+    Raises:
+        ConfigError: it cannot.
+    """
+    if settings.run.precision == "bf16" and torch.device(device).type != "cpu":
+        raise ConfigError("--precision bf16 is for processors so far, and a GPU computes in float32; leave it out")
+
+
+def _in_precision(settings: Settings, precision: Precision) -> Settings:
+    return replace(settings, run=settings.run.model_copy(update={"precision": precision}))
+
+
+def _gain(settings: Settings, data: DataInfo, costs: LayerCosts) -> float:
+    """`bf16_gain` of a network, with as many samples as are sure to stay below what any plan needs."""
+    run = settings.run
+    family = build_family(run.family, asdict(settings.family), asdict(data), run.method)
+
+    def peak_bytes(samples: int) -> float:
+        return at_samples(costs.plain, samples, lambda cost: cost.peak_bytes.at(family.layer_period))
+
+    most = LARGEST_MEASURED_BYTES // (2 if run.precision == "bf16" else 1)
+    samples = next((size for size in micro_batches(run.batch) if peak_bytes(size) <= most), 1)
+    return bf16_gain(family, samples=samples)
+
+
+def measured_machine(target: Target, folder: Path | None) -> Machine:
+    """The machine; what measuring it took of the process's memory is the least that planning takes."""
     former_peak_bytes = target.host_peak_bytes()
-    half = settings is not None and precision_of(settings.run) == "bf16"
-    if half:
-        warm_up(target, "bf16")
     machine = target.measure(folder)
-    if settings is not None and half:
-        machine = replace(machine, flops_per_s=machine.flops_per_s * bf16_gain(settings))
     peak_bytes = target.host_peak_bytes()
     return replace(machine, planning_bytes=peak_bytes if peak_bytes > former_peak_bytes else 0)
 

@@ -48,7 +48,7 @@ def run_warmup_step(
     buffer.flat("weights").normal_(std=0.02)
     # Twice at least: some kernels are only loaded when there are moments.
     for step, count in enumerate((samples[0], *samples)):
-        batch = _zeros(family, count, device)
+        batch = zeros(family, count, device)
         with computing_in(precision):
             loss = family.loss(network, batch)
         loss.sum().backward()  # type: ignore[no-untyped-call]
@@ -60,9 +60,10 @@ def run_warmup_step(
         follow_(buffer, step=step, exponent=6.94)
         gradients.zero_()
     with torch.no_grad(), computing_in(precision):
-        family.loss(network.eval(), _zeros(family, 1, device))
+        family.loss(network.eval(), zeros(family, 1, device))
 
 
-def _zeros(family: Family, count: int, device: str) -> Batch:
+def zeros(family: Family, count: int, device: str) -> Batch:
+    """A batch of so many examples, all zeros."""
     spec = family.batch_spec(count).items()
     return {name: torch.zeros(shape, dtype=dtype, device=device) for name, (shape, dtype) in spec}

@@ -11,8 +11,10 @@ from support.shapes import checked_shapes
 
 import edgeblocks
 from edgeblocks.errors import ConfigError, InterruptedRunError
+from edgeblocks.families.base import ImageInfo
 from edgeblocks.families.precision import computing_in, lowered
-from edgeblocks.profiling.precisions import WORTH_IT, bf16_gain, with_precision
+from edgeblocks.profiling.measurement import with_precision
+from edgeblocks.profiling.precisions import WORTH_IT, bf16_gain
 from edgeblocks.profiling.step_trace import traced_step
 from edgeblocks.registry import build_family, family_type
 from edgeblocks.runs.create import changed_environment
@@ -126,27 +128,29 @@ def test_other_instructions_are_told_where_they_change_sums(tmp_path):
         assert told is None if expected is None else expected in told and "another" in told
 
 
-def settings_of(**given):
-    return resolve_settings({"family": "dit", **given}, family_settings=lambda name: family_type(name).settings_type)
+def decided(precision, **where):
+    settings = resolve_settings(
+        {"family": "dit", "width": 64, "heads": 2, "batch": 8, "precision": precision},
+        family_settings=lambda name: family_type(name).settings_type,
+    )
+    return with_precision(settings, ImageInfo(**IMAGE), **where).run.precision
 
 
 def test_auto_is_decided_by_a_measurement_here_and_float32_elsewhere():
     """What was asked for stays; a machine that is not this one cannot be measured."""
-    asked = settings_of(precision="auto")
-    gain = bf16_gain(asked)
+    family = build_family("dit", {"width": 64, "heads": 2}, IMAGE, "diffusion")
+    gain = bf16_gain(family, samples=8)
     assert 0.01 < gain < 100
-    if not 0.8 * WORTH_IT < gain < 1.25 * WORTH_IT:  # else two measurements may differ
-        assert with_precision(asked, device="cpu").run.precision == ("bf16" if gain > WORTH_IT else "fp32")
-    for elsewhere in ({"device": "cpu", "is_here": False}, {"device": "cuda"}):
-        assert with_precision(asked, **elsewhere).run.precision == "fp32"
-    for precision in ("fp32", "bf16"):
-        assert with_precision(settings_of(precision=precision), device="cpu").run.precision == precision
+    if not 0.7 * WORTH_IT < gain < 1.4 * WORTH_IT:  # else two measurements may differ
+        assert decided("auto", device="cpu") == ("bf16" if gain > WORTH_IT else "fp32")
+    assert decided("auto", device="cpu", is_here=False) == decided("auto", device="cuda") == "fp32"
+    assert [decided(precision, device="cpu") for precision in ("fp32", "bf16")] == ["fp32", "bf16"]
 
 
 def test_half_precision_on_a_gpu_is_refused_for_now():
     """It was never tried there; nor is it planned for another machine's."""
     with pytest.raises(ConfigError, match="is for processors so far"):
-        with_precision(settings_of(precision="bf16"), device="cuda")
+        decided("bf16", device="cuda")
     with pytest.raises(ConfigError, match="is for processors so far"):
         edgeblocks.plan(family="dit", target="rtx3060-12gb", precision="bf16")
 
