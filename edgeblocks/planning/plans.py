@@ -43,8 +43,8 @@ class Machine:
     measured the machine."""
     update_s_per_parameter: float = UPDATE_S_PER_PARAMETER
     bf16_gain: float | None = None
-    """How many times as fast the network's smallest block is in bfloat16 as in float32, where it computes in that; it is
-    part of `flops_per_s`."""
+    """How many times as fast as in float32 the network's smallest block is in bfloat16, where it computes in that.
+    `flops_per_s` is then with it."""
     host: Host | None = None
     """None where the device's memory is the process's own."""
 
