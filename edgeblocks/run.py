@@ -354,16 +354,20 @@ class Run:
             raise ConfigError(f"images are {pixels.dtype} {pixels.shape[1:]}; the run takes uint8 {shape}")
         return data.to_model(pixels)
 
-    def save_weights(self, out: Path | str, *, last: bool = False, overwrite: bool = False) -> WrittenWeights:
+    def save_weights(
+        self, out: Path | str, *, last: bool = False, overwrite: bool = False, mem_budget: str | None = None
+    ) -> WrittenWeights:
         """Write the weights as one safetensors file, that another run can begin with and torch can load.
 
         Args:
             last: as the last step left them; else their average (EMA), which all else uses.
             overwrite: replace a file that is there.
+            mem_budget: what the process may take of memory; None does not bound it. One block is held at a time.
 
         Raises:
             ConfigError: the file's name does not end in .safetensors, or the file is there already.
+            DoesNotFitError: it takes more than `mem_budget`.
             RunError: a block is damaged or holds values that are not finite, or the run is trained meanwhile.
             StorageError: the disk refused.
         """
-        return write_weights(self.directory, Path(out), last=last, overwrite=overwrite)
+        return write_weights(self.directory, Path(out), last=last, overwrite=overwrite, mem_budget=mem_budget)

@@ -3,10 +3,10 @@
 from dataclasses import replace
 
 from edgeblocks.config import RunSettings, Settings
-from edgeblocks.errors import ConfigError
+from edgeblocks.errors import ConfigError, DoesNotFitError
 from edgeblocks.offload.device import Target
 from edgeblocks.registry import build_target
-from edgeblocks.units import format_bytes, parse_size
+from edgeblocks.units import advised_budget, format_bytes, parse_size
 
 LEAST_MEANT_BYTES = 1_000_000
 """Nobody means less by a budget: the interpreter alone takes more."""
@@ -73,6 +73,29 @@ def device_budget_bytes(text: str, target: Target) -> int:
         ConfigError: not a size, or more than there is.
     """
     return _size_within("--mem-budget", text, target.total_bytes(), "this machine")
+
+
+def check_needed(mem_budget: str | None, needed_bytes: int, doing: str, why: str) -> None:
+    """Check, before it begins, that work which cannot be made smaller takes no more of a process's memory than it may.
+
+    Args:
+        mem_budget: a size, or a share of the machine's memory; None bounds nothing.
+        doing, why: what would be done, and where the memory goes, in words.
+
+    Raises:
+        ConfigError: not a size.
+        DoesNotFitError: it takes more.
+    """
+    if mem_budget is None:
+        return
+    budget_bytes = device_budget_bytes(mem_budget, build_target("cpu"))
+    if needed_bytes > budget_bytes:
+        raise DoesNotFitError(
+            f"{doing} takes up to {format_bytes(needed_bytes)} of memory, and the budget is "
+            f"{format_bytes(budget_bytes)}: {why}; use --mem-budget {advised_budget(needed_bytes)} or more, here or on "
+            f"another machine that the run is copied to",
+            needed_bytes,
+        )
 
 
 def _size_within(flag: str, text: str, total: int, machine: str) -> int:
