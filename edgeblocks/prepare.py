@@ -25,7 +25,7 @@ from edgeblocks.planning.planner import make_plan
 from edgeblocks.planning.plans import FEWEST_GOOD_LAYERS, Machine, Plan, PlanRequest, micro_batches
 from edgeblocks.planning.reasons import reason
 from edgeblocks.profiling import trace
-from edgeblocks.profiling.budgets import budgets_here, budgets_of, with_budgets
+from edgeblocks.profiling.budgets import TOGETHER_ABOVE_BYTES, budgets_here, budgets_of, room_beside, with_budgets
 from edgeblocks.profiling.looks import expected_looks, pass_seconds
 from edgeblocks.profiling.warmup_step import run_warmup_step
 from edgeblocks.progress import Listener
@@ -35,13 +35,15 @@ from edgeblocks.runs.open_data import open_run_data, tokenizer_bytes, vocabulary
 from edgeblocks.runs.written_plan import TrainablePlan, WrittenPlan, written_plan
 from edgeblocks.tasks import GRID_TOKENS, TASKS
 from edgeblocks.terminal import quoted
-from edgeblocks.units import advised_budget, format_bytes, format_duration, parse_size
+from edgeblocks.units import advised_budget, format_bytes, format_duration, parse_size, who_holds
 
 if TYPE_CHECKING:
     from edgeblocks.targets.profile import Profile
 
 LONGEST_MOVING_S = 600.0
 """A slow disk is refused when it takes longer than this, and longer than the computing."""
+MEASURING_BYTES = 28_000_000
+"""More than the code of kernels that measuring the machine brings into this process, measured 20 MB."""
 PREDICTED_FOR_A_GPU = (
     "this GPU's speeds and memory are taken from what others published of it; plans were held against measurements on "
     "one kind of GPU only, an H100 (docs/gpu.md)"
@@ -144,8 +146,9 @@ def prepare(settings: Settings, out: Path, listener: Listener) -> Prepared:
         training_bytes=lambda: _least_to_train(settings, existing_folder(out), target, budgets, listener),
     )
     listener.stage("planning")
-    costs, machine = measure(settings, data, existing_folder(Path(run.work_dir or out)), target, listener)
-    plan = make_plan(costs, machine, _request_on(data_set, settings, data, budgets))
+    folder = existing_folder(Path(run.work_dir or out))
+    costs, machine = measure(settings, data, folder, target, listener, budget_bytes=budgets[1] or budgets[0])
+    plan = _plan_within(costs, machine, _request_on(data_set, settings, data, budgets))
     plan = _with_gpu_warnings(plan, elsewhere=False)
     if run.target == "auto" and torch_sees_a_gpu():
         plan = replace(plan, warnings=(A_GPU_IS_HERE, *plan.warnings))
@@ -244,10 +247,15 @@ def _least_to_train(
     else:
         return 0
     listener.stage("planning")
-    costs, machine = measure(settings, data, folder, target, listener)
-    machine = replace(machine, runtime_bytes=machine.runtime_bytes + tokenizer_bytes(run))
     try:
-        make_plan(costs, machine, _request(settings, run.batch * data.example_bytes, data, budgets))
+        costs, machine = measure(settings, data, folder, target, listener, budget_bytes=budgets[0])
+        more_bytes = tokenizer_bytes(run)
+        machine = replace(
+            machine,
+            runtime_bytes=machine.runtime_bytes + more_bytes,
+            planning_together_bytes=machine.planning_together_bytes + more_bytes,
+        )
+        _plan_within(costs, machine, _request(settings, run.batch * data.example_bytes, data, budgets))
     except DoesNotFitError as error:
         return error.as_fixed_bytes
     return 0
@@ -273,8 +281,8 @@ def prepare_elsewhere(settings: Settings, profile: "Profile", listener: Listener
     budgets = budgets_of(settings.run, profile.memory_bytes, host_bytes, profile.name)
     data_set, data = _open_data(settings, listener, budget_bytes=budgets[1] or budgets[0], target=build_target("cpu"))
     listener.stage("planning")
-    costs, planning_bytes = trace_costs(settings, data)
-    machine = replace(machine, planning_bytes=planning_bytes)
+    traced = trace_costs(settings, data)
+    costs, machine = traced.costs, replace(machine, planning_bytes=traced.peak_bytes)
     plan = make_plan(costs, machine, _request_on(data_set, settings, data, budgets))
     plan = _with_gpu_warnings(plan, elsewhere=True)
     return Prepared(
@@ -308,18 +316,19 @@ def replan(
     """
     listener.stage("planning again")
     budgets = budgets_here(settings.run, target)
-    costs, machine = measure(settings, data, existing_folder(Path(settings.run.work_dir or out)), target, listener)
+    folder = existing_folder(Path(settings.run.work_dir or out))
+    costs, machine = measure(settings, data, folder, target, listener, budget_bytes=budgets[1] or budgets[0])
     request = replace(
         _request_on(data_set, settings, data, budgets),
         blocks=len(former.layers_per_block),
     )
     try:
         # Another micro-batch sums gradients in another order, and then the last bits of every weight differ.
-        return make_plan(costs, machine, replace(request, micro_batch=former.micro_batch, checkpointing=None))
+        return _plan_within(costs, machine, replace(request, micro_batch=former.micro_batch, checkpointing=None))
     except DoesNotFitError:
         pass
     try:
-        return make_plan(costs, machine, replace(request, micro_batch=None, checkpointing=None, tier=None))
+        return _plan_within(costs, machine, replace(request, micro_batch=None, checkpointing=None, tier=None))
     except DoesNotFitError as error:
         raise DoesNotFitError(
             f"the run has {request.blocks} blocks, which were fixed when it was created, and they do not fit "
@@ -461,20 +470,76 @@ def measure(
     folder: Path | None,
     target: Target,
     listener: Listener,
+    *,
+    budget_bytes: int,
 ) -> tuple[LayerCosts, Machine]:
     """Trace the costs in a child process, then measure the machine when it is quiet again.
 
     Args:
         folder: whose disk is measured; None where a run is only read, which may lie on a medium that cannot be written.
+        budget_bytes: of the memory that this process is in.
+
+    Raises:
+        DoesNotFitError: the child was refused memory, under a budget that bounds both processes together.
     """
     run = settings.run
-    costs, planning_bytes = trace_costs(settings, data)
+    target.give_back()  # what reading the data left behind would lie beside the child
+    held_bytes = target.host_used_bytes()
+    room_bytes = room_beside(budget_bytes, held_bytes) if budget_bytes > TOGETHER_ABOVE_BYTES else None
+    try:
+        traced = trace_costs(settings, data, room_bytes=room_bytes)
+    except trace.NoRoomToTraceError as error:
+        needed_bytes = held_bytes + MEASURING_BYTES + trace.TRACING_BYTES
+        if needed_bytes <= budget_bytes:  # it was started, and took more than others do
+            needed_bytes += budget_bytes
+        flag = "--mem-budget" if target.host_bytes() is None else "--ram-budget"
+        raise _planning_does_not_fit(needed_bytes, held_bytes, budget_bytes, flag) from error
     Image.init()  # what saving pictures will need belongs to the runtime's share
     if target.host_bytes() is not None:
         family = build_family(run.family, asdict(settings.family), asdict(data), run.method)
         run_warmup_step(family, run.optimizer, target.torch_device)
     machine = measured_machine(target, folder)
-    return costs, replace(machine, planning_bytes=max(machine.planning_bytes, planning_bytes))
+    # A second plan, as of the other method, begins with the kernels' code that measuring brought in.
+    held_bytes = max(held_bytes, target.host_used_bytes())
+    return traced.costs, replace(
+        machine,
+        planning_bytes=max(machine.planning_bytes, traced.peak_bytes),
+        planning_together_bytes=held_bytes + max(traced.own_bytes, trace.TRACING_BYTES),
+    )
+
+
+def _plan_within(costs: LayerCosts, machine: Machine, request: PlanRequest) -> Plan:
+    """The plan, where planning itself keeps to a budget which bounds its two processes together.
+
+    Raises:
+        DoesNotFitError: the training does not fit, or planning does not; the budget that is advised is enough for both.
+    """
+    flag, budget_bytes = "--mem-budget", request.budget_bytes
+    needed_bytes, held_bytes = machine.planning_together_bytes, machine.runtime_bytes
+    enough = replace(request, budget_bytes=max(budget_bytes, needed_bytes))
+    if request.ram_budget_bytes is not None and machine.host is not None:
+        flag, budget_bytes, held_bytes = "--ram-budget", request.ram_budget_bytes, machine.host.runtime_bytes
+        enough = replace(request, ram_budget_bytes=max(budget_bytes, needed_bytes))
+    try:
+        plan = make_plan(costs, machine, request)
+    except DoesNotFitError as error:
+        if error.flag != flag or not TOGETHER_ABOVE_BYTES < error.as_fixed_bytes < needed_bytes:
+            raise
+        make_plan(costs, machine, enough)
+        raise _planning_does_not_fit(needed_bytes, held_bytes, budget_bytes, flag) from error
+    if TOGETHER_ABOVE_BYTES < budget_bytes < needed_bytes:
+        raise _planning_does_not_fit(needed_bytes, held_bytes, budget_bytes, flag)
+    return plan
+
+
+def _planning_does_not_fit(needed_bytes: int, held_bytes: int, budget_bytes: int, flag: str) -> DoesNotFitError:
+    return DoesNotFitError(
+        f"planning takes up to {format_bytes(needed_bytes)} in two processes, of which this one holds "
+        f"{format_bytes(held_bytes)} ({who_holds(held_bytes)}), and the budget is {format_bytes(budget_bytes)}; use "
+        f"{flag} {advised_budget(needed_bytes)} or more",
+        needed_bytes,
+        flag=flag,
+    )
 
 
 def measured_machine(target: Target, folder: Path | None) -> Machine:
@@ -485,8 +550,8 @@ def measured_machine(target: Target, folder: Path | None) -> Machine:
     return replace(machine, planning_bytes=peak_bytes if peak_bytes > former_peak_bytes else 0)
 
 
-def trace_costs(settings: Settings, data: DataInfo) -> tuple[LayerCosts, int]:
-    """The costs of the network at the micro-batches that matter, and the peak of the child process that traced them."""
+def trace_costs(settings: Settings, data: DataInfo, *, room_bytes: int | None = None) -> trace.Traced:
+    """The costs of the network at the micro-batches that matter; `room_bytes` as of `trace.trace_in_subprocess`."""
     sizes = micro_batches(settings.run.batch)
     # The ends and the middle: a peak is convex in the samples, so a line between two of them is never below it.
     counts = {sizes[0], sizes[len(sizes) // 2], 1}
@@ -495,7 +560,7 @@ def trace_costs(settings: Settings, data: DataInfo) -> tuple[LayerCosts, int]:
     # An image set's mean and scale shape no tensor: sets that differ in nothing else share an answer.
     shapes = {name: 1.0 if isinstance(value, float) else value for name, value in asdict(data).items()}
     fields = (settings.run.family, asdict(settings.family), shapes, sorted(counts))
-    return trace.trace_in_subprocess(*fields, method=settings.run.method, cache=cache_folder())
+    return trace.trace_in_subprocess(*fields, method=settings.run.method, cache=cache_folder(), room_bytes=room_bytes)
 
 
 def existing_folder(path: Path) -> Path:

@@ -13,7 +13,7 @@ from edgeblocks.data.tokenizer import Tokenizer
 from edgeblocks.diffusion.autoregression import TokenChain
 from edgeblocks.diffusion.classification import classified_bytes, classified_together
 from edgeblocks.diffusion.solver import Solver
-from edgeblocks.errors import ConfigError, DoesNotFitError, OutOfBudgetError
+from edgeblocks.errors import ConfigError, DoesNotFitError, OutOfBudgetError, is_refusal
 from edgeblocks.families.base import TextInfo
 from edgeblocks.inference import sampling
 from edgeblocks.inference.block_runner import BlockRunner, EmaSource
@@ -24,14 +24,13 @@ from edgeblocks.inference.trained_network import trained_network
 from edgeblocks.planning.planner import inference_micro_batch
 from edgeblocks.planning.plans import micro_batches
 from edgeblocks.prepare import measure
-from edgeblocks.profiling.budgets import device_budget_bytes
+from edgeblocks.profiling.budgets import budget_of_this_process, device_budget_bytes
 from edgeblocks.progress import Listener, Silent
 from edgeblocks.registry import build_exporter, build_target
 from edgeblocks.runs.directory import RunDirectory
 from edgeblocks.runs.open_data import stored_source
 from edgeblocks.runs.save_weights import WrittenWeights, write_weights
 from edgeblocks.tasks import TASKS
-from edgeblocks.training.guard import is_refusal
 from edgeblocks.units import format_bytes
 
 
@@ -116,7 +115,12 @@ class Run:
         budget_bytes = (
             device_budget_bytes(mem_budget, target) if mem_budget is not None else directory.plan.budget_bytes
         )
-        costs, machine = measure(directory.settings, directory.data, None, target, Silent())
+        host_budget_bytes = budget_bytes
+        if target.host_bytes() is not None:
+            host_budget_bytes = budget_of_this_process(directory.settings.run, target)
+        costs, machine = measure(
+            directory.settings, directory.data, None, target, Silent(), budget_bytes=host_budget_bytes
+        )
         most_together, sample_bytes = samples, CHAIN_COPIES * directory.data.example_bytes
         if directory.family().task == "classes":
             chains = chains_of(directory)
