@@ -4,6 +4,11 @@ import difflib
 from collections.abc import Iterable
 from typing import ClassVar
 
+_REFUSALS = (
+    *("allocate memory", "not enough memory", "out of memory", "bad_alloc", "can't start new thread"),
+    *("could not create a primitive", "could not execute a primitive"),  # oneDNN, of bfloat16 matrices
+)
+
 
 class EdgeblocksError(Exception):
     """Base of all errors that edgeblocks raises on purpose; the command line prints the message without a traceback."""
@@ -87,6 +92,13 @@ class InterruptedRunError(EdgeblocksError):
     """The user stopped the run; everything up to the last optimizer step is saved."""
 
     exit_code = 130
+
+
+def is_refusal(error: BaseException) -> bool:
+    """Whether an error means that memory was refused: Python's and numpy's own, torch's allocators', the threads'."""
+    if isinstance(error, MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in _REFUSALS)
 
 
 def did_you_mean(word: object, known: Iterable[str]) -> str:

@@ -15,9 +15,15 @@ from edgeblocks.planning.layer_costs import LayerCosts
 from edgeblocks.planning.planner import make_plan
 from edgeblocks.planning.plans import FEWEST_GOOD_LAYERS, Machine, Plan, PlanRequest
 from edgeblocks.planning.reasons import reason
-from edgeblocks.profiling.budgets import budgets_here, budgets_of, with_budgets
+from edgeblocks.profiling.budgets import TOGETHER_ABOVE_BYTES, budgets_here, budgets_of, with_budgets
 from edgeblocks.profiling.looks import expected_looks, grid_sample_bytes, pass_seconds, quality_bytes
-from edgeblocks.profiling.measurement import check_precision, measure, trace_costs, with_precision
+from edgeblocks.profiling.measurement import (
+    check_precision,
+    measure,
+    planning_does_not_fit,
+    trace_costs,
+    with_precision,
+)
 from edgeblocks.progress import Listener
 from edgeblocks.registry import build_family, build_target, family_type
 from edgeblocks.runs.disk_room import check_work_dir, existing_folder
@@ -135,8 +141,9 @@ def prepare(settings: Settings, out: Path, listener: Listener) -> Prepared:
     )
     listener.stage("planning")
     settings = with_precision(settings, data, device=target.torch_device)
-    costs, machine = measure(settings, data, existing_folder(Path(run.work_dir or out)), target)
-    plan = make_plan(costs, machine, _request_on(data_set, settings, data, budgets))
+    folder = existing_folder(Path(run.work_dir or out))
+    costs, machine = measure(settings, data, folder, target, budget_bytes=budgets[1] or budgets[0])
+    plan = _plan_within(costs, machine, _request_on(data_set, settings, data, budgets))
     plan = _with_gpu_warnings(plan, elsewhere=False)
     if run.target == "auto" and torch_sees_a_gpu():
         plan = replace(plan, warnings=(A_GPU_IS_HERE, *plan.warnings))
@@ -237,10 +244,15 @@ def _least_to_train(
     listener.stage("planning")
     # A bound: whether half precision would pay is measured on the data as they are.
     settings = with_precision(settings, data, device=target.torch_device, is_here=False)
-    costs, machine = measure(settings, data, folder, target)
-    machine = replace(machine, runtime_bytes=machine.runtime_bytes + tokenizer_bytes(run))
     try:
-        make_plan(costs, machine, _request(settings, run.batch * data.example_bytes, data, budgets))
+        costs, machine = measure(settings, data, folder, target, budget_bytes=budgets[0])
+        more_bytes = tokenizer_bytes(run)
+        machine = replace(
+            machine,
+            runtime_bytes=machine.runtime_bytes + more_bytes,
+            planning_together_bytes=machine.planning_together_bytes + more_bytes,
+        )
+        _plan_within(costs, machine, _request(settings, run.batch * data.example_bytes, data, budgets))
     except DoesNotFitError as error:
         return error.as_fixed_bytes
     return 0
@@ -269,8 +281,8 @@ def prepare_elsewhere(settings: Settings, profile: "Profile", listener: Listener
     data_set, data = _open_data(settings, listener, budget_bytes=budgets[1] or budgets[0], target=build_target("cpu"))
     listener.stage("planning")
     settings = with_precision(settings, data, device=device, is_here=False)
-    costs, planning_bytes = trace_costs(settings, data)
-    machine = replace(machine, planning_bytes=planning_bytes)
+    traced = trace_costs(settings, data)
+    costs, machine = traced.costs, replace(machine, planning_bytes=traced.peak_bytes)
     plan = make_plan(costs, machine, _request_on(data_set, settings, data, budgets))
     plan = _with_gpu_warnings(plan, elsewhere=True)
     return Prepared(
@@ -304,18 +316,19 @@ def replan(
     """
     listener.stage("planning again")
     budgets = budgets_here(settings.run, target)
-    costs, machine = measure(settings, data, existing_folder(Path(settings.run.work_dir or out)), target)
+    folder = existing_folder(Path(settings.run.work_dir or out))
+    costs, machine = measure(settings, data, folder, target, budget_bytes=budgets[1] or budgets[0])
     request = replace(
         _request_on(data_set, settings, data, budgets),
         blocks=len(former.layers_per_block),
     )
     try:
         # Another micro-batch sums gradients in another order, and then the last bits of every weight differ.
-        return make_plan(costs, machine, replace(request, micro_batch=former.micro_batch, checkpointing=None))
+        return _plan_within(costs, machine, replace(request, micro_batch=former.micro_batch, checkpointing=None))
     except DoesNotFitError:
         pass
     try:
-        return make_plan(costs, machine, replace(request, micro_batch=None, checkpointing=None, tier=None))
+        return _plan_within(costs, machine, replace(request, micro_batch=None, checkpointing=None, tier=None))
     except DoesNotFitError as error:
         raise DoesNotFitError(
             f"the run has {request.blocks} blocks, which were fixed when it was created, and they do not fit "
@@ -370,3 +383,27 @@ def good_layers(family: str) -> int:
     kind = family_type(family)
     depth: int = kind.settings_type().depth
     return min(FEWEST_GOOD_LAYERS, max(1, depth // kind.preferred_blocks))
+
+
+def _plan_within(costs: LayerCosts, machine: Machine, request: PlanRequest) -> Plan:
+    """The plan, where planning itself keeps to a budget which bounds its two processes together.
+
+    Raises:
+        DoesNotFitError: the training does not fit, or planning does not; the budget that is advised is enough for both.
+    """
+    flag, budget_bytes = "--mem-budget", request.budget_bytes
+    needed_bytes, held_bytes = machine.planning_together_bytes, machine.runtime_bytes
+    enough = replace(request, budget_bytes=max(budget_bytes, needed_bytes))
+    if request.ram_budget_bytes is not None and machine.host is not None:
+        flag, budget_bytes, held_bytes = "--ram-budget", request.ram_budget_bytes, machine.host.runtime_bytes
+        enough = replace(request, ram_budget_bytes=max(budget_bytes, needed_bytes))
+    try:
+        plan = make_plan(costs, machine, request)
+    except DoesNotFitError as error:
+        if error.flag != flag or not TOGETHER_ABOVE_BYTES < error.as_fixed_bytes < needed_bytes:
+            raise
+        make_plan(costs, machine, enough)
+        raise planning_does_not_fit(needed_bytes, held_bytes, budget_bytes, flag) from error
+    if TOGETHER_ABOVE_BYTES < budget_bytes < needed_bytes:
+        raise planning_does_not_fit(needed_bytes, held_bytes, budget_bytes, flag)
+    return plan

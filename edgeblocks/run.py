@@ -13,7 +13,7 @@ from edgeblocks.data.tokenizer import Tokenizer
 from edgeblocks.diffusion.autoregression import TokenChain
 from edgeblocks.diffusion.classification import classified_bytes, classified_together
 from edgeblocks.diffusion.solver import Solver
-from edgeblocks.errors import ConfigError, DoesNotFitError, OutOfBudgetError
+from edgeblocks.errors import ConfigError, DoesNotFitError, OutOfBudgetError, is_refusal
 from edgeblocks.families.base import TextInfo
 from edgeblocks.inference import sampling
 from edgeblocks.inference.block_runner import BlockRunner, EmaSource
@@ -23,7 +23,7 @@ from edgeblocks.inference.staged_weights import loaded_ema
 from edgeblocks.inference.trained_network import trained_network
 from edgeblocks.planning.planner import inference_micro_batch
 from edgeblocks.planning.plans import micro_batches
-from edgeblocks.profiling.budgets import device_budget_bytes
+from edgeblocks.profiling.budgets import budget_of_this_process, device_budget_bytes
 from edgeblocks.profiling.measurement import measure
 from edgeblocks.profiling.precisions import untouched_bytes
 from edgeblocks.progress import Listener, Silent
@@ -32,7 +32,6 @@ from edgeblocks.runs.directory import RunDirectory
 from edgeblocks.runs.open_data import stored_source
 from edgeblocks.runs.save_weights import WrittenWeights, write_weights
 from edgeblocks.tasks import TASKS
-from edgeblocks.training.guard import is_refusal
 from edgeblocks.units import format_bytes
 
 
@@ -117,7 +116,10 @@ class Run:
         budget_bytes = (
             device_budget_bytes(mem_budget, target) if mem_budget is not None else directory.plan.budget_bytes
         )
-        costs, machine = measure(directory.settings, directory.data, None, target)
+        host_budget_bytes = budget_bytes
+        if target.host_bytes() is not None:
+            host_budget_bytes = budget_of_this_process(directory.settings.run, target)
+        costs, machine = measure(directory.settings, directory.data, None, target, budget_bytes=host_budget_bytes)
         most_together, sample_bytes = samples, CHAIN_COPIES * directory.data.example_bytes
         if directory.family().task == "classes":
             chains = chains_of(directory)
@@ -355,16 +357,20 @@ class Run:
             raise ConfigError(f"images are {pixels.dtype} {pixels.shape[1:]}; the run takes uint8 {shape}")
         return data.to_model(pixels)
 
-    def save_weights(self, out: Path | str, *, last: bool = False, overwrite: bool = False) -> WrittenWeights:
+    def save_weights(
+        self, out: Path | str, *, last: bool = False, overwrite: bool = False, mem_budget: str | None = None
+    ) -> WrittenWeights:
         """Write the weights as one safetensors file, that another run can begin with and torch can load.
 
         Args:
             last: as the last step left them; else their average (EMA), which all else uses.
             overwrite: replace a file that is there.
+            mem_budget: what the process may take of memory; None does not bound it. One block is held at a time.
 
         Raises:
             ConfigError: the file's name does not end in .safetensors, or the file is there already.
+            DoesNotFitError: it takes more than `mem_budget`.
             RunError: a block is damaged or holds values that are not finite, or the run is trained meanwhile.
             StorageError: the disk refused.
         """
-        return write_weights(self.directory, Path(out), last=last, overwrite=overwrite)
+        return write_weights(self.directory, Path(out), last=last, overwrite=overwrite, mem_budget=mem_budget)

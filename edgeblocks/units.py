@@ -7,6 +7,8 @@ PROCESSES_DIFFER_BYTES = 2_000_000
 """Interpreter and libraries of one program take this much more or less from process to process, measured."""
 BARE_PROCESS_BYTES = 320_000_000
 """More than the interpreter and the libraries of training take, measured 225 to 300 MB."""
+ABOUT_THE_SAME = 0.05
+"""Two figures whose noise is not known and that differ by no larger share are not called different."""
 _UNITS = {
     "": 1,
     "B": 1,

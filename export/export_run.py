@@ -9,7 +9,6 @@ import onnx
 
 from edgeblocks.data.tokenizer import TOKENIZER_FILE, Kind
 from edgeblocks.diffusion.noise import sampler_levels
-from edgeblocks.errors import DoesNotFitError
 from edgeblocks.export.destination import check_destination, staged, synced
 from edgeblocks.export.graph import OPSET, Template, Tensors, make_template, trace_own, write_graph
 from edgeblocks.export.manifest import sha256_of, write_manifest
@@ -34,11 +33,10 @@ from edgeblocks.export.verify import Listener, verify_export
 from edgeblocks.families.base import TextInfo
 from edgeblocks.inference.block_runner import BlockRunner, token_chain
 from edgeblocks.inference.staged_weights import loaded_ema
-from edgeblocks.profiling.budgets import device_budget_bytes
-from edgeblocks.registry import build_target
+from edgeblocks.profiling.budgets import check_needed
 from edgeblocks.runs.directory import RunDirectory
 from edgeblocks.tasks import TASKS
-from edgeblocks.units import advised_budget, format_bytes
+from edgeblocks.units import format_bytes
 
 EXTERNAL_ABOVE_BYTES = 10**9  # a protobuf file ends at 2 GB, and reading one takes twice its size
 
@@ -104,16 +102,8 @@ def export_bytes(run: RunDirectory) -> int:
 def _check_memory(run: RunDirectory, listener: Listener, mem_budget: str | None) -> None:
     """Tell what an export will take, and refuse it where that is more than it may."""
     needed_bytes = export_bytes(run)
-    if mem_budget is not None:
-        budget_bytes = device_budget_bytes(mem_budget, build_target("cpu"))
-        if needed_bytes > budget_bytes:
-            raise DoesNotFitError(
-                f"exporting {run.path} takes up to {format_bytes(needed_bytes)} of memory, and the budget is "
-                f"{format_bytes(budget_bytes)}: a graph is traced and verified beside its weights, {run.method.part} "
-                f"by {run.method.part}; use --mem-budget {advised_budget(needed_bytes)} or more, here or on another "
-                f"machine that the run is copied to",
-                needed_bytes,
-            )
+    why = f"a graph is traced and verified beside its weights, {run.method.part} by {run.method.part}"
+    check_needed(mem_budget, needed_bytes, f"exporting {run.path}", why)
     listener.note(f"exporting takes up to {format_bytes(needed_bytes)} of memory")
 
 

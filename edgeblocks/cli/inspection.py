@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from edgeblocks.cli.exit_codes import verb
-from edgeblocks.cli.options import Json, Overwrite, RunArgument
+from edgeblocks.cli.options import Json, Overwrite, RunArgument, WritingBudget
 from edgeblocks.cli.screen import json_text, say, say_lines
 
 
@@ -32,6 +32,7 @@ def report(
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="The file that is written.", show_default="RUN/report.html")
     ] = None,
+    mem_budget: WritingBudget = None,
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
@@ -41,7 +42,7 @@ def report(
     """
     from edgeblocks.report.run_report import write_report
 
-    written = write_report(run, out, overwrite=overwrite)
+    written = write_report(run, out, overwrite=overwrite, mem_budget=mem_budget)
     say(json_text(written.to_json()) if as_json else written.line())
 
 

@@ -25,6 +25,12 @@ RunBudget = Annotated[
         "system (Linux has one) it is only compared with what the manifest needs.",
     ),
 ]
+WritingBudget = Annotated[
+    str | None,
+    typer.Option(
+        "--mem-budget", help="Refuse it where it takes more memory than this, such as 2GB.", show_default="no bound"
+    ),
+]
 PlanTarget = Annotated[
     str | None,
     typer.Option(

@@ -19,6 +19,7 @@ from edgeblocks.cli.options import (
     RunBudget,
     SampleSeed,
     SampleSteps,
+    WritingBudget,
 )
 from edgeblocks.cli.outputs import Request, say_classes
 from edgeblocks.cli.screen import json_text, say, say_lines
@@ -111,10 +112,7 @@ def sample(
 def export(
     run: RunArgument,
     out: Annotated[Path, typer.Option("--out", "-o", help="Directory of the exported network.", show_default=False)],
-    mem_budget: Annotated[
-        str | None,
-        typer.Option(help="Refuse an export that takes more memory than this, such as 2GB.", show_default="no bound"),
-    ] = None,
+    mem_budget: WritingBudget = None,
     as_json: Json = False,
 ) -> None:
     """Write a trained run as ONNX graphs, one a block, and verify them against torch."""
@@ -132,13 +130,14 @@ def weights(
     run: RunArgument,
     out: Annotated[Path, typer.Option("--out", "-o", help="A file that ends in .safetensors.", show_default=False)],
     last: Annotated[bool, typer.Option("--last", help="As the last step left them, instead of their average.")] = False,
+    mem_budget: WritingBudget = None,
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
     """Write a run's weights as one .safetensors file: for --init of another run, or for PyTorch."""
     from edgeblocks import api
 
-    written = api.load(run).save_weights(out, last=last, overwrite=overwrite)
+    written = api.load(run).save_weights(out, last=last, overwrite=overwrite, mem_budget=mem_budget)
     line = f"wrote {written['tensors']} tensors, {format_bytes(written['bytes'])}, to {out}"
     say(json_text(written) if as_json else line)
 

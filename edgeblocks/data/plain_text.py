@@ -32,7 +32,7 @@ _PACKED = (
         "a zip archive (or a document of an office program, which is one)",
         "unzip {name}, or save as text",
     ),
-    (b"%PDF-", "a PDF", "pdftotext {name} new.txt"),
+    (b"%PDF-", "a PDF", "pdftotext {name} {new}"),
     (b"PAR1", "a .parquet file of another name", "mv {name} {name}.parquet"),
     (b"{\\rtf", "a document in RTF", "save it as plain text"),
 )
@@ -110,7 +110,7 @@ def without_mark(path: Path, content: bytes) -> bytes:
         if content.startswith(mark):
             raise DataError(
                 f"{path} is {what}, not text; {'first: ' if '{name}' in cure else ''}"
-                f"{cure.format(name=shlex.quote(path.name))}"
+                f"{cure.format(name=shlex.quote(path.name), new=_converted(path, '.txt'))}"
             )
     return content.removeprefix(codecs.BOM_UTF8)
 
@@ -131,7 +131,7 @@ def decode(path: Path, content: bytes, reached: int, *, final: bool) -> tuple[st
             raise _other_encoding(path, encoding)
         raise DataError(
             f"{path} is not text: byte {reached + nul} is NUL, as in a binary file; give text in UTF-8, or remove the "
-            f"NULs: tr -d '\\000' < {shlex.quote(path.name)} > new.txt"
+            f"NULs: tr -d '\\000' < {shlex.quote(path.name)} > {_converted(path)}"
         )
     try:
         return codecs.utf_8_decode(content, "strict", final)
@@ -139,7 +139,7 @@ def decode(path: Path, content: bytes, reached: int, *, final: bool) -> tuple[st
         raise DataError(
             f"{path} is not text in UTF-8: {error.reason} at byte {reached + error.start} "
             f"(0x{content[error.start]:02x}); convert it from the encoding it has, for example: "
-            f"iconv -f ISO-8859-1 -t UTF-8 {shlex.quote(path.name)} > new.txt"
+            f"iconv -f ISO-8859-1 -t UTF-8 {shlex.quote(path.name)} > {_converted(path)}"
         ) from error
 
 
@@ -153,8 +153,14 @@ def _unmarked_encoding(content: bytes) -> str | None:
 def _other_encoding(path: Path, encoding: str) -> DataError:
     return DataError(
         f"{path} is text in {encoding}, and UTF-8 is read; convert it: "
-        f"iconv -f {encoding} -t UTF-8 {shlex.quote(path.name)} > new.txt"
+        f"iconv -f {encoding} -t UTF-8 {shlex.quote(path.name)} > {_converted(path)}"
     )
+
+
+def _converted(path: Path, ending: str | None = None) -> str:
+    """A name for what is made of a file: another one, of the same kind unless it has an ending of its own."""
+    ending = ending or path.suffix or ".txt"
+    return shlex.quote(f"newer{ending}" if path.name == f"new{ending}" else f"new{ending}")
 
 
 def cut(text: str, start: int, end: int) -> Iterator[Piece]:

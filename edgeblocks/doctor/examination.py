@@ -28,7 +28,7 @@ from edgeblocks.files.cgroups import CGROUPS
 from edgeblocks.planning.plans import Machine
 from edgeblocks.progress import Listener, Silent
 from edgeblocks.settings.presets import preset_names
-from edgeblocks.units import advised_budget, format_bytes, format_count, format_duration
+from edgeblocks.units import ABOUT_THE_SAME, advised_budget, format_bytes, format_count, format_duration
 
 LIMIT_S = 28.0
 """Probes that have not answered by then are left out, with that as their reason."""
@@ -228,6 +228,8 @@ def _kernel_row(kernel: Kernel) -> list[str]:
     if kernel.fp32_time_s is not None:
         ratio = kernel.fp32_time_s / kernel.time_s
         against = f"{ratio:.1f}x as fast as fp32" if ratio >= 1 else f"{1 / ratio:.1f}x slower than fp32"
+        if abs(ratio - 1) <= ABOUT_THE_SAME:
+            against = "about as fast as fp32"
     return [kernel.what, "works", format_duration(kernel.time_s), against, f"error {kernel.error:.1g}"]
 
 

@@ -118,12 +118,11 @@ def _memory_lines(plan: "Plan") -> list[str]:
 def _planning_lines(plan: "Plan") -> list[str]:
     """What planning takes in all its processes, where one of them traced the network's costs."""
     machine = plan.machine
-    if not machine.planning_bytes:
+    if not machine.planning_together_bytes:
         return []
-    runtime_bytes = machine.runtime_bytes if machine.host is None else machine.host.runtime_bytes
     return [
-        f"while planning: two processes, of {format_bytes(runtime_bytes)} and up to "
-        f"{format_bytes(machine.planning_bytes)}; the second ends before training"
+        f"while planning: two processes, together up to {format_bytes(machine.planning_together_bytes)}; the second "
+        f"ends before training"
     ]
 
 

@@ -41,6 +41,8 @@ class Machine:
     planning_bytes: int = 0
     """What a run occupies at least: the peak of the child process that traced the costs, or of this one while it
     measured the machine."""
+    planning_together_bytes: int = 0
+    """Of the child process and this one at a time, code that both use counted once; 0 where nothing was traced."""
     update_s_per_parameter: float = UPDATE_S_PER_PARAMETER
     bf16_gain: float | None = None
     """How many times as fast as in float32 the network's smallest block is in bfloat16, where it computes in that.

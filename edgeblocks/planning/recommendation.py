@@ -11,8 +11,8 @@ from importlib import resources
 from typing import TYPE_CHECKING
 
 from edgeblocks.errors import ConfigError, DoesNotFitError
-from edgeblocks.methods import MethodName
-from edgeblocks.units import format_bytes, format_duration
+from edgeblocks.methods import DIFFUSION, MethodName
+from edgeblocks.units import ABOUT_THE_SAME, format_bytes, format_duration
 
 if TYPE_CHECKING:
     from edgeblocks.prepare import Prepared
@@ -112,7 +112,7 @@ def option(plan: Callable[[], "Prepared"]) -> Option:
 
 
 def recommendation(found: Measured | None, options: dict[MethodName, Option]) -> Recommendation | None:
-    """The better method where one is, else the faster one; None where neither can be taken."""
+    """The better method where one is, else the faster one, else the usual one; None where neither can be taken."""
     possible = {method: option.seconds for method, option in options.items() if option.seconds is not None}
     if not possible:
         return None
@@ -120,17 +120,19 @@ def recommendation(found: Measured | None, options: dict[MethodName, Option]) ->
         (method,) = possible
         obstacles = [f"{name} cannot be taken: {option.obstacle}" for name, option in options.items() if name != method]
         return Recommendation(method=method, reason="; ".join(obstacles))
-    faster: MethodName = min(possible, key=lambda method: possible[method])
+    fastest_s = min(possible.values())
+    fast = [method for method, seconds in possible.items() if seconds <= fastest_s * (1 + ABOUT_THE_SAME)]
     if found is None:
         return Recommendation(
             method=None, reason="nothing was measured of this family; see for yourself with edgeblocks compare"
         )
-    method = found.better or faster
+    method = found.better or (fast[0] if len(fast) == 1 else DIFFUSION.name)
     other = next(name for name in possible if name != method)
     own, others = getattr(found, method), getattr(found, other)
     times = f"{format_duration(possible[method])} against {format_duration(possible[other])}"
     if found.better is None:
-        said = f"as good as {other} ({found.measure} {own:.4g} and {others:.4g}) and faster, {times}"
+        speed = "faster" if len(fast) == 1 else "about as fast"
+        said = f"as good as {other} ({found.measure} {own:.4g} and {others:.4g}) and {speed}, {times}"
     else:
         said = f"{found.measure} {own:.4g} against {others:.4g} of {other}"
         drawback = possible[method] > MUCH_SLOWER * possible[other]

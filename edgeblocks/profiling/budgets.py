@@ -2,14 +2,16 @@
 
 from dataclasses import replace
 
-from edgeblocks.errors import ConfigError
+from edgeblocks.errors import ConfigError, DoesNotFitError
 from edgeblocks.offload.device import Target
 from edgeblocks.registry import build_target
 from edgeblocks.settings.fields import RunSettings, Settings
-from edgeblocks.units import format_bytes, parse_size
+from edgeblocks.units import advised_budget, format_bytes, parse_size
 
 LEAST_MEANT_BYTES = 1_000_000
 """Nobody means less by a budget: the interpreter alone takes more."""
+TOGETHER_ABOVE_BYTES = 600_000_000
+"""Budgets above this bound all processes together, also while one reads or plans beside this one; others bound each."""
 GPU_BUDGET = "90%"
 """Of a GPU's memory, where the user names no budget: little else needs it, while a processor's memory is everyone's."""
 RAM_BUDGET = "50%"
@@ -73,6 +75,38 @@ def device_budget_bytes(text: str, target: Target) -> int:
         ConfigError: not a size, or more than there is.
     """
     return _size_within("--mem-budget", text, target.total_bytes(), "this machine")
+
+
+def room_beside(budget_bytes: int, held_bytes: int) -> int:
+    """What a process may take that works while this one, which holds some of the memory, waits for it.
+
+    >>> room_beside(1_000_000_000, 300_000_000), room_beside(500_000_000, 300_000_000)
+    (700000000, 500000000)
+    """
+    return max(0, budget_bytes - held_bytes) if budget_bytes > TOGETHER_ABOVE_BYTES else budget_bytes
+
+
+def check_needed(mem_budget: str | None, needed_bytes: int, doing: str, why: str) -> None:
+    """Check, before it begins, that work which cannot be made smaller takes no more of a process's memory than it may.
+
+    Args:
+        mem_budget: a size, or a share of the machine's memory; None bounds nothing.
+        doing, why: what would be done, and where the memory goes, in words.
+
+    Raises:
+        ConfigError: not a size.
+        DoesNotFitError: it takes more.
+    """
+    if mem_budget is None:
+        return
+    budget_bytes = device_budget_bytes(mem_budget, build_target("cpu"))
+    if needed_bytes > budget_bytes:
+        raise DoesNotFitError(
+            f"{doing} takes up to {format_bytes(needed_bytes)} of memory, and the budget is "
+            f"{format_bytes(budget_bytes)}: {why}; use --mem-budget {advised_budget(needed_bytes)} or more, here or on "
+            f"another machine that the run is copied to",
+            needed_bytes,
+        )
 
 
 def _size_within(flag: str, text: str, total: int, machine: str) -> int:

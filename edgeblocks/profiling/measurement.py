@@ -7,30 +7,50 @@ import torch
 from PIL import Image
 
 from edgeblocks.data.cache import cache_folder
-from edgeblocks.errors import ConfigError
+from edgeblocks.errors import ConfigError, DoesNotFitError
 from edgeblocks.families.base import DataInfo
 from edgeblocks.methods import Precision
 from edgeblocks.offload.device import Target
 from edgeblocks.planning.layer_costs import LayerCosts, at_samples
 from edgeblocks.planning.plans import Machine, micro_batches
 from edgeblocks.profiling import trace
+from edgeblocks.profiling.budgets import TOGETHER_ABOVE_BYTES, room_beside
 from edgeblocks.profiling.precisions import WORTH_IT, bf16_gain, warm_up
 from edgeblocks.profiling.warmup_step import run_warmup_step
 from edgeblocks.registry import build_family
 from edgeblocks.settings.fields import Settings, precision_of
+from edgeblocks.units import advised_budget, format_bytes, who_holds
 
+MEASURING_BYTES = 28_000_000
+"""More than the code of kernels that measuring the machine brings into this process, measured 20 MB."""
 LARGEST_MEASURED_BYTES = 32_000_000
 """Of the activations with which float32 and half precision are compared."""
 
 
-def measure(settings: Settings, data: DataInfo, folder: Path | None, target: Target) -> tuple[LayerCosts, Machine]:
+def measure(
+    settings: Settings, data: DataInfo, folder: Path | None, target: Target, *, budget_bytes: int
+) -> tuple[LayerCosts, Machine]:
     """Trace the costs in a child process, then measure the machine when it is quiet again.
 
     Args:
         folder: whose disk is measured; None where a run is only read, which may lie on a medium that cannot be written.
+        budget_bytes: of the memory that this process is in.
+
+    Raises:
+        DoesNotFitError: the child was refused memory, under a budget that bounds both processes together.
     """
     run = settings.run
-    costs, planning_bytes = trace_costs(settings, data)
+    target.give_back()  # what reading the data left behind would lie beside the child
+    held_bytes = target.host_used_bytes()
+    room_bytes = room_beside(budget_bytes, held_bytes) if budget_bytes > TOGETHER_ABOVE_BYTES else None
+    try:
+        traced = trace_costs(settings, data, room_bytes=room_bytes)
+    except trace.NoRoomToTraceError as error:
+        needed_bytes = held_bytes + MEASURING_BYTES + trace.TRACING_BYTES
+        if needed_bytes <= budget_bytes:  # it was started, and took more than others do
+            needed_bytes += budget_bytes
+        flag = "--mem-budget" if target.host_bytes() is None else "--ram-budget"
+        raise planning_does_not_fit(needed_bytes, held_bytes, budget_bytes, flag) from error
     Image.init()  # what saving pictures will need belongs to the runtime's share
     if target.host_bytes() is not None:
         family = build_family(run.family, asdict(settings.family), asdict(data), run.method)
@@ -39,9 +59,26 @@ def measure(settings: Settings, data: DataInfo, folder: Path | None, target: Tar
         warm_up(target, "bf16")  # before the runtime's share is measured
     machine = measured_machine(target, folder)
     if precision_of(run) == "bf16":
-        gain = _gain(settings, data, costs)
+        gain = _gain(settings, data, traced.costs)
         machine = replace(machine, flops_per_s=machine.flops_per_s * gain, bf16_gain=gain)
-    return costs, replace(machine, planning_bytes=max(machine.planning_bytes, planning_bytes))
+    # A second plan, as of the other method, begins with the kernels' code that measuring brought in.
+    held_bytes = max(held_bytes, target.host_used_bytes())
+    return traced.costs, replace(
+        machine,
+        planning_bytes=max(machine.planning_bytes, traced.peak_bytes),
+        planning_together_bytes=held_bytes + max(traced.own_bytes, trace.TRACING_BYTES),
+    )
+
+
+def planning_does_not_fit(needed_bytes: int, held_bytes: int, budget_bytes: int, flag: str) -> DoesNotFitError:
+    """What says that planning's two processes take more than a budget, and which would do."""
+    return DoesNotFitError(
+        f"planning takes up to {format_bytes(needed_bytes)} in two processes, of which this one holds "
+        f"{format_bytes(held_bytes)} ({who_holds(held_bytes)}), and the budget is {format_bytes(budget_bytes)}; use "
+        f"{flag} {advised_budget(needed_bytes)} or more",
+        needed_bytes,
+        flag=flag,
+    )
 
 
 def with_precision(settings: Settings, data: DataInfo, *, device: str, is_here: bool = True) -> Settings:
@@ -58,7 +95,11 @@ def with_precision(settings: Settings, data: DataInfo, *, device: str, is_here: 
     if settings.run.precision != "auto":
         return settings
     chosen = _in_precision(settings, "fp32")
-    if is_here and torch.device(device).type == "cpu" and _gain(chosen, data, trace_costs(chosen, data)[0]) >= WORTH_IT:
+    if (
+        is_here
+        and torch.device(device).type == "cpu"
+        and _gain(chosen, data, trace_costs(chosen, data).costs) >= WORTH_IT
+    ):
         return _in_precision(settings, "bf16")
     return chosen
 
@@ -98,8 +139,8 @@ def measured_machine(target: Target, folder: Path | None) -> Machine:
     return replace(machine, planning_bytes=peak_bytes if peak_bytes > former_peak_bytes else 0)
 
 
-def trace_costs(settings: Settings, data: DataInfo) -> tuple[LayerCosts, int]:
-    """The costs of the network at the micro-batches that matter, and the peak of the child process that traced them."""
+def trace_costs(settings: Settings, data: DataInfo, *, room_bytes: int | None = None) -> trace.Traced:
+    """The costs of the network at the micro-batches that matter; `room_bytes` as of `trace.trace_in_subprocess`."""
     sizes = micro_batches(settings.run.batch)
     # The ends and the middle: a peak is convex in the samples, so a line between two of them is never below it.
     counts = {sizes[0], sizes[len(sizes) // 2], 1}
@@ -109,4 +150,6 @@ def trace_costs(settings: Settings, data: DataInfo) -> tuple[LayerCosts, int]:
     shapes = {name: 1.0 if isinstance(value, float) else value for name, value in asdict(data).items()}
     fields = (settings.run.family, asdict(settings.family), shapes, sorted(counts))
     method, precision = settings.run.method, precision_of(settings.run)
-    return trace.trace_in_subprocess(*fields, method=method, precision=precision, cache=cache_folder())
+    return trace.trace_in_subprocess(
+        *fields, method=method, precision=precision, cache=cache_folder(), room_bytes=room_bytes
+    )

@@ -19,13 +19,15 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from importlib import metadata, resources
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, get_args
 
-from edgeblocks.errors import EdgeblocksError
+import psutil
+
+from edgeblocks.errors import EdgeblocksError, is_refusal
 from edgeblocks.methods import MethodName, Precision
 from edgeblocks.planning.layer_costs import Growth, LayerCosts, StepCost
 from edgeblocks.registry import build_family, build_target, import_own_family, own_family
@@ -37,8 +39,30 @@ if TYPE_CHECKING:
 
 RUN_TO_RUN_BYTES = 3_000_000
 """The child's peak differs by this much from one run to the next."""
+TRACING_BYTES = 220_000_000
+"""What the child takes beside the libraries' code, measured 175 to 200 MB whatever the network; to import torch alone
+takes most of it."""
 _KINDS = ("plain", "checkpointed", "forward")
 """Of steps that are traced; see `LayerCosts`."""
+_REFUSED = {"refused": True}
+"""The child's answer where it was refused memory."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Traced:
+    """Costs, and what the process that traced them took.
+
+    `peak_bytes` is its largest resident set; `own_bytes` that without the libraries' code, which it shares with the
+    process that waits for it.
+    """
+
+    costs: LayerCosts
+    peak_bytes: int
+    own_bytes: int
+
+
+class NoRoomToTraceError(Exception):
+    """The process that traces has too little room: it was not started, or was refused memory."""
 
 
 def trace_in_subprocess(
@@ -50,13 +74,19 @@ def trace_in_subprocess(
     method: MethodName = "diffusion",
     precision: Precision = "fp32",
     cache: Path | None = None,
-) -> tuple[LayerCosts, int]:
-    """`LayerCosts` of a family, traced by a child process that leaves nothing behind in this one; and the child's peak.
+    room_bytes: int | None = None,
+) -> Traced:
+    """`LayerCosts` of a family, traced by a child process that leaves nothing behind in this one.
 
     Args:
         settings, data: fields of the family's settings and data description, as JSON values.
         sample_counts: micro-batches to trace.
         cache: a folder of former answers, one file a sample count, looked up and added to; None traces in any case.
+        room_bytes: what the child may take beside the libraries' code; None does not bound it.
+
+    Raises:
+        NoRoomToTraceError: it takes more, or would.
+        EdgeblocksError: the family cannot be traced.
     """
     request: dict[str, Any] = {"family": family_name, "settings": settings, "data": data, "method": method}
     request["precision"] = precision
@@ -65,7 +95,9 @@ def trace_in_subprocess(
     answers = {count: answer for count, path in kept.items() if (answer := _kept_answer(path)) is not None}
     missing = sorted(set(sample_counts) - answers.keys())
     if missing:
-        traced = _ask_child({**request, "sample_counts": missing})
+        if room_bytes is not None and room_bytes < TRACING_BYTES:
+            raise NoRoomToTraceError  # the cap comes after the imports, which would pass it
+        traced = _ask_child({**request, "sample_counts": missing, "room_bytes": room_bytes})
         for count in missing:
             answers[count] = {
                 **traced,
@@ -75,9 +107,13 @@ def trace_in_subprocess(
                 _keep(kept[count], answers[count])
     parsed = [_parse_answer(answers[count]) for count in sorted(answers)]
     steps: dict[str, Any] = {
-        kind: tuple(step for costs, _ in parsed for step in getattr(costs, kind)) for kind in _KINDS
+        kind: tuple(step for one in parsed for step in getattr(one.costs, kind)) for kind in _KINDS
     }
-    return replace(parsed[0][0], **steps), max(planning_bytes for _, planning_bytes in parsed)
+    return Traced(
+        costs=replace(parsed[0].costs, **steps),
+        peak_bytes=max(one.peak_bytes for one in parsed),
+        own_bytes=max(one.own_bytes for one in parsed),
+    )
 
 
 def _ask_child(request: Mapping[str, object]) -> dict[str, Any]:
@@ -89,6 +125,8 @@ def _ask_child(request: Mapping[str, object]) -> dict[str, Any]:
             f"the cost trace of '{request['family']}' failed (exit {done.returncode}):", *done.stderr.splitlines()
         )
     answer: dict[str, Any] = json.loads(done.stdout)
+    if answer == _REFUSED:
+        raise NoRoomToTraceError
     return answer
 
 
@@ -129,13 +167,13 @@ def _code_digest() -> str:
     return hashlib.sha256(b"".join(path.read_bytes() for path in sorted(package.rglob("*.py")))).hexdigest()
 
 
-def _parse_answer(answer: Mapping[str, Any]) -> tuple[LayerCosts, int]:
+def _parse_answer(answer: Mapping[str, Any]) -> Traced:
     """The child's answer; anything else raises one of the errors that using JSON as something it is not can raise."""
     fields = dict(answer)
-    planning_bytes = int(fields.pop("planning_bytes"))
+    taken = {name: int(fields.pop(name)) for name in ("peak_bytes", "own_bytes")}
     for kind in _KINDS:
         fields[kind] = tuple(_step_cost(step) for step in fields[kind])
-    return LayerCosts(**fields), planning_bytes
+    return Traced(costs=LayerCosts(**fields), **taken)
 
 
 def _step_cost(fields: Mapping[str, Any]) -> StepCost:
@@ -292,8 +330,24 @@ def main() -> None:
     if request["own_family"] is not None:
         import_own_family(request["own_family"])
     family = build_family(request["family"], request["settings"], request["data"], request["method"])
-    costs = asdict(trace_without_compiler(family, request["sample_counts"], precision=request["precision"]))
-    print(json.dumps({**costs, "planning_bytes": build_target("cpu").peak_bytes() + RUN_TO_RUN_BYTES}))
+    target, room_bytes = build_target("cpu"), request["room_bytes"]
+    bound = contextlib.nullcontext() if room_bytes is None else target.capped(room_bytes + _shared_bytes())
+    try:
+        with bound:
+            costs = asdict(trace_without_compiler(family, request["sample_counts"], precision=request["precision"]))
+    except (MemoryError, RuntimeError) as error:
+        if not is_refusal(error):
+            raise
+        print(json.dumps(_REFUSED))
+        return
+    peak_bytes = target.peak_bytes() + RUN_TO_RUN_BYTES
+    print(json.dumps({**costs, "peak_bytes": peak_bytes, "own_bytes": peak_bytes - _shared_bytes()}))
+
+
+def _shared_bytes() -> int:
+    """Of the resident set, what other processes have too: code of the interpreter and of libraries."""
+    memory = psutil.Process().memory_full_info()
+    return int(memory.rss - memory.uss)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from edgeblocks.report.comparison import Comparison, Row, has_too_few, with_erro
 from edgeblocks.report.figures import Reference, Series, line_figure
 from edgeblocks.report.page import Section
 from edgeblocks.report.surroundings import values_table
-from edgeblocks.units import format_bytes, format_count, format_duration
+from edgeblocks.units import ABOUT_THE_SAME, format_bytes, format_count, format_duration
 
 
 def comparison_page(content: Comparison) -> str:
@@ -71,7 +71,11 @@ def _verdict(content: Comparison, arms: dict[str, list[Row]]) -> str:
     if any(has_too_few(row["quality"][-1]) for row in (*first, *second)):
         return f"{verdict}; {content['examples']} examples are too few to tell whether {order[1]} is worse"
     difference = abs(final_value(first) - final_value(second))
-    if difference < 2 * math.hypot(_error(first), _error(second)):
+    noise = 2 * math.hypot(_error(first), _error(second))
+    share = difference / max(abs(final_value(first)), abs(final_value(second)), 1e-30)
+    if not noise and share <= ABOUT_THE_SAME:
+        return f"{verdict}, and {order[1]} is about as good: they differ by {100 * share:.2g} %, and no error is known"
+    if difference < noise:
         return f"{verdict}, but the difference to {order[1]} is within the error of {content['examples']} examples"
     return f"{verdict}, before {order[1]} by {difference:.3g}"
 

@@ -5,11 +5,13 @@ Nothing here takes the run's lock: a run that is being trained is read as it is,
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from edgeblocks.errors import RunError, StorageError
+from edgeblocks.files.untrusted import open_regular
 from edgeblocks.runs.directory import RunDirectory, open_run
 from edgeblocks.runs.schema import RecordFields, read_json
 from edgeblocks.runs.summary import Summary
@@ -51,6 +53,22 @@ class RunFacts:
     def of_block(self, block: int) -> list[RecordFields]:
         """The records of a block, in the order of its steps."""
         return sorted((record for record in self.records if record.block == block), key=lambda record: record.step)
+
+
+def num_records(path: Path) -> int:
+    """How many records of metrics.jsonl `read_facts` would keep at most.
+
+    Raises:
+        RunError: the file cannot be read.
+    """
+    metrics = path / "metrics.jsonl"
+    if not metrics.exists():
+        return 0
+    try:
+        with open_regular(metrics) as file:
+            return min(1 + sum(piece.count(b"\n") for piece in iter(partial(file.read, 2**20), b"")), MOST_RECORDS)
+    except OSError as error:
+        raise RunError(f"cannot read {metrics}: {error.strerror}") from error
 
 
 def read_facts(path: Path) -> RunFacts:

@@ -40,9 +40,7 @@ class Preview:
 
 def read_previews(folder: Path) -> tuple[list[Preview], list[str]]:
     """The previews in a run's folder of samples, the newest first, and what is to be said of those left out."""
-    found = sorted(
-        ((int(match[1]), path) for path in _entries(folder) if (match := _NAME.fullmatch(path.name))), reverse=True
-    )
+    found = _found(folder)
     shown = _spread(found)
     remarks = (
         [] if len(shown) == len(found) else [f"{len(shown)} of {len(found)} are shown; the others are in {folder}."]
@@ -56,13 +54,20 @@ def read_previews(folder: Path) -> tuple[list[Preview], list[str]]:
     return previews, remarks
 
 
+def preview_bytes(folder: Path) -> int:
+    """Of the files that `read_previews` reads."""
+    return sum(min(path.lstat().st_size, MOST_PICTURE_BYTES) for _, path in _spread(_found(folder)))
+
+
 def previews_piece(previews: Sequence[Preview]) -> Markup:
     """HTML of previews: pictures in rows, texts as they are."""
     return fragment("previews.html", previews=previews, kind="pictures" if previews[0].picture else "texts")
 
 
-def _entries(folder: Path) -> list[Path]:
-    return list(folder.iterdir()) if folder.is_dir() else []
+def _found(folder: Path) -> list[tuple[int, Path]]:
+    """The steps and files of all previews, the newest first."""
+    entries = folder.iterdir() if folder.is_dir() else ()
+    return sorted(((int(match[1]), path) for path in entries if (match := _NAME.fullmatch(path.name))), reverse=True)
 
 
 def _spread(found: list[tuple[int, Path]]) -> list[tuple[int, Path]]:

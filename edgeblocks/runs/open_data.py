@@ -15,11 +15,11 @@ from edgeblocks.data.tokenise import tokenise_in_child
 from edgeblocks.data.tokenizer import build_tokenizer, read_tokenizer
 from edgeblocks.errors import ConfigError, DoesNotFitError, NoRoomToReadError
 from edgeblocks.offload.device import Target
-from edgeblocks.profiling.budgets import budget_of_this_process, with_budgets
+from edgeblocks.profiling.budgets import TOGETHER_ABOVE_BYTES, budget_of_this_process, room_beside, with_budgets
 from edgeblocks.progress import Listener
 from edgeblocks.registry import build_target, family_type
 from edgeblocks.settings.fields import TOKENIZERS, RunSettings, Settings
-from edgeblocks.units import advised_budget, format_bytes, who_holds
+from edgeblocks.units import PROCESSES_DIFFER_BYTES, advised_budget, format_bytes, who_holds
 
 PAIRS_LIBRARY_BYTES, BYTES_PER_PAIR = 25_000_000, 800
 """Measured: 23 MB for the library, and 35 MB with 50,000 tokens."""
@@ -178,7 +178,9 @@ def open_run_data(
     if note is not None:
         listener.note(f"note: {note}")
     with _refusals_to_read_explained(budget_bytes, target, training_bytes) as room_bytes:
-        data_set = data_of(settings.run, listener.advance, room_bytes=room_bytes, budget_bytes=budget_bytes)
+        held_bytes = target.host_used_bytes()
+        beside_bytes = room_beside(budget_bytes, held_bytes)
+        data_set = data_of(settings.run, listener.advance, room_bytes=room_bytes, budget_bytes=beside_bytes)
     listener.note(f"read: {data_set.reading}")
     if data_set.unreadable:
         shown = ", ".join(data_set.unreadable[:5]) + (", .." if len(data_set.unreadable) > 5 else "")
@@ -202,16 +204,43 @@ def _refusals_to_read_explained(
     try:
         yield room_bytes
     except NoRoomToReadError as error:
-        holder = who_holds(taken_bytes)
+        holder, waiting_bytes = who_holds(taken_bytes), 0
         if error.taken_bytes is not None:  # read by a process that has an interpreter, and little else
+            waiting_bytes = taken_bytes - DECODING_SLACK_BYTES
             taken_bytes, holder = error.taken_bytes, "the interpreter that reads it"
-            room_bytes = max(0, budget_bytes - taken_bytes)
-        smallest_bytes = max(taken_bytes + error.needed_bytes, training_bytes())
+        needed_bytes, least_bytes = taken_bytes + error.needed_bytes, training_bytes()
+        if waiting_bytes:  # measured anew: planning has made it larger, and the next try may be in this process
+            waiting_bytes = max(waiting_bytes, target.host_used_bytes())
+        smallest_bytes, together_bytes = (
+            max(size, least_bytes) for size in (needed_bytes, needed_bytes + waiting_bytes)
+        )
+        if waiting_bytes and budget_bytes > TOGETHER_ABOVE_BYTES:
+            taken_bytes, holder = taken_bytes + waiting_bytes, f"{holder} and the process that waits for it"
+            smallest_bytes = together_bytes
+        smallest_bytes, advice = _budgets_that_do(smallest_bytes, together_bytes)
         flag = "--mem-budget" if target.host_bytes() is None else "--ram-budget"
         raise DoesNotFitError(
             f"{error.what} takes up to {format_bytes(error.needed_bytes)} to read, and the budget of "
-            f"{format_bytes(budget_bytes)} leaves {format_bytes(room_bytes)} after {holder} "
-            f"({format_bytes(taken_bytes)}); use {flag} {advised_budget(smallest_bytes)} or more the first time "
-            f"(then it is in the cache), or {error.cure}",
+            f"{format_bytes(budget_bytes)} leaves {format_bytes(max(0, budget_bytes - taken_bytes))} after {holder} "
+            f"({format_bytes(taken_bytes)}); use {flag} {advice} the first time (then it is in the cache), or "
+            f"{error.cure}",
             smallest_bytes,
         ) from error
+
+
+def _budgets_that_do(each_bytes: int, together_bytes: int) -> tuple[int, str]:
+    """The smallest budget that is enough, and in words all that are.
+
+    Args:
+        each_bytes: what the larger of the processes takes.
+        together_bytes: what all of them take, which larger budgets bound.
+
+    >>> _budgets_that_do(300_000_000, 500_000_000), _budgets_that_do(460_000_000, 720_000_000)
+    ((300000000, '302MB or more'), (460000000, '462MB to 600MB, or 722MB or more'))
+    """
+    if together_bytes <= TOGETHER_ABOVE_BYTES:
+        return each_bytes, f"{advised_budget(each_bytes)} or more"
+    if each_bytes < TOGETHER_ABOVE_BYTES - PROCESSES_DIFFER_BYTES:
+        most = f"{TOGETHER_ABOVE_BYTES // 10**6}MB"
+        return each_bytes, f"{advised_budget(each_bytes)} to {most}, or {advised_budget(together_bytes)} or more"
+    return together_bytes, f"{advised_budget(together_bytes)} or more"

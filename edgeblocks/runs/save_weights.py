@@ -5,20 +5,30 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TypedDict
 
+import numpy as np
+from torch import Tensor
+
 from edgeblocks.errors import ConfigError, RunError, StorageError
 from edgeblocks.files.durable import write_atomically
 from edgeblocks.files.own import check_new
 from edgeblocks.files.tensor_file import encode_header, table_of
-from edgeblocks.offload.block_buffer import BlockBuffer, Part, bytes_of
+from edgeblocks.offload.block_buffer import BlockBuffer, Part, bytes_of, largest_of
 from edgeblocks.offload.block_files import BlockStore
+from edgeblocks.profiling.budgets import check_needed
+from edgeblocks.registry import build_target
 from edgeblocks.runs.directory import RunDirectory, check_whole
 from edgeblocks.terminal import command
+from edgeblocks.units import format_bytes
 
 CLASS_NAMES = "edgeblocks.class_names"
 """What a file's metadata has the names of the classes under, in JSON: the order in which a network knows them."""
 
 _MOST_NAMES_BYTES = 2**20
 """Beyond which the names are left out: a header may not have any length."""
+_PIECE_VALUES = 2**19
+"""That are looked at together: of a whole tensor the look would take as much memory again."""
+BESIDE_A_BLOCK_BYTES = 8_000_000
+"""What writing takes beside one block: code that is used for the first time, a piece's look, tables; measured 3 MB."""
 
 
 class WrittenWeights(TypedDict):
@@ -30,7 +40,9 @@ class WrittenWeights(TypedDict):
     part: Part
 
 
-def write_weights(run: RunDirectory, out: Path, *, last: bool, overwrite: bool) -> WrittenWeights:
+def write_weights(
+    run: RunDirectory, out: Path, *, last: bool, overwrite: bool, mem_budget: str | None = None
+) -> WrittenWeights:
     """Write the weights of all blocks, one block after the other; returns the file's path and size.
 
     Blocks that were trained alone are networks of their own: their names begin with `block_0.`, `block_1.` and so on.
@@ -38,9 +50,12 @@ def write_weights(run: RunDirectory, out: Path, *, last: bool, overwrite: bool) 
     Args:
         last: the weights as the last step left them, without the average.
         overwrite: replace a file that is there.
+        mem_budget: what the process may take of memory; None does not bound it.
 
     Raises:
-        ConfigError: the file's name does not end in .safetensors, or the file is there already.
+        ConfigError: the file's name does not end in .safetensors, the file is there already, or `mem_budget` is no
+            size.
+        DoesNotFitError: it takes more than `mem_budget`.
         RunError: a block is damaged or holds values that are not finite, or the run is trained while it is read.
         StorageError: the disk refused.
     """
@@ -48,6 +63,7 @@ def write_weights(run: RunDirectory, out: Path, *, last: bool, overwrite: bool) 
         raise ConfigError(f"-o {out}: weights are written as safetensors; give a name that ends in .safetensors")
     check_new(out, overwrite=overwrite)
     part = _part(last)
+    _check_memory(run, part, mem_budget)
     blocks = read_weights(run, last=last)  # looks at the steps before anything is written
     entries = [(block, entry) for block, layout in enumerate(run.store().layouts) for entry in layout.of_part(part)]
     named = [(run.tensor_name(block, entry.name.removeprefix(f"{part}.")), entry) for block, entry in entries]
@@ -68,8 +84,16 @@ def _part(last: bool) -> Part:
     return "weights" if last else "ema"
 
 
+def _check_memory(run: RunDirectory, part: Part, mem_budget: str | None) -> None:
+    """Refuse to begin where one block beside what the process holds is more than it may take."""
+    block_bytes = largest_of(run.store().layouts, (part,)).part_span(part)[1]
+    needed_bytes = build_target("cpu").used_bytes() + block_bytes + BESIDE_A_BLOCK_BYTES
+    why = f"the largest {run.method.part} has {format_bytes(block_bytes)} of weights, and one is in memory at a time"
+    check_needed(mem_budget, needed_bytes, f"writing the weights of {run.path}", why)
+
+
 def _check_finite(run: RunDirectory, block: int, buffer: BlockBuffer, part: Part) -> None:
-    broken = [(name, int((~tensor.isfinite()).sum()), tensor.numel()) for name, tensor in buffer.tensors(part)]
+    broken = [(name, _num_broken(tensor), tensor.numel()) for name, tensor in buffer.tensors(part)]
     count, total = sum(count for _, count, _ in broken), sum(size for _, _, size in broken)
     if not count:
         return
@@ -81,6 +105,14 @@ def _check_finite(run: RunDirectory, block: int, buffer: BlockBuffer, part: Part
         f"infinite), the first in {first}: its training diverged, so nothing was written; {alone}train anew with a "
         f"smaller --set learning_rate=.."
     )
+
+
+def _num_broken(tensor: Tensor) -> int:
+    """Values that are not finite."""
+    values = tensor.view(-1).numpy()
+    pieces = (values[start : start + _PIECE_VALUES] for start in range(0, len(values), _PIECE_VALUES))
+    # numpy's, which starts no threads: torch's and their memory took 15 MB.
+    return sum(len(piece) - int(np.count_nonzero(np.isfinite(piece))) for piece in pieces)
 
 
 def _pieces(

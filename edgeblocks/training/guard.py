@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
-from edgeblocks.errors import OutOfBudgetError
+from edgeblocks.errors import OutOfBudgetError, is_refusal
 from edgeblocks.offload.device import Target
 from edgeblocks.planning.plans import StepShape
 from edgeblocks.units import format_bytes
@@ -20,17 +20,6 @@ T = TypeVar("T")
 
 HEADROOM_BYTES = 12_000_000
 """Left free where a smaller step allows it, for memory that no step accounts for: listeners, pages of code."""
-_REFUSALS = (
-    *("allocate memory", "not enough memory", "out of memory", "bad_alloc", "can't start new thread"),
-    *("could not create a primitive", "could not execute a primitive"),  # oneDNN, of bfloat16 matrices
-)
-
-
-def is_refusal(error: BaseException) -> bool:
-    """Whether an error means that memory was refused: Python's and numpy's own, torch's allocators', the threads'."""
-    if isinstance(error, MemoryError):
-        return True
-    return isinstance(error, RuntimeError) and any(words in str(error) for words in _REFUSALS)
 
 
 class Guard:

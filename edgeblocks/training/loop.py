@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from edgeblocks.data.dataset import DataSet
-from edgeblocks.errors import EdgeblocksError, OutOfBudgetError, WriteLimitError
+from edgeblocks.errors import EdgeblocksError, OutOfBudgetError, WriteLimitError, is_refusal
 from edgeblocks.families.block import Block
 from edgeblocks.inference.block_runner import EmaSource
 from edgeblocks.methods import Method, imported
@@ -32,7 +32,7 @@ from edgeblocks.progress import Progress
 from edgeblocks.runs.directory import RunDirectory
 from edgeblocks.terminal import command
 from edgeblocks.training.batches import Batches, BatchThread, drawing
-from edgeblocks.training.guard import Guard, is_refusal
+from edgeblocks.training.guard import Guard
 from edgeblocks.training.interruption import Interruption
 from edgeblocks.units import format_bytes, parse_size
 

@@ -9,6 +9,7 @@ from edgeblocks.callbacks import Evaluated, Sampled
 from edgeblocks.data import pictures
 from edgeblocks.data.dataset import DataSet
 from edgeblocks.diffusion.unmasking import texts_as_file
+from edgeblocks.errors import is_refusal
 from edgeblocks.families.base import TextInfo
 from edgeblocks.inference import metrics
 from edgeblocks.inference.block_runner import BlockRunner
@@ -18,7 +19,6 @@ from edgeblocks.profiling.looks import expected_looks, pass_seconds
 from edgeblocks.progress import Listener
 from edgeblocks.runs.directory import RunDirectory, write_text
 from edgeblocks.tasks import GRID_TOKENS, TASKS, TEXT_TASKS
-from edgeblocks.training.guard import is_refusal
 from edgeblocks.training.interruption import Interrupted, Interruption
 from edgeblocks.training.loop import Trainer
 

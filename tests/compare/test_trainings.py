@@ -167,6 +167,22 @@ def comparison(*rows, examples):
     return {**told, "arms": [{**one, "memory": [(1.0, 10**8)], "time_split": None} for one in rows]}
 
 
+@pytest.mark.parametrize(
+    ("errors", "other", "said"),
+    [
+        ((0.02, 0.02), 0.47, "but the difference to plain is within the error of 1024 examples"),
+        ((0.001, 0.001), 0.49, "before plain by 0.01"),
+        ((None, None), 0.49, "and plain is about as good: they differ by 2 %, and no error is known"),
+        ((None, None), 0.50, "and plain is about as good: they differ by 0 %, and no error is known"),
+        ((None, None), 0.40, "before plain by 0.1"),
+    ],
+)
+def test_an_arm_is_called_better_by_more_than_the_noise_alone(errors, other, said):
+    """The measured error decides where there is one; where there is none, within 5 % two arms are about as good."""
+    rows = [row("exact", 0.5, errors[0], 1024), row("plain", other, errors[1], 1024)]
+    assert said in comparison_page(comparison(*rows, examples=1024))
+
+
 def test_few_examples_have_no_error(tmp_path):
     """Four of four right are not certain, and tell no arm from another; of an earlier edgeblocks the error stands."""
     few = comparison(row("exact", 1.0, None, 4), row("plain", 0.75, None, 4), examples=4)

@@ -65,6 +65,11 @@ def odd_records():
     for encoding in ("UTF-32LE", "UTF-32BE", "UTF-16LE", "UTF-16BE"):
         content = "Ein Text über Wale, ".encode(encoding) * 9
         yield "a b.txt", content, rf"in {encoding}, .*: iconv -f {encoding} -t UTF-8 'a b\.txt' > new"
+    # What is made is another file, of the same kind: a table under the name of plain text would be read as prose.
+    yield "a.csv", "text\na\n".encode("utf-16"), r"a\.csv > new\.csv$"
+    yield "new.txt", "text".encode("utf-16"), r"new\.txt > newer\.txt$"
+    yield "new.txt", b"%PDF-1.7", r"pdftotext new\.txt newer\.txt$"
+    yield "a.txt", b"a\0b", r"a\.txt > new\.txt$"
     yield "a.txt", b"\x1f\x8b\x08", r"a\.txt is packed with gzip, not text; first: gunzip -k a\.txt"
     yield "a.docx", b"PK\x03\x04..", r"is a zip archive \(or a document of an office program, which is one\), not text"
     yield "a.jsonl", b"PAR1", r"is a \.parquet file of another name, not text; first: mv a\.jsonl a\.jsonl\.parquet"

@@ -4,11 +4,12 @@ import re
 from dataclasses import replace
 from importlib import metadata
 
+import pytest
 from support.made_up_machine import GB, healthy, with_part
 
 from edgeblocks.doctor import examination as doctor
 from edgeblocks.doctor import surroundings
-from edgeblocks.doctor.findings import Gpu, PresetFit
+from edgeblocks.doctor.findings import Gpu, Kernel, PresetFit
 
 HOUR_S = 3600.0
 
@@ -25,6 +26,16 @@ def test_the_text_says_what_could_not_be_found_out():
     assert "read ?," in text
     assert "disk.read_bytes_per_s  this system has no way" in text
     assert "gpu             not found out" in text
+
+
+@pytest.mark.parametrize(
+    ("time_s", "said"), [(0.5, "2.0x as fast"), (0.98, "about as fast"), (1.04, "about as fast"), (2.0, "2.0x slower")]
+)
+def test_kernels_that_are_about_as_fast_as_others_are_called_so(time_s, said):
+    """Five percent are what the same call differs by from time to time."""
+    kernel = Kernel(name="bf16", what="bf16 products", works=True, time_s=time_s, fp32_time_s=1.0, error=1e-3)
+    text = doctor.report_text(replace(healthy(), kernels=(kernel,)))
+    assert re.search(rf"bf16 products +works .*{said} (as|than) fp32", text)
 
 
 def test_the_text_of_a_gpu():

@@ -274,7 +274,7 @@ def test_running_layers_again_is_preferred_to_a_batch_in_small_parts():
     """
     network = {"width": 256, "depth": 11, "heads": 4, "patch": 4}
     data = {"channels": 3, "height": 32, "width": 32, "num_classes": 0, "mean": 0.5, "scale": 2.0}
-    shallow = trace_in_subprocess("dit", network, data, [1, 4, 16])[0]
+    shallow = trace_in_subprocess("dit", network, data, [1, 4, 16]).costs
     machine = replace(MACHINE, flops_per_s=2e11, memory_bytes_per_s=1e10)
     request = replace(REQUEST, batch=16, blocks=1, budget_bytes=510 * MB)
     chosen = make_plan(shallow, machine, request).chosen

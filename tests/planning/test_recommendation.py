@@ -42,6 +42,24 @@ def test_the_better_method_is_recommended_and_else_the_faster_one(figures, metho
         assert told in advice.line()
 
 
+@pytest.mark.parametrize(
+    ("diffusion_s", "exact_s", "method", "told"),
+    [
+        (100.0, 104.0, "diffusion", "about as fast, 1 min 40 s against 1 min 44 s"),
+        (104.0, 100.0, "diffusion", "about as fast, 1 min 44 s against 1 min 40 s"),
+        (100.0, 106.0, "diffusion", "faster, 1 min 40 s against 1 min 46 s"),
+        (106.0, 100.0, "exact", "faster, 1 min 40 s against 1 min 46 s"),
+    ],
+)
+def test_times_that_differ_by_no_more_than_their_noise_decide_nothing(diffusion_s, exact_s, method, told):
+    """Predictions from measured speeds differ by some percent from call to call: within 5 % none is called faster."""
+    advice = recommendation(
+        found(0.80, 0.81), {"diffusion": Option(seconds=diffusion_s), "exact": Option(seconds=exact_s)}
+    )
+    assert advice is not None and advice.method == method
+    assert f") and {told} (" in advice.reason
+
+
 def test_fewer_layers_are_told_where_they_were_better_than_either_method():
     """A training too short for depth to be of use says so; a difference within the noise says nothing."""
     for value, told in ((0.90, True), (0.86, False), (0.70, False)):

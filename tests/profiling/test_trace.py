@@ -15,13 +15,15 @@ from edgeblocks.offload.block_buffer import BlockLayout
 from edgeblocks.planning.layer_costs import Growth, StepCost, at_samples
 from edgeblocks.planning.memory import HALF_SCRATCH_BYTES
 from edgeblocks.profiling import step_trace
+from edgeblocks.profiling import trace as trace_module
 from edgeblocks.profiling.step_trace import traced_step
-from edgeblocks.profiling.trace import trace, trace_in_subprocess
+from edgeblocks.profiling.trace import TRACING_BYTES, NoRoomToTraceError, trace, trace_in_subprocess
 
 SETTINGS = DitSettings(width=64, depth=6, heads=4, patch=2)
 DATA = ImageInfo(channels=3, height=16, width=16, num_classes=10, mean=0.5, scale=2.0)
 FAMILY = Dit(SETTINGS, DATA)
 SAMPLE_COUNTS = (1, 4, 16)
+MB = 10**6
 
 
 @pytest.fixture(scope="module")
@@ -189,7 +191,7 @@ import sys
 from edgeblocks.profiling.trace import trace_in_subprocess
 from dataclasses import asdict
 import json
-costs, planning_bytes = trace_in_subprocess("dit", {asdict(SETTINGS)!r}, {asdict(DATA)!r}, {SAMPLE_COUNTS!r})
+costs = trace_in_subprocess("dit", {asdict(SETTINGS)!r}, {asdict(DATA)!r}, {SAMPLE_COUNTS!r}).costs
 print(json.dumps([sorted({{"sympy", "torch"}} & set(sys.modules)), asdict(costs)]))
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
@@ -219,7 +221,7 @@ def test_a_kept_trace_is_taken_again_and_a_damaged_one_made_again(tmp_path, monk
         with monkeypatch.context() as patched, pytest.raises(FileNotFoundError):  # what is damaged is not believed
             patched.setattr(sys, "executable", "/nonexistent")
             trace_in_subprocess(*request, cache=tmp_path)
-    assert trace_in_subprocess(*request, cache=tmp_path)[0] == first[0]
+    assert trace_in_subprocess(*request, cache=tmp_path).costs == first.costs
     assert [path.name for path in tmp_path.iterdir()] == [kept.name]
 
 
@@ -235,9 +237,9 @@ def test_only_sample_counts_that_are_not_known_are_traced(tmp_path, monkeypatch)
 
     run = subprocess.run
     monkeypatch.setattr(subprocess, "run", child)
-    known, _ = trace_in_subprocess(*request, [1, 8], cache=tmp_path)
+    known = trace_in_subprocess(*request, [1, 8], cache=tmp_path).costs
     assert asked == []
-    more, _ = trace_in_subprocess(*request, [8, 3, 1], cache=tmp_path)
+    more = trace_in_subprocess(*request, [8, 3, 1], cache=tmp_path).costs
     assert asked == [[3]]
     assert known == trace(FAMILY, [1, 8])
     assert more == trace(FAMILY, [1, 3, 8])
@@ -314,7 +316,7 @@ def test_a_network_that_uses_the_compiler_is_traced_with_it(use, tmp_path, monke
     (tmp_path / "uses_compiler.py").write_text(USES_COMPILER.format(use=use))
     place = {"path": "uses_compiler:Own", "folder": str(tmp_path), "sha256": ""}
     monkeypatch.setattr("edgeblocks.profiling.trace.own_family", lambda name: place if name == "own" else None)
-    costs, _ = trace_in_subprocess("own", asdict(SETTINGS), asdict(DATA), [1])
+    costs = trace_in_subprocess("own", asdict(SETTINGS), asdict(DATA), [1]).costs
     assert costs.plain == trace(FAMILY, [1]).plain
 
 
@@ -358,3 +360,22 @@ def test_samples_between_traced_counts_lie_on_a_line(samples, peak):
     costs = [step_cost(2, 20), step_cost(4, 40), step_cost(16, 280)]
     assert at_samples(costs, samples, lambda cost: cost.peak_bytes.at(1)) == peak
     assert at_samples(costs[:1], 3, lambda cost: cost.peak_bytes.at(1)) == 30
+
+
+def test_the_child_keeps_to_its_room_and_tells_what_it_took():
+    """What it takes beside the libraries' code is told; in less room it is refused, in more the costs are the same."""
+    request = ("dit", asdict(SETTINGS), asdict(DATA), [1])
+    traced = trace_in_subprocess(*request)
+    assert 50 * MB < traced.own_bytes < traced.peak_bytes < 400 * MB
+    assert traced.own_bytes < TRACING_BYTES
+    with pytest.raises(NoRoomToTraceError):
+        trace_in_subprocess(*request, room_bytes=TRACING_BYTES - 1)
+    assert trace_in_subprocess(*request, room_bytes=TRACING_BYTES).costs == traced.costs
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the cap needs Linux")
+def test_a_child_that_is_refused_memory_says_so(monkeypatch):
+    """It is no failure of the family."""
+    monkeypatch.setattr(trace_module, "TRACING_BYTES", 0)
+    with pytest.raises(NoRoomToTraceError):
+        trace_in_subprocess("dit", asdict(SETTINGS), asdict(DATA), [1], room_bytes=10 * MB)

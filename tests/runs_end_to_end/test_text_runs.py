@@ -210,7 +210,7 @@ def test_an_export_is_not_taken_for_a_run(exported):
         edgeblocks.load(exported[0])
 
 
-def test_the_budget_that_a_refusal_to_read_advises_is_enough_to_train(text, tmp_path, monkeypatch):
+def test_the_budget_that_a_refusal_to_read_advises_is_enough_to_train(text, tmp_path, monkeypatch, traced_apart):
     """Not for reading alone: the training that follows is planned for as many byte pairs as are asked for."""
     monkeypatch.setenv("EDGEBLOCKS_CACHE", str(tmp_path / "cache"))
     settings = {**SMALL, "data": text, "tokenizer": "bpe", "vocab": 20_000}

@@ -25,8 +25,9 @@ from edgeblocks.registry import build_family
 from edgeblocks.targets import cpu
 from edgeblocks.targets.disk import DiskSpeed
 
-PLANNING_BYTES = 300_000_000
-"""What a child process that traces costs takes at most, about."""
+TAKEN = {"peak_bytes": 300_000_000, "own_bytes": 0}
+"""By a child process that traces costs, about; of it beside this one nothing, as there is none."""
+TRACING_BYTES = trace.TRACING_BYTES
 DEPTH = 12
 KINDS = ("plain", "checkpointed", "forward")
 _MEASURED = ("_measure_arithmetic", "measure_disk", "checksum_s_per_byte")
@@ -95,7 +96,7 @@ def _answer(command, *, input, **_):
     request = json.loads(input)
     try:
         build_family(request["family"], request["settings"], request["data"], request["method"])
-        answer = json.dumps({**_costs(request), "planning_bytes": PLANNING_BYTES})
+        answer = json.dumps({**_costs(request), **TAKEN})
     except Exception:
         return SimpleNamespace(returncode=1, stdout="", stderr=traceback.format_exc())
     return SimpleNamespace(returncode=0, stdout=answer, stderr="")
@@ -129,6 +130,7 @@ def known_answers():
     yield from _stand_ins(
         [
             (trace, "subprocess", SimpleNamespace(run=_answer)),
+            (trace, "TRACING_BYTES", 0),
             (cpu, "_measure_arithmetic", _arithmetic),
             (cpu, "measure_disk", _disk),
             (cpu, "checksum_s_per_byte", lambda: 6e-10),
@@ -148,7 +150,7 @@ def traced_apart(known_answers, tmp_path_factory):
     """Costs are traced in a process of its own, and kept where no answer lies that was made in this one."""
     with pytest.MonkeyPatch.context() as patched:
         patched.setenv("EDGEBLOCKS_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield from _stand_ins([(trace, "subprocess", subprocess)])
+        yield from _stand_ins([(trace, "subprocess", subprocess), (trace, "TRACING_BYTES", TRACING_BYTES)])
 
 
 @pytest.fixture

@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file
 from support.outside import EDGEBLOCKS, measured, measured_script
 
-from edgeblocks.errors import OutOfBudgetError
+from edgeblocks.errors import OutOfBudgetError, is_refusal
 from edgeblocks.planning.plans import StepShape
-from edgeblocks.training.guard import HEADROOM_BYTES, Guard, is_refusal
+from edgeblocks.training.guard import HEADROOM_BYTES, Guard
 
 MB = 1_000_000
 SHAPES = [
