@@ -48,8 +48,8 @@ def plan_warnings(
     if faster is not None:
         blocks, share = faster
         found.append(
-            f"{blocks} blocks (--blocks {blocks}) would take {1 - share:.0%} less time: with {chosen.blocks} a "
-            f"block's layers leave little memory for a batch. Fewer are preferred all the same, for quality"
+            f"{blocks} blocks (--blocks {blocks}) would take {1 - share:.0%} less time: smaller "
+            f"blocks leave more memory for a batch. Fewer are preferred all the same, for quality"
         )
     if request.clip_by == "network":
         found.append(
