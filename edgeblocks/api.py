@@ -13,6 +13,7 @@ from edgeblocks.callbacks import Callback, Callbacks, Finished, Planned
 from edgeblocks.data.dataset import DataSet
 from edgeblocks.errors import ConfigError
 from edgeblocks.planning.plan_text import banner
+from edgeblocks.planning.plans import Machine
 from edgeblocks.prepare import Prepared, prepare, prepare_elsewhere
 from edgeblocks.profiling.budgets import usual_budgets
 from edgeblocks.profiling.measurement import with_precision
@@ -56,10 +57,32 @@ def plan(
         ConfigError, DataError: the settings or the data cannot be used.
         DoesNotFitError: nothing fits the budget; carries the smallest that would.
     """
-    resolved, profile = _resolved(config, _with_stored_data(config, settings, listener or Silent()))
+    return _planned(config, out, listener or Silent(), settings)
+
+
+def plan_beside(
+    former: Prepared,
+    *,
+    config: Path | str | None = None,
+    out: Path | str = ".",
+    listener: Listener | None = None,
+    **settings: object,
+) -> Prepared:
+    """The same as `plan`, at the speeds that were measured for a former plan, so that the two can be compared."""
+    return _planned(config, out, listener or Silent(), settings, speeds=former.machine)
+
+
+def _planned(
+    config: Path | str | None,
+    out: Path | str,
+    listener: Listener,
+    settings: Mapping[str, object],
+    speeds: Machine | None = None,
+) -> Prepared:
+    resolved, profile = _resolved(config, _with_stored_data(config, settings, listener))
     if profile is not None:
-        return prepare_elsewhere(resolved, profile, listener or Silent())
-    return prepare(resolved, Path(out), listener or Silent())
+        return prepare_elsewhere(resolved, profile, listener)
+    return prepare(resolved, Path(out), listener, speeds=speeds)
 
 
 def settings_for_here(*, config: Path | str | None = None, **settings: object) -> Settings:

@@ -104,6 +104,7 @@ class Prepared:
             asked_blocks=None if run.blocks == "auto" else run.blocks,
             preferred_blocks=family_type(run.family).preferred_blocks,
             streamed_by_user=run.tier == "disk",
+            step_by_user=run.micro_batch != "auto" or run.checkpointing != "auto",
         )
 
     @property
@@ -122,8 +123,12 @@ class Prepared:
         return content
 
 
-def prepare(settings: Settings, out: Path, listener: Listener) -> Prepared:
-    """Open the data, measure the machine, trace the network's costs, and plan."""
+def prepare(settings: Settings, out: Path, listener: Listener, *, speeds: Machine | None = None) -> Prepared:
+    """Open the data, measure the machine, trace the network's costs, and plan.
+
+    Args:
+        speeds: a former measurement, whose speeds are planned with; None: those that are measured now.
+    """
     check_work_dir(settings.run.work_dir)
     target = build_target(settings.run.target)
     target.prepare()
@@ -143,6 +148,7 @@ def prepare(settings: Settings, out: Path, listener: Listener) -> Prepared:
     settings = with_precision(settings, data, device=target.torch_device)
     folder = existing_folder(Path(run.work_dir or out))
     costs, machine = measure(settings, data, folder, target, budget_bytes=budgets[1] or budgets[0])
+    machine = machine if speeds is None else machine.at_speeds_of(speeds)
     plan = _plan_within(costs, machine, _request_on(data_set, settings, data, budgets))
     plan = _with_gpu_warnings(plan, elsewhere=False)
     if run.target == "auto" and torch_sees_a_gpu():

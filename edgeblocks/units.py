@@ -94,6 +94,8 @@ def format_duration(duration_s: float) -> str:
 
     >>> format_duration(0.0123), format_duration(75), format_duration(3700)
     ('12.3 ms', '1 min 15 s', '1 h 02 min')
+    >>> format_duration(71.9 * 3600), format_duration(926 * 3600), format_duration(2401 * 3600)
+    ('71 h 54 min', '38 days 14 h', '100 days')
     """
     if duration_s < 1:
         return f"{duration_s * 1000:.3g} ms"
@@ -103,7 +105,10 @@ def format_duration(duration_s: float) -> str:
     if minutes < 60:
         return f"{minutes} min {seconds:02d} s"
     hours, minutes = divmod(round(duration_s / 60), 60)
-    return f"{hours} h {minutes:02d} min"
+    if hours < 72:
+        return f"{hours} h {minutes:02d} min"
+    days, hours = divmod(round(duration_s / 3600), 24)
+    return f"{days} days {hours} h" if days < 100 else f"{days} days"
 
 
 def format_count(count: float) -> str:

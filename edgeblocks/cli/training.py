@@ -135,7 +135,8 @@ def _print_plan(given: Mapping[str, Any], config: Path | None, out: Path, *, as_
         options: dict[MethodName, Option] = {run.method: Option(seconds=prepared.plan.predicted_s)}
         for other in METHODS.keys() - {run.method}:
             listener.stage(f"planning with --method {other} as well")
-            options[other] = option(partial(api.plan, config=config, out=out, **{**given, "method": other}))
+            asked = {**given, "method": other, "precision": prepared.plan.precision}
+            options[other] = option(partial(api.plan_beside, prepared, config=config, out=out, **asked))
         advice = recommendation(measured(run.family), options)
         single = None
         if prepared.plan.precision == "bf16":

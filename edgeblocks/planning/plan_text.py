@@ -20,7 +20,8 @@ def banner(prepared: "Prepared") -> str:
     lines = [
         f"edgeblocks: {run.family} {run.preset}, {format_count(plan.parameters)} parameters in "
         f"{method.parts(chosen.blocks)} "
-        f"of {'/'.join(str(count) for count in sorted(set(plan.layers), reverse=True))} layers"
+        f"of {'/'.join(str(count) for count in sorted(set(plan.layers), reverse=True))} "
+        f"layer{'' if set(plan.layers) == {1} else 's'}"
         f"{_how_trained(plan)}",
         f"data: {one_line(data.source)}, {one_line(data.describe())}",
         *([] if prepared.profile is None else [f"machine: {prepared.profile.name}, {prepared.profile.description}"]),

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from edgeblocks.methods import DIFFUSION, BoundaryDtype, BoundaryTier, Clipping, Method, Precision
@@ -49,6 +49,23 @@ class Machine:
     `flops_per_s` is then with it."""
     host: Host | None = None
     """None where the device's memory is the process's own."""
+
+    def at_speeds_of(self, other: "Machine") -> "Machine":
+        """The same with another measurement's speeds: those of one moment differ from those of the next."""
+        host = self.host
+        if host is not None and other.host is not None:
+            host = replace(host, link_bytes_per_s=other.host.link_bytes_per_s)
+        return replace(
+            self,
+            flops_per_s=other.flops_per_s,
+            memory_bytes_per_s=other.memory_bytes_per_s,
+            operator_s=other.operator_s,
+            disk_read_bytes_per_s=other.disk_read_bytes_per_s,
+            disk_write_bytes_per_s=other.disk_write_bytes_per_s,
+            checksum_s_per_byte=other.checksum_s_per_byte,
+            update_s_per_parameter=other.update_s_per_parameter,
+            host=host,
+        )
 
 
 FEWEST_GOOD_LAYERS = 4

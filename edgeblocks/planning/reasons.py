@@ -7,23 +7,34 @@ MUCH_MOVING = 0.5
 """The share of the time that moving blocks takes from which on the disk, or the link, decides and not the computing."""
 
 
-def reason(plan: Plan, *, asked_blocks: int | None, preferred_blocks: int, streamed_by_user: bool) -> str:
+def reason(
+    plan: Plan,
+    *,
+    asked_blocks: int | None,
+    preferred_blocks: int,
+    streamed_by_user: bool,
+    step_by_user: bool = False,
+) -> str:
     """Which limit decides, and how.
 
     Args:
         asked_blocks: the number that the user fixed; None where it was left to the planner.
         preferred_blocks: the family's own number.
         streamed_by_user: whether the user has the blocks wait on disk.
+        step_by_user: whether the user fixed the micro-batch or checkpointing.
     """
     parts = [
         _number_of_blocks(plan, asked_blocks, preferred_blocks),
         _what_is_in_memory(plan, streamed_by_user),
         _time(plan),
     ]
-    if plan.chosen.accumulation > 1 or plan.chosen.checkpointing:
+    small_steps = plan.chosen.accumulation > 1 or plan.chosen.checkpointing
+    if small_steps and not step_by_user:
         again = ", run again on the way back" if plan.chosen.checkpointing else ""
         parts.insert(2, f"micro-batches of {plan.chosen.micro_batch}{again}, the fastest that fit")
     limit = _limit(plan, asked_blocks, preferred_blocks, streamed_by_user)
+    if limit is None and small_steps and not step_by_user:
+        limit = "the budget"
     return f"why: {f'{limit} decides' if limit else 'no limit is felt'}: {'; '.join(parts)}"
 
 

@@ -32,8 +32,9 @@ def plan_warnings(
     found, num_layers, method = [], costs.num_layers, request.method
     holds_stages = "--mem-budget" if machine.host is None or chosen.tier == "ram" else "--mem-budget or --ram-budget"
     if method.cut_changes_result and chosen.layers_per_block < min(request.good_layers, num_layers):
+        layers = "1 layer" if chosen.layers_per_block == 1 else f"{chosen.layers_per_block} layers"
         found.append(
-            f"{chosen.layers_per_block} layer(s) a block: fewer than {request.good_layers} cost quality, because a "
+            f"{layers} a block: fewer than {request.good_layers} cost quality, because a "
             f"block denoises alone with the layers it has (ImageNet FID in the paper: 3 blocks 11.1, 6 blocks 14.4). "
             + (
                 "A larger --mem-budget or a smaller width gives deeper blocks"
@@ -47,8 +48,8 @@ def plan_warnings(
     if faster is not None:
         blocks, share = faster
         found.append(
-            f"{blocks} blocks (--blocks {blocks}) would take {1 - share:.0%} less time: the layers of each of "
-            f"{chosen.blocks} leave little memory for a batch. Fewer are preferred all the same, for quality"
+            f"{blocks} blocks (--blocks {blocks}) would take {1 - share:.0%} less time: smaller "
+            f"blocks leave more memory for a batch. Fewer are preferred all the same, for quality"
         )
     if request.clip_by == "network":
         found.append(

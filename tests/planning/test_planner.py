@@ -183,7 +183,7 @@ def test_the_budget_sets_the_number_of_blocks():
 def test_fewer_than_four_layers_a_block_are_warned_about():
     """Below 4 layers a block the plan says what that costs; at 4 it does not, nor for a network of fewer layers."""
     warned = make_plan(costs(), MACHINE, replace(REQUEST, blocks=4))
-    assert any("3 layer(s) a block" in warning and "FID" in warning for warning in warned.warnings)
+    assert any("3 layers a block" in warning and "FID" in warning for warning in warned.warnings)
     assert make_plan(costs(), MACHINE, replace(REQUEST, blocks=3)).warnings == ()
     shallow = replace(costs(), num_layers=2)
     assert make_plan(shallow, MACHINE, replace(REQUEST, blocks=1)).warnings == ()

@@ -11,7 +11,13 @@ from edgeblocks.planning.planner import make_plan
 from edgeblocks.planning.reasons import reason
 
 SLOW_DISK = replace(MACHINE, disk_read_bytes_per_s=2e6, disk_write_bytes_per_s=2e6)
+FEW_MOVES = {"batch": 4096, "budget_bytes": 700 * MB}
 CASES = {
+    "only small steps fit": (
+        MACHINE,
+        FEW_MOVES,
+        r"the budget decides: 3 blocks, .*holds all of them; micro-batches of \d+",
+    ),
     "nothing is short": (MACHINE, {}, r"no limit is felt: 3 blocks, the usual number .* holds all of them; computing"),
     "fewer blocks do not fit": (
         MACHINE,
@@ -47,4 +53,6 @@ def test_it_names_the_limit_that_decides(case):
         streamed_by_user=request.tier == "disk",
     )
     assert re.match(f"why: {told}", said), said
+    fixed = reason(plan, asked_blocks=3, preferred_blocks=3, streamed_by_user=False, step_by_user=True)
+    assert "the fastest that fit" not in fixed
     assert ("micro-batches of" in said) == (plan.chosen.accumulation > 1 or plan.chosen.checkpointing)

@@ -7,6 +7,7 @@ from importlib import resources
 import pytest
 from support.commands import invoke
 
+from edgeblocks import api
 from edgeblocks.errors import ConfigError, DoesNotFitError
 from edgeblocks.planning.recommendation import Measured, Option, measured, option, recommendation
 from edgeblocks.settings.presets import DEFAULT_PRESETS
@@ -127,3 +128,15 @@ def test_plan_tells_a_method():
     assert done.stdout.count("\nwhy: no limit is felt: ") == 1 and " here for 1200 steps" in done.stdout
     content = json.loads(invoke("plan", *asked, "--json").stdout)
     assert content["why"].startswith("no limit is felt: ") and content["predicted_s"] > 0
+
+
+@pytest.mark.usefixtures("measured_speeds")
+def test_both_methods_are_planned_at_the_same_speeds():
+    """A machine that is busy for a moment would make one of them slower; its memory is that of now."""
+    asked = {"family": "vit", "depth": 2, "width": 32, "heads": 2, "mem_budget": "2GB"}
+    first = api.plan(**asked)
+    slow = replace(first, machine=replace(first.machine, flops_per_s=1e6, operator_s=1.0))
+    beside = api.plan_beside(slow, **asked, method="exact")
+    assert (beside.machine.flops_per_s, beside.machine.operator_s) == (1e6, 1.0)
+    assert beside.plan.method.name == "exact" and beside.plan.predicted_s > 100 * first.plan.predicted_s
+    assert beside.machine.runtime_bytes > 10**8

@@ -26,7 +26,7 @@ def test_fewer_layers_than_a_familys_usual_cut_has_are_warned_of():
     assert any("fewer than 4 cost quality" in text for text in make_plan(costs(), MACHINE, four).warnings)
     assert make_plan(costs(), MACHINE, replace(four, good_layers=3)).warnings == ()
     six = replace(four, good_layers=3, blocks=6)
-    assert any("2 layer(s) a block: fewer than 3" in text for text in make_plan(costs(), MACHINE, six).warnings)
+    assert any("2 layers a block: fewer than 3" in text for text in make_plan(costs(), MACHINE, six).warnings)
 
 
 def test_the_default_preset_of_every_family_is_planned_without_a_note():
