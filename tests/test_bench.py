@@ -135,7 +135,11 @@ def test_text_curve(bench, tmp_path):
     assert "## ar" in (tmp_path / "curve.md").read_text() and (tmp_path / "curve.png").stat().st_size > 1000
 
 
-@pytest.mark.parametrize("what", [["time"], ["exact"], ["arm", "--arm", "plain+ckpt+8bit"]], ids=lambda words: words[0])
+@pytest.mark.parametrize(
+    "what",
+    [["time", "--precision", "bf16"], ["exact"], ["arm", "--arm", "plain+ckpt+8bit"]],
+    ids=lambda words: words[0],
+)
 def test_versus_plain(bench, what):
     """Trainers and ordinary loops in turns, and one arm of the memory's table."""
     shape = [*CHANGES, "--set", "patch=8"]

@@ -4,6 +4,7 @@
     python tests/bench/versus_plain.py memory --family mdlm --vocab 32768
     python tests/bench/versus_plain.py time                        # both in one process, in turns
     python tests/bench/versus_plain.py exact --tier disk           # the same for --method exact
+    python tests/bench/versus_plain.py time --precision bf16       # bf16 on both sides; and ours in fp32 beside it
 
 The networks have 12 layers of width 384; images are random, 32x32x3, texts are random words. Memory is the peak
 resident set above the process's size before training (interpreter, libraries, one small warm-up). `plain` is an
@@ -31,6 +32,7 @@ from plain import PlainCausal, PlainClassifier, PlainDenoiser
 import edgeblocks
 from edgeblocks.data.dataset import DataSet
 from edgeblocks.errors import DoesNotFitError
+from edgeblocks.methods import Precision
 from edgeblocks.offload.block_buffer import BlockBuffer, BlockLayout, bind_parameters_
 from edgeblocks.offload.block_slots import BlockSlots
 from edgeblocks.offload.tiers import DiskTier
@@ -83,8 +85,15 @@ class PlainLoop:
     """End-to-end training of all layers by an ordinary loop."""
 
     def __init__(
-        self, settings: dict[str, Any], shape: dict[str, int], *, checkpointing: bool, eight_bit: bool
+        self,
+        settings: dict[str, Any],
+        shape: dict[str, int],
+        *,
+        checkpointing: bool,
+        eight_bit: bool,
+        precision: Precision = "fp32",
     ) -> None:
+        self.precision = precision
         given = {name: shape[name] for name in ("length",) if name in shape}
         self.data = data_of(RunSettings(**settings, **given), lambda *_: None)
         self.batch = shape["batch"]
@@ -109,7 +118,8 @@ class PlainLoop:
         self.step_number += 1
         for start in range(0, self.batch, micro_batch):
             part = slice(start, start + micro_batch)
-            losses = self.model.losses(examples[part], None if labels is None else labels[part])
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.precision == "bf16"):
+                losses = self.model.losses(examples[part], None if labels is None else labels[part])
             (losses.sum() / self.batch).backward()
         if self.eight_bit:
             self._eight_bit_step()
@@ -201,9 +211,18 @@ def memory(family: str, vocab: int, given: list[str], micro_batch: int, blocks: 
 
 
 def measure_time(
-    family: str, vocab: int, shape: dict[str, int], blocks: int, rounds: int, *, kept_heap_bytes: int | None
+    family: str,
+    vocab: int,
+    shape: dict[str, int],
+    blocks: int,
+    rounds: int,
+    *,
+    kept_heap_bytes: int | None,
+    precision: Precision,
 ) -> None:
     """B block steps against one plain step, in turns; fp32 optimizer state on both sides, then 8-bit on ours.
+
+    In bf16 both compute in that, plain by `torch.autocast`; ours in fp32 is then a third arm.
 
     `kept_heap_bytes` gives both the allocator settings of ours with so much heap kept: at our 1 GiB the plain loop,
     which needs more, would return and fetch pages every step. None is glibc's default for both, -1 keeps all.
@@ -213,19 +232,23 @@ def measure_time(
         libc = ctypes.CDLL(None)
         libc.mallopt(-3, LARGEST_HEAP_BYTES)
         libc.mallopt(-1, kept_heap_bytes)
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
         settings = data_settings(family, make_data(folder, family_type(family).reads), vocab)
         batch = shape["batch"]
-        plain = PlainLoop(settings, shape, checkpointing=False, eight_bit=False)
+        plain = PlainLoop(settings, shape, checkpointing=False, eight_bit=False, precision=precision)
         arms = {}
-        for optimizer in ("adamw", "adamw8bit"):
+        wanted = {"adamw": ("adamw", precision), "adamw8bit": ("adamw8bit", precision)}
+        if precision == "bf16":
+            wanted["adamw8bit in fp32"] = ("adamw8bit", "fp32")
+        for name, (optimizer, computed_in) in wanted.items():
             path = train_ours(
-                folder / optimizer,
+                folder / name,
                 **settings,
                 **shape,
                 blocks=blocks,
                 optimizer=optimizer,
+                precision=computed_in,
                 tier="ram",
                 micro_batch=batch,
                 checkpointing=False,
@@ -236,14 +259,14 @@ def measure_time(
             guard = Guard(
                 CpuTarget(), budget_bytes=2**62, shapes=plan.step_shapes, breakdown=plan.breakdown, note=print
             )
-            arms[optimizer] = (DiffusionTrainer(run, plain.data, scheduler, guard), scheduler)
+            arms[name] = (DiffusionTrainer(run, plain.data, scheduler, guard), scheduler)
         plain.step(batch)
-        times: dict[str, list[float]] = {"plain": [], "adamw": [], "adamw8bit": []}
+        times: dict[str, list[float]] = {"plain": [], **{name: [] for name in arms}}
         for number in range(1, rounds + 1):
             started = time.perf_counter()
             plain.step(batch)
             times["plain"].append(time.perf_counter() - started)
-            for optimizer, (trainer, scheduler) in arms.items():
+            for name, (trainer, scheduler) in arms.items():
                 total = 0.0
                 for block in range(blocks):
                     visit = Visit(block=block, first=number, last=number + 1)
@@ -252,13 +275,17 @@ def measure_time(
                         trainer.train_step(visit, number, batches)
                         total += time.perf_counter() - started
                     scheduler.flush()
-                times[optimizer].append(total)
+                times[name].append(total)
             row = {arm: round(seconds[-1], 3) for arm, seconds in times.items()}
             print(json.dumps(row), flush=True)
-        for optimizer in ("adamw", "adamw8bit"):
-            ratios = [ours / base for ours, base in zip(times[optimizer], times["plain"], strict=True)]
+        pairs = [(name, "plain") for name in arms]
+        if precision == "bf16":
+            pairs.append(("adamw8bit", "adamw8bit in fp32"))
+        for name, base in pairs:
+            ratios = [one / other for one, other in zip(times[name], times[base], strict=True)]
+            against = "one plain step" if base == "plain" else f"those with {base}"
             print(
-                f"{family} {shape}: {blocks} block steps with {optimizer} / one plain step: median "
+                f"{family} {shape} in {precision}: {blocks} block steps with {name} / {against}: median "
                 f"{statistics.median(ratios):.3f} (of {[round(ratio, 3) for ratio in ratios]})",
                 flush=True,
             )
@@ -282,18 +309,26 @@ class InTurns(Silent):
 
 
 def measure_exact_time(
-    family: str, vocab: int, shape: dict[str, int], stages: int, rounds: int, tier: str, micro_batch: int
+    family: str,
+    vocab: int,
+    shape: dict[str, int],
+    stages: int,
+    rounds: int,
+    tier: str,
+    micro_batch: int,
+    precision: Precision,
 ) -> None:
     """A step of --method exact against a plain step, in turns; 8-bit optimizer state and an EMA on our side alone."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         settings = data_settings(family, make_data(folder, family_type(family).reads), vocab)
-        turns = InTurns(PlainLoop(settings, shape, checkpointing=False, eight_bit=False))
+        turns = InTurns(PlainLoop(settings, shape, checkpointing=False, eight_bit=False, precision=precision))
         edgeblocks.train(
             out=folder / "run",
             listener=turns,
             mem_budget="90%",
             method="exact",
+            precision=precision,
             steps=rounds + 1,
             visit_steps=rounds + 1,
             sample_grids=0,
@@ -306,8 +341,8 @@ def measure_exact_time(
         )
         plan = json.loads((folder / "run/plan.json").read_text())
         print(
-            f"{family} {shape}: {stages} stages, {plan['slots']} in memory, micro-batch {micro_batch}: a step of exact "
-            f"/ a plain step: median {statistics.median(turns.ratios):.3f} "
+            f"{family} {shape} in {precision}: {stages} stages, {plan['slots']} in memory, micro-batch {micro_batch}: "
+            f"a step of exact / a plain step: median {statistics.median(turns.ratios):.3f} "
             f"(of {[round(ratio, 3) for ratio in turns.ratios]})",
             flush=True,
         )
@@ -324,6 +359,7 @@ def main() -> None:
     parser.add_argument("--blocks", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--tier", choices=["ram", "disk"], default="ram", help="of the stages of exact")
+    parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32", help="of time and exact")
     parser.add_argument("--default-malloc", action="store_true", help="glibc's default allocator settings")
     parser.add_argument("--keep-memory", action="store_true", help="the heap is never given back")
     arguments = parser.parse_args()
@@ -334,10 +370,12 @@ def main() -> None:
     if arguments.what == "memory":
         memory(*common, arguments.given, micro_batch, arguments.blocks)
     elif arguments.what == "exact":
-        measure_exact_time(*common, shape, arguments.blocks, arguments.rounds, arguments.tier, micro_batch)
+        asked = (arguments.blocks, arguments.rounds, arguments.tier, micro_batch, arguments.precision)
+        measure_exact_time(*common, shape, *asked)
     elif arguments.what == "time":
         kept_heap_bytes = None if arguments.default_malloc else -1 if arguments.keep_memory else 2**31 - 1
-        measure_time(*common, shape, arguments.blocks, arguments.rounds, kept_heap_bytes=kept_heap_bytes)
+        heap = {"kept_heap_bytes": kept_heap_bytes, "precision": arguments.precision}
+        measure_time(*common, shape, arguments.blocks, arguments.rounds, **heap)
     else:
         memory_arm(arguments.arm, *common, shape, micro_batch, arguments.blocks)
 
