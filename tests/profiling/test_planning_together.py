@@ -30,7 +30,9 @@ def told_mb(done):
     "settings",
     [
         ("dit", "--set", "width=1024", "--set", "depth=24", "--mem-budget", "3GB"),
-        ("ar", "--tokenizer", "bpe", "--vocab", "20000", "--mem-budget", "650MB"),
+        pytest.param(
+            ("ar", "--tokenizer", "bpe", "--vocab", "20000", "--mem-budget", "650MB"), marks=pytest.mark.thorough
+        ),
     ],
 )
 def test_a_large_network_takes_no_more_to_plan_than_is_told(settings, no_answers, tmp_path):
@@ -90,7 +92,7 @@ def test_a_program_that_holds_much_is_told_which_budget_planning_takes(no_answer
 @pytest.mark.slow
 def test_a_process_that_reads_text_is_counted_with_the_one_that_waits(no_answers, tmp_path):
     """Below 600 MB each is bounded by itself. Whichever budget the message names is enough, at the first try."""
-    table = pyarrow.table({"text": [f"book {number} " + "whales and ships " * 180_000 for number in range(40)]})
+    table = pyarrow.table({"text": [f"book {number} " + "whales and ships " * 180_000 for number in range(8)]})
     pyarrow.parquet.write_table(table, tmp_path / "books.parquet")
     asked = ("plan", "mdlm", "--data", "books.parquet", "--set", "width=32", "--mem-budget")
     refused = largest_together(*EDGEBLOCKS, *asked, "640MB", env=no_answers, cwd=tmp_path)

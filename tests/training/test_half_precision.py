@@ -69,7 +69,9 @@ def test_activations_take_about_half_of_the_room(name, kind):
     assert 0.45 < half / single < (0.65 if kind == "plain" else 0.9)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind", ["dit", "ar", *(pytest.param(kind, marks=pytest.mark.thorough) for kind in ("vit", "mdlm"))]
+)
 def test_exact_training_is_that_of_plain_pytorch_under_autocast(tmp_path, kind):
     """Losses and weights bit for bit: torch.optim.AdamW, torch.autocast; and so on disk, stopped and resumed."""
     made = {"blocks": 4, "tier": "ram", "optimizer": "adamw", "clip": 1e9, **HALF}
@@ -89,7 +91,9 @@ def test_exact_training_is_that_of_plain_pytorch_under_autocast(tmp_path, kind):
     assert both["bf16"] == pytest.approx(both["fp32"], rel=0.01) and both["bf16"] != both["fp32"]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "family", ["dit", "ar", "looped", *(pytest.param(name, marks=pytest.mark.thorough) for name in ("vit", "mdlm"))]
+)
 def test_blocks_stream_and_resume_without_changing_a_bit(tmp_path, family):
     """Resident, and on disk with checkpointing, stopped and resumed; another precision gives other bits."""
     kind = {**KINDS["dit" if family in ("dit", "vit") else "mdlm"], "family": family, "depth": 4}
