@@ -60,7 +60,9 @@ def test_exact_training_is_what_the_ordinary_loop_does(compared):
     out, _, _ = compared
     exact, plain = (rows_of(out)[arm]["quality"] for arm in ("exact", "plain"))
     for mine, ordinary in zip(exact, plain, strict=True):
-        assert mine["value"] == pytest.approx(ordinary["value"], rel=1e-5)
+        # Two processes: where a tensor lies in memory decides how some sums are rounded, and the first steps of AdamW,
+        # which are nearly of the gradient's sign alone, make 5e-5 of it. Bit for bit, in one process: `test_exact`.
+        assert mine["value"] == pytest.approx(ordinary["value"], rel=5e-4)
 
 
 def test_the_same_comparison_goes_on_with_what_is_missing(compared):
