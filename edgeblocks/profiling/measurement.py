@@ -111,7 +111,7 @@ def check_precision(settings: Settings, device: str) -> None:
         ConfigError: it cannot.
     """
     if settings.run.precision == "bf16" and torch.device(device).type != "cpu":
-        raise ConfigError("--precision bf16 is for processors so far, and a GPU computes in float32; leave it out")
+        raise ConfigError("--precision bf16 is for processors so far, a GPU computes in float32; use --precision fp32")
 
 
 def _in_precision(settings: Settings, precision: Precision) -> Settings:
