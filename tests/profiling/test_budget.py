@@ -55,6 +55,21 @@ def test_text_is_trained_on_and_written_at_the_smallest_budget(tmp_path, family)
     assert (tmp_path / "run/samples/step_0000002.txt").read_text().strip()
 
 
+@pytest.mark.slow
+def test_half_precision_keeps_its_smallest_budget(tmp_path):
+    """With what the library of bfloat16 products takes at its first use, and keeps; no step is cut smaller."""
+    settings = ["vit", "--precision", "bf16", "--steps", "3", "--batch", "32", "--set", "warmup=0"]
+    for setting in ("image_size=16", "width=128", "heads=4", "depth=4"):
+        settings += ["--set", setting]
+    refused = measured(*EDGEBLOCKS, "plan", *settings, "--mem-budget", "50MB")
+    assert refused["code"] == 3
+    budget_bytes = int(refused["err"].split("use --mem-budget ")[1].split("MB")[0]) * 1_000_000
+    train = measured(*EDGEBLOCKS, "train", *settings, "--mem-budget", budget_bytes, "--out", tmp_path / "run", "--json")
+    assert train["code"] == 0, train["err"]
+    assert train["peak_bytes"] <= budget_bytes
+    assert json.loads(train["out"])["memory_changes"] == []
+
+
 HUNGRY_MEASUREMENT = """
 import numpy as np
 import edgeblocks

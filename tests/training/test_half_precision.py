@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from support.equality import StopAfter, assert_same_bits
 from support.exact_runs import KINDS, SLOTS, plain_training, trained, whole_weights, with_slots
 from support.shapes import checked_shapes
@@ -157,6 +158,32 @@ def test_half_precision_on_a_gpu_is_refused_for_now():
         decided("bf16", device="cuda")
     with pytest.raises(ConfigError, match="is for processors so far"):
         edgeblocks.plan(family="dit", target="rtx3060-12gb", precision="bf16")
+
+
+PRODUCTS = {
+    "linear": lambda x: F.linear(x, x, x[0]),
+    "operator": lambda x: x @ x,
+    "matmul": lambda x: torch.matmul(x, x),
+    "addmm": lambda x: torch.addmm(x, x, x),
+    "bmm": lambda x: torch.bmm(x[None], x[None]),
+    "einsum": lambda x: torch.einsum("ij,jk->ik", x, x),
+    "convolution": lambda x: F.conv2d(x[None, None], x[None, None, :3, :3]),
+    "attention": lambda x: F.scaled_dot_product_attention(x[None, None], x[None, None], x[None, None]),
+    "norm": lambda x: F.layer_norm(x, (8,)),
+    "activation": F.gelu,
+    "sum": lambda x: (x @ x) + x,
+}
+
+
+@pytest.mark.parametrize("name", PRODUCTS)
+def test_the_trace_rounds_what_autocast_rounds(name):
+    """Networks of one's own say nothing of precision: on the meta device they give what they give on a processor."""
+    here, traced = torch.randn(8, 8), torch.empty(8, 8, device="meta")
+    with computing_in("bf16"):
+        expected = PRODUCTS[name](here)
+    with computing_in("bf16", device="meta"):
+        found = PRODUCTS[name](traced)
+    assert (found.dtype, found.shape) == (expected.dtype, expected.shape)
 
 
 def test_nothing_is_rounded_in_float32():
