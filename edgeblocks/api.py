@@ -245,8 +245,10 @@ def resume(
             changes = {**usual_budgets(target), **changes}
         precision_before = run.precision
         run = run.changed(changes)
-        device = build_target(run.settings.run.target).torch_device
-        run = replace(run, settings=with_precision(run.settings, run.data, device=device))
+        here = build_target(run.settings.run.target)
+        here.prepare()  # says at once that there is no such device
+        there = {"device": here.torch_device, "half": here.half_precision()}
+        run = replace(run, settings=with_precision(run.settings, run.data, **there))
         if run.blocks_folder == run.away_folder:
             check_work_dir(run.settings.run.work_dir)
         if not reinit_blocks and not changes and is_finished(run):

@@ -17,7 +17,7 @@ Clipping = Literal["stage", "network"]
 BoundaryTier = Literal["ram", "disk"]
 """Where the activations at the stage boundaries wait for the backward pass."""
 
-Precision = Literal["fp32", "bf16"]
+Precision = Literal["fp32", "bf16", "fp16"]
 """In which numbers networks compute; see `families.precision`."""
 BoundaryDtype = Literal["float32", "bfloat16"]
 """What they are kept as."""

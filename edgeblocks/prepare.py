@@ -134,7 +134,7 @@ def prepare(settings: Settings, out: Path, listener: Listener, *, speeds: Machin
     target.prepare()
     check_method(settings.run)
     settings = with_budgets(settings, beside_a_host=target.host_bytes() is not None)
-    check_precision(settings, target.torch_device)
+    check_precision(settings, target.half_precision())
     run = settings.run
     budgets = budgets_here(run, target)
     data_set, data = _open_data(
@@ -145,7 +145,7 @@ def prepare(settings: Settings, out: Path, listener: Listener, *, speeds: Machin
         training_bytes=lambda: _least_to_train(settings, existing_folder(out), target, budgets, listener),
     )
     listener.stage("planning")
-    settings = with_precision(settings, data, device=target.torch_device)
+    settings = with_precision(settings, data, device=target.torch_device, half=target.half_precision())
     folder = existing_folder(Path(run.work_dir or out))
     costs, machine = measure(settings, data, folder, target, budget_bytes=budgets[1] or budgets[0])
     machine = machine if speeds is None else machine.at_speeds_of(speeds)
@@ -249,7 +249,8 @@ def _least_to_train(
         return 0
     listener.stage("planning")
     # A bound: whether half precision would pay is measured on the data as they are.
-    settings = with_precision(settings, data, device=target.torch_device, is_here=False)
+    where = {"device": target.torch_device, "half": target.half_precision()}
+    settings = with_precision(settings, data, **where, is_here=False)
     try:
         costs, machine = measure(settings, data, folder, target, budget_bytes=budgets[0])
         more_bytes = tokenizer_bytes(run)
@@ -281,13 +282,13 @@ def prepare_elsewhere(settings: Settings, profile: "Profile", listener: Listener
     check_method(settings.run)
     settings = with_budgets(settings, beside_a_host=machine.host is not None)
     device = "cpu" if machine.host is None else "cuda"
-    check_precision(settings, device)
+    check_precision(settings, profile.half_precision)
     host_bytes = None if machine.host is None else machine.host.memory_bytes
     budgets = budgets_of(settings.run, profile.memory_bytes, host_bytes, profile.name)
     data_set, data = _open_data(settings, listener, budget_bytes=budgets[1] or budgets[0], target=build_target("cpu"))
     listener.stage("planning")
-    settings = with_precision(settings, data, device=device, is_here=False)
-    traced = trace_costs(settings, data)
+    settings = with_precision(settings, data, device=device, half=profile.half_precision, is_here=False)
+    traced = trace_costs(settings, data, device=device)
     costs, machine = traced.costs, replace(machine, planning_bytes=traced.peak_bytes)
     plan = make_plan(costs, machine, _request_on(data_set, settings, data, budgets))
     plan = _with_gpu_warnings(plan, elsewhere=True)

@@ -15,6 +15,7 @@ import numpy as np
 import psutil
 
 from edgeblocks.files.cgroups import memory_limit_bytes
+from edgeblocks.methods import Precision
 from edgeblocks.planning.layer_costs import LARGEST_HEAP_BYTES
 from edgeblocks.planning.plans import Machine
 from edgeblocks.targets.disk import DiskSpeed, measure_disk
@@ -40,6 +41,10 @@ class CpuTarget:
     torch_device = "cpu"
     device = None
     """There is none with memory of its own."""
+
+    def half_precision(self) -> Precision | None:
+        """Only a measurement tells: processors without instructions for it emulate it."""
+        return None
 
     def prepare(self) -> None:
         """Settings of the process that must come before the first large allocation."""

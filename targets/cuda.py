@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from edgeblocks.errors import ConfigError
+from edgeblocks.methods import Precision
 from edgeblocks.planning.plans import Host, Machine
 from edgeblocks.targets.cpu import DISK_PROBE_BYTES, CpuTarget, checksum_s_per_byte, run_every_kernel
 from edgeblocks.targets.disk import DiskSpeed, measure_disk
@@ -48,6 +49,10 @@ class CudaTarget:
     def device(self) -> "CudaTarget":
         """The GPU."""
         return self
+
+    def half_precision(self) -> Precision | None:
+        """bfloat16 from compute capability 8 on (RTX 30), float16 before."""
+        return "bf16" if torch.cuda.get_device_capability()[0] >= 8 else "fp16"
 
     def prepare(self) -> None:
         """Settings of the process that must come before the first large allocation.

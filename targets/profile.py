@@ -41,6 +41,9 @@ class Profile(Checked):
     """Of the file, no key in it."""
     description: Words
     device: Literal["cpu", "cuda"]
+    half_precision: Literal["bf16", "fp16"] | None
+    """The numbers of 16 bits that a GPU computes fast in: bfloat16 from compute capability 8 on. None on `cpu`, where
+    only a measurement tells."""
     memory_bytes: Count
     """Memory of the compute device, as PyTorch or the system reports it."""
     host_memory_bytes: Count
@@ -66,6 +69,8 @@ class Profile(Checked):
         found = []
         if self.device == "cuda" and self.link_bytes_per_s is None:
             found.append("link_bytes_per_s=None: a cuda machine copies over a link, so its speed is needed")
+        if (self.device == "cuda") != (self.half_precision is not None):
+            found.append(f"half_precision={self.half_precision}: bf16 or fp16 on cuda, null on cpu")
         if self.device == "cpu":
             if self.link_bytes_per_s is not None:
                 found.append(f"link_bytes_per_s={self.link_bytes_per_s:g}: a cpu machine has no link, write null")

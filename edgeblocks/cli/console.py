@@ -128,8 +128,8 @@ def evaluation_report(result: "Evaluated") -> str:
     if "in_both" in result:
         both = result["in_both"]
         lines.append(
-            f"computed in bf16: {both['bf16']:.5f} on {both['examples']} of them, {both['fp32']:.5f} in fp32 "
-            f"({abs(both['bf16'] / both['fp32'] - 1):.2%} apart)"
+            f"computed in {both['precision']}: {both['half']:.5f} on {both['examples']} of them, "
+            f"{both['fp32']:.5f} in fp32 ({abs(both['half'] / both['fp32'] - 1):.2%} apart)"
         )
     if "text" in result:
         lines.append(_bits_line(TextScores.model_validate(result["text"])))

@@ -120,8 +120,9 @@ SETTINGS: dict[str, Any] = {
     "precision": Annotated[
         str | None,
         typer.Option(
-            help="Numbers in which the network computes: fp32, bf16 (half of the memory for activations, and less time "
-            "where the processor has instructions for it), or auto, which measures that.",
+            help="Numbers in which the network computes: fp32, bf16 or fp16 (half of the memory for activations, and "
+            "less time where there are instructions for it), or auto: on a processor bf16 where a measurement says "
+            "that it pays, on a GPU bf16, or fp16 before compute capability 8.",
             show_default="fp32",
         ),
     ],

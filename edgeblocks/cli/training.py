@@ -139,7 +139,7 @@ def _print_plan(given: Mapping[str, Any], config: Path | None, out: Path, *, as_
             options[other] = option(partial(api.plan_beside, prepared, config=config, out=out, **asked))
         advice = recommendation(measured(run.family), options)
         single = None
-        if prepared.plan.precision == "bf16":
+        if prepared.plan.precision != "fp32":
             listener.stage("planning in fp32 as well")
             with contextlib.suppress(DoesNotFitError):
                 single = api.plan(config=config, out=out, **{**given, "precision": "fp32"}).plan
@@ -147,7 +147,7 @@ def _print_plan(given: Mapping[str, Any], config: Path | None, out: Path, *, as_
         say(json_text({**prepared.to_json(), "recommendation": None if advice is None else asdict(advice)}))
         return
     say_lines(banner(prepared))
-    if prepared.plan.precision == "bf16":
+    if prepared.plan.precision != "fp32":
         say(in_fp32(prepared.plan, single))
     say_lines(plan_table(prepared))
     if advice is not None:

@@ -42,7 +42,8 @@ def settled(asked: Asked) -> Settled:
     data_set = _checked_data(asked.arms, asked.minutes, settings)
     # One precision for every arm.
     data = family_type(settings.run.family).data_info(data_set)
-    settings = with_precision(settings, data, device=build_target(settings.run.target).torch_device)
+    target = build_target(settings.run.target)
+    settings = with_precision(settings, data, device=target.torch_device, half=target.half_precision())
     run = settings.run
     return Settled(
         arms=asked.arms,
@@ -73,7 +74,9 @@ def _checked_data(arms: Sequence[Arm], minutes: float | None, settings: Settings
         raise ConfigError(*problems)
     target = build_target(run.target)
     target.prepare()  # says at once that there is no such device
-    check_precision(settings, target.torch_device)
+    check_precision(settings, target.half_precision())
+    if run.precision == "fp16" and any(arm.is_plain for arm in arms):
+        raise ConfigError("--precision fp16: ordinary training has no loss scaling here; use --arms diffusion,exact")
     for arm in arms:
         family_type(run.family, arm.network)
         if not arm.is_plain:

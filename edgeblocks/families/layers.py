@@ -410,7 +410,7 @@ class _Checkpointed(torch.autograd.Function):
     # Our own 20 lines because the first call of torch.utils.checkpoint imports dynamo: 73 MB resident.
     @staticmethod
     def forward(ctx: Any, layer: nn.Module, *inputs: Tensor) -> Tensor:
-        ctx.layer, ctx.precision = layer, precision_now()
+        ctx.layer, ctx.precision = layer, precision_now(inputs[0].device)
         ctx.save_for_backward(*inputs)
         with torch.no_grad():
             out: Tensor = layer(*inputs)
@@ -422,7 +422,7 @@ class _Checkpointed(torch.autograd.Function):
         inputs = [tensor.detach().requires_grad_(tensor.requires_grad) for tensor in ctx.saved_tensors]
         with torch.enable_grad():
             # As the forward pass did, wherever this is called.
-            with computing_in(ctx.precision, device=inputs[0].device.type):
+            with computing_in(ctx.precision, inputs[0].device):
                 out = ctx.layer(*inputs)
             loss = _WithGradient.apply(out, grad_outputs[0])  # type: ignore[no-untyped-call]
         # This adds to the gradients of the layer's parameters in place, so only those of its inputs are returned.

@@ -109,7 +109,7 @@ class BlockRunner:
             # is.
             sigmas = torch.full((len(z[part]),), sigma, device=self.device)
             seen = None if condition is None else condition[part].to(self.device)
-            with computing_in(self.precision):
+            with computing_in(self.precision, self.device):
                 denoised[part] = network(z[part].to(self.device), sigmas, seen)
         return denoised
 
@@ -120,7 +120,7 @@ class BlockRunner:
         assert family.task == "text"
         z = torch.from_numpy(tokens).to(self.device)
         times = torch.full((len(z),), t, device=self.device)
-        with computing_in(self.precision):
+        with computing_in(self.precision, self.device):
             logits = family.logits(network, z, times, torch.from_numpy(wanted))
         found: NDArray[np.float32] = logits.cpu().numpy()
         return found
@@ -131,7 +131,7 @@ class BlockRunner:
         family, network = self.family, self.network(block)
         assert family.task == "continuation"
         given = [torch.from_numpy(array).to(self.device) for array in (z, sigma, inputs, past)]
-        with computing_in(self.precision):
+        with computing_in(self.precision, self.device):
             logits, present = family.next_logits(network, *given)
         return logits.cpu().numpy(), present.cpu().numpy()
 

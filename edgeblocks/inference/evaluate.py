@@ -186,7 +186,7 @@ class Evaluation:
             "validation_loss_by_block": metrics.mean_by_block(loss["levels"], directory.partition),
             "validation": loss,
         }
-        if runner.precision == "bf16":
+        if runner.precision != "fp32":
             result["in_both"] = metrics.loss_in_both(family, runner, data_set, seed=directory.settings.run.seed)
         if family.task == "text":
             result["text"] = metrics.text_scores(loss["total"], loss["standard_error"], loss["images"], data_set)

@@ -69,7 +69,7 @@ def _read(runner: BlockRunner, chain: TokenChain, tokens: Tokens, noise: Values)
     for step, sigma in enumerate(chain.levels):
         network, sigmas = runner.network(chain.blocks[step]), torch.full((len(z),), sigma, device=device)
         known = torch.add(clean, eps, alpha=sigma)
-        with computing_in(runner.precision):
+        with computing_in(runner.precision, device):
             denoised, logarithms = family.estimates(network, z, known, sigmas, inputs, answers, codes)
         found[step] = logarithms.cpu().numpy()
         sigma_next = chain.levels[step + 1] if step + 1 < len(chain.levels) else 0.0

@@ -187,9 +187,10 @@ def _scores(
 
 
 class InBoth(TypedDict):
-    """Mean losses of the same examples with the same noise, over all levels, in either precision."""
+    """Mean losses of the same examples with the same noise, over all levels, in half precision and in float32."""
 
-    bf16: float
+    precision: Precision
+    half: float
     fp32: float
     examples: int
 
@@ -199,7 +200,7 @@ def loss_in_both(family: Family, runner: NetworkSource, data: DataSet, *, seed: 
     # Half a micro-batch, as an activation takes twice the room.
     indices = data.evaluation_indices(max(1, min(runner.micro_batch // 2, MOST_IN_BOTH)))
     examples, labels = data.gather(indices)
-    sums: dict[Precision, float] = {"bf16": 0.0, "fp32": 0.0}
+    sums: dict[Precision, float] = {runner.precision: 0.0, "fp32": 0.0}
     for number, level in enumerate(family.evaluation_levels(runner.partition)):
         network = runner.network(runner.partition.block_of(level.middle))
         batch = family.at_level(examples, labels, level, generator_at(seed, "eval", number))
@@ -207,7 +208,8 @@ def loss_in_both(family: Family, runner: NetworkSource, data: DataSet, *, seed: 
             losses = scores_of(family, runner, network, batch, precision=precision)["loss"]
             sums[precision] += level.share * float(losses.double().mean())
         del network
-    return {"bf16": sums["bf16"], "fp32": sums["fp32"], "examples": len(indices)}
+    half = sums[runner.precision]
+    return {"precision": runner.precision, "half": half, "fp32": sums["fp32"], "examples": len(indices)}
 
 
 @torch.no_grad()
@@ -225,7 +227,7 @@ def scores_of(
         precision: None: the runner's.
     """
     there = {name: tensor.to(runner.device) for name, tensor in batch.items()}
-    with computing_in(precision or runner.precision):
+    with computing_in(precision or runner.precision, runner.device):
         scores = family.scores(network, there)
     return {name: values.cpu() for name, values in scores.items()}
 

@@ -31,6 +31,7 @@ from edgeblocks.files.durable import write_atomically
 from edgeblocks.files.tensor_file import encode_header, read_header, table_of
 from edgeblocks.files.untrusted import MalformedFileError, open_regular, shown
 from edgeblocks.offload.block_buffer import PARTS, BlockBuffer, BlockLayout, Part, bytes_of, largest_of
+from edgeblocks.optim.loss_scale import GROWTH_INTERVAL, LARGEST_EXPONENT, LossScale
 from edgeblocks.units import format_bytes
 
 FORMAT_VERSION = 1
@@ -52,6 +53,8 @@ class BlockHeader:
     digests: dict[Part, str]
     run_bytes_written: int
     """Bytes of blocks that the run had written when this file was complete."""
+    loss_scale: LossScale | None = None
+    """Of the next step, where the block is trained in float16."""
 
 
 class BlockStore:
@@ -96,7 +99,14 @@ class BlockStore:
         """The most bytes that a block's file has on disk."""
         # Numbers of the most digits, as their text is part of the header.
         most, digests = 10**18, dict.fromkeys(PARTS, "0" * 64)
-        header = BlockHeader(run_id=self.run_id, block=block, step=most, digests=digests, run_bytes_written=most)
+        header = BlockHeader(
+            run_id=self.run_id,
+            block=block,
+            step=most,
+            digests=digests,
+            run_bytes_written=most,
+            loss_scale=LossScale(exponent=LARGEST_EXPONENT, steps=GROWTH_INTERVAL),
+        )
         return len(_encode_header(self.layouts[block], header)) + self.layouts[block].num_bytes
 
     @property
@@ -108,7 +118,7 @@ class BlockStore:
         """Count on from what earlier processes wrote, as the newest of the block files has it."""
         self._former_bytes_written = max((header.run_bytes_written for header in headers), default=0)
 
-    def write(self, block: int, buffer: BlockBuffer, step: int) -> None:
+    def write(self, block: int, buffer: BlockBuffer, step: int, loss_scale: LossScale | None = None) -> None:
         """Replace a block's file by the buffer's content, atomically.
 
         Raises:
@@ -122,7 +132,14 @@ class BlockStore:
         meter = self.run_bytes_written + self.file_bytes(block)
         header = _encode_header(
             layout,
-            BlockHeader(run_id=self.run_id, block=block, step=step, digests=digests, run_bytes_written=meter),
+            BlockHeader(
+                run_id=self.run_id,
+                block=block,
+                step=step,
+                digests=digests,
+                run_bytes_written=meter,
+                loss_scale=loss_scale,
+            ),
         )
         payload: list[bytes | memoryview] = [header, *(bytes_of(buffer.part_bytes(part)) for part in PARTS)]
         total = sum(len(piece) for piece in payload)
@@ -232,6 +249,7 @@ class BlockStore:
                 step=_count(metadata["step"]),
                 digests={part: metadata[f"{part}_sha256"] for part in PARTS},
                 run_bytes_written=_count(metadata.get("run_bytes_written", "0")),
+                loss_scale=_loss_scale(metadata),
             )
             if not isinstance(header.run_id, str):
                 raise TypeError(f"run_id={shown(header.run_id)}")
@@ -260,6 +278,15 @@ def _count(text: str) -> int:
     return int(text)
 
 
+def _loss_scale(metadata: Mapping[str, str]) -> LossScale | None:
+    if "loss_scale_exponent" not in metadata:
+        return None
+    exponent, steps = (_count(metadata[name]) for name in ("loss_scale_exponent", "loss_scale_steps"))
+    if exponent > LARGEST_EXPONENT:
+        raise ValueError(f"a loss scale of 2^{exponent}")
+    return LossScale(exponent=exponent, steps=steps)
+
+
 def _table(layout: BlockLayout) -> dict[str, object]:
     return table_of((entry.name, entry.dtype, entry.shape) for entry in layout.entries)
 
@@ -279,6 +306,9 @@ def _encode_header(layout: BlockLayout, header: BlockHeader) -> bytes:
         "run_bytes_written": str(header.run_bytes_written),
         **{f"{part}_sha256": digest for part, digest in header.digests.items()},
     }
+    if header.loss_scale is not None:
+        metadata["loss_scale_exponent"] = str(header.loss_scale.exponent)
+        metadata["loss_scale_steps"] = str(header.loss_scale.steps)
     metadata["header_sha256"] = _header_digest(table, metadata)
     return encode_header(table, metadata)
 

@@ -18,6 +18,7 @@ from functools import partial
 from edgeblocks.offload.block_buffer import BlockBuffer
 from edgeblocks.offload.slots import Slot, Slots
 from edgeblocks.offload.tiers import Tier
+from edgeblocks.optim.loss_scale import LossScale
 from edgeblocks.planning.plans import kept_blocks
 
 
@@ -49,8 +50,8 @@ class BlockSlots(Slots):
         except BaseException:
             slot.block = None
             raise
-        # Block and step as they are now: the slot may be promised to another block before the thread comes to it.
-        self._hand_over(slot, partial(self._write, block, slot.buffer, slot.step))
+        # All as they are now: the slot may be promised to another block before the thread comes to it.
+        self._hand_over(slot, partial(self._write, block, slot.buffer, slot.step, slot.loss_scale))
         if len(self._slots) == 1:
             self._wait(slot)  # the next block is loaded into the same slot: there is nothing to do meanwhile
 
@@ -81,7 +82,7 @@ class BlockSlots(Slots):
         slot.step = self._tier.load(block, slot.buffer)  # on the I/O thread; the trainer reads it after `_wait`
         self.times.load_s += time.perf_counter() - started
 
-    def _write(self, block: int, buffer: BlockBuffer, step: int) -> None:
+    def _write(self, block: int, buffer: BlockBuffer, step: int, loss_scale: LossScale | None) -> None:
         started = time.perf_counter()
-        self._tier.save(self.store, block, buffer, step)
+        self._tier.save(self.store, block, buffer, step, loss_scale)
         self.times.store_s += time.perf_counter() - started

@@ -5,6 +5,7 @@ from pathlib import Path
 from edgeblocks.files.durable import sync, write_atomically
 from edgeblocks.offload.block_buffer import BlockBuffer
 from edgeblocks.offload.block_files import BlockStore, storage_error
+from edgeblocks.optim.loss_scale import LossScale
 
 
 class NextBlocks:
@@ -20,11 +21,11 @@ class NextBlocks:
         self._store = store
         self._new = _NextStore(store.folder, store.layouts, store.run_id)
 
-    def write(self, block: int, buffer: BlockBuffer, step: int) -> None:
+    def write(self, block: int, buffer: BlockBuffer, step: int, loss_scale: LossScale | None = None) -> None:
         """Write a block's new file; see `BlockStore.write`."""
         self._store.check_folder()  # `_new` holds no folder open that it could compare with
         self._new.count_from(self._store.run_bytes_written)
-        self._new.write(block, buffer, step)
+        self._new.write(block, buffer, step, loss_scale)
         self._store.bytes_written += self._new.bytes_written
 
     def commit(self) -> None:

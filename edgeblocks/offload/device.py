@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from torch import Tensor, device
 
+from edgeblocks.methods import Precision
 from edgeblocks.planning.plans import Machine
 
 if TYPE_CHECKING:
@@ -59,6 +60,10 @@ class Target(Protocol):
     @property
     def device(self) -> Device | None:
         """The compute device where it has memory of its own; None where its memory is the process's."""
+        ...
+
+    def half_precision(self) -> Precision | None:
+        """The numbers of 16 bits that the device computes fast in; None where only a measurement tells."""
         ...
 
     def prepare(self) -> None:

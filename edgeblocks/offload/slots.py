@@ -13,6 +13,7 @@ import torch
 
 from edgeblocks.offload.block_buffer import BlockBuffer, Part
 from edgeblocks.offload.tiers import Tier
+from edgeblocks.optim.loss_scale import LossScale
 
 
 @dataclass
@@ -45,6 +46,8 @@ class Slot:
     """The number of the block or stage that is there, or will be when `pending` is done; None: nothing of use."""
     step: int = 0
     """The step that the block has made: of its file when it comes, then set by the trainer, and written with it."""
+    loss_scale: LossScale | None = None
+    """Set by the trainer and written with the block, where it is trained in float16."""
     parts: tuple[Part, ...] = ()
     """What of a stage is there."""
     changed: bool = False

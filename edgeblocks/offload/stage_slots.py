@@ -18,6 +18,7 @@ from functools import partial
 from edgeblocks.offload.block_buffer import PARTS, BlockBuffer, Part
 from edgeblocks.offload.checkpoint import NextBlocks
 from edgeblocks.offload.slots import Slot, Slots
+from edgeblocks.optim.loss_scale import LossScale
 from edgeblocks.planning.stage_order import Use
 
 
@@ -66,7 +67,13 @@ class StageSlots(Slots):
             yield buffer
 
     def checkpoint(
-        self, files: NextBlocks, step: int, trained: Sequence[bool], finish: Callable[[int, BlockBuffer], None]
+        self,
+        files: NextBlocks,
+        step: int,
+        trained: Sequence[bool],
+        finish: Callable[[int, BlockBuffer], None],
+        *,
+        loss_scale: LossScale | None = None,
     ) -> None:
         """Write every trained stage into its new file; they have made `step` steps. The others never change.
 
@@ -88,7 +95,7 @@ class StageSlots(Slots):
                 if not math.isfinite(buffer.flat("weights").sum() + buffer.flat("ema").sum()):
                     raise FloatingPointError(f"stage {stage}")
                 # On this thread, since nothing can be computed before all files are complete.
-                self._tier.save(files, stage, buffer, step)
+                self._tier.save(files, stage, buffer, step, loss_scale)
             # Its new file has the same bytes, so it may leave without being offloaded.
             for slot in self._slots:
                 slot.changed &= slot.block != stage

@@ -16,6 +16,7 @@ from edgeblocks.offload.block_files import BlockStore
 from edgeblocks.offload.checkpoint import NextBlocks
 from edgeblocks.offload.device import Device
 from edgeblocks.offload.scratch import ScratchFile
+from edgeblocks.optim.loss_scale import LossScale
 
 BlockFiles = BlockStore | NextBlocks
 """Files that a block can be saved in: the run's, or those of its next checkpoint."""
@@ -102,13 +103,15 @@ class DiskTier:
         self._swap.write(block, buffer)
         self._swapped.add(block)
 
-    def save(self, files: BlockFiles, block: int, buffer: BlockBuffer, step: int) -> None:
+    def save(
+        self, files: BlockFiles, block: int, buffer: BlockBuffer, step: int, loss_scale: LossScale | None = None
+    ) -> None:
         """Write a block's file. New files must become the run's before the block is loaded again.
 
         Raises:
             StorageError: the disk refused.
         """
-        files.write(block, buffer, step)
+        files.write(block, buffer, step, loss_scale)
         self._swapped.discard(block)  # the file is as new as the swap file now, and has a checksum
         self.file_steps[block] = step
 
@@ -174,11 +177,13 @@ class HostTier:
             else:
                 self._disk.offload(block, host_buffer)
 
-    def save(self, files: BlockFiles, block: int, buffer: BlockBuffer, step: int) -> None:
+    def save(
+        self, files: BlockFiles, block: int, buffer: BlockBuffer, step: int, loss_scale: LossScale | None = None
+    ) -> None:
         with self._lock:
             # All under the lock: the copy, or `_staging`, must hold this block until its file is written.
             self._copied.discard(block)  # until the file is written the copy is ahead of it
-            self._disk.save(files, block, self._copied_to_host(block, buffer), step)
+            self._disk.save(files, block, self._copied_to_host(block, buffer), step, loss_scale)
             if self._has_copy(block):
                 self._copied.add(block)
 

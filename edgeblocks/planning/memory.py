@@ -23,9 +23,9 @@ SLACK_BYTES = 28_000_000
 """Code pages and library scratch touched after the runtime was measured; and the cap's own margin, without which a run
 at the smallest budget was refused memory some MB below it."""
 HALF_SCRATCH_BYTES = 48_000_000
-"""Of the library that multiplies bfloat16 matrices, which the trace does not see: copies in its own layout, measured 4
-to 15 MB at widths 64 and 384, 16,384 tokens, and the programs that it keeps (`families.precision.PROGRAMS`). With 24 MB
-a vit at its smallest budget passed it by 15."""
+"""Of the library that multiplies matrices of half precision on a processor, which the trace does not see: copies in its
+own layout, measured 4 to 15 MB at widths 64 and 384, 16,384 tokens, and the programs that it keeps
+(`families.precision.PROGRAMS`). With 24 MB a vit at its smallest budget passed it by 15."""
 SLACK_SHARE = 0.01
 """Of all that is not the runtime, for the same."""
 
@@ -54,7 +54,7 @@ def device_memory(cut: Cut) -> dict[str, int]:
             0,
             preview_bytes(costs, machine, request, cut.num_layers, cut.micro_batch) - activations - gaps - drawn_bytes,
         ),
-        "slack": gaps + SLACK_BYTES + (HALF_SCRATCH_BYTES if request.precision == "bf16" else 0),
+        "slack": gaps + SLACK_BYTES + (0 if request.precision == "fp32" or machine.host else HALF_SCRATCH_BYTES),
     }
     if not request.method.trained_together:
         del breakdown["boundaries"]

@@ -43,7 +43,7 @@ def banner(prepared: "Prepared") -> str:
 
 def in_fp32(plan: "Plan", single: "Plan | None") -> str:
     """What half precision buys, beside the plan that the same request gives in float32; None where nothing fits."""
-    gain = plan.machine.bf16_gain
+    gain = plan.machine.half_gain
     speed = "" if gain is None else f"; the smallest block takes {1 / gain:.2f} of its time in fp32, measured"
     if single is None:
         return f"in fp32 instead: nothing fits the budget{speed}"

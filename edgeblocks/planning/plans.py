@@ -44,8 +44,8 @@ class Machine:
     planning_together_bytes: int = 0
     """Of the child process and this one at a time, code that both use counted once; 0 where nothing was traced."""
     update_s_per_parameter: float = UPDATE_S_PER_PARAMETER
-    bf16_gain: float | None = None
-    """How many times as fast as in float32 the network's smallest block is in bfloat16, where it computes in that.
+    half_gain: float | None = None
+    """How many times as fast as in float32 the network's smallest block is in half precision, where it computes in it.
     `flops_per_s` is then with it."""
     host: Host | None = None
     """None where the device's memory is the process's own."""

@@ -15,7 +15,7 @@ from edgeblocks.planning.layer_costs import LayerCosts, at_samples
 from edgeblocks.planning.plans import Machine, micro_batches
 from edgeblocks.profiling import trace
 from edgeblocks.profiling.budgets import TOGETHER_ABOVE_BYTES, room_beside
-from edgeblocks.profiling.precisions import WORTH_IT, bf16_gain, warm_up
+from edgeblocks.profiling.precisions import WORTH_IT, half_gain, warm_up
 from edgeblocks.profiling.warmup_step import run_warmup_step
 from edgeblocks.registry import build_family
 from edgeblocks.settings.fields import Settings, precision_of
@@ -44,7 +44,7 @@ def measure(
     held_bytes = target.host_used_bytes()
     room_bytes = room_beside(budget_bytes, held_bytes) if budget_bytes > TOGETHER_ABOVE_BYTES else None
     try:
-        traced = trace_costs(settings, data, room_bytes=room_bytes)
+        traced = trace_costs(settings, data, device=target.torch_device, room_bytes=room_bytes)
     except trace.NoRoomToTraceError as error:
         needed_bytes = held_bytes + MEASURING_BYTES + trace.TRACING_BYTES
         if needed_bytes <= budget_bytes:  # it was started, and took more than others do
@@ -54,13 +54,13 @@ def measure(
     Image.init()  # what saving pictures will need belongs to the runtime's share
     if target.host_bytes() is not None:
         family = build_family(run.family, asdict(settings.family), asdict(data), run.method)
-        run_warmup_step(family, run.optimizer, target.torch_device)
-    if precision_of(run) == "bf16":
-        warm_up(target, "bf16")  # before the runtime's share is measured
+        run_warmup_step(family, run.optimizer, target.torch_device, precision=precision_of(run))
+    if precision_of(run) != "fp32":
+        warm_up(target, precision_of(run))  # before the runtime's share is measured
     machine = measured_machine(target, folder)
-    if precision_of(run) == "bf16":
-        gain = _gain(settings, data, traced.costs)
-        machine = replace(machine, flops_per_s=machine.flops_per_s * gain, bf16_gain=gain)
+    if precision_of(run) != "fp32":
+        gain = _gain(settings, data, traced.costs, device=target.torch_device)
+        machine = replace(machine, flops_per_s=machine.flops_per_s * gain, half_gain=gain)
     # A second plan, as of the other method, begins with the kernels' code that measuring brought in.
     held_bytes = max(held_bytes, target.host_used_bytes())
     return traced.costs, replace(
@@ -81,54 +81,61 @@ def planning_does_not_fit(needed_bytes: int, held_bytes: int, budget_bytes: int,
     )
 
 
-def with_precision(settings: Settings, data: DataInfo, *, device: str, is_here: bool = True) -> Settings:
-    """The settings with a precision instead of `auto`, which takes half precision where a measurement says it pays.
+def with_precision(
+    settings: Settings, data: DataInfo, *, device: str, half: Precision | None, is_here: bool = True
+) -> Settings:
+    """The settings with a precision instead of `auto`.
+
+    On a GPU that is the half precision that it has, on a processor bfloat16 where a measurement says that it pays.
 
     Args:
         device: where the network will be, as torch names it.
+        half: the half precision of a GPU, as `Target.half_precision` has it.
         is_here: whether that is this machine, on which it can be measured.
 
     Raises:
         ConfigError: half precision on a device that has none.
     """
-    check_precision(settings, device)
+    check_precision(settings, half)
     if settings.run.precision != "auto":
         return settings
+    if half is not None:
+        return _in_precision(settings, half)
     chosen = _in_precision(settings, "fp32")
-    if (
-        is_here
-        and torch.device(device).type == "cpu"
-        and _gain(chosen, data, trace_costs(chosen, data).costs) >= WORTH_IT
-    ):
+    if is_here and _gain(chosen, data, trace_costs(chosen, data, device=device).costs, device=device) >= WORTH_IT:
         return _in_precision(settings, "bf16")
     return chosen
 
 
-def check_precision(settings: Settings, device: str) -> None:
-    """Check that a network can compute in a precision where it will be, which torch names `device`.
+def check_precision(settings: Settings, half: Precision | None) -> None:
+    """Check that a network can compute in a precision on a device whose half precision is `half`.
 
     Raises:
         ConfigError: it cannot.
     """
-    if settings.run.precision == "bf16" and torch.device(device).type != "cpu":
-        raise ConfigError("--precision bf16 is for processors so far, a GPU computes in float32; use --precision fp32")
+    if settings.run.precision == "bf16" and half == "fp16":
+        raise ConfigError(
+            "--precision bf16: this GPU has no bfloat16, which begins with compute capability 8 (RTX 30); use "
+            "--precision fp16"
+        )
 
 
 def _in_precision(settings: Settings, precision: Precision) -> Settings:
     return replace(settings, run=settings.run.model_copy(update={"precision": precision}))
 
 
-def _gain(settings: Settings, data: DataInfo, costs: LayerCosts) -> float:
-    """`bf16_gain` of a network, with as many samples as are sure to stay below what any plan needs."""
+def _gain(settings: Settings, data: DataInfo, costs: LayerCosts, *, device: str) -> float:
+    """`half_gain` of a network, with as many samples as are sure to stay below what any plan needs."""
     run = settings.run
     family = build_family(run.family, asdict(settings.family), asdict(data), run.method)
 
     def peak_bytes(samples: int) -> float:
         return at_samples(costs.plain, samples, lambda cost: cost.peak_bytes.at(family.layer_period))
 
-    most = LARGEST_MEASURED_BYTES // (2 if run.precision == "bf16" else 1)
+    most = LARGEST_MEASURED_BYTES // (1 if run.precision == "fp32" else 2)
     samples = next((size for size in micro_batches(run.batch) if peak_bytes(size) <= most), 1)
-    return bf16_gain(family, samples=samples)
+    half: Precision = "bf16" if run.precision in ("auto", "fp32") else run.precision
+    return half_gain(family, half, samples=samples, device=device)
 
 
 def measured_machine(target: Target, folder: Path | None) -> Machine:
@@ -139,8 +146,13 @@ def measured_machine(target: Target, folder: Path | None) -> Machine:
     return replace(machine, planning_bytes=peak_bytes if peak_bytes > former_peak_bytes else 0)
 
 
-def trace_costs(settings: Settings, data: DataInfo, *, room_bytes: int | None = None) -> trace.Traced:
-    """The costs of the network at the micro-batches that matter; `room_bytes` as of `trace.trace_in_subprocess`."""
+def trace_costs(settings: Settings, data: DataInfo, *, device: str, room_bytes: int | None = None) -> trace.Traced:
+    """The costs of the network on a device at the micro-batches that matter.
+
+    Args:
+        device: as torch names it.
+        room_bytes: as of `trace.trace_in_subprocess`.
+    """
     sizes = micro_batches(settings.run.batch)
     # The ends and the middle: a peak is convex in the samples, so a line between two of them is never below it.
     counts = {sizes[0], sizes[len(sizes) // 2], 1}
@@ -151,5 +163,10 @@ def trace_costs(settings: Settings, data: DataInfo, *, room_bytes: int | None = 
     fields = (settings.run.family, asdict(settings.family), shapes, sorted(counts))
     method, precision = settings.run.method, precision_of(settings.run)
     return trace.trace_in_subprocess(
-        *fields, method=method, precision=precision, cache=cache_folder(), room_bytes=room_bytes
+        *fields,
+        method=method,
+        precision=precision,
+        device=torch.device(device).type,
+        cache=cache_folder(),
+        room_bytes=room_bytes,
     )

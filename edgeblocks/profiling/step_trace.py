@@ -184,7 +184,7 @@ def _cpu_attention() -> Iterator[None]:
 
 
 def traced_step(
-    family: Family, num_layers: int, samples: int, kind: str, *, precision: Precision = "fp32"
+    family: Family, num_layers: int, samples: int, kind: str, *, precision: Precision = "fp32", device: str = "cpu"
 ) -> LiveStorages:
     """Run one step on the meta device and follow its storages; weights, gradients and the batch are not counted.
 
@@ -192,6 +192,7 @@ def traced_step(
 
     Args:
         kind: "plain", "checkpointed" or "forward", see `layer_costs.LayerCosts`.
+        device: the kind of device that such steps will be made on.
     """
     storages = LiveStorages()
     with torch.device("meta"):
@@ -208,7 +209,7 @@ def traced_step(
     for table in block.buffers():
         storages.see(table)
     with _cpu_attention(), _Follow(storages):
-        with torch.set_grad_enabled(kind != "forward"), computing_in(precision, device="meta"):
+        with torch.set_grad_enabled(kind != "forward"), computing_in(precision, "meta", traced_for=device):
             loss = family.loss(block, batch)
         if kind != "forward":
             loss.sum().backward()  # type: ignore[no-untyped-call]

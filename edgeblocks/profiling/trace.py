@@ -73,6 +73,7 @@ def trace_in_subprocess(
     *,
     method: MethodName = "diffusion",
     precision: Precision = "fp32",
+    device: str = "cpu",
     cache: Path | None = None,
     room_bytes: int | None = None,
 ) -> Traced:
@@ -81,6 +82,7 @@ def trace_in_subprocess(
     Args:
         settings, data: fields of the family's settings and data description, as JSON values.
         sample_counts: micro-batches to trace.
+        device: the kind of device that the network will be on.
         cache: a folder of former answers, one file a sample count, looked up and added to; None traces in any case.
         room_bytes: what the child may take beside the libraries' code; None does not bound it.
 
@@ -89,7 +91,7 @@ def trace_in_subprocess(
         EdgeblocksError: the family cannot be traced.
     """
     request: dict[str, Any] = {"family": family_name, "settings": settings, "data": data, "method": method}
-    request["precision"] = precision
+    request |= {"precision": precision, "device": device}
     request["own_family"] = own_family(family_name)
     kept = {count: cache / f"costs-{_fingerprint(request, count)}.json" for count in sample_counts} if cache else {}
     answers = {count: answer for count, path in kept.items() if (answer := _kept_answer(path)) is not None}
@@ -181,7 +183,9 @@ def _step_cost(fields: Mapping[str, Any]) -> StepCost:
     return StepCost(samples=int(fields["samples"]), **growths)
 
 
-def trace(family: "Family", sample_counts: Sequence[int], *, precision: Precision = "fp32") -> LayerCosts:
+def trace(
+    family: "Family", sample_counts: Sequence[int], *, precision: Precision = "fp32", device: str = "cpu"
+) -> LayerCosts:
     """`LayerCosts` of a family, traced in this process on the meta device (`step_trace`)."""
     import torch
 
@@ -201,10 +205,10 @@ def trace(family: "Family", sample_counts: Sequence[int], *, precision: Precisio
     # By periods: layers inside one may differ, as of prelude, core and coda.
     layer_flops = (flops[1] - flops[0]) // period
     kinds = {
-        kind: tuple(_trace_growth(family, samples, kind, precision) for samples in sorted(set(sample_counts)))
+        kind: tuple(_trace_growth(family, samples, kind, precision, device) for samples in sorted(set(sample_counts)))
         for kind in _KINDS
     }
-    hidden_bytes, condition_bytes = _carried_bytes(family, precision)
+    hidden_bytes, condition_bytes = _carried_bytes(family, precision, device)
     return LayerCosts(
         num_layers=family.num_layers,
         stem_readout_parameters=2 * one - two,
@@ -222,7 +226,7 @@ def trace(family: "Family", sample_counts: Sequence[int], *, precision: Precisio
     )
 
 
-def _carried_bytes(family: "Family", precision: Precision) -> tuple[int, int]:
+def _carried_bytes(family: "Family", precision: Precision, device: str) -> tuple[int, int]:
     """Of one sample's hidden values and condition, which go from stage to stage."""
     import torch
 
@@ -235,7 +239,7 @@ def _carried_bytes(family: "Family", precision: Precision) -> tuple[int, int]:
         block = family.block(num_layers=1, checkpointing=False)
         block.reset_tables_()
         batch = {name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in family.batch_spec(1).items()}
-        with computing_in(precision, device="meta"):
+        with computing_in(precision, "meta", traced_for=device):
             hidden, condition = family.enter(block, batch)
     return _num_bytes(hidden.shape, hidden.dtype), _num_bytes(condition.shape, condition.dtype)
 
@@ -251,12 +255,14 @@ def _count_parameters(family: "Family", num_layers: int) -> tuple[int, int]:
     return sum(p.numel() for p in parameters), sum(p.numel() for p in parameters if is_quantizable(p.shape))
 
 
-def _trace_growth(family: "Family", samples: int, kind: str, precision: Precision) -> StepCost:
+def _trace_growth(family: "Family", samples: int, kind: str, precision: Precision, device: str) -> StepCost:
     """From blocks of one, two and three layers, or as many periods of a structure that repeats after some layers."""
     from edgeblocks.profiling.step_trace import traced_step
 
     period = family.layer_period
-    traces = [traced_step(family, period * count, samples, kind, precision=precision) for count in (1, 2, 3)]
+    traces = [
+        traced_step(family, period * count, samples, kind, precision=precision, device=device) for count in (1, 2, 3)
+    ]
     growths = {
         name: _growth(*(getattr(found, name) for found in traces), period=period)
         for name in ("peak_bytes", "heap_bytes", "touched_bytes", "operators")
@@ -312,16 +318,16 @@ class _NoCompiler(ModuleType):
 
 
 def trace_without_compiler(
-    family: "Family", sample_counts: Sequence[int], *, precision: Precision = "fp32"
+    family: "Family", sample_counts: Sequence[int], *, precision: Precision = "fp32", device: str = "cpu"
 ) -> LayerCosts:
     """`trace` in a process that does nothing else: torch's compiler is imported only for a network that uses it."""
     name = "torch._dynamo"
     sys.modules[name] = _NoCompiler(name)
     try:
-        return trace(family, sample_counts, precision=precision)
+        return trace(family, sample_counts, precision=precision, device=device)
     except ImportError:  # the network imports a part of it
         sys.modules.pop(name, None)
-        return trace(family, sample_counts, precision=precision)
+        return trace(family, sample_counts, precision=precision, device=device)
 
 
 def main() -> None:
@@ -334,7 +340,8 @@ def main() -> None:
     bound = contextlib.nullcontext() if room_bytes is None else target.capped(room_bytes + _shared_bytes())
     try:
         with bound:
-            costs = asdict(trace_without_compiler(family, request["sample_counts"], precision=request["precision"]))
+            where = {"precision": request["precision"], "device": request["device"]}
+            costs = asdict(trace_without_compiler(family, request["sample_counts"], **where))
     except (MemoryError, RuntimeError) as error:
         if not is_refusal(error):
             raise

@@ -49,7 +49,7 @@ def run_warmup_step(
     # Twice at least: some kernels are only loaded when there are moments.
     for step, count in enumerate((samples[0], *samples)):
         batch = zeros(family, count, device)
-        with computing_in(precision):
+        with computing_in(precision, device):
             loss = family.loss(network, batch)
         loss.sum().backward()  # type: ignore[no-untyped-call]
         del loss  # its activations are gone before the next, larger ones come
@@ -59,7 +59,7 @@ def run_warmup_step(
         adamw_(buffer, gradients, step=step, learning_rate=1e-3, weight_decay=0.1, workspace=workspace)
         follow_(buffer, step=step, exponent=6.94)
         gradients.zero_()
-    with torch.no_grad(), computing_in(precision):
+    with torch.no_grad(), computing_in(precision, device):
         family.loss(network.eval(), zeros(family, 1, device))
 
 

@@ -204,10 +204,10 @@ class RunSettings(BaseModel):
         default="float32",
         description="with method=exact: as what they are kept; bfloat16 halves them and rounds the gradients",
     )
-    precision: Literal["auto", "fp32", "bf16"] = Field(
+    precision: Precision | Literal["auto"] = Field(
         default="fp32",
-        description="numbers in which the network computes: bf16 takes half of the memory for activations, and less "
-        "time where the processor has instructions for it; auto measures that",
+        description="numbers in which the network computes: bf16 and fp16 take half of the memory for activations, and "
+        "less time where there are instructions for them; auto takes what pays here",
     )
     ema_length: float = Field(
         default=0.1,

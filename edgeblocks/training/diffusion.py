@@ -19,6 +19,7 @@ from edgeblocks.offload.block_slots import BlockSlots
 from edgeblocks.offload.device import Device
 from edgeblocks.offload.slots import Slot
 from edgeblocks.offload.tiers import tier_of
+from edgeblocks.optim.loss_scale import scaled, unscale_
 from edgeblocks.optim.update import clip_
 from edgeblocks.planning.plans import StepShape
 from edgeblocks.runs.directory import RunDirectory
@@ -64,6 +65,7 @@ class DiffusionTrainer(Trainer):
         with self.slots.visit(visit.block, then=then.block if then else None) as resident:
             assert resident.step == visit.first, f"block {visit.block} is at step {resident.step}, not {visit.first}"
             self.gradients.zero_()  # those of another block, or of a step that failed
+            resident.loss_scale = self.saved_loss_scale(visit.block)
             self._resident = resident
             try:
                 yield
@@ -74,6 +76,7 @@ class DiffusionTrainer(Trainer):
         """A step of one block, with the loss of its family (`Family.loss`): arXiv 2506.14202, section 3."""
         resident, settings, timer = self._resident, self.settings, StepTimer(self.slots)
         assert resident is not None
+        scale = resident.loss_scale
         gradients = self.gradients[: resident.buffer.layout.num_parameters]
 
         # A batch of examples, each at a noise level of this block's range.
@@ -89,9 +92,9 @@ class DiffusionTrainer(Trainer):
                 rows = slice(start, start + shape.micro_batch)
                 part = {name: tensor[rows].to(self.device) for name, tensor in batch.items()}
                 # Per sample, [micro_batch]. Divided by the whole batch, so that micro-batches add up to its mean.
-                with computing_in(self.run.precision):
+                with computing_in(self.run.precision, self.device):
                     loss = self.family.loss(network, part).sum() / settings.batch
-                loss.backward()  # type: ignore[no-untyped-call]
+                scaled(loss, scale).backward()  # type: ignore[no-untyped-call]
                 losses.append(loss.detach())  # not .item(): that waits for a device
             return float(sum(loss.item() for loss in losses))  # a device is waited for here, once
 
@@ -100,8 +103,13 @@ class DiffusionTrainer(Trainer):
             raise self.diverged(f"the loss of block {visit.block} is {loss}", step, saved=visit.first)
 
         # The update: clipping by the block's own norm, AdamW, EMA. From here on the step cannot be made again.
+        unscale_(gradients, scale)
         gradient_norm = clip_(gradients, settings.clip)
-        self.update_(resident.buffer, gradients, step, visit.block)
+        if scale is None or math.isfinite(gradient_norm):
+            self.update_(resident.buffer, gradients, step, visit.block)
+        if scale is not None:
+            with self.divergence(step, saved=visit.first):
+                resident.loss_scale = scale.after(finite=math.isfinite(gradient_norm))
         gradients.zero_()  # the next step's backward pass adds to them
         resident.step = step + 1  # written into the file's header, where a resumed run begins
 

@@ -22,6 +22,7 @@ from edgeblocks.offload.scratch import AnyScratchFile, DeviceScratchFile, Scratc
 from edgeblocks.offload.sections import network_of
 from edgeblocks.offload.stage_slots import Need, StageSlots
 from edgeblocks.offload.tiers import SwapFile, tier_of
+from edgeblocks.optim.loss_scale import unscale_
 from edgeblocks.planning.plans import StepShape
 from edgeblocks.planning.stage_order import traffic_of_a_step, uses_of_a_step
 from edgeblocks.runs.directory import RunDirectory
@@ -58,6 +59,10 @@ class ExactTrainer(Trainer):
                 self.settings.batch, self.store.folder, self.times, dtype=self.settings.boundary_dtype
             )
         self._is_whole = True
+        self._loss_scale = self.saved_loss_scale(self._trained.index(True))
+        """One for all stages, as the loss is one; None where float16 is not computed in."""
+        self._overflowed = False
+        """Whether a gradient of this step was too large for float16."""
         self._networks: dict[tuple[int, int], Block] = {}
         self._saved = self.progress.step = min(run.saved_steps(self.store))
 
@@ -109,6 +114,7 @@ class ExactTrainer(Trainer):
             lowest=lowest,
             boundaries=boundaries,
             precision=self.run.precision,
+            loss_scale=self._loss_scale,
         )
         for use, then in zip(self._uses, [*self._uses[1:], self._uses[0]], strict=True):
             # `then` is the next use, after the last one the next step's first: its stage is loaded while this one
@@ -125,15 +131,22 @@ class ExactTrainer(Trainer):
                     raise self.diverged(f"the loss is {streamed.loss}", step, saved=self._saved)
                 # The stage's gradient is complete: clip by its own norm and update it, or keep it for later.
                 if self._trained[stage]:
-                    with self._divergence(step):
+                    unscale_(self.gradients[: buffer.layout.num_parameters], self._loss_scale)
+                    with self._overflow(step):
                         self._clipping.complete(stage, self._network(stage, buffer), buffer, step)
                     # Clipped one by one, the stages above the lowest are a step ahead until it is updated, too. Where
                     # updates wait for the norm of all, none is made in this step, and a checkpoint makes those that are
                     # pending.
                     self._is_whole = stage == lowest or self._late
 
-        with self._divergence(step):
+        gradient_norm = math.nan
+        with self._overflow(step):
             gradient_norm = self._clipping.end_step(step)
+        if self._loss_scale is not None:
+            gradient_norm = math.nan if self._overflowed else gradient_norm
+            with self.divergence(step, saved=self._saved):
+                self._loss_scale = self._loss_scale.after(finite=not self._overflowed)
+            self._overflowed = False
         # Offloading stages is counted by the slots; these two write to scratch files of their own.
         self.store.bytes_written += self._clipping.step_bytes + self._boundary_bytes
         self.note(timer, block=None, step=step, loss=streamed.loss, gradient_norm=gradient_norm)
@@ -165,7 +178,7 @@ class ExactTrainer(Trainer):
         # After a failure the new files go and the former ones stay: all stages are then of the step saved before.
         files = NextBlocks(self.store)
         try:
-            self.slots.checkpoint(files, step, self._trained, self._clipping.finish)
+            self.slots.checkpoint(files, step, self._trained, self._clipping.finish, loss_scale=self._loss_scale)
         except FloatingPointError as error:
             files.recover()
             raise self.diverged(f"{error} has weights that are no numbers", step, saved=self._saved) from error
@@ -201,9 +214,16 @@ class ExactTrainer(Trainer):
         )
 
     @contextmanager
-    def _divergence(self, step: int) -> Iterator[None]:
-        """Gradients that are no numbers end the run with the error that says what to do."""
-        try:
-            yield
-        except FloatingPointError as error:
-            raise self.diverged(str(error), step, saved=self._saved) from error
+    def _overflow(self, step: int) -> Iterator[None]:
+        """Gradients that are no numbers leave an update out in float16; otherwise they end the run.
+
+        That update is a stage's, and those of the stages below it, into which the gradient goes on; or, clipped by the
+        norm of all, the whole network's.
+        """
+        with self.divergence(step, saved=self._saved):
+            try:
+                yield
+            except FloatingPointError:
+                if self._loss_scale is None:
+                    raise
+                self._overflowed = True

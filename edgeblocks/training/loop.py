@@ -9,7 +9,7 @@ import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, closing
+from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import dataclass
 from typing import Self
 
@@ -26,6 +26,7 @@ from edgeblocks.offload.block_files import BlockStore
 from edgeblocks.offload.device import Device
 from edgeblocks.offload.slots import Slots
 from edgeblocks.optim.adamw import Workspace
+from edgeblocks.optim.loss_scale import LossScale
 from edgeblocks.optim.schedule import learning_rate_over
 from edgeblocks.optim.update import adamw_, ema_exponent, follow_
 from edgeblocks.progress import Progress
@@ -236,12 +237,27 @@ class Trainer(ABC):
         bind_parameters_(network, buffer.tensors("weights"), gradients)
         return network.train()
 
+    def saved_loss_scale(self, block: int) -> LossScale | None:
+        """What a block's file has of it, or the first one; None where float16 is not computed in."""
+        if self.run.precision != "fp16":
+            return None
+        return self.store.header(block).loss_scale or LossScale()
+
     def diverged(self, what: str, step: int, *, saved: int) -> EdgeblocksError:
         """The error for a loss, a gradient or weights that are no numbers."""
+        wider = "--precision fp32, " if self.run.precision == "fp16" else ""
         return EdgeblocksError(
-            f"{what} at step {step}; a smaller --set learning_rate={self.settings.learning_rate / 3:.2g} or "
+            f"{what} at step {step}; {wider}a smaller --set learning_rate={self.settings.learning_rate / 3:.2g} or "
             f"--set optimizer=adamw usually mends it. What was saved last, at step {saved}, is intact"
         )
+
+    @contextmanager
+    def divergence(self, step: int, *, saved: int) -> Iterator[None]:
+        """Gradients that are no numbers end the run with the error that says what to do."""
+        try:
+            yield
+        except FloatingPointError as error:
+            raise self.diverged(str(error), step, saved=saved) from error
 
     def check_write_limit(self, num_bytes: int, what: str) -> None:
         """Before something that writes `num_bytes` to disk.
@@ -266,7 +282,7 @@ class Trainer(ABC):
             block: None where all are trained together.
             step: counts from 0.
             loss: the mean over the batch.
-            gradient_norm: before clipping.
+            gradient_norm: before clipping; no number where float16 could not hold the gradient.
         """
         progress, number = self.progress, block or 0
         step_s = timer.add_to_(progress)
@@ -289,7 +305,7 @@ class Trainer(ABC):
                 "block": number,
                 "step": step + 1,
                 "loss": loss,
-                "gradient_norm": gradient_norm,
+                "gradient_norm": gradient_norm if math.isfinite(gradient_norm) else None,
                 "learning_rate": progress.learning_rate,
                 "examples_per_s": round(speed, 2),
                 "seconds": progress.seconds,

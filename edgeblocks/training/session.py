@@ -34,9 +34,10 @@ def trained(
     target = build_target(run.settings.run.target)
     warm_up(target, run.precision)
     plan = run.trainable_plan
-    if run.precision == "bf16":
+    if run.precision != "fp32":
         sizes = sorted({plan.look_micro_batch or plan.micro_batch, plan.micro_batch})
-        run_warmup_step(run.family(), run.settings.run.optimizer, "cpu", samples=sizes, precision=run.precision)
+        what = run.family(), run.settings.run.optimizer, target.torch_device
+        run_warmup_step(*what, samples=sizes, precision=run.precision)
         target.give_back()
     if not target.has_cap:
         listener.note(

@@ -18,6 +18,7 @@ from edgeblocks.families.block import Block
 from edgeblocks.families.family import EndToEnd
 from edgeblocks.families.precision import computing_in
 from edgeblocks.methods import Precision
+from edgeblocks.optim.loss_scale import LossScale, scaled
 from edgeblocks.training.boundaries import Boundaries, InMemory
 
 
@@ -37,15 +38,19 @@ class StreamedBackward:
         lowest: int = 0,
         boundaries: Boundaries | None = None,
         precision: Precision = "fp32",
+        loss_scale: LossScale | None = None,
     ) -> None:
         """
         Args:
             boundaries: keeps the activations at the stage boundaries; None: in memory, as they are.
             lowest: the stage at which the backward pass ends.
             precision: in which the stages compute.
+            loss_scale: what all gradients are multiplied with.
         """
         self._family, self._batch, self._last, self._lowest = family, batch, num_stages - 1, lowest
         self._precision: Precision = precision
+        self._loss_scale = loss_scale
+        self._device = next(iter(batch.values())).device
         self._size = len(next(iter(batch.values())))
         self._boundaries = boundaries or InMemory(self._size)
         """By the stage that the activations enter; none of the first stage, which gets the batch itself."""
@@ -60,7 +65,7 @@ class StreamedBackward:
         """Send all samples through a stage that is not the last one, a micro-batch at a time."""
         conditions = _BatchTensor(self._size)
         # Nothing is recorded: a stage is run again in the backward pass, from the activations kept here.
-        with torch.no_grad(), computing_in(self._precision):
+        with torch.no_grad(), computing_in(self._precision, self._device):
             for part in self._parts(micro_batch):
                 hidden, condition = self._stage_inputs(number, stage, part)
                 if number == 0:
@@ -78,7 +83,7 @@ class StreamedBackward:
         # Parts may be smaller here than in the forward pass, where the guard has shrunk the step in between; so all
         # that is kept goes by rows of the batch, not by micro-batch.
         for part in self._parts(micro_batch):
-            with computing_in(self._precision):
+            with computing_in(self._precision, self._device):
                 hidden, condition = self._stage_inputs(number, stage, part)
                 if number > 0:
                     # Leaves of this stage's graph: their gradients are what the stage below continues from.
@@ -88,7 +93,7 @@ class StreamedBackward:
                     losses = self._family.loss_after(stage, out, condition, self._samples(part))
             if number == self._last:
                 mean = losses.sum() / self._size  # by the whole batch, so that micro-batches add up to its mean
-                mean.backward()  # type: ignore[no-untyped-call]
+                scaled(mean, self._loss_scale).backward()  # type: ignore[no-untyped-call]
                 loss += mean.item()
             else:
                 self._continue_backward(out, condition, part)

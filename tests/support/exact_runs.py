@@ -61,6 +61,8 @@ def plain_training(run, steps):
     matrices = [parameter for parameter in learning if parameter.ndim >= 2]
     groups = [{"params": matrices, "weight_decay": told.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, betas=(BETA1, BETA2), eps=EPS, fused=True)
+    half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(told.precision)
+    scaler = torch.amp.GradScaler("cpu", enabled=told.precision == "fp16")
     data = data_of(told, lambda *_: None)
     order, losses = data.order(batch=told.batch, seed=told.seed, block=0), []
     for step in range(steps):
@@ -71,16 +73,18 @@ def plain_training(run, steps):
         losses.append(0.0)
         for start in range(0, told.batch, told.micro_batch):
             part = {name: tensor[start : start + told.micro_batch] for name, tensor in batch.items()}
-            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=told.precision == "bf16"):
+            with torch.autocast("cpu", dtype=half, enabled=half is not None):
                 loss = family.loss(network, part).sum() / told.batch
-            loss.backward()
+            scaler.scale(loss).backward()
             losses[-1] += loss.item()
+        scaler.unscale_(optimizer)
         if told.clip_by == "network":
             torch.nn.utils.clip_grad_norm_(named.values(), told.clip)
         rate = learning_rate_at(step, steps=told.steps, warmup=told.warmup, peak=told.learning_rate)
         for group in optimizer.param_groups:
             group["lr"] = rate
-        optimizer.step()
+        scaler.step(optimizer)
+        scaler.update()
     return named, losses
 
 

@@ -63,7 +63,7 @@ def _costs(request: dict[str, Any]) -> dict[str, Any]:
     if missing:
         settings = {**request["settings"], "depth": DEPTH}
         family = build_family(request["family"], settings, request["data"], request["method"])
-        traced = asdict(trace.trace(family, missing, precision=request["precision"]))
+        traced = asdict(trace.trace(family, missing, precision=request["precision"], device=request["device"]))
         for number, samples in enumerate(missing):
             one = {**traced, **{kind: traced[kind][number] for kind in KINDS}}
             _keep(_kept(request, samples), json.dumps(one).encode())

@@ -1,11 +1,14 @@
-"""Training in bfloat16: the same equalities as in float32, half of the activations' memory, nearly the same losses."""
+"""Training in half precision: float32's equalities, half of the activations' memory, nearly the same losses."""
 
 import json
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
 from support.equality import StopAfter, assert_same_bits
 from support.exact_runs import KINDS, SLOTS, plain_training, trained, whole_weights, with_slots
 from support.shapes import checked_shapes
@@ -14,8 +17,10 @@ import edgeblocks
 from edgeblocks.errors import ConfigError, InterruptedRunError
 from edgeblocks.families.base import ImageInfo
 from edgeblocks.families.precision import computing_in, lowered
+from edgeblocks.optim import loss_scale
+from edgeblocks.optim.loss_scale import LossScale
 from edgeblocks.profiling.measurement import with_precision
-from edgeblocks.profiling.precisions import WORTH_IT, bf16_gain
+from edgeblocks.profiling.precisions import WORTH_IT, half_gain
 from edgeblocks.profiling.step_trace import traced_step
 from edgeblocks.registry import build_family, family_type
 from edgeblocks.runs.create import changed_environment
@@ -36,9 +41,11 @@ def random_batch(family, count, generator):
     return {name: drawn[dtype](shape) for name, (shape, dtype) in family.batch_spec(count).items()}
 
 
-@pytest.mark.parametrize("method", ["diffusion", "exact"])
-@pytest.mark.parametrize("name", FAMILIES)
-def test_losses_and_gradients_are_nearly_those_of_float32(name, method):
+IN_BF16 = [(name, method, "bf16") for name in FAMILIES for method in ("diffusion", "exact")]
+
+
+@pytest.mark.parametrize(("name", "method", "half"), [*IN_BF16, ("dit", "diffusion", "fp16"), ("ar", "exact", "fp16")])
+def test_losses_and_gradients_are_nearly_those_of_float32(name, method, half):
     """Losses, float32 themselves, within 0.5 %, gradients within 2 %, and neither is the same."""
     family = build_family(name, {"width": 64, "heads": 2, "depth": 4}, FAMILIES[name], method)
     generator = torch.Generator().manual_seed(0)
@@ -49,7 +56,7 @@ def test_losses_and_gradients_are_nearly_those_of_float32(name, method):
         for parameter in block.parameters():
             parameter.add_(0.02 * torch.randn(parameter.shape, generator=generator))
     batch, found = random_batch(family, 8, generator), {}
-    for precision in ("fp32", "bf16"):
+    for precision in ("fp32", half):
         for parameter in block.parameters():
             parameter.grad = torch.zeros_like(parameter)
         with computing_in(precision), checked_shapes():
@@ -57,8 +64,8 @@ def test_losses_and_gradients_are_nearly_those_of_float32(name, method):
         assert losses.dtype == torch.float32
         losses.sum().backward()
         found[precision] = losses.detach(), torch.cat([parameter.grad.flatten() for parameter in block.parameters()])
-    for expected, half, most in zip(found["fp32"], found["bf16"], (0.005, 0.02), strict=True):
-        assert 0 < (half - expected).norm() / expected.norm() < most
+    for expected, near, most in zip(found["fp32"], found[half], (0.005, 0.02), strict=True):
+        assert 0 < (near - expected).norm() / expected.norm() < most
 
 
 @pytest.mark.parametrize("kind", ["plain", "checkpointed"])
@@ -89,7 +96,63 @@ def test_exact_training_is_that_of_plain_pytorch_under_autocast(tmp_path, kind):
     assert_same_bits(run.path, again.path, blocks=4)
     assert again.summary["metrics"]["validation"] == run.summary["metrics"]["validation"]
     both = run.evaluate(samples=2)["in_both"]
-    assert both["bf16"] == pytest.approx(both["fp32"], rel=0.01) and both["bf16"] != both["fp32"]
+    assert both["precision"] == "bf16"
+    assert both["half"] == pytest.approx(both["fp32"], rel=0.01) and both["half"] != both["fp32"]
+
+
+@pytest.mark.parametrize("clip_by", ["stage", "network"])
+def test_exact_training_in_float16_is_that_of_plain_pytorch_with_loss_scaling(tmp_path, clip_by):
+    """torch.amp.GradScaler, losses and weights bit for bit; clipping by the network's norm, too."""
+    clip = {"clip": 1e9} if clip_by == "stage" else {"clip": 0.5, "clip_by": "network"}
+    made = {"blocks": 3, "tier": "disk", "optimizer": "adamw", "precision": "fp16", "steps": 3, **clip}
+    run = trained("dit", tmp_path / "run", **made)
+    named, losses = plain_training(run, steps=3)
+    assert [record["loss"] for record in run.directory.metrics()] == losses
+    weights = whole_weights(run)
+    for name, parameter in named.items():
+        np.testing.assert_array_equal(weights[name], parameter.detach().numpy(), err_msg=name)
+
+
+@pytest.mark.parametrize("method", ["diffusion", "exact"])
+def test_an_update_that_float16_cannot_hold_is_left_out(tmp_path, method, monkeypatch):
+    """The scale is halved until gradients are finite again, and kept with the blocks: a resumed run goes on with it."""
+    too_large = partial(LossScale, exponent=24)
+    monkeypatch.setattr("edgeblocks.training.loop.LossScale", too_large)
+    wanted = {**KINDS["dit"], "depth": 4, "method": method, "precision": "fp16", "steps": 12, "blocks": 2}
+    wanted |= {"mem_budget": "4GB", "sample_grids": 0, "visit_steps": 4, "optimizer": "adamw"}
+    one = edgeblocks.train(out=tmp_path / "one", **wanted)
+    norms = [record["gradient_norm"] for record in one.directory.metrics() if record["block"] == 0]
+    assert norms[0] is None and norms[-1] is not None
+    scales = [one.directory.store().header(block).loss_scale for block in range(2)]
+    assert all(8 < scale.exponent < 24 and scale.steps > 0 for scale in scales)
+    with pytest.raises(InterruptedRunError):
+        edgeblocks.train(out=tmp_path / "two", tier="disk", listener=StopAfter(6), **wanted)
+    monkeypatch.undo()
+    two = edgeblocks.resume(tmp_path / "two")
+    assert_same_bits(one.path, two.path, blocks=2)
+    assert [two.directory.store().header(block).loss_scale for block in range(2)] == scales
+
+
+@given(st.lists(st.booleans(), max_size=60), st.integers(1, 6))
+def test_the_scale_moves_as_torchs_own(finite, interval):
+    """After any series of steps that were finite or were not; unscaled gradients that are no numbers are an error."""
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16, growth_interval=interval)
+    scaler.scale(torch.zeros(()))  # from now on it has a scale
+    scale = LossScale()
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(loss_scale, "GROWTH_INTERVAL", interval)
+        for is_finite in finite:
+            if scale.exponent in (0, loss_scale.LARGEST_EXPONENT):
+                break
+            parameter = torch.zeros((), requires_grad=True)
+            parameter.grad = torch.tensor(0.0 if is_finite else torch.inf)
+            optimizer = torch.optim.SGD([parameter], lr=1.0)
+            scaler.step(optimizer)
+            scaler.update()
+            scale = scale.after(finite=is_finite)
+            assert scale.value == scaler.get_scale()
+    with pytest.raises(FloatingPointError):
+        LossScale(exponent=0).after(finite=False)
 
 
 @pytest.mark.parametrize(
@@ -133,31 +196,51 @@ def test_other_instructions_are_told_where_they_change_sums(tmp_path):
         assert told is None if expected is None else expected in told and "another" in told
 
 
-def decided(precision, **where):
+def decided(precision, device="cpu", half=None, **where):
     settings = resolve_settings(
         {"family": "dit", "width": 64, "heads": 2, "batch": 8, "precision": precision},
         family_settings=lambda name: family_type(name).settings_type,
     )
-    return with_precision(settings, ImageInfo(**IMAGE), **where).run.precision
+    return with_precision(settings, ImageInfo(**IMAGE), device=device, half=half, **where).run.precision
 
 
 def test_auto_is_decided_by_a_measurement_here_and_float32_elsewhere():
     """What was asked for stays; a machine that is not this one cannot be measured."""
     family = build_family("dit", {"width": 64, "heads": 2}, IMAGE, "diffusion")
-    gain = bf16_gain(family, samples=8)
+    gain = half_gain(family, "bf16", samples=8)
     assert 0.01 < gain < 100
     if not 0.7 * WORTH_IT < gain < 1.4 * WORTH_IT:  # else two measurements may differ
-        assert decided("auto", device="cpu") == ("bf16" if gain > WORTH_IT else "fp32")
-    assert decided("auto", device="cpu", is_here=False) == decided("auto", device="cuda") == "fp32"
-    assert [decided(precision, device="cpu") for precision in ("fp32", "bf16")] == ["fp32", "bf16"]
+        assert decided("auto") == ("bf16" if gain > WORTH_IT else "fp32")
+    assert decided("auto", is_here=False) == "fp32"
+    assert [decided(precision) for precision in ("fp32", "bf16", "fp16")] == ["fp32", "bf16", "fp16"]
 
 
-def test_half_precision_on_a_gpu_is_refused_for_now():
-    """It was never tried there; nor is it planned for another machine's."""
-    with pytest.raises(ConfigError, match="is for processors so far"):
-        decided("bf16", device="cuda")
-    with pytest.raises(ConfigError, match="is for processors so far"):
-        edgeblocks.plan(family="dit", target="rtx3060-12gb", precision="bf16")
+def test_auto_on_a_gpu_is_the_half_precision_that_it_has():
+    """bfloat16 from compute capability 8 on, float16 before, where bfloat16 is refused; so for machines elsewhere."""
+    assert [decided("auto", device="cuda", half=half) for half in ("bf16", "fp16")] == ["bf16", "fp16"]
+    with pytest.raises(ConfigError, match="this GPU has no bfloat16"):
+        decided("bf16", device="cuda", half="fp16")
+    small = {"family": "dit", "precision": "auto", "width": 64, "heads": 2, "depth": 3}
+    for target, half in (("rtx3060-12gb", "bf16"), ("rtx2060-6gb", "fp16")):
+        assert edgeblocks.plan(target=target, **small).plan.precision == half
+
+
+def test_norms_on_a_gpu_are_traced_in_float32():
+    """As torch.autocast computes them there: their inputs are copied, so that a step takes more than on a processor."""
+    family = build_family("dit", {"width": 256, "heads": 4, "depth": 4}, FAMILIES["dit"], "diffusion")
+    here, there = (traced_step(family, 4, 32, "plain", precision="bf16", device=kind) for kind in ("cpu", "cuda"))
+    single = traced_step(family, 4, 32, "plain")
+    assert here.peak_bytes < there.peak_bytes < single.peak_bytes
+
+
+@pytest.mark.usefixtures("gpu_like")
+@pytest.mark.parametrize("half", ["bf16", "fp16"])
+def test_beside_a_host_the_numbers_are_the_same(tmp_path, half):
+    """A device with memory of its own, made of this processor, trains the same bits."""
+    wanted = {**KINDS["dit"], "depth": 4, "precision": half, "steps": 3, "blocks": 2, "sample_grids": 0}
+    here = edgeblocks.train(out=tmp_path / "here", mem_budget="4GB", **wanted)
+    there = edgeblocks.train(out=tmp_path / "there", target="cuda", mem_budget="1GB", **wanted)
+    assert_same_bits(here.path, there.path, blocks=2)
 
 
 PRODUCTS = {
@@ -181,7 +264,7 @@ def test_the_trace_rounds_what_autocast_rounds(name):
     here, traced = torch.randn(8, 8), torch.empty(8, 8, device="meta")
     with computing_in("bf16"):
         expected = PRODUCTS[name](here)
-    with computing_in("bf16", device="meta"):
+    with computing_in("bf16", "meta"):
         found = PRODUCTS[name](traced)
     assert (found.dtype, found.shape) == (expected.dtype, expected.shape)
 
