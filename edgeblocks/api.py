@@ -247,8 +247,9 @@ def resume(
         run = run.changed(changes)
         here = build_target(run.settings.run.target)
         here.prepare()  # says at once that there is no such device
-        there = {"device": here.torch_device, "half": here.half_precision()}
-        run = replace(run, settings=with_precision(run.settings, run.data, **there))
+        half = here.half_precision()
+        decided = with_precision(run.settings, run.data, device=here.torch_device, half=half)
+        run = replace(run, settings=decided)
         if run.blocks_folder == run.away_folder:
             check_work_dir(run.settings.run.work_dir)
         if not reinit_blocks and not changes and is_finished(run):

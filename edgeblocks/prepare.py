@@ -249,8 +249,8 @@ def _least_to_train(
         return 0
     listener.stage("planning")
     # A bound: whether half precision would pay is measured on the data as they are.
-    where = {"device": target.torch_device, "half": target.half_precision()}
-    settings = with_precision(settings, data, **where, is_here=False)
+    half = target.half_precision()
+    settings = with_precision(settings, data, device=target.torch_device, half=half, is_here=False)
     try:
         costs, machine = measure(settings, data, folder, target, budget_bytes=budgets[0])
         more_bytes = tokenizer_bytes(run)

@@ -106,7 +106,7 @@ class _Lowering(TorchFunctionMode):
     )
 
     def __init__(self, half: torch.dtype, *, norms_in_float32: bool) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.half = half
         self._raised = self._IN_FLOAT32_ON_CUDA if norms_in_float32 else frozenset()
         self._outer: _Lowering | None = None

@@ -134,7 +134,7 @@ def _gain(settings: Settings, data: DataInfo, costs: LayerCosts, *, device: str)
 
     most = LARGEST_MEASURED_BYTES // (1 if run.precision == "fp32" else 2)
     samples = next((size for size in micro_batches(run.batch) if peak_bytes(size) <= most), 1)
-    half: Precision = "bf16" if run.precision in ("auto", "fp32") else run.precision
+    half: Precision = "fp16" if run.precision == "fp16" else "bf16"
     return half_gain(family, half, samples=samples, device=device)
 
 
