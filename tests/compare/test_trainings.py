@@ -96,6 +96,7 @@ def test_a_time_instead_of_steps_and_a_budget_that_is_too_small(tmp_path):
         (["--arms", "diffusion,exakt"], "there is no arm 'exakt'"),
         (["--minutes", "1", "--steps", "5"], "an arm trains for a time"),
         (["--set", "method=exact", "--set", "train_blocks=1"], "name them with --arms"),
+        (["--precision", "fp16"], "ordinary training has no loss scaling here; use --arms diffusion,exact"),
     ],
 )
 def test_what_cannot_be_compared_is_refused_before_anything_is_trained(tmp_path, asked, said):
