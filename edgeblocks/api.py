@@ -27,10 +27,11 @@ from edgeblocks.runs.load_weights import InitialWeights
 from edgeblocks.runs.locks import locked, locked_away
 from edgeblocks.runs.open_data import check_vocab, stored_source
 from edgeblocks.runs.schema import InitFields
+from edgeblocks.runs.shared import as_far_as_it_is, is_split, shared_run, split
 from edgeblocks.settings.fields import Settings
 from edgeblocks.settings.reading import read_yaml, resolve_settings
 from edgeblocks.training.resumption import is_finished, made_ready
-from edgeblocks.training.session import trained
+from edgeblocks.training.session import at_steps, trained
 
 if TYPE_CHECKING:
     from edgeblocks.targets.profile import Profile
@@ -269,6 +270,8 @@ def _train(
         settings = {**run.settings.run.model_dump(), **asdict(run.settings.family)}
         plan = run.trainable_plan.to_json()
         told.tell(Planned(run=run.path, settings=settings, plan=plan, resumed_from=resumed_from))
+        if not is_split(run):
+            _begin_as_one(run, data_set, listener, told)
         summary = trained(run, data_set, listener, told, resumed_from)
         run.write_json("summary.json", summary.to_json())
         finished = Run(run)
@@ -276,10 +279,25 @@ def _train(
     return finished
 
 
+def _begin_as_one(run: RunDirectory, data_set: DataSet, listener: Listener, told: Callbacks) -> None:
+    """Train the denoiser that all blocks begin as, as far as that is to be done, and copy it into them."""
+    listener.stage("beginning with one denoiser for all blocks")
+    one = shared_run(run)
+    with locked(one.path, listener.note), locked_away(one, listener.note):
+        if not is_finished(one):
+            saved = one.saved_steps(one.store())
+            if saved[0]:
+                listener.note(f"at {at_steps(one, saved)} of {one.settings.run.steps}")
+            one.write_json(
+                "summary.json", trained(one, data_set, listener, told, saved if saved[0] else None).to_json()
+            )
+        split(run, one)
+
+
 def load(path: Path | str) -> Run:
-    """A run that exists on disk.
+    """A run that exists on disk; while its blocks are still one, the run of that denoiser.
 
     Raises:
         RunError: not a run, damaged, or of another version.
     """
-    return Run(open_run(Path(path)))
+    return Run(as_far_as_it_is(open_run(Path(path))))

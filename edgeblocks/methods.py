@@ -82,7 +82,7 @@ METHODS: dict[MethodName, Method] = {
         trained_together=False,
         cut_changes_result=True,
         ran_on_a_gpu=True,
-        own_settings=frozenset(),
+        own_settings=frozenset({"shared"}),
         trainer="edgeblocks.training.diffusion:DiffusionTrainer",
         pace="edgeblocks.planning.pace:pace_of_blocks",
     ),

@@ -49,6 +49,7 @@ NEVER_RAN_ON_A_GPU = (
     "--method {method} was not yet run on a GPU: on processors it was, with a device's memory and its host's kept apart"
 )
 SETTINGS_OF_SOME_METHODS = {
+    "shared": "is of blocks that are trained alone, and {method} trains one network",
     "clip_by": "clips by the norm of a whole network's gradient; with --method {method} there is none, each block is "
     "trained alone and clipped by its own",
     "boundaries": "says where activations at the stage boundaries wait for the backward pass; with --method {method} "
@@ -178,6 +179,10 @@ def check_method(run: RunSettings) -> None:
         raise ConfigError(
             f"--blocks {run.blocks}: all layers of a {run.family} that is trained end to end are one stage; leave "
             f"--blocks out"
+        )
+    if run.shared and run.init is not None:
+        raise ConfigError(
+            f"shared={run.shared:g} and --init: blocks begin as one denoiser or as the file has them; leave one out"
         )
     for name, why in SETTINGS_OF_SOME_METHODS.items():
         if name in METHODS[run.method].own_settings or getattr(run, name) == RunSettings.model_fields[name].default:
@@ -368,6 +373,7 @@ def _request(settings: Settings, data_bytes: int, data: DataInfo, budgets: tuple
         preferred_blocks=family_type(run.family).preferred_blocks,
         good_layers=good_layers(run.family),
         method=METHODS[run.method],
+        shared=run.shared > 0,
         trained=run.trained_blocks,
         clip_by=run.clip_by,
         boundaries=None if run.boundaries == "auto" else run.boundaries,

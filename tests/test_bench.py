@@ -82,7 +82,8 @@ def test_four_arms(bench, tmp_path):
     tiny = {"SETTINGS": {"vit": {**TINY, "patch": 4}}, "TRAININGS": tmp_path / "rows.jsonl", "EXAMPLES": {"vit": 4}}
     bench("four_arms", "fashion.npz", "--family", "vit", "--steps", 2, "--seeds", 0, tables=dict, **tiny)
     rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
-    assert [(row["method"], row["blocks"]) for row in rows] == [("diffusion", 2), ("diffusion", 1), *[("exact", 1)] * 2]
+    ways = [(row["method"], row["blocks"], row["shared"]) for row in rows]
+    assert ways == [("diffusion", 2, 0.0), ("diffusion", 2, 0.8), ("diffusion", 1, 0.0), *[("exact", 1, 0.0)] * 2]
 
 
 def test_fuzz_readers(bench):

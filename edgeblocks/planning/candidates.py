@@ -18,6 +18,8 @@ def block_counts(num_layers: int, request: PlanRequest) -> list[int]:
     start = min(request.preferred_blocks, num_layers) if request.method.cut_changes_result else 1
     counts: dict[int, int] = {}
     for blocks in range(start, num_layers + 1):
+        if request.shared and num_layers % blocks:
+            continue
         # Memory goes by the largest block: of counts with the same one, the first, smallest, has the most layers a
         # block.
         counts.setdefault(math.ceil(num_layers / blocks), blocks)

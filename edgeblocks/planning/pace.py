@@ -37,7 +37,7 @@ def pace_of_blocks(cut: Cut, ram_blocks: int) -> Pace:
         step_s=step_s,
         streaming_s=streaming_share(cut.slots) * (load_s + store_s) / visit_steps,
         # A block's new file is complete before it replaces the former one.
-        disk_bytes=round_bytes + cut.block_bytes,
+        disk_bytes=round_bytes + cut.block_bytes * (2 if request.shared else 1),
         # One round more: the files that the run is created with.
         bytes_written=round_bytes * (math.ceil(request.steps / visit_steps) + 1),
     )

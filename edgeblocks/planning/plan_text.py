@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from edgeblocks.planning.plans import DAY_S
+from edgeblocks.planning.plans import DAY_S, shared_steps
 from edgeblocks.terminal import one_line
 from edgeblocks.units import format_bytes, format_count, format_duration
 
@@ -32,6 +32,7 @@ def banner(prepared: "Prepared") -> str:
             if method.trained_together
             else f"visits of {chosen.visit_steps} steps, {_where(chosen, unit)}"
         ),
+        *_shared_lines(prepared),
         prepared.reason,
         *_memory_lines(plan),
         *_planning_lines(plan),
@@ -39,6 +40,18 @@ def banner(prepared: "Prepared") -> str:
         _disk_line(plan),
     ]
     return "\n".join([*lines, *(f"note: {one_line(warning)}" for warning in plan.warnings)])
+
+
+def _shared_lines(prepared: "Prepared") -> list[str]:
+    """How blocks that begin as one are trained."""
+    run, blocks = prepared.settings.run, prepared.plan.chosen.blocks
+    steps = shared_steps(run.shared, steps=run.steps, blocks=blocks)
+    if not steps:
+        return []
+    return [
+        f"begun as one: one block's layers learn all noise levels for {blocks * steps} steps, then each of {blocks} "
+        f"blocks begins as that and makes {run.steps - steps} steps of its own"
+    ]
 
 
 def in_fp32(plan: "Plan", single: "Plan | None") -> str:

@@ -43,6 +43,12 @@ def make_plan(costs: LayerCosts, machine: Machine, request: PlanRequest) -> Plan
             f"--blocks {request.blocks} is impossible: the network has {costs.num_layers} layers and a block needs at "
             f"least one; use 1 to {costs.num_layers}"
         )
+    if request.shared and request.blocks is not None and costs.num_layers % request.blocks:
+        fair = [blocks for blocks in range(2, costs.num_layers + 1) if costs.num_layers % blocks == 0]
+        raise ConfigError(
+            f"--blocks {request.blocks}: blocks that begin as one are of equal depth, and {costs.num_layers} layers "
+            f"cannot be cut so; use {' or '.join(map(str, fair))} blocks, or --set shared=0"
+        )
     assert machine.host is not None or request.ram_budget_bytes is None, "a RAM budget needs a machine with a host"
     if request.method.trained_together and request.boundaries is None:
         # In memory if any plan fits so: on disk each boundary is written once and read twice in every step.

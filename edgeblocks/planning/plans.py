@@ -85,6 +85,8 @@ class PlanRequest:
     blocks: int | None = None
     good_layers: int = FEWEST_GOOD_LAYERS
     """Of a block, below which a plan warns of its quality: no more than the family has in its usual cut."""
+    shared: bool = False
+    """Whether blocks begin as one: they are of equal depth then, and its file is on disk beside theirs."""
     trained: tuple[int, ...] | None = None
     """Numbers of the stages that are trained end to end, the others being frozen; None: all."""
     clip_by: Clipping = "stage"
@@ -258,6 +260,15 @@ def split_layers(num_layers: int, blocks: int) -> tuple[int, ...]:
     """
     size, extra = divmod(num_layers, blocks)
     return tuple(size + (block < extra) for block in range(blocks))
+
+
+def shared_steps(share: float, *, steps: int, blocks: int) -> int:
+    """Of each block's steps, those that one denoiser makes for all of them, where blocks begin as one.
+
+    >>> shared_steps(0.8, steps=1000, blocks=3), shared_steps(0.8, steps=1000, blocks=1)
+    (800, 0)
+    """
+    return 0 if blocks == 1 or not share else min(math.ceil(share * steps), steps - 1)
 
 
 def trained_stages(trained: Sequence[int] | None, stages: int) -> tuple[bool, ...]:

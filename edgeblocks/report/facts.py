@@ -14,6 +14,7 @@ from edgeblocks.errors import RunError, StorageError
 from edgeblocks.files.untrusted import open_regular
 from edgeblocks.runs.directory import RunDirectory, open_run
 from edgeblocks.runs.schema import RecordFields, read_json
+from edgeblocks.runs.shared import as_far_as_it_is
 from edgeblocks.runs.summary import Summary
 
 MOST_RECORDS = 400_000
@@ -72,12 +73,12 @@ def num_records(path: Path) -> int:
 
 
 def read_facts(path: Path) -> RunFacts:
-    """The facts of a run directory, finished or not.
+    """The facts of a run directory, finished or not; while its blocks are still one, of the run of that denoiser.
 
     Raises:
         RunError: there is no run, or what it is cannot be read.
     """
-    directory = open_run(path)
+    directory = as_far_as_it_is(open_run(path))
     doubts: list[str] = []
     read = list(islice(directory.records(), MOST_RECORDS + 1))
     if len(read) > MOST_RECORDS:
@@ -91,7 +92,7 @@ def read_facts(path: Path) -> RunFacts:
         bytes_written=written if summary is None or summary.disk_bytes_written is None else summary.disk_bytes_written,
         records=records,
         summary=summary,
-        environment=_environment_of(path, doubts),
+        environment=_environment_of(directory.path, doubts),
         doubts=tuple(doubts),
     )
 

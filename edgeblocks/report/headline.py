@@ -4,7 +4,9 @@ from markupsafe import Markup
 
 from edgeblocks.report import page
 from edgeblocks.report.facts import RunFacts
+from edgeblocks.runs.directory import SHARED_FOLDER
 from edgeblocks.runs.summary import Summary
+from edgeblocks.terminal import quoted
 from edgeblocks.units import format_bytes, format_count, format_duration
 
 _SCORES = {"accuracy": "tokens guessed right", "top1": "accuracy (top 1)"}
@@ -12,7 +14,7 @@ _SCORES = {"accuracy": "tokens guessed right", "top1": "accuracy (top 1)"}
 
 def headline(facts: RunFacts) -> Markup:
     """The verdict, the numbers that are looked for first, and remarks."""
-    remarks = [*facts.doubts, *facts.directory.plan.warnings, *_memory_changes(facts)]
+    remarks = [*facts.doubts, *facts.directory.plan.warnings, *_begun_as_one(facts), *_memory_changes(facts)]
     return Markup().join(
         [
             page.verdict(_verdict(facts), good=_is_good(facts)),
@@ -20,6 +22,20 @@ def headline(facts: RunFacts) -> Markup:
             *([page.notes(remarks)] if remarks else []),
         ]
     )
+
+
+def _begun_as_one(facts: RunFacts) -> list[str]:
+    """Where the records of the first phase are."""
+    run = facts.directory
+    if run.shared_by is not None:
+        return [f"This is the denoiser that the {run.shared_by.blocks} blocks of {run.path.parent} begin as."]
+    if not run.shared_steps:
+        return []
+    return [
+        f"The blocks began as one denoiser of {run.file_layers[0]} layers, which learned all noise levels instead of "
+        f"each block's first {run.shared_steps:,} steps; its own report: edgeblocks report "
+        f"{quoted(run.path / SHARED_FOLDER)}."
+    ]
 
 
 def _is_good(facts: RunFacts) -> bool:

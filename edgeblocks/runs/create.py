@@ -20,7 +20,7 @@ from edgeblocks.families.precision import bf16_instructions
 from edgeblocks.files.own import make_folder
 from edgeblocks.files.untrusted import shown
 from edgeblocks.methods import Precision
-from edgeblocks.offload.block_files import storage_error
+from edgeblocks.offload.block_files import BlockStore, storage_error
 from edgeblocks.offload.sections import init_section_
 from edgeblocks.runs.directory import (
     OWN_FOLDERS,
@@ -31,7 +31,7 @@ from edgeblocks.runs.directory import (
     write_text,
 )
 from edgeblocks.runs.load_weights import InitialWeights
-from edgeblocks.runs.schema import InitFields, read_json
+from edgeblocks.runs.schema import InitFields, SharedBy, read_json
 from edgeblocks.runs.written_plan import WrittenPlan
 from edgeblocks.seeds import generator_at
 from edgeblocks.settings.fields import Settings
@@ -51,6 +51,7 @@ def create_run(
     class_names: tuple[str, ...],
     tokenizer: Tokenizer | None = None,
     init: InitFields | None = None,
+    shared_by: SharedBy | None = None,
 ) -> RunDirectory:
     """Lay out a new run directory; `seal_run` makes it valid once its blocks exist.
 
@@ -72,6 +73,7 @@ def create_run(
         class_names=class_names,
         tokenizer=tokenizer,
         init=init,
+        shared_by=shared_by,
     )
     if settings.run.work_dir is not None and (path / "blocks").exists():
         raise ConfigError(f"{path} has a folder `blocks` already, which --work-dir replaces; choose another --out")
@@ -153,6 +155,7 @@ def seal_run(run: RunDirectory) -> None:
             "data": data,
             "class_names": list(run.class_names),
             **({} if run.init is None else {"init": run.init.model_dump()}),
+            **({} if run.shared_by is None else {"shared_by": run.shared_by.model_dump()}),
             **({"prolonged": [one.model_dump() for one in run.prolonged]} if run.prolonged else {}),
         },
     )
@@ -209,13 +212,19 @@ def create_blocks(
     only: Sequence[int] | None = None,
     initial: InitialWeights | None = None,
     on_block: Callable[[int], None] | None = None,
+    former: BlockStore | None = None,
 ) -> None:
     """Initialise a run's blocks (all, or `only` these) one at a time and write each to its file.
 
     What `initial` does not give comes from the block's own seed. A block that is made again and trained again gets the
     weights it had: its numbers depend on no other block.
+
+    Args:
+        former: whose count of bytes written goes on.
     """
     family, store, sections, seed = run.family(), run.store(), run.sections, run.settings.run.seed
+    if former is not None:
+        store.continue_meter(former.header(block) for block in range(len(former.layouts)))
     buffer = store.buffer()
     for done, block in enumerate(range(len(sections)) if only is None else only):
         buffer.adopt_(store.layouts[block])

@@ -43,6 +43,7 @@ def _describe_run(path: Path) -> dict[str, object]:
         "steps_wanted": run.settings.run.steps,
         **({"prolonged_from": [one.steps_before for one in run.prolongations]} if run.prolongations else {}),
         "finished": min(steps) >= run.settings.run.steps,
+        **_begun_as_one(run),
         **({} if all(run.trained) else {"trained_stages": list(run.settings.run.trained_blocks or ())}),
         **({} if run.init is None else {"init": f"{run.init.file}, sha256 {run.init.sha256[:16]}.."}),
         "data": run.data_source,
@@ -56,6 +57,19 @@ def _describe_run(path: Path) -> dict[str, object]:
         described["measured_peak"] = format_bytes(summary.peak_bytes)
         described["validation_loss"] = round(summary.metrics.validation_loss, 5)
     return described
+
+
+def _begun_as_one(run: "RunDirectory") -> dict[str, object]:
+    """How far the denoiser is that all blocks begin as, or whose that is."""
+    from edgeblocks.runs.shared import as_far_as_it_is
+
+    if run.shared_by is not None:
+        return {"begins": f"the {run.shared_by.blocks} blocks of {run.path.parent}"}
+    if not run.shared_steps:
+        return {}
+    steps, one = len(run.file_layers) * run.shared_steps, as_far_as_it_is(run)
+    made = steps if one is run else one.saved_steps(one.store())[0]
+    return {"begun_as_one": f"{made} of {steps} steps"}
 
 
 def _data_facts(run: "RunDirectory") -> dict[str, object]:

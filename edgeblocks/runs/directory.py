@@ -2,6 +2,7 @@
 
     config.yaml  plan.json  env.json  manifest.json  metrics.jsonl  summary.json  blocks/*.safetensors
     samples/*.png or *.txt  tokenizer.json (of a vocabulary that was trained or given)  quality.jsonl (`evaluations`)
+    shared/ (a run of its own: the denoiser that all blocks begin as, see `runs.shared`)
 
 `manifest.json` is written last when a run is created, so a directory with a manifest is whole. Each block file knows
 its own step; there is no second place that could disagree with it, and so nothing to repair after a crash. While a run
@@ -9,6 +10,7 @@ with a `work_dir` is being trained its block files lie there; when it is finishe
 """
 
 import json
+import math
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields, replace
@@ -27,7 +29,7 @@ from edgeblocks.methods import METHODS, Method, Precision
 from edgeblocks.offload.block_buffer import BlockLayout
 from edgeblocks.offload.block_files import BlockStore, storage_error
 from edgeblocks.offload.sections import Section, blocks_of, network_of, stages_of, tensor_name
-from edgeblocks.planning.plans import trained_stages
+from edgeblocks.planning.plans import shared_steps, trained_stages
 from edgeblocks.registry import build_family, family_type
 from edgeblocks.runs.schema import (
     AGAIN,
@@ -35,6 +37,7 @@ from edgeblocks.runs.schema import (
     Prolongation,
     QualityFields,
     RecordFields,
+    SharedBy,
     TextManifestFields,
     check_checksum,
     check_config,
@@ -58,7 +61,8 @@ if TYPE_CHECKING:
     from edgeblocks.families.family import AnyFamily
 
 RUN_FORMAT_VERSION = 2
-OWN_FOLDERS = ("blocks", "blocks.arriving", "samples")
+SHARED_FOLDER = "shared"
+OWN_FOLDERS = ("blocks", "blocks.arriving", "samples", SHARED_FOLDER)
 OWN_NAMES = (
     *("lock", "lock.pid", "config.yaml", "plan.json", "env.json", "manifest.json", "metrics.jsonl", "quality.jsonl"),
     *("summary.json", TOKENIZER_FILE),
@@ -83,6 +87,8 @@ class RunDirectory:
     """How text becomes tokens; None for a family that reads images."""
     init: InitFields | None = None
     """The file that the weights began with; None where they came from the seed."""
+    shared_by: SharedBy | None = None
+    """Whose blocks begin as this run's only one; None of a run that stands alone."""
     prolonged: tuple[Prolongation, ...] = ()
     """When more steps were asked for than before; see `prolonging.prolong`."""
 
@@ -132,6 +138,29 @@ class RunDirectory:
         """Of each block whether it is trained; the others are frozen."""
         return trained_stages(self.settings.run.trained_blocks, len(self.file_layers))
 
+    @property
+    def first_steps(self) -> int:
+        """Steps of each block that the run was created for, before it was prolonged."""
+        in_force = self.prolongations
+        return in_force[0].steps_before if in_force else self.settings.run.steps
+
+    @property
+    def shared_steps(self) -> int:
+        """Of each block's steps, those that one denoiser makes for all of them; 0 where blocks do not begin as one."""
+        return shared_steps(self.settings.run.shared, steps=self.first_steps, blocks=len(self.file_layers))
+
+    @property
+    def steps_of_all(self) -> int:
+        """Of all that is trained apart; of a denoiser that blocks begin as with the steps that these make later."""
+        if self.shared_by is not None:
+            return self.shared_by.blocks * self.shared_by.steps
+        return self.settings.run.steps * self.method.trained_apart(len(self.file_layers))
+
+    @property
+    def resumed_at(self) -> Path:
+        """The run that `--resume` goes on with."""
+        return self.path if self.shared_by is None else self.path.parent
+
     def saved_steps(self, store: BlockStore) -> list[int]:
         """The saved step of each block. A frozen block never changes: it counts as the least of the trained ones.
 
@@ -144,6 +173,8 @@ class RunDirectory:
 
     def stretches(self, block: int) -> list[tuple[int, int]]:
         """Of a block's learning rate, for `schedule.learning_rate_over`; one where the run was never prolonged."""
+        if self.shared_by is not None:
+            return [(0, self.steps_of_all)]  # one schedule over this run and the blocks' own steps
         steps, in_force = self.settings.run.steps, self.prolongations
         begins = [0, *(one.began_at[block] for one in in_force)]
         return list(zip(begins, [*(one.steps_before for one in in_force), steps], strict=True))
@@ -191,6 +222,17 @@ class RunDirectory:
             layouts[section, trained] = BlockLayout.of(network, self.settings.run.optimizer, frozen=not trained)
         of_blocks = [layouts[kind] for kind in kinds]
         return BlockStore(self.blocks_folder, of_blocks, self.run_id, trained_together=self.method.trained_together)
+
+    def store_with_meter(self, *others: BlockStore) -> BlockStore:
+        """The block files, whose count of bytes written goes on from where the newest file has it, `others` included.
+
+        Raises:
+            RunError: a file is missing or damaged.
+        """
+        store = self.store()
+        stores = (store, *others)
+        store.continue_meter(one.header(block) for one in stores for block in range(len(one.layouts)))
+        return store
 
     @property
     def blocks_folder(self) -> Path:
@@ -274,7 +316,16 @@ class RunDirectory:
 
     def quality(self) -> list[QualityFields]:
         """The records of quality.jsonl; none where the quality was not measured on the way."""
-        path = self.path / "quality.jsonl"
+        found = self._quality_in(self.path)
+        if not self.shared_steps:
+            return found
+        # Of the denoiser that the blocks began as: so many of its steps as there are blocks are one of each block.
+        shared, blocks = self._quality_in(self.path / SHARED_FOLDER), len(self.file_layers)
+        return [*(one.model_copy(update={"step": math.ceil(one.step / blocks)}) for one in shared), *found]
+
+    @staticmethod
+    def _quality_in(folder: Path) -> list[QualityFields]:
+        path = folder / "quality.jsonl"
         found = (checked_record(QualityFields, content) for content in read_records(path)) if path.exists() else ()
         return [record for record in found if record is not None]
 
@@ -287,8 +338,11 @@ class RunDirectory:
 
     def trained_s(self) -> float | None:
         """How long the run has been trained, by its records; None where one of them has no time."""
+        # With the denoiser that the blocks began as, whose records are in its own folder.
+        shared = self.path / SHARED_FOLDER / "metrics.jsonl" if self.shared_steps else None
+        before = read_records(shared) if shared is not None and shared.exists() else ()
         longest = 0.0
-        for record in self.records():
+        for record in (*filter(None, (checked_record(RecordFields, one) for one in before)), *self.records()):
             if record.seconds is None:
                 return None
             longest = max(longest, record.seconds)
@@ -402,6 +456,7 @@ def open_run(path: Path) -> RunDirectory:
         class_names=tuple(manifest.class_names),
         tokenizer=_tokenizer_of(path, manifest) if isinstance(manifest, TextManifestFields) else None,
         init=manifest.init,
+        shared_by=manifest.shared_by,
         prolonged=tuple(manifest.prolonged),
     )
     if max(settings.run.trained_blocks or (0,)) >= len(run.file_layers):

@@ -8,6 +8,7 @@ from edgeblocks.optim.schedule import learning_rate_over
 from edgeblocks.runs.create import seal_run
 from edgeblocks.runs.directory import RunDirectory
 from edgeblocks.runs.schema import Prolongation
+from edgeblocks.runs.shared import is_split
 
 
 def check_prolonging(run: RunDirectory, *, steps_before: int, saved: Sequence[int]) -> None:
@@ -20,6 +21,12 @@ def check_prolonging(run: RunDirectory, *, steps_before: int, saved: Sequence[in
     Raises:
         ConfigError: they are fewer than it was to make, or has made.
     """
+    if run.shared_steps and not is_split(run):
+        raise ConfigError(
+            f"--steps {run.settings.run.steps}: the blocks of {run.path} are still one denoiser (shared="
+            f"{run.settings.run.shared:g}), whose learning rate goes by the steps of all; train it to its end first, "
+            f"then prolong it"
+        )
     steps, made = run.settings.run.steps, f"{min(saved)} to {max(saved)}" if min(saved) < max(saved) else str(saved[0])
     if steps < steps_before:
         raise ConfigError(

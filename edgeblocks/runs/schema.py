@@ -90,6 +90,14 @@ class Prolongation(Checked):
     """Each block's step when the run was prolonged."""
 
 
+class SharedBy(Checked):
+    """`shared_by` in manifest.json of a denoiser that the blocks of a run begin as (`runs.shared`)."""
+
+    blocks: Layers
+    steps: Steps
+    """Of each block, when the run was created."""
+
+
 class ManifestFields(Checked):
     """manifest.json."""
 
@@ -97,6 +105,7 @@ class ManifestFields(Checked):
     family: Text
     class_names: Annotated[list[Text], Field(max_length=MOST_CLASSES)]
     init: InitFields | None = None
+    shared_by: SharedBy | None = None
     prolonged: Annotated[list[Prolongation], Field(max_length=1000)] = Field(default_factory=list)
 
 

@@ -152,6 +152,13 @@ class RunSettings(BaseModel):
         description="with method=exact: the stages that are trained; none: all",
         json_schema_extra=_may_be("none, or numbers, such as `2,3`; the first is 0"),
     )
+    shared: float = Field(
+        default=0.0,
+        ge=0,
+        lt=1,
+        description="with method=diffusion: share of the steps in which one denoiser learns all noise levels, before "
+        "it is copied into every block",
+    )
     partition: Literal["equal-probability", "uniform"] = Field(
         default="equal-probability",
         description="how noise levels are shared: so that blocks train on as many, or in equal widths in log "

@@ -169,7 +169,7 @@ class Trainer(ABC):
             WriteLimitError: more would be written to disk than the user allows; everything is saved.
         """
         steps = self.saved_steps()
-        self.progress.steps_total = self.settings.steps * len(steps)
+        self.progress.steps_total = self.run.steps_of_all
         self.progress.steps_done = self.progress.steps_before = sum(steps)
         visits = plan_visits(steps, steps=self.settings.steps, visit_steps=self.run.trainable_plan.visit_steps)
         following = next(visits, None)
@@ -271,7 +271,7 @@ class Trainer(ABC):
         self._slots.flush()  # "everything is saved" must be true
         raise WriteLimitError(
             f"the run has written {format_bytes(written)} to disk; {what} would pass --max-disk-writes {allowed}. "
-            f"Everything is saved; go on with a larger limit: {command('train', '--resume', self.run.path)} "
+            f"Everything is saved; go on with a larger limit: {command('train', '--resume', self.run.resumed_at)} "
             f"--max-disk-writes {math.ceil(2 * (written + num_bytes) / 1e9)}GB"
         )
 

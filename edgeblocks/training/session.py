@@ -54,9 +54,7 @@ def trained(
         ram_budget_bytes=plan.ram_budget_bytes,
     )
     with refusals_explained(target, budget_bytes, breakdown):
-        store = run.store()
-        # Of the newest file, as each header has what the run had written when that file was complete.
-        store.continue_meter(store.header(block) for block in range(len(run.file_layers)))
+        store = run.store_with_meter()
         store.hold_folder()
         trainer = trainer_type(run.method).open(run, data_set, store, guard, target.device)
         try:
@@ -81,7 +79,7 @@ def trained(
     if interruption.signal_name is not None:
         raise InterruptedRunError(
             f"stopped by {interruption.signal_name}; saved at {at_steps(run, steps)} of "
-            f"{run.settings.run.steps}. Go on with: {command('train', '--resume', run.path)}"
+            f"{run.settings.run.steps}. Go on with: {command('train', '--resume', run.resumed_at)}"
         )
     # Before the summary, which says that the run is finished: a crash in between is made good by --resume.
     bring_blocks_home(run)
@@ -116,4 +114,6 @@ def _on_step(listener: Listener, told: Callbacks, previews: Previews, progress: 
 
 def at_steps(run: RunDirectory, steps: Sequence[int]) -> str:
     """How far the blocks are, or the stages that are trained together."""
+    if run.shared_by is not None:
+        return f"step {steps[0]} of the denoiser that all blocks begin as,"
     return f"step {steps[0]}" if run.method.trained_together else f"steps {', '.join(map(str, steps))}"

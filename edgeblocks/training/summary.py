@@ -31,9 +31,7 @@ def summary_of(
     """
     progress, times = trainer.progress, trainer.times
     seconds = time.perf_counter() - progress.started
-    former = resumed_from or [0]
-    # Stages that are trained together make one step between them, blocks one each.
-    done_here = progress.steps_done - (former[0] if run.method.trained_together else sum(former))
+    done_here = progress.steps_done - progress.steps_before
     split = {
         "compute": progress.compute_s,
         "load": times.load_s,
