@@ -11,6 +11,7 @@ from edgeblocks.errors import ConfigError, DoesNotFitError
 from edgeblocks.families.base import DataInfo, ImageInfo, TextInfo
 from edgeblocks.methods import METHODS
 from edgeblocks.offload.device import Target
+from edgeblocks.optim.cuda_step import choice_on
 from edgeblocks.planning.layer_costs import LayerCosts
 from edgeblocks.planning.planner import make_plan
 from edgeblocks.planning.plans import FEWEST_GOOD_LAYERS, Machine, Plan, PlanRequest
@@ -152,6 +153,8 @@ def prepare(settings: Settings, out: Path, listener: Listener, *, speeds: Machin
     machine = machine if speeds is None else machine.at_speeds_of(speeds)
     plan = _plan_within(costs, machine, _request_on(data_set, settings, data, budgets))
     plan = _with_gpu_warnings(plan, elsewhere=False)
+    if machine.host is not None and run.optimizer == "adamw8bit":
+        listener.note(_eight_bit_step_on(target.torch_device))
     if run.target == "auto" and torch_sees_a_gpu():
         plan = replace(plan, warnings=(A_GPU_IS_HERE, *plan.warnings))
     if run.init is None and plan.trained is not None and plan.chosen.blocks - 1 not in plan.trained:
@@ -200,6 +203,12 @@ def torch_sees_a_gpu() -> bool:
     import torch
 
     return torch.cuda.is_available()
+
+
+def _eight_bit_step_on(device: str) -> str:
+    """What makes the 8-bit AdamW step on a GPU, and why."""
+    choice = choice_on(device)
+    return f"8-bit AdamW step on the GPU: {choice.name}" + (f" ({choice.reason})" if choice.reason else "")
 
 
 def _with_gpu_warnings(plan: Plan, *, elsewhere: bool) -> Plan:

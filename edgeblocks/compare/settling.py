@@ -54,7 +54,7 @@ def settled(asked: Asked) -> Settled:
         depth=settings.family.depth,
         task=family_type(run.family).task,
         unrolled=family_type(run.family, "exact").unrolled,
-        environment=environment(),
+        environment=environment(run),
     )
 
 

@@ -17,7 +17,8 @@ lock, and small because a thread's temporaries are 12 bytes a parameter of the c
 
 On a GPU the same operations run in chunks of 2 Mi from one thread, so that both targets make the same step up to
 rounding. With table lookups they took 0.1 ns on an H100, where the kernel of bitsandbytes, one pass over memory and not
-twenty, takes 0.03; with this code they were not yet run on a GPU.
+twenty, takes 0.03: where that library is installed it makes the step (`optim.cuda_step`). With this code neither was
+yet run on a GPU.
 
 Source: Loshchilov and Hutter 2019, "Decoupled Weight Decay Regularization", arXiv 1711.05101, algorithm 2; the 8-bit
 state: `optim.moments`.
@@ -41,6 +42,8 @@ if TYPE_CHECKING:
 
     from jaxtyping import Float32, Int8, UInt8
     from torch import Tensor
+
+    from edgeblocks.optim.cuda_step import LibraryStep
 
 CHUNK_SIZE = 160 * 1024
 GPU_CHUNK_SIZE = 2 * 1024 * 1024
@@ -76,24 +79,40 @@ class Workspace:
     A step allocates nothing else but views and single numbers. One workspace serves one step at a time. Results depend
     neither on `chunk_size` nor on `num_threads`.
 
+    Args:
+        library: what makes the step instead, with room of its own (`optim.cuda_step`); None: what is here.
+
     Raises:
         ValueError: `chunk_size` is no positive multiple of `GROUP_SIZE`, or `num_threads` is not positive.
     """
 
-    def __init__(self, *, num_threads: int, chunk_size: int = CHUNK_SIZE, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self,
+        *,
+        num_threads: int,
+        chunk_size: int = CHUNK_SIZE,
+        device: torch.device | str = "cpu",
+        library: LibraryStep | None = None,
+    ) -> None:
         self.num_bytes = workspace_bytes(num_threads=num_threads, chunk_size=chunk_size)
+        self.library, num_buffers = library, num_threads
+        if library is not None:
+            self.num_bytes, num_buffers = library.num_bytes + _STEP_BYTES, 0
         self.chunk_size = chunk_size
         self.step = torch.empty((), dtype=torch.float32, device=device)
-        self.buffers = tuple(_ChunkBuffers.empty(chunk_size, device) for _ in range(num_threads))
+        self.buffers = tuple(_ChunkBuffers.empty(chunk_size, device) for _ in range(num_buffers))
         # Started now: a thread that is started where memory is short may never answer.
         self.helpers = _started_threads(num_threads - 1)
 
     @classmethod
     def for_device(cls, device: torch.device | str) -> Workspace:
-        """As the processor's threads share the step's work, or as one thread gives it to a GPU."""
-        if torch.device(device).type == "cpu":
+        """As the processor's threads share the step's work; as one thread gives it to a GPU, or to a library there."""
+        from edgeblocks.optim.cuda_step import library_step  # which imports this module
+
+        library = library_step(device)
+        if library is None and torch.device(device).type == "cpu":
             return cls(num_threads=torch.get_num_threads())
-        return cls(num_threads=1, chunk_size=GPU_CHUNK_SIZE, device=device)
+        return cls(num_threads=1, chunk_size=GPU_CHUNK_SIZE, device=device, library=library)
 
 
 def workspace_bytes(*, num_threads: int, chunk_size: int = CHUNK_SIZE) -> int:
@@ -185,14 +204,30 @@ def adamw_8bit_step_(
     """`adamw_step_` with both moments in 8 bits (`optim.moments`): 2.03 bytes of state a parameter instead of 8.
 
     numel is a multiple of `GROUP_SIZE`, groups = numel / `GROUP_SIZE`. Updates `parameters` and the state, which starts
-    as zeros. A NaN or infinite gradient makes its parameter NaN now and its whole group NaN at the next step. The
-    result is the same for every chunk size and number of threads.
+    as zeros. A NaN or infinite gradient makes its parameter NaN now (with a library its group's first) and its whole
+    group NaN at the next step. The result is the same for every chunk size and number of threads.
     """
     numel = parameters.numel()
     assert step >= 1, f"step is {step}, it counts from 1"
     assert numel % GROUP_SIZE == 0, f"{numel} parameters are not whole groups of {GROUP_SIZE}"
     _assert_numel(numel, parameters, gradients, exp_avg_codes, exp_avg_sq_codes)
     _assert_numel(numel // GROUP_SIZE, exp_avg_scales, exp_avg_sq_scales)
+    if workspace.library is not None:
+        workspace.library.step_(
+            parameters,
+            gradients,
+            exp_avg_codes,
+            exp_avg_scales,
+            exp_avg_sq_codes,
+            exp_avg_sq_scales,
+            step=step,
+            learning_rate=learning_rate,
+            beta1=beta1,
+            beta2=beta2,
+            eps=eps,
+            weight_decay=weight_decay,
+        )
+        return
     # Filled here and read by all threads: a tensor of its own in each chunk would be an allocation a chunk.
     workspace.step.fill_(step)
 

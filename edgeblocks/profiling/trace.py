@@ -216,6 +216,7 @@ def trace(
         stem_readout_moments={optimizer: 2 * first - second for optimizer, (first, second) in moments.items()},
         layer_moments={optimizer: second - first for optimizer, (first, second) in moments.items()},
         workspace_bytes={"adamw8bit": workspace_bytes(num_threads=torch.get_num_threads()), "adamw": 0},
+        # Of our own step: bitsandbytes', where it makes the step, takes less.
         gpu_workspace_bytes={"adamw8bit": workspace_bytes(num_threads=1, chunk_size=GPU_CHUNK_SIZE), "adamw": 0},
         batch_bytes_per_sample=sum(_num_bytes(shape, dtype) for shape, dtype in family.batch_spec(1).values()),
         stem_readout_flops_per_sample=flops[0] - period * layer_flops,

@@ -3,7 +3,7 @@
 CUDA loads a kernel when it is first launched, into the device's memory and the host's, and takes scratch memory for
 libraries and threads at their first use. Measured on an H100, a training took 130 MB more of the device and 270 to 470
 MB more of the host than the process had after a few kernels of another network. After a warm-up step both are there
-before anything is planned.
+before anything is planned. So is bitsandbytes, 125 MB of the host, where it is installed and makes the 8-bit step.
 
 On a processor the library that multiplies bfloat16 matrices writes a program for each shape of two matrices when it
 first meets them, into memory that it maps and hardly touches: 18 MB for the products of one micro-batch, 1.3 MB of it

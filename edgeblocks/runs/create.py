@@ -22,6 +22,8 @@ from edgeblocks.files.untrusted import shown
 from edgeblocks.methods import Precision
 from edgeblocks.offload.block_files import BlockStore, storage_error
 from edgeblocks.offload.sections import init_section_
+from edgeblocks.optim.cuda_step import choice_on
+from edgeblocks.registry import build_target
 from edgeblocks.runs.directory import (
     OWN_FOLDERS,
     OWN_NAMES,
@@ -34,7 +36,7 @@ from edgeblocks.runs.load_weights import InitialWeights
 from edgeblocks.runs.schema import InitFields, SharedBy, read_json
 from edgeblocks.runs.written_plan import WrittenPlan
 from edgeblocks.seeds import generator_at
-from edgeblocks.settings.fields import Settings
+from edgeblocks.settings.fields import RunSettings, Settings
 from edgeblocks.terminal import quoted
 
 _MOST_NAMED = 5
@@ -79,7 +81,8 @@ def create_run(
         raise ConfigError(f"{path} has a folder `blocks` already, which --work-dir replaces; choose another --out")
     try:
         make_folder(path / "samples")
-        run.write_json("env.json", {"run_id": run.run_id, **environment()})  # first: it says whose the blocks are
+        # First: it says whose the blocks are.
+        run.write_json("env.json", {"run_id": run.run_id, **environment(settings.run)})
         make_folder(run.blocks_folder)
         for stale in run.blocks_folder.glob("block_*.safetensors"):
             # Of a process that was killed before it wrote the manifest: without one there is no run that they could
@@ -161,9 +164,9 @@ def seal_run(run: RunDirectory) -> None:
     )
 
 
-def environment() -> dict[str, object]:
-    """Versions and machine, so that a result can be reproduced."""
-
+def environment(run: RunSettings) -> dict[str, object]:
+    """Versions, and the machine that is here for these settings, so that a result can be reproduced."""
+    device = torch.device(build_target(run.target).torch_device)
     packages = ("edgeblocks", "torch", "numpy", "safetensors")
     return {
         "python": sys.version.split()[0],
@@ -172,6 +175,9 @@ def environment() -> dict[str, object]:
         "instructions": torch.backends.cpu.get_cpu_capability(),
         "bf16_instructions": bf16_instructions(),
         "threads": torch.get_num_threads(),
+        **({"gpu": torch.cuda.get_device_name()} if device.type == "cuda" else {}),
+        # Asked only where it is used: to try a library takes memory that a plan without it has not counted.
+        **({"adamw8bit": choice_on(device).name} if run.optimizer == "adamw8bit" else {}),
         "packages": {name: metadata.version(name) for name in packages},
     }
 
@@ -187,7 +193,7 @@ def changed_environment(run: RunDirectory) -> str | None:
         return None
     found = [
         f"{what} {shown(former[what])}, now {shown(value)}"
-        for what, value in _sums_depend_on(environment(), run.precision).items()
+        for what, value in _sums_depend_on(environment(run.settings.run), run.precision).items()
         if former.get(what, value) != value
     ]
     return "; ".join(found) or None
@@ -202,6 +208,8 @@ def _sums_depend_on(environment: Mapping[str, object], precision: Precision) -> 
         "its vector instructions": environment.get("instructions"),
         "its instructions for bf16": environment.get("bf16_instructions") if precision == "bf16" else None,
         "torch": torch_version,
+        "the GPU": environment.get("gpu"),
+        "the 8-bit AdamW step by": environment.get("adamw8bit"),
     }
     return {what: value for what, value in found.items() if value is not None}
 

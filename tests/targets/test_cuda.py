@@ -10,7 +10,8 @@ import edgeblocks
 from edgeblocks.doctor import probes
 from edgeblocks.errors import ConfigError, InterruptedRunError
 from edgeblocks.offload.slots import StreamTimes
-from edgeblocks.optim.adamw import Workspace, adamw_8bit_state, adamw_8bit_step_
+from edgeblocks.optim.adamw import GPU_CHUNK_SIZE, Workspace, adamw_8bit_state, adamw_8bit_step_
+from edgeblocks.optim.cuda_step import choice_on, difference
 from edgeblocks.optim.moments import GROUP_SIZE
 from edgeblocks.targets.cuda import CudaTarget
 from edgeblocks.training.boundaries import OnDisk
@@ -95,7 +96,7 @@ def test_the_cap_refuses_with_an_error_that_is_caught():
 @pytest.mark.gpu
 @on_a_gpu
 def test_the_8_bit_step_is_the_processors():
-    """After one step the parameters agree to rounding, and the codes but for neighbours."""
+    """Our own: after one step the parameters agree to rounding, and the codes but for neighbours."""
     numel = 64 * GROUP_SIZE
     generator = torch.Generator().manual_seed(0)
     drawn = [torch.randn(numel, generator=generator) for _ in range(2)]
@@ -104,10 +105,34 @@ def test_the_8_bit_step_is_the_processors():
         parameters, gradients = (tensor.clone().to(device) for tensor in drawn)
         state = adamw_8bit_state(numel, device)
         settings = {"learning_rate": 1e-3, "beta1": 0.9, "beta2": 0.99, "eps": 1e-8, "weight_decay": 0.01, "step": 1}
-        adamw_8bit_step_(parameters, gradients, *state, workspace=Workspace.for_device(device), **settings)
+        workspace = Workspace(num_threads=1, chunk_size=GPU_CHUNK_SIZE, device=device)
+        adamw_8bit_step_(parameters, gradients, *state, workspace=workspace, **settings)
         results.append((parameters.cpu(), state[0].cpu()))
     assert torch.allclose(results[0][0], results[1][0], rtol=1e-5, atol=1e-7)
     assert (results[0][1] == results[1][1]).float().mean() > 0.99
+
+
+@pytest.mark.gpu
+@on_a_gpu
+@pytest.mark.parametrize("broken", [None, float("nan"), float("inf"), 1e30])
+def test_the_8_bit_step_of_bitsandbytes_is_ours(broken):
+    """Its kernel passes the try, and a broken gradient makes its group NaN after the next step, and no other."""
+    pytest.importorskip("bitsandbytes")
+    choice = choice_on("cuda")
+    assert choice.name.startswith("bitsandbytes"), choice.reason
+    library = Workspace.for_device("cuda").library
+    assert difference(library, "cuda") is None
+    if broken is None:
+        return
+    numel = 3 * GROUP_SIZE
+    parameters, gradients = torch.ones(2, numel, device="cuda").unbind()
+    state, settings = adamw_8bit_state(numel, "cuda"), {"learning_rate": 1e-3, "beta1": 0.9, "beta2": 0.99, "eps": 1e-8}
+    gradients[GROUP_SIZE + 7] = broken
+    for step in (1, 2):
+        library.step_(parameters, gradients, *state, step=step, weight_decay=0.01, **settings)
+        gradients[GROUP_SIZE + 7] = 1.0
+    assert parameters.view(3, -1).isnan().all(1).tolist() == [False, True, False]
+    assert parameters.view(3, -1).isnan().any(1).tolist() == [False, True, False]
 
 
 @pytest.mark.gpu
