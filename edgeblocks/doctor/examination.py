@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from edgeblocks.doctor.findings import PATIENCE_S, Budgets, Disk, Gpu, Kernel, PresetFit, Report
+from edgeblocks.doctor.findings import PATIENCE_S, Budgets, Disk, Gpu, Kernel, PresetFit, Report, TrainingUse
 from edgeblocks.doctor.kernels import KERNELS, kernel_names
 from edgeblocks.doctor.probes import Answer, ask
 from edgeblocks.doctor.problems import find_problems
@@ -58,9 +58,9 @@ def examine(
     half_bytes = memory.usable_bytes // 2 // 10**6 * 10**6
 
     listener.stage("measuring the processor and torch's kernels")
-    names = ("machine", "presets", "gpus", *kernel_names("torch"))
+    names = ("machine", "presets", "gpus", "training", *kernel_names("torch"))
     answers = ask(names, {"folder": str(folder)}, limit_s=limit_s / 2, deadline=deadline)
-    machine, gpus = answers["machine"], answers["gpus"]
+    machine, gpus, training = (answers[name] for name in ("machine", "gpus", "training"))
     listener.stage("planning the presets")
     requests: dict[str, Any] = answers["presets"].value or {}
     common = {"machine": machine.value, "budget_bytes": half_bytes, "free_disk_bytes": disk.free_bytes}
@@ -88,6 +88,7 @@ def examine(
         gpu_note=None if gpus.value is None else gpus.value["note"],
         machine=None if machine.value is None else Machine(**machine.value),
         versions=versions,
+        training=None if training.value is None else tuple(TrainingUse(**use) for use in training.value),
         kernels=kernels,
         presets=presets,
         budgets=Budgets(
@@ -99,9 +100,8 @@ def examine(
         unknown={},
         seconds=0.0,
     )
-    unknown = {
-        name: answers[name].reason or "" for name in ("gpus", "machine", "presets") if answers[name].value is None
-    }
+    asked = ("gpus", "machine", "presets", "training")
+    unknown = {name: answers[name].reason or "" for name in asked if answers[name].value is None}
     return replace(
         report,
         problems=tuple(find_problems(report, nvidia_gpus=nvidia_gpus())),
@@ -132,6 +132,8 @@ def report_text(report: Report) -> str:
         _aligned([["system", report.system], *_machine_rows(report)]),
         "libraries",
         _aligned([[name, version or "not installed"] for name, version in report.versions.items()]),
+        "what a training here would use",
+        _aligned(_training_rows(report)),
         "kernels, run here",
         _aligned([_kernel_row(kernel) for kernel in report.kernels]),
         f"presets at their own settings, in half of the memory ({format_bytes(report.budgets.half_bytes)})",
@@ -218,6 +220,27 @@ def _disk_speeds(disk: Disk) -> str:
         f"write {speed(disk.write_bytes_per_s)} with sync, read {speed(disk.read_bytes_per_s)}{way}, "
         f"{sync} a sync ({format_bytes(disk.probe_bytes)} tried)"
     )
+
+
+_DEVICES = {"cpu": "processor", "cuda": "gpu"}
+
+
+def _training_rows(report: Report) -> list[list[str]]:
+    rows = []
+    for use in report.training or ():
+        precision = use.precision or "depends on the network"
+        gain = use.half_product_gain
+        faster = "" if gain is None else f"; products are {gain:.1f}x as fast as in fp32"
+        by = use.adamw8bit + (f" ({use.adamw8bit_reason})" if use.adamw8bit_reason else "")
+        attention = use.attention
+        if use.attention_with_mask != attention:
+            attention += f", with a mask {use.attention_with_mask}"
+        rows += [
+            [_DEVICES[use.target], "--precision auto", f"{precision}: {use.reason}{faster}"],
+            ["", "8-bit AdamW step", f"by {by}"],
+            ["", "attention", attention],
+        ]
+    return rows or [["not found out"]]
 
 
 def _kernel_row(kernel: Kernel) -> list[str]:

@@ -110,6 +110,26 @@ class Kernel:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TrainingUse:
+    """What a training on a device would use.
+
+    precision: that `--precision auto` takes; None: it depends on the network. adamw8bit: what makes the 8-bit step,
+    with the reason where a library could and does not. attention: the kernel that torch takes in that precision.
+    half_product_gain: how many times as fast products are in half precision; None on a processor, where it is a kernel
+    of its own (`torch_bf16_matmul`).
+    """
+
+    target: str
+    precision: str | None
+    reason: str
+    adamw8bit: str
+    adamw8bit_reason: str | None
+    attention: str
+    attention_with_mask: str
+    half_product_gain: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class PresetFit:
     """How a preset at its own settings would train on this machine in half of its memory.
 
@@ -156,7 +176,7 @@ class Problem:
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """All findings. gpus: None when it could not be found out; machine: the planner's speeds, None likewise.
+    """All findings. gpus, training: None when it could not be found out; machine: the planner's speeds, None likewise.
 
     unknown: fields that could not be found out, with the reason.
     """
@@ -169,6 +189,7 @@ class Report:
     gpu_note: str | None
     machine: Machine | None
     versions: Mapping[str, str | None]
+    training: tuple[TrainingUse, ...] | None
     kernels: tuple[Kernel, ...]
     presets: tuple[PresetFit, ...]
     budgets: Budgets

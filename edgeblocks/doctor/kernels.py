@@ -25,7 +25,7 @@ def _compared(
 ) -> dict[str, object]:
     """The fields of a `Kernel` whose result differs from the exact one by `error`."""
     works = error <= tolerance  # not for NaN
-    time_s, fp32_time_s = _best_times(call, fp32) if fp32 else (*_best_times(call), None)
+    time_s, fp32_time_s = best_times(call, fp32) if fp32 else (*best_times(call), None)
     return {
         "works": works,
         "time_s": time_s,
@@ -36,7 +36,7 @@ def _compared(
     }
 
 
-def _best_times(*calls: Callable[[], object]) -> list[float]:
+def best_times(*calls: Callable[[], object]) -> list[float]:
     """The shortest time of each call, taken in turns for some tenths of a second: what they take undisturbed."""
     best = [math.inf] * len(calls)
     began = time.perf_counter()

@@ -19,6 +19,7 @@ from typing import Any
 
 from edgeblocks.doctor.findings import PATIENCE_S, PresetFit
 from edgeblocks.doctor.kernels import KERNELS
+from edgeblocks.doctor.training_here import training_uses
 from edgeblocks.errors import DoesNotFitError
 from edgeblocks.planning.planner import make_plan
 from edgeblocks.planning.plans import Machine, PlanRequest, micro_batches
@@ -253,6 +254,8 @@ def _run_probe(name: str, request: Mapping[str, Any]) -> object:
         return KERNELS[name].run()
     if name == "gpus":
         return _probe_gpus()
+    if name == "training":
+        return [asdict(use) for use in training_uses()]
     if name == "machine":
         return asdict(_probe_machine(Path(request["folder"])))
     if name == "presets":

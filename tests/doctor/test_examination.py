@@ -35,7 +35,7 @@ def test_the_json_has_what_was_promised(examined):
     found = json.loads(json.dumps(examined[0].to_json(), allow_nan=False))
     assert set(found) == {
         *("system", "processor", "memory", "disk", "gpus", "gpu_note", "machine", "versions", "kernels", "presets"),
-        *("budgets", "problems", "unknown", "seconds"),
+        *("budgets", "problems", "unknown", "seconds", "training"),
     }
     assert {"cores", "allowed_cores", "load_1min"} <= set(found["processor"])
     assert {"total_bytes", "limit_bytes", "available_bytes", "swap_used_bytes"} <= set(found["memory"])

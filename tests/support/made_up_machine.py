@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from edgeblocks.doctor import surroundings
-from edgeblocks.doctor.findings import Budgets, Disk, Kernel, Memory, PresetFit, Processor, Report
+from edgeblocks.doctor.findings import Budgets, Disk, Kernel, Memory, PresetFit, Processor, Report, TrainingUse
 from edgeblocks.planning.plans import Machine
 
 GB = 10**9
@@ -63,6 +63,15 @@ def healthy():
         error=0.003,
         tolerance=0.02,
     )
+    use = TrainingUse(
+        target="cpu",
+        precision="fp32",
+        reason="this processor has no instructions for bf16",
+        adamw8bit="edgeblocks",
+        adamw8bit_reason=None,
+        attention="flash attention",
+        attention_with_mask="flash attention",
+    )
     fit = PresetFit(
         preset="dit-tiny",
         example="8x8x1",
@@ -99,6 +108,7 @@ def healthy():
             disk_write_bytes_per_s=1e9,
         ),
         versions=surroundings.installed_versions(),
+        training=(use,),
         kernels=(kernel,),
         presets=(fit,),
         budgets=Budgets(smallest_bytes=318_000_000, half_bytes=8 * GB, largest_bytes=11 * GB),
