@@ -42,7 +42,7 @@ def bench(monkeypatch, capsys, tmp_path):
 def test_each_program_is_run_here():
     programs = {path.stem for path in (ROOT / "tests/bench").glob("*.py")}
     text = Path(__file__).read_text()
-    assert programs == {name for name in programs if f'bench("{name}"' in text} | {"plain"}  # of versus_plain
+    assert programs == {name for name in programs if f'bench("{name}"' in text} | {"plain", "gpu_table"}  # of others
 
 
 def test_budget_grid(bench, tmp_path):
@@ -90,10 +90,47 @@ def test_fuzz_readers(bench):
     assert "| block file | 3 |" in bench("fuzz_readers", "block file", "--cases", 3)
 
 
-def test_gpu(bench, monkeypatch):
-    told = bench("gpu", "plans", "--target", "cpu", "--families", "ar", SHAPES={"ar": {**TINY, "length": 16}})
-    assert json.loads(told)["family"] == "ar"
-    assert "fused, fp32: " in bench("gpu", "update", "--target", "cpu", "--parameters", 2**14)
+GPU = {
+    "SHAPES": {"dit": {**TINY, "patch": 8, "hold_out": 0.02}, "ar": {**TINY, "length": 16, "hold_out": 0.005}},
+    "LARGEST": {"depth": 12, "batch": 8, "patch": 8, "hold_out": 0.02},
+    "WIDTHS": (32, 512),
+    "HEAD_WIDTH": 16,
+    "UPDATED_PARAMETERS": 2**14,
+    "TIMED_STEPS": 2,
+    "TRAINED_STEPS": 2,
+}
+
+
+def test_gpu(bench, tmp_path):
+    """All of it on a device made of this processor, where peaks are within the plan's: figures, and a table in a page."""
+    page, tests = tmp_path / "gpu.md", tmp_path / "test_two.py"
+    page.write_text("# On a GPU\n\n<!-- gpu.py begins -->\nnot yet\n<!-- gpu.py ends -->\n\n## The rest\n")
+    marked = "import pytest\n@pytest.mark.gpu\ndef test_one(): assert {}\n@pytest.mark.gpu\ndef test_two(): pass\n"
+    tests.write_text(marked.format(False))
+    given = "--target stand-in --mem-budget 2GB --precision fp32 --families ar --methods exact --precisions bf16"
+    bench("gpu", *given.split(), "--largest-budget", "120MB", "--tests", tests, "--docs", page, **GPU)
+    found = json.loads((tmp_path / "gpu.json").read_text())
+    assert found["left_out"] == []
+    assert [found["tests"][name] for name in ("tests", "failures", "skipped")] == [2, 1, 0]
+    trained = [(row["family"], row["method"], row["precision"]) for row in found["trainings"]]
+    assert trained == [("ar", "exact", "bf16")]
+    assert all(0 < row["peak_bytes"] <= row["predicted_peak_bytes"] for row in found["trainings"])
+    assert [row["arm"].split()[0] for row in found["times"]] == ["diffusion", "exact", "an", "with"]
+    assert all(row["step_s"] > 0 and row["peak_bytes"] > 0 for row in found["times"])
+    assert set(found["updates"]) >= {"8-bit by ours, chunks of 2 Mi", "fp32 by torch's kernel"}
+    assert found["largest"]["width"] == 32 and found["largest"]["peak_bytes"] > 0
+    text = page.read_text()
+    assert "not yet" not in text and text.endswith("<!-- gpu.py ends -->\n\n## The rest\n")
+    assert "Tests marked `gpu`: 1 passed, 1 failed, 0 skipped." in text and "| ar | exact | bf16 |" in text
+    assert "an ordinary loop | " in text and "of 12 layers in 120MB has width 32" in text
+
+
+def test_gpu_ends_in_time(bench, tmp_path):
+    """What there is no time for is left out, and said so in the results and the table."""
+    told = bench("gpu", "--target", "stand-in", "--minutes", 0, **GPU)
+    found = json.loads((tmp_path / "gpu.json").read_text())
+    assert {one["why"] for one in found["left_out"]} == {"the time was up"}
+    assert "Left out: training of ar by exact in fp32 (the time was up)." in told and "trainings" not in found
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the campaign forks its processes and looks into /proc")

@@ -76,7 +76,7 @@ def train(
         batches = thread.batches(draw, last=run.steps)
         for step in range(run.steps):
             batch = {name: tensor.to(device) for name, tensor in batches.of(step).items()}
-            with computing_in(precision_of(run)):
+            with computing_in(precision_of(run), device):
                 loss = family.loss(network, batch).mean()
             loss.backward()  # type: ignore[no-untyped-call]
             nn.utils.clip_grad_norm_(network.parameters(), run.clip)
