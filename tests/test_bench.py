@@ -102,7 +102,7 @@ GPU = {
 
 
 def test_gpu(bench, tmp_path):
-    """All of it on a device made of this processor, where peaks are within the plan's: figures, and a table in a page."""
+    """All of it on a device made of a processor, with peaks within the plans: figures, and their table in a page."""
     page, tests = tmp_path / "gpu.md", tmp_path / "test_two.py"
     page.write_text("# On a GPU\n\n<!-- gpu.py begins -->\nnot yet\n<!-- gpu.py ends -->\n\n## The rest\n")
     marked = "import pytest\n@pytest.mark.gpu\ndef test_one(): assert {}\n@pytest.mark.gpu\ndef test_two(): pass\n"

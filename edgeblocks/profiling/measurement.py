@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 from edgeblocks.data.cache import cache_folder
-from edgeblocks.errors import ConfigError, DoesNotFitError
+from edgeblocks.errors import ConfigError, DoesNotFitError, is_refusal
 from edgeblocks.families.base import DataInfo
 from edgeblocks.methods import Precision
 from edgeblocks.offload.device import Target
@@ -54,7 +54,12 @@ def measure(
     Image.init()  # what saving pictures will need belongs to the runtime's share
     if target.host_bytes() is not None:
         family = build_family(run.family, asdict(settings.family), asdict(data), run.method)
-        run_warmup_step(family, run.optimizer, target.torch_device, precision=precision_of(run))
+        try:
+            run_warmup_step(family, run.optimizer, target.torch_device, precision=precision_of(run))
+        except (MemoryError, RuntimeError) as error:
+            # A network of which the device does not hold a block is refused below, by the plan, with the numbers.
+            if not is_refusal(error):
+                raise
     if precision_of(run) != "fp32":
         warm_up(target, precision_of(run))  # before the runtime's share is measured
     machine = measured_machine(target, folder)

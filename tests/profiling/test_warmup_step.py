@@ -6,9 +6,11 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import edgeblocks
+from edgeblocks.errors import DoesNotFitError
 from edgeblocks.families.base import ImageInfo, TextInfo
 from edgeblocks.profiling.warmup_step import run_warmup_step
-from edgeblocks.registry import build_family, family_type
+from edgeblocks.registry import build_family, build_target, family_type
 from edgeblocks.settings.reading import resolve_settings
 
 IMAGES = ImageInfo(channels=1, height=8, width=8, num_classes=10, mean=0.5, scale=2.0)
@@ -49,3 +51,11 @@ def test_a_rehearsal_runs_the_operators_of_a_step(family, optimizer):
     assert "aten::add_" in trained.seen
     assert trained.seen <= warmed_up.seen
     assert "aten::_fused_adamw_" in warmed_up.seen
+
+
+@pytest.mark.usefixtures("gpu_like")
+def test_a_network_too_large_for_the_device_is_refused_by_the_plan():
+    """Not by its allocator, when the warm-up step asks it for a block."""
+    target = build_target("cpu")
+    with target.capped(target.used_bytes() + 200_000_000), pytest.raises(DoesNotFitError, match="--mem-budget"):
+        edgeblocks.plan(target="cuda", mem_budget="300MB", width=1024, heads=16, depth=2, batch=1)
