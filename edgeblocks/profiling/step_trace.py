@@ -1,6 +1,7 @@
 """One step on torch's meta device: operators run on shapes alone while a dispatch mode follows which storages live."""
 
 import contextlib
+import math
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -142,12 +143,13 @@ def _tensors(values: object) -> list[torch.Tensor]:
 
 
 _results = _KnownResults()
+_ATTENTION_BACKWARD = "aten::_scaled_dot_product_flash_attention_for_cpu_backward"
 
 
 class _Follow(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    def __init__(self, storages: LiveStorages) -> None:
+    def __init__(self, storages: LiveStorages, *, accumulates_apart: bool = False) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._storages = storages
+        self._storages, self._accumulates_apart = storages, accumulates_apart
 
     def __torch_dispatch__(
         self,
@@ -160,7 +162,27 @@ class _Follow(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._storages.operators += 1
         for tensor in _tensors(result):
             self._storages.see(tensor)
+        if (
+            self._accumulates_apart
+            and func is torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
+        ):
+            queries = args[1]
+            assert isinstance(queries, torch.Tensor)
+            for tensor in _query_gradient_sums(queries):
+                self._storages.see(tensor)
         return result
+
+
+def _query_gradient_sums(queries: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """What CUDA's backward pass of attention adds up in, besides its results, in half precision: float32 sums of the
+    queries' gradients, in whole tiles of 128 tokens, and a sum for each token.
+
+    Source: mha_bwd of torch, aten/.../cuda/flash_attn/flash_api.cpp; the memory-efficient kernel has as much.
+    """
+    batch, heads, tokens, head_width = queries.shape
+    rows, tile = math.ceil(tokens / 128) * 128, 32 if head_width <= 128 else 64
+    sums = torch.empty(batch, rows, heads, math.ceil(head_width / tile) * tile, device="meta")
+    return sums, torch.empty(batch, heads, rows, device="meta")
 
 
 @contextlib.contextmanager
@@ -208,7 +230,9 @@ def traced_step(
         storages.ignore(tensor)
     for table in block.buffers():
         storages.see(table)
-    with _cpu_attention(), _Follow(storages):
+    # In float32 there is the same, within the margin by which plans were above what was measured (docs/gpu.md).
+    follow = _Follow(storages, accumulates_apart=device == "cuda" and precision != "fp32")
+    with _cpu_attention(), follow:
         with torch.set_grad_enabled(kind != "forward"), computing_in(precision, "meta", traced_for=device):
             loss = family.loss(block, batch)
         if kind != "forward":

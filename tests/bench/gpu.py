@@ -147,7 +147,10 @@ def _gpu_name(target: str) -> str:
     if target != "cuda":
         return {"cpu": "none: a processor", "stand-in": "none: a device made of a processor"}[target]
     command = ["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[0]
+    try:
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[0]
+    except (OSError, subprocess.CalledProcessError, IndexError):
+        sys.exit("there is no GPU here, as nvidia-smi knows none; --target stand-in runs the same on this processor")
 
 
 # What is asked for, part by part.

@@ -23,8 +23,8 @@ def table_of(results: dict[str, Any]) -> str:
         heads = ("family", "method", "precision", "blocks", "device: predicted", "measured", "RAM: predicted")
         rows = [
             [row["family"], row["method"], row["precision"], str(row["blocks"])]
-            + [_gb(row[key]) for key in ("predicted_peak_bytes", "peak_bytes")]
-            + [_gb(row[key]) for key in ("predicted_ram_peak_bytes", "ram_peak_bytes")]
+            + _against_plan(row["predicted_peak_bytes"], row["peak_bytes"])
+            + _against_plan(row["predicted_ram_peak_bytes"], row["ram_peak_bytes"])
             + [_ms(row[key]) for key in ("predicted_step_s", "step_s")]
             for row in results["trainings"]
         ]
@@ -59,6 +59,12 @@ def table_of(results: dict[str, Any]) -> str:
 def _rows(heads: tuple[str, ...], rows: list[list[str]]) -> list[str]:
     lines = [list(heads), ["---"] * len(heads), *rows]
     return [f"| {' | '.join(cells)} |" for cells in lines]
+
+
+def _against_plan(predicted: int | None, measured: int | None) -> list[str]:
+    """Both; bold where more was taken than was planned."""
+    over = predicted is not None and measured is not None and measured > predicted
+    return [_gb(predicted), f"**{_gb(measured)}**" if over else _gb(measured)]
 
 
 def _gb(num_bytes: int | None) -> str:

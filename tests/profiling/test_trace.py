@@ -379,3 +379,16 @@ def test_a_child_that_is_refused_memory_says_so(monkeypatch):
     monkeypatch.setattr(trace_module, "TRACING_BYTES", 0)
     with pytest.raises(NoRoomToTraceError):
         trace_in_subprocess("dit", asdict(SETTINGS), asdict(DATA), [1], room_bytes=10 * MB)
+
+
+@pytest.mark.parametrize(("tokens", "head_width", "rows", "columns"), [(17, 40, 128, 64), (256, 192, 256, 192)])
+def test_in_half_precision_a_gpus_attention_adds_up_apart(tokens, head_width, rows, columns):
+    """Its backward pass has float32 sums of the queries' gradients besides, in whole tiles, for as long as it lasts."""
+    peaks = []
+    for apart in (False, True):
+        storages = step_trace.LiveStorages()
+        with step_trace._cpu_attention(), step_trace._Follow(storages, accumulates_apart=apart):
+            heads = torch.empty(2, 3, tokens, head_width, dtype=torch.bfloat16, device="meta", requires_grad=True)
+            torch.nn.functional.scaled_dot_product_attention(heads, heads, heads).sum().backward()
+        peaks.append(storages.peak_bytes)
+    assert peaks[1] - peaks[0] == 4 * 2 * 3 * rows * (columns + 1)
