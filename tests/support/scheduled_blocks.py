@@ -48,9 +48,9 @@ class SpyStore(BlockStore):
         self._note("read", block)
         return step
 
-    def write(self, block, buffer, step):
+    def write(self, block, buffer, step, loss_scale=None):
         self._pass(("write", block))
-        super().write(block, buffer, step)
+        super().write(block, buffer, step, loss_scale)
         self._note("write", block)
 
 
