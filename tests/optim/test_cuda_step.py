@@ -6,11 +6,20 @@ that, so only its first step is held against ours.
 
 import pytest
 import torch
+from support.adam_moments import adam_moments, update_error
 from support.cuda_kernel import blockwise_adam, used_here  # noqa: F401
 
 from edgeblocks.optim import cuda_step
 from edgeblocks.optim.adamw import Workspace, adamw_8bit_state, adamw_8bit_step_, adamw_step_
-from edgeblocks.optim.cuda_step import OURS, LibraryStep, choice_on, difference, library_operator
+from edgeblocks.optim.cuda_step import (
+    OURS,
+    LibraryStep,
+    choice_on,
+    difference,
+    library_operator,
+    signed_table,
+    unsigned_table,
+)
 from edgeblocks.optim.moments import GROUP_SIZE, SIGNED, UNSIGNED, Scratch, dequantize_
 
 pytest.importorskip("bitsandbytes")
@@ -84,6 +93,18 @@ def test_zeros_are_where_the_processors_operator_fails():
     """Its codes of small values are some nine steps from ours, so that it is not taken on a processor."""
     wrong = difference(LibraryStep(library_operator(), device="cpu"), "cpu")
     assert wrong.startswith("its codes of the first moment of usual gradients are up to ")
+
+
+@pytest.mark.parametrize(("spread", "percent"), [(1.0, 2.3), (2.0, 18)])
+def test_updates_err_as_the_module_says(spread, percent):
+    """Moments that are rounded to the nearest value of our code: as ours but for the widest spread of gradients."""
+    exact = adam_moments(spread)
+    tables = signed_table()[1:].double(), unsigned_table()[1:].double()
+    found = []
+    for values, table in zip(exact, tables, strict=True):
+        scales = values.view(-1, GROUP_SIZE).abs().amax(1).repeat_interleave(GROUP_SIZE).double()
+        found.append(table[torch.bucketize(values / scales, (table[1:] + table[:-1]) / 2)] * scales)
+    assert 100 * update_error(exact, tuple(found)) == pytest.approx(percent, rel=0.05)
 
 
 def test_a_run_that_one_began_goes_on_with_the_other():

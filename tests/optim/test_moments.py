@@ -5,6 +5,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from support.adam_moments import adam_moments, update_error
 
 from edgeblocks.optim.moments import GROUP_SIZE, SIGNED, UNSIGNED, Scratch, dequantize_, quantize_, scratch_bytes
 
@@ -64,18 +65,6 @@ def test_error_bound(seed, exponent, kind, spread):
     assert (back * values >= 0).all()
 
 
-def adam_moments(spread: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Both moments after 300 steps of gradients whose sizes are spread log-normally."""
-    generator = torch.Generator().manual_seed(0)
-    sizes = 1e-4 * torch.exp(spread * torch.randn(2**16, generator=generator))
-    exp_avg, exp_avg_sq = torch.zeros(2**16), torch.zeros(2**16)
-    for _ in range(300):
-        gradients = sizes * torch.randn(2**16, generator=generator)
-        exp_avg.mul_(0.9).add_(gradients, alpha=0.1)
-        exp_avg_sq.mul_(0.99).addcmul_(gradients, gradients, value=0.01)
-    return exp_avg, exp_avg_sq
-
-
 @pytest.mark.parametrize(
     ("spread", "percent", "share"), [(0.0, 1.1, 1.08), (0.5, 1.4, 0.8), (1.0, 2.3, 0.75), (2.0, 13, 0.5)]
 )
@@ -83,10 +72,6 @@ def test_updates_err_less_than_with_the_code_of_bitsandbytes(spread, percent, sh
     """Adam's update is as far off as `optim.moments` says, and never much farther than with the dynamic code."""
     functional = pytest.importorskip("bitsandbytes.functional")
     exp_avg, exp_avg_sq = adam_moments(spread)
-    exact = exp_avg / exp_avg_sq.sqrt()
-
-    def error(first: torch.Tensor, second: torch.Tensor) -> float:
-        return float((first / second.sqrt() - exact).square().mean().sqrt() / exact.square().mean().sqrt())
 
     def by_bitsandbytes(values: torch.Tensor, *, signed: bool) -> torch.Tensor:
         code = functional.create_dynamic_map(signed=signed)
@@ -95,8 +80,9 @@ def test_updates_err_less_than_with_the_code_of_bitsandbytes(spread, percent, sh
         scales = values.view(-1, GROUP_SIZE).abs().amax(1).repeat_interleave(GROUP_SIZE)
         return code[nearest.clamp(min=0 if signed else 1)] * scales
 
-    ours = error(round_trip(exp_avg, SIGNED)[2], round_trip(exp_avg_sq, UNSIGNED)[2])
-    theirs = error(by_bitsandbytes(exp_avg, signed=True), by_bitsandbytes(exp_avg_sq, signed=False))
+    by_theirs = (by_bitsandbytes(exp_avg, signed=True), by_bitsandbytes(exp_avg_sq, signed=False))
+    ours = update_error((exp_avg, exp_avg_sq), (round_trip(exp_avg, SIGNED)[2], round_trip(exp_avg_sq, UNSIGNED)[2]))
+    theirs = update_error((exp_avg, exp_avg_sq), by_theirs)
     assert 100 * ours == pytest.approx(percent, rel=0.1)
     assert ours <= share * theirs
 
