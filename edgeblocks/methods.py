@@ -21,6 +21,8 @@ Precision = Literal["fp32", "bf16", "fp16"]
 """In which numbers networks compute; see `families.precision`."""
 BoundaryDtype = Literal["float32", "bfloat16"]
 """What they are kept as."""
+Master = Literal["fp32", "bf16"]
+"""In which numbers weights and their EMA are kept; see `optim.rounded_update`."""
 
 
 @dataclass(frozen=True, kw_only=True)

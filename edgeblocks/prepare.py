@@ -389,6 +389,7 @@ def _request(settings: Settings, data_bytes: int, data: DataInfo, budgets: tuple
         # In half precision they have that type already.
         boundary_dtype=run.boundary_dtype if precision_of(run) == "fp32" else "float32",
         precision=precision_of(run),
+        master=run.master,
         data_bytes=data_bytes,
         grid_samples=TASKS[family_type(run.family).task].grid_samples,
         sample_bytes=grid_sample_bytes(build_family(run.family, asdict(settings.family), asdict(data), run.method)),

@@ -134,6 +134,7 @@ class Run:
                 budget_bytes=budget_bytes,
                 stem_readout_bytes=4 * costs.parameters(0) if directory.method.one_network else 0,
                 sample_bytes=0 if chain is None else chain.sample_bytes,
+                master=directory.master,
             ),
             most_together=min(samples, most_together),
             sample_bytes=sample_bytes,

@@ -44,8 +44,8 @@ def start_noise(shape: Sequence[int], *, samples: Sequence[int | str], seed: int
     return noise
 
 
-def generator_at(*position: int | str) -> "torch.Generator":
-    """A CPU generator for a position such as (seed, "train", block, step)."""
+def generator_at(*position: int | str, device: "torch.device | str" = "cpu") -> "torch.Generator":
+    """A generator for a position such as (seed, "train", block, step), of the processor or of a device."""
     import torch
 
-    return torch.Generator().manual_seed(seed_at(*position))
+    return torch.Generator(device).manual_seed(seed_at(*position))

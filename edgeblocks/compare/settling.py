@@ -77,6 +77,8 @@ def _checked_data(arms: Sequence[Arm], minutes: float | None, settings: Settings
     check_precision(settings, target.half_precision())
     if run.precision == "fp16" and any(arm.is_plain for arm in arms):
         raise ConfigError("--precision fp16: ordinary training has no loss scaling here; use --arms diffusion,exact")
+    if run.master == "bf16" and any(arm.is_plain for arm in arms):
+        raise ConfigError("master=bf16: ordinary training keeps float32 weights here; use --arms diffusion,exact")
     for arm in arms:
         family_type(run.family, arm.network)
         if not arm.is_plain:

@@ -22,7 +22,7 @@ HEADER_LIMIT_BYTES = 16 * 2**20
 PIECE_BYTES = 2**21
 READABLE = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """Types that float32 holds without loss, by the name that the format gives them."""
-_NAMES = {torch.float32: "F32", torch.int8: "I8", torch.uint8: "U8"}
+_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.int8: "I8", torch.uint8: "U8"}
 """What the format calls the types that are written."""
 
 

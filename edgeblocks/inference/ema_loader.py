@@ -3,9 +3,10 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from edgeblocks.offload.block_buffer import BlockBuffer, Part
+from edgeblocks.offload.block_buffer import Part
 from edgeblocks.offload.block_files import BlockStore
 from edgeblocks.offload.device import Device
+from edgeblocks.offload.float32_copy import Float32Copy, Weights
 from edgeblocks.offload.slots import slot_of
 from edgeblocks.offload.tiers import tier_of
 
@@ -22,15 +23,21 @@ class EmaLoader:
             slots: buffers; see `slot_of`.
         """
         self._tier = tier_of(store, device, parts=self.PARTS)
-        self._buffers = [self._tier.buffer().touched() for _ in range(slots)]
+        is_rounded = store.layouts[0].is_rounded
+        # Blocks of bfloat16 pass through one buffer on their way into float32.
+        self._buffers = [self._tier.buffer().touched() for _ in range(1 if is_rounded else slots)]
+        self._copies = [Float32Copy(store.layouts, self._buffers[0].device) for _ in range(is_rounded * slots)]
         self._held: list[int | None] = [None] * slots
 
     @contextmanager
-    def ema_weights(self, block: int) -> Iterator[BlockBuffer]:
-        slot = slot_of(block, len(self._buffers))
+    def ema_weights(self, block: int) -> Iterator[Weights]:
+        slot = slot_of(block, len(self._held))
+        buffer = self._buffers[0 if self._copies else slot]
         if self._held[slot] != block:
             # Until the load has succeeded: half of a block must not be taken for one.
             self._held[slot] = None
-            self._tier.load(block, self._buffers[slot])
+            self._tier.load(block, buffer)
+            if self._copies:
+                self._copies[slot].hold_(buffer, "ema")
             self._held[slot] = block
-        yield self._buffers[slot]
+        yield self._copies[slot] if self._copies else buffer

@@ -12,8 +12,9 @@ from torch import nn
 from edgeblocks.families.block import Block
 from edgeblocks.inference.block_runner import EmaSource
 from edgeblocks.inference.ema_loader import EmaLoader
-from edgeblocks.offload.block_buffer import BlockBuffer, bind_parameters_
+from edgeblocks.offload.block_buffer import bind_parameters_
 from edgeblocks.offload.device import Device
+from edgeblocks.offload.float32_copy import Weights
 from edgeblocks.offload.sections import whole_name
 from edgeblocks.runs.directory import RunDirectory, check_whole
 
@@ -21,8 +22,8 @@ from edgeblocks.runs.directory import RunDirectory, check_whole
 class StageSource(Protocol):
     """Whatever can put one stage's EMA weights into memory: the training's slots, or a loader."""
 
-    def ema_weights(self, block: int) -> AbstractContextManager[BlockBuffer]:
-        """A buffer with them, until another stage needs its place."""
+    def ema_weights(self, block: int) -> AbstractContextManager[Weights]:
+        """A buffer or a copy with them, until another stage needs its place."""
         ...
 
 

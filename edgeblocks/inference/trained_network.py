@@ -65,7 +65,10 @@ def trained_network(run: RunDirectory, *, last: bool) -> nn.Module:
     whole: nn.Module = networks[0] if run.method.one_network else BlocksAsOne(networks, run.partition)
     for number, buffer in enumerate(read_weights(run, last=last)):
         part: Part = "weights" if last else "ema"
-        bind_parameters_(whole, [(run.tensor_name(number, own), value.clone()) for own, value in buffer.tensors(part)])
+        bind_parameters_(
+            whole,
+            [(run.tensor_name(number, own), value.to(torch.float32, copy=True)) for own, value in buffer.tensors(part)],
+        )
     with torch.device("cpu"):
         for network in networks:
             network.reset_tables_()

@@ -11,11 +11,15 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from edgeblocks.methods import Master
 from edgeblocks.optim.moments import GROUP_SIZE, SIGNED, UNSIGNED
 
 SMALLEST_QUANTIZED = 4096
 Optimizer = Literal["adamw8bit", "adamw"]
+MASTERS: dict[Master, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
 Part = Literal["weights", "ema", "optimizer"]
+NetworkPart = Literal["weights", "ema"]
+"""What a network's parameters may be."""
 PARTS: tuple[Part, ...] = ("weights", "ema", "optimizer")
 
 
@@ -25,11 +29,14 @@ def is_quantizable(shape: Sequence[int]) -> bool:
     return len(shape) >= 2 and numel % GROUP_SIZE == 0 and numel >= SMALLEST_QUANTIZED
 
 
-def state_bytes(num_parameters: int, num_quantizable: int, optimizer: Optimizer) -> dict[Part, int]:
+def state_bytes(
+    num_parameters: int, num_quantizable: int, optimizer: Optimizer, *, master: Master = "fp32"
+) -> dict[Part, int]:
     """Bytes of each part of a block. AdamW keeps two moments: 8 bytes a parameter in fp32, 2.03 in 8 bit."""
+    weights = MASTERS[master].itemsize * num_parameters
     quantized = num_quantizable if optimizer == "adamw8bit" else 0
     moments = 8 * (num_parameters - quantized) + 2 * quantized + 8 * (quantized // GROUP_SIZE)
-    return {"weights": 4 * num_parameters, "ema": 4 * num_parameters, "optimizer": moments}
+    return {"weights": weights, "ema": weights, "optimizer": moments}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +71,11 @@ class BlockLayout:
     def num_bytes(self) -> int:
         return self.entries[-1].start + self.entries[-1].num_bytes
 
+    @property
+    def is_rounded(self) -> bool:
+        """Whether weights and EMA are bfloat16."""
+        return self.entries[0].dtype == MASTERS["bf16"]
+
     def of_part(self, part: Part) -> list[Entry]:
         """A part's tensors, in the file's order."""
         return [entry for entry in self.entries if entry.part == part]
@@ -74,8 +86,14 @@ class BlockLayout:
         return inside[0].start, sum(entry.num_bytes for entry in inside)
 
     @classmethod
-    def of(cls, block: nn.Module, optimizer: Optimizer, *, frozen: bool = False) -> "BlockLayout":
-        """The layout of a block's parameters (which may be on the meta device); a frozen one has no moments."""
+    def of(
+        cls, block: nn.Module, optimizer: Optimizer, *, frozen: bool = False, master: Master = "fp32"
+    ) -> "BlockLayout":
+        """The layout of a block's parameters (which may be on the meta device); a frozen one has no moments.
+
+        Args:
+            master: in which numbers weights and EMA are kept.
+        """
         named = [(name, tuple(parameter.shape)) for name, parameter in block.named_parameters()]
 
         def region(shape: tuple[int, ...]) -> int:
@@ -88,8 +106,8 @@ class BlockLayout:
         sizes = [sum(math.prod(shape) for _, shape in named if region(shape) == number) for number in range(3)]
         plain, quantized = (0, 0) if frozen else (sizes[1] + sizes[2], sizes[0])
         wanted: list[tuple[str, Part, torch.dtype, tuple[int, ...]]] = []
-        wanted += [(f"weights.{name}", "weights", torch.float32, shape) for name, shape in ordered]
-        wanted += [(f"ema.{name}", "ema", torch.float32, shape) for name, shape in ordered]
+        wanted += [(f"weights.{name}", "weights", MASTERS[master], shape) for name, shape in ordered]
+        wanted += [(f"ema.{name}", "ema", MASTERS[master], shape) for name, shape in ordered]
         for moment in ("exp_avg", "exp_avg_sq"):
             wanted.append((f"optimizer.{moment}", "optimizer", torch.float32, (plain,)))
         for moment in ("exp_avg", "exp_avg_sq"):
@@ -173,9 +191,9 @@ class BlockBuffer:
         """Make a block's parameters views of the EMA weights."""
         bind_parameters_(network, self.tensors("ema"))
 
-    def flat(self, part: Literal["weights", "ema"]) -> Tensor:
-        """All parameters of a part as one fp32 vector [num_parameters]."""
-        return self.part_bytes(part).view(torch.float32)
+    def flat(self, part: NetworkPart) -> Tensor:
+        """All parameters of a part as one vector [num_parameters], of the numbers that they are kept in."""
+        return self.part_bytes(part).view(self.layout.entries[0].dtype)
 
 
 def _in_memory(num_bytes: int) -> Tensor:

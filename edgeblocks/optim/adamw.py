@@ -36,14 +36,17 @@ from typing import TYPE_CHECKING
 import torch
 
 from edgeblocks.optim.moments import GROUP_SIZE, SIGNED, UNSIGNED, Scratch, dequantize_, quantize_, scratch_bytes
+from edgeblocks.optim.rounding import SEGMENT
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-    from jaxtyping import Float32, Int8, UInt8
+    from jaxtyping import Float32, Int8, Int64, UInt8
     from torch import Tensor
 
     from edgeblocks.optim.cuda_step import LibraryStep
+
+    Tensors = tuple[Tensor, ...] | list[Tensor]
 
 CHUNK_SIZE = 160 * 1024
 GPU_CHUNK_SIZE = 2 * 1024 * 1024
@@ -52,24 +55,33 @@ _STEP_BYTES = 4
 
 
 @dataclass(frozen=True, kw_only=True)
-class _ChunkBuffers:
+class ChunkBuffers:
     """What one thread needs to step one chunk."""
 
     exp_avg: Float32[Tensor, " numel"]
     exp_avg_sq: Float32[Tensor, " numel"]
     scratch: Scratch
+    weights: Float32[Tensor, " rounded"]
+    """Where the weights themselves are bfloat16; else empty, as the next one is."""
+    bits: Int64[Tensor, " half"]
 
     @classmethod
-    def empty(cls, numel: int, device: torch.device | str) -> _ChunkBuffers:
+    def empty(cls, numel: int, device: torch.device | str, *, rounds: bool) -> ChunkBuffers:
         return cls(
             exp_avg=torch.empty(numel, device=device),
             exp_avg_sq=torch.empty(numel, device=device),
             scratch=Scratch.empty(numel, device),
+            weights=torch.empty(rounds * numel, device=device),
+            bits=torch.empty(rounds * numel // 2, dtype=torch.int64, device=device),
         )
 
-    def first(self, numel: int) -> _ChunkBuffers:
-        return _ChunkBuffers(
-            exp_avg=self.exp_avg[:numel], exp_avg_sq=self.exp_avg_sq[:numel], scratch=self.scratch.first(numel)
+    def first(self, numel: int) -> ChunkBuffers:
+        return ChunkBuffers(
+            exp_avg=self.exp_avg[:numel],
+            exp_avg_sq=self.exp_avg_sq[:numel],
+            scratch=self.scratch.first(numel),
+            weights=self.weights[:numel],
+            bits=self.bits,
         )
 
 
@@ -81,9 +93,12 @@ class Workspace:
 
     Args:
         library: what makes the step instead, with room of its own (`optim.cuda_step`); None: what is here.
+        rounds: whether it is for weights of bfloat16 (`optim.rounded_update`), of which a chunk must be whole segments
+            of random bits.
 
     Raises:
-        ValueError: `chunk_size` is no positive multiple of `GROUP_SIZE`, or `num_threads` is not positive.
+        ValueError: `chunk_size` is no positive multiple of `GROUP_SIZE`, or with `rounds` of `rounding.SEGMENT`; or
+            `num_threads` is not positive.
     """
 
     def __init__(
@@ -93,42 +108,45 @@ class Workspace:
         chunk_size: int = CHUNK_SIZE,
         device: torch.device | str = "cpu",
         library: LibraryStep | None = None,
+        rounds: bool = False,
     ) -> None:
-        self.num_bytes = workspace_bytes(num_threads=num_threads, chunk_size=chunk_size)
+        assert library is None or not rounds, "a library's step is for weights of float32"
+        self.num_bytes = workspace_bytes(num_threads=num_threads, chunk_size=chunk_size, rounds=rounds)
         self.library, num_buffers = library, num_threads
         if library is not None:
             self.num_bytes, num_buffers = library.num_bytes + _STEP_BYTES, 0
         self.chunk_size = chunk_size
         self.step = torch.empty((), dtype=torch.float32, device=device)
-        self.buffers = tuple(_ChunkBuffers.empty(chunk_size, device) for _ in range(num_buffers))
+        self.buffers = tuple(ChunkBuffers.empty(chunk_size, device, rounds=rounds) for _ in range(num_buffers))
         # Started now: a thread that is started where memory is short may never answer.
         self.helpers = _started_threads(num_threads - 1)
 
     @classmethod
-    def for_device(cls, device: torch.device | str) -> Workspace:
+    def for_device(cls, device: torch.device | str, *, rounds: bool = False) -> Workspace:
         """As the processor's threads share the step's work; as one thread gives it to a GPU, or to a library there."""
         from edgeblocks.optim.cuda_step import library_step  # which imports this module
 
-        library = library_step(device)
+        library = None if rounds else library_step(device)
         if library is None and torch.device(device).type == "cpu":
-            return cls(num_threads=torch.get_num_threads())
-        return cls(num_threads=1, chunk_size=GPU_CHUNK_SIZE, device=device, library=library)
+            return cls(num_threads=torch.get_num_threads(), rounds=rounds)
+        return cls(num_threads=1, chunk_size=GPU_CHUNK_SIZE, device=device, library=library, rounds=rounds)
 
 
-def workspace_bytes(*, num_threads: int, chunk_size: int = CHUNK_SIZE) -> int:
-    """Bytes of `Workspace(num_threads=.., chunk_size=..)`, without allocating it.
+def workspace_bytes(*, num_threads: int, chunk_size: int = CHUNK_SIZE, rounds: bool = False) -> int:
+    """Bytes of `Workspace(num_threads=.., chunk_size=.., rounds=..)`, without allocating it.
 
-    >>> workspace_bytes(num_threads=2)
-    3937284
+    >>> workspace_bytes(num_threads=2), workspace_bytes(num_threads=2, rounds=True)
+    (3937284, 6558724)
 
     Raises:
         ValueError: as `Workspace`.
     """
-    if chunk_size <= 0 or chunk_size % GROUP_SIZE:
-        raise ValueError(f"chunk_size is {chunk_size}; it must be a positive multiple of {GROUP_SIZE}")
+    whole = SEGMENT if rounds else GROUP_SIZE
+    if chunk_size <= 0 or chunk_size % whole:
+        raise ValueError(f"chunk_size is {chunk_size}; it must be a positive multiple of {whole}")
     if num_threads < 1:
         raise ValueError(f"num_threads is {num_threads}; at least one thread must do the step")
-    return num_threads * (2 * 4 * chunk_size + scratch_bytes(chunk_size)) + _STEP_BYTES
+    return num_threads * (2 * 4 * chunk_size + scratch_bytes(chunk_size) + rounds * 2 * 4 * chunk_size) + _STEP_BYTES
 
 
 def adamw_step_(
@@ -159,21 +177,49 @@ def adamw_step_(
         # Tensor by tensor: torch computes the last elements of each one by one and rounds some of them differently.
         # Stepped as one stretch, a bias of 32 values differed in one by its last bit after four steps (AVX-512).
         given = [parameters.numel()] if sizes is None else list(sizes)
-        torch._fused_adamw_(
+        fused_adamw_(
             parameters.split_with_sizes(given),
             gradients.split_with_sizes(given),
             exp_avg.split_with_sizes(given),
             exp_avg_sq.split_with_sizes(given),
-            [],
-            [torch.tensor(float(step), dtype=torch.float32, device=parameters.device)] * len(given),
-            lr=learning_rate,
+            torch.tensor(float(step), dtype=torch.float32, device=parameters.device),
+            learning_rate=learning_rate,
             beta1=beta1,
             beta2=beta2,
-            weight_decay=weight_decay,
             eps=eps,
-            amsgrad=False,
-            maximize=False,
+            weight_decay=weight_decay,
         )
+
+
+def fused_adamw_(
+    parameters: Tensors,
+    gradients: Tensors,
+    exp_avg: Tensors,
+    exp_avg_sq: Tensors,
+    step: Float32[Tensor, ""],
+    *,
+    learning_rate: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+) -> None:
+    """torch's own kernel, on some tensors: contiguous, float32, and of the same sizes in every list."""
+    torch._fused_adamw_(
+        parameters,
+        gradients,
+        exp_avg,
+        exp_avg_sq,
+        [],
+        [step] * len(parameters),
+        lr=learning_rate,
+        beta1=beta1,
+        beta2=beta2,
+        weight_decay=weight_decay,
+        eps=eps,
+        amsgrad=False,
+        maximize=False,
+    )
 
 
 def adamw_8bit_state(
@@ -208,7 +254,6 @@ def adamw_8bit_step_(
     group NaN at the next step. The result is the same for every chunk size and number of threads.
     """
     numel = parameters.numel()
-    assert step >= 1, f"step is {step}, it counts from 1"
     assert numel % GROUP_SIZE == 0, f"{numel} parameters are not whole groups of {GROUP_SIZE}"
     _assert_numel(numel, parameters, gradients, exp_avg_codes, exp_avg_sq_codes)
     _assert_numel(numel // GROUP_SIZE, exp_avg_scales, exp_avg_sq_scales)
@@ -228,40 +273,64 @@ def adamw_8bit_step_(
             weight_decay=weight_decay,
         )
         return
-    # Filled here and read by all threads: a tensor of its own in each chunk would be an allocation a chunk.
-    workspace.step.fill_(step)
 
-    def step_chunk(start: int, buffers: _ChunkBuffers) -> None:
+    def step_chunk(chunk: slice, buffers: ChunkBuffers) -> None:
         # Chunks are whole groups, so no scale belongs to two of them and no order among threads can change a bit.
-        end = min(start + workspace.chunk_size, numel)
-        chunk, groups = slice(start, end), slice(start // GROUP_SIZE, end // GROUP_SIZE)
-        if end - start < workspace.chunk_size:
-            buffers = buffers.first(end - start)
-        exp_avg, exp_avg_sq, scratch = buffers.exp_avg, buffers.exp_avg_sq, buffers.scratch
-        m_codes, m_scales = exp_avg_codes[chunk], exp_avg_scales[groups]
-        v_codes, v_scales = exp_avg_sq_codes[chunk], exp_avg_sq_scales[groups]
-        # Float32 for this chunk alone; then quantized again, so that both moments never exist in full.
-        dequantize_(exp_avg, m_codes, m_scales, scratch=scratch)
-        dequantize_(exp_avg_sq, v_codes, v_scales, scratch=scratch)
-        torch._fused_adamw_(
-            [parameters[chunk]],
-            [gradients[chunk]],
-            [exp_avg],
-            [exp_avg_sq],
-            [],
-            [workspace.step],
-            lr=learning_rate,
+        groups = slice(chunk.start // GROUP_SIZE, chunk.stop // GROUP_SIZE)
+        adamw_8bit_chunk_(
+            parameters[chunk],
+            gradients[chunk],
+            exp_avg_codes[chunk],
+            exp_avg_scales[groups],
+            exp_avg_sq_codes[chunk],
+            exp_avg_sq_scales[groups],
+            buffers=buffers,
+            step=workspace.step,
+            learning_rate=learning_rate,
             beta1=beta1,
             beta2=beta2,
-            weight_decay=weight_decay,
             eps=eps,
-            amsgrad=False,
-            maximize=False,
+            weight_decay=weight_decay,
         )
-        quantize_(m_codes, m_scales, exp_avg, scratch=scratch)
-        quantize_(v_codes, v_scales, exp_avg_sq, scratch=scratch)
 
-    _for_each_chunk(step_chunk, deque(range(0, numel, workspace.chunk_size)), workspace)
+    for_each_chunk(step_chunk, numel, workspace, step=step)
+
+
+def adamw_8bit_chunk_(
+    parameters: Float32[Tensor, " numel"],
+    gradients: Float32[Tensor, " numel"],
+    exp_avg_codes: Int8[Tensor, " numel"],
+    exp_avg_scales: Float32[Tensor, " groups"],
+    exp_avg_sq_codes: UInt8[Tensor, " numel"],
+    exp_avg_sq_scales: Float32[Tensor, " groups"],
+    *,
+    buffers: ChunkBuffers,
+    step: Float32[Tensor, ""],
+    learning_rate: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+) -> None:
+    """`adamw_8bit_step_` of one chunk, on the calling thread; `buffers`, of the chunk's numel, is free afterwards."""
+    exp_avg, exp_avg_sq, scratch = buffers.exp_avg, buffers.exp_avg_sq, buffers.scratch
+    # Float32 for this chunk alone; then quantized again, so that both moments never exist in full.
+    dequantize_(exp_avg, exp_avg_codes, exp_avg_scales, scratch=scratch)
+    dequantize_(exp_avg_sq, exp_avg_sq_codes, exp_avg_sq_scales, scratch=scratch)
+    fused_adamw_(
+        [parameters],
+        [gradients],
+        [exp_avg],
+        [exp_avg_sq],
+        step,
+        learning_rate=learning_rate,
+        beta1=beta1,
+        beta2=beta2,
+        eps=eps,
+        weight_decay=weight_decay,
+    )
+    quantize_(exp_avg_codes, exp_avg_scales, exp_avg, scratch=scratch)
+    quantize_(exp_avg_sq_codes, exp_avg_sq_scales, exp_avg_sq, scratch=scratch)
 
 
 def _assert_numel(numel: int, *tensors: Tensor) -> None:
@@ -270,17 +339,29 @@ def _assert_numel(numel: int, *tensors: Tensor) -> None:
         assert tensor.numel() == numel and tensor.is_contiguous(), f"{tuple(tensor.shape)} is not {numel} in a row"
 
 
-def _for_each_chunk(step_chunk: Callable[[int, _ChunkBuffers], None], starts: deque[int], workspace: Workspace) -> None:
-    """Call `step_chunk` on every start, on as many threads as there are buffers and work for them."""
+def for_each_chunk(
+    step_chunk: Callable[[slice, ChunkBuffers], None], numel: int, workspace: Workspace, *, step: int
+) -> None:
+    """Call `step_chunk` on every chunk of `numel` parameters, on as many threads as there are buffers and work for.
 
-    def work(own: _ChunkBuffers) -> None:
+    Args:
+        step_chunk: gets a chunk and buffers of its numel; finds the step in the workspace.
+        step: counts from 1.
+    """
+    assert step >= 1, f"step is {step}, it counts from 1"
+    # Filled here and read by all threads: a tensor of its own in each chunk would be an allocation a chunk.
+    workspace.step.fill_(step)
+    starts = deque(range(0, numel, workspace.chunk_size))
+
+    def work(own: ChunkBuffers) -> None:
         with torch.no_grad():  # gradient mode belongs to the thread
             while True:
                 try:
                     start = starts.popleft()  # atomic: each thread takes its next chunk when it is done
                 except IndexError:
                     return
-                step_chunk(start, own)
+                end = min(start + workspace.chunk_size, numel)
+                step_chunk(slice(start, end), own if end - start == workspace.chunk_size else own.first(end - start))
 
     busy = workspace.buffers[: max(1, len(starts))]
     # torch's own threads wait actively at their barriers: where another process holds a core, each of some thousand

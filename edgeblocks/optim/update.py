@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from edgeblocks.optim.adamw import Workspace, adamw_8bit_step_, adamw_step_
+from edgeblocks.optim.rounded_update import rounded_update_
 
 if TYPE_CHECKING:
     from edgeblocks.offload.block_buffer import BlockBuffer
@@ -36,6 +37,46 @@ def ema_exponent(length: float) -> float:
     return low
 
 
+def update_(
+    buffer: "BlockBuffer",
+    gradients: Tensor,
+    *,
+    step: int,
+    learning_rate: float,
+    weight_decay: float,
+    exponent: float,
+    workspace: Workspace | None,
+    position: tuple[int | str, ...],
+) -> None:
+    """A step of AdamW over a flat block, then its EMA; where the block is bfloat16, both are rounded stochastically.
+
+    Args:
+        gradients: float32 [num_parameters].
+        step: counts from 0.
+        exponent: of the EMA, see `ema_exponent`.
+        workspace: for the 8-bit moments and for rounding; None where the block has neither.
+        position: of the generators that rounding draws from, such as (seed, "round", block, step).
+    """
+    common = {"learning_rate": learning_rate, "weight_decay": weight_decay}
+    if not buffer.layout.is_rounded:
+        adamw_(buffer, gradients, step=step, workspace=workspace, **common)
+        follow_(buffer, step=step, exponent=exponent)
+        return
+    assert workspace is not None
+    rounded_update_(
+        buffer,
+        gradients,
+        step=step + 1,
+        beta1=BETA1,
+        beta2=BETA2,
+        eps=EPS,
+        ema_share=_ema_share(step, exponent),
+        workspace=workspace,
+        position=position,
+        **common,
+    )
+
+
 def adamw_(
     buffer: "BlockBuffer",
     gradients: Tensor,
@@ -45,7 +86,9 @@ def adamw_(
     weight_decay: float,
     workspace: Workspace | None,
 ) -> None:
-    """A step of AdamW over a flat block: 8-bit moments first, then fp32 ones, of which vectors get no weight decay.
+    """A step of AdamW over a flat block of float32: 8-bit moments first, then fp32 ones.
+
+    Vectors, the last of these, get no weight decay.
 
     Args:
         step: counts from 0.
@@ -93,9 +136,14 @@ def adamw_(
 
 def follow_(buffer: "BlockBuffer", *, step: int, exponent: float) -> None:
     """Move the EMA towards the weights that step `step`, counted from 0, has made; see `ema_exponent`."""
+    buffer.flat("ema").lerp_(buffer.flat("weights"), _ema_share(step, exponent))
+
+
+def _ema_share(step: int, exponent: float) -> float:
+    """By which the EMA moves towards the weights that step `step`, counted from 0, has made."""
     # beta(t) = (1 - 1/t)^(gamma + 1) at t = step + 1 (arXiv 2312.02696, section 3.1).
     decay = (1 - 1 / (step + 1)) ** (exponent + 1)  # 0 after the first step: the EMA begins as the weights
-    buffer.flat("ema").lerp_(buffer.flat("weights"), 1 - decay)
+    return float(1 - decay)
 
 
 def clip_(gradients: Tensor, largest_norm: float) -> float:

@@ -48,8 +48,8 @@ class LayerCosts:
     `hidden` are the values that go from layer to layer, `condition` the conditioning of all layers; 0 for a family that
     is not trained in stages. `ends` are a block's stem and readout together. `*_moments` are bytes of optimizer state
     by optimizer, and `workspace_bytes` what an optimizer step needs besides on a processor, `gpu_workspace_bytes` on a
-    GPU. Steps are traced at several sample counts, ascending: training with all activations kept, with activation
-    checkpointing, and a forward pass alone.
+    GPU; under `rounded` where weights are bfloat16, with any optimizer. Steps are traced at several sample counts,
+    ascending: training with all activations kept, with activation checkpointing, and a forward pass alone.
     """
 
     num_layers: int

@@ -33,7 +33,7 @@ SLACK_SHARE = 0.01
 def device_memory(cut: Cut) -> dict[str, int]:
     """Bytes of the device's memory by its parts; where the device is the host, of all memory."""
     costs, machine, request = cut.costs, cut.machine, cut.request
-    weights_bytes = 4 * cut.parameters
+    weights_bytes, float32_bytes = cut.weights_bytes, 4 * cut.parameters
     workspace_bytes = costs.workspace_bytes if machine.host is None else costs.gpu_workspace_bytes
     activations, gaps = step_memory(costs, machine, cut.num_layers, cut.micro_batch, cut.checkpointing)
     if request.method.trained_together and cut.blocks > 1:
@@ -41,10 +41,11 @@ def device_memory(cut: Cut) -> dict[str, int]:
     drawn_bytes = batch_bytes(costs, request)
     breakdown = {
         "runtime": machine.runtime_bytes,
-        "weights": weights_bytes * cut.slots,
+        # With the float32 copy that a network of bfloat16 blocks computes with.
+        "weights": weights_bytes * cut.slots + cut.is_rounded * float32_bytes,
         # Once: one part is trained at a time, in whichever slot it lies.
-        "gradients": weights_bytes,
-        "optimizer": cut.moment_bytes * cut.slots + workspace_bytes[request.optimizer],
+        "gradients": float32_bytes,
+        "optimizer": cut.moment_bytes * cut.slots + workspace_bytes["rounded" if cut.is_rounded else request.optimizer],
         "ema": weights_bytes * cut.slots,
         "activations": activations,
         "boundaries": _boundary_bytes(costs, request, cut.blocks, cut.micro_batch),

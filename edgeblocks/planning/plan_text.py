@@ -27,6 +27,7 @@ def banner(prepared: "Prepared") -> str:
         *([] if prepared.profile is None else [f"machine: {prepared.profile.name}, {prepared.profile.description}"]),
         f"plan: batch {run.batch}{_in_parts(chosen)}, "
         f"checkpointing {'on' if chosen.checkpointing else 'off'}, {run.optimizer}, {plan.precision}, "
+        f"{'weights in bf16, ' if plan.master == 'bf16' else ''}"
         + (
             f"saved every {chosen.visit_steps} steps, {_where(chosen, unit)}"
             if method.trained_together

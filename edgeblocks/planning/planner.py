@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from edgeblocks.errors import ConfigError, DoesNotFitError
+from edgeblocks.methods import Master
 from edgeblocks.planning.candidates import block_counts, options_of
 from edgeblocks.planning.layer_costs import LayerCosts
 from edgeblocks.planning.memory import (
@@ -85,6 +86,7 @@ def make_plan(costs: LayerCosts, machine: Machine, request: PlanRequest) -> Plan
         optimizer=request.optimizer,
         machine=machine,
         precision=request.precision,
+        master=request.master,
         method=request.method,
         trained=request.trained,
         boundary_disk_bytes=boundary_disk_bytes(costs, request, chosen.blocks),
@@ -272,6 +274,7 @@ def inference_micro_batch(
     stem_readout_bytes: int = 0,
     sample_bytes: int = 0,
     residents: int = 1,
+    master: Master = "fp32",
 ) -> int:
     """The largest micro-batch for running the EMA weights of blocks inside the device's budget.
 
@@ -281,12 +284,14 @@ def inference_micro_batch(
         sample_bytes: as `held_bytes` for each sample of the micro-batch, such as its KV cache; a device has them for a
             moment.
         residents: blocks that are in memory at a time.
+        master: in which numbers the blocks are kept; those of bfloat16 pass through memory of their own.
 
     Raises:
         DoesNotFitError: one sample does not fit.
     """
     largest = max(layers)
-    fixed = machine.runtime_bytes + 4 * residents * costs.parameters(largest) + stem_readout_bytes + SLACK_BYTES
+    weights_bytes = (4 * residents + (2 if master == "bf16" else 0)) * costs.parameters(largest)
+    fixed = machine.runtime_bytes + weights_bytes + stem_readout_bytes + SLACK_BYTES
     for size in micro_batches(samples):
         here = size * sample_bytes + (held_bytes if machine.host is None else size * costs.batch_bytes_per_sample)
         needed = fixed + here + forward_bytes(costs, machine, largest, size)

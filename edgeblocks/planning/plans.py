@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from edgeblocks.methods import DIFFUSION, BoundaryDtype, BoundaryTier, Clipping, Method, Precision
+from edgeblocks.methods import DIFFUSION, BoundaryDtype, BoundaryTier, Clipping, Master, Method, Precision
 from edgeblocks.planning.layer_costs import LayerCosts
 
 DAY_S = 86_400.0
@@ -95,6 +95,8 @@ class PlanRequest:
     boundary_dtype: BoundaryDtype = "float32"
     precision: Precision = "fp32"
     """In which the costs were traced, and the network computes."""
+    master: Master = "fp32"
+    """In which weights and EMA are kept."""
     micro_batch: int | None = None
     checkpointing: bool | None = None
     visit_steps: int | None = None
@@ -144,9 +146,19 @@ class Cut:
         return self.costs.moment_bytes(self.num_layers, self.request.optimizer)
 
     @property
+    def is_rounded(self) -> bool:
+        """Whether weights and EMA are bfloat16."""
+        return self.request.master == "bf16"
+
+    @property
+    def weights_bytes(self) -> int:
+        """Of the largest block's weights as they are kept, and as many of its EMA."""
+        return (2 if self.is_rounded else 4) * self.parameters
+
+    @property
     def block_bytes(self) -> int:
         """Of the largest block: weights, their average, optimizer state."""
-        return 8 * self.parameters + self.moment_bytes
+        return 2 * self.weights_bytes + self.moment_bytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -222,6 +234,7 @@ class Plan:
     optimizer: str
     machine: Machine
     precision: Precision = "fp32"
+    master: Master = "fp32"
     method: Method = DIFFUSION
     trained: tuple[int, ...] | None = None
     """Stages that are trained, where others are frozen."""

@@ -55,7 +55,7 @@ def measure(
     if target.host_bytes() is not None:
         family = build_family(run.family, asdict(settings.family), asdict(data), run.method)
         try:
-            run_warmup_step(family, run.optimizer, target.torch_device, precision=precision_of(run))
+            run_warmup_step(family, run.optimizer, target.torch_device, precision=precision_of(run), master=run.master)
         except (MemoryError, RuntimeError) as error:
             # A network of which the device does not hold a block is refused below, by the plan, with the numbers.
             if not is_refusal(error):

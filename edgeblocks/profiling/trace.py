@@ -190,7 +190,7 @@ def trace(
     import torch
 
     from edgeblocks.offload.block_buffer import Optimizer, state_bytes
-    from edgeblocks.optim.adamw import GPU_CHUNK_SIZE, workspace_bytes
+    from edgeblocks.optim.adamw import CHUNK_SIZE, GPU_CHUNK_SIZE
 
     period = family.layer_period
     # Every layer has as many parameters, so two counts give the layer's and those of stem and readout.
@@ -215,9 +215,9 @@ def trace(
         layer_parameters=two - one,
         stem_readout_moments={optimizer: 2 * first - second for optimizer, (first, second) in moments.items()},
         layer_moments={optimizer: second - first for optimizer, (first, second) in moments.items()},
-        workspace_bytes={"adamw8bit": workspace_bytes(num_threads=torch.get_num_threads()), "adamw": 0},
+        workspace_bytes=_workspace_bytes(torch.get_num_threads(), CHUNK_SIZE),
         # Of our own step: bitsandbytes', where it makes the step, takes less.
-        gpu_workspace_bytes={"adamw8bit": workspace_bytes(num_threads=1, chunk_size=GPU_CHUNK_SIZE), "adamw": 0},
+        gpu_workspace_bytes=_workspace_bytes(1, GPU_CHUNK_SIZE),
         batch_bytes_per_sample=sum(_num_bytes(shape, dtype) for shape, dtype in family.batch_spec(1).values()),
         stem_readout_flops_per_sample=flops[0] - period * layer_flops,
         layer_flops_per_sample=layer_flops,
@@ -225,6 +225,15 @@ def trace(
         condition_bytes_per_sample=condition_bytes,
         **kinds,
     )
+
+
+def _workspace_bytes(num_threads: int, chunk_size: int) -> dict[str, int]:
+    from edgeblocks.optim.adamw import workspace_bytes
+
+    usual, rounded = (
+        workspace_bytes(num_threads=num_threads, chunk_size=chunk_size, rounds=rounds) for rounds in (False, True)
+    )
+    return {"adamw8bit": usual, "adamw": 0, "rounded": rounded}
 
 
 def _carried_bytes(family: "Family", precision: Precision, device: str) -> tuple[int, int]:

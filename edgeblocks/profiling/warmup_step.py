@@ -17,10 +17,11 @@ import torch
 from edgeblocks.families.base import Batch
 from edgeblocks.families.family import Family
 from edgeblocks.families.precision import computing_in
-from edgeblocks.methods import Precision
+from edgeblocks.methods import Master, Precision
 from edgeblocks.offload.block_buffer import BlockBuffer, BlockLayout, Optimizer, bind_parameters_
+from edgeblocks.offload.float32_copy import Float32Copy
 from edgeblocks.optim.adamw import Workspace
-from edgeblocks.optim.update import adamw_, clip_, follow_
+from edgeblocks.optim.update import clip_, update_
 
 
 def run_warmup_step(
@@ -30,6 +31,7 @@ def run_warmup_step(
     *,
     samples: Sequence[int] = (1,),
     precision: Precision = "fp32",
+    master: Master = "fp32",
 ) -> None:
     """Train the smallest block of a family on zeros for a few steps, and look at it; nothing is kept.
 
@@ -40,12 +42,13 @@ def run_warmup_step(
         network = family.block(num_layers=family.layer_period, checkpointing=False)
     with torch.device(device):
         network.reset_tables_()
-    layout = BlockLayout.of(network, optimizer)
+    layout = BlockLayout.of(network, optimizer, master=master)
     buffer = BlockBuffer(layout, allocate=lambda size: torch.zeros(size, dtype=torch.uint8, device=device))
     gradients = torch.zeros(layout.num_parameters, device=device)
-    bind_parameters_(network, buffer.tensors("weights"), gradients)
-    workspace = Workspace.for_device(device) if layout.num_quantized else None
+    copy, rounds = Float32Copy([layout], buffer.device), layout.is_rounded
+    workspace = Workspace.for_device(device, rounds=rounds) if layout.num_quantized or rounds else None
     buffer.flat("weights").normal_(std=0.02)
+    bind_parameters_(network, (copy.hold_(buffer, "weights") if rounds else buffer).tensors("weights"), gradients)
     # Twice at least: some kernels are only loaded when there are moments.
     for step, count in enumerate((samples[0], *samples)):
         batch = zeros(family, count, device)
@@ -56,8 +59,16 @@ def run_warmup_step(
         # A noise level of 0 has an infinite logarithm: gradients are NaN, and the update is to run on numbers.
         gradients.nan_to_num_()
         clip_(gradients, 1.0)
-        adamw_(buffer, gradients, step=step, learning_rate=1e-3, weight_decay=0.1, workspace=workspace)
-        follow_(buffer, step=step, exponent=6.94)
+        update_(
+            buffer,
+            gradients,
+            step=step,
+            learning_rate=1e-3,
+            weight_decay=0.1,
+            exponent=6.94,
+            workspace=workspace,
+            position=(0, "warm-up"),
+        )
         gradients.zero_()
     with torch.no_grad(), computing_in(precision, device):
         family.loss(network.eval(), zeros(family, 1, device))

@@ -21,6 +21,7 @@ from edgeblocks.files.own import make_folder
 from edgeblocks.files.untrusted import shown
 from edgeblocks.methods import Precision
 from edgeblocks.offload.block_files import BlockStore, storage_error
+from edgeblocks.offload.float32_copy import Float32Copy
 from edgeblocks.offload.sections import init_section_
 from edgeblocks.optim.cuda_step import choice_on
 from edgeblocks.registry import build_target
@@ -234,15 +235,20 @@ def create_blocks(
     if former is not None:
         store.continue_meter(former.header(block) for block in range(len(former.layouts)))
     buffer = store.buffer()
+    # Random values are drawn in float32, and a file's values are rounded once, to the nearest.
+    copy = Float32Copy(store.layouts, buffer.device) if run.master == "bf16" else None
     for done, block in enumerate(range(len(sections)) if only is None else only):
         buffer.adopt_(store.layouts[block])
         for part in buffer.parts:
             # One buffer for all blocks; moments and their scales start as zeros, which is all bits zero in every part.
             buffer.part_bytes(part).zero_()
-        if initial is None or not initial.cover(block, (name for name, _ in buffer.tensors("weights"))):
-            init_section_(family, sections[block], buffer.tensors("weights"), generator_at(seed, "init", block))
+        weights = buffer if copy is None else copy.room_for_(buffer.layout)
+        if initial is None or not initial.cover(block, (name for name, _ in weights.tensors("weights"))):
+            init_section_(family, sections[block], weights.tensors("weights"), generator_at(seed, "init", block))
         if initial is not None:
-            initial.fill_(block, buffer.tensors("weights"))
+            initial.fill_(block, weights.tensors("weights"))
+        if copy is not None:
+            buffer.flat("weights").copy_(copy.flat)
         # A block that was never visited can be sampled, too.
         buffer.flat("ema").copy_(buffer.flat("weights"))
         store.write(block, buffer, step=0)

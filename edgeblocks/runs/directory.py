@@ -25,7 +25,7 @@ from edgeblocks.errors import ConfigError, RunError
 from edgeblocks.files.durable import sync, write_atomically
 from edgeblocks.files.own import append, make_folder
 from edgeblocks.files.untrusted import shown
-from edgeblocks.methods import METHODS, Method, Precision
+from edgeblocks.methods import METHODS, Master, Method, Precision
 from edgeblocks.offload.block_buffer import BlockLayout
 from edgeblocks.offload.block_files import BlockStore, storage_error
 from edgeblocks.offload.sections import Section, blocks_of, network_of, stages_of, tensor_name
@@ -117,6 +117,11 @@ class RunDirectory:
     def precision(self) -> Precision:
         """In which its networks compute."""
         return precision_of(self.settings.run)
+
+    @property
+    def master(self) -> Master:
+        """In which numbers its weights and their EMA are kept."""
+        return self.settings.run.master
 
     @property
     def file_layers(self) -> tuple[int, ...]:
@@ -219,7 +224,9 @@ class RunDirectory:
             with torch.device("meta"):
                 network = network_of(family, section)
             # One layout for all blocks of a kind: building a network to count its tensors takes time.
-            layouts[section, trained] = BlockLayout.of(network, self.settings.run.optimizer, frozen=not trained)
+            layouts[section, trained] = BlockLayout.of(
+                network, self.settings.run.optimizer, frozen=not trained, master=self.master
+            )
         of_blocks = [layouts[kind] for kind in kinds]
         return BlockStore(self.blocks_folder, of_blocks, self.run_id, trained_together=self.method.trained_together)
 

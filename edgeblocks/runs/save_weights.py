@@ -1,18 +1,21 @@
 """A run's weights in one safetensors file, under the names that they have in the whole network."""
 
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TypedDict
 
 import numpy as np
+import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from edgeblocks.errors import ConfigError, RunError, StorageError
 from edgeblocks.files.durable import write_atomically
 from edgeblocks.files.own import check_new
 from edgeblocks.files.tensor_file import encode_header, table_of
-from edgeblocks.offload.block_buffer import BlockBuffer, Part, bytes_of, largest_of
+from edgeblocks.offload.block_buffer import BlockBuffer, NetworkPart, largest_of
 from edgeblocks.offload.block_files import BlockStore
 from edgeblocks.profiling.budgets import check_needed
 from edgeblocks.registry import build_target
@@ -37,7 +40,7 @@ class WrittenWeights(TypedDict):
     path: str
     tensors: int
     bytes: int
-    part: Part
+    part: NetworkPart
 
 
 def write_weights(
@@ -67,7 +70,7 @@ def write_weights(
     blocks = read_weights(run, last=last)  # looks at the steps before anything is written
     entries = [(block, entry) for block, layout in enumerate(run.store().layouts) for entry in layout.of_part(part)]
     named = [(run.tensor_name(block, entry.name.removeprefix(f"{part}.")), entry) for block, entry in entries]
-    table = table_of((name, entry.dtype, entry.shape) for name, entry in named)
+    table = table_of((name, torch.float32, entry.shape) for name, entry in named)
     names = json.dumps(run.class_names)
     told = {CLASS_NAMES: names} if run.class_names and len(names) <= _MOST_NAMES_BYTES else {}
     header = encode_header(table, {"format": "pt", **told})
@@ -76,15 +79,15 @@ def write_weights(
         write_atomically(out, _pieces(run, header, blocks, part))
     except OSError as error:
         raise StorageError(f"cannot write {out}: {error.strerror or error}; choose another place with -o") from error
-    num_bytes = len(header) + sum(entry.num_bytes for _, entry in entries)
+    num_bytes = len(header) + 4 * sum(math.prod(entry.shape) for _, entry in entries)
     return {"path": str(out), "tensors": len(entries), "bytes": num_bytes, "part": part}
 
 
-def _part(last: bool) -> Part:
+def _part(last: bool) -> NetworkPart:
     return "weights" if last else "ema"
 
 
-def _check_memory(run: RunDirectory, part: Part, mem_budget: str | None) -> None:
+def _check_memory(run: RunDirectory, part: NetworkPart, mem_budget: str | None) -> None:
     """Refuse to begin where one block beside what the process holds is more than it may take."""
     block_bytes = largest_of(run.store().layouts, (part,)).part_span(part)[1]
     needed_bytes = build_target("cpu").used_bytes() + block_bytes + BESIDE_A_BLOCK_BYTES
@@ -92,7 +95,7 @@ def _check_memory(run: RunDirectory, part: Part, mem_budget: str | None) -> None
     check_needed(mem_budget, needed_bytes, f"writing the weights of {run.path}", why)
 
 
-def _check_finite(run: RunDirectory, block: int, buffer: BlockBuffer, part: Part) -> None:
+def _check_finite(run: RunDirectory, block: int, buffer: BlockBuffer, part: NetworkPart) -> None:
     broken = [(name, _num_broken(tensor), tensor.numel()) for name, tensor in buffer.tensors(part)]
     count, total = sum(count for _, count, _ in broken), sum(size for _, _, size in broken)
     if not count:
@@ -109,19 +112,28 @@ def _check_finite(run: RunDirectory, block: int, buffer: BlockBuffer, part: Part
 
 def _num_broken(tensor: Tensor) -> int:
     """Values that are not finite."""
-    values = tensor.view(-1).numpy()
-    pieces = (values[start : start + _PIECE_VALUES] for start in range(0, len(values), _PIECE_VALUES))
     # numpy's, which starts no threads: torch's and their memory took 15 MB.
-    return sum(len(piece) - int(np.count_nonzero(np.isfinite(piece))) for piece in pieces)
+    return sum(len(piece) - int(np.count_nonzero(np.isfinite(piece))) for piece in _float32_pieces(tensor.view(-1)))
+
+
+def _float32_pieces(values: Tensor) -> Iterator[NDArray[np.float32]]:
+    """Values of float32 or bfloat16 in a row, some at a time; of float32 they are views."""
+    for start in range(0, len(values), _PIECE_VALUES):
+        piece = values[start : start + _PIECE_VALUES]
+        if values.dtype == torch.float32:
+            yield piece.numpy()
+        else:  # numpy has no bfloat16: it is the upper half of a float32
+            yield (piece.view(torch.uint16).numpy().astype(np.uint32) << 16).view(np.float32)
 
 
 def _pieces(
-    run: RunDirectory, header: bytes, blocks: Iterator[BlockBuffer], part: Part
+    run: RunDirectory, header: bytes, blocks: Iterator[BlockBuffer], part: NetworkPart
 ) -> Iterator[bytes | memoryview]:
     yield header
     for block, buffer in enumerate(blocks):
         _check_finite(run, block, buffer, part)
-        yield bytes_of(buffer.content)
+        for piece in _float32_pieces(buffer.flat(part)):
+            yield memoryview(piece).cast("B")  # type: ignore[arg-type]  # numpy's stubs: see `bytes_of`
 
 
 def read_weights(run: RunDirectory, *, last: bool) -> Iterator[BlockBuffer]:

@@ -73,6 +73,7 @@ class WrittenPlan(Checked):
     checkpointing: bool | None = None
     optimizer: Text | None = None
     precision: Text | None = None
+    master: Text | None = None
     method: Text | None = None
     trained_blocks: Blocks | None = None
     """None: all."""
@@ -164,6 +165,7 @@ def written_plan(plan: Plan, noise_ranges: Sequence[NoiseRange]) -> TrainablePla
         checkpointing=chosen.checkpointing,
         optimizer=plan.optimizer,
         precision=plan.precision,
+        master=plan.master,
         method=plan.method.name,
         tiers=chosen.tiers,
         slots=chosen.slots,

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationInfo, fi
 from edgeblocks.errors import ConfigError
 from edgeblocks.files.checked import is_text, whole_text
 from edgeblocks.limits import LONGEST_SEQUENCE, MOST_LAYERS, MOST_SAMPLES, MOST_STEPS, MOST_TOKENS
-from edgeblocks.methods import BoundaryDtype, Clipping, MethodName, Precision
+from edgeblocks.methods import BoundaryDtype, Clipping, Master, MethodName, Precision
 from edgeblocks.tasks import PYTHON_DATA, TASKS
 from edgeblocks.terminal import one_line, quoted
 from edgeblocks.units import parse_size
@@ -215,6 +215,11 @@ class RunSettings(BaseModel):
         default="fp32",
         description="numbers in which the network computes: bf16 and fp16 take half of the memory for activations, and "
         "less time where there are instructions for them; auto takes what pays here",
+    )
+    master: Master = Field(
+        default="fp32",
+        description="numbers in which weights and their average are kept: bf16, rounded stochastically, takes 6 bytes "
+        "a parameter where fp32 takes 10",
     )
     ema_length: float = Field(
         default=0.1,

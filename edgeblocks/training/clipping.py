@@ -21,8 +21,8 @@ from edgeblocks.offload.scratch import AnyScratchFile
 from edgeblocks.offload.slots import StreamTimes
 from edgeblocks.optim.update import clip_
 
-Update = Callable[[BlockBuffer, Tensor, int], None]
-"""Updates a stage with its flat gradient in the step of that number, counted from 0."""
+Update = Callable[[BlockBuffer, Tensor, int, int], None]
+"""Updates a stage with its flat gradient, given the numbers of the step and of the stage, both counted from 0."""
 
 
 class ClipByStage:
@@ -52,7 +52,7 @@ class ClipByStage:
         # Looked at before the update: a NaN would go into the weights, their average and both moments.
         norm = _finite(clip_(gradients, self._clip))
         self._squares += norm**2  # the whole network's norm is reported, though nothing is clipped by it
-        self._update(buffer, gradients, step)
+        self._update(buffer, gradients, step, stage)
 
     def end_step(self, step: int) -> float:
         """The norm of the whole gradient before clipping, when all stages' gradients are complete.
@@ -105,7 +105,7 @@ class ClipByNetwork:
         # `gradients` is free: the former stage's was written away, and this stage's backward pass has not begun.
         self._file.read(self._starts[stage], gradients.view(torch.uint8))
         self._times.waited_for_loading(started)
-        self._update(buffer, gradients.mul_(self._scale), self._step)
+        self._update(buffer, gradients.mul_(self._scale), self._step, stage)
         self._pending.remove(stage)
 
     def complete(self, stage: int, network: nn.Module, buffer: BlockBuffer, step: int) -> None:

@@ -14,9 +14,11 @@ from typing import Self
 from edgeblocks.data.dataset import DataSet
 from edgeblocks.families.block import Block
 from edgeblocks.families.precision import computing_in
+from edgeblocks.inference.block_runner import EmaSource
 from edgeblocks.offload.block_files import BlockStore
 from edgeblocks.offload.block_slots import BlockSlots
 from edgeblocks.offload.device import Device
+from edgeblocks.offload.float32_copy import Float32Ema
 from edgeblocks.offload.slots import Slot
 from edgeblocks.offload.tiers import tier_of
 from edgeblocks.optim.loss_scale import scaled, unscale_
@@ -45,12 +47,12 @@ class DiffusionTrainer(Trainer):
         return cls(run, data, BlockSlots(tier, slots=run.plan.slots), guard)
 
     @property
-    def ema(self) -> BlockSlots:
-        return self.slots
+    def ema(self) -> EmaSource:
+        return self.slots if self.float32 is None else Float32Ema(self.slots, self.float32)
 
     @property
     def residents(self) -> int:
-        return self.slots.num_slots
+        return self.slots.num_slots if self.float32 is None else 1
 
     def saved_steps(self) -> list[int]:
         return [self.store.header(block).step for block in range(len(self.store.layouts))]
@@ -116,7 +118,8 @@ class DiffusionTrainer(Trainer):
         self.note(timer, block=visit.block, step=step, loss=loss, gradient_norm=gradient_norm)
 
     def _block(self, number: int, resident: Slot, checkpointing: bool) -> Block:
-        """The resident block as a module; made once a visit, and again where the guard turns checkpointing on."""
+        """The resident block as a module with its weights of now; made once a visit, and again where the guard turns
+        checkpointing on."""
         if self._network is None or self._network[0] != checkpointing:
             self._network = None  # the former one is gone before the next is made
 
@@ -124,4 +127,5 @@ class DiffusionTrainer(Trainer):
                 return self.family.block(num_layers=self.run.layers[number], checkpointing=checkpointing)
 
             self._network = checkpointing, self.network_on(resident.buffer, build, self.gradients)
+        self.weights_in(resident.buffer)
         return self._network[1]

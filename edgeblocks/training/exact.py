@@ -18,6 +18,7 @@ from edgeblocks.offload.block_buffer import BlockBuffer
 from edgeblocks.offload.block_files import BlockStore
 from edgeblocks.offload.checkpoint import NextBlocks
 from edgeblocks.offload.device import Device
+from edgeblocks.offload.float32_copy import Float32Ema
 from edgeblocks.offload.scratch import AnyScratchFile, DeviceScratchFile, ScratchFile
 from edgeblocks.offload.sections import network_of
 from edgeblocks.offload.stage_slots import Need, StageSlots
@@ -47,7 +48,8 @@ class ExactTrainer(Trainer):
         super().__init__(run, data, slots, guard)
         assert isinstance(self.family, EndToEnd)
         self._end_to_end: EndToEnd = self.family
-        self.slots, self._ema = slots, StagedEma(slots, run.file_layers)
+        self.slots = slots
+        self._ema = StagedEma(slots if self.float32 is None else Float32Ema(slots, self.float32), run.file_layers)
         self._trained, self._late = run.trained, self.settings.clip_by == "network"
         self._uses = uses_of_a_step(self._trained, late=self._late)
         self._clipping = self._clipping_by_settings(device)
@@ -152,12 +154,15 @@ class ExactTrainer(Trainer):
         self.note(timer, block=None, step=step, loss=streamed.loss, gradient_norm=gradient_norm)
 
     def _forward(self, streamed: StreamedBackward, stage: int, buffer: BlockBuffer, shape: StepShape) -> None:
-        streamed.forward(stage, self._network(stage, buffer), micro_batch=shape.micro_batch)
+        network = self._network(stage, buffer)
+        self.weights_in(buffer)
+        streamed.forward(stage, network, micro_batch=shape.micro_batch)
 
     def _backward(self, streamed: StreamedBackward, stage: int, buffer: BlockBuffer, shape: StepShape) -> None:
         if self._trained[stage]:
             self.gradients[: buffer.layout.num_parameters].zero_()  # also of an attempt that was refused memory
         network = self._network(stage, buffer)
+        self.weights_in(buffer)
         streamed.backward(stage, network, micro_batch=shape.micro_batch, checkpointing=shape.checkpointing)
 
     def _network(self, stage: int, buffer: BlockBuffer) -> Block:

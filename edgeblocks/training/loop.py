@@ -24,11 +24,12 @@ from edgeblocks.methods import Method, imported
 from edgeblocks.offload.block_buffer import BlockBuffer, bind_parameters_
 from edgeblocks.offload.block_files import BlockStore
 from edgeblocks.offload.device import Device
+from edgeblocks.offload.float32_copy import Float32Copy, Weights
 from edgeblocks.offload.slots import Slots
 from edgeblocks.optim.adamw import Workspace
 from edgeblocks.optim.loss_scale import LossScale
 from edgeblocks.optim.schedule import learning_rate_over
-from edgeblocks.optim.update import adamw_, ema_exponent, follow_
+from edgeblocks.optim.update import ema_exponent, update_
 from edgeblocks.progress import Progress
 from edgeblocks.runs.directory import RunDirectory
 from edgeblocks.terminal import command
@@ -97,7 +98,10 @@ class Trainer(ABC):
         self.gradients = torch.empty(most, device=self.device).zero_()  # touched at once
         """float32, flat; of the block or stage that is trained now."""
         quantized = any(layout.num_quantized for layout in layouts)
-        self._workspace = Workspace.for_device(self.device) if quantized else None
+        rounds = run.master == "bf16"
+        self._workspace = Workspace.for_device(self.device, rounds=rounds) if quantized or rounds else None
+        self.float32 = Float32Copy(layouts, self.device) if rounds else None
+        """Of the weights that are trained now, or between visits of an EMA, where blocks are bfloat16."""
         self._ema_exponent = ema_exponent(self.settings.ema_length)
         self._metrics_every = max(1, self.settings.steps // METRICS_RECORDS)
         self._thread = BatchThread(self.device)
@@ -211,21 +215,29 @@ class Trainer(ABC):
         self._thread.close()
 
     def update_(self, buffer: BlockBuffer, gradients: Tensor, step: int, block: int = 0) -> None:
-        """AdamW, then the EMA, in a block or stage. Steps count from 0; what is trained together is block 0."""
-        adamw_(
+        """AdamW, then the EMA, in a block or stage. Steps count from 0."""
+        update_(
             buffer,
             gradients,
             step=step,
             learning_rate=self.learning_rate(step, block),
             weight_decay=self.settings.weight_decay,
+            exponent=self._ema_exponent,
             workspace=self._workspace,
+            position=(self.settings.seed, "round", block, step),
         )
-        follow_(buffer, step=step, exponent=self._ema_exponent)
 
     def learning_rate(self, step: int, block: int = 0) -> float:
         """Of a step, which counts from 0."""
         stretches, settings = self.run.stretches(block), self.settings
         return learning_rate_over(stretches, step, warmup=settings.warmup, peak=settings.learning_rate)
+
+    def weights_in(self, buffer: BlockBuffer) -> Weights:
+        """What a network computes with that is bound to a buffer's weights, as they are now.
+
+        Called before each pass: where blocks are bfloat16 their float32 copy is made here.
+        """
+        return buffer if self.float32 is None else self.float32.hold_(buffer, "weights")
 
     def network_on(self, buffer: BlockBuffer, build: Callable[[], Block], gradients: Tensor | None) -> Block:
         """A network whose parameters are views of a buffer's weights, and their gradients views of `gradients`."""
@@ -234,7 +246,7 @@ class Trainer(ABC):
         # Tables are computed, not loaded, so they need real memory, where the network is.
         with self.device:
             network.reset_tables_()
-        bind_parameters_(network, buffer.tensors("weights"), gradients)
+        bind_parameters_(network, self.weights_in(buffer).tensors("weights"), gradients)
         return network.train()
 
     def saved_loss_scale(self, block: int) -> LossScale | None:

@@ -37,7 +37,7 @@ def trained(
     if run.precision != "fp32":
         sizes = sorted({plan.look_micro_batch or plan.micro_batch, plan.micro_batch})
         what = run.family(), run.settings.run.optimizer, target.torch_device
-        run_warmup_step(*what, samples=sizes, precision=run.precision)
+        run_warmup_step(*what, samples=sizes, precision=run.precision, master=run.master)
         target.give_back()
     if not target.has_cap:
         listener.note(
