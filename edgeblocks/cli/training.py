@@ -13,7 +13,7 @@ from edgeblocks.cli.exit_codes import verb
 from edgeblocks.cli.options import SETTINGS, Json, PlanTarget, as_flags, given_settings
 from edgeblocks.cli.screen import json_text, say, say_lines
 from edgeblocks.errors import ConfigError, DoesNotFitError
-from edgeblocks.terminal import quoted
+from edgeblocks.terminal import one_line, quoted
 
 if TYPE_CHECKING:
     from edgeblocks.callbacks import Callback
@@ -117,9 +117,11 @@ def _tracker(folder: Path | None) -> "list[Callback]":
 
 
 def _left_out(names: list[str], given: Mapping[str, object]) -> str:
-    """Settings as the user typed them; a family has no flag."""
-    family = f"'{given['family']}'" if "family" in names else ""
-    return ", ".join(part for part in (family, as_flags([name for name in names if name != "family"])) if part)
+    """Settings as the user typed them; a family has no flag, and others are given with --set."""
+    family = [f"'{given['family']}'"] if "family" in names else []
+    flags = as_flags([name for name in names if name in SETTINGS and name != "family"])
+    others = [f"--set {one_line(f'{name}={given[name]}')}" for name in names if name not in SETTINGS]
+    return ", ".join([*family, *([flags] if flags else []), *others])
 
 
 def _print_plan(given: Mapping[str, Any], config: Path | None, out: Path, *, as_json: bool) -> None:
