@@ -45,10 +45,11 @@ def run_warmup_step(
     layout = BlockLayout.of(network, optimizer, master=master)
     buffer = BlockBuffer(layout, allocate=lambda size: torch.zeros(size, dtype=torch.uint8, device=device))
     gradients = torch.zeros(layout.num_parameters, device=device)
-    copy, rounds = Float32Copy([layout], buffer.device), layout.is_rounded
+    rounds = layout.is_rounded
     workspace = Workspace.for_device(device, rounds=rounds) if layout.num_quantized or rounds else None
     buffer.flat("weights").normal_(std=0.02)
-    bind_parameters_(network, (copy.hold_(buffer, "weights") if rounds else buffer).tensors("weights"), gradients)
+    weights = Float32Copy([layout], buffer.device).hold_(buffer, "weights") if rounds else buffer
+    bind_parameters_(network, weights.tensors("weights"), gradients)
     # Twice at least: some kernels are only loaded when there are moments.
     for step, count in enumerate((samples[0], *samples)):
         batch = zeros(family, count, device)

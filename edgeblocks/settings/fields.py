@@ -218,8 +218,8 @@ class RunSettings(BaseModel):
     )
     master: Master = Field(
         default="fp32",
-        description="numbers in which weights and their average are kept: bf16, rounded stochastically, takes 6 bytes "
-        "a parameter where fp32 takes 10",
+        description="numbers in which weights and their average are kept: with bf16, rounded at random, a block that "
+        "waits takes 6 bytes a parameter and not 10",
     )
     ema_length: float = Field(
         default=0.1,

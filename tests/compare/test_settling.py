@@ -31,6 +31,7 @@ def test_every_seed_and_setting_is_known_afterwards():
         ({"seeds": 0}, "at least one"),
         ({"settings": {"method": "exact"}}, "name them with --arms"),
         ({"settings": {"train_blocks": "1"}}, "compare different things"),
+        ({"settings": {"master": "bf16"}}, "ordinary training keeps float32 weights"),
         ({"settings": {"clip_by": "network"}}, "each block is trained alone"),
         ({"settings": {"data": "nowhere"}}, "nowhere"),
     ],

@@ -7,7 +7,14 @@ import pytest
 import torch
 from support.small_blocks import Small, filled_buffer, layout_of
 
-from edgeblocks.offload.block_buffer import PARTS, BlockBuffer, bind_parameters_, is_quantizable, state_bytes
+from edgeblocks.offload.block_buffer import (
+    PARTS,
+    BlockBuffer,
+    BlockLayout,
+    bind_parameters_,
+    is_quantizable,
+    state_bytes,
+)
 from edgeblocks.optim.moments import GROUP_SIZE
 
 
@@ -57,10 +64,10 @@ def test_tensors_fill_the_file_without_gaps(optimizer):
 
 def test_state_bytes_are_those_of_the_layout():
     """state_bytes, which plans use, foretells each part; 8-bit state takes 2.03 bytes a parameter, fp32 8."""
-    for optimizer in ("adamw8bit", "adamw"):
-        layout = layout_of(optimizer)
+    for optimizer, master in itertools.product(("adamw8bit", "adamw"), ("fp32", "bf16")):
+        layout = BlockLayout.of(Small(), optimizer, master=master)
         quantizable = sum(p.numel() for p in Small().parameters() if is_quantizable(p.shape))
-        foretold = state_bytes(layout.num_parameters, quantizable, optimizer)
+        foretold = state_bytes(layout.num_parameters, quantizable, optimizer, master=master)
         assert foretold == {part: layout.part_span(part)[1] for part in PARTS}
     large = state_bytes(10**6 * GROUP_SIZE, 10**6 * GROUP_SIZE, "adamw8bit")
     assert large["optimizer"] / (10**6 * GROUP_SIZE) == pytest.approx(2.03, abs=0.005)

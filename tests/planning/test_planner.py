@@ -253,6 +253,28 @@ def test_the_parts_of_the_prediction_are_what_they_are_called():
     assert chosen.breakdown["runtime"] == MACHINE.runtime_bytes
 
 
+def test_weights_in_bfloat16_save_where_blocks_wait_and_not_where_they_are_trained():
+    """Of each slot and on disk 4 bytes a parameter; a float32 copy and a workspace more for the one that is trained."""
+
+    def chosen(**fixed):
+        return make_plan(
+            costs(), MACHINE, replace(REQUEST, blocks=4, budget_bytes=10**11, micro_batch=8, **fixed)
+        ).chosen
+
+    parameters, workspace = costs().parameters(3), costs().workspace_bytes
+    for slots, fixed in ((4, {"tier": "ram"}), (2, {"tier": "disk"})):
+        wide, narrow = chosen(**fixed), chosen(master="bf16", **fixed)
+        assert wide.slots == narrow.slots == slots
+        saved = wide.predicted_peak_bytes - narrow.predicted_peak_bytes
+        expected = (4 * slots - 4) * parameters - (workspace["rounded"] - workspace["adamw8bit"])
+        assert saved == pytest.approx(1.01 * expected, abs=2)  # 1 % of what is predicted is slack
+        assert wide.block_bytes - narrow.block_bytes == 4 * parameters
+        assert wide.disk_bytes / narrow.disk_bytes == pytest.approx(10.05 / 6.05, rel=0.01)
+        assert narrow.step_s > wide.step_s
+        exact = [chosen(method=EXACT, trained=(3,), master=master, **fixed).disk_bytes for master in ("fp32", "bf16")]
+        assert exact[0] > 1.5 * exact[1]
+
+
 def test_streaming_and_checkpointing_save_what_they_promise():
     """Fewer slots, checkpointing, and smaller micro-batches each lower the predicted peak."""
 
@@ -288,8 +310,8 @@ def test_plan_json_has_what_readers_rely_on():
     plan = make_plan(costs(), MACHINE, replace(REQUEST, budget_bytes=450 * MB))
     partition = partition_noise(NoiseDistribution(), num_blocks=plan.chosen.blocks, kind="uniform", overlap=0.05)
     content = json.loads(json.dumps(written_plan(plan, partition.ranges).to_json()))
-    promised = """blocks layers_per_block noise_ranges micro_batch accumulation checkpointing optimizer precision tiers
-        visit_steps predicted_peak_bytes breakdown candidates"""
+    promised = """blocks layers_per_block noise_ranges micro_batch accumulation checkpointing optimizer precision
+        master tiers visit_steps predicted_peak_bytes breakdown candidates"""
     assert set(promised.split()) <= set(content)
     assert set(content["breakdown"]) >= {"weights", "gradients", "optimizer", "ema", "activations", "data", "runtime"}
     assert sum(content["breakdown"].values()) == content["predicted_peak_bytes"] <= 450 * MB
@@ -331,10 +353,15 @@ def test_micro_batches_halve_down_to_one(batch):
         assert size == math.ceil(batch / 2**accumulated)
 
 
-@given(budget_bytes=BUDGETS, samples=st.integers(1, 300), held_bytes=st.integers(0, 50 * MB))
-def test_the_chain_fits_its_budget(budget_bytes, samples, held_bytes):
+@given(
+    budget_bytes=BUDGETS,
+    samples=st.integers(1, 300),
+    held_bytes=st.integers(0, 50 * MB),
+    master=st.sampled_from(["fp32", "bf16"]),
+)
+def test_the_chain_fits_its_budget(budget_bytes, samples, held_bytes, master):
     """The micro-batch of inference fits, twice as much would not or is not needed; a refusal names what would."""
-    fixed = {"layers": (3, 3, 2), "samples": samples, "held_bytes": held_bytes}
+    fixed = {"layers": (3, 3, 2), "samples": samples, "held_bytes": held_bytes, "master": master}
     try:
         size = inference_micro_batch(costs(), MACHINE, budget_bytes=budget_bytes, **fixed)
     except DoesNotFitError as error:

@@ -29,6 +29,16 @@ class Operators(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+def test_weights_in_bfloat16_are_rounded_in_it_too():
+    """Of a device the kernels that draw bits are loaded before anything is planned."""
+    resolved = resolve_settings(
+        {"width": 64, "heads": 2, "depth": 2}, family_settings=lambda name: family_type(name).settings_type
+    )
+    with Operators() as warmed_up:
+        run_warmup_step(build_family("dit", asdict(resolved.family), asdict(IMAGES)), "adamw8bit", "cpu", master="bf16")
+    assert {"aten::random_", "aten::_fused_adamw_", "aten::lerp_"} <= warmed_up.seen
+
+
 @pytest.mark.parametrize("optimizer", ["adamw8bit", "adamw"])
 @pytest.mark.parametrize("family", ["dit", "vit", "mdlm", "ar", "looped"])
 def test_a_rehearsal_runs_the_operators_of_a_step(family, optimizer):

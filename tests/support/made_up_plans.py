@@ -30,6 +30,7 @@ REQUESTS = st.builds(
     batch=st.integers(1, 200),
     steps=st.integers(1, 100_000),
     optimizer=st.sampled_from(["adamw8bit", "adamw"]),
+    master=st.sampled_from(["fp32", "bf16"]),
     preferred_blocks=st.integers(1, 14),
     blocks=st.one_of(st.none(), st.integers(1, 12)),
     micro_batch=st.one_of(st.none(), st.integers(1, 200)),

@@ -1,4 +1,4 @@
-"""Training with weights and EMA in bfloat16 (`master=bf16`): smaller files, the same equalities, nearly the same losses."""
+"""Training with weights and EMA in bfloat16 (`master=bf16`): smaller files, equal bits, nearly the same losses."""
 
 import json
 
@@ -27,7 +27,7 @@ def run(tmp_path_factory):
 
 
 def test_blocks_stream_and_resume_without_changing_a_bit(run, tmp_path):
-    """On disk with checkpointing, stopped in the middle of a visit and resumed; another seed rounds otherwise."""
+    """On disk with checkpointing, stopped in the middle of a visit and resumed."""
     streamed = {**KINDS["dit"], **BLOCKS, **ROUNDED, "tier": "disk", "checkpointing": True}
     with pytest.raises(InterruptedRunError):
         edgeblocks.train(out=tmp_path / "two", listener=StopAfter(7), **streamed)
@@ -48,7 +48,7 @@ def test_beside_a_device_blocks_are_those_of_the_processor(run, tmp_path):
 
 @pytest.mark.parametrize(("kind", "clip_by"), [("ar", "stage"), ("dit", "network")])
 def test_exact_training_streams_and_resumes_without_changing_a_bit(tmp_path, kind, clip_by):
-    """Stages in memory, and on disk, stopped and resumed, with either clipping; stages round with other numbers each."""
+    """Stages in memory, and on disk, stopped and resumed, with either clipping."""
     made = {"blocks": 4, "clip_by": clip_by, "clip": 0.5, "master": "bf16", "steps": 4}
     resident = trained(kind, tmp_path / "run", tier="ram", **made)
     with pytest.raises(InterruptedRunError):
@@ -76,7 +76,7 @@ def test_a_file_has_six_bytes_a_parameter_and_is_plain_safetensors(run):
 
 @pytest.mark.parametrize("last", [False, True])
 def test_weights_are_written_as_float32_and_begun_with(run, tmp_path, last):
-    """The file, and the network for torch, hold the values of the blocks; a run that begins with them has them again."""
+    """The file and the network for torch hold what the blocks do, and a run that begins with it has that again."""
     run.save_weights(tmp_path / "w.safetensors", last=last)
     written = load_file(tmp_path / "w.safetensors")
     network = run.network(last=last)
