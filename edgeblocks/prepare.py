@@ -9,7 +9,7 @@ from edgeblocks.data.dataset import DataSet
 from edgeblocks.diffusion.noise import NoisePartition, partition_noise
 from edgeblocks.errors import ConfigError, DoesNotFitError
 from edgeblocks.families.base import DataInfo, ImageInfo, TextInfo
-from edgeblocks.methods import METHODS
+from edgeblocks.methods import METHODS, Master
 from edgeblocks.offload.device import Target
 from edgeblocks.optim.cuda_step import choice_on
 from edgeblocks.planning.layer_costs import LayerCosts
@@ -154,7 +154,7 @@ def prepare(settings: Settings, out: Path, listener: Listener, *, speeds: Machin
     plan = _plan_within(costs, machine, _request_on(data_set, settings, data, budgets))
     plan = _with_gpu_warnings(plan, elsewhere=False)
     if machine.host is not None and run.optimizer == "adamw8bit":
-        listener.note(_eight_bit_step_on(target.torch_device))
+        listener.note(_eight_bit_step_on(target.torch_device, run.master))
     if run.target == "auto" and torch_sees_a_gpu():
         plan = replace(plan, warnings=(A_GPU_IS_HERE, *plan.warnings))
     if run.init is None and plan.trained is not None and plan.chosen.blocks - 1 not in plan.trained:
@@ -205,9 +205,9 @@ def torch_sees_a_gpu() -> bool:
     return torch.cuda.is_available()
 
 
-def _eight_bit_step_on(device: str) -> str:
+def _eight_bit_step_on(device: str, master: Master) -> str:
     """What makes the 8-bit AdamW step on a GPU, and why."""
-    choice = choice_on(device)
+    choice = choice_on(device, rounds=master == "bf16")
     return f"8-bit AdamW step on the GPU: {choice.name}" + (f" ({choice.reason})" if choice.reason else "")
 
 

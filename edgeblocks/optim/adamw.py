@@ -126,7 +126,7 @@ class Workspace:
         """As the processor's threads share the step's work; as one thread gives it to a GPU, or to a library there."""
         from edgeblocks.optim.cuda_step import library_step  # which imports this module
 
-        library = None if rounds else library_step(device)
+        library = library_step(device, rounds=rounds)
         if library is None and torch.device(device).type == "cpu":
             return cls(num_threads=torch.get_num_threads(), rounds=rounds)
         return cls(num_threads=1, chunk_size=GPU_CHUNK_SIZE, device=device, library=library, rounds=rounds)

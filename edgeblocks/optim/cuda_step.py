@@ -153,15 +153,23 @@ class Choice:
     reason: str | None = None
 
 
-def choice_on(device: torch.device | str) -> Choice:
-    """What makes the 8-bit step on a device: the library where it is there and its step is ours, tried once."""
+def choice_on(device: torch.device | str, *, rounds: bool = False) -> Choice:
+    """What makes the 8-bit step on a device: the library where it is there and its step is ours, tried once.
+
+    Args:
+        rounds: whether weights are bfloat16 (`optim.rounded_update`): the library rounds them to the nearest.
+    """
     kind = torch.device(device).type
-    return _choice(kind) if kind in KINDS else Choice()
+    if kind not in KINDS:
+        return Choice()
+    if rounds:
+        return Choice(reason="master=bf16 rounds weights at random, which bitsandbytes does not")
+    return _choice(kind)
 
 
-def library_step(device: torch.device | str) -> LibraryStep | None:
+def library_step(device: torch.device | str, *, rounds: bool = False) -> LibraryStep | None:
     """The library's step on a device, with room of its own; None where the step is ours."""
-    operator = choice_on(device).operator
+    operator = choice_on(device, rounds=rounds).operator
     return None if operator is None else LibraryStep(operator, device=device)
 
 

@@ -168,7 +168,7 @@ def seal_run(run: RunDirectory) -> None:
 def environment(run: RunSettings) -> dict[str, object]:
     """Versions, and the machine that is here for these settings, so that a result can be reproduced."""
     device = torch.device(build_target(run.target).torch_device)
-    packages = ("edgeblocks", "torch", "numpy", "safetensors")
+    packages, rounds = ("edgeblocks", "torch", "numpy", "safetensors"), run.master == "bf16"
     return {
         "python": sys.version.split()[0],
         "platform": platform.platform(),
@@ -178,7 +178,7 @@ def environment(run: RunSettings) -> dict[str, object]:
         "threads": torch.get_num_threads(),
         **({"gpu": torch.cuda.get_device_name()} if device.type == "cuda" else {}),
         # Asked only where it is used: to try a library takes memory that a plan without it has not counted.
-        **({"adamw8bit": choice_on(device).name} if run.optimizer == "adamw8bit" else {}),
+        **({"adamw8bit": choice_on(device, rounds=rounds).name} if run.optimizer == "adamw8bit" else {}),
         "packages": {name: metadata.version(name) for name in packages},
     }
 

@@ -50,3 +50,15 @@ def test_streamed_and_resumed_runs_have_the_same_bits(tmp_path, monkeypatch):
     ours = edgeblocks.resume(out, steps=6, listener=heard)
     assert any(f"began otherwise (the 8-bit AdamW step by '{name}', now 'edgeblocks')" in note for note in heard.notes)
     assert ours.summary["steps"] == 6
+
+
+@pytest.mark.usefixtures("gpu_like", "used_here")
+def test_weights_in_bfloat16_are_stepped_by_ours(tmp_path):
+    """The library would round them to the nearest; the note and env.json say so, and the bits are a processor's."""
+    heard = Heard()
+    there = edgeblocks.train(
+        out=tmp_path / "there", target="cuda", mem_budget="2GB", master="bf16", listener=heard, **TINY
+    )
+    assert any(note.startswith("8-bit AdamW step on the GPU: edgeblocks (master=bf16 rounds") for note in heard.notes)
+    assert json.loads((there.path / "env.json").read_text())["adamw8bit"] == "edgeblocks"
+    assert_same_bits(edgeblocks.train(out=tmp_path / "here", mem_budget="4GB", master="bf16", **TINY).path, there.path)
