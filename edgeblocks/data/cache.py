@@ -292,7 +292,7 @@ def open_or_build(
     try:
         with _locked(partial), CacheFiles(kind, partial, cache_dir) as files:
             build(files)
-            _publish(partial, final, lambda folder: _open_cache(folder, read) is not None)
+            publish(partial, final, lambda folder: _open_cache(folder, read) is not None)
     except OSError as error:
         raise _storage_error(error, kind, cache_dir, 0) from error
     finally:
@@ -359,8 +359,12 @@ def _array_in(file: BinaryIO, dtype: np.dtype[np.generic], most_rows: int) -> tu
     return header.shape, header.num_bytes
 
 
-def _publish(partial: Path, final: Path, is_sound: Callable[[Path], bool]) -> None:
-    """Gives the finished cache its name, unless another process has meanwhile built a sound one."""
+def publish(partial: Path, final: Path, is_sound: Callable[[Path], bool]) -> None:
+    """Give a finished cache its name; where a sound one has it already, `partial` stays where it is.
+
+    Raises:
+        OSError: it cannot be renamed.
+    """
     if os.path.lexists(final) and not is_sound(final):
         # Renamed before it is deleted: a folder that is half gone must not have the final name.
         damaged = partial.with_suffix(".damaged.partial")

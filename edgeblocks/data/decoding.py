@@ -224,6 +224,12 @@ def _of_usual_size(file: BinaryIO) -> BinaryIO:
     return file
 
 
+def upright(picture: Image.Image) -> Image.Image:
+    """The picture as its EXIF orientation says that it is seen."""
+    turn = _TURNS.get(_orientation(picture))
+    return picture if turn is None else picture.transpose(turn)
+
+
 def _orientation(picture: Image.Image) -> int:
     """The EXIF orientation 1-8 that is still to be applied, 1 when there is none.
 

@@ -16,7 +16,7 @@ from edgeblocks.data.cache import cache_folder
 from edgeblocks.data.file_identity import file_identity
 from edgeblocks.data.parquet import LIBRARY_ROOM_BYTES, parquet_documents
 from edgeblocks.data.plain_text import FoundText, Piece, Reading, composed, cut, on_disk, plain_text
-from edgeblocks.data.python_data import TEXT_FILE, is_python_data, python_folder
+from edgeblocks.data.python_data import is_python_data, stored_texts
 from edgeblocks.data.records import csv_documents, json_documents, jsonl_documents
 from edgeblocks.errors import DataError
 from edgeblocks.files.untrusted import MalformedFileError, open_regular, parse_json
@@ -59,6 +59,7 @@ class TextSource:
     total_bytes: of all files.
     num_files: that are read.
     left_out: files of a folder that are not read, by the endings of their names.
+    given: the texts of a program, which are counted where they were; None: files are counted while they are read.
     reading_bytes: memory that reading takes, a library's own included.
     """
 
@@ -69,6 +70,7 @@ class TextSource:
     num_files: int = 1
     left_out: Mapping[str, int] = field(default_factory=dict)
     reading_bytes: int = 0
+    given: Account | None = None
 
     def pieces(self, reading: Reading | None = None, account_: Account | None = None) -> Iterator[Piece]:
         """The documents in the order of their names, with a newline between two.
@@ -106,6 +108,8 @@ class TextSource:
         """The files that are read, in words."""
         if self.path is None:
             return f"{self.source} (built in, {format_bytes(self.total_bytes)})"
+        if self.given is not None:
+            return f"{format_bytes(self.total_bytes)} from Python"
         return f"{self.num_files:,} file{'s' * (self.num_files != 1)} of {format_bytes(self.total_bytes)}"
 
     def left_out_told(self) -> str:
@@ -129,10 +133,9 @@ def find_text(source: str, cache_dir: Path | None = None) -> TextSource:
         text = _sample().encode()
         return TextSource(source=source, path=None, identity=hashlib.sha256(text).hexdigest(), total_bytes=len(text))
     if is_python_data(source):
-        path = python_folder(source, cache_folder() if cache_dir is None else cache_dir) / TEXT_FILE
-        if not path.exists():
-            raise DataError(f"data '{source}' are images; give text, such as a list of strings, or another family")
-        return TextSource(source=source, path=path, identity=source, total_bytes=path.stat().st_size)
+        path, texts, empty = stored_texts(source, cache_folder() if cache_dir is None else cache_dir)
+        given = Account(documents=texts, empty=empty)
+        return TextSource(source=source, path=path, identity=source, total_bytes=path.stat().st_size, given=given)
     try:
         path = on_disk(Path(source).expanduser())
         if not path.exists():

@@ -5,22 +5,25 @@ evaluated like any other as long as the cache has the data; where it has not, th
 """
 
 import hashlib
+import math
 import shutil
 import tempfile
 import uuid
 from array import array
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from edgeblocks.data.cache import CacheFiles, CacheKind, open_or_build, read_meta
+from edgeblocks.data.cache import CacheFiles, CacheKind, open_or_build, publish, read_meta
 from edgeblocks.data.dataset import Progress
 from edgeblocks.data.python_objects import (
     ACCEPTED_IMAGES,
+    columns_of,
     given_images,
+    is_frame,
     is_table,
     items_of,
     listed,
@@ -35,6 +38,15 @@ from edgeblocks.tasks import PYTHON_DATA
 TEXT_FILE = "text.txt"
 _TEXT = CacheKind(name="text cache", content="texts", row="a text", remedy="give less text", version=1)
 _PIECE_BYTES = 2**20
+_AGAIN = "give them again from Python: edgeblocks.resume(RUN, data=..), or load(RUN).evaluate(data=..)"
+
+
+class StoredTexts(NamedTuple):
+    """Texts that a program gave, in the cache: their file, how many have something in them, and how many are empty."""
+
+    path: Path
+    texts: int
+    empty: int
 
 
 def is_python_data(source: str) -> bool:
@@ -52,10 +64,25 @@ def python_folder(source: str, cache_dir: Path) -> Path:
     folder = cache_dir / f"python-{digest}"
     if not (digest.isalnum() and folder.is_dir()):
         raise DataError(
-            f"data '{source}' came from a Python program and are not in the cache {cache_dir} (any more); give them "
-            "again from Python: edgeblocks.resume(RUN, data=..), or load(RUN).evaluate(data=..)"
+            f"data '{source}' came from a Python program and are not in the cache {cache_dir} (any more); {_AGAIN}"
         )
     return folder
+
+
+def stored_texts(source: str, cache_dir: Path) -> StoredTexts:
+    """The texts of a source that a program gave.
+
+    Raises:
+        DataError: the cache has them not, or damaged, or has images under that name.
+    """
+    folder = python_folder(source, cache_dir)
+    if not (folder / TEXT_FILE).exists():
+        raise DataError(f"data '{source}' are images; give text, such as a list of strings, or another family")
+    try:
+        meta = read_meta(folder, _TEXT.version)
+        return StoredTexts(folder / TEXT_FILE, int(meta["texts"]), int(meta["empty"]))
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise DataError(f"data '{source}' are damaged in the cache {cache_dir}; {_AGAIN}") from error
 
 
 def store_texts(data: object, *, cache_dir: Path, text_key: str) -> str:
@@ -67,41 +94,51 @@ def store_texts(data: object, *, cache_dir: Path, text_key: str) -> str:
     """
 
     def build(files: CacheFiles) -> None:
-        digest, waiting, is_first = hashlib.sha256(), bytearray(), True
+        digest, waiting, texts, empty = hashlib.sha256(), bytearray(), 0, 0
         for text in _texts(data, text_key):
-            waiting += text.encode() if is_first else b"\n" + text.encode()
-            is_first = False
+            if not text:
+                empty += 1
+                continue
+            waiting += b"\n" + text.encode() if texts else text.encode()
+            texts += 1
             if len(waiting) >= _PIECE_BYTES:
                 digest.update(waiting)
                 files.extend(TEXT_FILE, bytes(waiting))
                 waiting.clear()
         digest.update(waiting)
         files.extend(TEXT_FILE, bytes(waiting))
-        files.finish({"sha256_of_text": digest.hexdigest()})
+        files.finish({"sha256_of_text": digest.hexdigest(), "texts": texts, "empty": empty})
 
     def read(folder: Path) -> str:
         return str(read_meta(folder, _TEXT.version)["sha256_of_text"])
 
     key = uuid.uuid4().hex
-    return _renamed(cache_dir, key, open_or_build(_TEXT, cache_dir, key, build=build, read=read))
+    digest = open_or_build(_TEXT, cache_dir, key, build=build, read=read)
+    return _renamed(cache_dir, key, digest, lambda folder: bool(read_meta(folder, _TEXT.version)))
 
 
 def _texts(data: Any, text_key: str) -> Iterator[str]:
-    """The texts that are not empty."""
+    """The texts; "" where one is missing in its row or column."""
+    data, is_column = (columns_of(data) if is_frame(data) else data), False
     if isinstance(data, dict):
         refuse_several_sets(data)
         if text_key not in data:
             raise DataError(f"data is a dict of {listed(data)}, and has no {text_key!r}; name its texts with text_key=")
-        data = data[text_key]
-    elif is_table(data) and text_key not in data.column_names:
+        data, is_column = data[text_key], True
+    elif is_table(data) and data.column_names is not None and text_key not in data.column_names:
         raise DataError(
             f"the data set has no column {text_key!r}, but {listed(data.column_names)}; name the one of the text "
             "with text_key="
         )
     for number, item in enumerate(items_of(data, "texts: give strings, or rows with a text each")):
-        text = item.get(text_key) if isinstance(item, dict) else item
-        if text is None and isinstance(item, dict) and text_key in item:
-            continue
+        if isinstance(item, dict) and text_key not in item:
+            raise DataError(
+                f"row {number} of the data has no {text_key!r}, but {listed(item)}; name the one of the text with "
+                "text_key="
+            )
+        text = item[text_key] if isinstance(item, dict) else item
+        if (is_column or isinstance(item, dict)) and _is_missing(text):
+            text = ""
         if not isinstance(text, str):
             raise DataError(
                 f"text {number} of the data is {shown(text)} ({type(item).__name__}), not a string; give strings, or "
@@ -111,8 +148,12 @@ def _texts(data: Any, text_key: str) -> Iterator[str]:
             raise DataError(
                 f"text {number} of the data holds a NUL, as binary data do; remove it: text.replace('\\0', '')"
             )
-        if text:
-            yield text.encode("utf-8", "replace").decode()
+        yield text.encode("utf-8", "replace").decode()
+
+
+def _is_missing(text: object) -> bool:
+    """Whether a cell is empty: pandas has NaN there, or a value of its own."""
+    return text is None or (isinstance(text, float) and math.isnan(text)) or type(text).__name__ == "NAType"
 
 
 def store_images(
@@ -125,7 +166,7 @@ def store_images(
         NoRoomToReadError: converting one takes more than `room_bytes`.
         StorageError: the cache cannot be written.
     """
-    from edgeblocks.data.image_cache import CacheWriter, Content, open_or_build_images
+    from edgeblocks.data.image_cache import CacheWriter, Content, open_images_of, open_or_build_images
     from edgeblocks.data.labels import Labels, number_classes
 
     def fill(cache: CacheWriter) -> Content:
@@ -152,17 +193,29 @@ def store_images(
         raise StorageError(
             f"the cache {cache_dir} cannot be written: {error.strerror}; mend its permissions"
         ) from error
-    return _renamed(cache_dir, key, open_or_build_images(cache_dir, key, fill).fingerprint)
+    digest = open_or_build_images(cache_dir, key, fill).fingerprint
+    return _renamed(cache_dir, key, digest, lambda folder: open_images_of(folder) is not None)
 
 
-def _renamed(cache_dir: Path, key: str, digest: str) -> str:
-    """The source of what is in the cache under a name for the time being, now under that of its content."""
+def _renamed(cache_dir: Path, key: str, digest: str, is_whole: Callable[[Path], bool]) -> str:
+    """The source of what is in the cache under a name for the time being, now under that of its content.
+
+    Args:
+        is_whole: whether a folder can be read; may raise what `read_meta` raises.
+    """
     built, final = cache_dir / key, cache_dir / f"python-{digest}"
+
+    def is_sound(folder: Path) -> bool:
+        try:
+            return is_whole(folder)
+        except (OSError, ValueError, LookupError, TypeError, AttributeError):
+            return False
+
     try:
-        if final.is_dir():
+        publish(built, final, is_sound)
+        if built.is_dir():  # equal data are there, of which something else may have been told, such as empty classes
+            (built / "meta.json").replace(final / "meta.json")
             shutil.rmtree(built, ignore_errors=True)
-        else:
-            built.rename(final)
     except OSError as error:
         raise StorageError(f"{built} cannot be renamed to {final.name}: {error.strerror}") from error
     return f"{PYTHON_DATA}{digest}"

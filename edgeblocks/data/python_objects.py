@@ -61,10 +61,12 @@ def given_images(data: Any) -> GivenImages:
         image, label = _columns(list(data))
         names = data.get("class_names")
         return _with_labels(data[image], None if label is None else data[label], names)
+    if is_frame(data):
+        return given_images(columns_of(data))
     if is_table(data):
         features = data.features or {}
-        columns = _columns(list(data.column_names), features)
-        names = getattr(features.get(columns[1]), "names", None) if columns[1] else None
+        columns = None if data.column_names is None else _columns(list(data.column_names), features)
+        names = getattr(features.get(columns[1]), "names", None) if columns and columns[1] else None
         return GivenImages(
             items=data, columns=columns, class_names=None if names is None else tuple(names), number=_length(data)
         )
@@ -98,8 +100,18 @@ def _is_many(data: Any) -> bool:
 
 
 def is_table(data: Any) -> bool:
-    """Whether this is a data set of Hugging Face."""
+    """Whether this is a data set of Hugging Face. Of a stream the names of the columns may be unknown: None."""
     return hasattr(data, "column_names") and hasattr(data, "features") and not isinstance(data, dict)
+
+
+def is_frame(data: Any) -> bool:
+    """Whether this is a data frame, of pandas or of polars: gone through, some of them give the names of columns."""
+    return type(data).__name__ == "DataFrame" and hasattr(data, "columns")
+
+
+def columns_of(frame: Any) -> dict[str, Any]:
+    """The columns of a data frame by their names."""
+    return {str(name): frame[name] for name in frame.columns}
 
 
 def refuse_several_sets(data: dict[Any, Any]) -> None:

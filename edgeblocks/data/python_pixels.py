@@ -45,11 +45,14 @@ def pixels_of(number: int, image: object, *, image_size: int | None, room_bytes:
 def _pixels_of_picture(number: int, picture: Any) -> NDArray[np.uint8]:
     from PIL import Image
 
+    from edgeblocks.data.decoding import upright
+
     if picture.mode.startswith(("I", "F")):
         raise DataError(
             f"image {number} of the data has mode {picture.mode}, values of more than 8 bits; give uint8, or floats "
             "from 0 to 1"
         )
+    picture = upright(picture)  # as files of a folder are; Pillow leaves it to its callers
     if picture.has_transparency_data:
         picture = picture.convert("RGBA")
         picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")

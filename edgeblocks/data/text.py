@@ -206,7 +206,8 @@ def open_text(
 
 def _told(text: TextSource, stored: StoredTokens) -> str:
     """What was read, in a line."""
-    documents, empty = stored.account.documents, stored.account.empty
+    account = text.given or stored.account
+    documents, empty = account.documents, account.empty
     told = f"{text.files_told()}, {documents:,} document{'s' * (documents != 1)}"
     told += f", {stored.train.tokens + stored.held_out.tokens:,} tokens"
     left_out = [f"{empty:,} empty document{'s' * (empty != 1)}"] if empty else []

@@ -26,6 +26,25 @@ class Table(list):
         self.features = {name: type(kind, (), {"names": NAMES})() for name, kind in kinds.items()}
 
 
+class Stream(list):
+    """One whose columns nobody knows before its rows."""
+
+    column_names = features = None
+
+
+class DataFrame:
+    """What is asked of a data frame: columns by their names, which it gives where it is gone through."""
+
+    def __init__(self, **columns):
+        self.columns, self._columns = list(columns), columns
+
+    def __iter__(self):
+        return iter(self.columns)
+
+    def __getitem__(self, name):
+        return self._columns[name]
+
+
 class Items(torch.utils.data.Dataset):
     """A data set of torch: a length and items, no iterator, and no error behind the last one."""
 
@@ -54,6 +73,8 @@ def given_images():
             photo="Image",
             kind="ClassLabel",
         ),
+        "stream": Stream({"image": picture, "label": label} for picture, label in zip(pictures, LABELS, strict=True)),
+        "frame": DataFrame(image=pictures, label=[NAMES[label] for label in LABELS]),
     }
 
 
@@ -79,7 +100,7 @@ def test_images_of_every_form_are_those_that_were_given(tmp_path, form):
     pixels, labels = images.gather(np.arange(12))
     np.testing.assert_array_equal(pixels, PIXELS)
     np.testing.assert_array_equal(labels, LABELS)
-    named = form in ("dict", "names", "torch", "table")
+    named = form in ("dict", "names", "torch", "table", "frame")
     assert images.class_names == (tuple(NAMES) if named else ("0", "1", "2"))
     assert images.source.startswith("python:") and images.reading.startswith("12 images in 3 classes of 4 each")
 
@@ -107,6 +128,40 @@ def test_equal_data_have_one_place_in_the_cache_and_other_ones_another(tmp_path)
     named = images_of({"images": PIXELS, "labels": LABELS, "class_names": NAMES}, tmp_path / "cache").source
     assert named == again and len({first, again, other}) == 3
     assert len(list((tmp_path / "cache").iterdir())) == 3
+
+
+def test_a_class_of_which_no_image_was_given_is_told_whatever_is_in_the_cache(tmp_path):
+    """The same images and labels, named by the classes that they have, are there already."""
+    told = [
+        images_of({"images": PIXELS, "labels": LABELS, "class_names": names}, tmp_path / "cache").warnings
+        for names in (NAMES, [*NAMES, "dodo"])
+    ]
+    assert told[0] == () and told[1][0].startswith("no image has the label dodo; the 3 classes are those that some")
+
+
+@pytest.mark.parametrize(("store", "data"), [(images_of, PIXELS), (texts_of, ["the white whale"])])
+def test_data_that_are_damaged_in_the_cache_are_given_again(tmp_path, store, data):
+    """They do not stay there because they have the name of the content."""
+    store(data, tmp_path)
+    (stored,) = tmp_path.glob("python-*")
+    for path in stored.iterdir():
+        path.write_bytes(path.read_bytes()[:-1])
+    store(data, tmp_path)
+    assert list(tmp_path.glob("python-*")) == [stored]
+
+
+def test_pictures_are_turned_as_their_camera_says(tmp_path):
+    """As those of a folder are: the same file, opened by the program and by a folder's reader."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    (tmp_path / "set").mkdir()
+    for number in range(2):
+        Image.fromarray(PIXELS[number]).save(tmp_path / "set" / f"{number}.png", exif=exif)
+    given = images_of([Image.open(path) for path in sorted((tmp_path / "set").iterdir())], tmp_path / "cache")
+    read = open_images(str(tmp_path / "set"), image_size=None, hold_out=0, seed=0, cache_dir=tmp_path / "cache")
+    both = np.arange(2)
+    np.testing.assert_array_equal(given.gather(both)[0], read.gather(both)[0])
+    assert given.images.shape == (2, 6, 8, 3)
 
 
 def test_pictures_of_several_sizes_are_cut_to_one_that_is_named(tmp_path):
@@ -174,14 +229,19 @@ TEXTS = ["first whale", "", "second — whale\n", "third\r\nwhale"]
         {"text": TEXTS},
         [{"text": text, "id": 1} for text in [*TEXTS, None]],
         Table([{"text": text} for text in TEXTS], text="Value"),
+        Stream({"text": text} for text in TEXTS),
+        DataFrame(text=[text or float("nan") for text in TEXTS]),
     ],
-    ids=["list", "tuple", "iterator", "array", "dict", "rows", "table"],
+    ids=["list", "tuple", "iterator", "array", "dict", "rows", "table", "stream", "frame"],
 )
 def test_texts_of_every_form_are_documents(tmp_path, data):
     """With a newline between two, as files of a folder; the empty ones are left out."""
     found, text = texts_of(data, tmp_path / "cache")
     assert found == "\n".join(filter(None, TEXTS))
-    assert text.source.startswith("python:") and "tokens" in text.reading
+    empty = 2 if isinstance(data, list) and isinstance(data[-1], dict) and data[-1]["text"] is None else 1
+    left_out = f"left out: {empty} empty document{'s' * (empty > 1)}"
+    assert text.source.startswith("python:")
+    assert text.reading == f"42 B from Python, 3 documents, {text.num_tokens} tokens; {left_out}"
 
 
 def test_texts_are_found_under_another_name(tmp_path):
@@ -196,6 +256,9 @@ def test_texts_are_found_under_another_name(tmp_path):
         ([1, 2], r"text 0 of the data is 1 \(int\), not a string"),
         (["a", "b\0"], r"text 1 of the data holds a NUL"),
         ({"body": ["a"]}, r"a dict of 'body', and has no 'text'; name its texts with text_key="),
+        ([{"body": "a"}], r"row 0 of the data has no 'text', but 'body'; name the one of the text with text_key="),
+        (Stream([{"body": "a"}]), r"row 0 of the data has no 'text', but 'body'"),
+        (DataFrame(body=["a"]), r"a dict of 'body', and has no 'text'; name its texts with text_key="),
         (Table([], body="Value"), r"has no column 'text', but 'body'; name the one of the text with text_key="),
     ],
 )
