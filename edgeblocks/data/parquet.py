@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from edgeblocks.data.plain_text import PIECE_CHARACTERS, FoundText, Piece, Reading
+from edgeblocks.data.plain_text import PIECE_CHARACTERS, FoundText, Piece, Reading, without_mark
 from edgeblocks.errors import ConfigError, DataError, NoRoomToReadError, did_you_mean
 from edgeblocks.files.untrusted import MalformedFileError, open_regular, shown
 from edgeblocks.units import format_bytes
@@ -112,6 +112,9 @@ def _opened(path: Path) -> Any:
 
 
 def _check_footer(path: Path, file: BinaryIO) -> None:
+    head = file.read(64)
+    if not head.startswith(b"PAR1"):
+        without_mark(path, head)  # what it is instead, where that is known
     file.seek(0, 2)
     if file.tell() < 12:
         raise MalformedFileError(f"it has {file.tell()} bytes")
@@ -136,9 +139,10 @@ def _check_column(path: Path, schema: Any, text_key: str) -> None:
     if value == "null":
         raise DataError(f"{path}: the column {text_key!r} is of type null: all of its texts are missing; give another")
     if value not in _TEXT_KINDS:
+        cast = '.map("\\n".join)' if "list<" in value and "string" in value else ".astype(str)"
         raise DataError(
             f"{path}: the column {text_key!r} is of type {shown(str(kind))}, not of strings; cast it, for example with "
-            f"pandas: table[{text_key!r}].astype(str); or name another column with --text-key"
+            f"pandas: table[{text_key!r}]{cast}; or name another column with --text-key"
         )
 
 

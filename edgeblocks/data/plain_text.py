@@ -3,8 +3,8 @@ their marks, and the memory that a document may take.
 """
 
 import codecs
+import contextlib
 import os
-import shlex
 import unicodedata
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 from edgeblocks.errors import DataError
 from edgeblocks.files.untrusted import open_regular
+from edgeblocks.terminal import quoted
 
 PIECE_CHARACTERS = 2**16
 _MARKS = (
@@ -35,6 +36,8 @@ _PACKED = (
     (b"%PDF-", "a PDF", "pdftotext {name} {new}"),
     (b"PAR1", "a .parquet file of another name", "mv {name} {name}.parquet"),
     (b"{\\rtf", "a document in RTF", "save it as plain text"),
+    (b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1", "a document of an office program", "save it as plain text"),
+    (b"version https://git-lfs.", "a pointer of Git LFS in the place of a file", "fetch the file itself: git lfs pull"),
 )
 _NUL_SHARE = 0.2
 """Of the bytes of one place in two or in four, from which on text is taken for UTF-16 or UTF-32 without a mark."""
@@ -110,7 +113,7 @@ def without_mark(path: Path, content: bytes) -> bytes:
         if content.startswith(mark):
             raise DataError(
                 f"{path} is {what}, not text; {'first: ' if '{name}' in cure else ''}"
-                f"{cure.format(name=shlex.quote(path.name), new=_converted(path, '.txt'))}"
+                f"{cure.format(name=typed(path), new=_converted(path, '.txt'))}"
             )
     return content.removeprefix(codecs.BOM_UTF8)
 
@@ -131,7 +134,7 @@ def decode(path: Path, content: bytes, reached: int, *, final: bool) -> tuple[st
             raise _other_encoding(path, encoding)
         raise DataError(
             f"{path} is not text: byte {reached + nul} is NUL, as in a binary file; give text in UTF-8, or remove the "
-            f"NULs: tr -d '\\000' < {shlex.quote(path.name)} > {_converted(path)}"
+            f"NULs: tr -d '\\000' < {typed(path)} > {_converted(path)}"
         )
     try:
         return codecs.utf_8_decode(content, "strict", final)
@@ -139,7 +142,7 @@ def decode(path: Path, content: bytes, reached: int, *, final: bool) -> tuple[st
         raise DataError(
             f"{path} is not text in UTF-8: {error.reason} at byte {reached + error.start} "
             f"(0x{content[error.start]:02x}); convert it from the encoding it has, for example: "
-            f"iconv -f ISO-8859-1 -t UTF-8 {shlex.quote(path.name)} > {_converted(path)}"
+            f"iconv -f ISO-8859-1 -t UTF-8 {typed(path)} > {_converted(path)}"
         ) from error
 
 
@@ -153,14 +156,21 @@ def _unmarked_encoding(content: bytes) -> str | None:
 def _other_encoding(path: Path, encoding: str) -> DataError:
     return DataError(
         f"{path} is text in {encoding}, and UTF-8 is read; convert it: "
-        f"iconv -f {encoding} -t UTF-8 {shlex.quote(path.name)} > {_converted(path)}"
+        f"iconv -f {encoding} -t UTF-8 {typed(path)} > {_converted(path)}"
     )
+
+
+def typed(path: Path) -> str:
+    """A file as it is typed in the folder where this command is."""
+    with contextlib.suppress(OSError, ValueError):  # a folder that is gone; a file outside of it
+        path = path.relative_to(Path.cwd())
+    return quoted(path)
 
 
 def _converted(path: Path, ending: str | None = None) -> str:
     """A name for what is made of a file: another one, of the same kind unless it has an ending of its own."""
     ending = ending or path.suffix or ".txt"
-    return shlex.quote(f"newer{ending}" if path.name == f"new{ending}" else f"new{ending}")
+    return quoted(f"newer{ending}" if path.name == f"new{ending}" else f"new{ending}")
 
 
 def cut(text: str, start: int, end: int) -> Iterator[Piece]:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from edgeblocks.data.plain_text import FoundText, Piece, Reading, cut, decode, without_mark
+from edgeblocks.data.plain_text import FoundText, Piece, Reading, cut, decode, typed, without_mark
 from edgeblocks.errors import DataError, NoRoomToReadError, did_you_mean
 from edgeblocks.files.untrusted import MOST_JSON_BYTES, MalformedFileError, open_regular, parse_json, shown
 
@@ -19,7 +19,6 @@ _COPIES = 4
 _MOST_CELL_CHARACTERS = 2**22
 """Of a table: a quotation mark that is never closed would take the rest of the file."""
 _SURROGATES = re.compile("[\ud800-\udfff]")
-_OR_AN_ARRAY = {".json": ", or the file is one array of them: jq -s . FILE.json > NEW.json"}
 _DELIMITERS = {".csv": ",", ".tsv": "\t"}
 
 
@@ -37,11 +36,13 @@ def jsonl_documents(file: FoundText, begin: int, reading: Reading) -> Iterator[I
             try:
                 document = parse_json(text.removeprefix("\ufeff"), finite=False)
             except MalformedFileError as error:
+                ending = file.path.suffix.lower()
+                or_an_array = f", or the file is one array of them: jq -s . {typed(file.path)} > new.json"
                 raise DataError(
-                    f"{where} is not read: {error}; every line of a {file.path.suffix.lower()} file is one object, "
-                    f'such as {{"{reading.text_key}": "a document"}}{_OR_AN_ARRAY.get(file.path.suffix.lower(), "")}'
+                    f"{where} is not read: {error}; every line of a {ending} file is one object, "
+                    f'such as {{"{reading.text_key}": "a document"}}{or_an_array if ending == ".json" else ""}'
                 ) from error
-            yield cut(_text_of(document, where, reading.text_key), begin + start, begin + end)
+            yield cut(_text_of(file.path, document, where, reading.text_key), begin + start, begin + end)
 
 
 def json_documents(file: FoundText, begin: int, reading: Reading) -> Iterator[Iterator[Piece]]:
@@ -59,12 +60,12 @@ def json_documents(file: FoundText, begin: int, reading: Reading) -> Iterator[It
         if file.size_bytes > MOST_JSON_BYTES:
             raise DataError(
                 f"{file.path} is one array of {file.size_bytes} bytes, and at most {MOST_JSON_BYTES} are read at once; "
-                "write an object a line, which is read piece by piece: jq -c '.[]' FILE.json > FILE.jsonl"
+                f"write an object a line, which is read piece by piece: jq -c '.[]' {typed(file.path)} > new.jsonl"
             )
         reading.check_room(
             f"the array in {file.path}",
             (1 + _COPIES * _width(head)) * file.size_bytes,
-            "write an object a line: jq -c '.[]' FILE.json > FILE.jsonl",
+            f"write an object a line: jq -c '.[]' {typed(file.path)} > new.jsonl",
         )
         content = head + stream.read(MOST_JSON_BYTES)
     text, _ = decode(file.path, content, 0, final=True)
@@ -79,7 +80,7 @@ def json_documents(file: FoundText, begin: int, reading: Reading) -> Iterator[It
     assert isinstance(array, list)
     for number, document in enumerate(array):
         where = f"{file.path}, item {number + 1}"
-        found = whole(document) if isinstance(document, str) else _text_of(document, where, reading.text_key)
+        found = whole(document) if isinstance(document, str) else _text_of(file.path, document, where, reading.text_key)
         places = (begin + file.size_bytes * done // len(array) for done in (number, number + 1))
         yield cut(found, *places)
 
@@ -115,6 +116,12 @@ def csv_documents(file: FoundText, begin: int, reading: Reading) -> Iterator[Ite
                     f"{file.path}, row {number} has {len(row)} columns, and `{reading.text_key}` is column "
                     f"{column + 1}; mend or remove the row"
                 )
+            if any(row[len(names) :]):  # or the text would end at the first comma in it
+                raise DataError(
+                    f"{file.path}, row {number} has {len(row)} columns, and the first line names {len(names)}; a text "
+                    f"with {shown(delimiter)} in it stands in quotation marks: write the table again with them, or as "
+                    ".jsonl"
+                )
             yield cut(row[column] if row else "", begin + start, begin + reached[0])
             start = reached[0]
     except csv.Error as error:
@@ -126,6 +133,10 @@ def csv_documents(file: FoundText, begin: int, reading: Reading) -> Iterator[Ite
 
 
 def _column(path: Path, names: list[str], text_key: str) -> int:
+    if names.count(text_key) > 1:
+        raise DataError(
+            f"{path} has {names.count(text_key)} columns {text_key!r} in its first line; rename all but one"
+        )
     if text_key in names:
         return names.index(text_key)
     listed = ", ".join(shown(name) for name in names[:10]) or "none"
@@ -135,7 +146,7 @@ def _column(path: Path, names: list[str], text_key: str) -> int:
     )
 
 
-def _text_of(document: object, where: str, text_key: str) -> str:
+def _text_of(path: Path, document: object, where: str, text_key: str) -> str:
     if not isinstance(document, dict):
         raise DataError(f'{where} is {shown(document)}, not an object with the key "{text_key}"; mend or remove it')
     if text_key not in document:
@@ -144,7 +155,7 @@ def _text_of(document: object, where: str, text_key: str) -> str:
         if len(arrays) == 1:
             raise DataError(
                 f'{where} has no key "{text_key}", and an array under {shown(arrays[0])}; give that one: '
-                f"jq -c '.[\"{arrays[0]}\"][]' FILE.json > FILE.jsonl"
+                f"jq -c '.[\"{arrays[0]}\"][]' {typed(path)} > new.jsonl"
             )
         raise DataError(
             f'{where} has no key "{text_key}", but {keys}{did_you_mean(text_key, document)}; name the key that holds '

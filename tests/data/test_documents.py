@@ -56,7 +56,7 @@ def wrong_files():
         r"invalid continuation byte at byte 70003 \(0xe9\); .* iconv -f ISO",
     )
     yield "a.txt", b"caf\xc3", r"unexpected end of data at byte 3 \(0xc3\)"
-    yield "a.txt", "text".encode("utf-16"), r"is text in UTF-16, .*: iconv -f UTF-16 -t UTF-8 a\.txt > new\.txt"
+    yield "a.txt", "text".encode("utf-16"), r"is text in UTF-16, .*: iconv -f UTF-16 -t UTF-8 /.*/a\.txt > new\.txt"
     yield (
         "a.jsonl",
         b'{"text": "a"}\n{"body": "b"}',
