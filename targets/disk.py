@@ -1,6 +1,7 @@
 """How fast a folder's disk is, past this system's page cache."""
 
 import contextlib
+import errno
 import math
 import mmap
 import os
@@ -61,9 +62,10 @@ def measure_disk(folder: Path | None, *, probe_bytes: int, limit_s: float, num_s
             sync_s = statistics.median(_sync_s(file) for _ in range(num_syncs)) if num_syncs else None
             read, read_s, way = _read(file, direct, written, limit_s)
     except OSError as error:
-        raise StorageError(
-            f"cannot write to {folder}: {error.strerror or error}; choose a folder with room with --out or --work-dir"
-        ) from error
+        cure = "choose a folder with room with --out or --work-dir"
+        if error.errno == errno.EFBIG:
+            cure = "this process is bounded to smaller files: ulimit -f tells to which, ulimit -f unlimited lifts it"
+        raise StorageError(f"cannot write to {folder}: {error.strerror or error}; {cure}") from error
     return DiskSpeed(
         probe_bytes=written,
         write_bytes_per_s=written / write_s,

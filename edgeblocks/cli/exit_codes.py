@@ -67,5 +67,16 @@ def _guarded(work: Callable[[], None], *, verbose: bool) -> None:
     except (MemoryError, OSError, RuntimeError) as error:
         if verbose:
             raise
-        complain(f"error: {type(error).__name__}: {error}. --verbose shows where")
+        complain(f"error: {_unforeseen(error)}")
         raise typer.Exit(1) from error
+
+
+def _unforeseen(error: Exception) -> str:
+    """An error of the system or of a library, in a line."""
+    asked = getattr(error, "filename", None)
+    if isinstance(asked, str) and asked.startswith("/proc/"):
+        return (
+            f"{asked} cannot be read ({getattr(error, 'strerror', error)}): the system is asked there how much memory "
+            "it has and how much is used; mount it: mount -t proc proc /proc"
+        )
+    return f"{type(error).__name__}: {error}. --verbose shows where"

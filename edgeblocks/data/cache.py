@@ -204,7 +204,7 @@ class CacheFiles:
             raise StorageError(
                 f"the {self._kind.content} need {self._needed_bytes} bytes ({format_bytes(self._needed_bytes)}) in "
                 f"{self._cache_dir}, and the disk has {free_bytes} bytes ({format_bytes(free_bytes)}) free; free "
-                f"some space, {self._kind.remedy}, or keep the cache on another disk"
+                f"some space, {self._kind.remedy}, or keep the cache on another disk with EDGEBLOCKS_CACHE=FOLDER"
             )
 
     @contextlib.contextmanager

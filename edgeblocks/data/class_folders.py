@@ -112,6 +112,11 @@ def find_classes(root: Path) -> ClassFolders:
             f"the classes are called {listed(names)}: every sub-folder is a class; to train on the pictures of one of "
             f"them alone, give that folder",
         )
+    if len(names) == 1 and _around_pictures(names[0]):
+        warnings += (
+            f"{listed(names)} is the one sub-folder, and so the one class of all pictures; to train without classes, "
+            f"give {inside / names[0]}",
+        )
     return ClassFolders(root=inside, names=names, above=above if names else (), warnings=warnings)
 
 
@@ -153,6 +158,12 @@ def _kind(words: Iterable[str]) -> str | None:
     told = [word for word in words if word not in _BESIDE_A_PART]
     part = _PART.fullmatch(told[0]) if len(told) == 1 else None
     return part and part[1]
+
+
+def _around_pictures(name: str) -> bool:
+    """Whether a folder that is called so says nothing of what its pictures show."""
+    words = _words(name)
+    return _part_of_a_set(name) or (bool(words) and (_BESIDE_A_PART | _PAIRED).issuperset(words))
 
 
 def _part_of_a_set(name: str) -> bool:

@@ -31,7 +31,7 @@ def reading(stored: StoredImages, left_out: Sequence[str]) -> str:
         of_each = f"of {counts[least]:,} each"
         if counts[least] != counts[most]:
             of_each = f"from {counts[least]:,} ({listed([names[least]])}) to {counts[most]:,} ({listed([names[most]])})"
-        told += f" in {len(names):,} {'class' if len(names) == 1 else 'classes'} {of_each}"
+        told += f" in {len(names):,} classes {of_each}" if len(names) > 1 else f" in 1 class ({listed(names)})"
     unreadable = [f"{len(stored.content.unreadable):,} unreadable"] if stored.content.unreadable else []
     beside = [*unreadable, *stored.content.left_out, *left_out]
     return f"{told}; left out: {', '.join(beside)}" if beside else told

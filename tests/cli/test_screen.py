@@ -7,9 +7,11 @@ import subprocess
 import sys
 
 import pytest
+import typer
 from support.commands import invoke
 
 from edgeblocks.cli.console_progress import ConsoleListener
+from edgeblocks.cli.exit_codes import _guarded
 from edgeblocks.cli.main import main
 from edgeblocks.cli.outputs import say_classes
 from edgeblocks.cli.screen import json_text
@@ -47,6 +49,19 @@ def test_output_that_nobody_takes_ends_without_a_traceback(where, words):
     shell = f'"$0" -c "$1" {where}; echo "${{PIPESTATUS[0]}}" >&2'
     done = subprocess.run(["bash", "-c", shell, sys.executable, MUCH], capture_output=True, text=True, check=False)
     assert re.fullmatch(f"{words}1\n", done.stderr), done.stderr
+
+
+def test_a_system_that_does_not_tell_its_memory_is_told_as_such(capsys):
+    """A container or a chroot without /proc; any other file that is missing is told by its name."""
+
+    def reads(path):
+        with pytest.raises(typer.Exit):
+            _guarded(lambda: open(path), verbose=False)  # noqa: SIM115, PTH123 - it is not there
+        return capsys.readouterr().err
+
+    told = r"error: /proc/0/status cannot be read \(No such .*\): .*; mount it: mount -t proc proc /proc\n"
+    assert re.fullmatch(told, reads("/proc/0/status"))
+    assert re.fullmatch(r"error: FileNotFoundError: .*'/nowhere'. --verbose shows where\n", reads("/nowhere"))
 
 
 def test_a_folder_that_is_gone_is_told_before_a_library_ends_the_process(tmp_path, monkeypatch, capsys):

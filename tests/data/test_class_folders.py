@@ -94,6 +94,16 @@ def test_a_single_class_stays_one(tmp_path, files):
     assert (found.root, found.names) == (tmp_path, ("cat",))
 
 
+@pytest.mark.parametrize(("name", "told"), [("train", True), ("images", True), ("Test_Set", True), ("cat", False)])
+def test_a_single_class_that_is_called_as_no_class_is_told(tmp_path, name, told):
+    """Its pictures may have classes in a list beside them, or none; the folder to give is named."""
+    found = find_classes(tree(tmp_path, f"{name}/1.png", f"{name}/2.png", "labels.csv"))
+    assert found.names == (name,)
+    assert [warning.endswith(f"to train without classes, give {tmp_path / name}") for warning in found.warnings] == (
+        [True] if told else []
+    )
+
+
 def test_folders_around_folders_come_to_an_end(tmp_path):
     """A link back to the beginning is no way to classes."""
     (tmp_path / "a").mkdir()

@@ -1,6 +1,7 @@
 """What the user is told of the images that were read."""
 
 import os
+import shutil
 
 import numpy as np
 import pytest
@@ -46,6 +47,12 @@ def test_a_flat_folder_and_the_digits_are_told(tmp_path):
     (tmp_path / "flat" / "notes.txt").touch()
     assert opened(tmp_path / "flat", tmp_path / "cache").reading == "3 images; left out: 1 .txt"
     assert opened("digits", tmp_path / "cache").reading == "1,797 images in 10 classes from 174 (8) to 183 (3)"
+
+
+def test_one_class_is_told_by_its_name(pets, tmp_path):
+    """Nothing is to be compared."""
+    shutil.rmtree(pets / "dog")
+    assert opened(pets, tmp_path / "cache").reading == "3 images in 1 class (cat)"
 
 
 def test_many_kinds_of_files_are_told_together(pets, tmp_path):

@@ -34,6 +34,18 @@ def test_a_folder_that_cannot_be_written_to_is_named():
         doctor.examine(Path("/proc/self"))
 
 
+def test_a_bound_of_the_size_of_files_is_called_so(tmp_path):
+    """Another folder would not help. (The signal that the system sends as well is ignored by Python.)"""
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, before[1]))
+    try:
+        with pytest.raises(StorageError, match=r"cannot write to .*: File too large; .* ulimit -f unlimited lifts it"):
+            build_target("cpu").examine_disk(tmp_path, probe_bytes=2**20, limit_s=1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
 def test_ctrl_c_leaves_no_file(tmp_path, monkeypatch):
     """The disk's probe has no name while it is written: whatever interrupts it, the folder is empty."""
     names = []
