@@ -31,6 +31,10 @@ def test_training_says_how_it_goes_on_standard_error_and_prints_the_summary(edge
     assert done.stdout == training_report(read_summary(out / "summary.json"), out) + "\n"
     for expected in ("planned", "measured", "validation loss", "next: edgeblocks sample"):
         assert expected in done.stdout
+    (time_line,) = (line for line in done.stdout.splitlines() if line.startswith("time: "))
+    shares = re.findall(r"([\w ]+) ([\d.]+)%", time_line)
+    assert [name.strip() for name, _ in shares][-3:] == ["samples", "evaluation", "other"]
+    assert sum(round(10 * float(share)) for _, share in shares) == 1000, time_line
 
 
 def test_a_report_has_dashes_for_what_a_summary_lacks():

@@ -1,5 +1,6 @@
 """Pictures and folders larger than memory or limits: left out by name, or refused with what would do."""
 
+import numpy as np
 import pytest
 from PIL import Image, TiffImagePlugin
 from support.picture_files import noise, opened, png, save
@@ -63,6 +64,20 @@ def test_a_picture_that_the_memory_does_not_hold_is_refused_by_name(
     assert needed_bytes <= caught.value.needed_bytes < needed_bytes + 50_000
     enough = opened(tmp_path / "large", cache, image_size=16, room_bytes=caught.value.needed_bytes)
     assert len(enough.images) == 2 and not enough.unreadable
+
+
+@pytest.mark.parametrize("name", ["a.jpg", "a.png"])
+def test_the_pictures_of_a_phone_are_read(tmp_path, cache, name):
+    """48 megapixels, in no more room than one of them takes: left out as too large they would be missed."""
+    picture = Image.new("L", (8000, 6000), 40)
+    picture.paste(200, (0, 0, 8000, 3000))
+    (tmp_path / "set").mkdir()
+    picture.save(tmp_path / "set" / name, **({"compress_level": 1} if name == "a.png" else {}))
+    save(tmp_path / "set" / "b.png", noise(30, 30))
+    images = opened(tmp_path / "set", cache, image_size=8, room_bytes=6 * 48_000_000 + 100_000)
+    assert not images.unreadable
+    pixels = images.gather(np.array([0]))[0][0, :, :, 0].astype(int)
+    assert abs(pixels[:4] - 200).max() < 15 and abs(pixels[4:] - 40).max() < 15  # the filter swings at the edge
 
 
 def test_a_jpeg_counts_with_the_size_that_it_is_decoded_to(tmp_path, cache):

@@ -93,6 +93,13 @@ def test_a_tokenizer_is_made_again_from_its_definition(pairs):
     assert build_tokenizer("chars", None).to_json() is None and build_tokenizer("bytes", None).to_json() is None
 
 
+def test_a_definition_is_in_memory_once(pairs):
+    """A run that goes on asks for its own and for its data's, and 50,000 pairs take some 40 MB; others are others."""
+    first = build_tokenizer("bpe", pairs.to_json())
+    assert build_tokenizer("bpe", pairs.to_json()) is first
+    assert build_tokenizer("bpe", train_pairs([TEXT], 280).to_json()).vocabulary == 280
+
+
 def test_learning_gives_the_same_pairs_in_every_process(pairs):
     """No order of a hash table decides between two pairs that are seen equally often."""
     code = (
