@@ -2,6 +2,7 @@
 
 import hashlib
 import importlib
+import os
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -95,7 +96,7 @@ def own_family(name: str) -> dict[str, str] | None:
 def import_own_family(found: dict[str, str]) -> None:
     """Register what `own_family` returned in another process."""
     # Last, so that no file beside the user's takes the place of a library.
-    sys.path.append(found["folder"])
+    sys.path += [found["folder"], os.getcwd()]  # noqa: PTH109 - what the user's file imports in turn
     module, _, attribute = found["path"].partition(":")
     register_family(getattr(importlib.import_module(module), attribute))
 

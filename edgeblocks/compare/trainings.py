@@ -16,7 +16,6 @@ import math
 import re
 import signal
 import subprocess
-import sys
 from collections.abc import Iterator, Sequence
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
@@ -25,6 +24,7 @@ from typing import Any
 
 import yaml
 
+from edgeblocks.children import installed_modules_first, python_module
 from edgeblocks.compare.arms import Arm
 from edgeblocks.compare.wanted import Asked, Measured, Settled
 from edgeblocks.errors import ConfigError, DoesNotFitError, EdgeblocksError, RunError, StorageError
@@ -108,7 +108,8 @@ def _apart(function: str, *arguments: object) -> Any:
     context = get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
     child = context.Process(target=_answer, args=(sender, function, arguments), daemon=True)
-    child.start()
+    with installed_modules_first():
+        child.start()
     sender.close()  # the child's is the only one left: that it ends without an answer is noticed
     try:
         answer = receiver.recv()
@@ -233,7 +234,7 @@ class _Training:
 
     def _run(self, *arguments: str) -> None:
         """Run a module of ours; its progress is shown, its result is in its files."""
-        code = _exit_code([sys.executable, "-m", *arguments])
+        code = _exit_code(python_module(*arguments))
         if code == DoesNotFitError.exit_code:
             run = self.settled.run
             raise _FailedError(

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from edgeblocks import errors
+from edgeblocks.children import python_module
 from edgeblocks.data.dataset import Progress
 from edgeblocks.errors import ConfigError, EdgeblocksError, NoRoomToReadError
 
@@ -31,7 +32,7 @@ def tokenise_in_child(request: Mapping[str, object], progress: Progress) -> None
     Raises:
         EdgeblocksError: what `open_text` raises.
     """
-    command = [sys.executable, "-m", "edgeblocks.data.tokenise"]
+    command = python_module("edgeblocks.data.tokenise")
     with (
         tempfile.TemporaryFile("w+") as said,
         subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=said, text=True) as child,

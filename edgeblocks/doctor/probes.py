@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from edgeblocks.children import python_module
 from edgeblocks.doctor.findings import PATIENCE_S, PresetFit
 from edgeblocks.doctor.kernels import KERNELS
 from edgeblocks.doctor.training_here import training_uses
@@ -72,8 +73,7 @@ def ask(
 
 def _run_child(names: Sequence[str], request: Mapping[str, object], limit_s: float) -> tuple[list[str], Answer]:
     """The finished lines of a child's answer, and the answer of the probe at which it ended, if it did not finish."""
-    # -P: a folder named edgeblocks where the user stands is not the installed package.
-    command = [sys.executable, "-P", "-m", "edgeblocks.doctor.probes", "--probe", *names]
+    command = python_module("edgeblocks.doctor.probes", "--probe", *names)
     try:
         done = subprocess.run(
             command, input=json.dumps(request).encode(), capture_output=True, timeout=limit_s, check=False

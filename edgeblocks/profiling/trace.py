@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 import psutil
 
+from edgeblocks.children import python_module
 from edgeblocks.errors import EdgeblocksError, is_refusal
 from edgeblocks.methods import MethodName, Precision
 from edgeblocks.planning.layer_costs import Growth, LayerCosts, StepCost
@@ -120,7 +121,7 @@ def trace_in_subprocess(
 
 def _ask_child(request: Mapping[str, object]) -> dict[str, Any]:
     """The answer of a child process, as `main` gives it."""
-    command = [sys.executable, "-m", "edgeblocks.profiling.trace"]
+    command = python_module("edgeblocks.profiling.trace")
     done = subprocess.run(command, input=json.dumps(request), capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise EdgeblocksError(

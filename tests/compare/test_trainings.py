@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from support.commands import assert_refused, invoke
+from support.modules_in_the_way import put_in_the_way
 
 import edgeblocks
 from edgeblocks.cli.comparing import comparison_table
@@ -121,8 +122,10 @@ def test_other_minutes_are_another_comparison(compared):
     assert_refused(invoke("compare", *without_steps, "--arms", "plain", "--minutes", "1"), 2, "for another time")
 
 
-def test_it_fails_where_no_arm_has_a_result(tmp_path):
-    """Exit code 1; the table says why."""
+def test_it_fails_where_no_arm_has_a_result(tmp_path, monkeypatch):
+    """Exit code 1; the table says why. No process runs a file of the folder that the command is started in."""
+    put_in_the_way(tmp_path)
+    monkeypatch.chdir(tmp_path)
     asked = [*IMAGES, "--steps", "3", "--mem-budget", "50MB", "-o", tmp_path / "out", "--arms", "diffusion"]
     done = invoke("compare", *asked)
     assert done.exit_code == 1 and "no arm has a result" in done.stderr and "does not fit" in done.stdout

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from support.modules_in_the_way import put_in_the_way
 
 from edgeblocks.data.text import open_text
 from edgeblocks.data.tokenise import tokenise_in_child
@@ -42,6 +43,14 @@ def test_errors_are_those_that_reading_raises(source, tmp_path):
     with pytest.raises(NoRoomToReadError, match=r"a\.txt' with tokenizer: bytes") as small:
         tokenise_in_child({**asked(tmp_path), "budget_bytes": 10**7}, print)
     assert small.value.taken_bytes > 10**7 and small.value.needed_bytes == 20_000_000
+
+
+def test_a_file_in_the_folder_of_the_command_is_not_taken_for_a_library(source, tmp_path, monkeypatch):
+    """A user's random.py, or what a run that came from elsewhere holds, would be run in its place."""
+    put_in_the_way(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    tokenise_in_child({**asked(tmp_path), "budget_bytes": None}, lambda *_: None)
+    assert len(list((tmp_path / "cache").iterdir())) == 1
 
 
 def test_an_interrupt_ends_it_and_leaves_nothing(source, tmp_path):

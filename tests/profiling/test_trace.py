@@ -7,6 +7,7 @@ from dataclasses import asdict, replace
 
 import pytest
 import torch
+from support.modules_in_the_way import put_in_the_way
 
 from edgeblocks.errors import EdgeblocksError
 from edgeblocks.families.base import ImageInfo
@@ -203,8 +204,14 @@ print(json.dumps([sorted({{"sympy", "torch"}} & set(sys.modules)), asdict(costs)
     assert fields == json.loads(json.dumps(direct))
 
 
-def test_a_kept_trace_is_taken_again_and_a_damaged_one_made_again(tmp_path, monkeypatch):
-    """The second answer needs no child process and is the same; a damaged file, or other settings, are traced anew."""
+def test_a_kept_trace_is_taken_again_and_a_damaged_one_made_again(tmp_path, tmp_path_factory, monkeypatch):
+    """The second answer needs no child process and is the same; a damaged file, or other settings, are traced anew.
+
+    The child runs no file of the folder that the command is started in.
+    """
+    users = tmp_path_factory.mktemp("user")
+    put_in_the_way(users)
+    monkeypatch.chdir(users)
     request = ("dit", asdict(SETTINGS), asdict(DATA), [1])
     first = trace_in_subprocess(*request, cache=tmp_path)
     (kept,) = tmp_path.iterdir()

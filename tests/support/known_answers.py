@@ -20,6 +20,7 @@ from typing import Any
 
 import pytest
 
+from edgeblocks.children import python_module
 from edgeblocks.profiling import trace
 from edgeblocks.registry import build_family
 from edgeblocks.targets import cpu
@@ -92,7 +93,7 @@ def _keep(path: Path, content: bytes) -> None:
 
 def _answer(command, *, input, **_):
     """What `python -m edgeblocks.profiling.trace` answers, made here."""
-    assert command[1:] == ["-m", "edgeblocks.profiling.trace"]
+    assert command == python_module("edgeblocks.profiling.trace")
     request = json.loads(input)
     try:
         build_family(request["family"], request["settings"], request["data"], request["method"])
