@@ -20,7 +20,7 @@ from edgeblocks.profiling.measurement import with_precision
 from edgeblocks.progress import Listener, Silent
 from edgeblocks.registry import build_profile, build_target, family_type, profile_names, register_family, target_names
 from edgeblocks.run import Run
-from edgeblocks.runs.create import check_free, create_blocks, create_run, seal_run
+from edgeblocks.runs.create import check_apart, check_free, create_blocks, create_run, seal_run
 from edgeblocks.runs.directory import RunDirectory, open_run
 from edgeblocks.runs.disk_room import check_disk, check_work_dir
 from edgeblocks.runs.load_weights import InitialWeights
@@ -159,7 +159,9 @@ def train(
     # Looked at now, because planning takes half a minute, and again by `create_run`, which must not trust that look.
     check_free(path)
     settings = _with_stored_data(config, settings, listener)
-    prepared = prepare(settings_for_here(config=config, **settings).with_whole_paths(), path, listener)
+    settled = settings_for_here(config=config, **settings).with_whole_paths()
+    check_apart(path, settled.run.data)
+    prepared = prepare(settled, path, listener)
     check_disk(prepared.plan, work_dir=prepared.settings.run.work_dir, out=path)
     with locked(path, listener.note):
         run = create_run(

@@ -129,6 +129,27 @@ def check_free(path: Path) -> None:
         )
 
 
+def check_apart(path: Path, data: str) -> None:
+    """Check that a new run is not among its own data, which are read again when it goes on and when it is evaluated.
+
+    Args:
+        data: as a run keeps it: the whole path of a folder, or what is none.
+
+    Raises:
+        ConfigError: it is.
+    """
+    source = Path(data)
+    if not (source.is_absolute() and source.is_dir()):
+        return
+    within, folder = path.resolve(), source.resolve()
+    hidden = within.is_relative_to(folder) and any(part.startswith(".") for part in within.relative_to(folder).parts)
+    if within.is_relative_to(folder) and not hidden:  # what is hidden is not read
+        raise ConfigError(
+            f"--out {path} lies in the folder of the data, {source}: when the run goes on its own files would be read "
+            f"with them; name a place outside, such as --out {quoted(folder.parent / 'run')}"
+        )
+
+
 def _holds_anything(folder: Path) -> bool:
     return folder.is_dir() and any(folder.iterdir())
 

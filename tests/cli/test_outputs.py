@@ -1,6 +1,7 @@
 """What the verbs write, and what they leave alone: files of the user, and the run that they read."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from support.commands import assert_refused, invoke
 from support.random_run import make_run
 
 from edgeblocks.offload.block_buffer import BlockBuffer
+from edgeblocks.runs.create import check_apart
 
 
 @pytest.fixture(scope="module")
@@ -100,6 +102,20 @@ def test_a_run_is_not_mixed_with_what_is_there(what, tmp_path):
     before = everything(tmp_path)
     assert_refused(invoke("train", "--out", tmp_path / "out", "--steps", "1"), 2, words)
     assert everything(tmp_path) == before
+
+
+@pytest.mark.parametrize("out", ["runs/pets", "cat/run", "../pets/run"])
+def test_a_run_is_not_put_among_its_own_data(out, tmp_path, monkeypatch):
+    """When it goes on it would be a class or a text; so would one in its usual place with `--data .`."""
+    (tmp_path / "pets/cat").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "pets")
+    words = re.escape(f"--out {out} lies in the folder of the data, {tmp_path}/pets: ") + r".* such as --out /.*run"
+    for data in (".", str(tmp_path / "pets")):
+        for family in ("vit", "ar"):
+            assert_refused(invoke("train", family, "--data", data, "--out", out), 2, words)
+    assert [path.name for path in tmp_path.rglob("*")] == ["pets", "cat"]
+    check_apart(Path("pets/.edgeblocks/run"), str(tmp_path / "pets"))  # what is hidden is not read
+    check_apart(Path("pets"), "digits")
 
 
 def test_a_name_that_no_file_can_have_is_refused_in_words(run, tmp_path):
