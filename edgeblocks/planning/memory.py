@@ -109,7 +109,11 @@ def host_memory(cut: Cut) -> tuple[dict[str, int], int]:
         needed["gradients"] = 4 * cut.parameters
     if request.boundaries == "disk" and blocks > 1:
         needed["boundaries"] = int((1 + GAPS_SHARE["plain"]) * cut.micro_batch * costs.hidden_bytes_per_sample)
-    needed["planning"] = max(0, machine.planning_bytes - sum(needed.values()))
+    # Both are over before training begins: planning, and creating blocks, where weights that are to be rounded are
+    # made in float32 beside a whole block.
+    creating_bytes = machine.host.runtime_bytes + request.data_bytes + cut.block_bytes + SLACK_BYTES
+    creating_bytes += cut.is_rounded * 4 * cut.parameters
+    needed["planning"] = max(0, max(machine.planning_bytes, creating_bytes) - sum(needed.values()))
     room = host_budget_bytes(machine, request) - sum(needed.values())
     if cut.slots >= blocks or request.tier == "disk":
         ram_blocks = 0

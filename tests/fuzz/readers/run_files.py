@@ -101,6 +101,7 @@ def sound_plan():
         "checkpointing": False,
         "optimizer": "adamw8bit",
         "precision": "fp32",
+        "master": "bf16",
         "tiers": {"ram": [0], "disk": [1]},
         "slots": 2,
         "shapes": shapes,
