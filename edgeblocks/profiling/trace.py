@@ -8,19 +8,13 @@ the network, this package's code or torch change, and planning or sampling again
 """
 
 import contextlib
-import functools
-import hashlib
 import importlib
 import json
 import math
-import os
-import platform
 import subprocess
 import sys
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from importlib import metadata, resources
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, get_args
@@ -31,11 +25,13 @@ from edgeblocks.children import python_module
 from edgeblocks.errors import EdgeblocksError, is_refusal
 from edgeblocks.methods import MethodName, Precision
 from edgeblocks.planning.layer_costs import Growth, LayerCosts, StepCost
+from edgeblocks.profiling.kept_answers import fingerprint, keep_answer, kept_answer
 from edgeblocks.registry import build_family, build_target, import_own_family, own_family
 
 if TYPE_CHECKING:
     import torch
 
+    from edgeblocks.families.base import DataInfo
     from edgeblocks.families.family import Family
 
 RUN_TO_RUN_BYTES = 3_000_000
@@ -66,6 +62,14 @@ class NoRoomToTraceError(Exception):
     """The process that traces has too little room: it was not started, or was refused memory."""
 
 
+def shapes_of(data: "DataInfo") -> dict[str, object]:
+    """What of a data set shapes a network's tensors: sets that differ in nothing else, as in their mean, share answers.
+
+    Its fields, with 1 in the place of numbers that are not whole.
+    """
+    return {name: 1.0 if isinstance(value, float) else value for name, value in asdict(data).items()}
+
+
 def trace_in_subprocess(
     family_name: str,
     settings: Mapping[str, object],
@@ -94,8 +98,8 @@ def trace_in_subprocess(
     request: dict[str, Any] = {"family": family_name, "settings": settings, "data": data, "method": method}
     request |= {"precision": precision, "device": device}
     request["own_family"] = own_family(family_name)
-    kept = {count: cache / f"costs-{_fingerprint(request, count)}.json" for count in sample_counts} if cache else {}
-    answers = {count: answer for count, path in kept.items() if (answer := _kept_answer(path)) is not None}
+    kept = {count: cache / f"costs-{fingerprint([request, count])}.json" for count in sample_counts} if cache else {}
+    answers = {count: answer for count, path in kept.items() if (answer := _known(path)) is not None}
     missing = sorted(set(sample_counts) - answers.keys())
     if missing:
         if room_bytes is not None and room_bytes < TRACING_BYTES:
@@ -107,7 +111,7 @@ def trace_in_subprocess(
                 **{kind: [one for one in traced[kind] if one["samples"] == count] for kind in _KINDS},
             }
             if count in kept:
-                _keep(kept[count], answers[count])
+                keep_answer(kept[count], answers[count])
     parsed = [_parse_answer(answers[count]) for count in sorted(answers)]
     steps: dict[str, Any] = {
         kind: tuple(step for one in parsed for step in getattr(one.costs, kind)) for kind in _KINDS
@@ -133,41 +137,15 @@ def _ask_child(request: Mapping[str, object]) -> dict[str, Any]:
     return answer
 
 
-def _kept_answer(path: Path) -> dict[str, Any] | None:
+def _known(path: Path) -> dict[str, Any] | None:
     """A former answer; None where there is none, or a damaged one."""
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
-        text, _, digest = path.read_text().rstrip().rpartition("\n")
-        # A damaged answer would be a plan that does not fit; asking again takes seconds.
-        if digest == hashlib.sha256(text.encode()).hexdigest():
-            answer: dict[str, Any] = json.loads(text)
+    answer = kept_answer(path)
+    # A damaged answer would be a plan that does not fit; asking again takes seconds.
+    with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):
+        if answer is not None:
             _parse_answer(answer)
             return answer
     return None
-
-
-def _keep(path: Path, answer: Mapping[str, object]) -> None:
-    text = json.dumps(answer)
-    with contextlib.suppress(OSError):  # a full or read-only cache costs time only
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".partial", delete=False) as file:
-            file.write(f"{text}\n{hashlib.sha256(text.encode()).hexdigest()}\n")
-        # In one piece: another process may look for the answer while it is written.
-        Path(file.name).replace(path)
-
-
-def _fingerprint(request: Mapping[str, object], samples: int) -> str:
-    """Changes with everything that an answer depends on: the request, the code, torch, the threads of a step."""
-    threads = [os.environ.get("OMP_NUM_THREADS"), os.cpu_count(), platform.machine()]
-    about = [request, samples, _code_digest(), metadata.version("torch"), sys.version, threads]
-    return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:32]
-
-
-@functools.cache
-def _code_digest() -> str:
-    """Of the source of the whole package: costs come from families, offload, optim and training together."""
-    package = resources.files("edgeblocks")
-    assert isinstance(package, Path)
-    return hashlib.sha256(b"".join(path.read_bytes() for path in sorted(package.rglob("*.py")))).hexdigest()
 
 
 def _parse_answer(answer: Mapping[str, Any]) -> Traced:
