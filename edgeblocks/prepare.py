@@ -12,11 +12,13 @@ from edgeblocks.families.base import DataInfo, ImageInfo, TextInfo
 from edgeblocks.methods import METHODS, Master
 from edgeblocks.offload.device import Target
 from edgeblocks.optim.cuda_step import choice_on
+from edgeblocks.planning.corrections import corrected_by_run
 from edgeblocks.planning.layer_costs import LayerCosts
 from edgeblocks.planning.planner import make_plan
 from edgeblocks.planning.plans import FEWEST_GOOD_LAYERS, Machine, Plan, PlanRequest
 from edgeblocks.planning.reasons import reason
 from edgeblocks.profiling.budgets import TOGETHER_ABOVE_BYTES, budgets_here, budgets_of, with_budgets
+from edgeblocks.profiling.kept_steps import KeptSteps
 from edgeblocks.profiling.looks import expected_looks, grid_sample_bytes, pass_seconds, quality_bytes
 from edgeblocks.profiling.measurement import (
     check_precision,
@@ -24,6 +26,7 @@ from edgeblocks.profiling.measurement import (
     planning_does_not_fit,
     trace_costs,
     with_precision,
+    with_timed_block,
 )
 from edgeblocks.progress import Listener
 from edgeblocks.registry import build_family, build_target, family_type
@@ -98,6 +101,12 @@ class Prepared:
         return self.plan.predicted_s + expected_looks(run, family, self.partition, self.data_set).seconds(pass_s)
 
     @property
+    def whole_range_s(self) -> tuple[float, float]:
+        """The shortest and the longest time to expect of the whole run."""
+        correction = self.machine.correction
+        return correction.least * self.whole_s, correction.most * self.whole_s
+
+    @property
     def reason(self) -> str:
         """Why the plan is as it is, in words."""
         run = self.settings.run
@@ -119,7 +128,10 @@ class Prepared:
         content = self.written_plan.to_json()
         content |= {"why": self.reason.removeprefix("why: "), "predicted_s": self.whole_s}
         content["gb_written_a_day"] = self.plan.written_a_day_bytes / 1e9
-        if self.profile is not None:
+        if self.profile is None:
+            content["predicted_range_s"] = list(self.whole_range_s)
+        else:
+            del content["predicted_step_range_s"]  # its times are a bound
             content["target"] = self.profile.model_dump()
             content["host_breakdown"] = self.plan.chosen.host_breakdown
         return content
@@ -150,8 +162,9 @@ def prepare(settings: Settings, out: Path, listener: Listener, *, speeds: Machin
     settings = with_precision(settings, data, device=target.torch_device, half=target.half_precision())
     folder = existing_folder(Path(run.work_dir or out))
     costs, machine = measure(settings, data, folder, target, budget_bytes=budgets[1] or budgets[0])
-    machine = machine if speeds is None else machine.at_speeds_of(speeds)
-    plan = _plan_within(costs, machine, _request_on(data_set, settings, data, budgets))
+    request = _request_on(data_set, settings, data, budgets)
+    machine = _with_step_times(settings, data, costs, machine, request, target, speeds=speeds)
+    plan = _plan_within(costs, machine, request)
     plan = _with_gpu_warnings(plan, elsewhere=False)
     if machine.host is not None and run.optimizer == "adamw8bit":
         listener.note(_eight_bit_step_on(target.torch_device, run.master))
@@ -343,6 +356,7 @@ def replan(
         _request_on(data_set, settings, data, budgets),
         blocks=len(former.layers_per_block),
     )
+    machine = _with_step_times(settings, data, costs, machine, request, target)
     try:
         # Another micro-batch sums gradients in another order, and then the last bits of every weight differ.
         return _plan_within(costs, machine, replace(request, micro_batch=former.micro_batch, checkpointing=None))
@@ -359,6 +373,32 @@ def replan(
             error.as_fixed_bytes,
             flag=error.flag,
         ) from error
+
+
+def _with_step_times(
+    settings: Settings,
+    data: DataInfo,
+    costs: LayerCosts,
+    machine: Machine,
+    request: PlanRequest,
+    target: Target,
+    *,
+    speeds: Machine | None = None,
+) -> Machine:
+    """The machine, with what the network's steps took here: the smallest block's now, or those of a run before.
+
+    Args:
+        speeds: as of `prepare`. What was kept of this network is taken only where those speeds rest on a run as well:
+            one real time and one predicted one are no comparison.
+    """
+    if speeds is None:
+        machine = with_timed_block(settings, data, costs, machine, target, budget_bytes=request.budget_bytes)
+    else:
+        machine = machine.at_speeds_of(speeds)
+    known = KeptSteps(settings, data, device=target.torch_device).read()
+    if known is None or (speeds is not None and speeds.correction.origin != "run"):
+        return machine
+    return corrected_by_run(machine, costs, request, known)
 
 
 def _request_on(data_set: DataSet, settings: Settings, data: DataInfo, budgets: tuple[int, int | None]) -> PlanRequest:

@@ -86,7 +86,7 @@ def examine(
         disk=disk,
         gpus=None if gpus.value is None else tuple(Gpu(**gpu) for gpu in gpus.value["gpus"]),
         gpu_note=None if gpus.value is None else gpus.value["note"],
-        machine=None if machine.value is None else Machine(**machine.value),
+        machine=None if machine.value is None else Machine.of(machine.value),
         versions=versions,
         training=None if training.value is None else tuple(TrainingUse(**use) for use in training.value),
         kernels=kernels,

@@ -209,7 +209,7 @@ def _plan_preset(name: str, asked: Mapping[str, Any]) -> dict[str, object]:
     costs = trace.trace_without_compiler(
         build_family(**preset["family"]), sorted({sizes[0], sizes[len(sizes) // 2], 1})
     )
-    machine = Machine(**asked["machine"])
+    machine = Machine.of(asked["machine"])
     own_peak_bytes = build_target("cpu").peak_bytes() + trace.RUN_TO_RUN_BYTES
     machine = replace(machine, planning_bytes=max(machine.planning_bytes, own_peak_bytes))
     budget_bytes = int(asked["budget_bytes"])

@@ -8,8 +8,11 @@ from edgeblocks.terminal import one_line
 from edgeblocks.units import format_bytes, format_count, format_duration
 
 if TYPE_CHECKING:
-    from edgeblocks.planning.plans import Candidate, Plan
+    from edgeblocks.planning.plans import Candidate, Correction, Plan
     from edgeblocks.prepare import Prepared
+
+MUCH_WAITING = 0.2
+"""The share of a measurement in which other programs had the processor from which on a plan says so."""
 
 
 def banner(prepared: "Prepared") -> str:
@@ -142,21 +145,35 @@ def _planning_lines(plan: "Plan") -> list[str]:
 
 
 def _time_line(prepared: "Prepared") -> str:
-    """An estimate from measured speeds, or a bound from those of a profile."""
+    """What to expect by what was measured here, or a bound from the speeds of a profile."""
     plan, steps = prepared.plan, prepared.settings.run.steps
-    total, written = format_duration(prepared.whole_s), format_bytes(plan.chosen.bytes_written)
+    least, most = map(format_duration, prepared.whole_range_s)
+    written = format_bytes(plan.chosen.bytes_written)
     looking_s = prepared.whole_s - plan.predicted_s
     looking = f"{format_duration(looking_s)} of it for samples and evaluation, " if looking_s >= 1 else ""
     which = f"{steps} steps" if plan.method.trained_together else f"{steps} steps of each block"
     streamed = plan.chosen.slots < plan.chosen.blocks
     moving = f"{plan.stall_share:.1%} of it moving {plan.method.part}s, " if streamed else ""
     if prepared.profile is None:
-        return f"time: about {total} here for {which}, {looking}{moving}about {written} written to disk"
+        why = _why_that_long(plan.machine.correction)
+        return f"time: about {least} to {most} here for {which}{why}, {looking}{moving}about {written} written to disk"
+    total = format_duration(prepared.whole_s)
     step = format_duration(plan.chosen.step_s + plan.chosen.streaming_s)
     return (
         f"time: at most about {step} a step, {total} for {which} (a bound from the profile's "
         f"sustained speeds, not a measurement), {looking}{moving}about {written} written to disk"
     )
+
+
+def _why_that_long(correction: "Correction") -> str:
+    """What a time rests on, where that is no usual measurement."""
+    if correction.origin == "run":
+        return " (as steps took in a run on this machine)"
+    if correction.waited >= MUCH_WAITING:
+        return (
+            f" (so uncertain because other programs had the processor for {correction.waited:.0%} of the measurement)"
+        )
+    return ""
 
 
 def _disk_line(plan: "Plan") -> str:

@@ -1,9 +1,9 @@
 """What planning takes and gives, as values: a machine, the user's request, the candidates, the plan."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any, Literal, Self
 
 from edgeblocks.methods import DIFFUSION, BoundaryDtype, BoundaryTier, Clipping, Master, Method, Precision
 from edgeblocks.planning.layer_costs import LayerCosts
@@ -22,6 +22,28 @@ class Host:
     memory_bytes: int
     link_bytes_per_s: float
     """Copies in one direction, from page-locked memory."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Correction:
+    """By what the model of a step's time (`step_times`) is multiplied, and how far a real time may be from it.
+
+    Found by running a part of the network here, or from a run that was made here; see `step_times`.
+    """
+
+    samples: float = 1.0
+    """On what grows with the samples: arithmetic, and activations that are written and read."""
+    passes: float = 1.0
+    """On what a micro-batch of any size takes: starts of kernels, and reading the weights."""
+    steps: float = 1.0
+    """On all of a step."""
+    least: float = 0.5
+    most: float = 3.0
+    """The shortest and the longest time to expect, as shares of the predicted one."""
+    origin: Literal["model", "block", "run"] = "model"
+    """What was run: nothing of this network, its smallest block, or whole steps."""
+    waited: float = 0.0
+    """The share of that time in which other programs had the processor, which makes the range wide."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,10 +67,15 @@ class Machine:
     """Of the child process and this one at a time, code that both use counted once; 0 where nothing was traced."""
     update_s_per_parameter: float = UPDATE_S_PER_PARAMETER
     half_gain: float | None = None
-    """How many times as fast as in float32 the network's smallest block is in half precision, where it computes in it.
-    `flops_per_s` is then with it."""
+    """How many times as fast as in float32 the network's smallest block is in half precision, where it computes so."""
     host: Host | None = None
     """None where the device's memory is the process's own."""
+    correction: Correction = Correction()
+
+    @classmethod
+    def of(cls, fields: Mapping[str, Any]) -> Self:
+        """From `asdict` of a machine without a host, as JSON has it."""
+        return cls(**{**fields, "correction": Correction(**fields["correction"])})
 
     def at_speeds_of(self, other: "Machine") -> "Machine":
         """The same with another measurement's speeds: those of one moment differ from those of the next."""
@@ -65,6 +92,7 @@ class Machine:
             checksum_s_per_byte=other.checksum_s_per_byte,
             update_s_per_parameter=other.update_s_per_parameter,
             host=host,
+            correction=other.correction,
         )
 
 
@@ -258,6 +286,12 @@ class Plan:
     def stall_share(self) -> float:
         """The part of the time that loading and storing are expected to take."""
         return self.chosen.streaming_s / (self.chosen.step_s + self.chosen.streaming_s)
+
+    @property
+    def step_range_s(self) -> tuple[float, float]:
+        """The shortest and the longest time to expect of a step's computing."""
+        correction = self.machine.correction
+        return correction.least * self.chosen.step_s, correction.most * self.chosen.step_s
 
     @property
     def written_a_day_bytes(self) -> float:

@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 
 from edgeblocks.planning.layer_costs import LayerCosts, at_samples
-from edgeblocks.planning.plans import Cut, PlanRequest, streaming_share, trained_stages
+from edgeblocks.planning.plans import Cut, Machine, PlanRequest, streaming_share, trained_stages
 from edgeblocks.planning.stage_order import Traffic, traffic_of_a_step
 
 _WEIGHT_BYTES = 20
@@ -19,28 +19,50 @@ clipping, on one thread of an AMD EPYC."""
 
 
 def predicted_step_s(cut: Cut) -> float:
-    """Seconds of one optimizer step of a block: arithmetic, memory traffic and kernel starts.
+    """Seconds of one optimizer step of a block: arithmetic, memory traffic and kernel starts, corrected by what was
+    measured.
 
     A backward pass costs twice a forward pass; activation checkpointing adds one more forward pass through the layers.
     A kernel reads about twice what it writes. Every micro-batch reads the weights in both passes and adds to the
-    gradients; clipping, optimizer and EMA pass over the parameters once a step. No speed is known better than to a
-    factor of 1.5 on a machine that others use too.
+    gradients; clipping, optimizer and EMA pass over the parameters once a step.
     """
-    costs, machine, num_layers, batch = cut.costs, cut.machine, cut.num_layers, cut.request.batch
-    traces = costs.checkpointed if cut.checkpointing else costs.plain
-    flops = 3 * costs.forward_flops_per_sample(num_layers)
-    flops += num_layers * costs.layer_flops_per_sample if cut.checkpointing else 0
-    accumulation = math.ceil(batch / cut.micro_batch)
-    touched = accumulation * at_samples(traces, cut.micro_batch, lambda cost: cost.touched_bytes.at(num_layers))
-    weights = accumulation * _WEIGHT_BYTES * cut.parameters
-    operators = accumulation * at_samples(traces, cut.micro_batch, lambda cost: cost.operators.at(num_layers))
-    arithmetic_s = batch * flops / machine.flops_per_s
-    traffic_s = (3 * touched + (_CACHED if machine.host is None else 1) * weights) / machine.memory_bytes_per_s
-    return arithmetic_s + traffic_s + operators * machine.operator_s + _update_s(cut)
+    return cut.machine.correction.steps * (_passes_s(cut) + _update_s(cut))
+
+
+def _passes_s(cut: Cut) -> float:
+    """Of a step, all micro-batches forward and backward."""
+    correction = cut.machine.correction
+    with_samples_s, with_passes_s = modelled(
+        cut.costs,
+        cut.machine,
+        num_layers=cut.num_layers,
+        batch=cut.request.batch,
+        micro_batch=cut.micro_batch,
+        checkpointing=cut.checkpointing,
+    )
+    return correction.samples * with_samples_s + correction.passes * with_passes_s
 
 
 def _update_s(cut: Cut) -> float:
     return cut.parameters * cut.machine.update_s_per_parameter * (ROUNDED_UPDATE if cut.is_rounded else 1)
+
+
+def modelled(
+    costs: LayerCosts, machine: Machine, *, num_layers: int, batch: int, micro_batch: int, checkpointing: bool
+) -> tuple[float, float]:
+    """Seconds of a batch forward and backward: of what grows with the samples, and of what each micro-batch takes."""
+    traces = costs.checkpointed if checkpointing else costs.plain
+    flops = 3 * costs.forward_flops_per_sample(num_layers)
+    flops += num_layers * costs.layer_flops_per_sample if checkpointing else 0
+    accumulation = math.ceil(batch / micro_batch)
+    touched = accumulation * at_samples(traces, micro_batch, lambda cost: cost.touched_bytes.at(num_layers))
+    operators = accumulation * at_samples(traces, micro_batch, lambda cost: cost.operators.at(num_layers))
+    weights = accumulation * _WEIGHT_BYTES * costs.parameters(num_layers)
+    weights *= _CACHED if machine.host is None else 1
+    return (
+        batch * flops / machine.flops_per_s + 3 * touched / machine.memory_bytes_per_s,
+        operators * machine.operator_s + weights / machine.memory_bytes_per_s,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,11 +85,11 @@ def staged_step(cut: Cut, ram_blocks: int) -> StagedStep:
     """
     costs, machine, request, blocks, parameters = cut.costs, cut.machine, cut.request, cut.blocks, cut.parameters
     trained = trained_stages(request.trained, blocks)
-    stage_s = predicted_step_s(cut)
     passed = sum(not is_trained for is_trained in trained[trained.index(True) :])
     forward_s = request.batch * costs.num_layers * costs.layer_flops_per_sample / machine.flops_per_s
-    step_s = sum(trained) * stage_s + passed * 2 / 3 * (stage_s - _update_s(cut))
-    step_s += (blocks - 1) / blocks * forward_s
+    step_s = sum(trained) * (_passes_s(cut) + _update_s(cut)) + passed * 2 / 3 * _passes_s(cut)
+    step_s += (blocks - 1) / blocks * forward_s * machine.correction.samples
+    step_s *= machine.correction.steps
     late = request.clip_by == "network"
     weights_bytes, rest_bytes = cut.weights_bytes, cut.weights_bytes + cut.moment_bytes
     traffic = traffic_of_a_step(trained, cut.slots, late=late, in_ram=ram_blocks)

@@ -2,6 +2,7 @@
 
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -11,9 +12,11 @@ from edgeblocks.errors import ConfigError, DoesNotFitError, is_refusal
 from edgeblocks.families.base import DataInfo
 from edgeblocks.methods import Precision
 from edgeblocks.offload.device import Target
-from edgeblocks.planning.layer_costs import LayerCosts, at_samples
+from edgeblocks.planning.corrections import corrected_by_block
+from edgeblocks.planning.layer_costs import LayerCosts
 from edgeblocks.planning.plans import Machine, micro_batches
 from edgeblocks.profiling import trace
+from edgeblocks.profiling.block_step import bytes_to_time, samples_to_time, time_block
 from edgeblocks.profiling.budgets import TOGETHER_ABOVE_BYTES, room_beside
 from edgeblocks.profiling.precisions import WORTH_IT, half_gain, warm_up
 from edgeblocks.profiling.warmup_step import run_warmup_step
@@ -23,8 +26,6 @@ from edgeblocks.units import advised_budget, format_bytes, who_holds
 
 MEASURING_BYTES = 28_000_000
 """More than the code of kernels that measuring the machine brings into this process, measured 20 MB."""
-LARGEST_MEASURED_BYTES = 32_000_000
-"""Of the activations with which float32 and half precision are compared."""
 
 
 def measure(
@@ -54,8 +55,11 @@ def measure(
     Image.init()  # what saving pictures will need belongs to the runtime's share
     if target.host_bytes() is not None:
         family = build_family(run.family, asdict(settings.family), asdict(data), run.method)
+        # What is timed later loads its code now, before the runtime's share is measured.
+        samples, _ = samples_to_time(family, traced.costs, run.batch)
+        what = family, run.optimizer, target.torch_device
         try:
-            run_warmup_step(family, run.optimizer, target.torch_device, precision=precision_of(run), master=run.master)
+            run_warmup_step(*what, samples=samples, precision=precision_of(run), master=run.master)
         except (MemoryError, RuntimeError) as error:
             # A network of which the device does not hold a block is refused below, by the plan, with the numbers.
             if not is_refusal(error):
@@ -63,9 +67,6 @@ def measure(
     if precision_of(run) != "fp32":
         warm_up(target, precision_of(run))  # before the runtime's share is measured
     machine = measured_machine(target, folder)
-    if precision_of(run) != "fp32":
-        gain = _gain(settings, data, traced.costs, device=target.torch_device)
-        machine = replace(machine, flops_per_s=machine.flops_per_s * gain, half_gain=gain)
     # A second plan, as of the other method, begins with the kernels' code that measuring brought in.
     held_bytes = max(held_bytes, target.host_used_bytes())
     return traced.costs, replace(
@@ -130,17 +131,42 @@ def _in_precision(settings: Settings, precision: Precision) -> Settings:
 
 
 def _gain(settings: Settings, data: DataInfo, costs: LayerCosts, *, device: str) -> float:
-    """`half_gain` of a network, with as many samples as are sure to stay below what any plan needs."""
+    """`half_gain` of a network."""
     run = settings.run
     family = build_family(run.family, asdict(settings.family), asdict(data), run.method)
-
-    def peak_bytes(samples: int) -> float:
-        return at_samples(costs.plain, samples, lambda cost: cost.peak_bytes.at(family.layer_period))
-
-    most = LARGEST_MEASURED_BYTES // (1 if run.precision == "fp32" else 2)
-    samples = next((size for size in micro_batches(run.batch) if peak_bytes(size) <= most), 1)
+    # Costs in half precision are half of those in float32, which is measured as well.
+    samples = max(samples_to_time(family, costs, run.batch)[0]) // (1 if run.precision == "fp32" else 2)
     half: Precision = "fp16" if run.precision == "fp16" else "bf16"
-    return half_gain(family, half, samples=samples, device=device)
+    return half_gain(family, half, samples=max(1, samples), device=device)
+
+
+def with_timed_block(
+    settings: Settings, data: DataInfo, costs: LayerCosts, machine: Machine, target: Target, *, budget_bytes: int
+) -> Machine:
+    """The machine, with the model of a step's time corrected by what the network's smallest block takes on it now.
+
+    Args:
+        budget_bytes: of the device's memory. A block that does not fit it is not run: no plan will.
+    """
+    run = settings.run
+    family = build_family(run.family, asdict(settings.family), asdict(data), run.method)
+    samples, checkpointing = samples_to_time(family, costs, run.batch)
+    what: dict[str, Any] = {"samples": samples, "checkpointing": checkpointing}
+    what |= {"optimizer": run.optimizer, "master": run.master}
+    if target.used_bytes() + bytes_to_time(family, costs, **what) > budget_bytes:
+        return machine
+    former_peak_bytes, former_bytes, device = target.host_peak_bytes(), target.host_used_bytes(), target.torch_device
+    if precision_of(run) != "fp32":
+        machine = replace(machine, half_gain=_gain(settings, data, costs, device=device))
+    timed = time_block(family, device, precision=precision_of(run), **what)
+    target.give_back()
+    peak_bytes = target.host_peak_bytes()
+    return replace(
+        corrected_by_block(machine, costs, timed),
+        planning_bytes=max(machine.planning_bytes, peak_bytes if peak_bytes > former_peak_bytes else 0),
+        # A second plan, as of the other method, begins with the kernels' code that this brought in.
+        planning_together_bytes=machine.planning_together_bytes + max(0, target.host_used_bytes() - former_bytes),
+    )
 
 
 def measured_machine(target: Target, folder: Path | None) -> Machine:
@@ -163,9 +189,7 @@ def trace_costs(settings: Settings, data: DataInfo, *, device: str, room_bytes: 
     counts = {sizes[0], sizes[len(sizes) // 2], 1}
     if settings.run.micro_batch != "auto":
         counts.add(min(settings.run.micro_batch, settings.run.batch))
-    # An image set's mean and scale shape no tensor: sets that differ in nothing else share an answer.
-    shapes = {name: 1.0 if isinstance(value, float) else value for name, value in asdict(data).items()}
-    fields = (settings.run.family, asdict(settings.family), shapes, sorted(counts))
+    fields = (settings.run.family, asdict(settings.family), trace.shapes_of(data), sorted(counts))
     method, precision = settings.run.method, precision_of(settings.run)
     return trace.trace_in_subprocess(
         *fields,

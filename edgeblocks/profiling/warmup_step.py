@@ -14,14 +14,11 @@ from collections.abc import Sequence
 
 import torch
 
-from edgeblocks.families.base import Batch
 from edgeblocks.families.family import Family
 from edgeblocks.families.precision import computing_in
 from edgeblocks.methods import Master, Precision
-from edgeblocks.offload.block_buffer import BlockBuffer, BlockLayout, Optimizer, bind_parameters_
-from edgeblocks.offload.float32_copy import Float32Copy
-from edgeblocks.optim.adamw import Workspace
-from edgeblocks.optim.update import clip_, update_
+from edgeblocks.offload.block_buffer import Optimizer
+from edgeblocks.profiling.block_step import BlockStep, example_batch
 
 
 def run_warmup_step(
@@ -33,49 +30,15 @@ def run_warmup_step(
     precision: Precision = "fp32",
     master: Master = "fp32",
 ) -> None:
-    """Train the smallest block of a family on zeros for a few steps, and look at it; nothing is kept.
+    """Train the smallest block of a family on made-up examples for a few steps, and look at it; nothing is kept.
 
     Args:
         samples: examples of a step, one number a kind of step that is to come.
     """
-    with torch.device("meta"):
-        network = family.block(num_layers=family.layer_period, checkpointing=False)
-    with torch.device(device):
-        network.reset_tables_()
-    layout = BlockLayout.of(network, optimizer, master=master)
-    buffer = BlockBuffer(layout, allocate=lambda size: torch.zeros(size, dtype=torch.uint8, device=device))
-    gradients = torch.zeros(layout.num_parameters, device=device)
-    rounds = layout.is_rounded
-    workspace = Workspace.for_device(device, rounds=rounds) if layout.num_quantized or rounds else None
-    buffer.flat("weights").normal_(std=0.02)
-    weights = Float32Copy([layout], buffer.device).hold_(buffer, "weights") if rounds else buffer
-    bind_parameters_(network, weights.tensors("weights"), gradients)
+    step = BlockStep(family, device, num_layers=family.layer_period, optimizer=optimizer, master=master)
     # Twice at least: some kernels are only loaded when there are moments.
-    for step, count in enumerate((samples[0], *samples)):
-        batch = zeros(family, count, device)
-        with computing_in(precision, device):
-            loss = family.loss(network, batch)
-        loss.sum().backward()  # type: ignore[no-untyped-call]
-        del loss  # its activations are gone before the next, larger ones come
-        # A noise level of 0 has an infinite logarithm: gradients are NaN, and the update is to run on numbers.
-        gradients.nan_to_num_()
-        clip_(gradients, 1.0)
-        update_(
-            buffer,
-            gradients,
-            step=step,
-            learning_rate=1e-3,
-            weight_decay=0.1,
-            exponent=6.94,
-            workspace=workspace,
-            position=(0, "warm-up"),
-        )
-        gradients.zero_()
+    for count in (samples[0], *samples):
+        step.forward_and_backward(example_batch(family, count, device), precision)
+        step.update_()
     with torch.no_grad(), computing_in(precision, device):
-        family.loss(network.eval(), zeros(family, 1, device))
-
-
-def zeros(family: Family, count: int, device: str) -> Batch:
-    """A batch of so many examples, all zeros."""
-    spec = family.batch_spec(count).items()
-    return {name: torch.zeros(shape, dtype=dtype, device=device) for name, (shape, dtype) in spec}
+        family.loss(step.network.eval(), example_batch(family, 1, device))

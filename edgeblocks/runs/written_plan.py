@@ -90,6 +90,10 @@ class WrittenPlan(Checked):
     parameters: Count | None = None
     predicted_peak_bytes: Count | None = None
     predicted_step_s: Seconds | None = None
+    predicted_step_range_s: Annotated[list[Seconds], Field(min_length=2, max_length=2)] | None = None
+    """The shortest and the longest to expect; None in a plan of an earlier edgeblocks."""
+    measured_step_s: Seconds | None = None
+    """What the first steps took, without waiting for blocks; None before they are made."""
     breakdown: Breakdown | None = None
     ram_budget_bytes: Count | None = None
     """None where the device is the host, as in the next three."""
@@ -176,6 +180,7 @@ def written_plan(plan: Plan, noise_ranges: Sequence[NoiseRange]) -> TrainablePla
         parameters=plan.parameters,
         predicted_peak_bytes=chosen.predicted_peak_bytes,
         predicted_step_s=chosen.step_s,
+        predicted_step_range_s=list(plan.step_range_s),
         breakdown=chosen.breakdown,
         machine=_written_machine(plan.machine),
         warnings=list(plan.warnings),
@@ -185,10 +190,10 @@ def written_plan(plan: Plan, noise_ranges: Sequence[NoiseRange]) -> TrainablePla
 
 
 def _written_machine(machine: Machine) -> dict[str, JsonValue]:
-    """Without a host, what was measured of it."""
+    """Where the device has a host, that too."""
     content = asdict(machine)
     if machine.host is None:
-        del content["host"], content["update_s_per_parameter"]
+        del content["host"]
     return content
 
 

@@ -17,7 +17,7 @@ from edgeblocks.runs.open_data import open_run_data
 from edgeblocks.runs.prolonging import check_prolonging, prolong
 from edgeblocks.runs.written_plan import written_plan
 from edgeblocks.training.session import at_steps
-from edgeblocks.units import format_bytes
+from edgeblocks.units import format_bytes, format_duration
 
 
 def is_finished(run: RunDirectory) -> bool:
@@ -70,7 +70,7 @@ def made_ready(
         run = prolong(run, steps_before=steps_before, saved=saved, note=listener.note)
     run.save_settings()
     run.drop_metrics_after(saved)
-    listener.note(f"resuming {run.path}: {at_steps(run, saved)} of {run.settings.run.steps}")
+    listener.note(f"resuming {run.path}: {at_steps(run, saved)} of {run.settings.run.steps}{_left(run, saved)}")
     changed = changed_environment(run)
     if changed is not None:
         listener.note(
@@ -78,6 +78,15 @@ def made_ready(
             f"another way, so its bits are not those that it would have had there"
         )
     return run, data_set, saved
+
+
+def _left(run: RunDirectory, saved: Sequence[int]) -> str:
+    """How long the steps to come will take, where the first ones were timed; moving blocks is not in it."""
+    step_s = run.plan.measured_step_s
+    if step_s is None:
+        return ""
+    left = run.steps_of_all - (saved[0] if run.method.trained_together else sum(saved))
+    return f"; a step took {format_duration(step_s)}, and {left} are left: about {format_duration(left * step_s)}"
 
 
 def _replanned_if_needed(

@@ -17,6 +17,7 @@ from edgeblocks.training.guard import Guard, refusals_explained
 from edgeblocks.training.interruption import Interrupted, Interruption
 from edgeblocks.training.loop import trainer_type
 from edgeblocks.training.previews import Previews
+from edgeblocks.training.real_steps import RealSteps
 from edgeblocks.training.summary import summary_of
 
 
@@ -56,6 +57,7 @@ def trained(
     with refusals_explained(target, budget_bytes, breakdown):
         store = run.store_with_meter()
         store.hold_folder()
+        real_steps = RealSteps(run, guard, listener.note, device=target.torch_device)
         trainer = trainer_type(run.method).open(run, data_set, store, guard, target.device)
         try:
             cap = target.capped(budget_bytes, untouched_bytes=untouched_bytes(run.precision))
@@ -66,7 +68,7 @@ def trained(
                 previews.after_visit(run.saved_steps(store))
                 steps = trainer.train(
                     interruption,
-                    on_step=partial(_on_step, listener, told, previews),
+                    on_step=partial(_on_step, listener, told, previews, real_steps),
                     between_visits=previews.after_visit,
                 )
                 if interruption.signal_name is None:
@@ -88,9 +90,12 @@ def trained(
     )
 
 
-def _on_step(listener: Listener, told: Callbacks, previews: Previews, progress: Progress) -> None:
+def _on_step(
+    listener: Listener, told: Callbacks, previews: Previews, real_steps: RealSteps, progress: Progress
+) -> None:
     """What hears of each step."""
     progress.looks_left_s = previews.left_s()
+    real_steps.see(progress)
     listener.step(progress)
     if told:
         told.tell(

@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 
 import pytest
 from typer.testing import CliRunner
@@ -148,7 +149,7 @@ def test_a_plan_for_a_laptop_is_a_processors():
     assert content["budget_bytes"] == build_profile("laptop-8gb").memory_bytes // 2
     assert content["tiers"].keys() == {"ram", "disk"}
     assert content["host_breakdown"] == {}
-    assert content["target"]["name"] == "laptop-8gb"
+    assert content["target"]["name"] == "laptop-8gb" and "predicted_step_range_s" not in content
     text = plan_text.banner(prepared)
     assert "run on a GPU" not in text
     assert re.search(r"^memory: predicted peak", text, re.MULTILINE)
@@ -156,14 +157,21 @@ def test_a_plan_for_a_laptop_is_a_processors():
 
 
 def test_a_plan_for_this_machine_has_the_disks_line():
-    """Here, too, the plan says how much lies on disk and how much is written a day; its time is no bound."""
+    """Here, too, the plan says how much lies on disk and how much is written a day; its time is a range, no bound."""
     prepared = edgeblocks.plan(mem_budget="2GB", depth=3, width=16, steps=20)
     text = plan_text.banner(prepared)
     assert re.search(r"^on disk: [\d.]+ [KM]B .*about [\d.]+ [KM]B written a day \(in all", text, re.MULTILINE)
-    assert "time: about" in text
+    assert re.search(r"^time: about .+ to .+ here for 20 steps of each block, ", text, re.MULTILINE)
     assert "bound" not in text
     content = prepared.to_json()
-    assert content.keys() - prepared.written_plan.to_json().keys() == {"gb_written_a_day", "predicted_s", "why"}
+    least_s, most_s = content["predicted_range_s"]
+    assert least_s < content["predicted_s"] < most_s
+    assert "other programs" not in text
+    machine = replace(prepared.machine, correction=replace(prepared.machine.correction, waited=0.784))
+    busy = replace(prepared, plan=replace(prepared.plan, machine=machine))
+    assert " because other programs had the processor for 78% of the measurement), " in plan_text.banner(busy)
+    only_shown = {"gb_written_a_day", "predicted_s", "predicted_range_s", "why"}
+    assert content.keys() - prepared.written_plan.to_json().keys() == only_shown
 
 
 def test_the_interface_of_python_plans_for_other_machines_too(tmp_path):
