@@ -158,6 +158,17 @@ def test_state_of_the_union(bench, tmp_path):
     assert texts == ["of 1790", "of 1791"]
 
 
+def test_step_times(bench, tmp_path):
+    """A case is planned and trained twice; the table has its times and says whether they were in the plan's range."""
+    case = {**TINY, "steps": 6, "data": "digits"}
+    told = bench("step_times", "times.jsonl", "--case", "tiny", CASES={"tiny": case})
+    row = {"case": "tiny", **json.loads(told.splitlines()[-1])}
+    assert [run["measured_s"] > 0 for run in row["runs"]] == [True, True]
+    (tmp_path / "times.jsonl").write_text(json.dumps(row) + "\n")
+    bench("step_times", "times.jsonl", "--only", "--table", "times.md", CASES={"tiny": case})
+    assert (tmp_path / "times.md").read_text().splitlines()[2].startswith("| tiny | ")
+
+
 def test_text_compressors(bench, tmp_path):
     (tmp_path / "sea.txt").write_text(" ".join(np.random.default_rng(0).choice(["white", "whale", "sea"], 2000)))
     assert "zlib" in bench("text_compressors", "sea.txt")
