@@ -17,6 +17,7 @@ import torch
 from edgeblocks.data.cache import cache_folder
 from edgeblocks.errors import StorageError
 from edgeblocks.families.base import DataInfo
+from edgeblocks.limits import MOST_LAYERS
 from edgeblocks.planning.corrections import MeasuredSteps
 from edgeblocks.profiling.kept_answers import fingerprint, keep_answer, kept_answer
 from edgeblocks.profiling.trace import shapes_of
@@ -38,7 +39,6 @@ class KeptSteps:
         network = [run.family, asdict(settings.family), shapes_of(data), run.method, precision_of(run), run.master]
         where = torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else device
         machine = [where, platform.node(), torch.get_num_threads(), torch.backends.cpu.get_cpu_capability()]
-        self._layers = settings.family.depth
         self._path: Path | None = None
         with contextlib.suppress(StorageError):  # nowhere to keep anything
             self._path = cache_folder() / f"{NAME}-{fingerprint([network, machine])}.json"
@@ -48,7 +48,7 @@ class KeptSteps:
         answer = None if self._path is None else kept_answer(self._path)
         with contextlib.suppress(KeyError, TypeError, ValueError):
             if answer is not None:
-                return _checked(answer, num_layers=self._layers)
+                return _checked(answer)
         return None
 
     def keep(self, measured: MeasuredSteps) -> None:
@@ -57,7 +57,7 @@ class KeptSteps:
             keep_answer(self._path, asdict(measured))
 
 
-def _checked(answer: Mapping[str, Any], *, num_layers: int) -> MeasuredSteps:
+def _checked(answer: Mapping[str, Any]) -> MeasuredSteps:
     """What `keep` wrote.
 
     Raises:
@@ -68,6 +68,6 @@ def _checked(answer: Mapping[str, Any], *, num_layers: int) -> MeasuredSteps:
     times = (found.short_s, found.step_s, found.long_s)
     if not (0 < times[0] <= times[1] <= times[2] and all(map(math.isfinite, times))):
         raise ValueError(f"{times} are not times")
-    if not (1 <= found.blocks <= num_layers and 1 <= found.micro_batch <= found.batch):
+    if not (1 <= found.blocks <= MOST_LAYERS and 1 <= found.micro_batch <= found.batch):
         raise ValueError(f"{found.blocks} blocks and a micro-batch of {found.micro_batch} of {found.batch}")
     return found
