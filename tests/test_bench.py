@@ -138,6 +138,12 @@ def test_kill_campaign(bench):
     assert "1 x SIGKILL" in bench("kill_campaign", "--kills", 1)
 
 
+def test_rounded_update(bench):
+    told = bench("rounded_update", "--layers", 1, "--rounds", 1, WIDTH=64)
+    assert [line.partition(",")[0] for line in told.splitlines()] == ["adamw8bit", "adamw"]
+    assert told.count("ns a parameter, bf16") == 2
+
+
 def test_scaling(bench, tmp_path):
     """The table from what was measured, as it is in docs/; and one more measurement."""
     shutil.copy(ROOT / "docs/scaling.jsonl", tmp_path)

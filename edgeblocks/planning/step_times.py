@@ -14,8 +14,8 @@ _CACHED = 3
 and 8 GB/s on a Xeon, where a micro-batch of 19M parameters took 0.12 s beyond its arithmetic."""
 
 ROUNDED_UPDATE = 1.75
-"""How many times as long an update takes where weights are rounded stochastically: 11 ns a parameter for 5, without
-clipping, on one thread of an AMD EPYC."""
+"""How many times as long an update takes where weights are rounded stochastically: 9 ns a parameter for 5, without
+clipping, on one thread of an AMD EPYC (tests/bench/rounded_update.py)."""
 
 
 def predicted_step_s(cut: Cut) -> float:
