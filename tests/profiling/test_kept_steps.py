@@ -9,6 +9,7 @@ import torch
 from support.given_settings import resolve
 
 from edgeblocks.families.base import ImageInfo
+from edgeblocks.limits import MOST_LAYERS
 from edgeblocks.planning.corrections import MeasuredSteps
 from edgeblocks.profiling.kept_answers import keep_answer
 from edgeblocks.profiling.kept_steps import NAME, KeptSteps
@@ -82,7 +83,7 @@ def test_a_file_that_was_cut_or_changed_is_no_answer(cache):
         {"long_s": float("inf")},
         {"long_s": float("nan")},
         {"step_s": "0.7"},
-        {"blocks": 5},
+        {"blocks": MOST_LAYERS + 1},
         {"blocks": 0},
         {"micro_batch": 17},
         {"trained": ["a"]},
