@@ -7,7 +7,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 from edgeblocks.families.precision import computing_in
-from edgeblocks.profiling.warmup_step import zeros
+from edgeblocks.profiling.block_step import example_batch
 from edgeblocks.registry import build_family
 from edgeblocks.seeds import generator_at
 
@@ -44,7 +44,7 @@ def step(name, method, precision, device="cpu", *, checkpointing=False):
     for parameter in block.parameters():
         parameter.grad = torch.zeros_like(parameter)
     with computing_in(precision, device), Calls() as calls:
-        loss = family.loss(block, zeros(family, 2, device)).sum()
+        loss = family.loss(block, example_batch(family, 2, device)).sum()
     loss.backward()
     return calls.kept
 

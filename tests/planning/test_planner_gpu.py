@@ -214,4 +214,4 @@ def test_plan_json_speaks_of_a_host_only_where_there_is_one():
     }
     assert of_gpu["candidates"][0].keys() - of_cpu["candidates"][0].keys() == {"host_breakdown", "ram_blocks"}
     assert of_cpu["tiers"].keys() == {"ram", "disk"}
-    assert of_cpu["machine"].keys() == asdict(MACHINE).keys() - {"host", "update_s_per_parameter"}
+    assert of_cpu["machine"].keys() == asdict(MACHINE).keys() - {"host"}

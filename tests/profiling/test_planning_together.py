@@ -36,10 +36,10 @@ def told_mb(done):
     ],
 )
 def test_a_large_network_takes_no_more_to_plan_than_is_told(settings, no_answers, tmp_path):
-    """Of which the sum seen is a good part: neither grows with the width, depth or vocabulary."""
+    """Of which the sum seen is a good part. Depth and vocabulary add nothing to it, width that of one layer."""
     done = largest_together(*EDGEBLOCKS, "plan", *settings, env=no_answers, cwd=tmp_path)
     assert done["code"] == 0, done["err"]
-    assert 0.8 * told_mb(done) < done["together_bytes"] / MB < min(told_mb(done), 600)
+    assert 0.8 * told_mb(done) < done["together_bytes"] / MB < min(told_mb(done), 700)
 
 
 @pytest.mark.slow
