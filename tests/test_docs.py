@@ -1,8 +1,6 @@
 """What the README and the pages of docs/ promise can be typed as it stands."""
 
 import re
-import subprocess
-import sys
 from itertools import pairwise
 
 import numpy as np
@@ -29,25 +27,16 @@ def family_defaults():
 
 
 @pytest.mark.slow
-def test_the_python_examples_run_as_printed(tmp_path):
-    """The README's lines train, sample, export and give the network in an empty directory."""
+def test_the_python_examples_work_in_their_order(tmp_path, monkeypatch, capsys, one_thread):
+    """The README's lines and those of docs/python.md, but for their budget, which this process alone passes."""
     first = code_after("test: python")
     assert first in page("docs/python.md")
-    parts = [first, "assert images.shape == (16, 8, 8, 1), images.shape"]
-    parts += [code_after(f"test: python, {name}") for name in ("network", "summary")]
-    done = subprocess.run(
-        [sys.executable, "-c", "\n".join(parts)], cwd=tmp_path, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    assert (tmp_path / "runs/python-onnx/manifest.json").exists()
-
-
-def test_the_python_examples_of_data_errors_and_listening_work(tmp_path, monkeypatch, capsys, one_thread):
-    """Those of docs/python.md, in this process, which alone takes more than their budget."""
     monkeypatch.chdir(tmp_path)
-    names = ("arrays", "pictures", "strings", "errors", "listener")
-    parts = ["import edgeblocks", *(code_after(f"test: python, {name}") for name in names)]
+    names = ("network", "summary", "arrays", "pictures", "strings", "errors", "listener")
+    others = [code_after(f"test: python, {name}") for name in names]
+    parts = [first, "assert images.shape == (16, 8, 8, 1), images.shape", *others]
     exec("\n".join(parts).replace('"1GB"', '"4GB"'), {})
+    assert (tmp_path / "runs/python-onnx/manifest.json").exists()
     lines = capsys.readouterr().out.splitlines()
     printed = re.findall(r"# (\(.*depht.*\))", page("docs/python.md"))
     assert printed and printed[0].replace('"', "").strip("(,)") in "".join(lines).replace('"', "")

@@ -274,7 +274,7 @@ def test_a_run_tells_classes_and_makes_no_images(resident):
         run.classify(np.zeros((2, 9, 8, 1), np.uint8))
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_training_learns_the_digits(tmp_path):
     """300 steps of two small blocks tell most digits, far above the tenth of guessing, and loss falls in each block."""
     settings = {**SMALL, "blocks": 2, "depth": 4, "patch": 2, "batch": 32, "learning_rate": 2e-3, "hold_out": 0.1}

@@ -11,7 +11,7 @@ from edgeblocks.errors import RunError
 from edgeblocks.runs.schema import check_manifest, checked, is_up_to
 from edgeblocks.runs.written_plan import TrainablePlan, check_plan
 
-CASES = 200 if settings.get_current_profile_name() == "thorough" else 60
+CASES = 200 if settings.get_current_profile_name() == "thorough" else 50
 MENDED = ("image cache", "token cache")
 """What is damaged there is made again."""
 JSON_VALUES = st.recursive(

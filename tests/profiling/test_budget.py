@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 from support.outside import EDGEBLOCKS, measured, measured_script
 
-THOROUGH = pytest.mark.thorough  # two of four shapes; tests/bench/budget_grid.py measures a hundred runs
+THOROUGH = pytest.mark.thorough  # three of four shapes; tests/bench/budget_grid.py measures a hundred runs
 BRIEF = ("--set", "hold_out=0.025", "--set", "sample_steps=4")
 """45 held-out digits, more than most micro-batches here: evaluating and sampling take as much memory as ever."""
 
@@ -118,6 +118,7 @@ def test_a_picture_too_large_for_the_budget_is_refused_and_a_larger_budget_decod
         pytest.param(["--batch", "64", "--set", "width=128", "--set", "hold_out=0.05"], marks=THOROUGH, id="narrow"),
         pytest.param(
             ["--batch", "32", "--set", "width=192", "--set", "image_size=16", "--set", "checkpointing=true"],
+            marks=THOROUGH,
             id="checkpointed",
         ),
         pytest.param(

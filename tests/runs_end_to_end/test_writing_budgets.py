@@ -55,9 +55,9 @@ def long(small):
 @pytest.mark.parametrize(
     ("verb", "name", "ending"),
     [
-        ("weights", "small", "safetensors"),
+        pytest.param("weights", "small", "safetensors", marks=pytest.mark.thorough),
         ("weights", "large", "safetensors"),
-        ("report", "small", "html"),
+        pytest.param("report", "small", "html", marks=pytest.mark.thorough),
         ("report", "long", "html"),
     ],
 )

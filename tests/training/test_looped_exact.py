@@ -70,6 +70,7 @@ def test_a_resumed_run_gives_the_bits_of_an_uninterrupted_one(run, tmp_path):
     assert_same_bits(run.path, tmp_path / "run", blocks=1)
 
 
+@pytest.mark.thorough
 def test_it_is_evaluated_and_exported(run, tmp_path):
     """`eval` tells what iterations are worth; the exported graph answers as torch does, which `export` compares."""
     rows = run.evaluate(samples=2)["curve"]
