@@ -97,8 +97,14 @@ def measured_peak_bytes(kind, num_layers, samples, settings=SETTINGS, data=DATA,
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("kind", ["plain", "checkpointed", "forward"])
+@pytest.mark.parametrize(
+    ("kind", "precision"),
+    [
+        *(("plain", precision) for precision in ("fp32", "bf16")),
+        *((kind, "fp32") for kind in ("checkpointed", "forward")),
+        *(pytest.param(kind, "bf16", marks=pytest.mark.thorough) for kind in ("checkpointed", "forward")),
+    ],
+)
 def test_the_traced_peak_is_what_a_real_step_takes(kind, precision):
     """A real step of 4 layers on 64 samples: the allocator's peak is the trace's to 0.1 %, the resident to 8 %.
 
