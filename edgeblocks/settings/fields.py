@@ -211,7 +211,7 @@ class RunSettings(BaseModel):
         default="float32",
         description="with method=exact: as what they are kept; bfloat16 halves them and rounds the gradients",
     )
-    precision: Precision | Literal["auto"] = Field(
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(  # in one, so that an error names them all
         default="fp32",
         description="numbers in which the network computes: bf16 and fp16 take half of the memory for activations, and "
         "less time where there are instructions for them; auto takes what pays here",

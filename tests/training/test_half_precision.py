@@ -217,6 +217,12 @@ def test_auto_is_decided_by_a_measurement_here_and_float32_elsewhere():
     assert [decided(precision) for precision in ("fp32", "bf16", "fp16")] == ["fp32", "bf16", "fp16"]
 
 
+def test_a_precision_that_does_not_exist_is_refused_with_those_that_do():
+    """`auto` among them."""
+    with pytest.raises(ConfigError, match="precision='fp8': input should be 'auto', 'fp32', 'bf16' or 'fp16'"):
+        decided("fp8")
+
+
 def test_auto_on_a_gpu_is_the_half_precision_that_it_has():
     """bfloat16 from compute capability 8 on, float16 before, where bfloat16 is refused; so for machines elsewhere."""
     assert [decided("auto", device="cuda", half=half) for half in ("bf16", "fp16")] == ["bf16", "fp16"]
