@@ -1,6 +1,7 @@
 """The errors a user can meet. Each message says what failed with the numbers, why, and what to do."""
 
 import difflib
+import errno
 from collections.abc import Iterable
 from typing import ClassVar
 
@@ -8,6 +9,10 @@ _REFUSALS = (
     *("allocate memory", "not enough memory", "out of memory", "bad_alloc", "can't start new thread"),
     *("could not create a primitive", "could not execute a primitive"),  # oneDNN, of bfloat16 matrices
 )
+_LOST_REFUSAL = "without exception set"
+"""What Python says where its own code was refused memory and lost the error, as in an import."""
+MAY_BE_REFUSALS = (MemoryError, RuntimeError, OSError, SystemError)
+"""The kinds of errors among which `is_refusal` finds those that mean it."""
 
 
 class EdgeblocksError(Exception):
@@ -95,9 +100,15 @@ class InterruptedRunError(EdgeblocksError):
 
 
 def is_refusal(error: BaseException) -> bool:
-    """Whether an error means that memory was refused: Python's and numpy's own, torch's allocators', the threads'."""
+    """Whether an error means that memory was refused: Python's and numpy's own, torch's allocators', the threads', the
+    system's.
+    """
     if isinstance(error, MemoryError):
         return True
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    if isinstance(error, SystemError):
+        return _LOST_REFUSAL in str(error)
     return isinstance(error, RuntimeError) and any(words in str(error) for words in _REFUSALS)
 
 

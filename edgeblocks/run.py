@@ -13,7 +13,7 @@ from edgeblocks.data.tokenizer import Tokenizer
 from edgeblocks.diffusion.autoregression import TokenChain
 from edgeblocks.diffusion.classification import classified_bytes, classified_together
 from edgeblocks.diffusion.solver import Solver
-from edgeblocks.errors import ConfigError, DoesNotFitError, OutOfBudgetError, is_refusal
+from edgeblocks.errors import MAY_BE_REFUSALS, ConfigError, DoesNotFitError, OutOfBudgetError, is_refusal
 from edgeblocks.families.base import TextInfo
 from edgeblocks.inference import sampling
 from edgeblocks.inference.block_runner import BlockRunner, EmaSource
@@ -148,7 +148,7 @@ class Run:
         try:
             with target.capped(budget_bytes, untouched_bytes=untouched_bytes(directory.precision)):
                 yield runner
-        except (MemoryError, RuntimeError) as error:
+        except MAY_BE_REFUSALS as error:
             if not is_refusal(error):
                 raise
             raise OutOfBudgetError(

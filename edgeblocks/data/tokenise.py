@@ -23,7 +23,7 @@ from edgeblocks.errors import ConfigError, EdgeblocksError, NoRoomToReadError
 
 SLACK_BYTES = 12_000_000
 """Beside what is counted: code of libraries, pieces of text on their way to the cache."""
-_PARTING_S = 0.5
+_PARTING_S = 0.3
 
 
 def tokenise_in_child(request: Mapping[str, object], progress: Progress) -> None:

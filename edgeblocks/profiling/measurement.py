@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from edgeblocks.data.cache import cache_folder
-from edgeblocks.errors import ConfigError, DoesNotFitError, is_refusal
+from edgeblocks.errors import MAY_BE_REFUSALS, ConfigError, DoesNotFitError, is_refusal
 from edgeblocks.families.base import DataInfo
 from edgeblocks.methods import Precision
 from edgeblocks.offload.device import Target
@@ -60,7 +60,7 @@ def measure(
         what = family, run.optimizer, target.torch_device
         try:
             run_warmup_step(*what, samples=samples, precision=precision_of(run), master=run.master)
-        except (MemoryError, RuntimeError) as error:
+        except MAY_BE_REFUSALS as error:
             # A network of which the device does not hold a block is refused below, by the plan, with the numbers.
             if not is_refusal(error):
                 raise

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, get_args
 import psutil
 
 from edgeblocks.children import python_module
-from edgeblocks.errors import EdgeblocksError, is_refusal
+from edgeblocks.errors import MAY_BE_REFUSALS, EdgeblocksError, is_refusal
 from edgeblocks.methods import MethodName, Precision
 from edgeblocks.planning.layer_costs import Growth, LayerCosts, StepCost
 from edgeblocks.profiling.kept_answers import fingerprint, keep_answer, kept_answer
@@ -331,7 +331,7 @@ def main() -> None:
         with bound:
             where = {"precision": request["precision"], "device": request["device"]}
             costs = asdict(trace_without_compiler(family, request["sample_counts"], **where))
-    except (MemoryError, RuntimeError) as error:
+    except MAY_BE_REFUSALS as error:
         if not is_refusal(error):
             raise
         print(json.dumps(_REFUSED))

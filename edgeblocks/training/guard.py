@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
-from edgeblocks.errors import OutOfBudgetError, is_refusal
+from edgeblocks.errors import MAY_BE_REFUSALS, OutOfBudgetError, is_refusal
 from edgeblocks.offload.device import Target
 from edgeblocks.planning.plans import StepShape
 from edgeblocks.units import format_bytes
@@ -95,7 +95,7 @@ class Guard:
         while True:
             try:
                 return work(self.before_step())
-            except (MemoryError, RuntimeError) as error:
+            except MAY_BE_REFUSALS as error:
                 if not is_refusal(error):
                     raise
             # Not in the except clause: there the error still holds the frames of `work`, and with them its activations.
@@ -157,7 +157,7 @@ def refusals_explained(memory: Target, budget_bytes: int, breakdown: dict[str, i
     """
     try:
         yield
-    except (MemoryError, RuntimeError) as error:
+    except MAY_BE_REFUSALS as error:
         if not is_refusal(error):
             raise
         raise out_of_budget(budget_bytes, memory.used_bytes(), breakdown, "memory was refused at the cap") from error

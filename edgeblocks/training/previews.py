@@ -9,7 +9,7 @@ from edgeblocks.callbacks import Evaluated, Sampled
 from edgeblocks.data import pictures
 from edgeblocks.data.dataset import DataSet
 from edgeblocks.diffusion.unmasking import texts_as_file
-from edgeblocks.errors import is_refusal
+from edgeblocks.errors import MAY_BE_REFUSALS, is_refusal
 from edgeblocks.families.base import TextInfo
 from edgeblocks.inference import metrics
 from edgeblocks.inference.block_runner import BlockRunner
@@ -83,7 +83,7 @@ class Previews:
         try:
             made = make(done)
         # A preview that is refused memory is left out; the training does without.
-        except (MemoryError, RuntimeError) as error:
+        except MAY_BE_REFUSALS as error:
             if not is_refusal(error):
                 raise
             self._guard.go_on_without(f"{what} at step {done}, which is left out")

@@ -1,5 +1,6 @@
 """A process that would pass its budget takes smaller steps instead, and ends saved when there are none."""
 
+import errno
 import json
 from dataclasses import dataclass
 
@@ -94,7 +95,11 @@ def test_refusals_are_told_from_other_errors():
     assert is_refusal(RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"))
     assert is_refusal(RuntimeError("can't start new thread"))
     assert not is_refusal(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+    assert is_refusal(OSError(errno.ENOMEM, "Cannot allocate memory"))
+    assert is_refusal(SystemError("error return without exception set"))
     assert not is_refusal(ValueError("out of memory"))
+    assert not is_refusal(OSError(errno.ENOSPC, "No space left on device"))
+    assert not is_refusal(SystemError("bad argument to internal function"))
 
 
 TRAIN = """
