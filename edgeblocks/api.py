@@ -253,7 +253,7 @@ def resume(
         half = here.half_precision()
         decided = with_precision(run.settings, run.data, device=here.torch_device, half=half)
         run = replace(run, settings=decided)
-        if run.blocks_folder == run.away_folder:
+        if run.is_away:
             check_work_dir(run.settings.run.work_dir)
         if not reinit_blocks and not changes and is_finished(run):
             listener.note(f"{run.path} is finished: it has made its {run.settings.run.steps} steps")
@@ -274,9 +274,7 @@ def _train(
         told.tell(Planned(run=run.path, settings=settings, plan=plan, resumed_from=resumed_from))
         if not is_split(run):
             _begin_as_one(run, data_set, listener, told)
-        summary = trained(run, data_set, listener, told, resumed_from)
-        run.write_json("summary.json", summary.to_json())
-        finished = Run(run)
+        finished = Run(trained(run, data_set, listener, told, resumed_from))
         told.tell(Finished(run=run.path, summary=finished.summary or {}))
     return finished
 
@@ -290,9 +288,7 @@ def _begin_as_one(run: RunDirectory, data_set: DataSet, listener: Listener, told
             saved = one.saved_steps(one.store())
             if saved[0]:
                 listener.note(f"at {at_steps(one, saved)} of {one.settings.run.steps}")
-            one.write_json(
-                "summary.json", trained(one, data_set, listener, told, saved if saved[0] else None).to_json()
-            )
+            trained(one, data_set, listener, told, saved if saved[0] else None)
         split(run, one)
 
 

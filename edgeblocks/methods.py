@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-MethodName = Literal["diffusion", "exact"]
+MethodName = Literal["diffusion", "exact", "greedy"]
 
 Clipping = Literal["stage", "network"]
 """By which norm a gradient is clipped: each block's or stage's by its own, or all stages' by the whole network's."""
@@ -38,7 +38,10 @@ class Method:
     """Whether the parts are stages of one network; else each is a network of its own, with its own stem and readout,
     that denoises its own range of noise levels."""
     trained_together: bool
-    """Whether one step trains all parts, end to end; else each makes its own steps."""
+    """Whether there is one count of steps, those of the whole network; else each part makes its own."""
+    grows: bool
+    """Whether the network begins as its lowest layers: a window of layers is trained, its lower half frozen, and as
+    many new layers put on top, again and again (`planning.windows`). Else all parts are there from the beginning."""
     cut_changes_result: bool
     """Whether another number of parts is another training; else a cut is free, and only memory and time decide."""
     ran_on_a_gpu: bool
@@ -82,6 +85,7 @@ METHODS: dict[MethodName, Method] = {
         part="block",
         one_network=False,
         trained_together=False,
+        grows=False,
         cut_changes_result=True,
         ran_on_a_gpu=True,
         own_settings=frozenset({"shared"}),
@@ -94,14 +98,28 @@ METHODS: dict[MethodName, Method] = {
         part="stage",
         one_network=True,
         trained_together=True,
+        grows=False,
         cut_changes_result=False,
         ran_on_a_gpu=False,
         own_settings=frozenset({"clip_by", "boundaries", "boundary_dtype", "train_blocks"}),
         trainer="edgeblocks.training.exact:ExactTrainer",
         pace="edgeblocks.planning.pace:pace_of_stages",
     ),
+    "greedy": Method(
+        name="greedy",
+        summary="from the bottom up: a window of layers is trained over frozen ones, inside the budget",
+        part="part",
+        one_network=True,
+        trained_together=True,
+        grows=True,
+        cut_changes_result=True,
+        ran_on_a_gpu=False,
+        own_settings=frozenset({"window"}),
+        trainer="edgeblocks.training.greedy:GreedyTrainer",
+        pace="edgeblocks.planning.pace:pace_of_windows",
+    ),
 }
-DIFFUSION, EXACT = METHODS["diffusion"], METHODS["exact"]
+DIFFUSION, EXACT, GREEDY = METHODS["diffusion"], METHODS["exact"], METHODS["greedy"]
 
 
 def imported(path: str) -> Any:

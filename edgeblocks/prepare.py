@@ -54,14 +54,15 @@ NEVER_RAN_ON_A_GPU = (
 )
 SETTINGS_OF_SOME_METHODS = {
     "shared": "is of blocks that are trained alone, and {method} trains one network",
-    "clip_by": "clips by the norm of a whole network's gradient; with --method {method} there is none, each block is "
-    "trained alone and clipped by its own",
+    "window": "says how many layers are trained at a time while a network grows, and with --method {method} none does",
+    "clip_by": "clips by the norm of a whole network's gradient; with --method {method} there is none, what is trained "
+    "is clipped by its own",
     "boundaries": "says where activations at the stage boundaries wait for the backward pass; with --method {method} "
-    "nothing goes from block to block",
-    "boundary_dtype": "says what activations at the stage boundaries are kept as; with --method {method} nothing goes "
-    "from block to block",
-    "train_blocks": "freezes the rest of one network; with --method {method} no block depends on another and all are "
-    "trained (to train one again: edgeblocks train --resume RUN --reinit-block N)",
+    "no gradient goes from part to part",
+    "boundary_dtype": "says what activations at the stage boundaries are kept as; with --method {method} no gradient "
+    "goes from part to part",
+    "train_blocks": "names the stages that are trained; with --method {method} there is nothing to choose (to train a "
+    "block again: edgeblocks train --resume RUN --reinit-block N)",
 }
 """Why a setting means nothing with a method that does not have it among its own."""
 A_GPU_IS_HERE = "torch sees a GPU here and training uses the processor; --target cuda uses the GPU"
@@ -195,6 +196,22 @@ def check_method(run: RunSettings) -> None:
         raise ConfigError(
             f"--blocks {run.blocks}: all layers of a {run.family} that is trained end to end are one stage; leave "
             f"--blocks out"
+        )
+    method = METHODS[run.method]
+    if method.grows and _is_one_stage(run):
+        raise ConfigError(
+            f"--method {run.method}: a {run.family} is not grown, because each pass runs its core again and again, and "
+            f"layers on top would come after all of its iterations; use --method exact"
+        )
+    if method.grows and run.blocks != "auto":
+        raise ConfigError(
+            f"--blocks {run.blocks}: with --method {run.method} the window decides how the network is cut; use --set "
+            f"window=N (layers), or leave both out"
+        )
+    if method.grows and run.init is not None:
+        raise ConfigError(
+            f"--method {run.method} and --init: the network begins as its lowest layers, and the file holds all; to go "
+            f"on with the weights of a file, use --method exact"
         )
     if run.shared and run.init is not None:
         raise ConfigError(
@@ -355,6 +372,7 @@ def replan(
     request = replace(
         _request_on(data_set, settings, data, budgets),
         blocks=len(former.layers_per_block),
+        window=former.layers_per_block[-1] if METHODS[settings.run.method].grows else None,
     )
     machine = _with_step_times(settings, data, costs, machine, request, target)
     try:
@@ -410,7 +428,7 @@ def _request(settings: Settings, data_bytes: int, data: DataInfo, budgets: tuple
     budget_bytes, ram_budget_bytes = budgets
     fixed = {
         name: None if getattr(run, name) == "auto" else getattr(run, name)
-        for name in ("blocks", "micro_batch", "checkpointing", "visit_steps", "tier")
+        for name in ("blocks", "window", "micro_batch", "checkpointing", "visit_steps", "tier")
     }
     if _is_one_stage(run):
         fixed["blocks"] = 1

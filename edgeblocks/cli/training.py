@@ -135,11 +135,14 @@ def _print_plan(given: Mapping[str, Any], config: Path | None, out: Path, *, as_
         prepared = api.plan(config=config, out=out, listener=listener, **given)
         run = prepared.settings.run
         options: dict[MethodName, Option] = {run.method: Option(seconds=prepared.plan.predicted_s)}
+        found = measured(run.family)
         for other in METHODS.keys() - {run.method}:
+            if found is not None and found.of(other) is None:  # nothing could be said of it
+                continue
             listener.stage(f"planning with --method {other} as well")
             asked = {**given, "method": other, "precision": prepared.plan.precision}
             options[other] = option(partial(api.plan_beside, prepared, config=config, out=out, **asked))
-        advice = recommendation(measured(run.family), options)
+        advice = recommendation(found, options)
         single = None
         if prepared.plan.precision != "fp32":
             listener.stage("planning in fp32 as well")

@@ -21,6 +21,9 @@ class Block(nn.Module, ABC):
     """Whether activations are computed again on the way back."""
     stem_parts: tuple[str, ...] = ()
     readout_parts: tuple[str, ...] = ()
+    branch_outputs: tuple[str, ...] = ("attention.out", "mlp.down")
+    """Of a layer, the linear maps whose output is added to the hidden values. Where a network grows, a new layer begins
+    as a copy with these made small; a layer that has none of them begins with random values."""
 
     @abstractmethod
     def init_(self, generator: torch.Generator) -> None:

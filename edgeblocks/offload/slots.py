@@ -26,6 +26,12 @@ class StreamTimes:
     load_s: float = 0.0
     store_s: float = 0.0
 
+    def add_(self, other: "StreamTimes") -> None:
+        """Count what another one has counted, too."""
+        self.stall_s += other.stall_s
+        self.load_s += other.load_s
+        self.store_s += other.store_s
+
     def waited_for_loading(self, started: float) -> None:
         """The training thread itself read something from then until now, by `time.perf_counter`."""
         waited_s = time.perf_counter() - started

@@ -8,11 +8,23 @@ from edgeblocks.methods import imported
 from edgeblocks.planning.layer_costs import LayerCosts
 from edgeblocks.planning.memory import device_memory, host_budget_bytes, host_memory
 from edgeblocks.planning.pace import Pace
-from edgeblocks.planning.plans import Candidate, Cut, Machine, PlanRequest, micro_batches
+from edgeblocks.planning.plans import Candidate, Cut, Machine, PlanRequest, micro_batches, split_layers
+from edgeblocks.planning.windows import layers_in_windows
 
 
-def block_counts(num_layers: int, request: PlanRequest) -> list[int]:
-    """Numbers of blocks worth comparing: the forced one, or the smallest for each size of the largest block."""
+def cuts(num_layers: int, request: PlanRequest) -> list[tuple[int, ...]]:
+    """Ways to cut a network that are worth comparing, by the layers of each part: fewer parts, of more layers, first.
+
+    The one that is asked for; else for each size of the largest part the one with the fewest.
+    """
+    if request.method.grows:
+        sizes = range(num_layers, 0, -1) if request.window is None else (request.window,)
+        found = [layers_in_windows(num_layers, size) for size in sizes]
+        return [layers for layers in found if len(layers) <= request.steps] or found[:1]
+    return [split_layers(num_layers, blocks) for blocks in _block_counts(num_layers, request)]
+
+
+def _block_counts(num_layers: int, request: PlanRequest) -> list[int]:
     if request.blocks is not None:
         return [request.blocks]
     start = min(request.preferred_blocks, num_layers) if request.method.cut_changes_result else 1
@@ -26,8 +38,8 @@ def block_counts(num_layers: int, request: PlanRequest) -> list[int]:
     return list(counts.values())
 
 
-def options_of(costs: LayerCosts, machine: Machine, request: PlanRequest, blocks: int) -> list[Candidate]:
-    """Every way to train in this number of blocks, whether it fits or not."""
+def options_of(costs: LayerCosts, machine: Machine, request: PlanRequest, layers: tuple[int, ...]) -> list[Candidate]:
+    """Every way to train a network that is cut so, whether it fits or not."""
     sizes = micro_batches(request.batch) if request.micro_batch is None else (min(request.micro_batch, request.batch),)
     checkpointing = (False, True) if request.checkpointing is None else (request.checkpointing,)
     return [
@@ -36,7 +48,7 @@ def options_of(costs: LayerCosts, machine: Machine, request: PlanRequest, blocks
                 costs=costs,
                 machine=machine,
                 request=request,
-                blocks=blocks,
+                layers=layers,
                 micro_batch=micro_batch,
                 checkpointing=keep,
                 slots=slots,
@@ -44,7 +56,7 @@ def options_of(costs: LayerCosts, machine: Machine, request: PlanRequest, blocks
         )
         for micro_batch in sizes
         for keep in checkpointing
-        for slots in _slot_counts(machine, request, blocks)
+        for slots in _slot_counts(machine, request, len(layers))
     ]
 
 
@@ -53,11 +65,19 @@ def _slot_counts(machine: Machine, request: PlanRequest, blocks: int) -> Sequenc
 
     Beside a host, blocks are kept in its memory rather than some of them on the device: all, two or one are tried.
     """
+    if request.method.grows:
+        return _slots_of_a_window(request, blocks)
     if machine.host is not None:
         few = range(min(2, blocks), 0, -1)
         return few if request.tier == "disk" or blocks <= 2 else (blocks, *few)
     most, fewest = {"ram": (blocks, blocks), "disk": (min(2, blocks), 1), None: (blocks, 1)}[request.tier]
     return range(most, fewest - 1, -1)
+
+
+def _slots_of_a_window(request: PlanRequest, parts: int) -> Sequence[int]:
+    """The window stays; of the frozen parts all are in memory, or two or one take turns."""
+    turns = sorted({min(slots, parts) for slots in (2, 3)}, reverse=True)
+    return {"ram": [parts], "disk": turns, None: sorted({parts, *turns}, reverse=True)}[request.tier]
 
 
 def candidate(cut: Cut) -> Candidate:

@@ -13,7 +13,7 @@ from typing import Literal
 from edgeblocks.methods import imported
 from edgeblocks.planning.layer_costs import LayerCosts
 from edgeblocks.planning.pace import Pace
-from edgeblocks.planning.plans import Correction, Cut, Machine, PlanRequest
+from edgeblocks.planning.plans import Correction, Cut, Machine, PlanRequest, split_layers
 from edgeblocks.planning.step_times import ROUNDED_UPDATE, modelled
 
 BLOCK_ERROR = 1.35
@@ -113,7 +113,7 @@ def corrected_by_run(machine: Machine, costs: LayerCosts, request: PlanRequest, 
         costs=costs,
         machine=base,
         request=asked,
-        blocks=run.blocks,
+        layers=split_layers(costs.num_layers, run.blocks),
         micro_batch=run.micro_batch,
         checkpointing=run.checkpointing,
         slots=1,

@@ -39,14 +39,16 @@ def device_memory(cut: Cut) -> dict[str, int]:
     if request.method.trained_together and cut.blocks > 1:
         gaps = max(gaps, int(GAPS_SHARE["staged"] * activations))
     drawn_bytes = batch_bytes(costs, request)
+    slots = cut.slots - cut.frozen_slots  # those that hold a part with all that training needs
     breakdown = {
         "runtime": machine.runtime_bytes,
         # With the float32 copy that a network of bfloat16 blocks computes with.
-        "weights": weights_bytes * cut.slots + cut.is_rounded * float32_bytes,
+        "weights": weights_bytes * slots + cut.is_rounded * float32_bytes,
         # Once: one part is trained at a time, in whichever slot it lies.
         "gradients": float32_bytes,
-        "optimizer": cut.moment_bytes * cut.slots + workspace_bytes["rounded" if cut.is_rounded else request.optimizer],
-        "ema": weights_bytes * cut.slots,
+        "optimizer": cut.moment_bytes * slots + workspace_bytes["rounded" if cut.is_rounded else request.optimizer],
+        "ema": weights_bytes * slots,
+        "frozen": cut.frozen_bytes * cut.frozen_slots,
         "activations": activations,
         "boundaries": _boundary_bytes(costs, request, cut.blocks, cut.micro_batch),
         "data": (request.data_bytes if machine.host is None else 0) + drawn_bytes,
@@ -59,6 +61,8 @@ def device_memory(cut: Cut) -> dict[str, int]:
     }
     if not request.method.trained_together:
         del breakdown["boundaries"]
+    if not request.method.grows:
+        del breakdown["frozen"]
     # Of what the run adds: the runtime is measured, the rest is predicted.
     breakdown["slack"] += int(SLACK_SHARE * (sum(breakdown.values()) - machine.runtime_bytes))
     # Planning is over before training begins: it counts only where its own peak is above all the rest.
@@ -75,6 +79,11 @@ def _boundary_bytes(costs: LayerCosts, request: PlanRequest, stages: int, micro_
     """
     if not request.method.trained_together or stages == 1:
         return 0
+    if request.method.grows:
+        # What enters the window, which the output of each frozen part takes the place of, row by row; and of a
+        # micro-batch that, the part's output, and the gradient of the window's input.
+        of_batch, of_micro_batch = 1.0, 3
+        return _on_the_heap(costs, request, of_batch * request.batch + of_micro_batch * micro_batch)
     lowest = trained_stages(request.trained, stages).index(True)
     kept = stages - max(0, lowest - 1)  # activations below the lowest trained stage are not needed again
     # Tensors of the whole batch and of a micro-batch.
@@ -83,7 +92,12 @@ def _boundary_bytes(costs: LayerCosts, request: PlanRequest, stages: int, micro_
         of_batch, of_micro_batch = 2.0, 5
     elif request.boundary_dtype == "bfloat16":
         of_batch, of_micro_batch = (kept - 1) / 2 + 1.5, 4
-    hidden = (of_batch * request.batch + of_micro_batch * micro_batch) * costs.hidden_bytes_per_sample
+    return _on_the_heap(costs, request, of_batch * request.batch + of_micro_batch * micro_batch)
+
+
+def _on_the_heap(costs: LayerCosts, request: PlanRequest, samples: float) -> int:
+    """Bytes of the hidden values of so many samples, and of the whole batch's conditioning, with gaps."""
+    hidden = samples * costs.hidden_bytes_per_sample
     return int((1 + GAPS_SHARE["plain"]) * (hidden + 3 * request.batch * costs.condition_bytes_per_sample))
 
 

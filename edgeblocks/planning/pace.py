@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 
 from edgeblocks.planning.plans import Cut, PlanRequest, kept_blocks, streaming_share, trained_stages
-from edgeblocks.planning.step_times import predicted_step_s, staged_step
+from edgeblocks.planning.step_times import predicted_step_s, staged_step, window_step
 
 STREAMING_SHARE = 0.02
 """Loading and storing may take this share of a visit."""
@@ -69,6 +69,29 @@ def pace_of_stages(cut: Cut, ram_blocks: int) -> Pace:
         bytes_written=files_bytes
         + saved_bytes * math.ceil(request.steps / visit_steps)
         + step.offloaded_bytes * request.steps,
+    )
+
+
+def pace_of_windows(cut: Cut, ram_blocks: int) -> Pace:
+    """Of a network that grows, on average over its windows: a step trains one of them, over the frozen layers below it.
+
+    After a visit the window's file is written; when it has moved up, the files of all parts so far.
+    """
+    request, frozen_bytes = cut.request, cut.frozen_bytes
+    step_s, stall_s = window_step(cut, ram_blocks)
+    _, store_s = _moving_s(cut, ram_blocks)
+    below = range(cut.blocks)  # parts below each window
+    windows_bytes = sum(count * 2 * frozen_bytes + cut.block_bytes for count in below)
+    usual = min(math.ceil(USUAL_VISIT_S / (step_s + stall_s)), math.ceil(request.steps / max(request.previews, 1)))
+    visit_steps = request.visit_steps or max(1, usual)
+    whole_bytes = (cut.blocks - 1) * 2 * frozen_bytes + cut.block_bytes
+    return Pace(
+        visit_steps=visit_steps,
+        step_s=step_s,
+        streaming_s=stall_s + streaming_share(2) * store_s / visit_steps,
+        # The network before it grew is there until the files of the grown one are complete.
+        disk_bytes=whole_bytes + cut.block_bytes + max(0, whole_bytes - 2 * frozen_bytes) * (cut.blocks > 1),
+        bytes_written=windows_bytes + cut.block_bytes * math.ceil(request.steps / visit_steps),
     )
 
 

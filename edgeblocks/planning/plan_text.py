@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from edgeblocks.planning.plans import DAY_S, shared_steps
+from edgeblocks.planning.windows import last_steps
 from edgeblocks.terminal import one_line
 from edgeblocks.units import format_bytes, format_count, format_duration
 
@@ -39,6 +40,7 @@ def banner(prepared: "Prepared") -> str:
             else f"visits of {chosen.visit_steps} steps, {_where(chosen, unit)}"
         ),
         *_shared_lines(prepared),
+        *_window_lines(plan),
         prepared.reason,
         *_memory_lines(plan),
         *_planning_lines(plan),
@@ -57,6 +59,18 @@ def _shared_lines(prepared: "Prepared") -> list[str]:
     return [
         f"begun as one: one block's layers learn all noise levels for {blocks * steps} steps, then each of {blocks} "
         f"blocks begins as that and makes {run.steps - steps} steps of its own"
+    ]
+
+
+def _window_lines(plan: "Plan") -> list[str]:
+    """How a network that grows is trained."""
+    if not plan.method.grows or len(plan.layers) == 1:
+        return []
+    steps, up, window = last_steps(plan.steps, len(plan.layers))[0], plan.layers[0], plan.layers[-1]
+    new = "the lowest of them is frozen and a new one comes" if up == 1 else f"{up} are frozen and {up} new ones come"
+    return [
+        f"greedy: {window} layer{'' if window == 1 else 's'} trained at a time, from the bottom up over frozen ones; "
+        f"after {steps} steps each time {new} on top"
     ]
 
 
@@ -82,7 +96,7 @@ def _in_parts(chosen: "Candidate") -> str:
 
 def _how_trained(plan: "Plan") -> str:
     """What follows the number of stages."""
-    if not plan.method.trained_together:
+    if not plan.method.trained_together or plan.method.grows:
         return ""
     if plan.trained is None or len(plan.trained) == plan.chosen.blocks:
         return ", trained end to end"
@@ -102,8 +116,12 @@ def _where(chosen: "Candidate", unit: str) -> str:
         return f"{places}, between {'their uses' if unit == 'stage' else 'visits'} {' and '.join(offloaded)}"
     if not tiers["disk"]:
         return f"all {unit}s stay in memory"
-    if unit == "stage":
-        return f"{chosen.slots} of {chosen.blocks} stages in memory at a time, the others on disk"
+    at_a_time = {
+        "part": f"trained layers stay in memory, frozen ones on disk, {chosen.slots - 1} of their parts in memory",
+        "stage": f"{chosen.slots} of {chosen.blocks} stages in memory at a time, the others on disk",
+    }
+    if unit in at_a_time:
+        return at_a_time[unit]
     if not tiers["ram"]:
         return f"blocks on disk, {chosen.slots} in memory{moving}"
     in_memory, on_disk = (_numbers(tiers[tier], unit) for tier in ("ram", "disk"))
@@ -196,6 +214,7 @@ def plan_table(prepared: "Prepared") -> str:
     """The candidates, one line each; the chosen one is marked. Memory is in MB."""
     parts = {"runtime": "runtime", "weights": "weights", "gradients": "grads", "optimizer": "optim", "ema": "ema"}
     parts |= {
+        "frozen": "frozen",
         "activations": "activ",
         "boundaries": "bound",
         "data": "data",

@@ -11,7 +11,7 @@ from dataclasses import replace
 
 from edgeblocks.errors import ConfigError, DoesNotFitError
 from edgeblocks.methods import Master
-from edgeblocks.planning.candidates import block_counts, options_of
+from edgeblocks.planning.candidates import cuts, options_of
 from edgeblocks.planning.layer_costs import LayerCosts
 from edgeblocks.planning.memory import (
     SLACK_BYTES,
@@ -22,9 +22,10 @@ from edgeblocks.planning.memory import (
     preview_bytes,
     step_memory,
 )
-from edgeblocks.planning.plans import Candidate, Machine, Plan, PlanRequest, StepShape, micro_batches, split_layers
+from edgeblocks.planning.plans import Candidate, Machine, Plan, PlanRequest, StepShape, cut_like, micro_batches
 from edgeblocks.planning.step_times import boundary_disk_bytes
 from edgeblocks.planning.warnings import plan_warnings
+from edgeblocks.planning.windows import layers_in_windows
 from edgeblocks.units import BARE_PROCESS_BYTES, advised_budget, format_bytes
 
 BARE_RUNTIME = "the interpreter and its libraries alone need"
@@ -44,6 +45,11 @@ def make_plan(costs: LayerCosts, machine: Machine, request: PlanRequest) -> Plan
             f"--blocks {request.blocks} is impossible: the network has {costs.num_layers} layers and a block needs at "
             f"least one; use 1 to {costs.num_layers}"
         )
+    if request.window is not None and request.window > costs.num_layers:
+        raise ConfigError(
+            f"window={request.window}: the network has {costs.num_layers} layers; use 1 to {costs.num_layers}, or "
+            f"leave it out for as many as the budget holds"
+        )
     if request.shared and request.blocks is not None and costs.num_layers % request.blocks:
         fair = [blocks for blocks in range(2, costs.num_layers + 1) if costs.num_layers % blocks == 0]
         raise ConfigError(
@@ -51,15 +57,22 @@ def make_plan(costs: LayerCosts, machine: Machine, request: PlanRequest) -> Plan
             f"cannot be cut so; use {' or '.join(map(str, fair))} blocks, or --set shared=0"
         )
     assert machine.host is not None or request.ram_budget_bytes is None, "a RAM budget needs a machine with a host"
-    if request.method.trained_together and request.boundaries is None:
+    if request.method.trained_together and not request.method.grows and request.boundaries is None:
         # In memory if any plan fits so: on disk each boundary is written once and read twice in every step.
         with contextlib.suppress(DoesNotFitError):
             return make_plan(costs, machine, replace(request, boundaries="ram"))
         request = replace(request, boundaries="disk")
+    if request.method.grows and request.window is not None:
+        windows = len(layers_in_windows(costs.num_layers, request.window))
+        if request.steps < windows:
+            raise ConfigError(
+                f"--steps {request.steps}: the network grows in {windows} windows of {request.window} layers, and each "
+                f"is trained for a step at least; give more steps, or a larger window"
+            )
     cut_by_budget, request = request.blocks is None, _with_a_cut(costs, machine, request)
     rows = []
-    for blocks in block_counts(costs.num_layers, request):
-        options = options_of(costs, machine, request, blocks)
+    for cut in cuts(costs.num_layers, request):
+        options = options_of(costs, machine, request, cut)
         fitting = [option for option in options if option.fits]
         if fitting:
             rows.append(_best(fitting, request))
@@ -72,7 +85,7 @@ def make_plan(costs: LayerCosts, machine: Machine, request: PlanRequest) -> Plan
     # Rows ascend in blocks. Fewer blocks are the better network, whatever they cost in time; stages are one network,
     # however it is cut.
     chosen = fitting_rows[0] if request.method.cut_changes_result else _best(fitting_rows, request)
-    layers = split_layers(costs.num_layers, chosen.blocks)
+    layers = cut_like(chosen, costs.num_layers, request.method)
     return Plan(
         chosen=chosen,
         candidates=tuple(rows),
@@ -169,19 +182,15 @@ def _preview_micro_batch(costs: LayerCosts, machine: Machine, request: PlanReque
 def _does_not_fit(costs: LayerCosts, machine: Machine, request: PlanRequest) -> DoesNotFitError:
     """The refusal: which of the two budgets is too small, for what, and which one would do."""
     # Numbers of trained stages are counted in one cut: another number of stages would not have them.
-    cut = None if request.trained is None else request.blocks
-    free = replace(request, micro_batch=None, checkpointing=None, tier=None, blocks=cut)
+    blocks = None if request.trained is None else request.blocks
+    free = replace(request, micro_batch=None, checkpointing=None, tier=None, blocks=blocks, window=None)
     options, free_options = (
-        [
-            option
-            for blocks in block_counts(costs.num_layers, asked)
-            for option in options_of(costs, machine, asked, blocks)
-        ]
+        [option for cut in cuts(costs.num_layers, asked) for option in options_of(costs, machine, asked, cut)]
         for asked in (request, free)
     )
     forced = [
         f"--{name}" if name == "blocks" else f"{name}={getattr(request, name)}"
-        for name in ("blocks", "micro_batch", "checkpointing", "tier")
+        for name in ("blocks", "window", "micro_batch", "checkpointing", "tier")
         if getattr(request, name) is not None and getattr(free, name) is None
     ]
     ram_budget_bytes = host_budget_bytes(machine, request)

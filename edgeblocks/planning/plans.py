@@ -7,6 +7,7 @@ from typing import Any, Literal, Self
 
 from edgeblocks.methods import DIFFUSION, BoundaryDtype, BoundaryTier, Clipping, Master, Method, Precision
 from edgeblocks.planning.layer_costs import LayerCosts
+from edgeblocks.planning.windows import layers_in_windows
 
 DAY_S = 86_400.0
 UPDATE_S_PER_PARAMETER = 8e-9
@@ -111,6 +112,8 @@ class PlanRequest:
     preferred_blocks: int
     method: Method = DIFFUSION
     blocks: int | None = None
+    window: int | None = None
+    """Layers of a window of a network that grows; None: as many as the budget holds."""
     good_layers: int = FEWEST_GOOD_LAYERS
     """Of a block, below which a plan warns of its quality: no more than the family has in its usual cut."""
     shared: bool = False
@@ -153,15 +156,32 @@ class Cut:
     costs: LayerCosts
     machine: Machine
     request: PlanRequest
-    blocks: int
+    layers: tuple[int, ...]
+    """Of each block, stage or part."""
     micro_batch: int
     checkpointing: bool
     slots: int
 
     @property
+    def blocks(self) -> int:
+        return len(self.layers)
+
+    @property
     def num_layers(self) -> int:
         """Of the largest block."""
-        return math.ceil(self.costs.num_layers / self.blocks)
+        return max(self.layers)
+
+    @property
+    def frozen_slots(self) -> int:
+        """Of a network that grows, the slots that frozen parts take turns in, beside the one of the window."""
+        return self.slots - 1 if self.request.method.grows else 0
+
+    @property
+    def frozen_bytes(self) -> int:
+        """Of the largest frozen part's weights below a window, as they are kept."""
+        if not self.request.method.grows or self.blocks == 1:
+            return 0
+        return (2 if self.is_rounded else 4) * self.costs.parameters(max(self.layers[:-1]))
 
     @property
     def parameters(self) -> int:
@@ -307,6 +327,13 @@ def split_layers(num_layers: int, blocks: int) -> tuple[int, ...]:
     """
     size, extra = divmod(num_layers, blocks)
     return tuple(size + (block < extra) for block in range(blocks))
+
+
+def cut_like(chosen: Candidate, num_layers: int, method: Method) -> tuple[int, ...]:
+    """Layers of each part of a network of `num_layers`, cut as in a candidate of a plan for it."""
+    if method.grows:
+        return layers_in_windows(num_layers, chosen.layers_per_block)
+    return split_layers(num_layers, chosen.blocks)
 
 
 def shared_steps(share: float, *, steps: int, blocks: int) -> int:

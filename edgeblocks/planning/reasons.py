@@ -42,7 +42,14 @@ def _limit(plan: Plan, asked_blocks: int | None, preferred_blocks: int, streamed
     chosen = plan.chosen
     if plan.stall_share > MUCH_MOVING:
         return "the link to the host" if plan.machine.host is not None else "the disk"
-    too_many = plan.method.cut_changes_result and chosen.blocks > preferred_blocks and asked_blocks is None
+    if plan.method.grows and any(row.layers_per_block > chosen.layers_per_block for row in plan.candidates):
+        return "the budget"
+    too_many = (
+        plan.method.cut_changes_result
+        and not plan.method.grows
+        and chosen.blocks > preferred_blocks
+        and asked_blocks is None
+    )
     if too_many or (chosen.slots < chosen.blocks and not streamed_by_user):
         return "the budget"
     return None if asked_blocks is None else "--blocks"
@@ -51,6 +58,8 @@ def _limit(plan: Plan, asked_blocks: int | None, preferred_blocks: int, streamed
 def _number_of_blocks(plan: Plan, asked_blocks: int | None, preferred_blocks: int) -> str:
     method, chosen = plan.method, plan.chosen
     number = method.parts(chosen.blocks)
+    if method.grows:
+        return _window(plan)
     if asked_blocks is not None:
         return f"{number}, as --blocks asks"
     if not method.cut_changes_result:
@@ -67,13 +76,28 @@ def _number_of_blocks(plan: Plan, asked_blocks: int | None, preferred_blocks: in
     return f"{number}, the most that so few layers can be cut into"
 
 
+def _window(plan: Plan) -> str:
+    window = f"{plan.layers[-1]} layers are trained at a time"
+    larger = [row for row in plan.candidates if row.layers_per_block > plan.layers[-1]]
+    if larger:
+        closest = min(larger, key=lambda row: row.layers_per_block)
+        return (
+            f"{window}, because {closest.layers_per_block} would need {format_bytes(closest.predicted_peak_bytes)} of "
+            f"{format_bytes(plan.budget_bytes)}"
+        )
+    if len(plan.layers) == 1:
+        return "all layers are trained at a time, end to end, because the budget holds them"
+    return f"{window}, as window asks"
+
+
 def _what_is_in_memory(plan: Plan, streamed_by_user: bool) -> str:
     chosen, part = plan.chosen, plan.method.part
     if chosen.slots >= chosen.blocks:
         return f"the budget holds {'it' if chosen.blocks == 1 else 'all of them'}"
     if streamed_by_user:
         return f"{part}s wait on disk, as tier=disk asks"
-    whole = chosen.predicted_peak_bytes + (chosen.blocks - chosen.slots) * chosen.block_bytes
+    waiting_bytes = chosen.breakdown["frozen"] // (chosen.slots - 1) if plan.method.grows else chosen.block_bytes
+    whole = chosen.predicted_peak_bytes + (chosen.blocks - chosen.slots) * waiting_bytes
     return f"the budget holds {chosen.slots} of them at a time, all would need about {format_bytes(whole)}"
 
 

@@ -1,4 +1,4 @@
-"""Which method of training to take for a family under a budget: what was measured of both, and what each would cost.
+"""Which method of training to take for a family under a budget: what was measured, and what each would cost.
 
 The figures are those of comparisons at equal layer evaluations, kept in measured.json; docs/methods.md shows them with
 their conditions, and tests/bench/four_arms.py makes both.
@@ -11,7 +11,7 @@ from importlib import resources
 from typing import TYPE_CHECKING
 
 from edgeblocks.errors import ConfigError, DoesNotFitError
-from edgeblocks.methods import DIFFUSION, MethodName
+from edgeblocks.methods import DIFFUSION, METHODS, MethodName
 from edgeblocks.units import ABOUT_THE_SAME, format_bytes, format_duration
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ MUCH_SLOWER = 3.0
 
 @dataclass(frozen=True, kw_only=True)
 class Measured:
-    """What both methods reached with one family: means over seeds on hold-out examples.
+    """What the methods reached with one family: means over seeds on hold-out examples.
 
     `error` is the standard error of their difference. `shallow` is what a block's layers reached as an ordinary network
     with as many layer evaluations: where that is best, the training was too short for depth to be of use.
@@ -38,6 +38,8 @@ class Measured:
     exact: float
     error: float
     conditions: str
+    greedy: float | None = None
+    """None where it was not measured."""
     shallow: float | None = None
     shallow_layers: int | None = None
 
@@ -49,23 +51,22 @@ class Measured:
             f"figures of edgeblocks' own trainings on {_DATA.get(data, data)}, not on your data: {how or 'see there'}"
         )
 
-    @property
-    def is_shallow_better(self) -> bool:
-        """Whether fewer layers were better than either method, by more than the measurement's noise."""
-        if self.shallow is None:
-            return False
-        best = (max if self.higher_is_better else min)(self.diffusion, self.exact)
-        ahead = self.shallow - best if self.higher_is_better else best - self.shallow
-        # Two standard errors, here and in `better`: what lies closer together could be the other way round with other
-        # seeds.
-        return ahead > 2 * self.error
+    def of(self, method: MethodName) -> float | None:
+        """What a method reached; None where it was not measured."""
+        return {"diffusion": self.diffusion, "exact": self.exact, "greedy": self.greedy}[method]
 
     @property
-    def better(self) -> MethodName | None:
-        """The method that is better by more than the measurement's noise."""
-        if abs(self.diffusion - self.exact) <= 2 * self.error:
-            return None
-        return "diffusion" if (self.diffusion > self.exact) == self.higher_is_better else "exact"
+    def is_shallow_better(self) -> bool:
+        """Whether fewer layers were better than every method, by more than the measurement's noise."""
+        if self.shallow is None:
+            return False
+        reached = (self.of(method) for method in METHODS)
+        return all(self.is_better(self.shallow, value) for value in reached if value is not None)
+
+    def is_better(self, value: float, other: float) -> bool:
+        """Whether one figure is better than another by more than the measurement's noise."""
+        # Two standard errors: what lies closer together could be the other way round with other seeds.
+        return (value - other if self.higher_is_better else other - value) > 2 * self.error
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,17 +121,21 @@ def recommendation(found: Measured | None, options: dict[MethodName, Option]) ->
         (method,) = possible
         obstacles = [f"{name} cannot be taken: {option.obstacle}" for name, option in options.items() if name != method]
         return Recommendation(method=method, reason="; ".join(obstacles))
-    fastest_s = min(possible.values())
-    fast = [method for method, seconds in possible.items() if seconds <= fastest_s * (1 + ABOUT_THE_SAME)]
-    if found is None:
+    reached = {name: value for name in possible if found is not None and (value := found.of(name)) is not None}
+    if found is None or len(reached) < 2:
         return Recommendation(
             method=None, reason="nothing was measured of this family; see for yourself with edgeblocks compare"
         )
-    method = found.better or (fast[0] if len(fast) == 1 else DIFFUSION.name)
-    other = next(name for name in possible if name != method)
-    own, others = getattr(found, method), getattr(found, other)
+    # The best, and those that are as good by the measurement's noise.
+    ranked = sorted(reached, key=lambda name: reached[name], reverse=found.higher_is_better)
+    good = [name for name in ranked if not found.is_better(reached[ranked[0]], reached[name])]
+    fastest_s = min(possible[name] for name in good)
+    fast = [name for name in good if possible[name] <= fastest_s * (1 + ABOUT_THE_SAME)]
+    method = DIFFUSION.name if DIFFUSION.name in fast else fast[0]
+    other = next(name for name in (good if len(good) > 1 else ranked) if name != method)
+    own, others = reached[method], reached[other]
     times = f"{format_duration(possible[method])} against {format_duration(possible[other])}"
-    if found.better is None:
+    if len(good) > 1:
         speed = "faster" if len(fast) == 1 else "about as fast"
         said = f"as good as {other} ({found.measure} {own:.4g} and {others:.4g}) and {speed}, {times}"
     else:
@@ -140,7 +145,7 @@ def recommendation(found: Measured | None, options: dict[MethodName, Option]) ->
     reason = f"{said} ({found.origin}; {TABLE})"
     if found.is_shallow_better:
         reason += (
-            f". In trainings as short as that fewer layers do better than either: {found.shallow_layers} with as many "
-            f"layer evaluations reached {found.shallow:.4g}"
+            f". In trainings as short as that fewer layers do better than any method: {found.shallow_layers} with as "
+            f"many layer evaluations reached {found.shallow:.4g}"
         )
     return Recommendation(method=method, reason=reason)

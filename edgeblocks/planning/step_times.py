@@ -1,11 +1,13 @@
 """How long a step takes: of one block alone, or of a network that is trained end to end, stage by stage."""
 
 import math
+import statistics
 from dataclasses import dataclass
 
 from edgeblocks.planning.layer_costs import LayerCosts, at_samples
 from edgeblocks.planning.plans import Cut, Machine, PlanRequest, streaming_share, trained_stages
 from edgeblocks.planning.stage_order import Traffic, traffic_of_a_step
+from edgeblocks.planning.windows import frozen_below
 
 _WEIGHT_BYTES = 20
 """Traffic of a parameter in a micro-batch: 4 bytes are read three times, and the gradient's 4 read and written."""
@@ -110,6 +112,31 @@ def staged_step(cut: Cut, ram_blocks: int) -> StagedStep:
         stall_s=max(streaming_share(cut.slots) * moving_s, moving_s - step_s) + waiting_s,
         offloaded_bytes=offloaded_bytes + waiting_bytes + boundary_bytes,
     )
+
+
+def window_step(cut: Cut, ram_blocks: int) -> tuple[float, float]:
+    """A step of a network that grows, on average over its windows: seconds of computing, and of waiting for frozen
+    parts on top of them.
+
+    Frozen layers are run forward, once for the whole batch. Where not all frozen parts are in memory, each is loaded in
+    every step.
+    """
+    costs, machine, request = cut.costs, cut.machine, cut.request
+    layer_s = request.batch * costs.layer_flops_per_sample / machine.flops_per_s
+    correction = machine.correction
+    frozen_s = statistics.mean(frozen_below(cut.layers)) * layer_s * correction.samples * correction.steps
+    moved_s = 0.0
+    if cut.frozen_slots < cut.blocks - 1:
+        # Below each window all take turns in the slots, but for the first windows, whose few parts fit.
+        parts = [count if count > cut.frozen_slots else 0 for count in range(cut.blocks)]
+        from_disk = [max(0, count - ram_blocks) if machine.host else count for count in parts]
+        moved_s = statistics.mean(from_disk) * cut.frozen_bytes / machine.disk_read_bytes_per_s
+        if machine.host is not None:
+            moved_s += statistics.mean(parts) * cut.frozen_bytes / machine.host.link_bytes_per_s
+    # What is loaded hides behind the frozen layers' computing, if there is a slot to load it into.
+    hidden = frozen_s if cut.frozen_slots > 1 else 0.0
+    stall_s = max(streaming_share(cut.frozen_slots) * moved_s, moved_s - hidden)
+    return predicted_step_s(cut) + frozen_s, stall_s
 
 
 def _moved_bytes(traffic: Traffic, weights_bytes: int, rest_bytes: int) -> tuple[int, int]:

@@ -5,11 +5,14 @@ from dataclasses import replace
 
 from edgeblocks.planning.candidates import candidate
 from edgeblocks.planning.layer_costs import LayerCosts
-from edgeblocks.planning.plans import FEWEST_GOOD_LAYERS, Candidate, Cut, Machine, PlanRequest
+from edgeblocks.planning.plans import FEWEST_GOOD_LAYERS, Candidate, Cut, Machine, PlanRequest, cut_like
 from edgeblocks.units import format_bytes
 
 MUCH_FASTER = 0.75
 """The share of the time of the preferred blocks from which on the plan names a cut into more of them."""
+FEWEST_IN_A_WINDOW = 2
+"""Layers; with one the windows do not overlap, and a network of four layers copied 68 % of what it should, with two 95
+(docs/methods.md)."""
 NOTED_STALL = 0.25
 """Waiting for stages, as a share of the computation, from which on the plan says what hides it."""
 
@@ -31,7 +34,13 @@ def plan_warnings(
     """
     found, num_layers, method = [], costs.num_layers, request.method
     holds_stages = "--mem-budget" if machine.host is None or chosen.tier == "ram" else "--mem-budget or --ram-budget"
-    if method.cut_changes_result and chosen.layers_per_block < min(request.good_layers, num_layers):
+    blocks_alone = method.cut_changes_result and not method.grows
+    if method.grows and chosen.layers_per_block < min(FEWEST_IN_A_WINDOW, num_layers):
+        found.append(
+            "1 layer is trained at a time: with none above it that is trained as well, a layer learns only what the "
+            "readout needs at once. A larger --mem-budget or a smaller width trains more at a time"
+        )
+    if blocks_alone and chosen.layers_per_block < min(request.good_layers, num_layers):
         layers = "1 layer" if chosen.layers_per_block == 1 else f"{chosen.layers_per_block} layers"
         found.append(
             f"{layers} a block: fewer than {request.good_layers} cost quality, because a "
@@ -42,9 +51,9 @@ def plan_warnings(
                 else "More layers (--set depth=..) or fewer --blocks give deeper ones"
             )
         )
-    if method.cut_changes_result and request.blocks is None and chosen.blocks > request.preferred_blocks:
+    if blocks_alone and request.blocks is None and chosen.blocks > request.preferred_blocks:
         found.append(f"{chosen.blocks} blocks instead of the preferred {request.preferred_blocks}: fewer do not fit")
-    faster = _much_faster_cut(chosen, others) if method.cut_changes_result else None
+    faster = _much_faster_cut(chosen, others) if blocks_alone else None
     if faster is not None:
         blocks, share = faster
         found.append(
@@ -62,7 +71,7 @@ def plan_warnings(
             "activations at the stage boundaries are kept on disk: every step writes them once and reads them twice; "
             "a larger --mem-budget keeps them in memory, --set boundary_dtype=bfloat16 halves them"
         )
-    if method.trained_together and chosen.slots < chosen.blocks and _stall(chosen) > NOTED_STALL:
+    if method.trained_together and not method.grows and chosen.slots < chosen.blocks and _stall(chosen) > NOTED_STALL:
         hiding = _hiding_batch(costs, machine, request, chosen)
         waited_for = "the disk" if chosen.tier == "disk" else "the link to the host"
         found.append(
@@ -111,7 +120,7 @@ def _hiding_batch(costs: LayerCosts, machine: Machine, request: PlanRequest, cho
             costs=costs,
             machine=machine,
             request=replace(request, batch=batch),
-            blocks=chosen.blocks,
+            layers=cut_like(chosen, costs.num_layers, request.method),
             micro_batch=chosen.micro_batch,
             checkpointing=chosen.checkpointing,
             slots=chosen.slots,

@@ -19,7 +19,7 @@ from edgeblocks.families.base import DataInfo
 from edgeblocks.families.precision import bf16_instructions
 from edgeblocks.files.own import make_folder
 from edgeblocks.files.untrusted import shown
-from edgeblocks.methods import Precision
+from edgeblocks.methods import METHODS, Precision
 from edgeblocks.offload.block_files import BlockStore, storage_error
 from edgeblocks.offload.float32_copy import Float32Copy
 from edgeblocks.offload.sections import init_section_
@@ -34,7 +34,7 @@ from edgeblocks.runs.directory import (
     write_text,
 )
 from edgeblocks.runs.load_weights import InitialWeights
-from edgeblocks.runs.schema import InitFields, SharedBy, read_json
+from edgeblocks.runs.schema import InitFields, SharedBy, WindowFields, read_json
 from edgeblocks.runs.written_plan import WrittenPlan
 from edgeblocks.seeds import generator_at
 from edgeblocks.settings.fields import RunSettings, Settings
@@ -77,6 +77,7 @@ def create_run(
         tokenizer=tokenizer,
         init=init,
         shared_by=shared_by,
+        window=WindowFields(number=0, first_step=0) if METHODS[settings.run.method].grows else None,
     )
     if settings.run.work_dir is not None and (path / "blocks").exists():
         raise ConfigError(f"{path} has a folder `blocks` already, which --work-dir replaces; choose another --out")
@@ -181,6 +182,7 @@ def seal_run(run: RunDirectory) -> None:
             "class_names": list(run.class_names),
             **({} if run.init is None else {"init": run.init.model_dump()}),
             **({} if run.shared_by is None else {"shared_by": run.shared_by.model_dump()}),
+            **({} if run.window is None else {"window": run.window.model_dump()}),
             **({"prolonged": [one.model_dump() for one in run.prolonged]} if run.prolonged else {}),
         },
     )

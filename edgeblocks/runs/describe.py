@@ -44,7 +44,12 @@ def _describe_run(path: Path) -> dict[str, object]:
         **({"prolonged_from": [one.steps_before for one in run.prolongations]} if run.prolongations else {}),
         "finished": min(steps) >= run.settings.run.steps,
         **_begun_as_one(run),
-        **({} if all(run.trained) else {"trained_stages": list(run.settings.run.trained_blocks or ())}),
+        **({} if run.is_grown else {"grown": f"{sum(run.file_layers)} of {sum(run.plan.layers_per_block)} layers"}),
+        **(
+            {}
+            if all(run.trained) or run.method.grows
+            else {"trained_stages": list(run.settings.run.trained_blocks or ())}
+        ),
         **({} if run.init is None else {"init": f"{run.init.file}, sha256 {run.init.sha256[:16]}.."}),
         "data": run.data_source,
         **_data_facts(run),

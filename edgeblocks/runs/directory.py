@@ -3,6 +3,7 @@
     config.yaml  plan.json  env.json  manifest.json  metrics.jsonl  summary.json  blocks/*.safetensors
     samples/*.png or *.txt  tokenizer.json (of a vocabulary that was trained or given)  quality.jsonl (`evaluations`)
     shared/ (a run of its own: the denoiser that all blocks begin as, see `runs.shared`)
+    blocks/window_NNN/*.safetensors in the place of the blocks, where the network grows (`runs.growing`)
 
 `manifest.json` is written last when a run is created, so a directory with a manifest is whole. Each block file knows
 its own step; there is no second place that could disagree with it, and so nothing to repair after a crash. While a run
@@ -30,6 +31,7 @@ from edgeblocks.offload.block_buffer import BlockLayout
 from edgeblocks.offload.block_files import BlockStore, storage_error
 from edgeblocks.offload.sections import Section, blocks_of, network_of, stages_of, tensor_name
 from edgeblocks.planning.plans import shared_steps, trained_stages
+from edgeblocks.planning.windows import last_steps, layers_so_far
 from edgeblocks.registry import build_family, family_type
 from edgeblocks.runs.schema import (
     AGAIN,
@@ -39,6 +41,7 @@ from edgeblocks.runs.schema import (
     RecordFields,
     SharedBy,
     TextManifestFields,
+    WindowFields,
     check_checksum,
     check_config,
     check_manifest,
@@ -62,6 +65,9 @@ if TYPE_CHECKING:
 
 RUN_FORMAT_VERSION = 2
 SHARED_FOLDER = "shared"
+WINDOW_RATE_SHARE = 0.4
+"""To which the learning rate falls in every window but the last. At zero, layers that are frozen have settled on what
+the short network needs: 0.02 to 0.035 nats worse in the end, on characters."""
 OWN_FOLDERS = ("blocks", "blocks.arriving", "samples", SHARED_FOLDER)
 OWN_NAMES = (
     *("lock", "lock.pid", "config.yaml", "plan.json", "env.json", "manifest.json", "metrics.jsonl", "quality.jsonl"),
@@ -89,6 +95,8 @@ class RunDirectory:
     """The file that the weights began with; None where they came from the seed."""
     shared_by: SharedBy | None = None
     """Whose blocks begin as this run's only one; None of a run that stands alone."""
+    window: WindowFields | None = None
+    """Of a network that grows, the window that is trained now; None where all parts are there from the beginning."""
     prolonged: tuple[Prolongation, ...] = ()
     """When more steps were asked for than before; see `prolonging.prolong`."""
 
@@ -125,8 +133,21 @@ class RunDirectory:
 
     @property
     def file_layers(self) -> tuple[int, ...]:
-        """Layers in each block file."""
-        return tuple(self.plan.layers_per_block)
+        """Layers in each block file; of a network that grows, in those that there are so far."""
+        layers = tuple(self.plan.layers_per_block)
+        return layers if self.window is None else layers_so_far(layers, self.window.number)
+
+    @property
+    def is_grown(self) -> bool:
+        """Whether all parts of the network are there."""
+        return len(self.file_layers) == len(self.plan.layers_per_block)
+
+    @property
+    def last_step(self) -> int:
+        """Up to which the parts that there are so far are trained: that of the run, unless the network grows then."""
+        if self.window is None or self.is_grown:
+            return self.settings.run.steps
+        return last_steps(self.first_steps, len(self.plan.layers_per_block))[self.window.number]
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -141,7 +162,8 @@ class RunDirectory:
     @property
     def trained(self) -> tuple[bool, ...]:
         """Of each block whether it is trained; the others are frozen."""
-        return trained_stages(self.settings.run.trained_blocks, len(self.file_layers))
+        parts = len(self.file_layers)
+        return trained_stages((parts - 1,) if self.method.grows else self.settings.run.trained_blocks, parts)
 
     @property
     def first_steps(self) -> int:
@@ -180,9 +202,14 @@ class RunDirectory:
         """Of a block's learning rate, for `schedule.learning_rate_over`; one where the run was never prolonged."""
         if self.shared_by is not None:
             return [(0, self.steps_of_all)]  # one schedule over this run and the blocks' own steps
-        steps, in_force = self.settings.run.steps, self.prolongations
-        begins = [0, *(one.began_at[block] for one in in_force)]
+        steps, in_force = self.last_step, self.prolongations
+        begins = [0 if self.window is None else self.window.first_step, *(one.began_at[block] for one in in_force)]
         return list(zip(begins, [*(one.steps_before for one in in_force), steps], strict=True))
+
+    @property
+    def lowest_rate_share(self) -> float:
+        """Of the learning rate's highest value, to which it falls at the end of a stretch."""
+        return 0.0 if self.window is None or self.is_grown else WINDOW_RATE_SHARE
 
     @property
     def prolongations(self) -> tuple[Prolongation, ...]:
@@ -243,7 +270,19 @@ class RunDirectory:
 
     @property
     def blocks_folder(self) -> Path:
-        """Where the block files are: at home, or in a folder of this run's own in the work directory."""
+        """Where the block files are; those of a network that grows have a folder for each window."""
+        if self.window is None:
+            return self._folder_of_blocks
+        return self._folder_of_blocks / f"window_{self.window.number:03d}"
+
+    @property
+    def is_away(self) -> bool:
+        """Whether the block files are in the work directory."""
+        return self._folder_of_blocks == self.away_folder
+
+    @property
+    def _folder_of_blocks(self) -> Path:
+        """At home, or a folder of this run's own in the work directory."""
         home, away = self.path / "blocks", self.away_folder
         return home if away is None or home.is_dir() else away
 
@@ -380,6 +419,10 @@ def remove_leftovers(run: RunDirectory) -> None:
     Raises:
         StorageError: the folder cannot be written.
     """
+    if run.window is not None:
+        for former in run.blocks_folder.parent.glob("window_*"):
+            if former != run.blocks_folder:  # of a window that was, or of one that had not begun
+                shutil.rmtree(former, ignore_errors=True)
     for folder in (run.path, run.blocks_folder, run.path / "samples"):
         for leftover in folder.glob(".*.tmp"):
             try:
@@ -464,8 +507,16 @@ def open_run(path: Path) -> RunDirectory:
         tokenizer=_tokenizer_of(path, manifest) if isinstance(manifest, TextManifestFields) else None,
         init=manifest.init,
         shared_by=manifest.shared_by,
+        window=manifest.window,
         prolonged=tuple(manifest.prolonged),
     )
+    if (run.window is not None) != run.method.grows or (
+        run.window is not None and run.window.number >= len(run.plan.layers_per_block)
+    ):
+        raise RunError(
+            f"{path} is damaged: manifest.json has the window {shown(manifest.window and manifest.window.number)} of a "
+            f"network of --method {run.method.name} in {len(run.plan.layers_per_block)} parts; {AGAIN}"
+        )
     if max(settings.run.trained_blocks or (0,)) >= len(run.file_layers):
         raise RunError(
             f"{path} is damaged: config.yaml trains the blocks {settings.run.train_blocks} and plan.json has "

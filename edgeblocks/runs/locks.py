@@ -104,7 +104,8 @@ def check_links(path: Path) -> None:
         StorageError: a folder cannot be read.
     """
     try:
-        found = list(links_under(path, OWN_NAMES, OWN_FOLDERS))
+        windows = (f"blocks/{folder.name}" for folder in (path / "blocks").glob("window_*"))
+        found = list(links_under(path, OWN_NAMES, (*OWN_FOLDERS, *windows)))
     except OSError as error:
         raise storage_error("cannot look into the run directory", path, error) from error
     _refuse(found, path)

@@ -27,6 +27,11 @@ def check_prolonging(run: RunDirectory, *, steps_before: int, saved: Sequence[in
             f"{run.settings.run.shared:g}), whose learning rate goes by the steps of all; train it to its end first, "
             f"then prolong it"
         )
+    if not run.is_grown:
+        raise ConfigError(
+            f"--steps {run.settings.run.steps}: the network of {run.path} still grows, by the steps that it was begun "
+            f"with; train it to its end first, then prolong it"
+        )
     steps, made = run.settings.run.steps, f"{min(saved)} to {max(saved)}" if min(saved) < max(saved) else str(saved[0])
     if steps < steps_before:
         raise ConfigError(

@@ -98,6 +98,15 @@ class SharedBy(Checked):
     """Of each block, when the run was created."""
 
 
+class WindowFields(Checked):
+    """`window` in manifest.json of a run whose network grows (`runs.growing`): the window that is trained now."""
+
+    number: Annotated[int, Field(ge=0, lt=MOST_LAYERS)]
+    """Counted from 0."""
+    first_step: Count
+    """In which its training begins; those before it were of lower windows."""
+
+
 class ManifestFields(Checked):
     """manifest.json."""
 
@@ -106,6 +115,7 @@ class ManifestFields(Checked):
     class_names: Annotated[list[Text], Field(max_length=MOST_CLASSES)]
     init: InitFields | None = None
     shared_by: SharedBy | None = None
+    window: WindowFields | None = None
     prolonged: Annotated[list[Prolongation], Field(max_length=1000)] = Field(default_factory=list)
 
 

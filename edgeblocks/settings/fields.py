@@ -24,7 +24,7 @@ from edgeblocks.units import parse_size
 BUILT_IN_DATA = ("digits", "moby-dick")
 TOKENIZERS = ("chars", "bytes", "bpe")
 _MOST_SIZE_CHARACTERS = 40
-_MOST_COUNTS = {"blocks": MOST_LAYERS, "micro_batch": MOST_SAMPLES, "visit_steps": MOST_STEPS}
+_MOST_COUNTS = {"blocks": MOST_LAYERS, "window": MOST_LAYERS, "micro_batch": MOST_SAMPLES, "visit_steps": MOST_STEPS}
 
 
 def _may_be(text: str) -> dict[str, JsonValue]:
@@ -114,7 +114,8 @@ class RunSettings(BaseModel):
         default=1000,
         ge=1,
         le=MOST_STEPS,
-        description="optimizer steps of each block; with method=exact of the whole network",
+        description="optimizer steps of each block; with method=exact of the whole network, with method=greedy of all "
+        "windows",
     )
     batch: int = Field(
         default=64,
@@ -130,7 +131,8 @@ class RunSettings(BaseModel):
     )
     method: MethodName = Field(
         default="diffusion",
-        description="each block alone, as a denoiser of its own noise levels; or end to end with true gradients",
+        description="each block alone, as a denoiser of its own noise levels; end to end with true gradients; or a "
+        "window of layers at a time, from the bottom up",
     )
     blocks: int | Literal["auto"] = Field(
         default="auto",
@@ -158,6 +160,11 @@ class RunSettings(BaseModel):
         lt=1,
         description="with method=diffusion: share of the steps in which one denoiser learns all noise levels, before "
         "it is copied into every block",
+    )
+    window: int | Literal["auto"] = Field(
+        default="auto",
+        description="with method=greedy: layers that are trained at a time; auto: as many as the budget holds",
+        json_schema_extra=_may_be(f"`auto`, or 1 to {_MOST_COUNTS['window']:,}"),
     )
     partition: Literal["equal-probability", "uniform"] = Field(
         default="equal-probability",
@@ -299,7 +306,7 @@ class RunSettings(BaseModel):
             parse_size(text)
         return text
 
-    @field_validator("blocks", "micro_batch", "visit_steps", mode="before")
+    @field_validator("blocks", "window", "micro_batch", "visit_steps", mode="before")
     @classmethod
     def _is_count_or_auto(cls, value: object, info: ValidationInfo) -> object:
         if value == "auto":

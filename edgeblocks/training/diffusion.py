@@ -21,25 +21,22 @@ from edgeblocks.offload.device import Device
 from edgeblocks.offload.float32_copy import Float32Ema
 from edgeblocks.offload.slots import Slot
 from edgeblocks.offload.tiers import tier_of
-from edgeblocks.optim.loss_scale import scaled, unscale_
-from edgeblocks.optim.update import clip_
+from edgeblocks.optim.loss_scale import scaled
 from edgeblocks.planning.plans import StepShape
 from edgeblocks.runs.directory import RunDirectory
 from edgeblocks.training.batches import Batches
 from edgeblocks.training.guard import Guard
-from edgeblocks.training.loop import StepTimer, Trainer, Visit
+from edgeblocks.training.loop import StepTimer, Visit
+from edgeblocks.training.resident import ResidentTrainer
 
 
-class DiffusionTrainer(Trainer):
+class DiffusionTrainer(ResidentTrainer):
     """Trains the blocks of a run, one at a time."""
 
     def __init__(self, run: RunDirectory, data: DataSet, slots: BlockSlots, guard: Guard) -> None:
         super().__init__(run, data, slots, guard)
-        self.slots = slots
-        self._resident: Slot | None = None
-        """The block of the visit that goes on."""
         self._network: tuple[bool, Block] | None = None
-        """That block as a module, and whether it is built with checkpointing."""
+        """The resident block as a module, and whether it is built with checkpointing."""
 
     @classmethod
     def open(cls, run: RunDirectory, data: DataSet, store: BlockStore, guard: Guard, device: Device | None) -> Self:
@@ -59,25 +56,15 @@ class DiffusionTrainer(Trainer):
 
     @contextmanager
     def visit(self, visit: Visit, then: Visit | None) -> Iterator[None]:
-        # A visit always ends with the block's file written, so the limit is looked at before the block is loaded. The
-        # bytes count from now on: the I/O thread may write them only after the next visit has asked for its share.
-        file_bytes = self.store.file_bytes(visit.block)
-        self.check_write_limit(file_bytes, "the next visit")
-        self.progress.bytes_written += file_bytes
-        with self.slots.visit(visit.block, then=then.block if then else None) as resident:
-            assert resident.step == visit.first, f"block {visit.block} is at step {resident.step}, not {visit.first}"
-            self.gradients.zero_()  # those of another block, or of a step that failed
-            resident.loss_scale = self.saved_loss_scale(visit.block)
-            self._resident = resident
+        with super().visit(visit, then):
             try:
                 yield
             finally:
-                self._resident = self._network = None
+                self._network = None
 
     def train_step(self, visit: Visit, step: int, batches: Batches) -> None:
         """A step of one block, with the loss of its family (`Family.loss`): arXiv 2506.14202, section 3."""
-        resident, settings, timer = self._resident, self.settings, StepTimer(self.slots)
-        assert resident is not None
+        resident, settings, timer = self.resident, self.settings, StepTimer(self.slots)
         scale = resident.loss_scale
         gradients = self.gradients[: resident.buffer.layout.num_parameters]
 
@@ -105,15 +92,7 @@ class DiffusionTrainer(Trainer):
             raise self.diverged(f"the loss of block {visit.block} is {loss}", step, saved=visit.first)
 
         # The update: clipping by the block's own norm, AdamW, EMA. From here on the step cannot be made again.
-        unscale_(gradients, scale)
-        gradient_norm = clip_(gradients, settings.clip)
-        if scale is None or math.isfinite(gradient_norm):
-            self.update_(resident.buffer, gradients, step, visit.block)
-        if scale is not None:
-            with self.divergence(step, saved=visit.first):
-                resident.loss_scale = scale.after(finite=math.isfinite(gradient_norm))
-        gradients.zero_()  # the next step's backward pass adds to them
-        resident.step = step + 1  # written into the file's header, where a resumed run begins
+        gradient_norm = self.update_resident_(visit, step)
 
         self.note(timer, block=visit.block, step=step, loss=loss, gradient_norm=gradient_norm)
 

@@ -25,7 +25,7 @@ from edgeblocks.offload.block_buffer import BlockBuffer, bind_parameters_
 from edgeblocks.offload.block_files import BlockStore
 from edgeblocks.offload.device import Device
 from edgeblocks.offload.float32_copy import Float32Copy, Weights
-from edgeblocks.offload.slots import Slots
+from edgeblocks.offload.slots import Slots, StreamTimes
 from edgeblocks.optim.adamw import Workspace
 from edgeblocks.optim.loss_scale import LossScale
 from edgeblocks.optim.schedule import learning_rate_over
@@ -85,6 +85,14 @@ class StepTimer:
         return step_s
 
 
+@dataclass(frozen=True, kw_only=True)
+class SoFar:
+    """What was counted of a training in this process."""
+
+    progress: Progress
+    times: StreamTimes
+
+
 class Trainer(ABC):
     """Trains a run to its last step. One process, one training thread."""
 
@@ -102,9 +110,12 @@ class Trainer(ABC):
         self._workspace = Workspace.for_device(self.device, rounds=rounds) if quantized or rounds else None
         self.float32 = Float32Copy(layouts, self.device) if rounds else None
         """Of the weights that are trained now, or between visits of an EMA, where blocks are bfloat16."""
+        self._first_step = 0 if run.window is None else run.window.first_step
+        """From which on moments and EMA of what is trained now are counted."""
         self._ema_exponent = ema_exponent(self.settings.ema_length)
         self._metrics_every = max(1, self.settings.steps // METRICS_RECORDS)
         self._thread = BatchThread(self.device)
+        self._goes_on = False
         self.progress = Progress(
             steps=self.settings.steps,
             bytes_written=self.store.run_bytes_written,
@@ -161,7 +172,10 @@ class Trainer(ABC):
         on_step: Callable[[Progress], None],
         between_visits: Callable[[Sequence[int]], None],
     ) -> list[int]:
-        """Train to the last step, or until interrupted; returns the steps that were made, as `saved_steps` counts them.
+        """Train to the last step, or to the one at which the network grows, or until interrupted.
+
+        Returns:
+            The steps that were made, as `saved_steps` counts them.
 
         Args:
             on_step: called after every step. What it raises ends the run, saved.
@@ -174,8 +188,10 @@ class Trainer(ABC):
         """
         steps = self.saved_steps()
         self.progress.steps_total = self.run.steps_of_all
-        self.progress.steps_done = self.progress.steps_before = sum(steps)
-        visits = plan_visits(steps, steps=self.settings.steps, visit_steps=self.run.trainable_plan.visit_steps)
+        self.progress.steps_done = sum(steps)
+        if not self._goes_on:
+            self.progress.steps_before = self.progress.steps_done
+        visits = plan_visits(steps, steps=self.run.last_step, visit_steps=self.run.trainable_plan.visit_steps)
         following = next(visits, None)
         while (visit := following) is not None and interruption.signal_name is None:
             # One visit ahead, so that its block is loaded while this one is trained.
@@ -209,6 +225,16 @@ class Trainer(ABC):
         self._slots.flush()
         return steps
 
+    @property
+    def so_far(self) -> "SoFar":
+        """What was counted; without the memory that the trainer had."""
+        return SoFar(progress=self.progress, times=self.times)
+
+    def go_on_from(self, so_far: "SoFar") -> None:
+        """Count on from there, where the network has grown in this process."""
+        self.progress, self._goes_on = so_far.progress, True
+        self.times.add_(so_far.times)
+
     def close(self) -> None:
         """Stop the threads that move blocks and draw batches, and give the room on disk back."""
         self._slots.close()
@@ -219,7 +245,7 @@ class Trainer(ABC):
         update_(
             buffer,
             gradients,
-            step=step,
+            step=step - self._first_step,
             learning_rate=self.learning_rate(step, block),
             weight_decay=self.settings.weight_decay,
             exponent=self._ema_exponent,
@@ -230,7 +256,9 @@ class Trainer(ABC):
     def learning_rate(self, step: int, block: int = 0) -> float:
         """Of a step, which counts from 0."""
         stretches, settings = self.run.stretches(block), self.settings
-        return learning_rate_over(stretches, step, warmup=settings.warmup, peak=settings.learning_rate)
+        return learning_rate_over(
+            stretches, step, warmup=settings.warmup, peak=settings.learning_rate, floor=self.run.lowest_rate_share
+        )
 
     def weights_in(self, buffer: BlockBuffer) -> Weights:
         """What a network computes with that is bound to a buffer's weights, as they are now.

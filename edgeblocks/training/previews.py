@@ -68,6 +68,11 @@ class Previews:
         if self._grids.are_due(done):
             self._preview(self._grids, done, self._make_grid, "the grid of samples")
 
+    def before_growing(self, done: int) -> None:
+        """Measure the quality of the network as it is, before it gets more layers; once."""
+        if all(mark.step != done for mark in self._run.quality()):
+            self._preview(self._evaluations, done, self._note_quality, "the measure of quality")
+
     def left_s(self) -> float:
         """What those to come and the evaluation at the end will take: as the last ones took, else as steps suggest."""
         progress, settings = self._progress, self._run.settings.run

@@ -11,11 +11,12 @@ from edgeblocks.profiling.warmup_step import run_warmup_step
 from edgeblocks.progress import Listener, Progress
 from edgeblocks.registry import build_target
 from edgeblocks.runs.directory import RunDirectory, bring_blocks_home
+from edgeblocks.runs.growing import grown
 from edgeblocks.runs.summary import Summary
 from edgeblocks.terminal import command
 from edgeblocks.training.guard import Guard, refusals_explained
 from edgeblocks.training.interruption import Interrupted, Interruption
-from edgeblocks.training.loop import trainer_type
+from edgeblocks.training.loop import SoFar, trainer_type
 from edgeblocks.training.previews import Previews
 from edgeblocks.training.real_steps import RealSteps
 from edgeblocks.training.summary import summary_of
@@ -23,11 +24,35 @@ from edgeblocks.training.summary import summary_of
 
 def trained(
     run: RunDirectory, data_set: DataSet, listener: Listener, told: Callbacks, resumed_from: list[int] | None
-) -> Summary:
-    """The summary of a run that is trained now.
+) -> RunDirectory:
+    """Train a run to its end, and write its summary; gives the run, whose network may have grown on the way.
 
     Args:
         resumed_from: the blocks' steps that this process begins with; None where it begins the run.
+
+    Raises:
+        InterruptedRunError: stopped by a signal; everything is saved.
+    """
+    so_far, summary = _trained_as_it_is(run, data_set, listener, told, resumed_from)
+    while summary is None:
+        run = grown(run, listener.note)
+        so_far, summary = _trained_as_it_is(run, data_set, listener, told, resumed_from, so_far)
+    run.write_json("summary.json", summary.to_json())
+    return run
+
+
+def _trained_as_it_is(
+    run: RunDirectory,
+    data_set: DataSet,
+    listener: Listener,
+    told: Callbacks,
+    resumed_from: list[int] | None,
+    so_far: SoFar | None = None,
+) -> tuple[SoFar, Summary | None]:
+    """Train the parts that are there; what was counted, and the summary, or None where the network is to grow now.
+
+    Args:
+        so_far: what was counted in this process before the network had all of these parts.
 
     Raises:
         InterruptedRunError: stopped by a signal; everything is saved.
@@ -58,7 +83,10 @@ def trained(
         store = run.store_with_meter()
         store.hold_folder()
         real_steps = RealSteps(run, guard, listener.note, device=target.torch_device)
+        evaluation = None
         trainer = trainer_type(run.method).open(run, data_set, store, guard, target.device)
+        if so_far is not None:
+            trainer.go_on_from(so_far)
         try:
             cap = target.capped(budget_bytes, untouched_bytes=untouched_bytes(run.precision))
             with cap, Interruption(listener.note).listening() as interruption:
@@ -73,7 +101,10 @@ def trained(
                 )
                 if interruption.signal_name is None:
                     listener.stage("evaluating")
-                    evaluation = previews.evaluation(listener)
+                    if run.is_grown:
+                        evaluation = previews.evaluation(listener)
+                    else:
+                        previews.before_growing(run.last_step)
         except Interrupted:
             steps = run.saved_steps(store)
         finally:
@@ -83,9 +114,11 @@ def trained(
             f"stopped by {interruption.signal_name}; saved at {at_steps(run, steps)} of "
             f"{run.settings.run.steps}. Go on with: {command('train', '--resume', run.resumed_at)}"
         )
+    if evaluation is None:
+        return trainer.so_far, None
     # Before the summary, which says that the run is finished: a crash in between is made good by --resume.
     bring_blocks_home(run)
-    return summary_of(
+    return trainer.so_far, summary_of(
         run, trainer, evaluation, data_set, target, budget_bytes, resumed_from, evaluation_s=previews.evaluation_s
     )
 

@@ -32,7 +32,7 @@ def test_every_seed_and_setting_is_known_afterwards():
         ({"settings": {"method": "exact"}}, "name them with --arms"),
         ({"settings": {"train_blocks": "1"}}, "compare different things"),
         ({"settings": {"master": "bf16"}}, "ordinary training keeps float32 weights"),
-        ({"settings": {"clip_by": "network"}}, "each block is trained alone"),
+        ({"settings": {"clip_by": "network"}}, "what is trained is clipped by its own"),
         ({"settings": {"data": "nowhere"}}, "nowhere"),
     ],
 )

@@ -34,7 +34,7 @@ def block_tensors(run, blocks=3):
 
 
 def _block_files(run, blocks):
-    paths = sorted((Path(run) / "blocks").glob("*.safetensors"))
+    paths = sorted((Path(run) / "blocks").rglob("*.safetensors"))  # of a network that grows, in a folder there
     assert len(paths) == blocks
     return paths
 

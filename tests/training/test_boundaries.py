@@ -73,7 +73,7 @@ def test_the_plan_takes_the_disk_where_memory_does_not_hold_them():
 
 
 def test_block_wise_training_has_none():
-    with pytest.raises(ConfigError, match="nothing goes from block to block"):
+    with pytest.raises(ConfigError, match="no gradient goes from part to part"):
         edgeblocks.plan(family="dit", boundaries="disk")
     with pytest.raises(ConfigError, match="boundary_dtype"):
         edgeblocks.plan(family="dit", boundary_dtype="float64")

@@ -155,5 +155,5 @@ def test_a_plan_counts_what_waits(tier):
 
 
 def test_blocks_that_are_trained_alone_have_no_common_norm():
-    with pytest.raises(ConfigError, match=r"clip_by=network .* each block is trained alone and clipped by its own"):
+    with pytest.raises(ConfigError, match=r"clip_by=network .* what is trained is clipped by its own"):
         edgeblocks.plan(**KINDS["vit"], clip_by="network", mem_budget="4GB")

@@ -147,7 +147,7 @@ def test_the_budget_cuts_as_if_all_were_trained():
         ({"train_blocks": "-1"}, "numbers of blocks are needed"),
         (
             {"train_blocks": "1,2", "method": "diffusion"},
-            "with --method diffusion no block depends on another.*use --method exact",
+            "with --method diffusion there is nothing to choose.*use --method exact",
         ),
     ],
 )

@@ -1,0 +1,216 @@
+"""Greedy training: a window of layers at a time, from the bottom up, over the frozen layers below it.
+
+The window, with the readout on top, is in memory with its gradients, moments and EMA; frozen layers are only run
+forward. The first window with the stem is a short network that is trained end to end; `runs.growing` moves the window
+up.
+
+Source: Belilovsky et al. 2019, arXiv 1812.11446, whose layers are trained one at a time; here windows overlap by half,
+so that upper layers can still change what those below have learned, and all have the same readout.
+"""
+
+import math
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from functools import partial
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from edgeblocks.data.dataset import DataSet
+from edgeblocks.families.base import Batch
+from edgeblocks.families.block import Block
+from edgeblocks.families.family import EndToEnd
+from edgeblocks.families.precision import computing_in
+from edgeblocks.inference.staged_weights import StagedEma
+from edgeblocks.offload.block_buffer import BlockBuffer, Part
+from edgeblocks.offload.block_files import BlockStore
+from edgeblocks.offload.block_slots import BlockSlots
+from edgeblocks.offload.device import Device
+from edgeblocks.offload.float32_copy import Float32Ema
+from edgeblocks.offload.sections import network_of
+from edgeblocks.offload.stage_slots import Need, StageSlots
+from edgeblocks.offload.tiers import tier_of
+from edgeblocks.optim.loss_scale import scaled
+from edgeblocks.planning.plans import StepShape
+from edgeblocks.runs.directory import RunDirectory
+from edgeblocks.training.batches import Batches
+from edgeblocks.training.guard import Guard
+from edgeblocks.training.loop import StepTimer, Visit
+from edgeblocks.training.resident import ResidentTrainer
+
+FROZEN_PARTS: tuple[Part, ...] = ("ema",)
+"""Of a frozen part its EMA is in memory, which is what it was frozen as; its file has the same as its weights."""
+
+
+class GreedyTrainer(ResidentTrainer):
+    """Trains the window of a run that grows, up to the step at which it grows or ends."""
+
+    def __init__(
+        self, run: RunDirectory, data: DataSet, slots: BlockSlots, guard: Guard, *, frozen: StageSlots | None
+    ) -> None:
+        """
+        Args:
+            slots: of the window.
+            frozen: of the parts below it; None where it is the lowest.
+        """
+        super().__init__(run, data, slots, guard)
+        assert isinstance(self.family, EndToEnd)
+        self._end_to_end: EndToEnd = self.family
+        self._top, self._frozen = len(run.file_layers) - 1, frozen
+        self._networks: dict[tuple[int, int], Block] = {}
+        """By the part and the buffer that it lies in."""
+        if frozen is not None:
+            frozen.times = slots.times
+        parts = _Parts(slots, frozen, top=self._top)
+        self._ema = StagedEma(parts if self.float32 is None else Float32Ema(parts, self.float32), run.file_layers)
+
+    @classmethod
+    def open(cls, run: RunDirectory, data: DataSet, store: BlockStore, guard: Guard, device: Device | None) -> Self:
+        top, frozen = len(run.file_layers) - 1, None
+        if top:
+            below = BlockStore(store.folder, store.layouts[:top], store.run_id, trained_together=True)
+            tier = tier_of(below, device, parts=FROZEN_PARTS, ram_blocks=min(run.plan.ram_blocks, top))
+            frozen = StageSlots(tier, slots=min(run.plan.slots - 1, top))
+        return cls(run, data, BlockSlots(tier_of(store, device), slots=1), guard, frozen=frozen)
+
+    @property
+    def ema(self) -> StagedEma:
+        return self._ema
+
+    @property
+    def residents(self) -> int:
+        return 1
+
+    def part_of(self, visit: Visit) -> int:
+        return self._top
+
+    def saved_steps(self) -> list[int]:
+        return [self.store.header(self._top).step]
+
+    def close(self) -> None:
+        if self._frozen is not None:
+            self._frozen.close()
+        super().close()
+
+    def train_step(self, visit: Visit, step: int, batches: Batches) -> None:
+        """A step of the window, with the loss of the readout on top of it and the gradients of its own layers."""
+        resident, settings, timer = self.resident, self.settings, StepTimer(self.slots)
+        scale = resident.loss_scale
+        gradients = self.gradients[: resident.buffer.layout.num_parameters]
+
+        # The whole batch, [batch, ...]: each frozen part is loaded once for all of it.
+        batch = {name: tensor.to(self.device) for name, tensor in batches.of(step).items()}
+        timer.batch_is_drawn()
+
+        # Forward through the frozen layers, of which nothing is recorded: [batch, tokens, width], and the conditioning.
+        entering = self.guard.attempt(partial(self._through_frozen, batch)) if self._frozen is not None else None
+
+        # Forward and backward through the window, one micro-batch after the other; gradients add up in `gradients`. In
+        # a frame of its own: where memory is refused, its activations are gone before the guard makes the next attempt
+        # smaller.
+        def forward_and_backward(shape: StepShape) -> float:
+            network, losses = self._window(), []
+            for rows in _micro_batches(settings.batch, shape.micro_batch):
+                part = {name: tensor[rows] for name, tensor in batch.items()}
+                with computing_in(self.run.precision, self.device):
+                    if entering is None:
+                        hidden, condition = self._end_to_end.enter(network, part)
+                    else:
+                        # A leaf that wants a gradient, without which no layer would be checkpointed.
+                        hidden = entering[0][rows].detach().requires_grad_(shape.checkpointing)
+                        condition = entering[1][rows]
+                    out = network.through_stage(hidden, condition, checkpointing=shape.checkpointing)
+                    loss = self._end_to_end.loss_after(network, out, condition, part)
+                # Divided by the whole batch, so that micro-batches add up to its mean.
+                mean = loss.sum() / settings.batch
+                scaled(mean, scale).backward()  # type: ignore[no-untyped-call]
+                losses.append(mean.detach())
+            return float(sum(one.item() for one in losses))  # a device is waited for here, once
+
+        loss = self.guard.attempt(forward_and_backward, undo=gradients.zero_)
+        if not math.isfinite(loss):
+            raise self.diverged(f"the loss is {loss}", step, saved=visit.first)
+
+        # The update: clipping by the window's own norm, AdamW, EMA. From here on the step cannot be made again.
+        gradient_norm = self.update_resident_(visit, step)
+
+        self.note(timer, block=None, step=step, loss=loss, gradient_norm=gradient_norm)
+
+    def _through_frozen(self, batch: Batch, shape: StepShape) -> tuple[Tensor, Tensor]:
+        """What the window is given of a batch: hidden values and the conditioning, which the stem has made."""
+        assert self._frozen is not None
+        hidden: Tensor | None = None
+        condition: Tensor | None = None
+        for part in range(self._top):
+            need, then = (
+                Need(stage=stage % self._top, parts=FROZEN_PARTS, changes=False) for stage in (part, part + 1)
+            )
+            with (
+                self._frozen.use(need, then=then) as buffer,
+                torch.no_grad(),
+                computing_in(self.run.precision, self.device),
+            ):
+                network = self._frozen_network(part, buffer)
+                for rows in _micro_batches(self.settings.batch, shape.micro_batch):
+                    if part == 0:
+                        samples = {name: tensor[rows] for name, tensor in batch.items()}
+                        entered, conditioned = self._end_to_end.enter(network, samples)
+                    else:
+                        assert hidden is not None
+                        assert condition is not None
+                        entered, conditioned = hidden[rows], condition[rows]
+                    out = network.through_stage(entered, conditioned, checkpointing=False)
+                    if hidden is None or condition is None:
+                        hidden = out.new_empty(self.settings.batch, *out.shape[1:])
+                        condition = conditioned.new_empty(self.settings.batch, *conditioned.shape[1:])
+                    hidden[rows] = out  # in the place of what entered this part
+                    if part == 0:
+                        condition[rows] = conditioned
+        assert hidden is not None
+        assert condition is not None
+        return hidden, condition
+
+    def _window(self) -> Block:
+        """The window as a module with its weights of now."""
+        buffer = self.resident.buffer
+        key = self._top, id(buffer)
+        if key not in self._networks:
+            build = partial(network_of, self.family, self.run.sections[self._top])
+            self._networks[key] = self.network_on(buffer, build, self.gradients)
+        self.weights_in(buffer)
+        return self._networks[key]
+
+    def _frozen_network(self, part: int, buffer: BlockBuffer) -> Block:
+        """A frozen part as a module."""
+        # By buffer, too: parameters are views of one slot's memory, and a part comes into whichever slot is free.
+        key = part, id(buffer)
+        if key not in self._networks:
+            with torch.device("meta"):
+                network = network_of(self.family, self.run.sections[part])
+            with self.device:
+                network.reset_tables_()
+            held = buffer if self.float32 is None else self.float32.hold_(buffer, "ema")
+            held.bind_(network)
+            self._networks[key] = network.eval()
+        if self.float32 is not None:
+            self.float32.hold_(buffer, "ema")
+        return self._networks[key]
+
+
+class _Parts:
+    """The EMA weights of all parts, of those that are frozen and of the window."""
+
+    def __init__(self, window: BlockSlots, frozen: StageSlots | None, *, top: int) -> None:
+        self._window, self._frozen, self._top = window, frozen, top
+
+    def ema_weights(self, block: int) -> AbstractContextManager[BlockBuffer]:
+        """A buffer with a part's EMA, until another part is asked for."""
+        if block == self._top:
+            return self._window.ema_weights(block)
+        assert self._frozen is not None
+        return self._frozen.ema_weights(block)
+
+
+def _micro_batches(batch: int, micro_batch: int) -> Iterator[slice]:
+    return (slice(start, start + micro_batch) for start in range(0, batch, micro_batch))
