@@ -11,6 +11,8 @@ With L layers, the family's preferred number of blocks B, and K steps of each bl
   one block     the same method with B = 1: one block of L layers, K steps
   plain         end-to-end training of L layers, K steps; for dit and mdlm that is one block
   plain, short  end-to-end training of L/B layers, B K steps: shows whether depth is used at all
+  greedy        L/B layers at a time, from the bottom up (--method greedy), as many steps as make as many layer
+                evaluations, those of the frozen layers counted
 and for looped, whose B is 1:
   unrolled      end-to-end training of its own form, K steps: the core several times a step, which takes more layer
                 evaluations
@@ -36,6 +38,7 @@ from typing import Any
 import torch
 
 import edgeblocks
+from edgeblocks.planning.windows import frozen_below, layers_in_windows
 
 HERE = Path(__file__).parents[2]
 TRAININGS = HERE / "docs/four_arms.jsonl"
@@ -52,6 +55,8 @@ BLOCKS = {"dit": 3, "vit": 2, "mdlm": 3, "ar": 4, "looped": 1}
 EXAMPLES = {"dit": 0, "vit": 1024, "mdlm": 64, "ar": 64, "looped": 64}
 """Of the hold-out part: classified, or sequences of the bound; the loss of images is that of 512."""
 DATA = {"dit": "fashion", "vit": "fashion", "mdlm": "addresses", "ar": "moby-dick", "looped": "moby-dick"}
+LATER = ("begun as one", "greedy")
+"""Arms that a family's section does without until they are measured."""
 MEASURES = {
     "dit": ("loss",),
     "vit": ("top1", "cross_entropy", "calibration_error"),
@@ -96,7 +101,22 @@ def arms(family: str, steps: int) -> dict[str, dict[str, Any]]:
     ways["one block"] = whole
     if plain != whole:
         ways["plain"] = plain
-    return {**ways, "plain, short": {**plain, "depth": depth // blocks, "steps": steps * blocks}}
+    ways["plain, short"] = {**plain, "depth": depth // blocks, "steps": steps * blocks}
+    window = depth // blocks
+    ways["greedy"] = {**whole, "method": "greedy", "window": window, "steps": greedy_steps(depth, window, steps)}
+    return ways
+
+
+def greedy_steps(depth: int, window: int, steps: int) -> int:
+    """Steps of all windows together that make as many layer evaluations as `steps` of the whole network.
+
+    A layer forward is one and its backward pass two; frozen layers are run forward alone.
+
+    >>> greedy_steps(4, 2, 800)
+    1371
+    """
+    below = frozen_below(layers_in_windows(depth, window))
+    return round(steps * 3 * depth / statistics.mean(3 * window + frozen for frozen in below))
 
 
 def trainings() -> list[dict[str, Any]]:
@@ -107,15 +127,15 @@ def trainings() -> list[dict[str, Any]]:
 def found(training: dict[str, Any], seed: int | None = None) -> list[dict[str, Any]]:
     """Trainings of this kind, of each seed in turn, or of one."""
     # Rows of the time before blocks could begin as one do not tell that they did not.
-    rows = [row for row in trainings() if all({"shared": 0.0, **row}[key] == value for key, value in training.items())]
+    rows = [row for row in trainings() if all({"shared": 0.0, **row}.get(key) == value for key, value in training.items())]
     return sorted((row for row in rows if seed in (None, row["seed"])), key=lambda row: int(row["seed"]))
 
 
 def trained(training: dict[str, Any], data: str, seed: int) -> dict[str, Any]:
     """Train and evaluate."""
     folder, started = Path(tempfile.mkdtemp(prefix="edgeblocks-bench-")), time.perf_counter()
-    family, exact = training["family"], training["method"] == "exact"
-    given = {**LEARNING, **training, "data": data, "blocks": None if exact else training["blocks"]}
+    family, alone = training["family"], training["method"] == "diffusion"
+    given = {**LEARNING, **training, "data": data, "blocks": training["blocks"] if alone else None}
     try:
         run = edgeblocks.train(out=folder / "run", mem_budget="4GB", seed=seed, sample_grids=0, **without_none(given))
         result = run.evaluate(samples=EXAMPLES[family])
@@ -140,7 +160,7 @@ def without_none(given: dict[str, Any]) -> dict[str, Any]:
 
 
 def is_measured(family: str) -> bool:
-    return all(found(training) for arm, training in arms(family, STEPS[family]).items() if arm != "begun as one")
+    return all(found(training) for arm, training in arms(family, STEPS[family]).items() if arm not in LATER)
 
 
 def tables() -> dict[Path, str]:
