@@ -23,6 +23,10 @@ BoundaryDtype = Literal["float32", "bfloat16"]
 """What they are kept as."""
 Master = Literal["fp32", "bf16"]
 """In which numbers weights and their EMA are kept; see `optim.rounded_update`."""
+Frozen = Literal["none", "int8"]
+"""As what weights that are not trained are in memory; see `offload.quantized`."""
+INT8_BYTES = 1 + 4 / 64
+"""Of a parameter in int8: its code, and its share of the scale of 64."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,7 +118,7 @@ METHODS: dict[MethodName, Method] = {
         grows=True,
         cut_changes_result=True,
         ran_on_a_gpu=False,
-        own_settings=frozenset({"window"}),
+        own_settings=frozenset({"window", "frozen"}),
         trainer="edgeblocks.training.greedy:GreedyTrainer",
         pace="edgeblocks.planning.pace:pace_of_windows",
     ),

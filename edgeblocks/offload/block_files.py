@@ -55,6 +55,8 @@ class BlockHeader:
     """Bytes of blocks that the run had written when this file was complete."""
     loss_scale: LossScale | None = None
     """Of the next step, where the block is trained in float16."""
+    made_of: str | None = None
+    """Of a block in 8 bits, the checksum of the EMA that it was made of."""
 
 
 class BlockStore:
@@ -118,7 +120,14 @@ class BlockStore:
         """Count on from what earlier processes wrote, as the newest of the block files has it."""
         self._former_bytes_written = max((header.run_bytes_written for header in headers), default=0)
 
-    def write(self, block: int, buffer: BlockBuffer, step: int, loss_scale: LossScale | None = None) -> None:
+    def write(
+        self,
+        block: int,
+        buffer: BlockBuffer,
+        step: int,
+        loss_scale: LossScale | None = None,
+        made_of: str | None = None,
+    ) -> None:
         """Replace a block's file by the buffer's content, atomically.
 
         Raises:
@@ -139,6 +148,7 @@ class BlockStore:
                 digests=digests,
                 run_bytes_written=meter,
                 loss_scale=loss_scale,
+                made_of=made_of,
             ),
         )
         payload: list[bytes | memoryview] = [header, *(bytes_of(buffer.part_bytes(part)) for part in PARTS)]
@@ -250,9 +260,10 @@ class BlockStore:
                 digests={part: metadata[f"{part}_sha256"] for part in PARTS},
                 run_bytes_written=_count(metadata.get("run_bytes_written", "0")),
                 loss_scale=_loss_scale(metadata),
+                made_of=metadata.get("made_of_sha256"),
             )
-            if not isinstance(header.run_id, str):
-                raise TypeError(f"run_id={shown(header.run_id)}")
+            if not isinstance(header.run_id, str) or not isinstance(header.made_of, str | None):
+                raise TypeError(f"run_id={shown(header.run_id)}, made_of_sha256={shown(header.made_of)}")
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise RunError(f"{damaged} has an unreadable header; {self._kept(block)}") from error
         if header.run_id != self.run_id or header.block != block:
@@ -309,6 +320,8 @@ def _encode_header(layout: BlockLayout, header: BlockHeader) -> bytes:
     if header.loss_scale is not None:
         metadata["loss_scale_exponent"] = str(header.loss_scale.exponent)
         metadata["loss_scale_steps"] = str(header.loss_scale.steps)
+    if header.made_of is not None:
+        metadata["made_of_sha256"] = header.made_of
     metadata["header_sha256"] = _header_digest(table, metadata)
     return encode_header(table, metadata)
 

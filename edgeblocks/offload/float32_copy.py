@@ -1,4 +1,4 @@
-"""Float32 copies of a block's weights or EMA, for networks to compute with where the block itself is bfloat16.
+"""Float32 copies of a block's weights or EMA, for networks to compute with where the block is bfloat16 or int8.
 
 A network is of float32, whatever its blocks are kept in: its sums and its gradients are then those of float32, and a
 network of one's own knows nothing of it. So the one block that is used takes 4 bytes a parameter more, while those that
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from edgeblocks.offload.block_buffer import BlockBuffer, BlockLayout, NetworkPart, bind_parameters_
+from edgeblocks.offload.quantized import QuantizedLayout, expand_
 
 
 class Float32Copy:
@@ -36,8 +37,13 @@ class Float32Copy:
 
     def hold_(self, buffer: BlockBuffer, part: NetworkPart) -> "Float32Copy":
         """The copy, of a part of what is in a buffer now. What networks were bound to it for changes with it."""
-        self._layout, self._part, self.ema_of = buffer.layout, part, None
-        self.flat.copy_(buffer.flat(part))
+        layout = buffer.layout
+        if isinstance(layout, QuantizedLayout):
+            self._layout, self._part, self.ema_of = layout.full, part, None
+            expand_(self.flat, buffer)
+        else:
+            self._layout, self._part, self.ema_of = layout, part, None
+            self.flat.copy_(buffer.flat(part))
         return self
 
     def room_for_(self, layout: BlockLayout) -> "Float32Copy":

@@ -48,7 +48,9 @@ def device_memory(cut: Cut) -> dict[str, int]:
         "gradients": float32_bytes,
         "optimizer": cut.moment_bytes * slots + workspace_bytes["rounded" if cut.is_rounded else request.optimizer],
         "ema": weights_bytes * slots,
-        "frozen": cut.frozen_bytes * cut.frozen_slots,
+        # With the float32 copy that one of them is expanded into; where weights are bfloat16 it is there anyway.
+        "frozen": cut.frozen_bytes * cut.frozen_slots
+        + 4 * cut.frozen_parameters * (request.frozen != "none" and not cut.is_rounded),
         "activations": activations,
         "boundaries": _boundary_bytes(costs, request, cut.blocks, cut.micro_batch),
         "data": (request.data_bytes if machine.host is None else 0) + drawn_bytes,

@@ -77,20 +77,20 @@ def pace_of_windows(cut: Cut, ram_blocks: int) -> Pace:
 
     After a visit the window's file is written; when it has moved up, the files of all parts so far.
     """
-    request, frozen_bytes = cut.request, cut.frozen_bytes
+    request, frozen_bytes = cut.request, cut.frozen_file_bytes
     step_s, stall_s = window_step(cut, ram_blocks)
     _, store_s = _moving_s(cut, ram_blocks)
     below = range(cut.blocks)  # parts below each window
-    windows_bytes = sum(count * 2 * frozen_bytes + cut.block_bytes for count in below)
+    windows_bytes = sum(count * frozen_bytes + cut.block_bytes for count in below)
     usual = min(math.ceil(USUAL_VISIT_S / (step_s + stall_s)), math.ceil(request.steps / max(request.previews, 1)))
     visit_steps = request.visit_steps or max(1, usual)
-    whole_bytes = (cut.blocks - 1) * 2 * frozen_bytes + cut.block_bytes
+    whole_bytes = (cut.blocks - 1) * frozen_bytes + cut.block_bytes
     return Pace(
         visit_steps=visit_steps,
         step_s=step_s,
         streaming_s=stall_s + streaming_share(2) * store_s / visit_steps,
         # The network before it grew is there until the files of the grown one are complete.
-        disk_bytes=whole_bytes + cut.block_bytes + max(0, whole_bytes - 2 * frozen_bytes) * (cut.blocks > 1),
+        disk_bytes=whole_bytes + cut.block_bytes + max(0, whole_bytes - frozen_bytes) * (cut.blocks > 1),
         bytes_written=windows_bytes + cut.block_bytes * math.ceil(request.steps / visit_steps),
     )
 

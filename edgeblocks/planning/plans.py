@@ -5,7 +5,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Self
 
-from edgeblocks.methods import DIFFUSION, BoundaryDtype, BoundaryTier, Clipping, Master, Method, Precision
+from edgeblocks.methods import (
+    DIFFUSION,
+    INT8_BYTES,
+    BoundaryDtype,
+    BoundaryTier,
+    Clipping,
+    Frozen,
+    Master,
+    Method,
+    Precision,
+)
 from edgeblocks.planning.layer_costs import LayerCosts
 from edgeblocks.planning.windows import layers_in_windows
 
@@ -128,6 +138,8 @@ class PlanRequest:
     """In which the costs were traced, and the network computes."""
     master: Master = "fp32"
     """In which weights and EMA are kept."""
+    frozen: Frozen = "none"
+    """As what frozen parts below a window are in memory."""
     micro_batch: int | None = None
     checkpointing: bool | None = None
     visit_steps: int | None = None
@@ -177,11 +189,24 @@ class Cut:
         return self.slots - 1 if self.request.method.grows else 0
 
     @property
-    def frozen_bytes(self) -> int:
-        """Of the largest frozen part's weights below a window, as they are kept."""
+    def frozen_parameters(self) -> int:
+        """Of the largest frozen part below a window."""
         if not self.request.method.grows or self.blocks == 1:
             return 0
-        return (2 if self.is_rounded else 4) * self.costs.parameters(max(self.layers[:-1]))
+        return self.costs.parameters(max(self.layers[:-1]))
+
+    @property
+    def frozen_bytes(self) -> int:
+        """Of its weights, as they are in memory while they wait."""
+        if self.request.frozen == "int8":
+            return int(INT8_BYTES * self.frozen_parameters)
+        return (2 if self.is_rounded else 4) * self.frozen_parameters
+
+    @property
+    def frozen_file_bytes(self) -> int:
+        """Of its files: weights and EMA, and what is in memory where that is another file."""
+        files = 2 * (2 if self.is_rounded else 4) * self.frozen_parameters
+        return files + (self.frozen_bytes if self.request.frozen != "none" else 0)
 
     @property
     def parameters(self) -> int:

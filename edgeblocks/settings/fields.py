@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationInfo, fi
 from edgeblocks.errors import ConfigError
 from edgeblocks.files.checked import is_text, whole_text
 from edgeblocks.limits import LONGEST_SEQUENCE, MOST_LAYERS, MOST_SAMPLES, MOST_STEPS, MOST_TOKENS
-from edgeblocks.methods import BoundaryDtype, Clipping, Master, MethodName, Precision
+from edgeblocks.methods import BoundaryDtype, Clipping, Frozen, Master, MethodName, Precision
 from edgeblocks.tasks import PYTHON_DATA, TASKS
 from edgeblocks.terminal import one_line, quoted
 from edgeblocks.units import parse_size
@@ -165,6 +165,10 @@ class RunSettings(BaseModel):
         default="auto",
         description="with method=greedy: layers that are trained at a time; auto: as many as the budget holds",
         json_schema_extra=_may_be(f"`auto`, or 1 to {_MOST_COUNTS['window']:,}"),
+    )
+    frozen: Frozen = Field(
+        default="none",
+        description="with method=greedy: as what frozen layers are in memory; none: as they are, int8: a quarter of it",
     )
     partition: Literal["equal-probability", "uniform"] = Field(
         default="equal-probability",

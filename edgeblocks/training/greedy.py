@@ -10,7 +10,7 @@ so that upper layers can still change what those below have learned, and all hav
 
 import math
 from collections.abc import Iterator
-from contextlib import AbstractContextManager
+from contextlib import contextmanager
 from functools import partial
 from typing import Self
 
@@ -27,13 +27,14 @@ from edgeblocks.offload.block_buffer import BlockBuffer, Part
 from edgeblocks.offload.block_files import BlockStore
 from edgeblocks.offload.block_slots import BlockSlots
 from edgeblocks.offload.device import Device
-from edgeblocks.offload.float32_copy import Float32Ema
+from edgeblocks.offload.float32_copy import Float32Copy, Float32Ema, Weights
 from edgeblocks.offload.sections import network_of
 from edgeblocks.offload.stage_slots import Need, StageSlots
 from edgeblocks.offload.tiers import tier_of
 from edgeblocks.optim.loss_scale import scaled
 from edgeblocks.planning.plans import StepShape
 from edgeblocks.runs.directory import RunDirectory
+from edgeblocks.runs.quantized_blocks import quantized_store
 from edgeblocks.training.batches import Batches
 from edgeblocks.training.guard import Guard
 from edgeblocks.training.loop import StepTimer, Visit
@@ -57,19 +58,26 @@ class GreedyTrainer(ResidentTrainer):
         super().__init__(run, data, slots, guard)
         assert isinstance(self.family, EndToEnd)
         self._end_to_end: EndToEnd = self.family
-        self._top, self._frozen = len(run.file_layers) - 1, frozen
+        self.top, self.frozen = len(run.file_layers) - 1, frozen
+        """The number of the window, and the slots of the parts below it."""
         self._networks: dict[tuple[int, int], Block] = {}
         """By the part and the buffer that it lies in."""
+        self._expanded = self.float32
+        """Where a frozen part is that a network computes with; None: in its slot."""
         if frozen is not None:
             frozen.times = slots.times
-        parts = _Parts(slots, frozen, top=self._top)
-        self._ema = StagedEma(parts if self.float32 is None else Float32Ema(parts, self.float32), run.file_layers)
+            if run.settings.run.frozen != "none" and self._expanded is None:
+                self._expanded = Float32Copy(self.store.layouts[: self.top], self.device)
+        self._ema = StagedEma(_Parts(self), run.file_layers)
 
     @classmethod
     def open(cls, run: RunDirectory, data: DataSet, store: BlockStore, guard: Guard, device: Device | None) -> Self:
         top, frozen = len(run.file_layers) - 1, None
         if top:
-            below = BlockStore(store.folder, store.layouts[:top], store.run_id, trained_together=True)
+            if run.settings.run.frozen == "int8":
+                below = quantized_store(run, top)
+            else:
+                below = BlockStore(store.folder, store.layouts[:top], store.run_id, trained_together=True)
             tier = tier_of(below, device, parts=FROZEN_PARTS, ram_blocks=min(run.plan.ram_blocks, top))
             frozen = StageSlots(tier, slots=min(run.plan.slots - 1, top))
         return cls(run, data, BlockSlots(tier_of(store, device), slots=1), guard, frozen=frozen)
@@ -83,14 +91,14 @@ class GreedyTrainer(ResidentTrainer):
         return 1
 
     def part_of(self, visit: Visit) -> int:
-        return self._top
+        return self.top
 
     def saved_steps(self) -> list[int]:
-        return [self.store.header(self._top).step]
+        return [self.store.header(self.top).step]
 
     def close(self) -> None:
-        if self._frozen is not None:
-            self._frozen.close()
+        if self.frozen is not None:
+            self.frozen.close()
         super().close()
 
     def train_step(self, visit: Visit, step: int, batches: Batches) -> None:
@@ -104,7 +112,7 @@ class GreedyTrainer(ResidentTrainer):
         timer.batch_is_drawn()
 
         # Forward through the frozen layers, of which nothing is recorded: [batch, tokens, width], and the conditioning.
-        entering = self.guard.attempt(partial(self._through_frozen, batch)) if self._frozen is not None else None
+        entering = self.guard.attempt(partial(self._through_frozen, batch)) if self.frozen is not None else None
 
         # Forward and backward through the window, one micro-batch after the other; gradients add up in `gradients`. In
         # a frame of its own: where memory is refused, its activations are gone before the guard makes the next attempt
@@ -139,15 +147,13 @@ class GreedyTrainer(ResidentTrainer):
 
     def _through_frozen(self, batch: Batch, shape: StepShape) -> tuple[Tensor, Tensor]:
         """What the window is given of a batch: hidden values and the conditioning, which the stem has made."""
-        assert self._frozen is not None
+        assert self.frozen is not None
         hidden: Tensor | None = None
         condition: Tensor | None = None
-        for part in range(self._top):
-            need, then = (
-                Need(stage=stage % self._top, parts=FROZEN_PARTS, changes=False) for stage in (part, part + 1)
-            )
+        for part in range(self.top):
+            need, then = (Need(stage=stage % self.top, parts=FROZEN_PARTS, changes=False) for stage in (part, part + 1))
             with (
-                self._frozen.use(need, then=then) as buffer,
+                self.frozen.use(need, then=then) as buffer,
                 torch.no_grad(),
                 computing_in(self.run.precision, self.device),
             ):
@@ -174,9 +180,9 @@ class GreedyTrainer(ResidentTrainer):
     def _window(self) -> Block:
         """The window as a module with its weights of now."""
         buffer = self.resident.buffer
-        key = self._top, id(buffer)
+        key = self.top, id(buffer)
         if key not in self._networks:
-            build = partial(network_of, self.family, self.run.sections[self._top])
+            build = partial(network_of, self.family, self.run.sections[self.top])
             self._networks[key] = self.network_on(buffer, build, self.gradients)
         self.weights_in(buffer)
         return self._networks[key]
@@ -190,26 +196,40 @@ class GreedyTrainer(ResidentTrainer):
                 network = network_of(self.family, self.run.sections[part])
             with self.device:
                 network.reset_tables_()
-            held = buffer if self.float32 is None else self.float32.hold_(buffer, "ema")
-            held.bind_(network)
+            self.frozen_weights(part, buffer).bind_(network)
             self._networks[key] = network.eval()
-        if self.float32 is not None:
-            self.float32.hold_(buffer, "ema")
+        self.frozen_weights(part, buffer)
         return self._networks[key]
+
+    def frozen_weights(self, part: int, buffer: BlockBuffer) -> Weights:
+        """What a network of a frozen part is bound to, given the slot that the part lies in."""
+        copy = self._expanded
+        if copy is None:
+            return buffer
+        if copy.ema_of != part:
+            copy.hold_(buffer, "ema").ema_of = part
+        return copy
 
 
 class _Parts:
-    """The EMA weights of all parts, of those that are frozen and of the window."""
+    """The EMA weights of all parts of a trainer's network, of those that are frozen and of the window."""
 
-    def __init__(self, window: BlockSlots, frozen: StageSlots | None, *, top: int) -> None:
-        self._window, self._frozen, self._top = window, frozen, top
+    def __init__(self, trainer: GreedyTrainer) -> None:
+        self._trainer = trainer
 
-    def ema_weights(self, block: int) -> AbstractContextManager[BlockBuffer]:
-        """A buffer with a part's EMA, until another part is asked for."""
-        if block == self._top:
-            return self._window.ema_weights(block)
-        assert self._frozen is not None
-        return self._frozen.ema_weights(block)
+    @contextmanager
+    def ema_weights(self, block: int) -> Iterator[Weights]:
+        """Those of a part, until another part is asked for."""
+        trainer = self._trainer
+        if trainer.frozen is not None and block < trainer.top:
+            with trainer.frozen.ema_weights(block) as buffer:
+                yield trainer.frozen_weights(block, buffer)
+        elif trainer.float32 is None:
+            with trainer.slots.ema_weights(block) as buffer:
+                yield buffer
+        else:
+            with Float32Ema(trainer.slots, trainer.float32).ema_weights(block) as weights:
+                yield weights
 
 
 def _micro_batches(batch: int, micro_batch: int) -> Iterator[slice]:

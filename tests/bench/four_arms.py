@@ -127,7 +127,9 @@ def trainings() -> list[dict[str, Any]]:
 def found(training: dict[str, Any], seed: int | None = None) -> list[dict[str, Any]]:
     """Trainings of this kind, of each seed in turn, or of one."""
     # Rows of the time before blocks could begin as one do not tell that they did not.
-    rows = [row for row in trainings() if all({"shared": 0.0, **row}.get(key) == value for key, value in training.items())]
+    rows = [
+        row for row in trainings() if all({"shared": 0.0, **row}.get(key) == value for key, value in training.items())
+    ]
     return sorted((row for row in rows if seed in (None, row["seed"])), key=lambda row: int(row["seed"]))
 
 

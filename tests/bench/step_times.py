@@ -149,7 +149,7 @@ def modelled_s(run: Any) -> float:
             Machine.of(plan.machine), correction=Correction(), update_s_per_parameter=UPDATE_S_PER_PARAMETER
         ),
         request=request,
-        blocks=plan.blocks,
+        layers=tuple(plan.layers_per_block),
         micro_batch=plan.micro_batch,
         checkpointing=plan.checkpointing,
         slots=plan.slots,

@@ -39,7 +39,7 @@ def step_of(machine, *, layers, batch, micro_batch, request=REQUEST):
         costs=replace(costs(), num_layers=layers),
         machine=machine,
         request=replace(request, batch=batch),
-        blocks=1,
+        layers=(layers,),
         micro_batch=micro_batch,
         checkpointing=False,
         slots=1,

@@ -66,7 +66,7 @@ def test_fewer_layers_are_told_where_they_were_better_than_either_method():
     for value, told in ((0.90, True), (0.86, False), (0.70, False)):
         advice = recommendation(replace(found(0.80, 0.85), shallow=value, shallow_layers=3), BOTH)
         assert advice is not None and advice.method == "exact"
-        assert ("fewer layers do better than either: 3 with" in advice.reason) == told
+        assert ("fewer layers do better than any method: 3 with" in advice.reason) == told
     lower = replace(found(0.80, 0.85, higher_is_better=False), shallow=0.7, shallow_layers=3)
     assert lower.is_shallow_better and not replace(lower, shallow=0.9).is_shallow_better
 

@@ -10,7 +10,7 @@ from support.separate_memory import SeparateMemory
 from edgeblocks import prepare
 from edgeblocks.families.base import ImageInfo, TextInfo
 from edgeblocks.methods import METHODS
-from edgeblocks.planning.candidates import block_counts, options_of
+from edgeblocks.planning.candidates import cuts, options_of
 from edgeblocks.planning.plans import PlanRequest
 from edgeblocks.profiling import trace
 from edgeblocks.profiling.block_step import bytes_to_time, samples_to_time
@@ -42,8 +42,8 @@ def test_timing_a_block_takes_less_than_any_plan(family, method, width):
     )
     smallest = min(
         option.predicted_peak_bytes
-        for blocks in block_counts(1 if built.one_stage else costs.num_layers, request)
-        for option in options_of(costs, MACHINE, request, blocks)
+        for cut in cuts(1 if built.one_stage else costs.num_layers, request)
+        for option in options_of(costs, MACHINE, request, cut)
     )
     samples, checkpointing = samples_to_time(built, costs, 16)
     assert samples[0] == 1

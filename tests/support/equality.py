@@ -34,7 +34,8 @@ def block_tensors(run, blocks=3):
 
 
 def _block_files(run, blocks):
-    paths = sorted((Path(run) / "blocks").rglob("*.safetensors"))  # of a network that grows, in a folder there
+    folder = Path(run) / "blocks"
+    paths = sorted([*folder.glob("*.safetensors"), *folder.glob("window_*/*.safetensors")])
     assert len(paths) == blocks
     return paths
 

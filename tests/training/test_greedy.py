@@ -37,7 +37,7 @@ def trained(kind, out, listener=None, **settings):
 
 
 def files_of(run):
-    return sorted((run.path / "blocks").rglob("block_*.safetensors"))
+    return sorted((run.path / "blocks").glob("window_*/block_*.safetensors"))
 
 
 @pytest.fixture(scope="module", params=["vit", "mdlm"])
@@ -252,9 +252,17 @@ def test_what_comes_out_is_the_ordinary_network(digits, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "settings", [{"precision": "bf16"}, {"precision": "fp16"}, {"master": "bf16"}], ids=["bf16", "fp16", "bf16 weights"]
+    "settings",
+    [
+        {"frozen": "int8"},
+        {"precision": "bf16"},
+        {"precision": "fp16"},
+        {"master": "bf16"},
+        {"master": "bf16", "frozen": "int8"},
+    ],
+    ids=["int8", "bf16", "fp16", "bf16 weights", "bf16 weights, int8"],
 )
-def test_in_half_precision_streamed_and_resumed_are_equal(tmp_path, settings):
+def test_in_fewer_bits_streamed_and_resumed_are_equal(tmp_path, settings):
     whole = trained("vit", tmp_path / "whole", tier="ram", **settings)
     with pytest.raises(InterruptedRunError):
         trained("vit", tmp_path / "run", listener=StopAfter(6), tier="disk", **settings)

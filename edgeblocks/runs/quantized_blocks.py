@@ -1,0 +1,48 @@
+"""Files of blocks in 8 bits, beside those that they are made of."""
+
+from collections.abc import Sequence
+
+from edgeblocks.errors import RunError
+from edgeblocks.files.own import make_folder
+from edgeblocks.offload.block_files import BlockStore, storage_error
+from edgeblocks.offload.quantized import quantize_, quantized_layouts
+from edgeblocks.runs.directory import RunDirectory
+
+INT8_FOLDER = "int8"
+
+
+def quantized_store(run: RunDirectory, count: int) -> BlockStore:
+    """The files of a run's first `count` blocks in 8 bits, of which those that are missing are made now.
+
+    Raises:
+        RunError: a block is damaged.
+        StorageError: the disk refused.
+    """
+    masters = run.store()
+    folder = run.blocks_folder / INT8_FOLDER
+    try:
+        make_folder(folder)
+    except OSError as error:
+        raise storage_error("cannot make a folder for blocks in 8 bits", folder, error) from error
+    store = BlockStore(folder, quantized_layouts(masters.layouts[:count]), run.run_id, trained_together=True)
+    missing = [block for block in range(count) if not _is_up_to_date(store, masters, block)]
+    if missing:
+        _make(store, masters, missing)
+    return store
+
+
+def _is_up_to_date(store: BlockStore, masters: BlockStore, block: int) -> bool:
+    """Whether a block has its file in 8 bits, made of what its own file has now."""
+    try:
+        return store.header(block).made_of == masters.header(block).digests["ema"]
+    except RunError:  # none, or a damaged one: it is made again
+        return False
+
+
+def _make(store: BlockStore, masters: BlockStore, blocks: Sequence[int]) -> None:
+    source, made = masters.buffer(("ema",)), store.buffer()
+    for block in blocks:
+        step = masters.read(block, source)
+        made.adopt_(store.layouts[block])
+        quantize_(made, source.flat("ema"))
+        store.write(block, made, step, made_of=masters.header(block).digests["ema"])
