@@ -68,7 +68,6 @@ class GreedyTrainer(ResidentTrainer):
             frozen.times = slots.times
             if run.settings.run.frozen != "none" and self._expanded is None:
                 self._expanded = Float32Copy(self.store.layouts[: self.top], self.device)
-        self._ema = StagedEma(_Parts(self), run.file_layers)
 
     @classmethod
     def open(cls, run: RunDirectory, data: DataSet, store: BlockStore, guard: Guard, device: Device | None) -> Self:
@@ -84,7 +83,9 @@ class GreedyTrainer(ResidentTrainer):
 
     @property
     def ema(self) -> StagedEma:
-        return self._ema
+        # Made when asked for: kept here, it would keep the trainer, and the window's memory with it, until the garbage
+        # is collected, and the next window needs that memory.
+        return StagedEma(_Parts(self), self.run.file_layers)
 
     @property
     def residents(self) -> int:

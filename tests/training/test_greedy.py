@@ -1,8 +1,10 @@
 """A network that grows: ordinary training of a window over frozen layers, whatever is in memory, whatever stops it."""
 
+import gc
 import itertools
 import json
 import shutil
+import weakref
 
 import numpy as np
 import pytest
@@ -25,6 +27,7 @@ from edgeblocks.runs import growing
 from edgeblocks.runs.directory import WINDOW_RATE_SHARE
 from edgeblocks.runs.open_data import data_of
 from edgeblocks.seeds import generator_at
+from edgeblocks.training.greedy import GreedyTrainer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -317,3 +320,21 @@ def test_info_tells_how_far_it_has_grown(tmp_path):
     with pytest.raises(InterruptedRunError):
         trained("dit", tmp_path / "run", listener=StopAfter(6))
     assert "3 of 4 layers" in invoke("info", tmp_path / "run").stdout
+
+
+def test_a_windows_memory_is_free_when_the_next_one_needs_it(tmp_path, monkeypatch):
+    """At once, not when garbage is collected."""
+    alive, made, init = [], [], GreedyTrainer.__init__
+
+    def watched(trainer, *args, **kwargs):
+        alive.append(sum(reference() is not None for reference in made))
+        made.append(weakref.ref(trainer))
+        init(trainer, *args, **kwargs)
+
+    monkeypatch.setattr(GreedyTrainer, "__init__", watched)
+    gc.disable()
+    try:
+        trained("dit", tmp_path / "run", frozen="int8")
+    finally:
+        gc.enable()
+    assert alive == [0, 0, 0]
