@@ -118,7 +118,7 @@ METHODS: dict[MethodName, Method] = {
         grows=True,
         cut_changes_result=True,
         ran_on_a_gpu=False,
-        own_settings=frozenset({"window", "frozen"}),
+        own_settings=frozenset({"window", "grow", "frozen"}),
         trainer="edgeblocks.training.greedy:GreedyTrainer",
         pace="edgeblocks.planning.pace:pace_of_windows",
     ),

@@ -55,6 +55,7 @@ NEVER_RAN_ON_A_GPU = (
 SETTINGS_OF_SOME_METHODS = {
     "shared": "is of blocks that are trained alone, and {method} trains one network",
     "window": "says how many layers are trained at a time while a network grows, and with --method {method} none does",
+    "grow": "says when layers are added to a network that grows, and with --method {method} none does",
     "frozen": "says as what layers below a window are in memory, and with --method {method} there is none",
     "clip_by": "clips by the norm of a whole network's gradient; with --method {method} there is none, what is trained "
     "is clipped by its own",
@@ -450,6 +451,7 @@ def _request(settings: Settings, data_bytes: int, data: DataInfo, budgets: tuple
         precision=precision_of(run),
         master=run.master,
         frozen=run.frozen,
+        grow=run.grow,
         data_bytes=data_bytes,
         grid_samples=TASKS[family_type(run.family).task].grid_samples,
         sample_bytes=grid_sample_bytes(build_family(run.family, asdict(settings.family), asdict(data), run.method)),

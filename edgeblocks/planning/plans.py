@@ -138,6 +138,8 @@ class PlanRequest:
     """In which the costs were traced, and the network computes."""
     master: Master = "fp32"
     """In which weights and EMA are kept."""
+    grow: Literal["auto", "equal"] = "equal"
+    """When a network that grows does: when its loss has flattened, or after equal shares of the steps."""
     frozen: Frozen = "none"
     """As what frozen parts below a window are in memory."""
     micro_batch: int | None = None

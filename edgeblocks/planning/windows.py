@@ -40,6 +40,25 @@ def last_steps(steps: int, windows: int) -> tuple[int, ...]:
     return tuple(-(-steps * (number + 1) // windows) for number in range(windows))
 
 
+def latest_steps(steps: int, windows: int) -> tuple[int, ...]:
+    """The same where a window is trained for as long as its loss falls: at the latest when just `look_steps` are left
+    for each window above it.
+
+    >>> latest_steps(1000, 3)
+    (834, 917, 1000)
+    """
+    return tuple(steps - look_steps(steps, windows) * (windows - 1 - number) for number in range(windows))
+
+
+def look_steps(steps: int, windows: int) -> int:
+    """After so many steps each time it is looked at whether the loss still falls: a quarter of an even share.
+
+    >>> look_steps(1000, 3)
+    83
+    """
+    return max(1, steps // (4 * windows))
+
+
 def frozen_below(layers: Sequence[int]) -> tuple[int, ...]:
     """Frozen layers below each window.
 

@@ -2,6 +2,7 @@
 
     config.yaml  plan.json  env.json  manifest.json  metrics.jsonl  summary.json  blocks/*.safetensors
     samples/*.png or *.txt  tokenizer.json (of a vocabulary that was trained or given)  quality.jsonl (`evaluations`)
+    growth.jsonl (of a network that grows by its loss)
     shared/ (a run of its own: the denoiser that all blocks begin as, see `runs.shared`)
     blocks/window_NNN/*.safetensors in the place of the blocks, where the network grows (`runs.growing`)
 
@@ -31,10 +32,11 @@ from edgeblocks.offload.block_buffer import BlockLayout
 from edgeblocks.offload.block_files import BlockStore, storage_error
 from edgeblocks.offload.sections import Section, blocks_of, network_of, stages_of, tensor_name
 from edgeblocks.planning.plans import shared_steps, trained_stages
-from edgeblocks.planning.windows import last_steps, layers_so_far
+from edgeblocks.planning.windows import last_steps, latest_steps, layers_so_far, look_steps
 from edgeblocks.registry import build_family, family_type
 from edgeblocks.runs.schema import (
     AGAIN,
+    GrowthFields,
     InitFields,
     Prolongation,
     QualityFields,
@@ -70,7 +72,17 @@ WINDOW_RATE_SHARE = 0.4
 the short network needs: 0.02 to 0.035 nats worse in the end, on characters."""
 OWN_FOLDERS = ("blocks", "blocks.arriving", "samples", SHARED_FOLDER)
 OWN_NAMES = (
-    *("lock", "lock.pid", "config.yaml", "plan.json", "env.json", "manifest.json", "metrics.jsonl", "quality.jsonl"),
+    *(
+        "lock",
+        "lock.pid",
+        "config.yaml",
+        "plan.json",
+        "env.json",
+        "manifest.json",
+        "metrics.jsonl",
+        "quality.jsonl",
+        "growth.jsonl",
+    ),
     *("summary.json", TOKENIZER_FILE),
 )
 """What training writes and removes in a run directory."""
@@ -147,7 +159,20 @@ class RunDirectory:
         """Up to which the parts that there are so far are trained: that of the run, unless the network grows then."""
         if self.window is None or self.is_grown:
             return self.settings.run.steps
-        return last_steps(self.first_steps, len(self.plan.layers_per_block))[self.window.number]
+        ends = latest_steps if self.grows_by_loss else last_steps
+        return ends(self.first_steps, len(self.plan.layers_per_block))[self.window.number]
+
+    @property
+    def grows_by_loss(self) -> bool:
+        """Whether a network that grows does so when its loss has flattened, and not after equal shares of the steps."""
+        return self.settings.run.grow == "auto"
+
+    @property
+    def look_steps(self) -> int | None:
+        """After so many steps each time the loss is looked at, to see whether the network is to grow; None: never."""
+        if self.window is None or self.is_grown or not self.grows_by_loss:
+            return None
+        return look_steps(self.first_steps, len(self.plan.layers_per_block))
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -340,8 +365,10 @@ class RunDirectory:
         self.write_json("plan.json", plan.to_json())
         return replace(self, plan=plan)
 
-    def append(self, name: Literal["metrics.jsonl", "quality.jsonl"], record: Mapping[str, object]) -> None:
-        """Add a line to one of the two files; `schema.RecordFields` and `schema.QualityFields` say what is in it.
+    def append(
+        self, name: Literal["metrics.jsonl", "quality.jsonl", "growth.jsonl"], record: Mapping[str, object]
+    ) -> None:
+        """Add a line to one of these; `schema.RecordFields`, `QualityFields` and `GrowthFields` say what is in it.
 
         Raises:
             StorageError: the disk refused.
@@ -368,6 +395,12 @@ class RunDirectory:
         # Of the denoiser that the blocks began as: so many of its steps as there are blocks are one of each block.
         shared, blocks = self._quality_in(self.path / SHARED_FOLDER), len(self.file_layers)
         return [*(one.model_copy(update={"step": math.ceil(one.step / blocks)}) for one in shared), *found]
+
+    def growth(self) -> list[GrowthFields]:
+        """The records of growth.jsonl."""
+        path = self.path / "growth.jsonl"
+        found = (checked_record(GrowthFields, content) for content in read_records(path)) if path.exists() else ()
+        return [record for record in found if record is not None]
 
     @staticmethod
     def _quality_in(folder: Path) -> list[QualityFields]:

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from edgeblocks.errors import RunError
 from edgeblocks.files.own import make_folder
+from edgeblocks.offload.block_buffer import BlockBuffer, largest_of
 from edgeblocks.offload.block_files import BlockStore, storage_error
 from edgeblocks.offload.quantized import quantize_, quantized_layouts
 from edgeblocks.runs.directory import RunDirectory
@@ -40,7 +41,8 @@ def _is_up_to_date(store: BlockStore, masters: BlockStore, block: int) -> bool:
 
 
 def _make(store: BlockStore, masters: BlockStore, blocks: Sequence[int]) -> None:
-    source, made = masters.buffer(("ema",)), store.buffer()
+    source = BlockBuffer(largest_of([masters.layouts[block] for block in blocks], ("ema",)), ("ema",))
+    made = store.buffer()
     for block in blocks:
         step = masters.read(block, source)
         made.adopt_(store.layouts[block])

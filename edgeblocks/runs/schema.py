@@ -181,6 +181,14 @@ class QualityFields(Diverging):
     """Those that were looked at; None in the records of an earlier edgeblocks."""
 
 
+class GrowthFields(Checked):
+    """A line of growth.jsonl: a look at the loss of a network that grows, see `training.growth`."""
+
+    step: Steps
+    loss: Annotated[float, Field(allow_inf_nan=False)]
+    """On hold-out examples."""
+
+
 Fields = TypeVar("Fields", bound=Checked)
 
 

@@ -166,6 +166,11 @@ class RunSettings(BaseModel):
         description="with method=greedy: layers that are trained at a time; auto: as many as the budget holds",
         json_schema_extra=_may_be(f"`auto`, or 1 to {_MOST_COUNTS['window']:,}"),
     )
+    grow: Literal["auto", "equal"] = Field(
+        default="auto",
+        description="with method=greedy: layers are added when the loss on hold-out examples has flattened, or after "
+        "equal shares of the steps",
+    )
     frozen: Frozen = Field(
         default="none",
         description="with method=greedy: as what frozen layers are in memory; none: as they are, int8: a quarter of it",

@@ -5,6 +5,7 @@ A signal, memory that does not suffice, a limit of disk writes or a listener tha
 and that step is saved.
 """
 
+import heapq
 import math
 import time
 from abc import ABC, abstractmethod
@@ -52,18 +53,29 @@ class Visit:
     last: int
 
 
-def plan_visits(saved_steps: Sequence[int], *, steps: int, visit_steps: int) -> Iterator[Visit]:
+def plan_visits(
+    saved_steps: Sequence[int], *, steps: int, visit_steps: int, look_steps: int | None = None
+) -> Iterator[Visit]:
     """Rounds over all blocks until each has made `steps` steps, going on from where each one is.
+
+    Args:
+        look_steps: a visit also ends after so many steps each time, from step 0 on.
 
     >>> [(v.block, v.first, v.last) for v in plan_visits([4, 2], steps=5, visit_steps=4)]
     [(1, 2, 4), (0, 4, 5), (1, 4, 5)]
+    >>> [(v.first, v.last) for v in plan_visits([0], steps=8, visit_steps=4, look_steps=3)]
+    [(0, 3), (3, 4), (4, 6), (6, 8)]
     """
     saved_steps = tuple(saved_steps)
-    for start in range(0, steps, visit_steps):
-        end = min(start + visit_steps, steps)
+    looks = range(look_steps, steps, look_steps) if look_steps else ()
+    start = 0
+    for end in (*heapq.merge(range(visit_steps, steps, visit_steps), looks), steps):
+        if end == start:
+            continue
         for block, saved in enumerate(saved_steps):
             if saved < end:
                 yield Visit(block=block, first=max(start, saved), last=end)
+        start = end
 
 
 class StepTimer:
@@ -170,7 +182,7 @@ class Trainer(ABC):
         interruption: Interruption,
         *,
         on_step: Callable[[Progress], None],
-        between_visits: Callable[[Sequence[int]], None],
+        between_visits: Callable[[Sequence[int]], bool],
     ) -> list[int]:
         """Train to the last step, or to the one at which the network grows, or until interrupted.
 
@@ -179,7 +191,8 @@ class Trainer(ABC):
 
         Args:
             on_step: called after every step. What it raises ends the run, saved.
-            between_visits: called with the steps when nothing is resident. What it raises ends the run, saved.
+            between_visits: called with the steps when nothing is resident; says whether the training ends here. What it
+                raises ends the run, saved.
 
         Raises:
             EdgeblocksError: the loss is no longer finite; the run is as it was before the visit.
@@ -191,7 +204,12 @@ class Trainer(ABC):
         self.progress.steps_done = sum(steps)
         if not self._goes_on:
             self.progress.steps_before = self.progress.steps_done
-        visits = plan_visits(steps, steps=self.run.last_step, visit_steps=self.run.trainable_plan.visit_steps)
+        visits = plan_visits(
+            steps,
+            steps=self.run.last_step,
+            visit_steps=self.run.trainable_plan.visit_steps,
+            look_steps=self.run.look_steps,
+        )
         following = next(visits, None)
         while (visit := following) is not None and interruption.signal_name is None:
             # One visit ahead, so that its block is loaded while this one is trained.
@@ -218,7 +236,8 @@ class Trainer(ABC):
                 raise ending
             if interruption.signal_name is None:  # a preview can take minutes: a stop does not wait for one
                 try:
-                    between_visits(steps)
+                    if between_visits(steps):
+                        break
                 except BaseException:
                     self._slots.flush()
                     raise

@@ -19,6 +19,7 @@ from edgeblocks.profiling.looks import expected_looks, pass_seconds
 from edgeblocks.progress import Listener
 from edgeblocks.runs.directory import RunDirectory, write_text
 from edgeblocks.tasks import GRID_TOKENS, TASKS, TEXT_TASKS
+from edgeblocks.training.growth import is_to_grow
 from edgeblocks.training.interruption import Interrupted, Interruption
 from edgeblocks.training.loop import Trainer
 
@@ -67,6 +68,15 @@ class Previews:
             self._preview(self._evaluations, done, self._note_quality, "the measure of quality")
         if self._grids.are_due(done):
             self._preview(self._grids, done, self._make_grid, "the grid of samples")
+
+    def is_to_grow(self, steps: Sequence[int]) -> bool:
+        """Whether the network, as these steps have made it, is to get more layers now."""
+        if self._run.look_steps is None:
+            return False
+        started = time.perf_counter()
+        found = is_to_grow(self._run, self._runner(), self._data_set, min(steps))
+        self._progress.previews_s += time.perf_counter() - started
+        return found
 
     def before_growing(self, done: int) -> None:
         """Measure the quality of the network as it is, before it gets more layers; once."""

@@ -93,18 +93,19 @@ def _trained_as_it_is(
                 previews = Previews(run, data_set, trainer, interruption, told.tell)
                 listener.stage("training")
                 # Those that a crash prevented are due now; of a new run none is.
-                previews.after_visit(run.saved_steps(store))
-                steps = trainer.train(
-                    interruption,
-                    on_step=partial(_on_step, listener, told, previews, real_steps),
-                    between_visits=previews.after_visit,
-                )
+                steps = trainer.saved_steps()
+                if not _looked_at(previews, steps):
+                    steps = trainer.train(
+                        interruption,
+                        on_step=partial(_on_step, listener, told, previews, real_steps),
+                        between_visits=partial(_looked_at, previews),
+                    )
                 if interruption.signal_name is None:
                     listener.stage("evaluating")
                     if run.is_grown:
                         evaluation = previews.evaluation(listener)
                     else:
-                        previews.before_growing(run.last_step)
+                        previews.before_growing(min(steps))
         except Interrupted:
             steps = run.saved_steps(store)
         finally:
@@ -121,6 +122,12 @@ def _trained_as_it_is(
     return trainer.so_far, summary_of(
         run, trainer, evaluation, data_set, target, budget_bytes, resumed_from, evaluation_s=previews.evaluation_s
     )
+
+
+def _looked_at(previews: Previews, steps: Sequence[int]) -> bool:
+    """Make the previews that are due; says whether the network is to grow now."""
+    previews.after_visit(steps)
+    return previews.is_to_grow(steps)
 
 
 def _on_step(

@@ -32,6 +32,7 @@ from edgeblocks.training.greedy import GreedyTrainer
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 GREEDY = {"method": "greedy", "sample_grids": 0, "mem_budget": "4GB", "depth": 4, "window": 2, "steps": 12, "warmup": 2}
+GREEDY |= {"grow": "equal"}
 ENDS = (4, 8, 12)
 
 
@@ -157,7 +158,7 @@ def test_losses_and_weights_are_those_of_plain_pytorch(resident):
 
 def test_a_window_of_all_layers_is_end_to_end_training(tmp_path):
     greedy = trained("vit", tmp_path / "greedy", window=4)
-    exact = trained("vit", tmp_path / "exact", method="exact", window="auto", blocks=1)
+    exact = trained("vit", tmp_path / "exact", method="exact", window="auto", grow="auto", blocks=1)
     assert_same_bits(greedy.path, exact.path, blocks=1)
 
 
@@ -239,6 +240,24 @@ def test_the_grown_network_computes_nearly_what_the_short_one_did(digits, tmp_pa
             np.testing.assert_array_equal(frozen[name.replace("weights.", "ema.", 1)], value)
 
 
+def test_it_grows_when_its_loss_has_flattened_and_resumed_at_the_same_steps(tmp_path):
+    """With a learning rate that teaches nothing, at the first chance; else when there is no more time."""
+    settings = {"grow": "auto", "steps": 48, "visit_steps": 7}
+    flat = trained("vit", tmp_path / "flat", **settings, learning_rate=1e-30, warmup=0)
+    assert [mark.step for mark in flat.directory.quality()] == [16, 32]  # four looks, one after every fourth step
+    falling = trained("vit", tmp_path / "falling", **settings, learning_rate=3e-3)
+    assert [mark.step for mark in falling.directory.quality()] == [40, 44]
+    looks = [look.step for look in falling.directory.growth()]
+    assert looks == sorted(set(looks)) and set(looks) <= set(range(4, 49, 4))
+    with pytest.raises(InterruptedRunError):
+        trained("vit", tmp_path / "run", listener=StopAfter(15), **settings, learning_rate=1e-30, warmup=0)
+    with pytest.raises(InterruptedRunError):
+        edgeblocks.resume(tmp_path / "run", listener=StopAfter(16))
+    again = edgeblocks.resume(tmp_path / "run")
+    assert_same_bits(flat.path, again.path)
+    assert again.directory.growth() == flat.directory.growth()
+
+
 def test_quality_is_known_after_each_window(digits):
     assert [mark.step for mark in digits.directory.quality()] == list(ENDS[:-1])
 
@@ -247,7 +266,13 @@ def test_what_comes_out_is_the_ordinary_network(digits, tmp_path):
     """Exported, and as a file that end-to-end training goes on with."""
     digits.export(tmp_path / "onnx")  # compares with torch
     digits.save_weights(tmp_path / "grown.safetensors")
-    settings = {"method": "exact", "window": "auto", "init": str(tmp_path / "grown.safetensors"), "steps": 1}
+    settings = {
+        "method": "exact",
+        "window": "auto",
+        "grow": "auto",
+        "init": str(tmp_path / "grown.safetensors"),
+        "steps": 1,
+    }
     again = trained("dit", tmp_path / "tuned", **settings, learning_rate=1e-9)
     assert again.evaluate(samples=2)["validation_loss"] == pytest.approx(
         digits.evaluate(samples=2)["validation_loss"], rel=1e-4
@@ -292,7 +317,7 @@ def test_a_finished_run_is_prolonged_in_its_last_window_and_no_other(digits, tmp
         ({"blocks": 2}, "--blocks 2: with --method greedy the window decides.*--set window=N"),
         ({"init": "w.safetensors"}, "--method greedy and --init.*use --method exact"),
         ({"train_blocks": "1"}, "train_blocks=1 names the stages.*use --method exact"),
-        ({"method": "exact"}, "window=2 says how many layers.*use --method greedy"),
+        ({"method": "exact", "grow": "auto"}, "window=2 says how many layers.*use --method greedy"),
         ({"steps": 2}, "--steps 2: .* 3 windows"),
     ],
 )
