@@ -12,7 +12,8 @@ With L layers, the family's preferred number of blocks B, and K steps of each bl
   plain         end-to-end training of L layers, K steps; for dit and mdlm that is one block
   plain, short  end-to-end training of L/B layers, B K steps: shows whether depth is used at all
   greedy        L/B layers at a time, from the bottom up (--method greedy), as many steps as make as many layer
-                evaluations, those of the frozen layers counted
+                evaluations, those of the frozen layers counted, where each window is trained as long as it may be
+                (grow=auto); and with equal steps for each window (grow=equal)
 and for looped, whose B is 1:
   unrolled      end-to-end training of its own form, K steps: the core several times a step, which takes more layer
                 evaluations
@@ -38,7 +39,7 @@ from typing import Any
 import torch
 
 import edgeblocks
-from edgeblocks.planning.windows import frozen_below, layers_in_windows
+from edgeblocks.planning.windows import frozen_below, last_steps, latest_steps, layers_in_windows
 
 HERE = Path(__file__).parents[2]
 TRAININGS = HERE / "docs/four_arms.jsonl"
@@ -55,7 +56,7 @@ BLOCKS = {"dit": 3, "vit": 2, "mdlm": 3, "ar": 4, "looped": 1}
 EXAMPLES = {"dit": 0, "vit": 1024, "mdlm": 64, "ar": 64, "looped": 64}
 """Of the hold-out part: classified, or sequences of the bound; the loss of images is that of 512."""
 DATA = {"dit": "fashion", "vit": "fashion", "mdlm": "addresses", "ar": "moby-dick", "looped": "moby-dick"}
-LATER = ("begun as one", "greedy")
+LATER = ("begun as one", "greedy", "greedy, equal")
 """Arms that a family's section does without until they are measured."""
 MEASURES = {
     "dit": ("loss",),
@@ -102,21 +103,25 @@ def arms(family: str, steps: int) -> dict[str, dict[str, Any]]:
     if plain != whole:
         ways["plain"] = plain
     ways["plain, short"] = {**plain, "depth": depth // blocks, "steps": steps * blocks}
-    window = depth // blocks
-    ways["greedy"] = {**whole, "method": "greedy", "window": window, "steps": greedy_steps(depth, window, steps)}
+    for arm, grow in (("greedy", "auto"), ("greedy, equal", "equal")):
+        grown = {"method": "greedy", "window": depth // blocks, "grow": grow}
+        ways[arm] = {**whole, **grown, "steps": greedy_steps(depth, depth // blocks, steps, grow)}
     return ways
 
 
-def greedy_steps(depth: int, window: int, steps: int) -> int:
+def greedy_steps(depth: int, window: int, steps: int, grow: str) -> int:
     """Steps of all windows together that make as many layer evaluations as `steps` of the whole network.
 
     A layer forward is one and its backward pass two; frozen layers are run forward alone.
 
-    >>> greedy_steps(4, 2, 800)
-    1371
+    >>> greedy_steps(4, 2, 800, "equal"), greedy_steps(4, 2, 800, "auto")
+    (1371, 1536)
     """
-    below = frozen_below(layers_in_windows(depth, window))
-    return round(steps * 3 * depth / statistics.mean(3 * window + frozen for frozen in below))
+    below, many = frozen_below(layers_in_windows(depth, window)), 1_000_000
+    ends = (latest_steps if grow == "auto" else last_steps)(many, len(below))
+    lengths = [end - begin for begin, end in zip((0, *ends), ends, strict=False)]
+    cost = sum(length * (3 * window + frozen) for length, frozen in zip(lengths, below, strict=True)) / many
+    return round(steps * 3 * depth / cost)
 
 
 def trainings() -> list[dict[str, Any]]:
@@ -150,6 +155,7 @@ def trained(training: dict[str, Any], data: str, seed: int) -> dict[str, Any]:
     return {
         **{name: measured[name] for name in MEASURES[family]},
         "error": error,
+        **({"grown_at": [mark.step for mark in run.directory.quality()]} if training["method"] == "greedy" else {}),
         "levels": [round(level["loss"], 4) for level in result["validation"]["levels"]],
         "curve": result.get("curve"),
         "environment": f"{platform.system()} {platform.machine()}, torch {torch.__version__}",
