@@ -97,7 +97,7 @@ SETTINGS: dict[str, Any] = {
     "steps": Annotated[
         int | None,
         typer.Option(
-            help="Optimizer steps of each block; with --method exact, of the whole network.",
+            help="Optimizer steps of each block; with --method exact or greedy, of the whole network.",
             show_default="the preset's",
         ),
     ],
@@ -112,8 +112,9 @@ SETTINGS: dict[str, Any] = {
         str | None,
         typer.Option(
             help="diffusion trains each block alone, as a denoiser of its own noise levels; exact trains the network "
-            "end to end with true gradients, one stage of layers in memory at a time. --set clip_by=network then clips "
-            "by the whole gradient's norm instead of each stage's.",
+            "end to end with true gradients, one stage of layers in memory at a time (--set clip_by=network then clips "
+            "by the whole gradient's norm instead of each stage's); greedy trains as many layers as fit, from the "
+            "bottom up, over frozen ones (--set window=N fixes how many).",
             show_default="diffusion",
         ),
     ],
