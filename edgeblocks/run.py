@@ -17,10 +17,12 @@ from edgeblocks.errors import MAY_BE_REFUSALS, ConfigError, DoesNotFitError, Out
 from edgeblocks.families.base import TextInfo
 from edgeblocks.inference import sampling
 from edgeblocks.inference.block_runner import BlockRunner, EmaSource
+from edgeblocks.inference.ema_loader import EmaLoader
 from edgeblocks.inference.evaluate import Evaluated, evaluate
 from edgeblocks.inference.sampling import Runners, chains_of
 from edgeblocks.inference.staged_weights import loaded_ema
 from edgeblocks.inference.trained_network import trained_network
+from edgeblocks.methods import Frozen
 from edgeblocks.planning.planner import inference_micro_batch
 from edgeblocks.planning.plans import micro_batches
 from edgeblocks.profiling.budgets import budget_of_this_process, device_budget_bytes
@@ -70,8 +72,12 @@ CHAIN_COPIES = 8
 class Run:
     """A run that exists on disk, for sampling, evaluation and export with its EMA weights."""
 
-    def __init__(self, directory: RunDirectory) -> None:
-        self.directory = directory
+    def __init__(self, directory: RunDirectory, *, frozen: Frozen = "none") -> None:
+        """
+        Args:
+            frozen: as what blocks are in memory while they wait for their turn: none as they are, int8 a quarter of it.
+        """
+        self.directory, self._frozen = directory, frozen
 
     @property
     def path(self) -> Path:
@@ -92,7 +98,12 @@ class Run:
         self, source: EmaSource, *, micro_batch: int, residents: int = 1, together: int | None = None
     ) -> BlockRunner:
         return sampling.runner_of(
-            self.directory, source, micro_batch=micro_batch, residents=residents, together=together
+            self.directory,
+            source,
+            micro_batch=micro_batch,
+            residents=residents,
+            together=together,
+            shared_memory=isinstance(source, EmaLoader) and source.shares_memory,
         )
 
     @contextmanager
@@ -135,13 +146,14 @@ class Run:
                 stem_readout_bytes=4 * costs.parameters(0) if directory.method.one_network else 0,
                 sample_bytes=0 if chain is None else chain.sample_bytes,
                 master=directory.master,
+                frozen=self._frozen,
             ),
             most_together=min(samples, most_together),
             sample_bytes=sample_bytes,
             made_bytes=samples * directory.data.example_bytes // 4 if directory.family().task == "images" else 0,
             most_residents=1 if chain is None and not directory.method.one_network else len(directory.file_layers),
         )
-        ema = loaded_ema(directory, slots=residents, device=target.device)
+        ema = loaded_ema(directory, slots=residents, device=target.device, frozen=self._frozen)
         # Stages are the slots' business: to the runner they are one block, whose layers come when they are run.
         blocks = 1 if directory.method.one_network else residents
         runner = self.runner(ema, micro_batch=micro_batch, residents=blocks, together=together)

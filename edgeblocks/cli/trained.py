@@ -11,6 +11,7 @@ from edgeblocks.cli.options import (
     IMAGE_OPTIONS,
     STEPS,
     TEXT_OPTIONS,
+    Frozen,
     Json,
     MemBudget,
     Number,
@@ -55,6 +56,7 @@ def evaluate(
         str | None, typer.Option(help="Where the run's data are now, if they were moved.", show_default=False)
     ] = None,
     mem_budget: MemBudget = None,
+    frozen: Frozen = "none",
     as_json: Json = False,
 ) -> None:
     """Validation loss per noise level; and a Frechet distance of fresh samples, accuracy and calibration, or bits a
@@ -64,7 +66,7 @@ def evaluate(
     from edgeblocks.cli.console_progress import ConsoleListener
 
     with ConsoleListener() as listener:
-        result = api.load(run).evaluate(
+        result = api.load(run, frozen=frozen).evaluate(
             samples=samples, steps=steps, seed=seed, data=data, mem_budget=mem_budget, listener=listener
         )
     say_lines(json_text(result) if as_json else evaluation_report(result))
@@ -83,6 +85,7 @@ def sample(
     of_text: dict[str, object],
     seed: SampleSeed = 0,
     mem_budget: MemBudget = None,
+    frozen: Frozen = "none",
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
@@ -93,7 +96,7 @@ def sample(
     from edgeblocks.inference.sampling import usual_steps
 
     with ConsoleListener() as listener:
-        loaded = api.load(run)
+        loaded = api.load(run, frozen=frozen)
         if not (run / "summary.json").exists():
             listener.note("the run is not finished: its blocks are used as they were saved last")
         if loaded.directory.family().task in TEXT_TASKS:

@@ -58,10 +58,13 @@ class BlockRunner:
         residents: int = 1,
         together: int | None = None,
         precision: Precision = "fp32",
+        shared_memory: bool = False,
     ) -> None:
         """
         Args:
             residents: blocks that stay in memory, as `offload.slots.slot_of` places them; the source must hold as many.
+            shared_memory: whether the source has one block's weights at a time, whatever it holds, so that it is asked
+                for them whenever another block is used.
             together: samples whose chain is walked at the same time, so that each block is loaded once for them; None:
                 all. Their number changes no sample.
             precision: in which the networks compute.
@@ -74,6 +77,7 @@ class BlockRunner:
         """The blocks made resident, in order."""
         self.family, self._layers, self._source = family, tuple(layers), source
         self._residents: list[tuple[int, nn.Module] | None] = [None] * residents
+        self._shared_memory, self._expanded = shared_memory, -1
 
     def network(self, block: int) -> nn.Module:
         """A block as a module in evaluation, resident until another one needs its place."""
@@ -92,6 +96,10 @@ class BlockRunner:
                 network.reset_tables_()
             resident = self._residents[slot] = (block, network.eval())
             self.loads.append(block)
+        elif self._shared_memory and self._expanded != block:
+            with self._source.ema_weights(block):  # into the memory that the network's parameters are views of
+                pass
+        self._expanded = block
         return resident[1]
 
     @torch.no_grad()

@@ -38,7 +38,13 @@ def usual_steps(directory: RunDirectory) -> int:
 
 
 def runner_of(
-    directory: RunDirectory, source: EmaSource, *, micro_batch: int, residents: int = 1, together: int | None = None
+    directory: RunDirectory,
+    source: EmaSource,
+    *,
+    micro_batch: int,
+    residents: int = 1,
+    together: int | None = None,
+    shared_memory: bool = False,
 ) -> BlockRunner:
     """A run's blocks, with weights from a source; see `BlockRunner`."""
     return BlockRunner(
@@ -50,6 +56,7 @@ def runner_of(
         residents=residents,
         together=together,
         precision=directory.precision,
+        shared_memory=shared_memory,
     )
 
 

@@ -12,11 +12,13 @@ from torch import nn
 from edgeblocks.families.block import Block
 from edgeblocks.inference.block_runner import EmaSource
 from edgeblocks.inference.ema_loader import EmaLoader
+from edgeblocks.methods import Frozen
 from edgeblocks.offload.block_buffer import bind_parameters_
 from edgeblocks.offload.device import Device
 from edgeblocks.offload.float32_copy import Weights
 from edgeblocks.offload.sections import whole_name
 from edgeblocks.runs.directory import RunDirectory, check_whole
+from edgeblocks.runs.quantized_blocks import quantized_store
 
 
 class StageSource(Protocol):
@@ -27,20 +29,24 @@ class StageSource(Protocol):
         ...
 
 
-def loaded_ema(run: RunDirectory, *, slots: int, device: Device | None = None) -> EmaSource:
+def loaded_ema(run: RunDirectory, *, slots: int, device: Device | None = None, frozen: Frozen = "none") -> EmaSource:
     """The EMA weights of a run's blocks, or of the one that its stages make up, as its files have them.
 
     Args:
         slots: blocks or stages that are in memory at a time.
         device: that they are put on; None: the processor.
+        frozen: as what they wait in memory.
 
     Raises:
         RunError: a checkpoint was cut short while its files were put in place.
     """
     store = run.store()
+    if run.method.one_network:
+        check_whole(run, store)
+    if frozen == "int8":
+        store = quantized_store(run, len(store.layouts))
     if not run.method.one_network:
         return EmaLoader(store, device=device, slots=slots)
-    check_whole(run, store)
     return StagedEma(EmaLoader(store, device=device, slots=slots), run.file_layers)
 
 

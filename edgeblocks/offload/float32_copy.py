@@ -25,7 +25,7 @@ class Float32Copy:
             layouts: of the blocks that it is for.
         """
         self._memory = torch.empty(max(layout.num_parameters for layout in layouts), device=device).zero_()  # touched
-        self._layout = layouts[0]
+        self._layout = layouts[0]  # until something is held
         self._part: NetworkPart = "weights"
         self.ema_of: int | None = None
         """The block whose EMA is there, as far as whoever copied it has said so."""

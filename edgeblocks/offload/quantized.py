@@ -65,7 +65,7 @@ def quantize_(buffer: BlockBuffer, values: Tensor) -> None:
         scale = part.abs().amax(dim=1).div_(_STEPS)
         scales[rows] = scale
         # Of a group of zeros the scale is 0, and so are all codes.
-        codes[rows] = part.div_(scale.clamp_min(torch.finfo(torch.float32).tiny)[:, None]).round_().to(torch.int8)
+        codes[rows] = part.div(scale.clamp_min(torch.finfo(torch.float32).tiny)[:, None]).round_().to(torch.int8)
     told["vectors"].copy_(values[codes.numel() :])
 
 

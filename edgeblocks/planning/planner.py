@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from edgeblocks.errors import ConfigError, DoesNotFitError
-from edgeblocks.methods import Master
+from edgeblocks.methods import INT8_BYTES, Frozen, Master
 from edgeblocks.planning.candidates import cuts, options_of
 from edgeblocks.planning.layer_costs import LayerCosts
 from edgeblocks.planning.memory import (
@@ -284,6 +284,7 @@ def inference_micro_batch(
     sample_bytes: int = 0,
     residents: int = 1,
     master: Master = "fp32",
+    frozen: Frozen = "none",
 ) -> int:
     """The largest micro-batch for running the EMA weights of blocks inside the device's budget.
 
@@ -294,12 +295,16 @@ def inference_micro_batch(
             moment.
         residents: blocks that are in memory at a time.
         master: in which numbers the blocks are kept; those of bfloat16 pass through memory of their own.
+        frozen: as what they wait in memory; those of int8 are expanded in turn.
 
     Raises:
         DoesNotFitError: one sample does not fit.
     """
     largest = max(layers)
-    weights_bytes = (4 * residents + (2 if master == "bf16" else 0)) * costs.parameters(largest)
+    bytes_of_one = 4 * residents + (2 if master == "bf16" else 0)
+    if frozen == "int8":
+        bytes_of_one = INT8_BYTES * residents + 4
+    weights_bytes = int(bytes_of_one * costs.parameters(largest))
     fixed = machine.runtime_bytes + weights_bytes + stem_readout_bytes + SLACK_BYTES
     for size in micro_batches(samples):
         here = size * sample_bytes + (held_bytes if machine.host is None else size * costs.batch_bytes_per_sample)
