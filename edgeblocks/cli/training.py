@@ -140,7 +140,9 @@ def _print_plan(given: Mapping[str, Any], config: Path | None, out: Path, *, as_
             if found is not None and found.of(other) is None:  # nothing could be said of it
                 continue
             listener.stage(f"planning with --method {other} as well")
-            asked = {**given, "method": other, "precision": prepared.plan.precision}
+            only_here = METHODS[run.method].own_settings - METHODS[other].own_settings
+            asked = {name: value for name, value in given.items() if name not in only_here}
+            asked |= {"method": other, "precision": prepared.plan.precision}
             options[other] = option(partial(api.plan_beside, prepared, config=config, out=out, **asked))
         advice = recommendation(found, options)
         single = None

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from edgeblocks.planning.plans import Cut, PlanRequest, kept_blocks, streaming_share, trained_stages
 from edgeblocks.planning.step_times import predicted_step_s, staged_step, window_step
+from edgeblocks.planning.windows import look_steps
 
 STREAMING_SHARE = 0.02
 """Loading and storing may take this share of a visit."""
@@ -85,13 +86,16 @@ def pace_of_windows(cut: Cut, ram_blocks: int) -> Pace:
     usual = min(math.ceil(USUAL_VISIT_S / (step_s + stall_s)), math.ceil(request.steps / max(request.previews, 1)))
     visit_steps = request.visit_steps or max(1, usual)
     whole_bytes = (cut.blocks - 1) * frozen_bytes + cut.block_bytes
+    saves = math.ceil(request.steps / visit_steps)
+    if request.grow == "auto" and cut.blocks > 1:  # before each look it is saved, too
+        saves += request.steps // look_steps(request.steps, cut.blocks)
     return Pace(
         visit_steps=visit_steps,
         step_s=step_s,
         streaming_s=stall_s + streaming_share(2) * store_s / visit_steps,
         # The network before it grew is there until the files of the grown one are complete.
         disk_bytes=whole_bytes + cut.block_bytes + max(0, whole_bytes - frozen_bytes) * (cut.blocks > 1),
-        bytes_written=windows_bytes + cut.block_bytes * math.ceil(request.steps / visit_steps),
+        bytes_written=windows_bytes + cut.block_bytes * saves,
     )
 
 

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from edgeblocks.planning.plans import DAY_S, shared_steps
-from edgeblocks.planning.windows import last_steps
+from edgeblocks.planning.windows import last_steps, latest_steps
 from edgeblocks.terminal import one_line
 from edgeblocks.units import format_bytes, format_count, format_duration
 
@@ -40,7 +40,7 @@ def banner(prepared: "Prepared") -> str:
             else f"visits of {chosen.visit_steps} steps, {_where(chosen, unit)}"
         ),
         *_shared_lines(prepared),
-        *_window_lines(plan),
+        *_window_lines(prepared),
         prepared.reason,
         *_memory_lines(plan),
         *_planning_lines(plan),
@@ -62,15 +62,20 @@ def _shared_lines(prepared: "Prepared") -> list[str]:
     ]
 
 
-def _window_lines(plan: "Plan") -> list[str]:
+def _window_lines(prepared: "Prepared") -> list[str]:
     """How a network that grows is trained."""
+    plan = prepared.plan
     if not plan.method.grows or len(plan.layers) == 1:
         return []
-    steps, up, window = last_steps(plan.steps, len(plan.layers))[0], plan.layers[0], plan.layers[-1]
+    up, window, count = plan.layers[0], plan.layers[-1], len(plan.layers)
     new = "the lowest of them is frozen and a new one comes" if up == 1 else f"{up} are frozen and {up} new ones come"
+    when = f"after {last_steps(plan.steps, count)[0]} steps each time"
+    if prepared.settings.run.grow == "auto":
+        ends = latest_steps(plan.steps, count)
+        when = f"when its loss has flattened, after step {ends[0]} at the latest,"
     return [
         f"greedy: {window} layer{'' if window == 1 else 's'} trained at a time, from the bottom up over frozen ones; "
-        f"after {steps} steps each time {new} on top"
+        f"{when} {new} on top"
     ]
 
 

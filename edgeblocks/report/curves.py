@@ -9,6 +9,7 @@ from edgeblocks.report import page
 from edgeblocks.report.facts import RunFacts
 from edgeblocks.report.figures import Reference, Series, line_figure
 from edgeblocks.runs.summary import LevelScores
+from edgeblocks.tasks import TASKS
 
 SCORES = {"accuracy": "share of tokens guessed right", "top1": "share of images classified right (top 1)"}
 """Figures of a noise level that families report besides the loss."""
@@ -63,6 +64,26 @@ def validation_figures(facts: RunFacts) -> list[Markup]:
             )
             for name in scores
         ),
+    ]
+
+
+def quality_figures(facts: RunFacts) -> list[Markup]:
+    """Quality on the way, where it was measured more than once."""
+    marks = facts.directory.quality()
+    if len(marks) < 2:
+        return []
+    measure = TASKS[facts.directory.family().task].measure.name
+    caption = f"{marks[-1].examples} examples of the hold-out part, EMA weights." if marks[-1].examples else ""
+    if facts.directory.method.grows:
+        caption += " It is measured before layers are added, too; each time the network was that of fewer layers."
+    return [
+        line_figure(
+            [Series(label=measure, x=[mark.step for mark in marks], y=[mark.value for mark in marks], marks=True)],
+            title="Quality on the way",
+            x_label="steps of the network" if facts.directory.method.trained_together else "steps of each block",
+            y_label=measure,
+            caption=caption.strip(),
+        )
     ]
 
 

@@ -47,7 +47,9 @@ def _verdict(facts: RunFacts) -> str:
     """Finished inside its budget, or how far it is."""
     run, wanted = facts.directory, f"{facts.num_steps:,}"
     count = len(run.file_layers)
-    what = "the network, end to end," if run.method.trained_together else "each block" if count > 1 else "the block"
+    what = "each block" if count > 1 else "the block"
+    if run.method.trained_together:
+        what = "the network, from the bottom up," if run.method.grows and count > 1 else "the network, end to end,"
     if facts.summary is not None:
         budget_bytes = facts.summary.budget_bytes or run.plan.budget_bytes
         peak, budget = format_bytes(facts.summary.peak_bytes), format_bytes(budget_bytes)

@@ -27,6 +27,7 @@ _PARTS = {
     "evaluation": "evaluation and samples",
     "slack": "allocator's gaps",
     "planning": "planning, before the start",
+    "frozen": "frozen layers",
 }
 """The items of plan.json's breakdown in words; one that is not here is shown by its own name."""
 
