@@ -242,18 +242,22 @@ def entry(family: str) -> dict[str, Any]:
         "diffusion": found(kinds.get("blocks", kinds["one block"])),
         "exact": found(kinds.get("unrolled") or kinds.get("plain") or kinds["one block"]),
     }
+    if found(kinds.get("greedy", {"family": "none"})):
+        rows["greedy"] = found(kinds["greedy"])
     count = min(map(len, rows.values()))
     shallow = {}
     if "plain, short" in kinds:
         short = kinds["plain, short"]
         value = statistics.mean(row[measure] for row in found(short))
         shallow = {"shallow": round(value, 5), "shallow_layers": short["depth"]}
+    errors = [error_of_mean([row[measure] for row in of], of) for of in rows.values()]
     blocks = f"{BLOCKS[family]} block{'s' if BLOCKS[family] > 1 else ''}"
     return {
         "measure": SHOWN.get(measure, measure.replace("_", " ")),
         "higher_is_better": measure == "top1",
         **{method: round(statistics.mean(row[measure] for row in of), 5) for method, of in rows.items()},
-        "error": round(math.hypot(*(error_of_mean([row[measure] for row in of], of) for of in rows.values())), 5),
+        # Of the difference of two methods, the two whose figures are the least certain.
+        "error": round(math.hypot(*sorted(errors)[-2:]), 5),
         "conditions": (
             f"{DATA[family]}, {settings['depth']} layers of width {settings['width']}, {blocks}, "
             f"{STEPS[family]} steps of batch {settings['batch']}, {count} seed{'s' if count > 1 else ''}"
@@ -275,23 +279,26 @@ def methods_page(entries: dict[str, dict[str, Any]]) -> str:
         "`edgeblocks plan` recommends a method from this table and from what each would take under the budget. Made",
         "by `tests/bench/four_arms.py` from the trainings of [four arms](four_arms.md): the same data, equal layer",
         "evaluations (of `looped` equal steps: end to end its core runs several times in each), EMA weights, hold-out",
-        "examples. The error is the standard error of the difference; one below twice of it counts as none. Fewer",
-        "layers are those of one block, trained end to end with as many layer evaluations: where they are best, the",
-        "training was too short for depth to be of use, and longer ones may turn out otherwise. These are small",
-        "networks and one kind of data: compare on your own with `edgeblocks compare` before a long run.",
+        "examples. The error is the standard error of a difference; one below twice of it counts as none. Fewer layers",
+        "are those of one block, trained end to end with as many layer evaluations: where they are best, the training",
+        "was too short for depth to be of use, and longer ones may turn out otherwise. `greedy` trains as many layers at",
+        "a time. These are small networks and one kind of data: compare on your own with `edgeblocks compare` before a",
+        "long run.",
         "",
-        "| family | measure | diffusion | exact | error | better | fewer layers | conditions |",
-        "|---|---|---|---|---|---|---|---|",
+        "| family | measure | diffusion | exact | greedy | error | best | fewer layers | conditions |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for family, one in entries.items():
-        difference = one["diffusion"] - one["exact"]
-        better = "neither"
-        if abs(difference) > 2 * one["error"]:
-            better = "diffusion" if (difference > 0) == one["higher_is_better"] else "exact"
+        reached = {name: one[name] for name in ("diffusion", "exact", "greedy") if name in one}
+        sign = 1 if one["higher_is_better"] else -1
+        top = max(sign * value for value in reached.values())
+        best = [name for name, value in reached.items() if top - sign * value <= 2 * one["error"]]
         shallow = f"{one['shallow']:.4f} ({one['shallow_layers']} layers)" if "shallow" in one else "–"
+        greedy = f"{one['greedy']:.4f}" if "greedy" in one else "–"
         lines.append(
-            f"| {family} | {one['measure']} | {one['diffusion']:.4f} | {one['exact']:.4f} | {one['error']:.4f} "
-            f"| {better} | {shallow} | {one['conditions']} |"
+            f"| {family} | {one['measure']} | {one['diffusion']:.4f} | {one['exact']:.4f} | {greedy} "
+            f"| {one['error']:.4f} | {', '.join(best) if len(best) < len(reached) else 'none'} | {shallow} "
+            f"| {one['conditions']} |"
         )
     return "\n".join([*lines, ""])
 
