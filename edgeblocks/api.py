@@ -22,11 +22,12 @@ from edgeblocks.progress import Listener, Silent
 from edgeblocks.registry import build_profile, build_target, family_type, profile_names, register_family, target_names
 from edgeblocks.run import Run
 from edgeblocks.runs.create import check_apart, check_free, create_blocks, create_run, seal_run
-from edgeblocks.runs.directory import RunDirectory, open_run
+from edgeblocks.runs.directory import RunDirectory
 from edgeblocks.runs.disk_room import check_disk, check_work_dir
 from edgeblocks.runs.load_weights import InitialWeights
 from edgeblocks.runs.locks import locked, locked_away
 from edgeblocks.runs.open_data import check_vocab, stored_source
+from edgeblocks.runs.opening import open_run
 from edgeblocks.runs.schema import InitFields
 from edgeblocks.runs.shared import as_far_as_it_is, is_split, shared_run, split
 from edgeblocks.settings.fields import Settings

@@ -20,8 +20,8 @@ from edgeblocks.profiling.measurement import check_precision, with_precision
 from edgeblocks.progress import Silent
 from edgeblocks.registry import build_target, family_type
 from edgeblocks.runs.create import environment
-from edgeblocks.runs.directory import open_run
 from edgeblocks.runs.open_data import open_run_data
+from edgeblocks.runs.opening import open_run
 from edgeblocks.settings.fields import RunSettings, Settings
 from edgeblocks.settings.reading import read_yaml
 

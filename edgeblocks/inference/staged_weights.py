@@ -17,7 +17,8 @@ from edgeblocks.offload.block_buffer import bind_parameters_
 from edgeblocks.offload.device import Device
 from edgeblocks.offload.float32_copy import Weights
 from edgeblocks.offload.sections import whole_name
-from edgeblocks.runs.directory import RunDirectory, check_whole
+from edgeblocks.runs.directory import RunDirectory
+from edgeblocks.runs.opening import check_whole
 from edgeblocks.runs.quantized_blocks import quantized_store
 
 

@@ -12,7 +12,8 @@ from typing import Any
 
 from edgeblocks.errors import RunError, StorageError
 from edgeblocks.files.untrusted import open_regular
-from edgeblocks.runs.directory import RunDirectory, open_run
+from edgeblocks.runs.directory import RunDirectory
+from edgeblocks.runs.opening import open_run
 from edgeblocks.runs.schema import RecordFields, read_json
 from edgeblocks.runs.shared import as_far_as_it_is
 from edgeblocks.runs.summary import Summary

@@ -25,7 +25,7 @@ def describe(path: Path) -> dict[str, object]:
 
 
 def _describe_run(path: Path) -> dict[str, object]:
-    from edgeblocks.runs.directory import open_run
+    from edgeblocks.runs.opening import open_run
 
     run = open_run(path)
     store = run.store()

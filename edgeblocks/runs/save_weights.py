@@ -19,7 +19,8 @@ from edgeblocks.offload.block_buffer import BlockBuffer, NetworkPart, largest_of
 from edgeblocks.offload.block_files import BlockStore
 from edgeblocks.profiling.budgets import check_needed
 from edgeblocks.registry import build_target
-from edgeblocks.runs.directory import RunDirectory, check_whole
+from edgeblocks.runs.directory import RunDirectory
+from edgeblocks.runs.opening import check_whole
 from edgeblocks.terminal import command
 from edgeblocks.units import format_bytes
 

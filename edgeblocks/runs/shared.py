@@ -15,7 +15,8 @@ from edgeblocks.diffusion.noise import partition_noise
 from edgeblocks.errors import ConfigError
 from edgeblocks.planning.plans import tiers
 from edgeblocks.runs.create import create_blocks, create_run, seal_run
-from edgeblocks.runs.directory import SHARED_FOLDER, RunDirectory, open_run, remove_leftovers
+from edgeblocks.runs.directory import SHARED_FOLDER, RunDirectory, remove_leftovers
+from edgeblocks.runs.opening import open_run
 from edgeblocks.runs.schema import SharedBy
 from edgeblocks.runs.written_plan import TrainablePlan
 from edgeblocks.settings.fields import Settings

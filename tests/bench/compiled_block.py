@@ -24,8 +24,8 @@ from edgeblocks.offload.block_buffer import bind_parameters_
 from edgeblocks.offload.block_slots import BlockSlots
 from edgeblocks.offload.tiers import DiskTier
 from edgeblocks.registry import family_type
-from edgeblocks.runs.directory import open_run
 from edgeblocks.runs.open_data import data_of
+from edgeblocks.runs.opening import open_run
 from edgeblocks.seeds import generator_at
 from edgeblocks.targets.cpu import CpuTarget
 

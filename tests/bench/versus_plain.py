@@ -40,8 +40,8 @@ from edgeblocks.optim.adamw import Workspace, adamw_8bit_step_, adamw_step_
 from edgeblocks.planning.layer_costs import LARGEST_HEAP_BYTES
 from edgeblocks.progress import Progress, Silent
 from edgeblocks.registry import family_type
-from edgeblocks.runs.directory import open_run
 from edgeblocks.runs.open_data import data_of
+from edgeblocks.runs.opening import open_run
 from edgeblocks.seeds import generator_at
 from edgeblocks.settings.fields import RunSettings
 from edgeblocks.targets.cpu import CpuTarget

@@ -10,7 +10,7 @@ import edgeblocks
 from edgeblocks.errors import RunError
 from edgeblocks.run import Run
 from edgeblocks.runs.describe import describe
-from edgeblocks.runs.directory import open_run
+from edgeblocks.runs.opening import open_run
 from edgeblocks.runs.written_plan import WrittenPlan, check_plan
 
 

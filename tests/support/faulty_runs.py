@@ -72,7 +72,7 @@ def lay_out(path, like, cache, *, fails_at=None, limit=0, **changes):
         fails_at: the part before which the size of files is limited to `limit` bytes.
     """
     from edgeblocks.runs.create import create_blocks, create_run, seal_run
-    from edgeblocks.runs.directory import open_run
+    from edgeblocks.runs.opening import open_run
 
     os.environ["EDGEBLOCKS_CACHE"] = str(cache)
     former = open_run(like)
@@ -136,7 +136,7 @@ def lay_out_resized(path, like, cache, changes):
     """`lay_out` for images of another size, which have another fingerprint."""
     from edgeblocks.data.images import open_images
     from edgeblocks.runs.create import seal_run
-    from edgeblocks.runs.directory import open_run
+    from edgeblocks.runs.opening import open_run
 
     former = open_run(like)
     images = open_images(

@@ -56,7 +56,7 @@ class RunReader(Reader):
 
     def read(self):
         from edgeblocks.run import Run
-        from edgeblocks.runs.directory import open_run
+        from edgeblocks.runs.opening import open_run
 
         run = open_run(self.path)
         assert run.partition.num_blocks == len(run.layers) == len(run.store().layouts)
@@ -196,7 +196,7 @@ class TextRunReader(RunReader):
 
     def read(self):
         from edgeblocks.data.gaps import with_gaps
-        from edgeblocks.runs.directory import open_run
+        from edgeblocks.runs.opening import open_run
 
         super().read()
         run = open_run(self.path)
