@@ -131,11 +131,13 @@ def host_memory(cut: Cut) -> tuple[dict[str, int], int]:
     creating_bytes += cut.is_rounded * 4 * cut.parameters
     needed["planning"] = max(0, max(machine.planning_bytes, creating_bytes) - sum(needed.values()))
     room = host_budget_bytes(machine, request) - sum(needed.values())
+    # Of a network that grows the window never waits, and frozen parts are their weights alone.
+    waiting, bytes_of_one = (blocks - 1, cut.frozen_bytes) if request.method.grows else (blocks, cut.block_bytes)
     if cut.slots >= blocks or request.tier == "disk":
         ram_blocks = 0
     else:
-        ram_blocks = blocks if request.tier == "ram" else min(blocks, max(0, room) // cut.block_bytes)
-    return {**needed, "blocks": ram_blocks * cut.block_bytes}, ram_blocks
+        ram_blocks = waiting if request.tier == "ram" else min(waiting, max(0, room) // bytes_of_one)
+    return {**needed, "blocks": ram_blocks * bytes_of_one}, ram_blocks
 
 
 def batch_bytes(costs: LayerCosts, request: PlanRequest) -> int:

@@ -351,7 +351,7 @@ class RunDirectory:
 
     def planned_again(self, plan: WrittenPlan) -> "RunDirectory":
         """The run with another plan for the same blocks, here and in its plan.json."""
-        assert plan.layers_per_block == list(self.file_layers)
+        assert plan.layers_per_block == self.plan.layers_per_block
         self.write_json("plan.json", plan.to_json())
         return replace(self, plan=plan)
 

@@ -1,13 +1,15 @@
 """Where a run's files may lie: folders that can be written, on disks with room for them that are fast enough."""
 
+import math
 import os
 import shutil
 from pathlib import Path
 
-from edgeblocks.errors import StorageError
+from edgeblocks.errors import StorageError, WriteLimitError
 from edgeblocks.planning.plans import Plan
-from edgeblocks.terminal import quoted
-from edgeblocks.units import format_bytes, format_duration
+from edgeblocks.runs.directory import RunDirectory
+from edgeblocks.terminal import command, quoted
+from edgeblocks.units import format_bytes, format_duration, parse_size
 
 LONGEST_MOVING_S = 600.0
 """A slow disk is refused when it takes longer than this, and longer than the computing."""
@@ -62,6 +64,22 @@ def check_work_dir(work_dir: str | None) -> None:
         )
     if not os.access(path, os.W_OK | os.X_OK):
         raise StorageError(f"--work-dir {path} cannot be written; mend its permissions, or name another place")
+
+
+def check_writes(run: RunDirectory, num_bytes: int, what: str, *, written: int) -> None:
+    """Before something that writes `num_bytes` to disk, after the run has written `written`.
+
+    Raises:
+        WriteLimitError: together they are more than the user allows.
+    """
+    allowed = run.settings.run.max_disk_writes
+    if allowed is None or written + num_bytes <= parse_size(allowed):
+        return
+    raise WriteLimitError(
+        f"the run has written {format_bytes(written)} to disk; {what} would pass --max-disk-writes {allowed}. "
+        f"Everything is saved; go on with a larger limit: {command('train', '--resume', run.resumed_at)} "
+        f"--max-disk-writes {math.ceil(2 * (written + num_bytes) / 1e9)}GB"
+    )
 
 
 def existing_folder(path: Path) -> Path:

@@ -22,6 +22,7 @@ from edgeblocks.offload.block_files import BlockStore, storage_error
 from edgeblocks.offload.sections import init_section_, network_of
 from edgeblocks.runs.create import seal_run
 from edgeblocks.runs.directory import RunDirectory
+from edgeblocks.runs.disk_room import check_writes
 from edgeblocks.runs.schema import WindowFields
 from edgeblocks.seeds import generator_at
 
@@ -36,12 +37,15 @@ def grown(run: RunDirectory, note: Callable[[str], None]) -> RunDirectory:
     Raises:
         RunError: a file is damaged.
         StorageError: the disk refused.
+        WriteLimitError: more would be written to disk than the user allows; the run is as it was.
     """
     assert run.window is not None
     assert not run.is_grown
     former = run.store_with_meter()
     step = former.header(run.window.number).step
     taller = replace(run, window=WindowFields(number=run.window.number + 1, first_step=step))
+    needed_bytes = sum(map(taller.store().file_bytes, range(len(taller.file_layers))))
+    check_writes(run, needed_bytes, "adding layers", written=former.run_bytes_written)
     try:
         shutil.rmtree(taller.blocks_folder, ignore_errors=True)  # what a killed process left
         make_folder(taller.blocks_folder)

@@ -33,11 +33,10 @@ from edgeblocks.optim.schedule import learning_rate_over
 from edgeblocks.optim.update import ema_exponent, update_
 from edgeblocks.progress import Progress
 from edgeblocks.runs.directory import RunDirectory
-from edgeblocks.terminal import command
+from edgeblocks.runs.disk_room import check_writes
 from edgeblocks.training.batches import Batches, BatchThread, drawing
 from edgeblocks.training.guard import Guard
 from edgeblocks.training.interruption import Interruption
-from edgeblocks.units import format_bytes, parse_size
 
 METRICS_RECORDS = 1000
 """About so many records of each block go into metrics.jsonl."""
@@ -324,15 +323,11 @@ class Trainer(ABC):
         Raises:
             WriteLimitError: with them, the run would have written more than the user allows.
         """
-        allowed, written = self.settings.max_disk_writes, self.progress.bytes_written
-        if allowed is None or written + num_bytes <= parse_size(allowed):
-            return
-        self._slots.flush()  # "everything is saved" must be true
-        raise WriteLimitError(
-            f"the run has written {format_bytes(written)} to disk; {what} would pass --max-disk-writes {allowed}. "
-            f"Everything is saved; go on with a larger limit: {command('train', '--resume', self.run.resumed_at)} "
-            f"--max-disk-writes {math.ceil(2 * (written + num_bytes) / 1e9)}GB"
-        )
+        try:
+            check_writes(self.run, num_bytes, what, written=self.progress.bytes_written)
+        except WriteLimitError:
+            self._slots.flush()  # "everything is saved" must be true
+            raise
 
     def note(self, timer: StepTimer, *, block: int | None, step: int, loss: float, gradient_norm: float) -> None:
         """Count a step that was made: the progress, and a record in metrics.jsonl, about `METRICS_RECORDS` a block.

@@ -18,7 +18,7 @@ from support.exact_runs import KINDS
 from support.shapes import checked_shapes
 
 import edgeblocks
-from edgeblocks.errors import ConfigError, InterruptedRunError, RunError
+from edgeblocks.errors import ConfigError, InterruptedRunError, RunError, WriteLimitError
 from edgeblocks.optim.schedule import learning_rate_at
 from edgeblocks.optim.update import BETA1, BETA2, EPS, ema_exponent
 from edgeblocks.planning.windows import frozen_below, last_steps, layers_in_windows, layers_so_far
@@ -256,6 +256,26 @@ def test_it_grows_when_its_loss_has_flattened_and_resumed_at_the_same_steps(tmp_
     again = edgeblocks.resume(tmp_path / "run")
     assert_same_bits(flat.path, again.path)
     assert again.directory.growth() == flat.directory.growth()
+
+
+def test_a_run_that_grows_goes_on_under_another_budget(digits, tmp_path):
+    """Its window stays, and every bit."""
+    with pytest.raises(InterruptedRunError):
+        trained("dit", tmp_path / "run", listener=StopAfter(6), visit_steps=3)
+    again = edgeblocks.resume(tmp_path / "run", mem_budget="3GB")
+    assert again.directory.plan.budget_bytes == 3_000_000_000
+    assert_same_bits(digits.path, again.path)
+
+
+def test_the_limit_of_writes_holds_where_it_grows(tmp_path):
+    with pytest.raises(
+        WriteLimitError, match=r"adding layers would pass --max-disk-writes 800KB.* Everything is saved"
+    ):
+        trained("dit", tmp_path / "run", visit_steps=4, max_disk_writes="800KB")
+    run = edgeblocks.load(tmp_path / "run").directory
+    assert run.saved_steps(run.store()) == [4] and run.store().header(0).run_bytes_written <= 800_000
+    again = edgeblocks.resume(tmp_path / "run", max_disk_writes="100MB")
+    assert again.summary["steps"] == 12
 
 
 def test_quality_is_known_after_each_window(digits):
