@@ -73,16 +73,36 @@ def quality_figures(facts: RunFacts) -> list[Markup]:
     if len(marks) < 2:
         return []
     measure = TASKS[facts.directory.family().task].measure.name
-    caption = f"{marks[-1].examples} examples of the hold-out part, EMA weights." if marks[-1].examples else ""
-    if facts.directory.method.grows:
-        caption += " It is measured before layers are added, too; each time the network was that of fewer layers."
     return [
         line_figure(
             [Series(label=measure, x=[mark.step for mark in marks], y=[mark.value for mark in marks], marks=True)],
             title="Quality on the way",
             x_label="steps of the network" if facts.directory.method.trained_together else "steps of each block",
             y_label=measure,
-            caption=caption.strip(),
+            caption=f"{marks[-1].examples} examples of the hold-out part, EMA weights." if marks[-1].examples else "",
+        )
+    ]
+
+
+def growth_figures(facts: RunFacts) -> list[Markup]:
+    """Of a network that grows, its loss with each number of layers."""
+    looks = facts.directory.growth()
+    if not looks:
+        return []
+    series = []
+    for layers in dict.fromkeys(look.layers for look in looks):
+        own = [look for look in looks if look.layers == layers]
+        label = f"{layers} layer{'' if layers == 1 else 's'}"
+        series.append(Series(label=label, x=[look.step for look in own], y=[look.loss for look in own], marks=True))
+    return [
+        line_figure(
+            series,
+            title="While it grew",
+            x_label="steps of the network",
+            y_label="loss on hold-out examples",
+            log_y=_spans_a_decade(series),
+            caption="Looked at before layers were added, and in between where that decides when they are; EMA weights. "
+            "With all layers: see the validation.",
         )
     ]
 

@@ -5,7 +5,7 @@ from importlib import metadata
 from pathlib import Path
 
 from edgeblocks.report import page
-from edgeblocks.report.curves import loss_figure, memory_figure, quality_figures, validation_figures
+from edgeblocks.report.curves import growth_figures, loss_figure, memory_figure, quality_figures, validation_figures
 from edgeblocks.report.facts import RunFacts
 from edgeblocks.report.headline import headline
 from edgeblocks.report.page import Section
@@ -29,7 +29,7 @@ def run_page(facts: RunFacts) -> str:
 
 
 def _sections(facts: RunFacts) -> list[Section]:
-    figures = [loss_figure(facts), *quality_figures(facts), *validation_figures(facts)]
+    figures = [loss_figure(facts), *growth_figures(facts), *quality_figures(facts), *validation_figures(facts)]
     blocks = block_table(facts, wide=len(figures) % 2 == 0)
     return [
         Section(title="Plan against measured", pieces=[plan_table(facts), *breakdown_bars(facts)]),

@@ -182,11 +182,13 @@ class QualityFields(Diverging):
 
 
 class GrowthFields(Checked):
-    """A line of growth.jsonl: a look at the loss of a network that grows, see `training.growth`."""
+    """A line of growth.jsonl: the loss of a network that grows, see `training.growth`."""
 
     step: Steps
     loss: Annotated[float, Field(allow_inf_nan=False)]
     """On hold-out examples."""
+    layers: Layers
+    """That the network had then."""
 
 
 Fields = TypeVar("Fields", bound=Checked)

@@ -1,13 +1,14 @@
-"""When a network grows (`--set grow=auto`): when what the window still gains is little beside what it has gained.
+"""When a network grows, and how good it was before it did.
 
-The loss on hold-out examples, with the EMA weights, is looked at after the same number of steps each time
-(`planning.windows.look_steps`). It has flattened when from the last look to this one it fell by less than `FLAT` of its
-mean fall since the first look at this window. That has no unit: it is the same for a loss in nats and for one of
-pixels. A loss that falls with the logarithm of the steps does not flatten so in 50 looks; the window then ends where
-just enough steps are left for those above it (`latest_steps`).
+The loss on hold-out examples, with the EMA weights, is looked at before layers are added; with `--set grow=auto` also
+after the same number of steps each time (`planning.windows.look_steps`), and layers are added when it has flattened:
+when from the last look to this one it fell by less than `FLAT` of its mean fall since the first look at this window.
+That has no unit: it is the same for a loss in nats and for one of pixels. A loss that falls with the logarithm of the
+steps does not flatten so in 50 looks; the window then ends where just enough steps are left for those above it
+(`latest_steps`).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from edgeblocks.data.dataset import DataSet
 from edgeblocks.inference import metrics
@@ -33,16 +34,37 @@ def is_flat(losses: Sequence[float]) -> bool:
     return losses[-2] - losses[-1] < FLAT * mean_fall or mean_fall <= 0
 
 
-def is_to_grow(run: RunDirectory, runner: BlockRunner, data: DataSet, step: int) -> bool:
-    """Whether a run's network is to grow after a step; looks at the loss where it is due, and writes it down."""
-    assert run.window is not None
-    every, first = run.look_steps, run.window.first_step
-    if every is None:
-        return False
-    looks = {look.step: look.loss for look in run.growth() if first < look.step <= step}
-    if step > first and step % every == 0 and step not in looks:
+class Growth:
+    """Looks at the loss of a run's network, and says when it is to grow. What it finds is in growth.jsonl."""
+
+    def __init__(self, run: RunDirectory, data: DataSet) -> None:
+        self._run, self._data = run, data
+
+    def is_due(self, step: int, runner: Callable[[], BlockRunner]) -> bool:
+        """Whether layers are to be added after a step, before the window has to end; looks at the loss in its turn.
+
+        Args:
+            runner: gives one with the weights as they are now.
+        """
+        run, every = self._run, self._run.look_steps
+        if every is None or run.window is None:
+            return False
+        if step > run.window.first_step and step % every == 0:
+            self.look(step, runner)
+        return is_flat([loss for seen, loss in sorted(self._looks().items()) if seen <= step])
+
+    def look(self, step: int, runner: Callable[[], BlockRunner]) -> None:
+        """Look at the loss after a step; once."""
+        run = self._run
+        if step in self._looks():
+            return
         most = LOOK_BATCHES * run.settings.run.batch
-        found = metrics.validation_loss(run.family(), runner, data, seed=run.settings.run.seed, most_examples=most)
-        looks[step] = found["total"]
-        run.append("growth.jsonl", {"step": step, "loss": looks[step]})
-    return is_flat([looks[step] for step in sorted(looks)])
+        found = metrics.validation_loss(
+            run.family(), runner(), self._data, seed=run.settings.run.seed, most_examples=most
+        )
+        run.append("growth.jsonl", {"step": step, "loss": found["total"], "layers": sum(run.layers)})
+
+    def _looks(self) -> dict[int, float]:
+        """The losses that were seen of this window, by the step."""
+        layers = sum(self._run.layers)
+        return {look.step: look.loss for look in self._run.growth() if look.layers == layers}

@@ -4,6 +4,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from typing import TypeVar
 
 from edgeblocks.callbacks import Evaluated, Sampled
 from edgeblocks.data import pictures
@@ -19,9 +20,11 @@ from edgeblocks.profiling.looks import expected_looks, pass_seconds
 from edgeblocks.progress import Listener
 from edgeblocks.runs.directory import RunDirectory, write_text
 from edgeblocks.tasks import GRID_TOKENS, TASKS, TEXT_TASKS
-from edgeblocks.training.growth import is_to_grow
+from edgeblocks.training.growth import Growth
 from edgeblocks.training.interruption import Interrupted, Interruption
 from edgeblocks.training.loop import Trainer
+
+T = TypeVar("T")
 
 
 class Previews:
@@ -49,6 +52,7 @@ class Previews:
         self._total = run.settings.run.steps
         self._looks = expected_looks(run.settings.run, run.family(), run.partition, data_set)
         self._grids = _Marks(self._looks.grids, self._total, made=self._newest_grid())
+        self._growth = Growth(run, data_set)
         self._evaluations = _Marks(
             self._looks.evaluations, self._total, made=max((mark.step for mark in run.quality()), default=0)
         )
@@ -71,17 +75,17 @@ class Previews:
 
     def is_to_grow(self, steps: Sequence[int]) -> bool:
         """Whether the network, as these steps have made it, is to get more layers now."""
-        if self._run.look_steps is None:
-            return False
+        return self._timed(lambda: self._growth.is_due(min(steps), self._runner))
+
+    def before_growing(self, steps: Sequence[int]) -> None:
+        """Look at the loss of the network as it is, before it gets more layers."""
+        self._timed(lambda: self._growth.look(min(steps), self._runner))
+
+    def _timed(self, look: Callable[[], T]) -> T:
         started = time.perf_counter()
-        found = is_to_grow(self._run, self._runner(), self._data_set, min(steps))
+        found = look()
         self._progress.previews_s += time.perf_counter() - started
         return found
-
-    def before_growing(self, done: int) -> None:
-        """Measure the quality of the network as it is, before it gets more layers; once."""
-        if all(mark.step != done for mark in self._run.quality()):
-            self._preview(self._evaluations, done, self._note_quality, "the measure of quality")
 
     def left_s(self) -> float:
         """What those to come and the evaluation at the end will take: as the last ones took, else as steps suggest."""

@@ -105,7 +105,7 @@ def _trained_as_it_is(
                     if run.is_grown:
                         evaluation = previews.evaluation(listener)
                     else:
-                        previews.before_growing(min(steps))
+                        previews.before_growing(steps)
         except Interrupted:
             steps = run.saved_steps(store)
         finally:

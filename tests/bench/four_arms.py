@@ -146,7 +146,7 @@ def trained(training: dict[str, Any], data: str, seed: int) -> dict[str, Any]:
     try:
         run = edgeblocks.train(out=folder / "run", mem_budget="4GB", seed=seed, sample_grids=0, **without_none(given))
         result = run.evaluate(samples=EXAMPLES[family])
-        grown_at = [mark.step for mark in run.directory.quality()]
+        looks = [look.step for look in run.directory.growth()]
     finally:
         shutil.rmtree(folder)
     measured = {"loss": result["validation_loss"], **result.get("classification", {}), **result.get("text", {})}
@@ -156,7 +156,7 @@ def trained(training: dict[str, Any], data: str, seed: int) -> dict[str, Any]:
     return {
         **{name: measured[name] for name in MEASURES[family]},
         "error": error,
-        **({"grown_at": grown_at} if training["method"] == "greedy" else {}),
+        **({"looks": looks} if training["method"] == "greedy" else {}),
         "levels": [round(level["loss"], 4) for level in result["validation"]["levels"]],
         "curve": result.get("curve"),
         "environment": f"{platform.system()} {platform.machine()}, torch {torch.__version__}",

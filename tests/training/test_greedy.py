@@ -23,6 +23,8 @@ from edgeblocks.optim.schedule import learning_rate_at
 from edgeblocks.optim.update import BETA1, BETA2, EPS, ema_exponent
 from edgeblocks.planning.windows import frozen_below, last_steps, layers_in_windows, layers_so_far
 from edgeblocks.progress import Silent
+from edgeblocks.report.facts import read_facts
+from edgeblocks.report.run_page import run_page
 from edgeblocks.runs import growing
 from edgeblocks.runs.directory import WINDOW_RATE_SHARE
 from edgeblocks.runs.open_data import data_of
@@ -42,6 +44,11 @@ def trained(kind, out, listener=None, **settings):
 
 def files_of(run):
     return sorted((run.path / "blocks").glob("window_*/block_*.safetensors"))
+
+
+def grown_at(run):
+    """The last step with each number of layers but all."""
+    return list({look.layers: look.step for look in run.directory.growth()}.values())
 
 
 @pytest.fixture(scope="module", params=["vit", "mdlm"])
@@ -244,9 +251,9 @@ def test_it_grows_when_its_loss_has_flattened_and_resumed_at_the_same_steps(tmp_
     """With a learning rate that teaches nothing, at the first chance; else when there is no more time."""
     settings = {"grow": "auto", "steps": 48, "visit_steps": 7}
     flat = trained("vit", tmp_path / "flat", **settings, learning_rate=1e-30, warmup=0)
-    assert [mark.step for mark in flat.directory.quality()] == [16, 32]  # four looks, one after every fourth step
+    assert grown_at(flat) == [16, 32]  # four looks, one after every fourth step
     falling = trained("vit", tmp_path / "falling", **settings, learning_rate=3e-3)
-    assert [mark.step for mark in falling.directory.quality()] == [40, 44]
+    assert grown_at(falling) == [40, 44]
     looks = [look.step for look in falling.directory.growth()]
     assert looks == sorted(set(looks)) and set(looks) <= set(range(4, 49, 4))
     with pytest.raises(InterruptedRunError):
@@ -269,17 +276,19 @@ def test_a_run_that_grows_goes_on_under_another_budget(digits, tmp_path):
 
 def test_the_limit_of_writes_holds_where_it_grows(tmp_path):
     with pytest.raises(
-        WriteLimitError, match=r"adding layers would pass --max-disk-writes 800KB.* Everything is saved"
+        WriteLimitError, match=r"adding layers would pass --max-disk-writes 1500KB.* Everything is saved"
     ):
-        trained("dit", tmp_path / "run", visit_steps=4, max_disk_writes="800KB")
+        trained("dit", tmp_path / "run", visit_steps=4, max_disk_writes="1500KB")
     run = edgeblocks.load(tmp_path / "run").directory
-    assert run.saved_steps(run.store()) == [4] and run.store().header(0).run_bytes_written <= 800_000
+    assert run.saved_steps(run.store()) == [4] and run.store().header(0).run_bytes_written <= 1_500_000
     again = edgeblocks.resume(tmp_path / "run", max_disk_writes="100MB")
     assert again.summary["steps"] == 12
 
 
-def test_quality_is_known_after_each_window(digits):
-    assert [mark.step for mark in digits.directory.quality()] == list(ENDS[:-1])
+def test_the_loss_is_known_after_each_window(digits):
+    looks = digits.directory.growth()
+    assert [(look.step, look.layers) for look in looks] == [(ENDS[0], 2), (ENDS[1], 3)]
+    assert "While it grew" in run_page(read_facts(digits.path))
 
 
 def test_what_comes_out_is_the_ordinary_network(digits, tmp_path):
