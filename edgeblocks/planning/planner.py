@@ -301,7 +301,7 @@ def inference_micro_batch(
         DoesNotFitError: one sample does not fit.
     """
     largest = max(layers)
-    bytes_of_one = 4 * residents + (2 if master == "bf16" else 0)
+    bytes_of_one: float = 4 * residents + (2 if master == "bf16" else 0)
     if frozen == "int8":
         bytes_of_one = INT8_BYTES * residents + 4
     weights_bytes = int(bytes_of_one * costs.parameters(largest))
