@@ -18,8 +18,10 @@ from edgeblocks.runs.directory import RunDirectory
 FLAT = 0.25
 FEWEST_LOOKS = 4
 """At a window, before it can be called flat."""
-LOOK_BATCHES = 2
-"""Hold-out examples of a look, in batches: the same ones each time, so that their own spread cancels."""
+LOOK_BATCHES = 16
+"""That a look sends forward through the network, about: as much computing as five steps. Masked text is looked at with
+128 shares of its tokens masked, so that it has few examples; they are the same ones each time."""
+FEWEST_EXAMPLES = 4
 
 
 def is_flat(losses: Sequence[float]) -> bool:
@@ -58,7 +60,8 @@ class Growth:
         run = self._run
         if step in self._looks():
             return
-        most = LOOK_BATCHES * run.settings.run.batch
+        passes = sum(level.strata for level in run.family().evaluation_levels(run.partition))
+        most = max(FEWEST_EXAMPLES, LOOK_BATCHES * run.settings.run.batch // passes)
         found = metrics.validation_loss(
             run.family(), runner(), self._data, seed=run.settings.run.seed, most_examples=most
         )
