@@ -87,6 +87,11 @@ def test_four_arms(bench, tmp_path):
     assert ways == [*alone, *[("exact", 1, 0.0)] * 2, ("greedy", "auto", 0.0), ("greedy", "equal", 0.0)]
 
 
+def test_frozen_blocks(bench):
+    tiny = {"FAMILIES": {"vit": {**TINY, "data": "digits", "depth": 4, "hold_out": 0.02}}, "EXAMPLES": 2, "ROUNDS": 1}
+    assert "| vit | " in bench("frozen_blocks", "--families", "vit", "--steps", 2, **tiny)
+
+
 def test_fuzz_readers(bench):
     assert "| block file | 3 |" in bench("fuzz_readers", "block file", "--cases", 3)
 

@@ -1,0 +1,97 @@
+"""What it costs to keep blocks that wait in 8 bits: quality of the whole network, bytes, time. A table in Markdown.
+
+    python tests/bench/frozen_blocks.py
+    python tests/bench/frozen_blocks.py --families ar vit --steps 50
+
+Each family's usual network in blocks is trained for a while, and evaluated with its blocks as they are and in 8 bits.
+`loss` is that of hold-out examples; `expanding` is what the codes of a block take to become float32, beside a forward
+pass of so many examples through it.
+"""
+
+import argparse
+import os
+import shutil
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import edgeblocks
+from edgeblocks.families.precision import computing_in
+from edgeblocks.offload.float32_copy import Float32Copy
+from edgeblocks.profiling.block_step import example_batch
+from edgeblocks.runs.quantized_blocks import quantized_store
+
+FAMILIES: dict[str, dict[str, Any]] = {
+    "dit": {"data": "digits"},
+    "vit": {"data": "digits"},
+    "mdlm": {"data": "moby-dick", "length": 64, "hold_out": 0.002},
+    "ar": {"data": "moby-dick", "length": 64, "hold_out": 0.01},
+    "looped": {"data": "moby-dick", "length": 64, "hold_out": 0.01},
+}
+ROUNDS = 9
+EXAMPLES = 16
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--families", nargs="+", choices=sorted(FAMILIES), default=list(FAMILIES))
+    parser.add_argument("--steps", type=int, default=150)
+    wanted = parser.parse_args()
+    print("| family | parameters | loss | in 8 bits | change | bytes that wait | in 8 bits | expanding a block |")
+    print("|---|---|---|---|---|---|---|---|")
+    for family in wanted.families:
+        print(row(family, wanted.steps), flush=True)
+
+
+def row(family: str, steps: int) -> str:
+    """One line of the table."""
+    folder = Path(tempfile.mkdtemp(prefix="edgeblocks-bench-"))
+    try:
+        how = {**FAMILIES[family], "family": family, "steps": steps, "mem_budget": "2GB", "sample_grids": 0}
+        run = edgeblocks.train(out=folder / "run", **how)
+        loss = run.evaluate(samples=0 if family in ("dit", "vit") else 2)["validation_loss"]
+        rounded = edgeblocks.load(run.path, frozen="int8")
+        in_8_bits = rounded.evaluate(samples=0 if family in ("dit", "vit") else 2)["validation_loss"]
+        directory = run.directory
+        store = quantized_store(directory, len(directory.file_layers))
+        parameters = sum(layout.num_parameters for layout in store.layouts)
+        waiting = sum(layout.num_bytes for layout in store.layouts)
+        expanding_s, passing_s = times(run)
+    finally:
+        shutil.rmtree(folder)
+    return (
+        f"| {family} | {parameters / 1e6:.2f}M | {loss:.5f} | {in_8_bits:.5f} | {100 * (in_8_bits / loss - 1):+.2f} % "
+        f"| {4 * parameters / 1e6:.1f} MB | {waiting / 1e6:.1f} MB "
+        f"| {1e3 * expanding_s:.1f} ms beside {1e3 * passing_s:.0f} ms for {EXAMPLES} examples |"
+    )
+
+
+def times(run: edgeblocks.Run) -> tuple[float, float]:
+    """Seconds of expanding a block, and of a forward pass; medians, in turns."""
+    directory = run.directory
+    family, store = directory.family(), quantized_store(directory, 1)
+    buffer, copy = store.buffer(("ema",)), Float32Copy(store.layouts, torch.device("cpu"))
+    store.read(0, buffer)
+    network = family.block(num_layers=directory.layers[0], checkpointing=False)
+    network.reset_tables_()
+    if not directory.method.one_network:
+        copy.hold_(buffer, "ema").bind_(network)
+    batch, taken = example_batch(family, EXAMPLES, "cpu"), ([], [])
+    for _ in range(ROUNDS):
+        started = time.perf_counter()
+        copy.hold_(buffer, "ema")
+        taken[0].append(time.perf_counter() - started)
+        started = time.perf_counter()
+        with torch.no_grad(), computing_in("fp32", "cpu"):
+            family.loss(network, batch)
+        taken[1].append(time.perf_counter() - started)
+    return statistics.median(taken[0]), statistics.median(taken[1])
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("GOMP_SPINCOUNT", "0")
+    main()
