@@ -15,6 +15,8 @@ from support.shapes import checked_shapes
 # another program needs a core.
 os.environ.setdefault("GOMP_SPINCOUNT", "5000")
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # some tests import onnxruntime by themselves
+# Programs that tests start keep their bytecode, as those of users do: each would compile the package anew, 0.3 s.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 # Two processes test at once, each with a core of its own.
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")

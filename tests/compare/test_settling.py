@@ -32,6 +32,10 @@ def test_every_seed_and_setting_is_known_afterwards():
         ({"settings": {"method": "exact"}}, "name them with --arms"),
         ({"settings": {"train_blocks": "1"}}, "compare different things"),
         ({"settings": {"master": "bf16"}}, "ordinary training keeps float32 weights"),
+        (
+            {"settings": {"precision": "fp16"}},
+            "ordinary training has no loss scaling here; use --arms diffusion,exact",
+        ),
         ({"settings": {"clip_by": "network"}}, "what is trained is clipped by its own"),
         ({"settings": {"data": "nowhere"}}, "nowhere"),
     ],

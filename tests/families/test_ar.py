@@ -400,9 +400,9 @@ def test_codes_that_are_too_short_for_the_vocabulary_are_refused():
 # Export
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
-    ("family", "num_layers"),
-    [pytest.param(AR, 2, id="ar"), pytest.param(LOOPED, 4, id="looped", marks=pytest.mark.thorough)],
+    ("family", "num_layers"), [pytest.param(AR, 2, id="ar"), pytest.param(LOOPED, 4, id="looped")]
 )
 def test_an_exported_block_gives_torchs_logits_with_and_without_a_past(tmp_path, family, num_layers):
     """One graph of opset 20 for any batch, any number of tokens and any past, none included."""

@@ -286,7 +286,7 @@ def test_training_learns_the_digits(tmp_path):
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory):
     folder = tmp_path_factory.mktemp("exported")
-    run = make_run(folder / "run", layers=(2, 1), family="vit", width=32, heads=2, patch=4)
+    run = make_run(folder / "run", layers=(2, 2), family="vit", width=32, heads=2, patch=4)
     manifest = run.export(folder / "onnx")
     return run, folder / "onnx", manifest
 

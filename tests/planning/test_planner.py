@@ -169,12 +169,15 @@ def test_visits_leave_several_rounds_where_the_disk_is_fast():
     assert long.visit_steps * long.step_s == pytest.approx(USUAL_VISIT_S, rel=0.05)
 
 
-def test_the_budget_sets_the_number_of_blocks():
+@pytest.fixture(scope="module")
+def less_and_less():
+    """Plans, or refusals, from plenty of memory to little."""
+    return [plan_or_refusal(MACHINE, replace(REQUEST, budget_bytes=size * MB)) for size in range(1500, 100, -5)]
+
+
+def test_the_budget_sets_the_number_of_blocks(less_and_less):
     """From plenty to little: first the preferred blocks, then more, in the end one layer each, in the end a refusal."""
-    blocks = []
-    for megabytes in range(1500, 100, -5):
-        plan = plan_or_refusal(MACHINE, replace(REQUEST, budget_bytes=megabytes * MB))
-        blocks.append(math.inf if isinstance(plan, DoesNotFitError) else plan.chosen.blocks)
+    blocks = [math.inf if isinstance(plan, DoesNotFitError) else plan.chosen.blocks for plan in less_and_less]
     assert blocks == sorted(blocks)
     assert set(blocks) >= {3, 4, 6, 12, math.inf}
     assert blocks[0] == 3
@@ -189,10 +192,9 @@ def test_fewer_than_four_layers_a_block_are_warned_about():
     assert make_plan(shallow, MACHINE, replace(REQUEST, blocks=1)).warnings == ()
 
 
-def test_more_blocks_than_preferred_are_warned_about():
+def test_more_blocks_than_preferred_are_warned_about(less_and_less):
     """When the budget, not the user, forces more blocks than the family prefers, the plan says so."""
-    for megabytes in range(1500, 200, -5):
-        plan = plan_or_refusal(MACHINE, replace(REQUEST, budget_bytes=megabytes * MB))
+    for plan in less_and_less:
         if isinstance(plan, DoesNotFitError):
             break
         said = any("instead of the preferred 3" in warning for warning in plan.warnings)

@@ -1,6 +1,9 @@
 """The trace's promises, checked against real steps in processes of their own."""
 
+import contextlib
+import itertools
 import json
+import shutil
 import subprocess
 import sys
 from dataclasses import asdict, replace
@@ -32,13 +35,14 @@ def costs():
     return trace(FAMILY, SAMPLE_COUNTS)
 
 
-REAL_STEP = """
-import ctypes, json, sys
+REAL_STEPS = """
+import ctypes, json, os, sys
 from pathlib import Path
 # Every tensor above 64 KB gets pages of its own until it dies: the resident set follows live tensors.
 libc = ctypes.CDLL(None)
 assert libc.mallopt(-3, 65536) and libc.mallopt(-1, 65536) and libc.mallopt(-8, 1)
 import torch
+from torch.profiler import ProfilerActivity, profile
 torch.set_num_threads(1)
 from edgeblocks.families.base import ImageInfo
 from edgeblocks.families.dit import Dit, DitSettings
@@ -48,64 +52,78 @@ def status(name):
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
 
-settings, data, kind, num_layers, samples, precision = json.load(sys.stdin)
-family = Dit(DitSettings(**settings), ImageInfo(**data))
-block = family.block(num_layers=num_layers, checkpointing=kind == "checkpointed")
-block.reset_tables_()
-block.init_(torch.Generator().manual_seed(0))
-for parameter in block.parameters():
-    parameter.grad = torch.zeros_like(parameter)
+def step_of(settings, data, kind, num_layers, samples, precision):
+    family = Dit(DitSettings(**settings), ImageInfo(**data))
+    block = family.block(num_layers=num_layers, checkpointing=kind == "checkpointed")
+    block.reset_tables_()
+    block.init_(torch.Generator().manual_seed(0))
+    for parameter in block.parameters():
+        parameter.grad = torch.zeros_like(parameter)
 
-def batch_of(samples):
-    shapes = family.batch_spec(samples).items()
-    batch = {name: torch.zeros(shape, dtype=dtype) for name, (shape, dtype) in shapes}
-    batch["sigma"] += 0.5
-    batch["eps"].normal_()
-    return batch
+    def batch_of(samples):
+        shapes = family.batch_spec(samples).items()
+        batch = {name: torch.zeros(shape, dtype=dtype) for name, (shape, dtype) in shapes}
+        batch["sigma"] += 0.5
+        batch["eps"].normal_()
+        return batch
 
-def step(batch):
-    with torch.set_grad_enabled(kind != "forward"), computing_in(precision):
-        loss = family.loss(block, batch)
-    if kind != "forward":
-        loss.sum().backward()
+    def step(batch):
+        with torch.set_grad_enabled(kind != "forward"), computing_in(precision):
+            loss = family.loss(block, batch)
+        if kind != "forward":
+            loss.sum().backward()
 
-step(batch_of(1))
-batch = batch_of(samples)
-libc.malloc_trim(0)
-before = status("VmRSS:")
-step(batch)
-resident = status("VmHWM:") - before
+    step(batch_of(1))
+    return step, batch_of(samples)
 
-from torch.profiler import ProfilerActivity, profile
-with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+def resident(step, batch):
+    libc.malloc_trim(0)
+    before = status("VmRSS:")
     step(batch)
-events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
-live = allocated = 0
-for event in sorted(events, key=lambda event: event.start_ns()):
-    live += event.nbytes()
-    allocated = max(allocated, live)
-print(json.dumps([allocated, resident]))
+    return status("VmHWM:") - before
+
+def allocated(step, batch):
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        step(batch)
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    live = allocated = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        live += event.nbytes()
+        allocated = max(allocated, live)
+    return allocated
+
+requests = json.load(sys.stdin)
+for request in requests:
+    # In a process of its own, which has imported torch and run none of its operators.
+    if os.fork() == 0:
+        print(resident(*step_of(*request)), flush=True)
+        os._exit(0)
+    assert os.wait()[1] == 0, request
+for request in requests:
+    print(allocated(*step_of(*request)))
 """
 
 
-def measured_peak_bytes(kind, num_layers, samples, settings=SETTINGS, data=DATA, precision="fp32"):
-    """Peak of one real step: torch's allocator, and growth of the resident set (after a step on one sample)."""
-    request = json.dumps([asdict(settings), asdict(data), kind, num_layers, samples, precision])
-    done = subprocess.run([sys.executable, "-c", REAL_STEP], input=request, capture_output=True, text=True, check=False)
+REAL_KINDS = list(itertools.product(("plain", "checkpointed", "forward"), ("fp32", "bf16")))
+
+
+@pytest.fixture(scope="module")
+def real_peaks():
+    """Peaks of real steps of 4 layers on 64 samples: torch's allocator, and growth of the resident set.
+
+    (After a step on one sample.)
+    """
+    asked = json.dumps([[asdict(SETTINGS), asdict(DATA), kind, 4, 64, precision] for kind, precision in REAL_KINDS])
+    done = subprocess.run([sys.executable, "-c", REAL_STEPS], input=asked, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    numbers = [int(line) for line in done.stdout.splitlines()]
+    resident, allocated = numbers[: len(REAL_KINDS)], numbers[len(REAL_KINDS) :]
+    return dict(zip(REAL_KINDS, zip(allocated, resident, strict=True), strict=True))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-@pytest.mark.parametrize(
-    ("kind", "precision"),
-    [
-        *(("plain", precision) for precision in ("fp32", "bf16")),
-        *((kind, "fp32") for kind in ("checkpointed", "forward")),
-        *(pytest.param(kind, "bf16", marks=pytest.mark.thorough) for kind in ("checkpointed", "forward")),
-    ],
-)
-def test_the_traced_peak_is_what_a_real_step_takes(kind, precision):
+@pytest.mark.parametrize(("kind", "precision"), REAL_KINDS)
+def test_the_traced_peak_is_what_a_real_step_takes(real_peaks, kind, precision):
     """A real step of 4 layers on 64 samples: the allocator's peak is the trace's to 0.1 %, the resident to 8 %.
 
     In half precision attention packs keys and values anew, 1 %, and the library of products keeps what the plan has
@@ -115,7 +133,7 @@ def test_the_traced_peak_is_what_a_real_step_takes(kind, precision):
     """
     traced = traced_step(FAMILY, 4, 64, kind, precision=precision).peak_bytes
     assert traced > 4_000_000
-    allocated, resident = measured_peak_bytes(kind, 4, 64, precision=precision)
+    allocated, resident = real_peaks[kind, precision]
     half = precision == "bf16"
     assert allocated + 4 * 64 * SETTINGS.width == pytest.approx(traced, rel=0.015 if half else 1e-5)
     assert traced * 0.92 <= resident <= traced * 1.08 + (HALF_SCRATCH_BYTES if half else 0)
@@ -191,57 +209,80 @@ def test_a_batchs_bytes_are_those_of_its_tensors(costs):
     assert costs.batch_bytes_per_sample == 2 * 3 * 16 * 16 * 4 + 4 + 8
 
 
-def test_the_trace_in_a_process_of_its_own_is_the_same_and_leaves_nothing_behind():
-    """trace_in_subprocess gives what trace gives, and the asking process holds neither sympy nor torch for it."""
-    program = f"""
-import sys
-from edgeblocks.profiling.trace import trace_in_subprocess
+REQUEST = ("dit", asdict(SETTINGS), asdict(DATA))
+ASKS = f"""
+import json, sys
 from dataclasses import asdict
-import json
-costs = trace_in_subprocess("dit", {asdict(SETTINGS)!r}, {asdict(DATA)!r}, {SAMPLE_COUNTS!r}).costs
-print(json.dumps([sorted({{"sympy", "torch"}} & set(sys.modules)), asdict(costs)]))
+from pathlib import Path
+from edgeblocks.profiling.trace import trace_in_subprocess
+traced = trace_in_subprocess(*{REQUEST!r}, {SAMPLE_COUNTS!r}, cache=Path(sys.argv[1]))
+print(json.dumps([sorted({{"sympy", "torch"}} & set(sys.modules)), asdict(traced)]))
 """
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+
+
+@pytest.fixture(scope="module")
+def asked(tmp_path_factory):
+    """What a program that asks a child process holds afterwards of the libraries, the answer, and where it is kept.
+
+    The folder that it is started in has files that no child may run.
+    """
+    users, cache = tmp_path_factory.mktemp("user"), tmp_path_factory.mktemp("costs")
+    put_in_the_way(users)
+    program = [sys.executable, "-P", "-c", ASKS, cache]
+    done = subprocess.run(program, cwd=users, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    modules, fields = json.loads(done.stdout)
-    assert modules == []
-    direct = asdict(trace(FAMILY, SAMPLE_COUNTS))
-    # How many threads an optimizer step uses is the process's business.
-    assert fields == json.loads(json.dumps(direct))
+    return *json.loads(done.stdout), cache
 
 
-def test_a_kept_trace_is_taken_again_and_a_damaged_one_made_again(tmp_path, tmp_path_factory, monkeypatch):
-    """The second answer needs no child process and is the same; a damaged file, or other settings, are traced anew.
+@pytest.fixture
+def known(asked, tmp_path):
+    """A copy of the kept answers."""
+    return shutil.copytree(asked[2], tmp_path / "costs")
+
+
+@contextlib.contextmanager
+def no_child_process():
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(sys, "executable", "/nonexistent")
+        yield
+
+
+def test_the_trace_in_a_process_of_its_own_is_the_same_and_leaves_nothing_behind(asked, costs):
+    """trace_in_subprocess gives what trace gives, and the asking process holds neither sympy nor torch for it.
 
     The child runs no file of the folder that the command is started in.
     """
-    users = tmp_path_factory.mktemp("user")
-    put_in_the_way(users)
-    monkeypatch.chdir(users)
-    request = ("dit", asdict(SETTINGS), asdict(DATA), [1])
-    first = trace_in_subprocess(*request, cache=tmp_path)
-    (kept,) = tmp_path.iterdir()
-    with monkeypatch.context() as patched:
-        patched.setattr(sys, "executable", "/nonexistent")
-        assert trace_in_subprocess(*request, cache=tmp_path) == first
+    modules, answer, _ = asked
+    assert modules == []
+    # How many threads an optimizer step uses is the process's business.
+    assert answer["costs"] == json.loads(json.dumps(asdict(costs)))
+
+
+def test_a_kept_trace_is_taken_again_and_a_damaged_one_made_again(asked, known):
+    """The second answer needs no child process and is the same; a damaged file, or other settings, are traced anew."""
+    with no_child_process():
+        again = trace_in_subprocess(*REQUEST, SAMPLE_COUNTS, cache=known)
+        assert json.loads(json.dumps(asdict(again))) == asked[1]
+        first = trace_in_subprocess(*REQUEST, [1], cache=known)
         with pytest.raises(FileNotFoundError):
-            trace_in_subprocess("dit", asdict(SETTINGS) | {"width": 32}, asdict(DATA), [1], cache=tmp_path)
+            trace_in_subprocess("dit", asdict(SETTINGS) | {"width": 32}, asdict(DATA), [1], cache=known)
+    for path in known.iterdir():
+        if json.loads(path.read_text().splitlines()[0])["plain"][0]["samples"] != 1:
+            path.unlink()
+    (kept,) = known.iterdir()
     text = kept.read_text()
     place = text.index('"peak_bytes"') + 22  # a digit of a size
     flipped = text[:place] + chr(ord(text[place]) ^ 1) + text[place + 1 :]
     for content in ("{}", text[:-20], flipped):
         kept.write_text(content)
-        with monkeypatch.context() as patched, pytest.raises(FileNotFoundError):  # what is damaged is not believed
-            patched.setattr(sys, "executable", "/nonexistent")
-            trace_in_subprocess(*request, cache=tmp_path)
-    assert trace_in_subprocess(*request, cache=tmp_path).costs == first.costs
-    assert [path.name for path in tmp_path.iterdir()] == [kept.name]
+        with no_child_process(), pytest.raises(FileNotFoundError):  # what is damaged is not believed
+            trace_in_subprocess(*REQUEST, [1], cache=known)
+    assert trace_in_subprocess(*REQUEST, [1], cache=known, room_bytes=TRACING_BYTES).costs == first.costs
+    assert [path.name for path in known.iterdir()] == [kept.name]
 
 
-def test_only_sample_counts_that_are_not_known_are_traced(tmp_path, monkeypatch):
+def test_only_sample_counts_that_are_not_known_are_traced(known, monkeypatch):
     """Another list of micro-batches takes what former ones left; the answer is that of a trace of all, in any order."""
-    request = ("dit", asdict(SETTINGS), asdict(DATA))
-    trace_in_subprocess(*request, [8, 1], cache=tmp_path)
     asked = []
 
     def child(command, *, input, **options):
@@ -250,12 +291,12 @@ def test_only_sample_counts_that_are_not_known_are_traced(tmp_path, monkeypatch)
 
     run = subprocess.run
     monkeypatch.setattr(subprocess, "run", child)
-    known = trace_in_subprocess(*request, [1, 8], cache=tmp_path).costs
+    former = trace_in_subprocess(*REQUEST, [4, 1], cache=known).costs
     assert asked == []
-    more = trace_in_subprocess(*request, [8, 3, 1], cache=tmp_path).costs
+    more = trace_in_subprocess(*REQUEST, [4, 3, 1], cache=known).costs
     assert asked == [[3]]
-    assert known == trace(FAMILY, [1, 8])
-    assert more == trace(FAMILY, [1, 3, 8])
+    assert former == trace(FAMILY, [1, 4])
+    assert more == trace(FAMILY, [1, 3, 4])
 
 
 @pytest.mark.parametrize("kind", ["plain", "checkpointed", "forward"])
@@ -375,15 +416,13 @@ def test_samples_between_traced_counts_lie_on_a_line(samples, peak):
     assert at_samples(costs[:1], 3, lambda cost: cost.peak_bytes.at(1)) == 30
 
 
-def test_the_child_keeps_to_its_room_and_tells_what_it_took():
-    """What it takes beside the libraries' code is told; in less room it is refused, in more the costs are the same."""
-    request = ("dit", asdict(SETTINGS), asdict(DATA), [1])
-    traced = trace_in_subprocess(*request)
-    assert 50 * MB < traced.own_bytes < traced.peak_bytes < 400 * MB
-    assert traced.own_bytes < TRACING_BYTES
-    with pytest.raises(NoRoomToTraceError):
-        trace_in_subprocess(*request, room_bytes=TRACING_BYTES - 1)
-    assert trace_in_subprocess(*request, room_bytes=TRACING_BYTES).costs == traced.costs
+def test_the_child_tells_what_it_took_and_is_not_started_in_less_room(asked):
+    """What it takes beside the libraries' code. (In enough room costs are the same: a damaged one is made again so.)"""
+    taken = asked[1]
+    assert 50 * MB < taken["own_bytes"] < taken["peak_bytes"] < 400 * MB
+    assert taken["own_bytes"] < TRACING_BYTES
+    with no_child_process(), pytest.raises(NoRoomToTraceError):
+        trace_in_subprocess(*REQUEST, [1], room_bytes=TRACING_BYTES - 1)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the cap needs Linux")
@@ -391,7 +430,7 @@ def test_a_child_that_is_refused_memory_says_so(monkeypatch):
     """It is no failure of the family."""
     monkeypatch.setattr(trace_module, "TRACING_BYTES", 0)
     with pytest.raises(NoRoomToTraceError):
-        trace_in_subprocess("dit", asdict(SETTINGS), asdict(DATA), [1], room_bytes=10 * MB)
+        trace_in_subprocess(*REQUEST, [1], room_bytes=10 * MB)
 
 
 @pytest.mark.parametrize(("tokens", "head_width", "rows", "columns"), [(17, 40, 128, 64), (256, 192, 256, 192)])

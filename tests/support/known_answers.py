@@ -118,7 +118,8 @@ def _make_template(family: Any, num_layers: int) -> Any:
     """A graph without its weights: kept where all processes of this session find it."""
     from edgeblocks.export import graph
 
-    shape = (type(family).__qualname__, asdict(family.settings) | {"depth": 0}, asdict(family.data), num_layers)
+    # A network is given numbers that were scaled before: the data's mean and scale are not in its graph.
+    shape = (type(family).__qualname__, asdict(family.settings) | {"depth": 0}, trace.shapes_of(family.data), num_layers)
     path = Path(os.environ["EDGEBLOCKS_CACHE"]) / f"graph-{hashlib.sha256(repr(shape).encode()).hexdigest()}"
     if path.exists():
         return pickle.loads(path.read_bytes())

@@ -122,8 +122,8 @@ class Holder(Silent):
 result = {}
 try:
     run = edgeblocks.train(
-        out=sys.argv[1], mem_budget="420MB", steps=12, visit_steps=4, batch=64, width=64, heads=2, depth=6, patch=1,
-        micro_batch=64, checkpointing=False, tier="disk", sample_grids=1, sample_steps=4, hold_out=0.02,
+        out=sys.argv[1], mem_budget="420MB", steps=8, visit_steps=4, batch=64, width=64, heads=2, depth=6, patch=1,
+        micro_batch=64, checkpointing=False, tier="disk", sample_grids=1, sample_steps=4, hold_out=0.01,
         optimizer="adamw", listener=Holder(),
     )
     result["changes"] = run.summary["memory_changes"]

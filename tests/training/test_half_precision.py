@@ -158,7 +158,7 @@ def test_the_scale_moves_as_torchs_own(finite, interval):
 
 
 @pytest.mark.parametrize(
-    "family", ["dit", "ar", "looped", *(pytest.param(name, marks=pytest.mark.thorough) for name in ("vit", "mdlm"))]
+    "family", ["dit", "looped", *(pytest.param(name, marks=pytest.mark.thorough) for name in ("vit", "mdlm", "ar"))]
 )
 def test_blocks_stream_and_resume_without_changing_a_bit(tmp_path, family):
     """Resident, and on disk with checkpointing, stopped and resumed; another precision gives other bits."""
