@@ -401,9 +401,7 @@ def test_codes_that_are_too_short_for_the_vocabulary_are_refused():
 
 
 @pytest.mark.thorough
-@pytest.mark.parametrize(
-    ("family", "num_layers"), [pytest.param(AR, 2, id="ar"), pytest.param(LOOPED, 4, id="looped")]
-)
+@pytest.mark.parametrize(("family", "num_layers"), [pytest.param(AR, 2, id="ar"), pytest.param(LOOPED, 4, id="looped")])
 def test_an_exported_block_gives_torchs_logits_with_and_without_a_past(tmp_path, family, num_layers):
     """One graph of opset 20 for any batch, any number of tokens and any past, none included."""
     block = random_block(family, num_layers=num_layers).eval()

@@ -119,7 +119,8 @@ def _make_template(family: Any, num_layers: int) -> Any:
     from edgeblocks.export import graph
 
     # A network is given numbers that were scaled before: the data's mean and scale are not in its graph.
-    shape = (type(family).__qualname__, asdict(family.settings) | {"depth": 0}, trace.shapes_of(family.data), num_layers)
+    settings, data = asdict(family.settings) | {"depth": 0}, trace.shapes_of(family.data)
+    shape = (type(family).__qualname__, settings, data, num_layers)
     path = Path(os.environ["EDGEBLOCKS_CACHE"]) / f"graph-{hashlib.sha256(repr(shape).encode()).hexdigest()}"
     if path.exists():
         return pickle.loads(path.read_bytes())

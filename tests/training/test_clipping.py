@@ -27,7 +27,7 @@ def made_of(kind):
     return {**MADE, **CASES[kind]}
 
 
-@pytest.fixture(scope="module", params=CASES)
+@pytest.fixture(scope="module", params=["dit", "vit", pytest.param("mdlm", marks=pytest.mark.thorough)])
 def resident(request, tmp_path_factory):
     """A run of four stages that are all in memory; of `vit` two are trained."""
     out = tmp_path_factory.mktemp(request.param) / "run"

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file
 from support.outside import EDGEBLOCKS, measured, measured_script
 
+import edgeblocks
 from edgeblocks.errors import OutOfBudgetError, is_refusal
 from edgeblocks.planning.plans import StepShape
 from edgeblocks.training.guard import HEADROOM_BYTES, Guard
@@ -146,6 +147,9 @@ def weights(run):
 def free(tmp_path_factory):
     """A run that nothing disturbs."""
     folder = tmp_path_factory.mktemp("free")
+    # The processes that follow take what this one, which has torch in memory, finds of the costs.
+    shape = {"width": 64, "heads": 2, "depth": 6, "patch": 1, "batch": 64, "micro_batch": 64, "checkpointing": False}
+    edgeblocks.plan(**shape, steps=8, tier="disk", optimizer="adamw", mem_budget="4GB")
     done = measured_script(TRAIN, "run", 8, 0, 0, cwd=folder)
     assert done["code"] == 0, done["err"]
     assert json.loads(done["out"])["changes"] == []
