@@ -4,6 +4,7 @@
     python tests/bench/four_arms.py fashion.npz --family vit
     python tests/bench/four_arms.py moby-dick --family ar --seeds 0 1
     python tests/bench/four_arms.py addresses.jsonl --family mdlm      # see state_of_the_union.py
+    python tests/bench/four_arms.py moby-dick --family ar --steps 1200 --seeds 0 --arms "plain, short" greedy
 
 With L layers, the family's preferred number of blocks B, and K steps of each block:
   blocks        B blocks of L/B layers, K steps each
@@ -52,6 +53,8 @@ IMAGE = {"width": 96, "depth": 6, "heads": 4, "patch": 4, "batch": 64}
 TEXT = {"width": 64, "depth": 12, "heads": 4, "length": 128, "batch": 16, "overlap": 0.1}
 SETTINGS: dict[str, dict[str, Any]] = {"dit": IMAGE, "vit": IMAGE, "mdlm": TEXT, "ar": TEXT, "looped": TEXT}
 STEPS = {"dit": 1000, "vit": 800, "mdlm": 500, "ar": 300, "looped": 300}
+LENGTHS = (1, 4, 12)
+"""Times as many steps."""
 BLOCKS = {"dit": 3, "vit": 2, "mdlm": 3, "ar": 4, "looped": 1}
 EXAMPLES = {"dit": 0, "vit": 1024, "mdlm": 64, "ar": 64, "looped": 64}
 """Of the hold-out part: classified, or sequences of the bound; the loss of images is that of 512."""
@@ -74,12 +77,13 @@ def main() -> None:
     parser.add_argument("--family", choices=sorted(BLOCKS), required=True)
     parser.add_argument("--steps", type=int)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
+    parser.add_argument("--arms", nargs="+", help="of those above; all where none is named")
     wanted = parser.parse_args()
     if Path(wanted.data).stem != DATA[wanted.family]:
         parser.error(f"{wanted.family} is measured on {DATA[wanted.family]}")
     for seed in wanted.seeds:
-        for training in arms(wanted.family, wanted.steps or STEPS[wanted.family]).values():
-            if not found(training, seed):
+        for arm, training in arms(wanted.family, wanted.steps or STEPS[wanted.family]).items():
+            if (wanted.arms is None or arm in wanted.arms) and not found(training, seed):
                 row = {**training, "seed": seed, **trained(training, wanted.data, seed)}
                 with TRAININGS.open("a") as file:
                     file.write(json.dumps(row) + "\n")
@@ -197,14 +201,21 @@ def page() -> str:
 
 
 def section(family: str) -> list[str]:
-    """The page's part of one family."""
-    measures, settings = MEASURES[family], SETTINGS[family]
+    """The page's part of one family: at the usual length, and what was measured at longer ones."""
+    return [line for times in LENGTHS for line in _part(family, times)]
+
+
+def _part(family: str, times: int) -> list[str]:
+    """At one length; nothing where nothing was measured."""
+    measures, settings, steps = MEASURES[family], SETTINGS[family], times * STEPS[family]
+    if not any(found(training) for training in arms(family, steps).values()):
+        return []
     told = [name for name in ("width", "depth", "heads", "patch", "length", "batch") if name in settings]
     shown = ", ".join(f"{name} {settings[name]}" for name in told)
     examples = f"; {EXAMPLES[family]} examples evaluated" if EXAMPLES[family] else ""
     plural = "block" if BLOCKS[family] == 1 else "blocks"
     lines = [
-        f"## {family}: {BLOCKS[family]} {plural}, {STEPS[family]} steps of each",
+        f"{'##' if times == 1 else '###'} {family}: {BLOCKS[family]} {plural}, {steps} steps of each",
         "",
         f"{DATA[family]}; {shown}{examples}",
         "",
@@ -212,7 +223,7 @@ def section(family: str) -> list[str]:
         "|---|" + "---|" * (len(measures) + 2),
     ]
     levels, curves = [], []
-    for arm, training in arms(family, STEPS[family]).items():
+    for arm, training in arms(family, steps).items():
         rows = found(training)
         if not rows:
             continue
