@@ -11,7 +11,7 @@ def run(tmp_path_factory):
     """A finished tiny run."""
     out = tmp_path_factory.mktemp("cli") / "run"
     settings = {"depth": 3, "width": 16, "steps": 2, "batch": 4, "sample_grids": 1, "sample_steps": 3}
-    edgeblocks.train(out=out, data="digits", mem_budget="2GB", hold_out=0.02, **settings)
+    edgeblocks.train(out=out, data="digits", mem_budget="4GB", hold_out=0.02, **settings)
     return out
 
 

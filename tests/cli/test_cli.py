@@ -26,7 +26,7 @@ def test_a_corrupt_picture_is_named_and_the_run_goes_on(tmp_path):
     for index in range(12):
         write_png(tmp_path / f"set/{'ab'[index % 2]}/{index}.png", index)
     (tmp_path / "set/a/broken.png").write_bytes(b"\x89PNG\r\n\x1a\nnot a picture")
-    result = invoke("train", "--data", tmp_path / "set", "--mem-budget", "2GB", "--out", tmp_path / "run", *TINY)
+    result = invoke("train", "--data", tmp_path / "set", "--mem-budget", "4GB", "--out", tmp_path / "run", *TINY)
     assert result.exit_code == 0, result.output
     told = result.stderr.replace("\\", "/")
     assert "read: 12 images in 2 classes of 6 each; left out: 1 unreadable\n" in told
@@ -37,7 +37,7 @@ def test_a_batch_larger_than_the_set_is_told(tmp_path):
     """The pictures are in each step several times: with how often, and what would do."""
     for index in range(12):
         write_png(tmp_path / f"set/{'ab'[index % 2]}/{index}.png", index)
-    result = invoke("plan", "--data", tmp_path / "set", "--mem-budget", "2GB", *TINY, "--batch", "22")
+    result = invoke("plan", "--data", tmp_path / "set", "--mem-budget", "4GB", *TINY, "--batch", "22")
     assert result.exit_code == 0, result.output
     told = "a batch of 22 is more than the 11 training examples: each is in every step 2 times, with noise of its own"
     assert f"{told}; --batch 11 takes each once" in result.stderr
@@ -47,7 +47,7 @@ def test_a_full_disk_ends_the_run_cleanly_and_it_can_go_on(tmp_path):
     """When a block file cannot be written the run ends with exit 1 and resumes once there is room, with equal bits."""
     edgeblocks_path = Path(sys.executable).with_name("edgeblocks")
     settings = "--steps 8 --batch 4 --set depth=3 --set width=64 --set sample_grids=0 --set visit_steps=2"
-    train = f"{edgeblocks_path} train --mem-budget 2GB {settings} --set hold_out=0.02"
+    train = f"{edgeblocks_path} train --mem-budget 4GB {settings} --set hold_out=0.02"
 
     def shell(command):
         return subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
@@ -89,8 +89,8 @@ def test_help_answers_without_torch():
 def test_every_verb_prints_its_result_alone(run, tmp_path, capfd):
     """Standard output begins with the result; that a verb is at work is said on standard error."""
     first_words = {
-        ("plan", *TINY, "--mem-budget", "2GB"): "edgeblocks: dit dit-tiny, ",
-        ("train", *TINY, "--mem-budget", "2GB", "--dry-run"): "edgeblocks: dit dit-tiny, ",
+        ("plan", *TINY, "--mem-budget", "4GB"): "edgeblocks: dit dit-tiny, ",
+        ("train", *TINY, "--mem-budget", "4GB", "--dry-run"): "edgeblocks: dit dit-tiny, ",
         ("eval", run, "--samples", "4"): "validation loss ",
         ("sample", run, "-o", tmp_path / "g.png", "--n", "4"): "saved 4 images to ",
         ("export", run, "-o", tmp_path / "onnx"): "exported 3 block(s) to ",
@@ -104,7 +104,7 @@ def test_every_verb_prints_its_result_alone(run, tmp_path, capfd):
 
 def test_json_is_the_only_thing_on_standard_output(run, tmp_path):
     """--json prints one JSON object with the promised keys."""
-    done = invoke("train", *TINY, "--mem-budget", "2GB", "--out", tmp_path / "run", "--json")
+    done = invoke("train", *TINY, "--mem-budget", "4GB", "--out", tmp_path / "run", "--json")
     summary = json.loads(done.stdout)
     assert summary == json.loads((tmp_path / "run/summary.json").read_text())
     promised = (
@@ -113,7 +113,7 @@ def test_json_is_the_only_thing_on_standard_output(run, tmp_path):
     )
     assert set(promised.split()) <= summary.keys()
     assert {"compute", "load", "store", "data", "other"} <= summary["time_split"].keys()
-    plan = json.loads(invoke("plan", *TINY, "--mem-budget", "2GB", "--json").stdout)
+    plan = json.loads(invoke("plan", *TINY, "--mem-budget", "4GB", "--json").stdout)
     assert plan["predicted_peak_bytes"] == sum(plan["breakdown"].values())
     for verb in (("eval", run, "--samples", "4"), ("sample", run, "-o", tmp_path / "g.png"), ("info", run)):
         assert isinstance(json.loads(invoke(*verb, "--json").stdout), dict)

@@ -84,7 +84,7 @@ def test_the_smallest_budget_in_the_refusal_works(tmp_path):
 def test_unusable_archives_are_refused(tmp_path, make, message):
     """A damaged or wrong .npz ends with exit code 2 and its name."""
     make(tmp_path / "set.npz")
-    result = invoke("train", "--data", tmp_path / "set.npz", "--mem-budget", "2GB", "--out", tmp_path / "run", *TINY)
+    result = invoke("train", "--data", tmp_path / "set.npz", "--mem-budget", "4GB", "--out", tmp_path / "run", *TINY)
     assert_refused(result, 2, message)
 
 

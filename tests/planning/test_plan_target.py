@@ -158,7 +158,7 @@ def test_a_plan_for_a_laptop_is_a_processors():
 
 def test_a_plan_for_this_machine_has_the_disks_line():
     """Here, too, the plan says how much lies on disk and how much is written a day; its time is a range, no bound."""
-    prepared = edgeblocks.plan(mem_budget="2GB", depth=3, width=16, steps=20)
+    prepared = edgeblocks.plan(mem_budget="4GB", depth=3, width=16, steps=20)
     text = plan_text.banner(prepared)
     assert re.search(r"^on disk: [\d.]+ [KM]B .*about [\d.]+ [KM]B written a day \(in all", text, re.MULTILINE)
     assert re.search(r"^time: about .+ to .+ here for 20 steps of each block, ", text, re.MULTILINE)

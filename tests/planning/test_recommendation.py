@@ -133,7 +133,7 @@ def test_plan_tells_a_method():
 @pytest.mark.usefixtures("measured_speeds")
 def test_both_methods_are_planned_at_the_same_speeds():
     """A machine that is busy for a moment would make one of them slower; its memory is that of now."""
-    asked = {"family": "vit", "depth": 2, "width": 32, "heads": 2, "mem_budget": "2GB"}
+    asked = {"family": "vit", "depth": 2, "width": 32, "heads": 2, "mem_budget": "4GB"}
     first = api.plan(**asked)
     slow = replace(first, machine=replace(first.machine, flops_per_s=1e6, operator_s=1.0))
     beside = api.plan_beside(slow, **asked, method="exact")

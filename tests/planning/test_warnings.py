@@ -31,5 +31,5 @@ def test_fewer_layers_than_a_familys_usual_cut_has_are_warned_of():
 
 def test_the_default_preset_of_every_family_is_planned_without_a_note():
     """`ar` is cut into four blocks of three layers by itself."""
-    done = invoke("plan", "ar", "--mem-budget", "2GB")
+    done = invoke("plan", "ar", "--mem-budget", "4GB")
     assert done.exit_code == 0 and "\nnote:" not in done.stdout, done.stdout

@@ -29,7 +29,7 @@ from edgeblocks.units import format_bytes, format_duration
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-COMMON = {"mem_budget": "2GB", "width": 16, "depth": 3, "batch": 4, "steps": 12, "sample_steps": 3}
+COMMON = {"mem_budget": "4GB", "width": 16, "depth": 3, "batch": 4, "steps": 12, "sample_steps": 3}
 IMAGES = {**COMMON, "family": "dit", "data": "digits", "blocks": 2, "visit_steps": 3, "sample_grids": 2}
 IMAGES |= {"hold_out": 0.005}
 TEXT = {**COMMON, "family": "mdlm", "data": "moby-dick", "length": 16, "hold_out": 0.00005, "sample_grids": 1}

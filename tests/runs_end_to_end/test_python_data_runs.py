@@ -21,7 +21,7 @@ SMALL = {
     "batch": 4,
     "steps": 3,
     "sample_grids": 0,
-    "mem_budget": "2GB",
+    "mem_budget": "4GB",
     "blocks": 2,
 }
 

@@ -66,11 +66,11 @@ def test_a_text_becomes_a_deployed_network(trained, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "exit_code", "message"),
     [
-        (["--mem-budget", "2GB", "--preset", "dit-tiny"], 2, "dit-tiny"),
-        (["--mem-budget", "2GB", "--tokenizer", "letters"], 2, "letters"),
-        (["--mem-budget", "2GB", "--set", "heads=3"], 2, "heads"),
+        (["--mem-budget", "4GB", "--preset", "dit-tiny"], 2, "dit-tiny"),
+        (["--mem-budget", "4GB", "--tokenizer", "letters"], 2, "letters"),
+        (["--mem-budget", "4GB", "--set", "heads=3"], 2, "heads"),
         (["--mem-budget", "100MB", *FLAGS], 3, r"no plan fits"),
-        (["--mem-budget", "2GB", "--set", "length=100000"], 2, "length"),
+        (["--mem-budget", "4GB", "--set", "length=100000"], 2, "length"),
     ],
 )
 def test_what_cannot_be_trained_is_refused_and_leaves_nothing(text, tmp_path, arguments, exit_code, message):
@@ -83,7 +83,7 @@ def test_what_cannot_be_trained_is_refused_and_leaves_nothing(text, tmp_path, ar
 def test_letters_that_are_left_out_are_told_once(tmp_path):
     """On standard error, with what keeps them; what keeps them says nothing."""
     (tmp_path / "text.txt").write_text("Война и мир, eh bien, mon prince. " * 200, encoding="utf-8")
-    command = ["plan", "mdlm", "--data", tmp_path / "text.txt", "--mem-budget", "2GB", *FLAGS, "--batch", 1]
+    command = ["plan", "mdlm", "--data", tmp_path / "text.txt", "--mem-budget", "4GB", *FLAGS, "--batch", 1]
     done = invoke(*command)
     assert done.exit_code == 0 and "--tokenizer bytes" in done.stderr and "left out" not in done.stdout
     assert done.stderr.count("note: 1,800 of the text's 4,800 letters (37.5%) are left out, most often") == 1
@@ -122,5 +122,5 @@ def test_a_file_may_hold_a_vocab_for_the_tokenizer_that_the_command_replaces(tex
         ["--config", tmp_path / "pairs.yaml", "--tokenizer", "bytes"],
         ["--config", tmp_path / "characters.yaml"],
     ):
-        done = invoke("plan", "mdlm", "--data", text, "--mem-budget", "2GB", *FLAGS, *given)
+        done = invoke("plan", "mdlm", "--data", text, "--mem-budget", "4GB", *FLAGS, *given)
         assert done.exit_code == 0, done.stderr

@@ -182,7 +182,7 @@ def test_stages_that_a_plan_does_not_have_are_a_damaged_run(run, tmp_path):
 def test_the_command_says_what_is_trained(tmp_path):
     """On the plan, and in `info` of the run."""
     small = [f"--set={key}={value}" for key, value in KINDS["vit"].items() if key not in ("family", "batch", "data")]
-    common = ["vit", "--method", "exact", *small, "--batch", "16", "--mem-budget", "2GB", "--steps", "2"]
+    common = ["vit", "--method", "exact", *small, "--batch", "16", "--mem-budget", "4GB", "--steps", "2"]
     common += ["--blocks", "3", "--train-blocks", "1,2"]
     done = invoke("plan", *common)
     assert (
