@@ -57,6 +57,11 @@ class Method:
     pace: str
     """The path of its time model; see `planning.pace`."""
 
+    @property
+    def form(self) -> MethodName:
+        """Of the methods that train the same kind of network the first: what is known of that holds for this one."""
+        return next(one.name for one in METHODS.values() if one.one_network == self.one_network)
+
     def denoisers(self, layers: Sequence[int]) -> tuple[int, ...]:
         """Layers of each denoiser, given the layers of each part: a part is one, or all together are.
 

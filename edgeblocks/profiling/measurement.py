@@ -10,7 +10,7 @@ from PIL import Image
 from edgeblocks.data.cache import cache_folder
 from edgeblocks.errors import MAY_BE_REFUSALS, ConfigError, DoesNotFitError, is_refusal
 from edgeblocks.families.base import DataInfo
-from edgeblocks.methods import Precision
+from edgeblocks.methods import METHODS, Precision
 from edgeblocks.offload.device import Target
 from edgeblocks.planning.corrections import corrected_by_block
 from edgeblocks.planning.layer_costs import LayerCosts
@@ -190,7 +190,7 @@ def trace_costs(settings: Settings, data: DataInfo, *, device: str, room_bytes: 
     if settings.run.micro_batch != "auto":
         counts.add(min(settings.run.micro_batch, settings.run.batch))
     fields = (settings.run.family, asdict(settings.family), trace.shapes_of(data), sorted(counts))
-    method, precision = settings.run.method, precision_of(settings.run)
+    method, precision = METHODS[settings.run.method].form, precision_of(settings.run)
     return trace.trace_in_subprocess(
         *fields,
         method=method,
