@@ -134,7 +134,7 @@ def _print_plan(given: Mapping[str, Any], config: Path | None, out: Path, *, as_
     with ConsoleListener() as listener:
         prepared = api.plan(config=config, out=out, listener=listener, **given)
         run = prepared.settings.run
-        options: dict[MethodName, Option] = {run.method: Option(seconds=prepared.plan.predicted_s)}
+        options: dict[MethodName, Option] = {run.method: option(lambda: prepared)}
         found = measured(run.family)
         for other in METHODS.keys() - {run.method}:
             if found is not None and found.of(other) is None:  # nothing could be said of it

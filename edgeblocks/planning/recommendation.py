@@ -104,7 +104,10 @@ def option(plan: Callable[[], "Prepared"]) -> Option:
         plan: makes it; a `prepare.Prepared`.
     """
     try:
-        return Option(seconds=plan().plan.predicted_s)
+        found = plan().plan
+        if found.method.grows and len(found.layers) == 1:
+            return Option(obstacle="the budget holds all layers at a time, so that nothing would grow")
+        return Option(seconds=found.predicted_s)
     except DoesNotFitError as error:
         needed = format_bytes(error.as_fixed_bytes)
         return Option(obstacle=f"it needs {error.flag} {needed}")

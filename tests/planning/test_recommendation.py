@@ -140,3 +140,10 @@ def test_both_methods_are_planned_at_the_same_speeds():
     assert (beside.machine.flops_per_s, beside.machine.operator_s) == (1e6, 1.0)
     assert beside.plan.method.name == "exact" and beside.plan.predicted_s > 100 * first.plan.predicted_s
     assert beside.machine.runtime_bytes > 10**8
+
+
+def test_growing_is_not_recommended_where_all_layers_fit_at_once():
+    """It would be end-to-end training, and the figures of a network that grew say nothing of it."""
+    asked = {"family": "vit", "depth": 4, "width": 32, "heads": 2, "mem_budget": "4GB", "method": "greedy"}
+    assert "nothing would grow" in option(lambda: api.plan(**asked)).obstacle
+    assert option(lambda: api.plan(**asked, window=2)).seconds > 0
