@@ -12,7 +12,7 @@ MUCH_FASTER = 0.75
 """The share of the time of the preferred blocks from which on the plan names a cut into more of them."""
 FEWEST_IN_A_WINDOW = 2
 """Layers; with one the windows do not overlap, and a network of four layers copied 68 % of what it should, with two 95
-(docs/methods.md)."""
+(docs/greedy.md)."""
 NOTED_STALL = 0.25
 """Waiting for stages, as a share of the computation, from which on the plan says what hides it."""
 
