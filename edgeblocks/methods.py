@@ -25,6 +25,10 @@ Master = Literal["fp32", "bf16"]
 """In which numbers weights and their EMA are kept; see `optim.rounded_update`."""
 Frozen = Literal["none", "int8"]
 """As what weights that are not trained are in memory; see `offload.quantized`."""
+USUAL_SHARE = 0.8
+"""Of the steps of blocks that begin as one, those before they are parted: the best that was tried (docs/shared.md)."""
+FEWEST_SHARED_STEPS = 100
+"""Of each block, below which blocks do not begin as one unless that is asked for: so few are a trial of a command."""
 INT8_BYTES = 1 + 4 / 64
 """Of a parameter in int8: its code, and its share of the scale of 64."""
 

@@ -9,7 +9,7 @@ from edgeblocks.data.dataset import DataSet
 from edgeblocks.diffusion.noise import NoisePartition, partition_noise
 from edgeblocks.errors import ConfigError, DoesNotFitError
 from edgeblocks.families.base import DataInfo, ImageInfo, TextInfo
-from edgeblocks.methods import METHODS, Master
+from edgeblocks.methods import FEWEST_SHARED_STEPS, METHODS, USUAL_SHARE, Master
 from edgeblocks.offload.device import Target
 from edgeblocks.optim.cuda_step import choice_on
 from edgeblocks.planning.corrections import corrected_by_run
@@ -34,7 +34,7 @@ from edgeblocks.runs.disk_room import check_work_dir, existing_folder
 from edgeblocks.runs.load_weights import InitialWeights, initial_weights_of
 from edgeblocks.runs.open_data import open_run_data, tokenizer_bytes, vocabulary_of
 from edgeblocks.runs.written_plan import TrainablePlan, WrittenPlan, written_plan
-from edgeblocks.settings.fields import RunSettings, Settings, precision_of
+from edgeblocks.settings.fields import RunSettings, Settings, precision_of, share_of
 from edgeblocks.tasks import TASKS
 from edgeblocks.units import advised_budget, format_bytes, parse_size
 
@@ -177,7 +177,7 @@ def prepare(settings: Settings, out: Path, listener: Listener, *, speeds: Machin
         plan = replace(plan, warnings=(*plan.warnings, NOTHING_LEARNED.format(stage=plan.chosen.blocks - 1)))
     initial = _initial_weights(settings, data_set, data, plan, listener)
     return Prepared(
-        settings=settings,
+        settings=_with_share(settings, plan),
         budget_bytes=budgets[0],
         data_set=data_set,
         data=data,
@@ -215,15 +215,16 @@ def check_method(run: RunSettings) -> None:
             f"--method {run.method} and --init: the network begins as its lowest layers, and the file holds all; to go "
             f"on with the weights of a file, use --method exact"
         )
-    if run.shared and run.init is not None:
+    if share_of(run) and run.init is not None:
         raise ConfigError(
-            f"shared={run.shared:g} and --init: blocks begin as one denoiser or as the file has them; leave one out"
+            f"shared={share_of(run):g} and --init: blocks begin as one denoiser or as the file has them; leave one out"
         )
     for name, why in SETTINGS_OF_SOME_METHODS.items():
-        if name in METHODS[run.method].own_settings or getattr(run, name) == RunSettings.model_fields[name].default:
+        value = getattr(run, name)
+        if name in METHODS[run.method].own_settings or not value or value == RunSettings.model_fields[name].default:
             continue
         others = " or ".join(f"--method {other.name}" for other in METHODS.values() if name in other.own_settings)
-        raise ConfigError(f"{name}={getattr(run, name)} {why.format(method=run.method)}; leave it out, or use {others}")
+        raise ConfigError(f"{name}={value} {why.format(method=run.method)}; leave it out, or use {others}")
 
 
 def _is_one_stage(run: RunSettings) -> bool:
@@ -339,7 +340,7 @@ def prepare_elsewhere(settings: Settings, profile: "Profile", listener: Listener
     plan = make_plan(costs, machine, _request_on(data_set, settings, data, budgets))
     plan = _with_gpu_warnings(plan, elsewhere=True)
     return Prepared(
-        settings=settings,
+        settings=_with_share(settings, plan),
         budget_bytes=budgets[0],
         data_set=data_set,
         data=data,
@@ -442,7 +443,7 @@ def _request(settings: Settings, data_bytes: int, data: DataInfo, budgets: tuple
         preferred_blocks=family_type(run.family).preferred_blocks,
         good_layers=good_layers(run.family),
         method=METHODS[run.method],
-        shared=run.shared > 0,
+        shared=_begins_as_one(settings),
         trained=run.trained_blocks,
         clip_by=run.clip_by,
         boundaries=None if run.boundaries == "auto" else run.boundaries,
@@ -461,6 +462,23 @@ def _request(settings: Settings, data_bytes: int, data: DataInfo, budgets: tuple
         ram_budget_bytes=ram_budget_bytes,
         **fixed,
     )
+
+
+def _begins_as_one(settings: Settings) -> bool | None:
+    """Whether blocks begin as one denoiser; None where they do if they can be cut so."""
+    run = settings.run
+    if run.shared != "auto":
+        return run.shared > 0
+    could = not METHODS[run.method].one_network and run.init is None and hasattr(settings.family, "depth")
+    return None if could and run.steps >= FEWEST_SHARED_STEPS else False
+
+
+def _with_share(settings: Settings, plan: Plan) -> Settings:
+    """The settings, with what the plan decided of blocks that may begin as one."""
+    if settings.run.shared != "auto" or plan.method.one_network:
+        return settings
+    share = USUAL_SHARE if plan.begins_as_one else 0.0
+    return replace(settings, run=settings.run.model_copy(update={"shared": share}))
 
 
 def good_layers(family: str) -> int:

@@ -85,6 +85,7 @@ def test_four_arms(bench, tmp_path):
     bench("four_arms", "fashion.npz", "--family", "vit", "--steps", 2, "--seeds", 0, tables=dict, **tiny)
     rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
     ways = [(row["method"], row.get("grow") or row["blocks"], row["shared"]) for row in rows]
+    assert ways.pop() == ("boostresnet", 1, 0.0)
     alone = [("diffusion", 2, 0.0), ("diffusion", 2, 0.8), ("diffusion", 1, 0.0)]
     assert ways == [*alone, *[("exact", 1, 0.0)] * 2, ("greedy", "auto", 0.0), ("greedy", "equal", 0.0)]
 

@@ -1,17 +1,19 @@
 """Ordinary training as a command of its own, which `edgeblocks compare` starts as a child process.
 
-python -m edgeblocks.cli.plain SETTINGS.yaml OUT [--checkpointing] [--eight-bit]
+python -m edgeblocks.cli.plain SETTINGS.yaml OUT [--checkpointing] [--eight-bit] [--boosting]
 """
 
 import argparse
 import sys
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 from edgeblocks.api import settings_for_here
 from edgeblocks.cli.console_progress import ConsoleListener
 from edgeblocks.cli.screen import complain, open_streams
-from edgeblocks.compare.plain_training import Recorder, train
+from edgeblocks.compare import boosting, plain_training
+from edgeblocks.compare.plain_training import Recorder
 from edgeblocks.errors import EdgeblocksError
 from edgeblocks.files.own import make_folder
 from edgeblocks.registry import build_family, build_target, family_type
@@ -24,6 +26,7 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--checkpointing", action="store_true", help="recompute activations on the way back")
     parser.add_argument("--eight-bit", action="store_true", help="moments of 8 bits: bitsandbytes' AdamW8bit")
+    parser.add_argument("--boosting", action="store_true", help="layer after layer, as BoostResNet")
     wanted = parser.parse_args()
     open_streams()
     settings = settings_for_here(config=wanted.settings)
@@ -40,16 +43,8 @@ def main() -> None:
         former.unlink()
     with ConsoleListener() as listener:
         recorder = Recorder(wanted.out, family, data, run, target, listener)
-        device = target.torch_device
-        train(
-            family,
-            data,
-            run,
-            device=device,
-            eight_bit=wanted.eight_bit,
-            on_start=recorder.start,
-            on_step=recorder.note,
-        )
+        train = boosting.train if wanted.boosting else partial(plain_training.train, eight_bit=wanted.eight_bit)
+        train(family, data, run, device=target.torch_device, on_start=recorder.start, on_step=recorder.note)
         recorder.finish()
 
 

@@ -18,6 +18,7 @@ MEANINGS: dict[str, str] = {
     "plain": "an ordinary loop, everything in memory: weights, their mean, gradients, 32-bit moments of AdamW",
     "ckpt": "activations recomputed",
     "8bit": "bitsandbytes' AdamW8bit",
+    "boostresnet": "each layer alone on top of frozen ones, by boosting (arXiv 1706.04964); everything in memory",
 }
 _EXTRAS = {"ckpt": "--checkpointing", "8bit": "--eight-bit"}
 
@@ -26,7 +27,7 @@ _EXTRAS = {"ckpt": "--checkpointing", "8bit": "--eight-bit"}
 class Arm:
     """One way to train."""
 
-    method: MethodName | Literal["plain"]
+    method: MethodName | Literal["plain", "boostresnet"]
     extras: tuple[str, ...] = ()
 
     @classmethod
@@ -36,11 +37,11 @@ class Arm:
             ConfigError: there is no such way.
         """
         method, *extras = cast("list[Any]", text.strip().split("+"))
-        known = method in (*METHODS, "plain") and len(set(extras)) == len(extras)
+        known = method in (*METHODS, "plain", "boostresnet") and len(set(extras)) == len(extras)
         if not known or (extras and method != "plain") or not set(extras) <= _EXTRAS.keys():
             raise ConfigError(
                 f"--arms: there is no arm '{text.strip()}'; there are {', '.join(METHODS)}, plain, plain+ckpt, "
-                f"plain+8bit and plain+ckpt+8bit"
+                f"plain+8bit, plain+ckpt+8bit and, for vit, boostresnet"
             )
         return cls(method=method, extras=tuple(extra for extra in _EXTRAS if extra in extras))
 
@@ -55,16 +56,22 @@ class Arm:
     @property
     def flags(self) -> list[str]:
         """Of ordinary training as a command."""
-        return [_EXTRAS[extra] for extra in self.extras]
+        return ["--boosting"] if self.is_boosting else [_EXTRAS[extra] for extra in self.extras]
+
+    @property
+    def is_boosting(self) -> bool:
+        return self.method == "boostresnet"
 
     @property
     def is_plain(self) -> bool:
-        return self.method == "plain"
+        """Whether it is none of our methods: everything is in memory, and there is no budget."""
+        return self.method not in METHODS
 
     @property
     def network(self) -> MethodName:
-        """The method whose network it trains: ordinary training is end to end."""
-        return EXACT.name if self.method == "plain" else self.method
+        """The method whose network it trains."""
+        # Two comparisons: that is how type checkers see what is left.
+        return EXACT.name if self.method == "plain" or self.method == "boostresnet" else self.method  # noqa: PLR1714
 
 
 def arms_of(text: str | None, note: Callable[[str], None]) -> tuple[Arm, ...]:

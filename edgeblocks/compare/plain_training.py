@@ -9,7 +9,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -59,16 +59,8 @@ def train(
     network.reset_tables_()
     network.init_(generator_at(run.seed, "init", 0))
     network = network.to(device)
-    exponent = ema_exponent(run.ema_length) + 1
-    # The average of `optim.update.follow_`: torch copies the weights after the first step, where its decay is 0, too.
-    averaged = AveragedModel(
-        network, avg_fn=lambda mean, value, count: mean.lerp(value, 1 - float(1 - 1 / (count + 1)) ** exponent)
-    )
-    # As `BlockLayout` has it: matrices decay, vectors do not.
-    decayed = [parameter for parameter in network.parameters() if parameter.ndim >= 2]
-    others = [parameter for parameter in network.parameters() if parameter.ndim < 2]
-    groups = [{"params": decayed, "weight_decay": run.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    optimizer = adamw(groups, eight_bit=eight_bit)
+    average = averaged(network, run.ema_length)
+    optimizer = adamw(list(network.parameters()), weight_decay=run.weight_decay, eight_bit=eight_bit)
     on_start()
     # The batches of `exact`, and the examples of `diffusion`'s block 0 in the same order.
     draw = drawing(family, data, whole_range(family).ranges[0], batch=run.batch, seed=run.seed, block=0)
@@ -85,12 +77,25 @@ def train(
                 group["lr"] = learning_rate_at(step, steps=run.steps, warmup=run.warmup, peak=run.learning_rate)
             optimizer.step()
             optimizer.zero_grad()
-            averaged.update_parameters(network)
-            on_step(step + 1, loss.item(), averaged.module)
+            average.update_parameters(network)
+            on_step(step + 1, loss.item(), average.module)
 
 
-def adamw(groups: list[dict[str, object]], *, eight_bit: bool) -> torch.optim.Optimizer:
+def averaged(network: nn.Module, ema_length: float) -> AveragedModel:
+    """A copy that follows a network's weights as their average."""
+    exponent = ema_exponent(ema_length) + 1
+    # The average of `optim.update.follow_`: torch copies the weights after the first step, where its decay is 0, too.
+    return AveragedModel(
+        network, avg_fn=lambda mean, value, count: mean.lerp(value, 1 - float(1 - 1 / (count + 1)) ** exponent)
+    )
+
+
+def adamw(parameters: Sequence[nn.Parameter], *, weight_decay: float, eight_bit: bool) -> torch.optim.Optimizer:
     """AdamW with moments of 32 bits or 8."""
+    # As `BlockLayout` has it: matrices decay, vectors do not.
+    decayed = [parameter for parameter in parameters if parameter.ndim >= 2]
+    others = [parameter for parameter in parameters if parameter.ndim < 2]
+    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
     if not eight_bit:
         return torch.optim.AdamW(groups, betas=(BETA1, BETA2), eps=EPS, fused=True)
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of 4-bit kernels, which are not used

@@ -70,6 +70,10 @@ def _checked_data(arms: Sequence[Arm], minutes: float | None, settings: Settings
             f"{', '.join(begun)}: ordinary training begins with random weights and trains all of them, which would "
             f"compare different things; use --arms diffusion,exact"
         )
+    if any(arm.is_boosting for arm in arms) and family_type(run.family).task != "classes":
+        problems.append(
+            f"--arms boostresnet: it trains classifiers, and {run.family} is none; leave it out, or use vit"
+        )
     if problems:
         raise ConfigError(*problems)
     target = build_target(run.target)

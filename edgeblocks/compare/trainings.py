@@ -61,7 +61,7 @@ def compare(asked: Asked, out: Path | None, listener: Listener) -> tuple[Compari
     trainings = []
     for number, (arm, seed) in enumerate(product_of(settled)):
         listener.note(
-            f"\n{number + 1} of {len(settled.arms) * len(settled.seeds)}: {arm.name}, seed {seed}: {arm.meaning}"
+            f"{number + 1} of {len(settled.arms) * len(settled.seeds)}: {arm.name}, seed {seed}: {arm.meaning}"
         )
         trainings.append(_Training(settled, arm, seed, folder, listener))
         trainings[-1].run()

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 from edgeblocks.planning.plans import DAY_S, shared_steps
 from edgeblocks.planning.windows import last_steps, latest_steps
+from edgeblocks.settings.fields import share_of
 from edgeblocks.terminal import one_line
 from edgeblocks.units import format_bytes, format_count, format_duration
 
@@ -53,7 +54,7 @@ def banner(prepared: "Prepared") -> str:
 def _shared_lines(prepared: "Prepared") -> list[str]:
     """How blocks that begin as one are trained."""
     run, blocks = prepared.settings.run, prepared.plan.chosen.blocks
-    steps = shared_steps(run.shared, steps=run.steps, blocks=blocks)
+    steps = shared_steps(share_of(run), steps=run.steps, blocks=blocks)
     if not steps:
         return []
     return [
@@ -205,12 +206,12 @@ def _why_that_long(correction: "Correction") -> str:
 def _disk_line(plan: "Plan") -> str:
     """Bytes on disk, and bytes written a day, which wear it."""
     # Besides the files of all blocks: those being written, and scratch files.
-    spare = "one being written"
+    spare = "the one they begin as, and one being written" if plan.begins_as_one else "and one being written"
     if plan.method.trained_together:
-        spare = "a second copy while they are saved" + (", and scratch files" if plan.chosen.tier == "disk" else "")
+        spare = "and a second copy while they are saved" + (", and scratch files" if plan.chosen.tier == "disk" else "")
     shorter = " (in all: the run takes less)" if plan.predicted_s < DAY_S else ""
     return (
-        f"on disk: {format_bytes(plan.chosen.disk_bytes)} (every {plan.method.part}, and {spare}); about "
+        f"on disk: {format_bytes(plan.chosen.disk_bytes)} (every {plan.method.part}, {spare}); about "
         f"{format_bytes(plan.written_a_day_bytes)} written a day{shorter}"
     )
 

@@ -126,8 +126,9 @@ class PlanRequest:
     """Layers of a window of a network that grows; None: as many as the budget holds."""
     good_layers: int = FEWEST_GOOD_LAYERS
     """Of a block, below which a plan warns of its quality: no more than the family has in its usual cut."""
-    shared: bool = False
-    """Whether blocks begin as one: they are of equal depth then, and its file is on disk beside theirs."""
+    shared: bool | None = False
+    """Whether blocks begin as one: they are of equal depth then, and its file is on disk beside theirs. None: where
+    that does not make them much smaller."""
     trained: tuple[int, ...] | None = None
     """Numbers of the stages that are trained end to end, the others being frozen; None: all."""
     clip_by: Clipping = "stage"
@@ -311,6 +312,8 @@ class Plan:
     precision: Precision = "fp32"
     master: Master = "fp32"
     method: Method = DIFFUSION
+    begins_as_one: bool = False
+    """Whether the blocks are copies of one denoiser that is trained before them."""
     trained: tuple[int, ...] | None = None
     """Stages that are trained, where others are frozen."""
     boundary_disk_bytes: int = 0

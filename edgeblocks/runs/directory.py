@@ -48,7 +48,7 @@ from edgeblocks.runs.schema import (
 )
 from edgeblocks.runs.summary import Summary, read_summary
 from edgeblocks.runs.written_plan import TrainablePlan, WrittenPlan
-from edgeblocks.settings.fields import TOKENIZERS, Settings, precision_of
+from edgeblocks.settings.fields import TOKENIZERS, Settings, precision_of, share_of
 from edgeblocks.settings.reading import resolve_settings
 
 if TYPE_CHECKING:
@@ -189,7 +189,7 @@ class RunDirectory:
     @property
     def shared_steps(self) -> int:
         """Of each block's steps, those that one denoiser makes for all of them; 0 where blocks do not begin as one."""
-        return shared_steps(self.settings.run.shared, steps=self.first_steps, blocks=len(self.file_layers))
+        return shared_steps(share_of(self.settings.run), steps=self.first_steps, blocks=len(self.file_layers))
 
     @property
     def steps_of_all(self) -> int:

@@ -9,6 +9,7 @@ from edgeblocks.runs.create import seal_run
 from edgeblocks.runs.directory import RunDirectory
 from edgeblocks.runs.schema import Prolongation
 from edgeblocks.runs.shared import is_split
+from edgeblocks.settings.fields import share_of
 
 
 def check_prolonging(run: RunDirectory, *, steps_before: int, saved: Sequence[int]) -> None:
@@ -24,8 +25,8 @@ def check_prolonging(run: RunDirectory, *, steps_before: int, saved: Sequence[in
     if run.shared_steps and not is_split(run):
         raise ConfigError(
             f"--steps {run.settings.run.steps}: the blocks of {run.path} are still one denoiser (shared="
-            f"{run.settings.run.shared:g}), whose learning rate goes by the steps of all; train it to its end first, "
-            f"then prolong it"
+            f"{share_of(run.settings.run):g}), whose learning rate goes by the steps of all; train it to its end "
+            f"first, then prolong it"
         )
     if not run.is_grown:
         raise ConfigError(

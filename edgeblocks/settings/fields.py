@@ -16,7 +16,16 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationInfo, fi
 from edgeblocks.errors import ConfigError
 from edgeblocks.files.checked import is_text, whole_text
 from edgeblocks.limits import LONGEST_SEQUENCE, MOST_LAYERS, MOST_SAMPLES, MOST_STEPS, MOST_TOKENS
-from edgeblocks.methods import BoundaryDtype, Clipping, Frozen, Master, MethodName, Precision
+from edgeblocks.methods import (
+    FEWEST_SHARED_STEPS,
+    USUAL_SHARE,
+    BoundaryDtype,
+    Clipping,
+    Frozen,
+    Master,
+    MethodName,
+    Precision,
+)
 from edgeblocks.tasks import PYTHON_DATA, TASKS
 from edgeblocks.terminal import one_line, quoted
 from edgeblocks.units import parse_size
@@ -154,12 +163,12 @@ class RunSettings(BaseModel):
         description="with method=exact: the stages that are trained; none: all",
         json_schema_extra=_may_be("none, or numbers, such as `2,3`; the first is 0"),
     )
-    shared: float = Field(
-        default=0.0,
-        ge=0,
-        lt=1,
+    shared: float | Literal["auto"] = Field(
+        default="auto",
         description="with method=diffusion: share of the steps in which one denoiser learns all noise levels, before "
-        "it is copied into every block",
+        f"it is copied into every block; auto: {USUAL_SHARE:g} where blocks can be of equal depth and make "
+        f"{FEWEST_SHARED_STEPS} steps or more",
+        json_schema_extra=_may_be("`auto`, or 0 to less than 1"),
     )
     window: int | Literal["auto"] = Field(
         default="auto",
@@ -327,6 +336,13 @@ class RunSettings(BaseModel):
             raise ValueError(f"at most {most} are possible")
         return value
 
+    @field_validator("shared", mode="before")
+    @classmethod
+    def _is_share_or_auto(cls, value: object) -> object:
+        if value != "auto" and (not isinstance(value, int | float) or not 0 <= value < 1):
+            raise ValueError("a number from 0 to less than 1, or auto, is needed")
+        return value
+
     @field_validator("mem_budget", "ram_budget", "max_disk_writes", mode="before")
     @classmethod
     def _is_short(cls, value: object) -> object:
@@ -371,6 +387,11 @@ def precision_of(run: RunSettings) -> Precision:
     """In which a network computes once `auto` has been decided."""
     assert run.precision != "auto", "the precision is decided before anything is planned"
     return run.precision
+
+
+def share_of(run: RunSettings) -> float:
+    """The share of a block's steps that one denoiser makes for all; none where it was not decided that it does."""
+    return 0.0 if run.shared == "auto" else run.shared
 
 
 class FamilySettings(Protocol):

@@ -15,6 +15,7 @@ With L layers, the family's preferred number of blocks B, and K steps of each bl
   greedy        L/B layers at a time, from the bottom up (--method greedy), as many steps as make as many layer
                 evaluations, those of the frozen layers counted, where each window is trained as long as it may be
                 (grow=auto); and with equal steps for each window (grow=equal)
+  BoostResNet   of vit: one layer at a time, by boosting (`compare.boosting`), as many layer evaluations
 and for looped, whose B is 1:
   unrolled      end-to-end training of its own form, K steps: the core several times a step, which takes more layer
                 evaluations
@@ -34,13 +35,19 @@ import shutil
 import statistics
 import tempfile
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import edgeblocks
+from edgeblocks.api import settings_for_here
+from edgeblocks.compare import boosting
+from edgeblocks.diffusion.classification import classification_scores
 from edgeblocks.planning.windows import frozen_below, last_steps, latest_steps, layers_in_windows
+from edgeblocks.registry import build_family, family_type
+from edgeblocks.runs.open_data import data_of
 
 HERE = Path(__file__).parents[2]
 TRAININGS = HERE / "docs/four_arms.jsonl"
@@ -59,7 +66,7 @@ BLOCKS = {"dit": 3, "vit": 2, "mdlm": 3, "ar": 4, "looped": 1}
 EXAMPLES = {"dit": 0, "vit": 1024, "mdlm": 64, "ar": 64, "looped": 64}
 """Of the hold-out part: classified, or sequences of the bound; the loss of images is that of 512."""
 DATA = {"dit": "fashion", "vit": "fashion", "mdlm": "addresses", "ar": "moby-dick", "looped": "moby-dick"}
-LATER = ("begun as one", "greedy", "greedy, equal")
+LATER = ("begun as one", "greedy", "greedy, equal", "BoostResNet")
 """Arms that a family's section does without until they are measured."""
 MEASURES = {
     "dit": ("loss",),
@@ -110,6 +117,8 @@ def arms(family: str, steps: int) -> dict[str, dict[str, Any]]:
     for arm, grow in (("greedy", "auto"), ("greedy, equal", "equal")):
         grown = {"method": "greedy", "window": depth // blocks, "grow": grow}
         ways[arm] = {**whole, **grown, "steps": greedy_steps(depth, depth // blocks, steps, grow)}
+    if family == "vit":
+        ways["BoostResNet"] = {**plain, "method": "boostresnet"}
     return ways
 
 
@@ -144,28 +153,50 @@ def found(training: dict[str, Any], seed: int | None = None) -> list[dict[str, A
 
 def trained(training: dict[str, Any], data: str, seed: int) -> dict[str, Any]:
     """Train and evaluate."""
-    folder, started = Path(tempfile.mkdtemp(prefix="edgeblocks-bench-")), time.perf_counter()
+    started = time.perf_counter()
     family, alone = training["family"], training["method"] == "diffusion"
-    given = {**LEARNING, **training, "data": data, "blocks": training["blocks"] if alone else None}
-    try:
-        run = edgeblocks.train(out=folder / "run", mem_budget="4GB", seed=seed, sample_grids=0, **without_none(given))
-        result = run.evaluate(samples=EXAMPLES[family])
-        looks = [look.step for look in run.directory.growth()]
-    finally:
-        shutil.rmtree(folder)
-    measured = {"loss": result["validation_loss"], **result.get("classification", {}), **result.get("text", {})}
-    error = measured.get("bits_per_character_error", result["validation"]["standard_error"])
+    given = without_none({**LEARNING, **training, "data": data, "blocks": training["blocks"] if alone else None})
+    looks, curve = [], None
+    if training["method"] == "boostresnet":
+        measured, levels = boosted(given, seed)
+        error = 0.0
+    else:
+        folder = Path(tempfile.mkdtemp(prefix="edgeblocks-bench-"))
+        try:
+            run = edgeblocks.train(out=folder / "run", mem_budget="4GB", seed=seed, sample_grids=0, **given)
+            result = run.evaluate(samples=EXAMPLES[family])
+            looks = [look.step for look in run.directory.growth()]
+        finally:
+            shutil.rmtree(folder)
+        measured = {"loss": result["validation_loss"], **result.get("classification", {}), **result.get("text", {})}
+        levels, curve = [level["loss"] for level in result["validation"]["levels"]], result.get("curve")
+        error = measured.get("bits_per_character_error", result["validation"]["standard_error"])
     if "top1" in measured:
         error = math.sqrt(measured["top1"] * (1 - measured["top1"]) / EXAMPLES[family])
     return {
         **{name: measured[name] for name in MEASURES[family]},
         "error": error,
         **({"looks": looks} if training["method"] == "greedy" else {}),
-        "levels": [round(level["loss"], 4) for level in result["validation"]["levels"]],
-        "curve": result.get("curve"),
+        "levels": [round(level, 4) for level in levels],
+        "curve": curve,
         "environment": f"{platform.system()} {platform.machine()}, torch {torch.__version__}",
         "seconds": round(time.perf_counter() - started),
     }
+
+
+def boosted(given: dict[str, Any], seed: int) -> tuple[dict[str, Any], list[float]]:
+    """Train by boosting; how good the classifier is, and its loss."""
+    settings = settings_for_here(**{**given, "method": "exact"}, seed=seed)
+    run, told = settings.run, []
+    data = data_of(run, lambda *_: None)
+    info = family_type(run.family, "exact").data_info(data)
+    family = build_family(run.family, asdict(settings.family), asdict(info), "exact")
+    boosting.train(family, data, run, device="cpu", on_start=lambda: None, on_step=lambda *step: told.append(step[2]))
+    pixels, labels = data.gather(data.evaluation_indices(EXAMPLES[run.family]))
+    with torch.no_grad():
+        logits = told[-1].eval().logits(family.condition(pixels))
+    found = classification_scores([(logits.softmax(dim=-1).numpy(), labels)])
+    return dict(found), [found["cross_entropy"]]
 
 
 def without_none(given: dict[str, Any]) -> dict[str, Any]:

@@ -91,11 +91,12 @@ def test_a_time_instead_of_steps_and_a_budget_that_is_too_small(tmp_path):
     """A short trial tells how many steps fill the time. What does not fit has no result, and the others have one."""
     foreseen(("exact",), family="vit")
     asked = ["vit", "--data", "digits", *SMALL, "--minutes", "0.01", "--mem-budget", "50MB", "-o", tmp_path / "out"]
-    done = invoke("compare", *asked, "--arms", "exact,plain")
+    done = invoke("compare", *asked, "--arms", "exact,plain,boostresnet")
     assert done.exit_code == 0, done.stderr
     rows = rows_of(tmp_path / "out")
     assert "does not fit the budget of 50MB" in rows["exact"]["failure"] and "does not fit" in done.stdout
-    assert rows["plain"]["failure"] is None and 0 <= rows["plain"]["quality"][-1]["value"] <= 1
+    for arm in ("plain", "boostresnet"):
+        assert rows[arm]["failure"] is None and 0.05 < rows[arm]["quality"][-1]["value"] <= 1
     content = json.loads((tmp_path / "out/compare.json").read_text())
     assert content["equal"] == "time" and rows["plain"]["steps"] > 20
 
@@ -104,6 +105,7 @@ def test_a_time_instead_of_steps_and_a_budget_that_is_too_small(tmp_path):
     ("asked", "said"),
     [
         (["--arms", "diffusion,exakt"], "there is no arm 'exakt'"),
+        (["--arms", "plain,boostresnet"], "it trains classifiers, and dit is none"),
         (["--minutes", "1", "--steps", "5"], "an arm trains for a time"),
         (["--set", "method=exact", "--set", "train_blocks=1"], "name them with --arms"),  # the rest: test_settling
     ],

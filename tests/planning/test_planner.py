@@ -39,6 +39,26 @@ def _traced_once():
     costs()
 
 
+@pytest.mark.parametrize(
+    ("depth", "blocks", "budget", "cut", "begin"),
+    [
+        (12, None, 1000, (4, 4, 4), True),
+        (12, 6, 1000, (2,) * 6, True),
+        (12, 1, 1000, (12,), False),
+        (12, 5, 1000, (3, 3, 2, 2, 2), False),
+        (8, None, 1000, (2, 2, 2, 2), True),  # 3 blocks are preferred
+        (7, None, 1000, (3, 2, 2), False),  # only 7 are of equal depth
+    ],
+)
+def test_blocks_begin_as_one_where_they_can_be_of_equal_depth(depth, blocks, budget, cut, begin):
+    """Left to the planner: unless that takes twice as many blocks. A cut that is asked for is kept; one is told why."""
+    request = replace(REQUEST, blocks=blocks, shared=None, budget_bytes=budget * MB)
+    plan = make_plan(replace(costs(), num_layers=depth), MACHINE, request)
+    assert (plan.layers, plan.begins_as_one) == (cut, begin)
+    why = any("cannot be cut into" in warning for warning in plan.warnings)
+    assert why == (len(set(cut)) > 1)
+
+
 @given(MACHINES, REQUESTS)
 def test_a_plan_keeps_its_promises(machine, request):
     """The chosen plan's predicted peak is within the budget, covers every layer, and makes up the whole batch."""

@@ -121,3 +121,15 @@ def test_what_cannot_begin_as_one_is_refused(tmp_path):
     assert_refused(invoke("plan", *small, "--blocks", "4"), 2, "use 2 or 3 or 6 blocks")
     planned = invoke("plan", *small, "--blocks", "3", "--steps", "10")
     assert "begun as one: one block's layers learn all noise levels for 15 steps" in planned.stdout, planned.output
+
+
+def test_unless_it_is_said_otherwise_blocks_begin_as_one(tmp_path):
+    """In a run of 100 steps and more; what was decided stands in its settings, which another run can begin with."""
+    small = ["--set", "depth=4", "--set", "width=16", "--set", "heads=2", "--mem-budget", "4GB", "--blocks", "2"]
+    for steps, shared in ((100, 0.8), (99, 0.0)):
+        planned = edgeblocks.plan(**{**WANTED, "shared": "auto", "steps": steps})
+        assert planned.settings.run.shared == shared and planned.plan.begins_as_one == (shared > 0)
+    (tmp_path / "one.yaml").write_text(planned.settings.to_yaml())
+    assert invoke("plan", "--config", tmp_path / "one.yaml", "--method", "exact", "--blocks", "2").exit_code == 0
+    for wrong in ("1", "half", "-0.1", "yes"):
+        assert_refused(invoke("plan", *small, "--set", f"shared={wrong}"), 2, "from 0 to less than 1, or auto")
