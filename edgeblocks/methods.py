@@ -23,14 +23,14 @@ BoundaryDtype = Literal["float32", "bfloat16"]
 """What they are kept as."""
 Master = Literal["fp32", "bf16"]
 """In which numbers weights and their EMA are kept; see `optim.rounded_update`."""
-Frozen = Literal["none", "int8"]
+Frozen = Literal["none", "int8", "nf4"]
 """As what weights that are not trained are in memory; see `offload.quantized`."""
 USUAL_SHARE = 0.8
 """Of the steps of blocks that begin as one, those before they are parted: the best that was tried (docs/shared.md)."""
 FEWEST_SHARED_STEPS = 100
 """Of each block, below which blocks do not begin as one unless that is asked for: so few are a trial of a command."""
-INT8_BYTES = 1 + 4 / 64
-"""Of a parameter in int8: its code, and its share of the scale of 64."""
+FROZEN_BYTES: dict[Frozen, float] = {"int8": 1 + 4 / 64, "nf4": 1 / 2 + 4 / 64}
+"""Of a parameter that is quantized: its code, and its share of the scale of 64."""
 
 
 @dataclass(frozen=True, kw_only=True)

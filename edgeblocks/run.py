@@ -75,7 +75,8 @@ class Run:
     def __init__(self, directory: RunDirectory, *, frozen: Frozen = "none") -> None:
         """
         Args:
-            frozen: as what blocks are in memory while they wait for their turn: none as they are, int8 a quarter of it.
+            frozen: as what blocks are in memory while they wait for their turn: none as they are, int8 a quarter of it,
+                nf4 a seventh.
         """
         self.directory, self._frozen = directory, frozen
 

@@ -20,14 +20,14 @@ class EmaLoader:
     def __init__(self, store: BlockStore, *, device: Device | None = None, slots: int = 1) -> None:
         """
         Args:
-            store: of the run's blocks, or of these in 8 bits.
+            store: of the run's blocks, or of these, quantized.
             device: one with memory of its own, for whose memory blocks are loaded; None: the processor.
             slots: blocks that are in memory; see `slot_of`.
         """
         self._tier = tier_of(store, device, parts=self.PARTS)
         layout = store.layouts[0]
         self.shares_memory = isinstance(layout, QuantizedLayout)
-        """Whether blocks wait in 8 bits and are expanded in turn into memory that all share: a network's weights are
+        """Whether blocks wait quantized and are expanded in turn into memory that all share: a network's weights are
         there only after they were asked for again."""
         # Blocks of bfloat16 pass through one buffer on their way into float32.
         self._buffers = [self._tier.buffer().touched() for _ in range(1 if layout.is_rounded else slots)]

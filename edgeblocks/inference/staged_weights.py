@@ -44,8 +44,8 @@ def loaded_ema(run: RunDirectory, *, slots: int, device: Device | None = None, f
     store = run.store()
     if run.method.one_network:
         check_whole(run, store)
-    if frozen == "int8":
-        store = quantized_store(run, len(store.layouts))
+    if frozen != "none":
+        store = quantized_store(run, len(store.layouts), frozen)
     if not run.method.one_network:
         return EmaLoader(store, device=device, slots=slots)
     return StagedEma(EmaLoader(store, device=device, slots=slots), run.file_layers)

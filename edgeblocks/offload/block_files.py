@@ -56,7 +56,7 @@ class BlockHeader:
     loss_scale: LossScale | None = None
     """Of the next step, where the block is trained in float16."""
     made_of: str | None = None
-    """Of a block in 8 bits, the checksum of the EMA that it was made of."""
+    """Of a quantized block, the checksum of the EMA that it was made of."""
 
 
 class BlockStore:

@@ -1,4 +1,5 @@
-"""Float32 copies of a block's weights or EMA, for networks to compute with where the block is bfloat16 or int8.
+"""Float32 copies of a block's weights or EMA, for networks to compute with where the block is bfloat16, or
+quantized.
 
 A network is of float32, whatever its blocks are kept in: its sums and its gradients are then those of float32, and a
 network of one's own knows nothing of it. So the one block that is used takes 4 bytes a parameter more, while those that

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from edgeblocks.errors import ConfigError, DoesNotFitError
-from edgeblocks.methods import INT8_BYTES, Frozen, Master
+from edgeblocks.methods import FROZEN_BYTES, Frozen, Master
 from edgeblocks.planning.candidates import cuts, options_of
 from edgeblocks.planning.layer_costs import LayerCosts
 from edgeblocks.planning.memory import (
@@ -320,15 +320,15 @@ def inference_micro_batch(
             moment.
         residents: blocks that are in memory at a time.
         master: in which numbers the blocks are kept; those of bfloat16 pass through memory of their own.
-        frozen: as what they wait in memory; those of int8 are expanded in turn.
+        frozen: as what they wait in memory; those that are quantized are expanded in turn.
 
     Raises:
         DoesNotFitError: one sample does not fit.
     """
     largest = max(layers)
     bytes_of_one: float = 4 * residents + (2 if master == "bf16" else 0)
-    if frozen == "int8":
-        bytes_of_one = INT8_BYTES * residents + 4
+    if frozen != "none":
+        bytes_of_one = FROZEN_BYTES[frozen] * residents + 4
     weights_bytes = int(bytes_of_one * costs.parameters(largest))
     fixed = machine.runtime_bytes + weights_bytes + stem_readout_bytes + SLACK_BYTES
     for size in micro_batches(samples):

@@ -7,7 +7,7 @@ from typing import Any, Literal, Self
 
 from edgeblocks.methods import (
     DIFFUSION,
-    INT8_BYTES,
+    FROZEN_BYTES,
     BoundaryDtype,
     BoundaryTier,
     Clipping,
@@ -201,8 +201,8 @@ class Cut:
     @property
     def frozen_bytes(self) -> int:
         """Of its weights, as they are in memory while they wait."""
-        if self.request.frozen == "int8":
-            return int(INT8_BYTES * self.frozen_parameters)
+        if self.request.frozen != "none":
+            return int(FROZEN_BYTES[self.request.frozen] * self.frozen_parameters)
         return (2 if self.is_rounded else 4) * self.frozen_parameters
 
     @property

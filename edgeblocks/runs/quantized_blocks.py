@@ -1,31 +1,32 @@
-"""Files of blocks in 8 bits, beside those that they are made of."""
+"""Files of quantized blocks, beside those that they are made of."""
 
 from collections.abc import Sequence
 
 from edgeblocks.errors import RunError
 from edgeblocks.files.own import make_folder
+from edgeblocks.methods import Frozen
 from edgeblocks.offload.block_buffer import BlockBuffer, largest_of
 from edgeblocks.offload.block_files import BlockStore, storage_error
 from edgeblocks.offload.quantized import quantize_, quantized_layouts
 from edgeblocks.runs.directory import RunDirectory
 
-INT8_FOLDER = "int8"
 
+def quantized_store(run: RunDirectory, count: int, kind: Frozen) -> BlockStore:
+    """The files of a run's first `count` blocks, quantized; those that are missing are made now.
 
-def quantized_store(run: RunDirectory, count: int) -> BlockStore:
-    """The files of a run's first `count` blocks in 8 bits, of which those that are missing are made now.
+    They are in a folder of that name.
 
     Raises:
         RunError: a block is damaged.
         StorageError: the disk refused.
     """
     masters = run.store()
-    folder = run.blocks_folder / INT8_FOLDER
+    folder = run.blocks_folder / kind
     try:
         make_folder(folder)
     except OSError as error:
-        raise storage_error("cannot make a folder for blocks in 8 bits", folder, error) from error
-    store = BlockStore(folder, quantized_layouts(masters.layouts[:count]), run.run_id, trained_together=True)
+        raise storage_error("cannot make a folder for quantized blocks", folder, error) from error
+    store = BlockStore(folder, quantized_layouts(masters.layouts[:count], kind), run.run_id, trained_together=True)
     missing = [block for block in range(count) if not _is_up_to_date(store, masters, block)]
     if missing:
         _make(store, masters, missing)
@@ -33,7 +34,7 @@ def quantized_store(run: RunDirectory, count: int) -> BlockStore:
 
 
 def _is_up_to_date(store: BlockStore, masters: BlockStore, block: int) -> bool:
-    """Whether a block has its file in 8 bits, made of what its own file has now."""
+    """Whether a block has its quantized file, made of what its own file has now."""
     try:
         return store.header(block).made_of == masters.header(block).digests["ema"]
     except RunError:  # none, or a damaged one: it is made again

@@ -182,7 +182,8 @@ class RunSettings(BaseModel):
     )
     frozen: Frozen = Field(
         default="none",
-        description="with method=greedy: as what frozen layers are in memory; none: as they are, int8: a quarter of it",
+        description="with method=greedy: as what frozen layers are in memory; none: as they are, int8: in a quarter of "
+        "it, nf4: in a seventh",
     )
     partition: Literal["equal-probability", "uniform"] = Field(
         default="equal-probability",

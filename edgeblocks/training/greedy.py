@@ -73,8 +73,8 @@ class GreedyTrainer(ResidentTrainer):
     def open(cls, run: RunDirectory, data: DataSet, store: BlockStore, guard: Guard, device: Device | None) -> Self:
         top, frozen = len(run.file_layers) - 1, None
         if top:
-            if run.settings.run.frozen == "int8":
-                below = quantized_store(run, top)
+            if run.settings.run.frozen != "none":
+                below = quantized_store(run, top, run.settings.run.frozen)
             else:
                 below = BlockStore(store.folder, store.layouts[:top], store.run_id, trained_together=True)
             tier = tier_of(below, device, parts=FROZEN_PARTS, ram_blocks=min(run.plan.ram_blocks, top))

@@ -1,11 +1,11 @@
-"""What it costs to keep blocks that wait in 8 bits: quality of the whole network, bytes, time. A table in Markdown.
+"""What it costs to keep blocks that wait in 8 or 4 bits: quality, bytes, time. A table in Markdown.
 
     python tests/bench/frozen_blocks.py
     python tests/bench/frozen_blocks.py --families ar vit --steps 50
 
-Each family's usual network in blocks is trained for a while, and evaluated with its blocks as they are and in 8 bits.
-`loss` is that of hold-out examples; `expanding` is what the codes of a block take to become float32, beside a forward
-pass of so many examples through it.
+Each family's usual network in blocks is trained for a while, and evaluated with its blocks as they are, as int8 and as
+nf4. `loss` is that of hold-out examples; `expanding` is what the codes of a block take to become float32, beside a
+forward pass of so many examples through it.
 """
 
 import argparse
@@ -21,6 +21,7 @@ import torch
 
 import edgeblocks
 from edgeblocks.families.precision import computing_in
+from edgeblocks.methods import Frozen
 from edgeblocks.offload.float32_copy import Float32Copy
 from edgeblocks.profiling.block_step import example_batch
 from edgeblocks.runs.quantized_blocks import quantized_store
@@ -32,6 +33,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "ar": {"data": "moby-dick", "length": 64, "hold_out": 0.01},
     "looped": {"data": "moby-dick", "length": 64, "hold_out": 0.01},
 }
+KINDS: tuple[Frozen, ...] = ("int8", "nf4")
 ROUNDS = 9
 EXAMPLES = 16
 
@@ -41,39 +43,42 @@ def main() -> None:
     parser.add_argument("--families", nargs="+", choices=sorted(FAMILIES), default=list(FAMILIES))
     parser.add_argument("--steps", type=int, default=150)
     wanted = parser.parse_args()
-    print("| family | parameters | loss | in 8 bits | change | bytes that wait | in 8 bits | expanding a block |")
+    print("| family | parameters | kept as | bytes that wait | loss | change | expanding a block | a forward pass |")
     print("|---|---|---|---|---|---|---|---|")
     for family in wanted.families:
-        print(row(family, wanted.steps), flush=True)
+        print(rows(family, wanted.steps), flush=True)
 
 
-def row(family: str, steps: int) -> str:
-    """One line of the table."""
+def rows(family: str, steps: int) -> str:
+    """Lines of the table."""
     folder = Path(tempfile.mkdtemp(prefix="edgeblocks-bench-"))
     try:
         how = {**FAMILIES[family], "family": family, "steps": steps, "mem_budget": "2GB", "sample_grids": 0}
         run = edgeblocks.train(out=folder / "run", **how)
-        loss = run.evaluate(samples=0 if family in ("dit", "vit") else 2)["validation_loss"]
-        rounded = edgeblocks.load(run.path, frozen="int8")
-        in_8_bits = rounded.evaluate(samples=0 if family in ("dit", "vit") else 2)["validation_loss"]
+        evaluated, lines = 0 if family in ("dit", "vit") else 2, []
+        loss = run.evaluate(samples=evaluated)["validation_loss"]
         directory = run.directory
-        store = quantized_store(directory, len(directory.file_layers))
-        parameters = sum(layout.num_parameters for layout in store.layouts)
-        waiting = sum(layout.num_bytes for layout in store.layouts)
-        expanding_s, passing_s = times(run)
+        parameters = sum(layout.num_parameters for layout in directory.store().layouts)
+        start = f"| {family} | {parameters / 1e6:.2f}M "
+        lines.append(f"{start}| fp32 | {4 * parameters / 1e6:.1f} MB | {loss:.5f} | | | |")
+        for kind in KINDS:
+            rounded = edgeblocks.load(run.path, frozen=kind).evaluate(samples=evaluated)["validation_loss"]
+            store = quantized_store(directory, len(directory.file_layers), kind)
+            waiting = sum(layout.num_bytes for layout in store.layouts)
+            expanding_s, passing_s = times(run, kind)
+            lines.append(
+                f"{start}| {kind} | {waiting / 1e6:.1f} MB | {rounded:.5f} | {100 * (rounded / loss - 1):+.2f} % "
+                f"| {1e3 * expanding_s:.1f} ms | {1e3 * passing_s:.0f} ms |"
+            )
     finally:
         shutil.rmtree(folder)
-    return (
-        f"| {family} | {parameters / 1e6:.2f}M | {loss:.5f} | {in_8_bits:.5f} | {100 * (in_8_bits / loss - 1):+.2f} % "
-        f"| {4 * parameters / 1e6:.1f} MB | {waiting / 1e6:.1f} MB "
-        f"| {1e3 * expanding_s:.1f} ms beside {1e3 * passing_s:.0f} ms for {EXAMPLES} examples |"
-    )
+    return "\n".join(lines)
 
 
-def times(run: edgeblocks.Run) -> tuple[float, float]:
+def times(run: edgeblocks.Run, kind: Frozen) -> tuple[float, float]:
     """Seconds of expanding a block, and of a forward pass; medians, in turns."""
     directory = run.directory
-    family, store = directory.family(), quantized_store(directory, 1)
+    family, store = directory.family(), quantized_store(directory, 1, kind)
     buffer, copy = store.buffer(("ema",)), Float32Copy(store.layouts, torch.device("cpu"))
     store.read(0, buffer)
     network = family.block(num_layers=directory.layers[0], checkpointing=False)

@@ -315,9 +315,9 @@ def test_what_comes_out_is_the_ordinary_network(digits, tmp_path):
         {"precision": "bf16"},
         {"precision": "fp16"},
         {"master": "bf16"},
-        {"master": "bf16", "frozen": "int8"},
+        {"master": "bf16", "frozen": "nf4"},
     ],
-    ids=["int8", "bf16", "fp16", "bf16 weights", "bf16 weights, int8"],
+    ids=["int8", "bf16", "fp16", "bf16 weights", "bf16 weights, nf4"],
 )
 def test_in_fewer_bits_streamed_and_resumed_are_equal(tmp_path, settings):
     whole = trained("vit", tmp_path / "whole", tier="ram", **settings)
