@@ -2,6 +2,7 @@
 
     python tests/bench/versus_plain.py memory                      # every arm in its own process
     python tests/bench/versus_plain.py memory --family mdlm --vocab 32768
+    python tests/bench/versus_plain.py memory --set depth=24 --set batch=16 --blocks 8 --methods diffusion greedy exact
     python tests/bench/versus_plain.py time                        # both in one process, in turns
     python tests/bench/versus_plain.py exact --tier disk           # the same for --method exact
     python tests/bench/versus_plain.py time --precision bf16       # bf16 on both sides; and ours in fp32 beside it
@@ -21,6 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -32,7 +34,7 @@ from plain import PlainCausal, PlainClassifier, PlainDenoiser
 import edgeblocks
 from edgeblocks.data.dataset import DataSet
 from edgeblocks.errors import DoesNotFitError
-from edgeblocks.methods import Precision
+from edgeblocks.methods import METHODS, MethodName, Precision
 from edgeblocks.offload.block_buffer import BlockBuffer, BlockLayout, bind_parameters_
 from edgeblocks.offload.block_slots import BlockSlots
 from edgeblocks.offload.tiers import DiskTier
@@ -183,31 +185,40 @@ def memory_arm(arm: str, family: str, vocab: int, shape: dict[str, int], micro_b
                 loop.step(micro_batch)
             peak = target.peak_bytes()
         else:
-            compact = "ckpt" in arm
-            wanted = {"blocks": blocks, "micro_batch": micro_batch, "checkpointing": compact}
+            method, compact = arm.partition("+")[0], "ckpt" in arm
+            wanted = {"method": method, "micro_batch": micro_batch, "checkpointing": compact}
+            # Of a network that grows, every window is trained for a step or two.
+            wanted |= (
+                {"window": shape["depth"] // blocks, "steps": 2 * blocks} if method == "greedy" else {"blocks": blocks}
+            )
             path = train_ours(folder, smallest=True, **settings, **shape, **wanted)
             plan = json.loads((path / "plan.json").read_text())
             runtime, peak = plan["machine"]["runtime_bytes"], target.peak_bytes()
     print(json.dumps({"arm": arm, "bytes": peak - runtime, "peak": peak}))
 
 
-def memory(family: str, vocab: int, given: list[str], micro_batch: int, blocks: int) -> None:
-    """Two comparisons: as users train, and everything that saves memory on both sides."""
-    for ours, plain in (("ours", "plain"), ("ours+ckpt", "plain+ckpt+8bit")):
-        figures = []
-        for arm in (ours, plain):
-            command = [sys.executable, __file__, "arm", "--arm", arm, "--family", family, "--vocab", str(vocab)]
-            command += ["--micro-batch", str(micro_batch), "--blocks", str(blocks)]
-            command += [part for setting in given for part in ("--set", setting)]
-            done = subprocess.run(command, check=True, capture_output=True, text=True)
-            figures.append(json.loads(done.stdout.splitlines()[-1]))
-        one, two = (figure["bytes"] for figure in figures)
-        print(
-            f"{family}{f' of {vocab} tokens' if vocab != CHARACTERS else ''} {' '.join(given)}, "
-            f"micro-batch {micro_batch}, B={blocks}: {ours} {one / 1e6:.0f} MB, "
-            f"{plain} {two / 1e6:.0f} MB, ratio {one / two:.3f}",
-            flush=True,
-        )
+def memory(
+    family: str, vocab: int, given: list[str], micro_batch: int, blocks: int, methods: Sequence[MethodName]
+) -> None:
+    """Lines of a table, megabytes: as users train, and with everything that saves memory; and the shares of plain's."""
+
+    def measured(arm: str) -> float:
+        command = [sys.executable, __file__, "arm", "--arm", arm, "--family", family, "--vocab", str(vocab)]
+        command += ["--micro-batch", str(micro_batch), "--blocks", str(blocks)]
+        command += [part for setting in given for part in ("--set", setting)]
+        done = subprocess.run(command, check=True, capture_output=True, text=True)
+        found: int = json.loads(done.stdout.splitlines()[-1])["bytes"]
+        return found / 1e6
+
+    plain, small_plain = measured("plain"), measured("plain+ckpt+8bit")
+    name = f"{family}{f' of {vocab} tokens' if vocab != CHARACTERS else ''} {' '.join(given)}".strip()
+    print(f"| {name}, B={blocks} | plain | with checkpointing and 8-bit AdamW | ours / plain | with both / with both |")
+    print("|---|---|---|---|---|")
+    print(f"| ordinary PyTorch | {plain:.0f} | {small_plain:.0f} | | |", flush=True)
+    for method in methods:
+        ours, small = measured(method), measured(f"{method}+ckpt")
+        shares = f"{ours / plain:.3f}, checkpointed {small / plain:.3f} | {small / small_plain:.3f}"
+        print(f"| {method} | {ours:.0f} | {small:.0f} | {shares} |", flush=True)
 
 
 def measure_time(
@@ -357,6 +368,7 @@ def main() -> None:
     parser.add_argument("--set", action="append", default=[], dest="given", help="another shape, such as patch=4")
     parser.add_argument("--micro-batch", type=int, help="as large as the batch unless given")
     parser.add_argument("--blocks", type=int, default=4)
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=["diffusion"], help="of memory")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--tier", choices=["ram", "disk"], default="ram", help="of the stages of exact")
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32", help="of time and exact")
@@ -368,7 +380,7 @@ def main() -> None:
     micro_batch = arguments.micro_batch or shape["batch"]
     common = (arguments.family, arguments.vocab)
     if arguments.what == "memory":
-        memory(*common, arguments.given, micro_batch, arguments.blocks)
+        memory(*common, arguments.given, micro_batch, arguments.blocks, arguments.methods)
     elif arguments.what == "exact":
         asked = (arguments.blocks, arguments.rounds, arguments.tier, micro_batch, arguments.precision)
         measure_exact_time(*common, shape, *asked)
