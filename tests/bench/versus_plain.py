@@ -187,10 +187,8 @@ def memory_arm(arm: str, family: str, vocab: int, shape: dict[str, int], micro_b
         else:
             method, compact = arm.partition("+")[0], "ckpt" in arm
             wanted = {"method": method, "micro_batch": micro_batch, "checkpointing": compact}
-            # Of a network that grows, every window is trained for a step or two.
-            wanted |= (
-                {"window": shape["depth"] // blocks, "steps": 2 * blocks} if method == "greedy" else {"blocks": blocks}
-            )
+            grown = {"window": shape["depth"] // blocks, "grow": "equal", "steps": shape["depth"]}  # each window once
+            wanted |= grown if method == "greedy" else {"blocks": blocks}
             path = train_ours(folder, smallest=True, **settings, **shape, **wanted)
             plan = json.loads((path / "plan.json").read_text())
             runtime, peak = plan["machine"]["runtime_bytes"], target.peak_bytes()
