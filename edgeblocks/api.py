@@ -16,6 +16,7 @@ from edgeblocks.methods import Frozen
 from edgeblocks.planning.plan_text import banner
 from edgeblocks.planning.plans import Machine
 from edgeblocks.prepare import Prepared, prepare, prepare_elsewhere
+from edgeblocks.pretrained.model_folder import TOKENIZER, model_folder
 from edgeblocks.profiling.budgets import usual_budgets
 from edgeblocks.profiling.measurement import with_precision
 from edgeblocks.progress import Listener, Silent
@@ -38,7 +39,19 @@ from edgeblocks.training.session import at_steps, trained
 if TYPE_CHECKING:
     from edgeblocks.targets.profile import Profile
 
-__all__ = ["Callback", "Prepared", "Run", "load", "plan", "register_family", "resume", "train"]
+__all__ = ["Callback", "Prepared", "Run", "finetune", "load", "plan", "register_family", "resume", "train"]
+TUNING: dict[str, object] = {
+    "steps": 200,
+    "batch": 4,
+    "length": 512,
+    "learning_rate": 2e-5,
+    "warmup": 10,
+    "weight_decay": 0.0,
+    "sample_grids": 0,
+}
+"""What is usual where a pretrained model is trained on; learning rate and weight decay are those of trl 1.16."""
+TUNING_OWN: dict[str, object] = {"family": "hf", "method": "exact", "model": None, "init": None, "tokenizer": None}
+"""What fine-tuning settles itself."""
 
 
 def plan(
@@ -187,6 +200,49 @@ def train(
             )
             seal_run(run)
             return _train(run, prepared.data_set, listener, told, resumed_from=None)
+
+
+def finetune(
+    model: Path | str,
+    *,
+    data: object,
+    out: Path | str,
+    config: Path | str | None = None,
+    listener: Listener | None = None,
+    callbacks: Sequence[Callback] = (),
+    **settings: object,
+) -> "Run":
+    """Fine-tune a pretrained decoder of Hugging Face's transformers in a new run in the directory `out`, and return it.
+
+    All layers are trained with true gradients, some at a time in memory; the table of tokens, the head and the final
+    norm stay as they are. `Run.merge` makes a folder of the result.
+
+    Args:
+        model: its folder, with config.json, .safetensors files and tokenizer.json.
+        data: text, as of `plan`.
+        settings: as of `plan`; `tuning_settings` has those that are usual here.
+
+    Raises:
+        ConfigError: the model cannot be trained, or its library is missing; and as of `train`.
+    """
+    settings = tuning_settings(model, {**settings, "data": data})
+    return train(out=out, config=config, listener=listener, callbacks=callbacks, **settings)
+
+
+def tuning_settings(model: Path | str, given: Mapping[str, object]) -> dict[str, object]:
+    """The settings of a run that fine-tunes a model: those that were given, over those that are usual.
+
+    Raises:
+        ConfigError: one of them belongs to networks that begin with random weights.
+    """
+    given = {name: value for name, value in given.items() if value is not None}
+    wrong = sorted(TUNING_OWN.keys() & given.keys())
+    if wrong:
+        raise ConfigError(f"{', '.join(wrong)}: fine-tuning sets this itself; leave it out")
+    folder = str(Path(model).expanduser())
+    model_folder(folder)  # says at once what is wrong with it
+    own = {"model": folder, "init": folder, "tokenizer": str(Path(folder) / TOKENIZER)}
+    return {"data": "moby-dick", **TUNING, **given, **TUNING_OWN, **own}
 
 
 def _origin(initial: InitialWeights | None) -> InitFields | None:

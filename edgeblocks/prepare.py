@@ -9,7 +9,7 @@ from edgeblocks.data.dataset import DataSet
 from edgeblocks.diffusion.noise import NoisePartition, partition_noise
 from edgeblocks.errors import ConfigError, DoesNotFitError
 from edgeblocks.families.base import DataInfo, ImageInfo, TextInfo
-from edgeblocks.methods import FEWEST_SHARED_STEPS, METHODS, USUAL_SHARE, Master
+from edgeblocks.methods import EXACT, FEWEST_SHARED_STEPS, METHODS, USUAL_SHARE, Master
 from edgeblocks.offload.device import Target
 from edgeblocks.optim.cuda_step import choice_on
 from edgeblocks.planning.corrections import corrected_by_run
@@ -199,7 +199,14 @@ def check_method(run: RunSettings) -> None:
             f"--blocks {run.blocks}: all layers of a {run.family} that is trained end to end are one stage; leave "
             f"--blocks out"
         )
-    method = METHODS[run.method]
+    method, kind = METHODS[run.method], family_type(run.family)
+    if kind.only_exact and run.method != EXACT.name:
+        raise ConfigError(
+            f"--method {run.method}: a pretrained model is trained end to end, with --method exact; blocks that are "
+            f"trained alone would be other networks"
+        )
+    if run.sample_grids and not kind.writes_text:
+        raise ConfigError(f"sample_grids={run.sample_grids}: a pretrained model writes no text here yet; leave it out")
     if method.grows and _is_one_stage(run):
         raise ConfigError(
             f"--method {run.method}: a {run.family} is not grown, because each pass runs its core again and again, and "
@@ -273,7 +280,7 @@ def _open_data(
             f"{data_set.train_examples} takes each once, in less time"
         )
     data = family_type(run.family).data_info(data_set)
-    build_family(run.family, asdict(settings.family), asdict(data), run.method)
+    build_family(run.family, asdict(settings.family), asdict(data), run.method).check_network()
     return data_set, data
 
 

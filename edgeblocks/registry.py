@@ -36,6 +36,8 @@ _FAMILIES = {
     "mdlm": "edgeblocks.families.mdlm:Mdlm",
     "vit": "edgeblocks.families.vit:Vit",
 }
+_PRETRAINED = {"hf": "edgeblocks.pretrained.decoder:Decoder"}
+"""Families of networks that others have trained; they are asked for by their own verb."""
 _END_TO_END = {
     "ar": "edgeblocks.families.ar:PlainAr",
     "looped": "edgeblocks.families.looped:PlainLooped",
@@ -118,9 +120,9 @@ def family_type(name: str, method: MethodName = "diffusion") -> "FamilyType":
     """
     cls: FamilyType
     if not METHODS[method].trained_together:
-        cls = _load(_FAMILIES, name, "family")
+        cls = _load(_FAMILIES if name not in _PRETRAINED else _PRETRAINED, name, "family")
         return cls
-    cls = _load(_END_TO_END if name in _END_TO_END else _FAMILIES, name, "family")
+    cls = _load(next((one for one in (_END_TO_END, _PRETRAINED) if name in one), _FAMILIES), name, "family")
     if not issubclass(cls, importlib.import_module(_FAMILY).EndToEnd):
         raise ConfigError(
             f"--method {method}: the family '{name}' has no end-to-end form in stages (it does not derive from "

@@ -1,5 +1,6 @@
 """What the verbs print: the banner of a plan, its table, what a training, an export or an evaluation came to."""
 
+import math
 import shutil
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
@@ -49,7 +50,13 @@ def training_report(summary: Summary, path: Path) -> str:
         f"{_or_dash(summary.disk_bytes_written, format_bytes)} written to disk",
         f"validation loss {loss.validation_loss:.4f}{by_block}",
     ]
-    if loss.text is not None:
+    if loss.validation_loss_before is not None:
+        before, after = (math.exp(value) for value in (loss.validation_loss_before, loss.validation_loss))
+        lines.append(
+            f"perplexity on held-out text: {before:.2f} before, {after:.2f} after ({loss.validation_loss_before:.4f} "
+            f"and {loss.validation_loss:.4f} nats a token)"
+        )
+    elif loss.text is not None:
         lines.append(_bits_line(loss.text))
     return "\n".join([*lines, "", *_next_commands(summary.makes, path)])
 
@@ -88,6 +95,8 @@ def _bits_line(text: TextScores) -> str:
 def _next_commands(makes: str | None, path: Path) -> list[str]:
     """What to type after a training run."""
     onnx = f"{path}-onnx"
+    if makes == "model":
+        return [f"next: {command('merge', path, '-o', f'{path}-model')}"]
     export = f"      {command('export', path, '-o', onnx)} && {command('run', onnx)}"
     if makes == "classes":
         return [f"next: {command('eval', path)}", f"{export} picture.png"]

@@ -39,10 +39,12 @@ def edgeblocks(
 
 app.command()(training.plan)
 app.command()(training.train)
+app.command()(training.finetune)
 app.command("eval")(trained.evaluate)
 app.command()(trained.sample)
 app.command()(trained.export)
 app.command()(trained.weights)
+app.command()(trained.merge)
 app.command()(trained.run)
 app.command()(comparing.compare)
 app.command()(inspection.info)

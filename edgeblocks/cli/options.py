@@ -166,6 +166,33 @@ SETTINGS: dict[str, Any] = {
     "seed": Annotated[int | None, typer.Option(help="Decides all randomness.")],
 }
 """Flags of plan, train and compare that make up the run's settings, in the order of their help."""
+TUNING_SETTINGS: dict[str, Any] = {
+    "data": Annotated[
+        str | None,
+        typer.Option(
+            help="A file or folder of text, or of records with a text each (.jsonl, .json, .csv, .tsv, .parquet).",
+            show_default="moby-dick",
+        ),
+    ],
+    **{name: SETTINGS[name] for name in ("text_key", "mem_budget", "ram_budget")},
+    "steps": Annotated[int | None, typer.Option(help="Optimizer steps.", show_default="200")],
+    "batch": Annotated[int | None, typer.Option("--batch", help="Windows of text a step.", show_default="4")],
+    "length": Annotated[int | None, typer.Option(help="Tokens of a window.", show_default="512")],
+    **{
+        name: SETTINGS[name]
+        for name in (
+            "precision",
+            "train_blocks",
+            "target",
+            "work_dir",
+            "max_disk_writes",
+            "config",
+            "set_values",
+            "seed",
+        )
+    },
+}
+"""Flags of finetune that make up the run's settings."""
 IMAGE_OPTIONS: dict[str, Any] = {
     "solver": Annotated[
         str | None, typer.Option(help="heun (two evaluations a level) or euler (one).", show_default="heun")

@@ -145,6 +145,29 @@ def weights(
     say(json_text(written) if as_json else line)
 
 
+@verb()
+def merge(
+    run: RunArgument,
+    out: Annotated[Path, typer.Option("--out", "-o", help="A new folder.", show_default=False)],
+    last: Annotated[bool, typer.Option("--last", help="As the last step left them, instead of their average.")] = False,
+    mem_budget: WritingBudget = None,
+    as_json: Json = False,
+) -> None:
+    """Write a fine-tuned model into a folder like the one that it was made of, for transformers and others.
+
+    Files and tensors that were not trained are the same byte for byte, and trained ones have the type that they had.
+    """
+    from edgeblocks import api
+
+    merged = api.load(run).merge(out, last=last, mem_budget=mem_budget)
+    left_out = f"; not copied: {', '.join(merged['left_out'])}" if merged["left_out"] else ""
+    line = (
+        f"wrote {out}: {merged['trained']} trained tensors, {merged['untouched']} as they were, and "
+        f"{len(merged['files'])} files beside them{left_out}"
+    )
+    say(json_text(merged) if as_json else line)
+
+
 @verb(of_images=IMAGE_OPTIONS, of_text=TEXT_OPTIONS)
 def run(
     directory: Annotated[Path, typer.Argument(help="An exported directory.", show_default=False)],

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from edgeblocks.cli.exit_codes import verb
-from edgeblocks.cli.options import SETTINGS, Json, PlanTarget, as_flags, given_settings
+from edgeblocks.cli.options import SETTINGS, TUNING_SETTINGS, Json, PlanTarget, as_flags, given_settings
 from edgeblocks.cli.screen import json_text, say, say_lines
 from edgeblocks.errors import ConfigError, DoesNotFitError
 from edgeblocks.terminal import one_line, quoted
@@ -109,6 +109,43 @@ def train(
     say_lines(json_text(summary.to_json()) if as_json else training_report(summary, run.path))
 
 
+@verb(flags=TUNING_SETTINGS)
+def finetune(
+    model: Annotated[
+        Path,
+        typer.Argument(
+            help="Folder of a pretrained decoder: config.json, .safetensors files, tokenizer.json.", show_default=False
+        ),
+    ],
+    *,
+    flags: dict[str, object],
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Run directory.", show_default="runs/...")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and stop.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Fine-tune a pretrained model on your text inside the memory budget, with true gradients of all of its layers.
+
+    Needs transformers, which the extra `hf` brings along. Ctrl-C saves and stops, and train --resume goes on. merge
+    makes a folder of the result.
+    """
+    from edgeblocks import api
+
+    given, config = given_settings(flags)
+    settings = api.tuning_settings(model, given)
+    folder = out or _free_run_path({"family": model.resolve().name, "data": settings.get("data")})
+    if dry_run:
+        _print_plan(settings, config, folder, as_json=as_json)
+        return
+    from edgeblocks.cli.console import training_report
+    from edgeblocks.cli.console_progress import ConsoleListener
+
+    with ConsoleListener() as listener:
+        run = api.train(out=folder, config=config, listener=listener, **settings)
+    summary = run.directory.summary
+    assert summary is not None
+    say_lines(json_text(summary.to_json()) if as_json else training_report(summary, run.path))
+
+
 def _tracker(folder: Path | None) -> "list[Callback]":
     """Made before the memory is measured, so that its library is counted in the plan."""
     from edgeblocks.track.tensorboard import TensorBoard
@@ -130,6 +167,7 @@ def _print_plan(given: Mapping[str, Any], config: Path | None, out: Path, *, as_
     from edgeblocks.methods import METHODS, MethodName
     from edgeblocks.planning.plan_text import banner, in_fp32, plan_table
     from edgeblocks.planning.recommendation import Option, measured, option, recommendation
+    from edgeblocks.registry import family_type
 
     with ConsoleListener() as listener:
         prepared = api.plan(config=config, out=out, listener=listener, **given)
@@ -137,6 +175,8 @@ def _print_plan(given: Mapping[str, Any], config: Path | None, out: Path, *, as_
         options: dict[MethodName, Option] = {run.method: option(lambda: prepared)}
         found = measured(run.family)
         for other in METHODS.keys() - {run.method}:
+            if family_type(run.family).only_exact:
+                break
             if found is not None and found.of(other) is None:  # nothing could be said of it
                 continue
             listener.stage(f"planning with --method {other} as well")
@@ -144,7 +184,7 @@ def _print_plan(given: Mapping[str, Any], config: Path | None, out: Path, *, as_
             asked = {name: value for name, value in given.items() if name not in only_here}
             asked |= {"method": other, "precision": prepared.plan.precision}
             options[other] = option(partial(api.plan_beside, prepared, config=config, out=out, **asked))
-        advice = recommendation(found, options)
+        advice = None if family_type(run.family).only_exact else recommendation(found, options)
         single = None
         if prepared.plan.precision != "fp32":
             listener.stage("planning in fp32 as well")

@@ -138,11 +138,31 @@ class BaseFamily:
     one_stage = False
     layer_period = 1
     unrolled = False
+    writes_text = True
+    """Of a family on text, whether its networks can be sampled here."""
+    only_exact = False
+    """Whether its networks are trained end to end alone."""
     settings: FamilySettings
 
     @property
     def num_layers(self) -> int:
         return self.settings.depth
+
+    @property
+    def architecture(self) -> str:
+        """What of the network's shape is not in the settings: the content of a file that they name."""
+        return ""
+
+    def check_network(self) -> None:
+        """Look at the network before it is planned for; raises ConfigError where it cannot be trained."""
+
+    def name_in_file(self, name: str) -> str:
+        """What a parameter of the whole network is called in a file of weights."""
+        return name
+
+    def is_frozen(self, name: str) -> bool:
+        """Whether a tensor of a file of weights is used and is no parameter."""
+        return False
 
     @property
     def conditional(self) -> bool:

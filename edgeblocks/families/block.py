@@ -29,6 +29,9 @@ class Block(nn.Module, ABC):
     def init_(self, generator: torch.Generator) -> None:
         """Initialise all parameters in place."""
 
+    def begin_at(self, layer: int) -> None:
+        """The network is a stage whose layers are those from `layer` on; for networks whose layers differ by number."""
+
     def reset_tables_(self) -> None:
         """Make the fixed tables, which are not stored, on torch's default device; needed before use."""
 

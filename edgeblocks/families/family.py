@@ -50,6 +50,27 @@ class Family(Protocol):
     """Layers after which the structure repeats."""
     unrolled: bool
     """Whether some layers are run several times in a pass, so that passes differ in their number."""
+    writes_text: bool
+    """Of a family on text, whether its networks can be sampled here."""
+    only_exact: bool
+    """Whether its networks are trained end to end alone."""
+
+    @property
+    def architecture(self) -> str:
+        """What of the network's shape is not in the settings: the content of a file that they name."""
+        ...
+
+    def check_network(self) -> None:
+        """Look at the network before it is planned for; raises ConfigError where it cannot be trained."""
+        ...
+
+    def name_in_file(self, name: str) -> str:
+        """What a parameter of the whole network is called in a file of weights."""
+        ...
+
+    def is_frozen(self, name: str) -> bool:
+        """Whether a tensor of a file of weights is used and is no parameter."""
+        ...
 
     @classmethod
     def data_info(cls, data: DataSet) -> DataInfo:

@@ -108,7 +108,8 @@ def evaluate(
     samples = len(data_set.evaluation_indices(samples)) if data_set.has_held_out else samples
     # Each block has at least one level.
     steps = usual_steps(directory) if steps is None else max(steps, len(directory.layers))
-    chain = token_chain_of(directory, steps) if task == "continuation" else None
+    writes = directory.family().writes_text
+    chain = token_chain_of(directory, steps) if task == "continuation" and writes else None
     evaluation = Evaluation(
         directory=directory, data_set=data_set, samples=samples, steps=steps, seed=seed, listener=listener
     )
@@ -188,7 +189,7 @@ class Evaluation:
         }
         if runner.precision != "fp32":
             result["in_both"] = metrics.loss_in_both(family, runner, data_set, seed=directory.settings.run.seed)
-        if family.task == "text":
+        if family.task == "text" or not family.writes_text:
             result["text"] = metrics.text_scores(loss["total"], loss["standard_error"], loss["images"], data_set)
         elif family.task == "continuation":
             assert isinstance(data_set, TextSet)

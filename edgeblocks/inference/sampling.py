@@ -148,6 +148,11 @@ def sample_texts(
 ) -> list[str]:
     """See `Run.sample_text`."""
     family = directory.family()
+    if not family.writes_text:
+        raise ConfigError(
+            f"{directory.path} is a fine-tuned model of transformers, which writes no text here yet; make a folder of "
+            f"it that other programs load: {command('merge', directory.path, '-o', 'DIR')}"
+        )
     if family.task in TEXT_TASKS:
         token_choice.check_options(family.task, fill=fill, prompt=prompt, top_p=top_p, length=length)
     steps = usual_steps(directory) if steps is None else steps

@@ -23,6 +23,8 @@ class Section:
     num_layers: int
     stem: bool = True
     readout: bool = True
+    first_layer: int = 0
+    """Of the whole network, where this is a stage of it."""
 
 
 def blocks_of(layers: Sequence[int]) -> tuple[Section, ...]:
@@ -38,13 +40,15 @@ def stages_of(layers: Sequence[int]) -> tuple[Section, ...]:
     """
     last = len(layers) - 1
     return tuple(
-        Section(num_layers=count, stem=number == 0, readout=number == last) for number, count in enumerate(layers)
+        Section(num_layers=count, stem=number == 0, readout=number == last, first_layer=sum(layers[:number]))
+        for number, count in enumerate(layers)
     )
 
 
 def network_of(family: Family, section: Section, *, checkpointing: bool = False) -> Block:
     """A section as a module on torch's default device, parameters not initialised."""
     network = family.block(num_layers=section.num_layers, checkpointing=checkpointing)
+    network.begin_at(section.first_layer)
     for name in _left_out(network, section):
         setattr(network, name, None)
     return network

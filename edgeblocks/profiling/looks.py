@@ -85,7 +85,7 @@ def quality_bytes(run: RunSettings, data: DataInfo) -> int:
 
 def grid_sample_bytes(family: AnyFamily) -> int:
     """Bytes of the KV cache of a sample that is written token by token during training."""
-    if family.task != "continuation":
+    if family.task != "continuation" or not family.writes_text:
         return 0
     sets = 1 if family.caches_per == "block" else TASKS[family.task].steps
     return writing_bytes(

@@ -190,12 +190,14 @@ def trace_costs(settings: Settings, data: DataInfo, *, device: str, room_bytes: 
     if settings.run.micro_batch != "auto":
         counts.add(min(settings.run.micro_batch, settings.run.batch))
     fields = (settings.run.family, asdict(settings.family), trace.shapes_of(data), sorted(counts))
+    architecture = build_family(settings.run.family, fields[1], asdict(data), settings.run.method).architecture
     method, precision = METHODS[settings.run.method].form, precision_of(settings.run)
     return trace.trace_in_subprocess(
         *fields,
         method=method,
         precision=precision,
         device=torch.device(device).type,
+        architecture=architecture,
         cache=cache_folder(),
         room_bytes=room_bytes,
     )

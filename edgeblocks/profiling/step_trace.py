@@ -194,8 +194,22 @@ def _cpu_attention() -> Iterator[None]:
     """
     usual = F.scaled_dot_product_attention
 
-    def fused(*args: object, **kwargs: object) -> torch.Tensor:
-        found: torch.Tensor = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*args, **kwargs)[0]
+    def fused(
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        *args: object,
+        enable_gqa: bool = False,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        if enable_gqa:  # groups of heads that share keys and values: as if each had its own
+            key, value = (one.repeat_interleave(query.size(-3) // one.size(-3), -3) for one in (key, value))
+        mask = kwargs.get("attn_mask")
+        if mask is not None and mask.dtype == torch.bool:
+            kwargs["attn_mask"] = torch.zeros_like(mask, dtype=query.dtype).masked_fill_(mask, 1.0)
+        found: torch.Tensor = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            query, key, value, *args, **kwargs
+        )[0]
         return found
 
     F.scaled_dot_product_attention = fused

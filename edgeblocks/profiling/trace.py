@@ -79,6 +79,7 @@ def trace_in_subprocess(
     method: MethodName = "diffusion",
     precision: Precision = "fp32",
     device: str = "cpu",
+    architecture: str = "",
     cache: Path | None = None,
     room_bytes: int | None = None,
 ) -> Traced:
@@ -88,6 +89,7 @@ def trace_in_subprocess(
         settings, data: fields of the family's settings and data description, as JSON values.
         sample_counts: micro-batches to trace.
         device: the kind of device that the network will be on.
+        architecture: what of the network's shape is not in the settings, but in a file that they name.
         cache: a folder of former answers, one file a sample count, looked up and added to; None traces in any case.
         room_bytes: what the child may take beside the libraries' code; None does not bound it.
 
@@ -96,7 +98,7 @@ def trace_in_subprocess(
         EdgeblocksError: the family cannot be traced.
     """
     request: dict[str, Any] = {"family": family_name, "settings": settings, "data": data, "method": method}
-    request |= {"precision": precision, "device": device}
+    request |= {"precision": precision, "device": device, "architecture": architecture}
     request["own_family"] = own_family(family_name)
     kept = {count: cache / f"costs-{fingerprint([request, count])}.json" for count in sample_counts} if cache else {}
     answers = {count: answer for count, path in kept.items() if (answer := _known(path)) is not None}

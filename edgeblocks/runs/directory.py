@@ -60,6 +60,8 @@ SHARED_FOLDER = "shared"
 WINDOW_RATE_SHARE = 0.4
 """To which the learning rate falls in every window but the last. At zero, layers that are frozen have settled on what
 the short network needs: 0.02 to 0.035 nats worse in the end, on characters."""
+BEFORE_FILE = "before.json"
+"""What evaluation found of a pretrained network before it was trained."""
 OWN_FOLDERS = ("blocks", "blocks.arriving", "samples", SHARED_FOLDER)
 OWN_NAMES = (
     *(
@@ -72,6 +74,7 @@ OWN_NAMES = (
         "metrics.jsonl",
         "quality.jsonl",
         "growth.jsonl",
+        BEFORE_FILE,
     ),
     *("summary.json", TOKENIZER_FILE),
 )

@@ -17,6 +17,7 @@ from edgeblocks.files.tensor_file import READABLE, TensorFile
 from edgeblocks.files.untrusted import MalformedFileError, parse_json, shown
 from edgeblocks.methods import METHODS
 from edgeblocks.offload.sections import Section, blocks_of, network_of, stages_of, tensor_name
+from edgeblocks.pretrained.model_folder import ModelFolder
 from edgeblocks.runs.save_weights import CLASS_NAMES
 from edgeblocks.settings.fields import RunSettings
 
@@ -27,7 +28,7 @@ _NAMES_SHOWN = 8
 class InitialWeights:
     """A file whose tensors are those of a network, all but some parts that start from the seed."""
 
-    file: TensorFile
+    file: TensorFile | ModelFolder
     sha256: str
     fresh: frozenset[str]
     """Names of the tensors that are not taken from the file."""
@@ -74,11 +75,15 @@ def initial_weights_of(
             )
         return None
     one_network = METHODS[run.method].one_network
+
+    def name_of(block: int, name: str) -> str:
+        return family.name_in_file(tensor_name(block, name, layers, one_network=one_network))
+
     return open_initial_weights(
         Path(run.init).expanduser(),
         family,
         (stages_of if one_network else blocks_of)(layers),
-        partial(tensor_name, layers=tuple(layers), one_network=one_network),
+        name_of,
         fresh=[part.strip() for part in (run.init_fresh or "").split(",") if part.strip()],
         class_names=class_names,
     )
@@ -107,11 +112,11 @@ def open_initial_weights(
     shapes = _shapes(family, sections, name_of)
     left_out = _starting_fresh(shapes, fresh)
     try:
-        file = TensorFile(path)
+        file = ModelFolder(path) if path.is_dir() else TensorFile(path)
         wanted = {name: shape for name, shape in shapes.items() if name not in left_out}
         # Values last: looking at them reads the whole file, and a wrong shape is known from its table.
         problems = (
-            _differences(file, shapes, wanted)
+            _differences(file, shapes, wanted, unused=family.is_frozen)
             or _other_classes(
                 _class_names(file),
                 class_names,
@@ -180,7 +185,11 @@ def _parts(names: Iterable[str]) -> list[str]:
 
 
 def _differences(
-    file: TensorFile, shapes: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int, ...]]
+    file: TensorFile | ModelFolder,
+    shapes: Mapping[str, tuple[int, ...]],
+    wanted: Mapping[str, tuple[int, ...]],
+    *,
+    unused: Callable[[str], bool],
 ) -> list[str]:
     """In what a file differs from what is wanted of it; `shapes` are those of the whole network."""
     there = file.tensors
@@ -190,7 +199,7 @@ def _differences(
         methods = " or ".join(f"--method {one.name}" for one in METHODS.values() if one.one_network == is_whole)
         return [f"it has the names of {what}; use {methods}, or write the tensors under other names"]
     missing = [name for name in wanted if name not in there]
-    extra = [name for name in there if name not in shapes]
+    extra = [name for name in there if name not in shapes and not unused(name)]
     reshaped = [name for name, shape in wanted.items() if name in there and there[name].shape != shape]
     unreadable = [name for name in wanted if name in there and there[name].dtype not in READABLE]
     found = []
@@ -244,7 +253,7 @@ def _plain(name: str) -> str:
     return unicodedata.normalize("NFC", name)
 
 
-def _class_names(file: TensorFile) -> list[str] | None:
+def _class_names(file: TensorFile | ModelFolder) -> list[str] | None:
     """The names of the file's classes; None where it does not tell, as those of others and of an earlier edgeblocks."""
     try:
         names = parse_json(file.metadata.get(CLASS_NAMES, "null"))
@@ -262,7 +271,7 @@ def _by_class(family: Family, shapes: Callable[[Family], Mapping[str, tuple[int,
     return [name for name, shape in shapes(family).items() if more.get(name) != shape]
 
 
-def _values_that_are_no_numbers(file: TensorFile, wanted: Iterable[str]) -> list[str]:
+def _values_that_are_no_numbers(file: TensorFile | ModelFolder, wanted: Iterable[str]) -> list[str]:
     wrong = [name for name in wanted if not all(bool(piece.isfinite().all()) for _, piece in file.pieces(name))]
     if not wrong:
         return []

@@ -66,10 +66,10 @@ def write_weights(
     if out.suffix != ".safetensors":
         raise ConfigError(f"-o {out}: weights are written as safetensors; give a name that ends in .safetensors")
     check_new(out, overwrite=overwrite)
-    part = _part(last)
-    _check_memory(run, part, mem_budget)
+    part = part_of(last)
+    check_memory(run, part, mem_budget)
     blocks = read_weights(run, last=last)  # looks at the steps before anything is written
-    entries = [(block, entry) for block, layout in enumerate(run.store().layouts) for entry in layout.of_part(part)]
+    entries = [(block, entry) for block, layout in enumerate(run.store().layouts) for entry in layout.ofpart_of(part)]
     named = [(run.tensor_name(block, entry.name.removeprefix(f"{part}.")), entry) for block, entry in entries]
     table = table_of((name, torch.float32, entry.shape) for name, entry in named)
     names = json.dumps(run.class_names)
@@ -84,11 +84,12 @@ def write_weights(
     return {"path": str(out), "tensors": len(entries), "bytes": num_bytes, "part": part}
 
 
-def _part(last: bool) -> NetworkPart:
+def part_of(last: bool) -> NetworkPart:
+    """Of a block: its weights as the last step left them, or their average."""
     return "weights" if last else "ema"
 
 
-def _check_memory(run: RunDirectory, part: NetworkPart, mem_budget: str | None) -> None:
+def check_memory(run: RunDirectory, part: NetworkPart, mem_budget: str | None) -> None:
     """Refuse to begin where one block beside what the process holds is more than it may take."""
     block_bytes = largest_of(run.store().layouts, (part,)).part_span(part)[1]
     needed_bytes = build_target("cpu").used_bytes() + block_bytes + BESIDE_A_BLOCK_BYTES
@@ -96,7 +97,8 @@ def _check_memory(run: RunDirectory, part: NetworkPart, mem_budget: str | None) 
     check_needed(mem_budget, needed_bytes, f"writing the weights of {run.path}", why)
 
 
-def _check_finite(run: RunDirectory, block: int, buffer: BlockBuffer, part: NetworkPart) -> None:
+def check_finite(run: RunDirectory, block: int, buffer: BlockBuffer, part: NetworkPart) -> None:
+    """Raises RunError where a block holds values that are no numbers."""
     broken = [(name, _num_broken(tensor), tensor.numel()) for name, tensor in buffer.tensors(part)]
     count, total = sum(count for _, count, _ in broken), sum(size for _, _, size in broken)
     if not count:
@@ -132,7 +134,7 @@ def _pieces(
 ) -> Iterator[bytes | memoryview]:
     yield header
     for block, buffer in enumerate(blocks):
-        _check_finite(run, block, buffer, part)
+        check_finite(run, block, buffer, part)
         for piece in _float32_pieces(buffer.flat(part)):
             yield memoryview(piece).cast("B")  # type: ignore[arg-type]  # numpy's stubs: see `bytes_of`
 
@@ -149,7 +151,7 @@ def read_weights(run: RunDirectory, *, last: bool) -> Iterator[BlockBuffer]:
     store = run.store()
     if run.method.trained_together:
         check_whole(run, store)
-    return _blocks(run, store, store.buffer((_part(last),)))
+    return _blocks(run, store, store.buffer((part_of(last),)))
 
 
 def _blocks(run: RunDirectory, store: BlockStore, buffer: BlockBuffer) -> Iterator[BlockBuffer]:

@@ -74,6 +74,8 @@ class Metrics(Diverging):
 
     train_loss_by_block: list[Measured] = Field(default_factory=list)
     validation_loss: float
+    validation_loss_before: float | None = None
+    """Of a pretrained network, before it was trained here."""
     validation_loss_by_block: list[Measured] = Field(default_factory=list)
     validation: Validation = Validation()
     text: TextScores | None = None

@@ -429,7 +429,10 @@ class Settings:
             )
             if text is not None and text not in known and not text.startswith(PYTHON_DATA)
         }
-        return replace(self, run=self.run.model_copy(update=whole))
+        family = self.family
+        if getattr(family, "model", ""):  # of a pretrained network
+            family = replace(family, model=_whole_path("model", family.model))
+        return replace(self, run=self.run.model_copy(update=whole), family=family)
 
     def to_yaml(self) -> str:
         """Flat YAML that `resolve_settings` reads back to the same settings."""

@@ -18,7 +18,7 @@ from edgeblocks.inference.quality import run_quality
 from edgeblocks.inference.sampling import always, runner_of, sample_images, sample_texts
 from edgeblocks.profiling.looks import expected_looks, pass_seconds
 from edgeblocks.progress import Listener
-from edgeblocks.runs.directory import RunDirectory, write_text
+from edgeblocks.runs.directory import BEFORE_FILE, RunDirectory, write_text
 from edgeblocks.tasks import GRID_TOKENS, TASKS, TEXT_TASKS
 from edgeblocks.training.growth import Growth
 from edgeblocks.training.interruption import Interrupted, Interruption
@@ -157,20 +157,16 @@ class Previews:
             residents=self._residents if self._residents >= len(self._run.layers) else 1,
         )
 
-    def evaluation(self, listener: Listener) -> metrics.ValidationLoss:
-        def on_level(done: int, total: int) -> None:
-            listener.advance(done, total, "evaluating")
-            self._stop_if_interrupted(done)
+    def before_training(self, listener: Listener) -> None:
+        """Evaluate a pretrained network as it is, once."""
+        if self._run.family().only_exact and not (self._run.path / BEFORE_FILE).exists():
+            listener.stage("evaluating the model as it is")
+            self._run.write_json(BEFORE_FILE, dict(self._timed(lambda: self._evaluated(listener))))
 
+    def evaluation(self, listener: Listener) -> metrics.ValidationLoss:
+        """At the end."""
         started = time.perf_counter()
-        found = metrics.validation_loss(
-            self._run.family(),
-            self._runner(),
-            self._data_set,
-            seed=self._run.settings.run.seed,
-            most_examples=TASKS[self._task].loss_examples,
-            on_level=on_level,
-        )
+        found = self._evaluated(listener)
         self.evaluation_s = time.perf_counter() - started
         self._tell(
             Evaluated(
@@ -182,6 +178,20 @@ class Previews:
             )
         )
         return found
+
+    def _evaluated(self, listener: Listener) -> metrics.ValidationLoss:
+        def on_level(done: int, total: int) -> None:
+            listener.advance(done, total, "evaluating")
+            self._stop_if_interrupted(done)
+
+        return metrics.validation_loss(
+            self._run.family(),
+            self._runner(),
+            self._data_set,
+            seed=self._run.settings.run.seed,
+            most_examples=TASKS[self._task].loss_examples,
+            on_level=on_level,
+        )
 
     def _stop_if_interrupted(self, _done: int, _total: int | None = None) -> None:
         if self._interruption.signal_name is not None:

@@ -7,12 +7,14 @@ from edgeblocks.errors import ConfigError, RunError
 from edgeblocks.offload.checkpoint import NextBlocks
 from edgeblocks.offload.device import Target
 from edgeblocks.prepare import replan
+from edgeblocks.pretrained.model_folder import model_folder
 from edgeblocks.profiling.budgets import budget_of_this_process
 from edgeblocks.progress import Listener
 from edgeblocks.registry import build_target
 from edgeblocks.runs.create import changed_environment, create_blocks
 from edgeblocks.runs.directory import RunDirectory, remove_leftovers
 from edgeblocks.runs.load_weights import InitialWeights, initial_weights_of
+from edgeblocks.runs.merging import check_same_model
 from edgeblocks.runs.open_data import open_run_data
 from edgeblocks.runs.prolonging import check_prolonging, prolong
 from edgeblocks.runs.written_plan import written_plan
@@ -63,6 +65,8 @@ def made_ready(
             f"the data of {run.path} have changed: {data_set.source} is not what the run was trained on; put the "
             f"former data back, name their new place with --data, or start a new run with --out"
         )
+    if run.family().only_exact:
+        check_same_model(run, model_folder(run.settings.family.model))
     run = _replanned_if_needed(run, data_set, other_budget or is_prolonged, target, listener)
     _reinitialise(run, reinit_blocks, listener)
     saved = run.saved_steps(run.store())

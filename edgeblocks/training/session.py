@@ -91,6 +91,7 @@ def _trained_as_it_is(
             cap = target.capped(budget_bytes, untouched_bytes=untouched_bytes(run.precision))
             with cap, Interruption(listener.note).listening() as interruption:
                 previews = Previews(run, data_set, trainer, interruption, told.tell)
+                previews.before_training(listener)
                 listener.stage("training")
                 # Those that a crash prevented are due now; of a new run none is.
                 steps = trainer.saved_steps()

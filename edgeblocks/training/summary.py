@@ -6,7 +6,8 @@ from edgeblocks.data.dataset import DataSet
 from edgeblocks.families.base import TextInfo
 from edgeblocks.inference import metrics
 from edgeblocks.offload.device import Target
-from edgeblocks.runs.directory import RunDirectory
+from edgeblocks.runs.directory import BEFORE_FILE, RunDirectory
+from edgeblocks.runs.schema import read_json
 from edgeblocks.runs.summary import MemoryChange, Metrics, Summary, TextScores, Validation
 from edgeblocks.tasks import TEXT_TASKS
 from edgeblocks.training.loop import Trainer
@@ -45,7 +46,7 @@ def summary_of(
     per_example = run.data.length if isinstance(run.data, TextInfo) else 1
     return Summary(
         family=run.settings.run.family,
-        makes=run.family().task,
+        makes=run.family().task if run.family().writes_text else "model",
         method=run.settings.run.method,
         blocks=len(run.file_layers),
         layers_per_block=list(run.file_layers),
@@ -70,6 +71,7 @@ def summary_of(
         metrics=Metrics(
             train_loss_by_block=[progress.losses.get(block) for block in range(len(run.file_layers))],
             validation_loss=evaluation["total"],
+            validation_loss_before=_loss_before(run),
             validation_loss_by_block=metrics.mean_by_block(evaluation["levels"], run.partition),
             validation=Validation.model_validate(evaluation),
             **_text_metrics(run, evaluation, data_set),
@@ -77,6 +79,15 @@ def summary_of(
         init=run.init,
         resumed_from=resumed_from,
     )
+
+
+def _loss_before(run: RunDirectory) -> float | None:
+    """Of a pretrained network."""
+    path = run.path / BEFORE_FILE
+    if not path.exists():
+        return None
+    total = read_json(path).get("total")
+    return float(total) if isinstance(total, float) else None
 
 
 def _text_metrics(run: RunDirectory, evaluation: metrics.ValidationLoss, data_set: DataSet) -> dict[str, TextScores]:

@@ -59,9 +59,14 @@ def _disk(folder, *, probe_bytes, limit_s, num_syncs=0) -> DiskSpeed:
 
 def _kept(request: dict[str, Any], samples: int) -> Path:
     """Where an answer lies for all processes of this session; one for all depths, which change the number alone."""
-    shape = {**request, "settings": {**request["settings"], "depth": DEPTH}, "sample_counts": samples}
+    shape = {**request, "settings": _as_deep(request["settings"]), "sample_counts": samples}
     name = hashlib.sha256(json.dumps(shape, sort_keys=True).encode()).hexdigest()
     return Path(os.environ["EDGEBLOCKS_CACHE"]) / f"traced-{name}"
+
+
+def _as_deep(settings: dict[str, Any]) -> dict[str, Any]:
+    """A model's folder says itself how many layers it has."""
+    return {**settings, "depth": DEPTH} if "depth" in settings else settings
 
 
 def _costs(request: dict[str, Any]) -> dict[str, Any]:
@@ -73,7 +78,7 @@ def _costs(request: dict[str, Any]) -> dict[str, Any]:
     counts = sorted({wanted[0], wanted[-1]})
     missing = [samples for samples in counts if not _kept(request, samples).exists()]
     if missing:
-        settings = {**request["settings"], "depth": DEPTH}
+        settings = _as_deep(request["settings"])
         family = build_family(request["family"], settings, request["data"], request["method"])
         traced = asdict(trace.trace(family, missing, precision=request["precision"], device=request["device"]))
         for number, samples in enumerate(missing):
@@ -81,7 +86,7 @@ def _costs(request: dict[str, Any]) -> dict[str, Any]:
             _keep(_kept(request, samples), json.dumps(one).encode())
     low, high = (json.loads(_kept(request, samples).read_bytes()) for samples in (counts[0], counts[-1]))
     kinds = {kind: [_between(low[kind], high[kind], samples) for samples in wanted] for kind in KINDS}
-    return {**low, **kinds, "num_layers": request["settings"]["depth"]}
+    return {**low, **kinds, "num_layers": request["settings"].get("depth", low["num_layers"])}
 
 
 def _between(low: dict[str, Any], high: dict[str, Any], samples: int) -> dict[str, Any]:

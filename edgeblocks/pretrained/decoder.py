@@ -1,0 +1,300 @@
+"""hf: a pretrained decoder of Hugging Face's transformers, trained end to end stage by stage.
+
+Layers are the library's own modules (`shell`), and are what is trained. The table of tokens, the head and the final
+norm stay as they are. Both tables stay in the model's files: rows of the tokens at hand are read, and the head is
+multiplied with a slice at a time. A window of tokens is one example; each token but the first is predicted from those
+before it.
+"""
+
+import json
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from pydantic import Field
+from torch import Tensor, nn
+
+from edgeblocks.data.dataset import DataSet
+from edgeblocks.data.text import TextSet
+from edgeblocks.diffusion.autoregression import CachesPer
+from edgeblocks.diffusion.noise import NoiseDistribution, NoisePartition, NoiseRange
+from edgeblocks.errors import ConfigError
+from edgeblocks.families.base import Batch, BatchSpec, ConditionSpec, Level, TextFamily, TextInfo
+from edgeblocks.families.block import Block
+from edgeblocks.families.family import EndToEnd
+from edgeblocks.families.layers import run_layers
+from edgeblocks.families.settings import FamilySettings
+from edgeblocks.pretrained.gate import check_architecture
+from edgeblocks.pretrained.model_folder import model_folder
+from edgeblocks.pretrained.shell import Shell, UnsupportedModelError, shell_of
+
+LOGITS_BYTES = 24 * 2**20
+"""Of the logits that exist at a time, float32."""
+_NOISE = NoiseDistribution(sigma_min=0.1, sigma_max=10.0, p_mean=0.0, p_std=1.2)
+"""Nothing is noised: one level stands for all."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecoderSettings(FamilySettings):
+    """Where the model is."""
+
+    model: Annotated[
+        str, Field(max_length=4096, description="folder of the model: config.json, .safetensors files, tokenizer.json")
+    ] = ""
+
+    @property
+    def depth(self) -> int:
+        """Layers of the model; 1 where none is named."""
+        if not self.model:
+            return 1
+        config = model_folder(self.model).config
+        told = config.get("num_hidden_layers") or (config.get("text_config") or {}).get("num_hidden_layers")
+        if told is None:
+            told = config.get("n_layer") or config.get("num_layers")
+        if not isinstance(told, int) or told < 1:
+            raise ConfigError(f"{self.model}: its config.json does not say how many layers it has")
+        return told
+
+
+class DecoderLayer(nn.Module):
+    """A layer of the library, called with what the model's own forward pass calls it with."""
+
+    def __init__(self, model: str, number: int) -> None:
+        super().__init__()
+        shell = shell_of(model, "meta")
+        # The trace of costs asks for three layers, whatever the model has.
+        self.model, self.number = model, min(number, len(shell.layers) - 1)
+        self.hf = shell.layer(self.number)
+
+    def forward(self, hidden: Tensor, condition: Tensor) -> Tensor:
+        """What the layer makes of the hidden values; there is no condition."""
+        args, kwargs = shell_of(self.model, hidden.device.type).calls(hidden)[self.number]
+        out = self.hf(hidden, *args, **kwargs)
+        found: Tensor = out[0] if isinstance(out, tuple) else out
+        return found
+
+
+class DecoderBlock(Block):
+    """Some layers of a model."""
+
+    def __init__(self, *, model: str, num_layers: int, checkpointing: bool) -> None:
+        super().__init__()
+        self.model, self.checkpointing = model, checkpointing
+        self.layers = nn.ModuleList(DecoderLayer(model, number) for number in range(num_layers))
+
+    def init_(self, generator: torch.Generator) -> None:
+        """Weights are those of the files; these are for a network whose speed is measured."""
+        with torch.no_grad():
+            for parameter in self.parameters():
+                nn.init.normal_(parameter, std=0.02, generator=generator)
+
+    def begin_at(self, layer: int) -> None:
+        """The layers are those from this one on: what a model calls them with may differ."""
+        count = len(self.layers)
+        self.layers = nn.ModuleList(DecoderLayer(self.model, number) for number in range(layer, layer + count))
+
+    def reset_tables_(self) -> None:
+        """Make the fixed tables inside layers, which are not stored, on torch's default device."""
+        shell = shell_of(self.model, torch.get_default_device().type)
+        for layer in self.layers:
+            assert isinstance(layer, DecoderLayer)
+            shell.restore_tables_(layer.hf, layer.number)
+
+
+class Decoder(TextFamily, EndToEnd):
+    """The family: what a training step needs of a model and a text."""
+
+    name = "hf"
+    task: Literal["continuation"] = "continuation"
+    preferred_blocks = 1
+    settings_type: type = DecoderSettings
+    settings: DecoderSettings
+    caches_per: CachesPer = "block"
+    chain_steps = 1
+    sigma_data = 1.0
+    noise = _NOISE
+    code_width = 8
+    heads = head_width = 1
+    writes_text = False
+    only_exact = True
+
+    def __init__(self, settings: DecoderSettings, data: TextInfo) -> None:
+        """
+        Raises:
+            ConfigError: with everything that is impossible.
+        """
+        super().__init__(settings, data)
+        if not settings.model:
+            raise ConfigError("the family hf fine-tunes a model: name its folder with edgeblocks finetune FOLDER")
+        vocabulary = self.shell("meta").embedding_table.shape[0]
+        if data.vocabulary > vocabulary:
+            raise ConfigError(
+                f"the tokenizer has {data.vocabulary:,} tokens, and the model in {settings.model} knows "
+                f"{vocabulary:,}: it is another model's; use the tokenizer.json of the model's folder"
+            )
+
+    def shell(self, device: str) -> Shell:
+        """The model around its layers.
+
+        Raises:
+            ConfigError: it cannot be trained layer by layer.
+        """
+        try:
+            return shell_of(self.settings.model, device)
+        except UnsupportedModelError as error:
+            raise ConfigError(_refused(self.settings.model, str(error))) from error
+
+    @classmethod
+    def data_info(cls, data: DataSet) -> TextInfo:
+        """What the network must know of a text."""
+        assert isinstance(data, TextSet)
+        return TextInfo(vocabulary=data.vocabulary, length=data.length)
+
+    @property
+    def state_shape(self) -> tuple[int, ...]:
+        """Nothing is noised."""
+        return (0,)
+
+    @property
+    def condition_spec(self) -> ConditionSpec:
+        """The tokens."""
+        return "tokens", (self.data.length,), torch.int64
+
+    @property
+    def architecture(self) -> str:
+        """The model's config.json, as one text."""
+        return json.dumps(model_folder(self.settings.model).config, sort_keys=True)
+
+    def check_network(self) -> None:
+        """Compare a small network of this architecture, layer by layer, with the library's own forward pass.
+
+        Raises:
+            ConfigError: they differ.
+        """
+        check_architecture(self.settings.model)
+
+    def num_caches(self, num_layers: int) -> int:
+        """Text is not written here."""
+        return 0
+
+    def name_in_file(self, name: str) -> str:
+        """What a parameter of the whole network is called in the model's files.
+
+        >>> Decoder.__new__(Decoder)._named("model.layers", "layers.3.hf.mlp.up_proj.weight")
+        'model.layers.3.mlp.up_proj.weight'
+        """
+        return self._named(self.shell("meta").layers_name, name)
+
+    def _named(self, layers: str, name: str) -> str:
+        _, number, _, own = name.split(".", 3)
+        return f"{layers}.{number}.{own}"
+
+    def is_frozen(self, name: str) -> bool:
+        """Whether a tensor of the model's files is used as it is."""
+        return name in self.shell("meta").frozen_names
+
+    def block(self, *, num_layers: int, checkpointing: bool) -> DecoderBlock:
+        """Some layers, without weights."""
+        self.shell("meta")  # refuses models in words
+        return DecoderBlock(model=self.settings.model, num_layers=num_layers, checkpointing=checkpointing)
+
+    def batch_spec(self, batch: int) -> BatchSpec:
+        """Shape and dtype of each tensor that `draw` gives."""
+        return {"tokens": ((batch, self.data.length), torch.int64)}
+
+    def draw(
+        self, tokens: np.ndarray, labels: np.ndarray | None, noise_range: NoiseRange, generator: torch.Generator
+    ) -> Batch:
+        """One training step's batch."""
+        return {"tokens": torch.from_numpy(tokens)}
+
+    def at_level(
+        self, tokens: np.ndarray, labels: np.ndarray | None, level: Level, generator: torch.Generator
+    ) -> Batch:
+        """A batch for evaluation."""
+        return {"tokens": torch.from_numpy(tokens)}
+
+    def evaluation_levels(self, partition: NoisePartition) -> tuple[Level, ...]:
+        """One, as nothing is noised."""
+        return (Level.at(_NOISE.sigma_max),)
+
+    def with_iterations(self, batch: Batch, count: int) -> Batch:
+        """The batch: layers are run once."""
+        return batch
+
+    def inputs(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Nothing noised, and the tokens."""
+        return batch["tokens"].new_zeros(len(batch["tokens"]), 0), batch["tokens"]
+
+    def enter(self, block: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Hidden values of the tokens, and an empty conditioning."""
+        tokens = batch["tokens"]
+        hidden = self.shell(tokens.device.type).enter(tokens)
+        # With a gradient, without which the first layer would not be checkpointed.
+        return hidden.requires_grad_(torch.is_grad_enabled()), hidden.new_zeros(len(tokens), 1)
+
+    def loss_after(self, block: nn.Module, hidden: Tensor, condition: Tensor, batch: Batch) -> Float[Tensor, " batch"]:
+        """Mean cross-entropy of each window's tokens but the first, in nats."""
+        return self._losses(hidden, batch)[0].mean(1)
+
+    def loss(self, block: nn.Module, batch: Batch) -> Float[Tensor, " batch"]:
+        """The same, from the tokens on."""
+        return self.loss_after(block, *self._through(block, batch), batch)
+
+    def scores(self, block: nn.Module, batch: Batch) -> dict[str, Float[Tensor, " batch"]]:
+        """The loss, and the share of tokens that the likeliest answers get right."""
+        losses, right = self._losses(self._through(block, batch)[0], batch)
+        return {"loss": losses.mean(1), "accuracy": right.float().mean(1)}
+
+    def _through(self, block: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+        assert isinstance(block, DecoderBlock)
+        hidden, nothing = self.enter(block, batch)
+        return run_layers(block.layers, hidden, nothing, checkpointing=block.checkpointing), nothing
+
+    def _losses(self, hidden: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Of each token but the first, [batch, length - 1]; and whether the likeliest answer is right."""
+        tokens = batch["tokens"]
+        shell = self.shell(tokens.device.type)
+        states, answers = hidden[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()
+        losses, right = _ChunkedLoss.apply(states, answers, shell)  # type: ignore[no-untyped-call]
+        return losses.view(len(tokens), -1), right.view(len(tokens), -1)
+
+
+class _ChunkedLoss(torch.autograd.Function):
+    """Cross-entropy of answers without the logits of all: those of some rows exist at a time, forward and backward."""
+
+    @staticmethod
+    def forward(ctx: Any, states: Tensor, answers: Tensor, shell: Shell) -> tuple[Tensor, Tensor]:
+        vocabulary = shell.head_table.shape[0]
+        wanted, size = ctx.needs_input_grad[0], max(1, LOGITS_BYTES // (4 * vocabulary))
+        losses = torch.empty(len(states), device=states.device)
+        right = torch.empty(len(states), dtype=torch.bool, device=states.device)
+        gradient = torch.empty_like(states) if wanted else None
+        for start in range(0, len(states), size):
+            rows = slice(start, start + size)
+            with torch.set_grad_enabled(wanted):
+                part = states[rows].detach().requires_grad_(wanted)
+                logits = shell.leave(part.unsqueeze(0))[0]
+                found = F.cross_entropy(logits, answers[rows], reduction="none")
+                if gradient is not None:
+                    (gradient[rows],) = torch.autograd.grad(found.sum(), part)
+            losses[rows], right[rows] = found.detach(), logits.detach().argmax(-1) == answers[rows]
+            del logits, found, part
+        ctx.save_for_backward(gradient)
+        ctx.mark_non_differentiable(right)
+        return losses, right
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient,) = ctx.saved_tensors
+        return gradient * grad_outputs[0].unsqueeze(1).to(gradient.dtype), None, None
+
+
+def _refused(model: str, why: str) -> str:
+    return (
+        f"{model}: this architecture cannot be trained layer by layer: {why}. Decoders such as llama, qwen2, qwen3, "
+        f"mistral, gemma3, phi3, smollm3, granite and olmo2 can"
+    )

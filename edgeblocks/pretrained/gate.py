@@ -1,0 +1,185 @@
+"""Whether a model can be trained layer by layer: measured, not taken from a list.
+
+A network of the model's own architecture, small and with random weights, is saved as the library saves it, read back,
+and run twice: by the library, whole, and layer by layer. Hidden values and the gradients of all weights must be equal
+bit for bit. What the shell cannot know of an architecture shows here: tables that are not restored, layers that talk to
+each other beside the hidden values, files whose names are not those of the modules.
+"""
+
+import functools
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from edgeblocks.errors import ConfigError
+from edgeblocks.pretrained.model_folder import CONFIG, ModelFolder, model_folder
+from edgeblocks.pretrained.shell import Shell, UnsupportedModelError, without_dropout
+
+_TOKENS = 256
+_LAYERS = 4
+_HEAD_WIDTH = 16
+_CLOSE = 1e-4
+"""Relative, of logits: the head is multiplied a slice at a time, which adds up in another order."""
+
+
+def check_architecture(model: str) -> None:
+    """Compare.
+
+    Raises:
+        ConfigError: the two differ, or nothing small can be built of this architecture.
+    """
+    config = model_folder(model).config
+    why = _why_not(json.dumps(config, sort_keys=True))
+    if why is not None:
+        raise ConfigError(
+            f"{model}: a model of the type {config['model_type']} cannot be trained layer by layer: {why}. Decoders "
+            f"such as llama, qwen2, qwen3, mistral, gemma3, phi3, smollm3, granite and olmo2 can"
+        )
+
+
+@functools.lru_cache(maxsize=8)
+def _why_not(config: str) -> str | None:
+    """What is wrong; None where the two are equal."""
+    with tempfile.TemporaryDirectory(prefix="edgeblocks-gate-") as name:
+        folder = Path(name)
+        state = torch.get_rng_state()
+        try:
+            whole = _small_network(json.loads(config), folder)
+            return _difference(whole, folder)
+        except (UnsupportedModelError, ConfigError) as error:
+            return str(error).removeprefix(f"{folder}: ")
+        except Exception as error:
+            return f"a small one could not be run ({type(error).__name__}: {str(error).strip()[:200]})"
+        finally:
+            torch.set_rng_state(state)
+
+
+def _small_network(config: dict[str, Any], folder: Path) -> Any:
+    """The architecture with few small layers, saved into a folder."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    (folder / CONFIG).write_text(json.dumps(shrunk(config)))
+    small = without_dropout(AutoConfig.from_pretrained(folder, local_files_only=True))
+    torch.manual_seed(0)
+    problems = []
+    for attention in ("sdpa", "eager"):
+        try:
+            network = AutoModelForCausalLM.from_config(small, attn_implementation=attention).float().train()
+        except (ValueError, ImportError) as error:
+            problems.append(error)
+            continue
+        with torch.no_grad():
+            for parameter in network.parameters():
+                if parameter.ndim == 1:  # norms begin as ones, which would hide one that is left out
+                    parameter.add_(torch.randn_like(parameter), alpha=0.05)
+        network.save_pretrained(folder)
+        return network
+    raise problems[0]
+
+
+def shrunk(config: dict[str, Any]) -> dict[str, Any]:
+    """A config of the same architecture: few layers and heads, little width, few tokens and experts.
+
+    >>> shrunk({"hidden_size": 4096, "num_attention_heads": 32, "num_key_value_heads": 8, "num_hidden_layers": 32})
+    {'hidden_size': 64, 'num_attention_heads': 4, 'num_key_value_heads': 2, 'num_hidden_layers': 4}
+    """
+    heads = config.get("num_attention_heads") or config.get("n_head") or 4
+    groups = config.get("num_key_value_heads")
+    ratio = 1 if not groups else max(1, min(2, heads // groups))
+    few_groups = min(groups or 4, 4 if ratio == 1 else 2)
+    width = _HEAD_WIDTH * ratio * few_groups
+    changed: dict[str, Any] = {
+        "num_hidden_layers": min(config.get("num_hidden_layers") or _LAYERS, _LAYERS),
+        "n_layer": min(config.get("n_layer") or _LAYERS, _LAYERS),
+        "hidden_size": width,
+        "n_embd": width,
+        "word_embed_proj_dim": width,
+        "intermediate_size": 2 * width,
+        "ffn_dim": 2 * width,
+        "num_attention_heads": ratio * few_groups,
+        "n_head": ratio * few_groups,
+        "num_key_value_heads": few_groups,
+        "head_dim": _HEAD_WIDTH,
+        "vocab_size": _TOKENS,
+        "max_position_embeddings": 128,
+        "n_positions": 128,
+        "num_local_experts": 4,
+        "num_experts": 4,
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+        "sliding_window": 8,
+    }
+    small = {key: changed.get(key, value) if value is not None else None for key, value in config.items()}
+    for key in ("pad_token_id", "bos_token_id", "eos_token_id"):
+        if isinstance(small.get(key), int):
+            small[key] = min(small[key], 2)
+        elif key in small:
+            small[key] = None
+    layers = small.get("num_hidden_layers", _LAYERS)
+    if isinstance(small.get("layer_types"), list):
+        kinds = small["layer_types"]
+        # Each kind of layer that there is, in their order.
+        chosen = [kind for number, kind in enumerate(kinds) if kind not in kinds[:number]]
+        small["layer_types"] = (chosen + [kinds[0]] * layers)[:layers]
+    for key, value in config.items():
+        if key != "layer_types" and isinstance(value, list) and len(value) == config.get("num_hidden_layers"):
+            small[key] = value[:layers]
+    return small
+
+
+def _stored_buffers(layer: nn.Module) -> list[tuple[str, Tensor]]:
+    """Those that files have."""
+    return [(name, tensor) for name, tensor in layer.named_buffers() if name in layer.state_dict()]
+
+
+def _difference(whole: Any, path: Path) -> str | None:
+    """In what the library's whole network and the layers one by one differ; None where they do not."""
+    folder = ModelFolder(path)
+    shell = Shell(folder, torch.device("cpu"))
+    names = {f"{shell.layers_name}.{number}.{name}": parameter for number, layer in enumerate(shell.layers)
+             for name, parameter in layer.named_parameters()}  # fmt: skip
+    names |= {f"{shell.layers_name}.{number}.{name}": buffer for number, layer in enumerate(shell.layers)
+              for name, buffer in _stored_buffers(layer)}  # fmt: skip
+    missing = sorted(name for name in names if name not in folder.tensors)
+    if missing:
+        return f"its files have other names than its modules (there is no {missing[0]})"
+    layers = [shell.layer(number) for number in range(len(shell.layers))]
+    for number, layer in enumerate(layers):
+        for name, parameter in list(layer.named_parameters()):
+            value = torch.empty(parameter.shape)
+            folder.read_(f"{shell.layers_name}.{number}.{name}", value)
+            owner, _, leaf = name.rpartition(".")
+            layer.get_submodule(owner)._parameters[leaf] = nn.Parameter(value)
+        shell.restore_tables_(layer, number)
+    tokens = torch.randint(3, _TOKENS, (2, 24), generator=torch.Generator().manual_seed(1))
+    hidden = shell.enter(tokens)
+    for layer, (args, kwargs) in zip(layers, shell.calls(hidden), strict=True):
+        out = layer(hidden, *args, **kwargs)
+        hidden = out[0] if isinstance(out, tuple) else out
+    last: list[Tensor] = []
+    end = dict(whole.named_modules())[shell.layers_name][len(layers) - 1]
+    hook = end.register_forward_hook(lambda _, __, out: last.append(out[0] if isinstance(out, tuple) else out))
+    logits = whole(input_ids=tokens, use_cache=False).logits
+    hook.remove()
+    if not torch.equal(hidden, last[0]):
+        return f"its hidden values are others, by up to {(hidden - last[0]).abs().max():.2g}"
+    weights = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(2))
+    for one in (hidden, last[0]):
+        (one * weights).sum().backward(retain_graph=True)
+    theirs = dict(whole.named_parameters())
+    for number, layer in enumerate(layers):
+        for name, parameter in layer.named_parameters():
+            expected = theirs[f"{shell.layers_name}.{number}.{name}"].grad
+            if (parameter.grad is None) != (expected is None):
+                return f"{name} of layer {number} has a gradient in one of them alone"
+            if expected is not None and not torch.equal(parameter.grad, expected):
+                return f"the gradient of {name} of layer {number} is another one"
+    found, logits = shell.leave(hidden.detach()), logits.detach().float()
+    if not torch.allclose(found, logits, rtol=_CLOSE, atol=_CLOSE * float(logits.abs().max())):
+        return f"its logits are others, by up to {(found - logits).abs().max():.2g}"
+    return None

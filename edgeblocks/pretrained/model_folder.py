@@ -1,0 +1,203 @@
+"""A model's folder as Hugging Face's libraries write it: config.json, safetensors files, tokenizer.json.
+
+Anyone may have written it: nothing of it is executed, tables are checked before use, and tensors are read in pieces.
+"""
+
+import functools
+import hashlib
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from edgeblocks.errors import ConfigError
+from edgeblocks.files.tensor_file import READABLE, StoredTensor, TensorFile
+from edgeblocks.files.untrusted import MalformedFileError, open_regular, parse_json, shown
+from edgeblocks.terminal import quoted
+
+CONFIG, TOKENIZER, INDEX, SINGLE = "config.json", "tokenizer.json", "model.safetensors.index.json", "model.safetensors"
+_MOST_CONFIG_BYTES = 2**24
+_QUANTIZED = "it is quantized ({kind}), which training cannot begin with; take the folder that it was made of"
+
+
+class ModelFolder:
+    """Config and tensors of a folder. Like a `TensorFile` of all its files: tensors by name, read as float32."""
+
+    def __init__(self, path: Path) -> None:
+        """
+        Raises:
+            ConfigError: it is no such folder, or nothing that can be trained.
+        """
+        self.path = path
+        self.config = _config(path)
+        kind = _quantization(self.config)
+        if kind is not None:
+            raise ConfigError(f"{path}: {_QUANTIZED.format(kind=kind)}")
+        self.files = [_opened(path / name) for name in _shards(path)]
+        self._file_of = {name: file for file in self.files for name in file.tensors}
+        unreadable = sorted({one.dtype for one in self.tensors.values()} - READABLE.keys())
+        if unreadable:
+            raise ConfigError(f"{path}: {_QUANTIZED.format(kind=f'tensors of {shown(unreadable[0])}')}")
+
+    @property
+    def tensors(self) -> dict[str, StoredTensor]:
+        """All tensors by their names."""
+        return {name: file.tensors[name] for name, file in self._file_of.items()}
+
+    @property
+    def num_bytes(self) -> int:
+        """Of all files with tensors."""
+        return sum(file.num_bytes for file in self.files)
+
+    @property
+    def metadata(self) -> Mapping[str, str]:
+        """Texts beside the tensors: none that concern a training."""
+        return {}
+
+    def file_of(self, name: str) -> TensorFile:
+        """The file that has a tensor."""
+        return self._file_of[name]
+
+    def pieces(self, name: str) -> Iterator[tuple[int, Tensor]]:
+        """As `TensorFile.pieces`."""
+        return self._file_of[name].pieces(name)
+
+    def read_(self, name: str, values: Tensor) -> None:
+        """As `TensorFile.read_`."""
+        self._file_of[name].read_(name, values)
+
+    def sha256(self) -> str:
+        """Of the files' names and contents.
+
+        Raises:
+            OSError: one cannot be read.
+        """
+        together = hashlib.sha256()
+        for file in self.files:
+            together.update(f"{file.path.name} {file.sha256()}\n".encode())
+        return together.hexdigest()
+
+
+class FileTable:
+    """A matrix that stays in its file: some rows of it at a time are read, as float32."""
+
+    def __init__(self, file: TensorFile, name: str) -> None:
+        self._path, self._stored = file.path, file.tensors[name]
+        self.dtype = READABLE[self._stored.dtype]
+        self.shape = self._stored.shape
+        self._row_bytes = self.shape[1] * self.dtype.itemsize
+        self._read_buffer = bytearray()
+
+    def rows(self, ids: Tensor) -> Tensor:
+        """Rows by their numbers [n]: float32 [n, width] on their device."""
+        if ids.is_meta:
+            return torch.empty(len(ids), self.shape[1], device="meta")
+        found = torch.empty(len(ids), self.shape[1], dtype=self.dtype)
+        with open_regular(self._path) as file:
+            for row, number in enumerate(ids.tolist()):
+                file.seek(self._stored.start + number * self._row_bytes)
+                file.readinto(memoryview(found[row].view(torch.uint8).numpy()))  # type: ignore[arg-type]
+        return found.to(ids.device, torch.float32)
+
+    def slices(self, device: torch.device, *, most_bytes: int) -> Iterator[tuple[slice, Tensor]]:
+        """All rows, some at a time, float32 of at most `most_bytes`: each overwrites the former."""
+        count = max(1, most_bytes // (4 * self.shape[1]))
+        held = torch.empty(min(count, self.shape[0]), self.shape[1], device=device)
+        if device.type != "meta" and len(self._read_buffer) < len(held) * self._row_bytes:
+            self._read_buffer = bytearray(len(held) * self._row_bytes)
+        with open_regular(self._path) as file:
+            file.seek(self._stored.start)
+            for start in range(0, self.shape[0], count):
+                part = held[: min(count, self.shape[0] - start)]
+                if device.type != "meta":
+                    size = len(part) * self._row_bytes
+                    if file.readinto(memoryview(self._read_buffer)[:size]) != size:
+                        raise OSError(None, "it has become shorter", str(self._path))
+                    read = torch.frombuffer(self._read_buffer, dtype=self.dtype, count=part.numel())
+                    part.copy_(read.view(part.shape))
+                yield slice(start, start + len(part)), part
+
+
+@functools.lru_cache(maxsize=4)
+def model_folder(path: str) -> ModelFolder:
+    """A folder that was opened before in this process, or is now.
+
+    Raises:
+        ConfigError: as `ModelFolder`.
+    """
+    return ModelFolder(Path(path).expanduser())
+
+
+def _config(path: Path) -> dict[str, Any]:
+    if path.suffix == ".gguf":
+        raise ConfigError(
+            f"{path}: a GGUF file holds quantized weights for other programs; take the model's folder with "
+            f"{CONFIG} and .safetensors files, which it was made of"
+        )
+    if not path.is_dir():
+        name = str(path)
+        if not path.is_absolute() and name.count("/") == 1:
+            raise ConfigError(
+                f"there is no folder {name}; if that is a model's name on a hub, download it first: "
+                f"hf download {quoted(name)} --local-dir {quoted(path.name)}"
+            )
+        raise ConfigError(f"there is no folder {name}; name one that has {CONFIG} and .safetensors files")
+    try:
+        with open_regular(path / CONFIG) as file:
+            config = parse_json(file.read(_MOST_CONFIG_BYTES).decode("utf-8", errors="replace"))
+    except FileNotFoundError as error:
+        ggufs = sorted(one.name for one in path.glob("*.gguf"))
+        hint = f" It has {ggufs[0]}, which holds quantized weights for other programs." if ggufs else ""
+        raise ConfigError(f"{path} has no {CONFIG}, so it is no model's folder; name one that has it.{hint}") from error
+    except (OSError, MalformedFileError) as error:
+        raise ConfigError(f"{path / CONFIG} cannot be read ({error}); download the model again") from error
+    if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
+        raise ConfigError(f"{path / CONFIG} names no model_type, so it is no model's; download the model again")
+    return config
+
+
+def _quantization(config: Mapping[str, Any]) -> str | None:
+    told = config.get("quantization_config")
+    if told is None:
+        return None
+    return str(told.get("quant_method", "by an unknown method")) if isinstance(told, dict) else "by an unknown method"
+
+
+def _shards(path: Path) -> list[str]:
+    """Names of the files that have the tensors."""
+    if not (path / INDEX).exists():
+        if (path / SINGLE).exists():
+            return [SINGLE]
+        if sorted(path.glob("*.safetensors")):
+            raise ConfigError(f"{path} has .safetensors files and no {INDEX}, which says what is in them; download it")
+        others = sorted(one.name for one in (*path.glob("*.bin"), *path.glob("*.pth"), *path.glob("*.pt")))
+        hint = f" It has {others[0]}: convert it with transformers' save_pretrained." if others else ""
+        raise ConfigError(f"{path} has no {SINGLE}, the model's weights; download it.{hint}")
+    try:
+        with open_regular(path / INDEX) as file:
+            index = parse_json(file.read(_MOST_CONFIG_BYTES).decode("utf-8", errors="replace"))
+    except (OSError, MalformedFileError) as error:
+        raise ConfigError(f"{path / INDEX} cannot be read ({error}); download it again") from error
+    names = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(names, dict) or not all(isinstance(name, str) and os.sep not in name for name in names.values()):
+        raise ConfigError(f"{path / INDEX} is no table of the files' tensors; download it again")
+    shards = sorted(set(names.values()))
+    missing = [name for name in shards if not (path / name).exists()]
+    if missing:
+        raise ConfigError(
+            f"{path} lacks {len(missing)} of its {len(shards)} files, {', '.join(missing[:3])}: the download was cut "
+            f"short; complete it"
+        )
+    return shards
+
+
+def _opened(path: Path) -> TensorFile:
+    try:
+        return TensorFile(path)
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror or error}; download it again") from error
+    except MalformedFileError as error:
+        raise ConfigError(f"{path}: {error}; download it again") from error

@@ -1,0 +1,354 @@
+"""A Hugging Face model's own forward pass around its layers: nothing of an architecture is written anew.
+
+The model is built without weights, and its `forward` is run with its layers replaced.
+
+- Before the layers: the first one is given what the model makes of the embedded tokens, which is where the pass stops
+  (embedding scales, learned positions).
+- Between: every layer notes what it is called with beside the hidden values (masks, rotary tables), and is later called
+  alone with that.
+- After the layers: all of them are left out, and the last gives hidden values that come from elsewhere (final norm,
+  head, scale and cap of the logits).
+
+So whatever a version of the library names its arguments, the numbers are its own. Where layers talk to each other
+beside the hidden values that is not so, and such models are refused: see `gate`.
+"""
+
+import contextlib
+import copy
+import functools
+import importlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from edgeblocks.errors import ConfigError
+from edgeblocks.pretrained.model_folder import FileTable, ModelFolder, model_folder
+
+SLICE_BYTES = 2**24
+"""Of the head's matrix as float32, which is multiplied with some rows at a time."""
+_NEEDS = "needs transformers, which is not installed: pip install 'edgeblocks[hf]'"
+
+
+class UnsupportedModelError(Exception):
+    """A model whose layers cannot be called one by one; the message says why."""
+
+
+class _StopError(Exception):
+    """The pass has come to where it is to end."""
+
+
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+"""What a layer is called with beside the hidden values."""
+
+
+class Shell:
+    """A model without its layers' weights, on one kind of device: the processor, a GPU, or meta."""
+
+    def __init__(self, folder: ModelFolder, device: torch.device) -> None:
+        """
+        Raises:
+            ConfigError: the library is missing, or does not know the model.
+            UnsupportedModelError: it is no decoder of layers of one kind.
+        """
+        self.device, self._folder = device, folder
+        self.model = _without_weights(folder)
+        self.layers_name, self.layers = _layers_of(self.model)
+        shapes = [[(name, tuple(p.shape)) for name, p in layer.named_parameters()] for layer in self.layers]
+        unlike = next((number for number, one in enumerate(shapes) if one != shapes[0]), None)
+        if unlike is not None:
+            raise UnsupportedModelError(f"its layers are not alike: layer {unlike} has other weights than layer 0")
+        self._is_tuple = False
+        self._calls: dict[tuple[object, ...], list[Call]] = {}
+        embedding, head = self.model.get_input_embeddings(), self.model.get_output_embeddings()
+        if (
+            embedding is None
+            or head is None
+            or list(dict(head.named_parameters())) not in (["weight"], ["weight", "bias"])
+        ):
+            raise UnsupportedModelError("it has no table of tokens, or no head that is one matrix")
+        self._embedding, self._head = embedding, head
+        names = {id(module): name for name, module in self.model.named_modules()}
+        of_embedding = f"{names[id(embedding)]}.weight"
+        of_head = _stored_name(folder, self.model, f"{names[id(head)]}.weight")
+        config = getattr(self.model.config, "text_config", None) or self.model.config
+        is_tied = bool(
+            getattr(self.model.config, "tie_word_embeddings", False) or getattr(config, "tie_word_embeddings", False)
+        )
+        self.frozen_names = {of_embedding} if is_tied else {of_embedding, of_head}
+        """Of tensors in the files that are used and not trained; those of vectors and positions join them below."""
+        self.embedding_table = _table(folder, of_embedding)
+        self.head_table = _table(folder, of_embedding if is_tied else of_head)
+        for module in self.model.modules():
+            self._restore_(module)
+        for name, parameter in list(self.model.named_parameters()):
+            if name in (of_embedding, of_head) or name.startswith(f"{self.layers_name}."):
+                continue
+            self.frozen_names.add(name)
+            owner, _, leaf = name.rpartition(".")
+            value = torch.empty(parameter.shape, device=device)
+            if device.type != "meta":
+                if name not in folder.tensors or folder.tensors[name].shape != tuple(parameter.shape):
+                    raise ConfigError(f"{folder.path}: its files have no tensor {name} of the model's shape")
+                read = torch.empty(parameter.shape)
+                folder.read_(name, read)
+                value = read.to(device)
+            self.model.get_submodule(owner)._parameters[leaf] = nn.Parameter(value, requires_grad=False)
+        self._head_bias: Tensor | None = getattr(head, "bias", None)
+
+    def layer(self, number: int) -> nn.Module:
+        """A layer of its own, without weights."""
+        return copy.deepcopy(self.layers[number])
+
+    def restore_tables_(self, layer: nn.Module, number: int) -> None:
+        """Make the fixed tables inside a layer on the shell's device; those that files have are read."""
+        for name, buffer in list(layer.named_buffers()):
+            stored = f"{self.layers_name}.{number}.{name}"
+            if stored in self._folder.tensors:
+                owner, _, leaf = name.rpartition(".")
+                value = torch.empty(buffer.shape)
+                if self.device.type != "meta":
+                    self._folder.read_(stored, value)
+                layer.get_submodule(owner)._buffers[leaf] = value.to(self.device, buffer.dtype)
+        for part in layer.modules():
+            self._restore_(part)
+
+    def _restore_(self, module: nn.Module) -> None:
+        """Make the tables of a module that are not stored in files as the library initialises them."""
+        names = [name for name in module._non_persistent_buffers_set if module._buffers.get(name) is not None]
+        for name in names:
+            module._buffers[name] = torch.empty_like(module._buffers[name], device=self.device)
+        if names and self.device.type != "meta":
+            self.model._init_weights(module)
+
+    def enter(self, tokens: Tensor) -> Tensor:
+        """What the first layer is given: hidden values [batch, length, width] of tokens [batch, length]."""
+        if tokens.is_meta:  # the trace: as if all tokens differed
+            numbers, ids = torch.empty(tokens.numel(), dtype=torch.int64, device="meta"), tokens
+        else:
+            # The table stays in its file: of what is read, the rows of these tokens alone.
+            numbers, ids = tokens.unique(return_inverse=True)
+        found: list[Tensor] = []
+
+        def first(*args: Any, **kwargs: Any) -> Any:
+            found.append(args[0] if args else kwargs["hidden_states"])
+            raise _StopError
+
+        rows = nn.Parameter(self.embedding_table.rows(numbers), requires_grad=False)
+        with (
+            _replaced(self._embedding._parameters, "weight", rows),
+            # Of gradients alone, and a number of the whole table.
+            _replaced(self._embedding.__dict__, "padding_idx", None),
+            self._layers_as([first] * len(self.layers)),
+        ):
+            self._run(input_ids=ids)
+        return found[0]
+
+    def calls(self, hidden: Tensor) -> list[Call]:
+        """What each layer is called with beside hidden values of this shape [batch, length, width] and type.
+
+        Raises:
+            UnsupportedModelError: layers talk to each other beside the hidden values.
+        """
+        key = hidden.shape, hidden.dtype, hidden.device
+        if key not in self._calls:
+            for self._is_tuple in (False, True):  # some models take what a layer gives out of a tuple
+                try:
+                    self._calls[key] = self._noted(torch.zeros_like(hidden))
+                    break
+                except (KeyError, TypeError, IndexError, AttributeError, UnsupportedModelError) as error:
+                    if self._is_tuple:
+                        raise UnsupportedModelError(f"its layers cannot be called one by one ({error})") from error
+        return self._calls[key]
+
+    def _noted(self, hidden: Tensor) -> list[Call]:
+        calls: list[Call | None] = [None] * len(self.layers)
+        first: list[Tensor] = []
+
+        def noting(number: int) -> Callable[..., Any]:
+            def note(*args: Any, **kwargs: Any) -> Any:
+                given = args[0] if args else kwargs.pop("hidden_states")
+                first.append(given)
+                if calls[number] is not None:
+                    raise UnsupportedModelError(f"layer {number} is called twice")
+                if given is not first[0]:
+                    raise UnsupportedModelError(f"something is done to hidden values before layer {number}")
+                calls[number] = (args[1:], kwargs)
+                if number == len(calls) - 1:
+                    raise _StopError
+                return (given,) if self._is_tuple else given
+
+            return note
+
+        with torch.no_grad(), self._layers_as([noting(number) for number in range(len(calls))]):
+            self._run(inputs_embeds=hidden)
+        noted = [call for call in calls if call is not None]
+        if len(noted) < len(calls):
+            raise UnsupportedModelError("its layers are not called in their order")
+        for args, kwargs in noted:
+            for value in (*args, *kwargs.values()):
+                if isinstance(value, dict | list):
+                    raise UnsupportedModelError(f"its layers share a {type(value).__name__} that they may change")
+        return noted
+
+    def leave(self, hidden: Tensor) -> Tensor:
+        """Logits [batch, length, vocabulary], float32, of what the last layer gives."""
+        last = len(self.layers) - 1
+
+        def passing(number: int) -> Callable[..., Any]:
+            def skip(*args: Any, **kwargs: Any) -> Any:
+                given = hidden if number == last else (args[0] if args else kwargs["hidden_states"])
+                return (given,) if self._is_tuple else given
+
+            return skip
+
+        with (
+            self._layers_as([passing(number) for number in range(last + 1)]),
+            _replaced(self._head.__dict__, "forward", self._through_head),
+        ):
+            out = self._run(inputs_embeds=hidden.detach())
+        logits: Tensor = out.logits
+        return logits.float()
+
+    def _through_head(self, states: Tensor) -> Tensor:
+        logits: Tensor = _Product.apply(states, self.head_table)  # type: ignore[no-untyped-call]
+        return logits if self._head_bias is None else logits + self._head_bias
+
+    def _run(self, **inputs: Any) -> Any:
+        with (
+            contextlib.suppress(_StopError),
+            _as_one_text() if self.device.type == "meta" else contextlib.nullcontext(),
+        ):
+            return self.model(**inputs, use_cache=False)
+        return None
+
+    @contextlib.contextmanager
+    def _layers_as(self, functions: Sequence[Callable[..., Any]]) -> Iterator[None]:
+        """The layers do other things while this lasts."""
+        with contextlib.ExitStack() as stack:
+            for layer, function in zip(self.layers, functions, strict=True):
+                stack.enter_context(_replaced(layer.__dict__, "forward", function))
+            yield
+
+
+@functools.lru_cache(maxsize=8)
+def shell_of(path: str, device: str) -> Shell:
+    """The shell of a model's folder on a kind of device; one a process.
+
+    Raises:
+        ConfigError, UnsupportedModelError: as `Shell`.
+    """
+    return Shell(model_folder(path), torch.device(device))
+
+
+class _Product(torch.autograd.Function):
+    """States times a matrix that stays in its file, a slice of its rows at a time."""
+
+    @staticmethod
+    def forward(ctx: Any, states: Tensor, table: FileTable) -> Tensor:
+        ctx.table, ctx.dtype = table, states.dtype
+        out: Tensor | None = None
+        for columns, matrix in table.slices(states.device, most_bytes=SLICE_BYTES):
+            part = nn.functional.linear(states, matrix)
+            if out is None:
+                out = part.new_empty(*states.shape[:-1], table.shape[0])
+            out[..., columns] = part
+        assert out is not None
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient,) = grad_outputs
+        found = gradient.new_zeros(*gradient.shape[:-1], ctx.table.shape[1])
+        for columns, matrix in ctx.table.slices(gradient.device, most_bytes=SLICE_BYTES):
+            found += gradient[..., columns] @ matrix.to(gradient.dtype)
+        return found.to(ctx.dtype), None
+
+
+def _without_weights(folder: ModelFolder) -> Any:
+    """The model as the library builds it, on the meta device."""
+    try:
+        from transformers import AutoConfig, AutoModelForCausalLM
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"fine-tuning {folder.path} {_NEEDS}") from error
+    try:
+        config = AutoConfig.from_pretrained(folder.path, local_files_only=True, trust_remote_code=False)
+    except (ValueError, KeyError, OSError, ImportError, TypeError) as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ConfigError(
+            f"{folder.path}: transformers does not read its config.json ({first[:300]}); models that need code of "
+            f"their own are not supported"
+        ) from error
+    without_dropout(config)
+    problems = []
+    for attention in ("sdpa", "eager"):
+        try:
+            with torch.device("meta"):
+                model = AutoModelForCausalLM.from_config(config, attn_implementation=attention)
+            return model.train()
+        except (ValueError, KeyError, TypeError, ImportError, RuntimeError, AttributeError) as error:
+            problems.append(str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__)
+    raise ConfigError(f"{folder.path}: it is no decoder that writes text as transformers builds them ({problems[0]})")
+
+
+@contextlib.contextmanager
+def _as_one_text() -> Iterator[None]:
+    """The library does not look whether positions are of several texts: on the meta device they have no values."""
+    masking = importlib.import_module("transformers.masking_utils")
+    with _replaced(masking.__dict__, "find_packed_sequence_indices", lambda position_ids: None):
+        yield
+
+
+def without_dropout(config: Any) -> Any:
+    """A config whose layers give the same numbers each time: in a step they are run twice."""
+    for name in ("attention_dropout", "hidden_dropout", "dropout", "resid_pdrop", "embd_pdrop", "attn_pdrop",
+                 "embedding_dropout", "residual_dropout", "ffn_dropout"):  # fmt: skip
+        if getattr(config, name, None):
+            setattr(config, name, 0.0)
+    return config
+
+
+def _layers_of(model: Any) -> tuple[str, nn.ModuleList]:
+    """The list of the model's layers, and its name."""
+    config = getattr(model.config, "text_config", None) or model.config
+    count = getattr(config, "num_hidden_layers", None)
+    found = [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == count
+    ]
+    if not found:
+        raise UnsupportedModelError(f"it has no list of {count} layers")
+    return min(found, key=lambda one: one[0].count("."))
+
+
+def _stored_name(folder: ModelFolder, model: Any, name: str) -> str:
+    """What a module's weight is called in the files; older ones have another name for the head."""
+    if name in folder.tensors:
+        return name
+    known = {own for own, _ in model.named_parameters()}
+    shape = tuple(model.get_parameter(name).shape)
+    others = [own for own, stored in folder.tensors.items() if stored.shape == shape and own not in known]
+    return others[0] if len(others) == 1 else name
+
+
+def _table(folder: ModelFolder, name: str) -> FileTable:
+    if name not in folder.tensors:
+        raise ConfigError(f"{folder.path}: its files have no tensor {name}, which the model needs")
+    return FileTable(folder.file_of(name), name)
+
+
+@contextlib.contextmanager
+def _replaced(names: dict[str, Any], name: str, value: Any) -> Iterator[None]:
+    """An entry of a table is another one while this lasts."""
+    missing = object()
+    former = names.get(name, missing)
+    names[name] = value
+    try:
+        yield
+    finally:
+        if former is missing:
+            del names[name]
+        else:
+            names[name] = former

@@ -1,0 +1,142 @@
+"""A fine-tuned model as a folder like the one that it was made of: the same files, the trained tensors in their places.
+
+The folder's files are copied first, so that what was not trained is the same byte for byte. Then the trained tensors
+are written over those of the copy, one stage in memory at a time, rounded to the type that the file has them in.
+"""
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO, TypedDict
+
+import torch
+from torch import Tensor
+
+from edgeblocks.errors import ConfigError, RunError, StorageError
+from edgeblocks.files.durable import sync
+from edgeblocks.files.tensor_file import READABLE, StoredTensor
+from edgeblocks.pretrained.model_folder import ModelFolder, model_folder
+from edgeblocks.runs.directory import RunDirectory
+from edgeblocks.runs.save_weights import check_finite, check_memory, part_of, read_weights
+from edgeblocks.units import format_bytes
+
+_PIECE_VALUES = 2**20
+_OTHER_WEIGHTS = (".gguf", ".bin", ".pt", ".pth", ".onnx", ".h5", ".msgpack")
+"""Files beside the tensors that hold the model's weights as they were: a copy would be another model's."""
+
+
+class Merged(TypedDict):
+    """What was written."""
+
+    path: str
+    trained: int
+    untouched: int
+    files: list[str]
+    left_out: list[str]
+
+
+def merge_model(run: RunDirectory, out: Path, *, last: bool, mem_budget: str | None = None) -> Merged:
+    """Write the fine-tuned model into a new folder, which whatever loads the model's own folder can load.
+
+    Args:
+        last: the weights as the last step left them, without the average.
+        mem_budget: what the process may take of memory; None does not bound it.
+
+    Raises:
+        ConfigError: the run is no fine-tuned model, or there is something at `out`.
+        DoesNotFitError: it takes more than `mem_budget`.
+        RunError: a stage is damaged or holds values that are no numbers, or the model's folder is another one now.
+        StorageError: the disk refused.
+    """
+    if not run.family().only_exact:
+        raise ConfigError(
+            f"{run.path} is of the family {run.settings.run.family}, and no model of a folder; edgeblocks weights "
+            f"writes its weights as one file"
+        )
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ConfigError(f"-o {out}: there is something already; name a new folder")
+    source = model_folder(run.settings.family.model)
+    check_same_model(run, source)
+    part = part_of(last)
+    check_memory(run, part, mem_budget)
+    arriving = out.with_name(f"{out.name}.arriving")
+    try:
+        shutil.rmtree(arriving, ignore_errors=True)
+        arriving.mkdir(parents=True)
+        copied, left_out = _copied(source, arriving)
+        trained = _write_trained(run, source, arriving, last=last)
+        for path in arriving.iterdir():
+            sync(path)
+        if out.exists():
+            out.rmdir()
+        arriving.rename(out)
+        sync(out.parent)
+    except OSError as error:
+        raise StorageError(f"cannot write {out}: {error.strerror or error}; choose another place with -o") from error
+    finally:
+        shutil.rmtree(arriving, ignore_errors=True)
+    return {
+        "path": str(out),
+        "trained": trained,
+        "untouched": len(source.tensors) - trained,
+        "files": copied,
+        "left_out": left_out,
+    }
+
+
+def check_same_model(run: RunDirectory, source: ModelFolder) -> None:
+    """That the model's folder holds what the run was begun with: tensors that are not trained are read from there.
+
+    Raises:
+        RunError: it holds another model.
+    """
+    if run.init is None:
+        return
+    try:
+        is_same = source.num_bytes == run.init.bytes and source.sha256() == run.init.sha256
+    except OSError as error:
+        raise RunError(f"cannot read {source.path}: {error.strerror or error}") from error
+    if not is_same:
+        raise RunError(
+            f"{source.path} is not the model that {run.path} was begun with ({format_bytes(run.init.bytes)}, sha256 "
+            f"{run.init.sha256[:16]}..), and holds the tensors that are not trained; put that back in its place"
+        )
+
+
+def _copied(source: ModelFolder, into: Path) -> tuple[list[str], list[str]]:
+    """Copy the folder's files; names of those that were copied, and of those that were not."""
+    copied, left_out = [], []
+    shards = {file.path.name for file in source.files}
+    for path in sorted(source.path.iterdir()):
+        is_weights = path.suffix in _OTHER_WEIGHTS or (path.suffix == ".safetensors" and path.name not in shards)
+        if path.is_file() and not is_weights:
+            shutil.copyfile(path, into / path.name)
+            copied.append(path.name)
+        elif not path.name.startswith("."):
+            left_out.append(path.name)
+    return copied, left_out
+
+
+def _write_trained(run: RunDirectory, source: ModelFolder, into: Path, *, last: bool) -> int:
+    """Write trained tensors over those of the copy; their number."""
+    family, part, count = run.family(), part_of(last), 0
+    for block, buffer in enumerate(read_weights(run, last=last)):
+        check_finite(run, block, buffer, part)
+        for own, values in buffer.tensors(part):
+            name = family.name_in_file(run.tensor_name(block, own))
+            with (into / source.file_of(name).path.name).open("r+b") as file:
+                _overwrite(file, source.tensors[name], values)
+            count += 1
+    return count
+
+
+def _overwrite(file: BinaryIO, stored: StoredTensor, values: Tensor) -> None:
+    file.seek(stored.start)
+    for piece in _pieces(values, READABLE[stored.dtype]):
+        file.write(memoryview(piece.view(torch.uint8).numpy()))  # type: ignore[arg-type]  # numpy's stubs
+
+
+def _pieces(values: Tensor, dtype: torch.dtype) -> Iterator[Tensor]:
+    flat = values.reshape(-1)
+    for start in range(0, len(flat), _PIECE_VALUES):
+        yield flat[start : start + _PIECE_VALUES].to(dtype)

@@ -1,0 +1,105 @@
+"""Folders that are no models, or none that can be trained: what is said of each."""
+
+import json
+import shutil
+
+import pytest
+
+from edgeblocks.errors import ConfigError
+from edgeblocks.pretrained.gate import check_architecture, shrunk
+from edgeblocks.pretrained.model_folder import ModelFolder, model_folder
+
+
+def without(name):
+    return lambda folder: (folder / name).unlink()
+
+
+def with_config(**changes):
+    def change(folder):
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**config, **changes}))
+
+    return change
+
+
+def of_bytes(name, content):
+    return lambda folder: (folder / name).write_bytes(content)
+
+
+def shard_of_8_bits(folder):
+    path = sorted(folder.glob("*.safetensors"))[0]
+    content = path.read_bytes()
+    path.write_bytes(content.replace(b'"BF16"', b'"F8_X"'))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (without("config.json"), "has no config.json"),
+        (of_bytes("config.json", b"{"), "cannot be read"),
+        (of_bytes("config.json", b"[]"), "names no model_type"),
+        (with_config(quantization_config={"quant_method": "gptq"}), r"it is quantized \(gptq\)"),
+        (with_config(quantization_config={"quant_method": "fp8"}), r"it is quantized \(fp8\)"),
+        (without("model.safetensors.index.json"), "which says what is in them"),
+        (of_bytes("model.safetensors.index.json", b'{"weight_map": {"a": "../b.safetensors"}}'), "is no table"),
+        (without("model-00001-of-00002.safetensors"), "lacks 1 of its 2 files"),
+        (of_bytes("model-00001-of-00002.safetensors", b"cut"), "download it again"),
+        (shard_of_8_bits, "it is quantized"),
+    ],
+)
+def test_what_is_wrong_with_a_folder_is_said(model, tmp_path, change, said):
+    folder = tmp_path / "model"
+    shutil.copytree(model, folder)
+    change(folder)
+    with pytest.raises(ConfigError, match=said):
+        ModelFolder(folder)
+
+
+def test_names_that_are_no_folders(tmp_path):
+    with pytest.raises(ConfigError, match="hf download someone/model --local-dir model"):
+        ModelFolder(tmp_path.relative_to(tmp_path) / "someone/model")
+    with pytest.raises(ConfigError, match="a GGUF file holds"):
+        ModelFolder(tmp_path / "model.gguf")
+    (tmp_path / "weights.bin").write_bytes(b"")
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(ConfigError, match=r"It has weights.bin: convert it"):
+        ModelFolder(tmp_path)
+
+
+KINDS = ["llama", "qwen2", "qwen3", "mistral", "smollm3", "gemma2", "gemma3_text", "phi3", "gpt2", "olmo2", "granite"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_architectures_that_are_trained(library, tmp_path, kind):
+    """Hidden values and gradients, layer by layer, are those of the whole network bit for bit."""
+    config = json.loads(library.AutoConfig.for_model(kind).to_json_string(use_diff=False))
+    (tmp_path / "config.json").write_text(json.dumps({**config, "model_type": kind}))
+    (tmp_path / "model.safetensors").write_bytes((2).to_bytes(8, "little") + b"{}")
+    check_architecture(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"), [("mixtral", "other names than its modules"), ("qwen3_next", "layers are not alike")]
+)
+def test_architectures_that_are_refused(library, tmp_path, kind, said):
+    """By what was measured, in words."""
+    config = json.loads(library.AutoConfig.for_model(kind).to_json_string(use_diff=False))
+    (tmp_path / "config.json").write_text(json.dumps({**config, "model_type": kind}))
+    (tmp_path / "model.safetensors").write_bytes((2).to_bytes(8, "little") + b"{}")
+    with pytest.raises(ConfigError, match=rf"of the type {kind} cannot be trained layer by layer: .*{said}"):
+        check_architecture(str(tmp_path))
+
+
+def test_a_small_config_keeps_what_makes_the_architecture():
+    kinds = ["sliding", "sliding", "full"] * 9
+    small = shrunk({"num_hidden_layers": 26, "layer_types": kinds, "rope_theta": 5, "x": None})
+    assert small["layer_types"] == ["sliding", "full", "sliding", "sliding"]
+    assert small["rope_theta"] == 5 and small["x"] is None
+
+
+def test_a_folder_is_like_one_file(model):
+    folder = model_folder(str(model))
+    assert len(folder.sha256()) == 64 and folder.num_bytes == sum(file.num_bytes for file in folder.files)
+    name = "model.layers.3.mlp.up_proj.weight"
+    assert folder.tensors[name].shape == (64, 32)
+    assert sum(len(piece) for _, piece in folder.pieces(name)) == 64 * 32
