@@ -205,7 +205,6 @@ def train(
 def finetune(
     model: Path | str,
     *,
-    data: object,
     out: Path | str,
     config: Path | str | None = None,
     listener: Listener | None = None,
@@ -219,14 +218,13 @@ def finetune(
 
     Args:
         model: its folder, with config.json, .safetensors files and tokenizer.json.
-        data: text, as of `plan`.
-        settings: as of `plan`; `tuning_settings` has those that are usual here.
+        settings: as of `plan`, with `data` a text or conversations; `tuning_settings` has those that are usual here.
 
     Raises:
         ConfigError: the model cannot be trained, or its library is missing; and as of `train`.
     """
-    settings = tuning_settings(model, {**settings, "data": data})
-    return train(out=out, config=config, listener=listener, callbacks=callbacks, **settings)
+    told: dict[str, Any] = tuning_settings(model, settings)
+    return train(out=out, config=config, listener=listener, callbacks=callbacks, **told)
 
 
 def tuning_settings(model: Path | str, given: Mapping[str, object]) -> dict[str, object]:

@@ -207,6 +207,10 @@ def check_method(run: RunSettings) -> None:
         )
     if run.sample_grids and not kind.writes_text:
         raise ConfigError(f"sample_grids={run.sample_grids}: a pretrained model writes no text here yet; leave it out")
+    if run.evaluations and not kind.writes_text:
+        raise ConfigError(
+            f"evaluations={run.evaluations}: a pretrained model is evaluated before and after it; leave it out"
+        )
     if method.grows and _is_one_stage(run):
         raise ConfigError(
             f"--method {run.method}: a {run.family} is not grown, because each pass runs its core again and again, and "

@@ -128,7 +128,7 @@ def evaluation_report(result: "Evaluated") -> str:
     validation = result["validation"]
     error = validation["standard_error"]
     spread = f" ± {error:.4f}" if error is not None else ""
-    examples = "sequences" if "text" in result else "images"
+    examples = "sequences" if "text" in result or "perplexity" in result else "images"
     lines = [
         f"validation loss {result['validation_loss']:.4f}{spread} "
         f"({validation['images']} {examples} of the {validation['part']} part, EMA weights)",
@@ -140,6 +140,8 @@ def evaluation_report(result: "Evaluated") -> str:
             f"computed in {both['precision']}: {both['half']:.5f} on {both['examples']} of them, "
             f"{both['fp32']:.5f} in fp32 ({abs(both['half'] / both['fp32'] - 1):.2%} apart)"
         )
+    if "perplexity" in result:
+        lines.append(f"perplexity {result['perplexity']:.3f}")
     if "text" in result:
         lines.append(_bits_line(TextScores.model_validate(result["text"])))
     if "bounds" in result:

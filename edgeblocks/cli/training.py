@@ -140,7 +140,7 @@ def finetune(
     from edgeblocks.cli.console_progress import ConsoleListener
 
     with ConsoleListener() as listener:
-        run = api.train(out=folder, config=config, listener=listener, **settings)
+        run = api.finetune(model, out=folder, config=config, listener=listener, **given)
     summary = run.directory.summary
     assert summary is not None
     say_lines(json_text(summary.to_json()) if as_json else training_report(summary, run.path))

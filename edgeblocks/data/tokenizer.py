@@ -132,9 +132,21 @@ class PairTokenizer:
         Raises:
             DataError: the tokenizer refuses the text, for example for an unknown word.
         """
+        return np.array(self._encoded(text).ids, dtype=np.int64)
+
+    def encode_with_offsets(self, text: str) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """The tokens [n], and the characters [n, 2] from and to which each of them stands.
+
+        Raises:
+            DataError: as of `encode`.
+        """
+        found = self._encoded(text)
+        return np.array(found.ids, dtype=np.int64), np.array(found.offsets, dtype=np.int64).reshape(-1, 2)
+
+    def _encoded(self, text: str) -> Any:
         whole = text.encode("utf-8", errors="replace").decode("utf-8")
         try:
-            return np.array(_guarded(self._tokenizer.encode, whole, None, False, False).ids, dtype=np.int64)
+            return _guarded(self._tokenizer.encode, whole, None, False, False)
         except _RefusedError as error:
             raise DataError(
                 f"the tokenizer cannot encode a text of {len(text)} characters: {error}; "

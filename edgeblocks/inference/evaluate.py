@@ -1,5 +1,6 @@
 """How good a run is: its loss at each noise level, and its chain compared with the hold-out part of the data."""
 
+import math
 from dataclasses import dataclass
 from typing import NotRequired, TypedDict
 
@@ -82,6 +83,7 @@ class Evaluated(TypedDict):
     bounds: NotRequired[list[Bound]]
     curve: NotRequired[list[OfCurve]]
     variety: NotRequired[Variety]
+    perplexity: NotRequired[float]
     cross_entropy_at_top: NotRequired[float]
     top1_by_block: NotRequired[list[float | None]]
     classification: NotRequired[classification.Classification]
@@ -189,7 +191,9 @@ class Evaluation:
         }
         if runner.precision != "fp32":
             result["in_both"] = metrics.loss_in_both(family, runner, data_set, seed=directory.settings.run.seed)
-        if family.task == "text" or not family.writes_text:
+        if not family.writes_text:
+            result["perplexity"] = math.exp(loss["total"])
+        elif family.task == "text":
             result["text"] = metrics.text_scores(loss["total"], loss["standard_error"], loss["images"], data_set)
         elif family.task == "continuation":
             assert isinstance(data_set, TextSet)

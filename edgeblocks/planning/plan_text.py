@@ -1,6 +1,7 @@
 """A plan in words: what is printed before training, and the table of candidates."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from edgeblocks.planning.plans import DAY_S, shared_steps
@@ -25,7 +26,7 @@ def banner(prepared: "Prepared") -> str:
     chosen = plan.chosen
     method, unit = plan.method, plan.method.part
     lines = [
-        f"edgeblocks: {run.family} {run.preset}, {format_count(plan.parameters)} parameters in "
+        f"edgeblocks: {_network(prepared)}, {format_count(plan.parameters)} parameters in "
         f"{method.parts(chosen.blocks)} "
         f"of {'/'.join(str(count) for count in sorted(set(plan.layers), reverse=True))} "
         f"layer{'' if set(plan.layers) == {1} else 's'}"
@@ -49,6 +50,12 @@ def banner(prepared: "Prepared") -> str:
         _disk_line(plan),
     ]
     return "\n".join([*lines, *(f"note: {one_line(warning)}" for warning in plan.warnings)])
+
+
+def _network(prepared: "Prepared") -> str:
+    """What is trained: a preset, or the folder of a pretrained model."""
+    run, model = prepared.settings.run, getattr(prepared.settings.family, "model", "")
+    return f"the layers of {one_line(Path(model).name)}" if model else f"{run.family} {run.preset}"
 
 
 def _shared_lines(prepared: "Prepared") -> list[str]:

@@ -203,19 +203,30 @@ class Decoder(TextFamily, EndToEnd):
 
     def batch_spec(self, batch: int) -> BatchSpec:
         """Shape and dtype of each tensor that `draw` gives."""
-        return {"tokens": ((batch, self.data.length), torch.int64)}
+        return {
+            "tokens": ((batch, self.data.length), torch.int64),
+            "counts": ((batch, self.data.length), torch.bool),
+            "share": ((batch,), torch.float32),
+        }
 
     def draw(
         self, tokens: np.ndarray, labels: np.ndarray | None, noise_range: NoiseRange, generator: torch.Generator
     ) -> Batch:
-        """One training step's batch."""
-        return {"tokens": torch.from_numpy(tokens)}
+        """One training step's batch: tokens, which of them count (all, or the answers of conversations), and what a
+        sample's sum of losses is multiplied with, so that all tokens that count weigh the same."""
+        return self._batch(tokens, labels)
 
     def at_level(
         self, tokens: np.ndarray, labels: np.ndarray | None, level: Level, generator: torch.Generator
     ) -> Batch:
         """A batch for evaluation."""
-        return {"tokens": torch.from_numpy(tokens)}
+        return self._batch(tokens, labels)
+
+    def _batch(self, tokens: np.ndarray, counts: np.ndarray | None) -> Batch:
+        counted = torch.ones(tokens.shape, dtype=torch.bool) if counts is None else torch.from_numpy(counts)
+        counted[:, 0] = False  # nothing comes before it
+        share = len(tokens) / counted.sum().clamp(min=1)
+        return {"tokens": torch.from_numpy(tokens), "counts": counted, "share": share.expand(len(tokens)).clone()}
 
     def evaluation_levels(self, partition: NoisePartition) -> tuple[Level, ...]:
         """One, as nothing is noised."""
@@ -237,17 +248,18 @@ class Decoder(TextFamily, EndToEnd):
         return hidden.requires_grad_(torch.is_grad_enabled()), hidden.new_zeros(len(tokens), 1)
 
     def loss_after(self, block: nn.Module, hidden: Tensor, condition: Tensor, batch: Batch) -> Float[Tensor, " batch"]:
-        """Mean cross-entropy of each window's tokens but the first, in nats."""
-        return self._losses(hidden, batch)[0].mean(1)
+        """Cross-entropy of each window, in nats: the mean over a batch is that over all of its tokens that count."""
+        return self._losses(hidden, batch)[0].sum(1) * batch["share"]
 
     def loss(self, block: nn.Module, batch: Batch) -> Float[Tensor, " batch"]:
         """The same, from the tokens on."""
         return self.loss_after(block, *self._through(block, batch), batch)
 
     def scores(self, block: nn.Module, batch: Batch) -> dict[str, Float[Tensor, " batch"]]:
-        """The loss, and the share of tokens that the likeliest answers get right."""
+        """The mean loss of each window's tokens that count, and the share of them whose likeliest answer is right."""
         losses, right = self._losses(self._through(block, batch)[0], batch)
-        return {"loss": losses.mean(1), "accuracy": right.float().mean(1)}
+        counted = batch["counts"].sum(1).clamp(min=1)
+        return {"loss": losses.sum(1) / counted, "accuracy": right.float().sum(1) / counted}
 
     def _through(self, block: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
         assert isinstance(block, DecoderBlock)
@@ -255,11 +267,13 @@ class Decoder(TextFamily, EndToEnd):
         return run_layers(block.layers, hidden, nothing, checkpointing=block.checkpointing), nothing
 
     def _losses(self, hidden: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Of each token but the first, [batch, length - 1]; and whether the likeliest answer is right."""
+        """Of each token but the first, [batch, length - 1], 0 where it does not count; and whether the likeliest answer
+        is right."""
         tokens = batch["tokens"]
         shell = self.shell(tokens.device.type)
         states, answers = hidden[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()
-        losses, right = _ChunkedLoss.apply(states, answers, shell)  # type: ignore[no-untyped-call]
+        counts = batch["counts"][:, 1:].flatten()
+        losses, right = _ChunkedLoss.apply(states, answers, counts, shell)  # type: ignore[no-untyped-call]
         return losses.view(len(tokens), -1), right.view(len(tokens), -1)
 
 
@@ -267,20 +281,23 @@ class _ChunkedLoss(torch.autograd.Function):
     """Cross-entropy of answers without the logits of all: those of some rows exist at a time, forward and backward."""
 
     @staticmethod
-    def forward(ctx: Any, states: Tensor, answers: Tensor, shell: Shell) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, states: Tensor, answers: Tensor, counts: Tensor, shell: Shell) -> tuple[Tensor, Tensor]:
         vocabulary = shell.head_table.shape[0]
         wanted, size = ctx.needs_input_grad[0], max(1, LOGITS_BYTES // (4 * vocabulary))
-        losses = torch.empty(len(states), device=states.device)
-        right = torch.empty(len(states), dtype=torch.bool, device=states.device)
-        gradient = torch.empty_like(states) if wanted else None
-        for start in range(0, len(states), size):
-            rows = slice(start, start + size)
+        losses = torch.zeros(len(states), device=states.device)
+        right = torch.zeros(len(states), dtype=torch.bool, device=states.device)
+        gradient = torch.zeros_like(states) if wanted else None
+        # Those that count alone; on the meta device, where nothing can be counted, all.
+        every = torch.arange(len(states), device=states.device)
+        chosen = every if counts.is_meta else every[counts]
+        for start in range(0, len(chosen), size):
+            rows = chosen[start : start + size]
             with torch.set_grad_enabled(wanted):
                 part = states[rows].detach().requires_grad_(wanted)
                 logits = shell.leave(part.unsqueeze(0))[0]
                 found = F.cross_entropy(logits, answers[rows], reduction="none")
                 if gradient is not None:
-                    (gradient[rows],) = torch.autograd.grad(found.sum(), part)
+                    gradient[rows] = torch.autograd.grad(found.sum(), part)[0]
             losses[rows], right[rows] = found.detach(), logits.detach().argmax(-1) == answers[rows]
             del logits, found, part
         ctx.save_for_backward(gradient)
@@ -290,7 +307,7 @@ class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
-        return gradient * grad_outputs[0].unsqueeze(1).to(gradient.dtype), None, None
+        return gradient * grad_outputs[0].unsqueeze(1).to(gradient.dtype), None, None, None
 
 
 def _refused(model: str, why: str) -> str:

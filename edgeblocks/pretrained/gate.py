@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from edgeblocks.errors import ConfigError
 from edgeblocks.pretrained.model_folder import CONFIG, ModelFolder, model_folder
-from edgeblocks.pretrained.shell import Shell, UnsupportedModelError, without_dropout
+from edgeblocks.pretrained.shell import Shell, UnsupportedModelError, library, without_dropout
 
 _TOKENS = 256
 _LAYERS = 4
@@ -60,15 +60,16 @@ def _why_not(config: str) -> str | None:
 
 def _small_network(config: dict[str, Any], folder: Path) -> Any:
     """The architecture with few small layers, saved into a folder."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
+    transformers = library()
     (folder / CONFIG).write_text(json.dumps(shrunk(config)))
-    small = without_dropout(AutoConfig.from_pretrained(folder, local_files_only=True))
+    small = without_dropout(transformers.AutoConfig.from_pretrained(folder, local_files_only=True))
     torch.manual_seed(0)
     problems = []
     for attention in ("sdpa", "eager"):
         try:
-            network = AutoModelForCausalLM.from_config(small, attn_implementation=attention).float().train()
+            network = (
+                transformers.AutoModelForCausalLM.from_config(small, attn_implementation=attention).float().train()
+            )
         except (ValueError, ImportError) as error:
             problems.append(error)
             continue
@@ -114,7 +115,9 @@ def shrunk(config: dict[str, Any]) -> dict[str, Any]:
         "moe_intermediate_size": 32,
         "sliding_window": 8,
     }
-    small = {key: changed.get(key, value) if value is not None else None for key, value in config.items()}
+    small: dict[str, Any] = {
+        key: changed.get(key, value) if value is not None else None for key, value in config.items()
+    }
     for key in ("pad_token_id", "bos_token_id", "eos_token_id"):
         if isinstance(small.get(key), int):
             small[key] = min(small[key], 2)
@@ -141,7 +144,7 @@ def _difference(whole: Any, path: Path) -> str | None:
     """In what the library's whole network and the layers one by one differ; None where they do not."""
     folder = ModelFolder(path)
     shell = Shell(folder, torch.device("cpu"))
-    names = {f"{shell.layers_name}.{number}.{name}": parameter for number, layer in enumerate(shell.layers)
+    names: dict[str, Tensor] = {f"{shell.layers_name}.{number}.{name}": parameter for number, layer in enumerate(shell.layers)
              for name, parameter in layer.named_parameters()}  # fmt: skip
     names |= {f"{shell.layers_name}.{number}.{name}": buffer for number, layer in enumerate(shell.layers)
               for name, buffer in _stored_buffers(layer)}  # fmt: skip
@@ -170,16 +173,17 @@ def _difference(whole: Any, path: Path) -> str | None:
         return f"its hidden values are others, by up to {(hidden - last[0]).abs().max():.2g}"
     weights = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(2))
     for one in (hidden, last[0]):
-        (one * weights).sum().backward(retain_graph=True)
+        (one * weights).sum().backward(retain_graph=True)  # type: ignore[no-untyped-call]
     theirs = dict(whole.named_parameters())
     for number, layer in enumerate(layers):
         for name, parameter in layer.named_parameters():
             expected = theirs[f"{shell.layers_name}.{number}.{name}"].grad
-            if (parameter.grad is None) != (expected is None):
+            found = parameter.grad
+            if (found is None) != (expected is None):
                 return f"{name} of layer {number} has a gradient in one of them alone"
-            if expected is not None and not torch.equal(parameter.grad, expected):
+            if found is not None and expected is not None and not torch.equal(found, expected):
                 return f"the gradient of {name} of layer {number} is another one"
-    found, logits = shell.leave(hidden.detach()), logits.detach().float()
-    if not torch.allclose(found, logits, rtol=_CLOSE, atol=_CLOSE * float(logits.abs().max())):
-        return f"its logits are others, by up to {(found - logits).abs().max():.2g}"
+    answered, logits = shell.leave(hidden.detach()), logits.detach().float()
+    if not torch.allclose(answered, logits, rtol=_CLOSE, atol=_CLOSE * float(logits.abs().max())):
+        return f"its logits are others, by up to {(answered - logits).abs().max():.2g}"
     return None

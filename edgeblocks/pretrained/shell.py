@@ -116,9 +116,12 @@ class Shell:
 
     def _restore_(self, module: nn.Module) -> None:
         """Make the tables of a module that are not stored in files as the library initialises them."""
-        names = [name for name in module._non_persistent_buffers_set if module._buffers.get(name) is not None]
+        tables = {name: module._buffers.get(name) for name in module._non_persistent_buffers_set}
+        names = [name for name, table in tables.items() if table is not None]
         for name in names:
-            module._buffers[name] = torch.empty_like(module._buffers[name], device=self.device)
+            table = tables[name]
+            assert table is not None
+            module._buffers[name] = torch.empty_like(table, device=self.device)
         if names and self.device.type != "meta":
             self.model._init_weights(module)
 
@@ -128,7 +131,7 @@ class Shell:
             numbers, ids = torch.empty(tokens.numel(), dtype=torch.int64, device="meta"), tokens
         else:
             # The table stays in its file: of what is read, the rows of these tokens alone.
-            numbers, ids = tokens.unique(return_inverse=True)
+            numbers, ids = torch.unique(tokens, return_inverse=True)
         found: list[Tensor] = []
 
         def first(*args: Any, **kwargs: Any) -> Any:
@@ -266,14 +269,26 @@ class _Product(torch.autograd.Function):
         return found.to(ctx.dtype), None
 
 
+def library() -> Any:
+    """transformers, which says nothing by itself.
+
+    Raises:
+        ConfigError: it is not installed.
+    """
+    try:
+        found = importlib.import_module("transformers")
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"fine-tuning {_NEEDS}") from error
+    found.logging.set_verbosity_error()
+    found.logging.disable_progress_bar()
+    return found
+
+
 def _without_weights(folder: ModelFolder) -> Any:
     """The model as the library builds it, on the meta device."""
+    transformers = library()
     try:
-        from transformers import AutoConfig, AutoModelForCausalLM
-    except ModuleNotFoundError as error:
-        raise ConfigError(f"fine-tuning {folder.path} {_NEEDS}") from error
-    try:
-        config = AutoConfig.from_pretrained(folder.path, local_files_only=True, trust_remote_code=False)
+        config = transformers.AutoConfig.from_pretrained(folder.path, local_files_only=True, trust_remote_code=False)
     except (ValueError, KeyError, OSError, ImportError, TypeError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ConfigError(
@@ -285,7 +300,7 @@ def _without_weights(folder: ModelFolder) -> Any:
     for attention in ("sdpa", "eager"):
         try:
             with torch.device("meta"):
-                model = AutoModelForCausalLM.from_config(config, attn_implementation=attention)
+                model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation=attention)
             return model.train()
         except (ValueError, KeyError, TypeError, ImportError, RuntimeError, AttributeError) as error:
             problems.append(str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__)

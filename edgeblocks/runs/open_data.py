@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from edgeblocks.data.cache import cache_folder, cache_note
+from edgeblocks.data.chat import is_chat, open_chat
 from edgeblocks.data.dataset import DataSet, Progress
 from edgeblocks.data.images import open_images
 from edgeblocks.data.python_data import store_images, store_texts
@@ -41,6 +42,10 @@ def data_of(
     """
     reads = family_type(run.family).reads
     check_data_settings(run, reads)
+    is_pretrained: bool = family_type(run.family).only_exact
+    if is_pretrained and is_chat(run.data):
+        where: dict[str, Any] = {"hold_out": run.hold_out, "cache_dir": cache_folder(), "progress": progress}
+        return open_chat(run.data, tokenizer=run.tokenizer, length=run.length, **where)
     if reads == "text":
         asked: dict[str, Any] = {
             "tokenizer": run.tokenizer,

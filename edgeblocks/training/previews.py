@@ -159,7 +159,8 @@ class Previews:
 
     def before_training(self, listener: Listener) -> None:
         """Evaluate a pretrained network as it is, once."""
-        if self._run.family().only_exact and not (self._run.path / BEFORE_FILE).exists():
+        is_pretrained: bool = self._run.family().only_exact
+        if is_pretrained and not (self._run.path / BEFORE_FILE).exists():
             listener.stage("evaluating the model as it is")
             self._run.write_json(BEFORE_FILE, dict(self._timed(lambda: self._evaluated(listener))))
 

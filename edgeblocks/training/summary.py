@@ -93,7 +93,7 @@ def _loss_before(run: RunDirectory) -> float | None:
 def _text_metrics(run: RunDirectory, evaluation: metrics.ValidationLoss, data_set: DataSet) -> dict[str, TextScores]:
     """The bound in bits, where the run makes text: of a chain for mdlm; for ar and looped of the top level alone."""
     task = run.family().task
-    if task not in TEXT_TASKS:
+    if task not in TEXT_TASKS or not run.family().writes_text:
         return {}
     if task == "text":
         nats, error = evaluation["total"], evaluation["standard_error"]

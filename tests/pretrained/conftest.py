@@ -5,6 +5,7 @@ import json
 import pytest
 
 TEXT = "the sea was calm and the ship went on. the captain saw a whale, and the crew saw the captain. " * 60
+TEXT += "<user>ahoy!\n<assistant>aye? "
 
 
 @pytest.fixture(scope="session")

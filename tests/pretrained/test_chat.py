@@ -1,0 +1,163 @@
+"""Conversations: which tokens are trained on, what is refused, and that the loss is that of the library with labels."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from pretrained.conftest import write_tokenizer
+
+from edgeblocks.data.chat import PADDING, ChatFormat, is_chat, open_chat
+from edgeblocks.errors import DataError, StorageError
+from edgeblocks.families.base import TextInfo
+from edgeblocks.pretrained.decoder import Decoder, DecoderSettings
+
+TEMPLATE = (
+    "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{{ eos_token }}\n{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+FORGETFUL = "{% for m in messages[-2:] %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}<assistant>"
+
+
+def said(role, content):
+    return {"role": role, "content": content}
+
+
+TALK = [said("user", "the sea?"), said("assistant", "calm.")]
+TALK += [said("user", "a whale?"), said("assistant", "the captain saw.")]
+RECORDS = [
+    {"messages": TALK},
+    {"prompt": "the ship", "completion": " went on."},
+    {"prompt": TALK[:1], "completion": TALK[1:2]},
+]
+
+
+@pytest.fixture
+def folder(tmp_path, library):
+    """A tokenizer and a chat template."""
+    path = tmp_path / "model"
+    path.mkdir()
+    write_tokenizer(path)
+    (path / "chat_template.jinja").write_text(TEMPLATE)
+    (path / "tokenizer_config.json").write_text(json.dumps({"eos_token": {"content": "!"}, "bos_token": None}))
+    return path
+
+
+def opened(folder, records=RECORDS, *, length=64, hold_out=0.0, name="talk.jsonl"):
+    path = folder.parent / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    how = {"length": length, "hold_out": hold_out, "cache_dir": folder.parent / "cache"}
+    return open_chat(str(path), tokenizer=str(folder / "tokenizer.json"), **how)
+
+
+def counted(data, index):
+    """The text of a conversation, and that of its tokens that count."""
+    tokens, counts = (array[0] for array in data.gather(np.array([index])))
+    size = int((data.rows.read(np.array([index]))[0] != PADDING).sum())
+    return data.tokenizer.decode(tokens[:size]), data.tokenizer.decode(tokens[counts])
+
+
+def test_answers_alone_are_trained_on(folder):
+    """Of the assistant's messages, with what the template ends them with; of a completion of texts, with the end."""
+    data = opened(folder)
+    assert counted(data, 0) == (
+        "<user>the sea?!\n<assistant>calm.!\n<user>a whale?!\n<assistant>the captain saw.!\n",
+        "calm.!\nthe captain saw.!\n",
+    )
+    assert counted(data, 1) == ("the ship went on.!", " went on.!")
+    assert counted(data, 2) == ("<user>the sea?!\n<assistant>calm.!\n", "calm.!\n")
+    assert "[[calm.!\\n]]" in data.reading and "3 conversations of" in data.reading
+    assert sorted(data.order(batch=3, seed=0, block=0).indices(4)) == [0, 1, 2]
+
+
+def test_what_is_longer_than_a_window_is_cut_and_counted(folder):
+    """What then has no answer is left out; the parts are those of the file's end."""
+    data = opened(folder, RECORDS * 4, length=20, hold_out=0.25)
+    told = data.reading
+    assert "cut at 20 tokens" in told, told
+    assert (data.num_examples, data.num_train, len(data.evaluation_indices(9))) == (12, 9, 3)
+    assert data.gather(np.arange(12))[0].shape == (12, 20)
+    with pytest.raises(DataError, match=r"0 conversations have an answer inside a window of 2 tokens"):
+        opened(folder, length=2)
+
+
+def test_a_folder_has_its_hold_out_part(folder):
+    opened(folder, RECORDS[:1], name="talks/valid.jsonl")
+    opened(folder, RECORDS, name="talks/train.jsonl")
+    how = {"length": 64, "hold_out": 0.1, "cache_dir": folder.parent / "cache"}
+    data = open_chat(str(folder.parent / "talks"), tokenizer=str(folder / "tokenizer.json"), **how)
+    assert (data.num_train, data.num_examples) == (3, 4) and data.has_held_out
+    assert counted(data, 3) == counted(data, 0)
+    assert is_chat(str(folder.parent / "talks")) and not is_chat(str(folder.parent))
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        ({"messages": [said("robot", "x")]}, "is of the role 'robot'; there are system, user, assistant, tool"),
+        ({"messages": [said("user", "x")]}, "nothing to learn"),
+        ({"messages": [said("user", ["x"])]}, "has no `content` that is a text"),
+        ({"messages": []}, "no list of messages"),
+        ({"text": "x"}, "neither `messages` nor"),
+        ([1], "it is no object"),
+        ({"prompt": 1, "completion": "x"}, "no list of messages"),
+    ],
+)
+def test_records_that_are_no_conversations_are_named(folder, record, message):
+    with pytest.raises(DataError, match=rf"talk.jsonl, line 2: .*{message}"):
+        opened(folder, [RECORDS[0], record])
+
+
+def test_lines_templates_and_damage(folder):
+    """What is no JSON; a template that forgets, one that is none, and none at all; a cache that was changed."""
+    (folder.parent / "talk.jsonl").write_text('{"messages": ')
+    assert not is_chat(str(folder.parent / "talk.jsonl"))
+    data = opened(folder)
+    assert is_chat(data.source)
+    rows = np.load(data.rows.path)
+    rows[0, 0] ^= 1
+    np.save(data.rows.path, rows)
+    with pytest.raises(StorageError, match="is damaged"):
+        data.gather(np.array([0]))
+    (folder / "chat_template.jinja").write_text(FORGETFUL)
+    with pytest.raises(DataError, match="writes message 2 otherwise when others follow"):
+        opened(folder)
+    (folder / "chat_template.jinja").write_text("{% for %}")
+    with pytest.raises(DataError, match="is no template"):
+        opened(folder)
+    (folder / "chat_template.jinja").write_text("{{ raise_exception('system first') }}")
+    with pytest.raises(DataError, match=r"does not write it \(system first\)"):
+        opened(folder)
+    (folder / "chat_template.jinja").unlink()
+    with pytest.raises(DataError, match="no chat template"):
+        opened(folder)
+    assert counted(opened(folder, RECORDS[1:2]), 0)[1] == " went on.!"
+
+
+def test_a_template_may_do_nothing_but_write(folder):
+    """It comes with a model from anywhere."""
+    (folder / "chat_template.jinja").write_text("{{ messages.__class__.__mro__[1].__subclasses__() }}")
+    render = ChatFormat.of(folder).renderer()
+    with pytest.raises(Exception, match="unsafe"):
+        render(TALK, False)
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_the_loss_is_the_librarys_with_labels(folder, model, library):
+    """The mean over all answers' tokens of a batch, whatever stands beside them."""
+    data = opened(folder)
+    tokens, counts = data.gather(np.arange(3))
+    family = Decoder(DecoderSettings(model=str(model)), TextInfo(vocabulary=data.vocabulary, length=64))
+    batch = family._batch(tokens, counts)
+    network = library.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    labels = torch.from_numpy(np.where(counts, tokens, -100))
+    expected = network(input_ids=batch["tokens"], labels=labels, use_cache=False).loss
+    hidden = network.model.layers[-1].register_forward_hook(lambda *given: last.append(given[-1]))
+    last = []
+    network(input_ids=batch["tokens"], use_cache=False)
+    hidden.remove()
+    found = family.loss_after(None, last[0], None, batch)
+    assert found.mean().item() == pytest.approx(expected.item(), rel=1e-5)
+    scores = family._losses(last[0], batch)[0]
+    assert bool((scores[~batch["counts"][:, 1:]] == 0).all())
