@@ -9,6 +9,7 @@ import typer
 from PIL import Image
 from support.commands import invoke
 from support.pages import PAGES, ROOT, blocks_in_order, code_after, command_words, commands, links, page, rows
+from support.small_model import write_conversations, write_model
 
 from edgeblocks.cli.main import app
 from edgeblocks.registry import family_type, profile_names, target_names
@@ -56,6 +57,8 @@ SMALL_TEXT = ["--set", "length=32", "--set", "hold_out=0.0005"]
 
 def small(words):
     """A command as a page has it, but for a network and a training that take a second."""
+    if words[0] == "finetune":
+        return [*words, "--steps", "2", "--length", "24", "--batch", "2", "--mem-budget", "4GB"]
     if words[0] not in ("plan", "train") or "--resume" in words:
         return [*words, "--samples", "4"] if words[0] == "eval" else words
     return [*words, *SMALL, *(SMALL_TEXT if words[1] in ("mdlm", "ar", "looped") else SMALL_IMAGES)]
@@ -63,13 +66,15 @@ def small(words):
 
 @pytest.fixture(scope="module")
 def a_users_folder(tmp_path_factory):
-    """Pictures of three classes in photos/ and more/, and one in new/, as the pages name them."""
+    """Pictures of three classes in photos/ and more/, and one in new/, a model in smollm2/, and conversations."""
     folder, rng = tmp_path_factory.mktemp("user"), np.random.default_rng(0)
     for name in ("photos/cat", "photos/dog", "photos/owl", "more/cat", "more/dog", "more/owl", "new"):
         (folder / name).mkdir(parents=True)
         for number in range(1 if name == "new" else 8):
             picture = Image.fromarray(rng.integers(0, 256, (8, 8, 3)).astype(np.uint8))
             picture.save(folder / name / f"{number}.jpg")
+    write_model(folder / "smollm2")
+    write_conversations(folder / "chat.jsonl")
     return folder
 
 

@@ -135,19 +135,15 @@ def shrunk(config: dict[str, Any]) -> dict[str, Any]:
     return small
 
 
-def _stored_buffers(layer: nn.Module) -> list[tuple[str, Tensor]]:
-    """Those that files have."""
-    return [(name, tensor) for name, tensor in layer.named_buffers() if name in layer.state_dict()]
-
-
 def _difference(whole: Any, path: Path) -> str | None:
     """In what the library's whole network and the layers one by one differ; None where they do not."""
     folder = ModelFolder(path)
     shell = Shell(folder, torch.device("cpu"))
-    names: dict[str, Tensor] = {f"{shell.layers_name}.{number}.{name}": parameter for number, layer in enumerate(shell.layers)
-             for name, parameter in layer.named_parameters()}  # fmt: skip
-    names |= {f"{shell.layers_name}.{number}.{name}": buffer for number, layer in enumerate(shell.layers)
-              for name, buffer in _stored_buffers(layer)}  # fmt: skip
+    names = [
+        f"{shell.layers_name}.{number}.{name}"
+        for number, layer in enumerate(shell.layers)
+        for name in layer.state_dict()  # weights, and tables that files have
+    ]
     missing = sorted(name for name in names if name not in folder.tensors)
     if missing:
         return f"its files have other names than its modules (there is no {missing[0]})"

@@ -5,26 +5,16 @@ import json
 import numpy as np
 import pytest
 import torch
-from pretrained.conftest import write_tokenizer
+from support.small_model import TALK, said, write_tokenizer
 
 from edgeblocks.data.chat import PADDING, ChatFormat, is_chat, open_chat
 from edgeblocks.errors import DataError, StorageError
 from edgeblocks.families.base import TextInfo
 from edgeblocks.pretrained.decoder import Decoder, DecoderSettings
 
-TEMPLATE = (
-    "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{{ eos_token }}\n{% endfor %}"
-    "{% if add_generation_prompt %}<assistant>{% endif %}"
-)
 FORGETFUL = "{% for m in messages[-2:] %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}<assistant>"
 
 
-def said(role, content):
-    return {"role": role, "content": content}
-
-
-TALK = [said("user", "the sea?"), said("assistant", "calm.")]
-TALK += [said("user", "a whale?"), said("assistant", "the captain saw.")]
 RECORDS = [
     {"messages": TALK},
     {"prompt": "the ship", "completion": " went on."},
@@ -38,8 +28,6 @@ def folder(tmp_path, library):
     path = tmp_path / "model"
     path.mkdir()
     write_tokenizer(path)
-    (path / "chat_template.jinja").write_text(TEMPLATE)
-    (path / "tokenizer_config.json").write_text(json.dumps({"eos_token": {"content": "!"}, "bos_token": None}))
     return path
 
 
