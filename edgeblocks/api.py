@@ -224,6 +224,8 @@ def finetune(
         ConfigError: the model cannot be trained, or its library is missing; and as of `train`.
     """
     told: dict[str, Any] = tuning_settings(model, settings)
+    if told["init"] is None:
+        raise ConfigError(f"{model} has no .safetensors files: a config is enough to plan (--dry-run), not to train")
     return train(out=out, config=config, listener=listener, callbacks=callbacks, **told)
 
 
@@ -238,8 +240,8 @@ def tuning_settings(model: Path | str, given: Mapping[str, object]) -> dict[str,
     if wrong:
         raise ConfigError(f"{', '.join(wrong)}: fine-tuning sets this itself; leave it out")
     folder = str(Path(model).expanduser())
-    model_folder(folder)  # says at once what is wrong with it
-    own = {"model": folder, "init": folder, "tokenizer": str(Path(folder) / TOKENIZER)}
+    told = model_folder(folder)  # says at once what is wrong with it
+    own = {"model": folder, "init": None if told.is_plan_only else folder, "tokenizer": str(Path(folder) / TOKENIZER)}
     return {"data": "moby-dick", **TUNING, **given, **TUNING_OWN, **own}
 
 

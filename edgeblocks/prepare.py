@@ -347,7 +347,13 @@ def prepare_elsewhere(settings: Settings, profile: "Profile", listener: Listener
     listener.stage("planning")
     settings = with_precision(settings, data, device=device, half=profile.half_precision, is_here=False)
     traced = trace_costs(settings, data, device=device)
-    costs, machine = traced.costs, replace(machine, planning_bytes=traced.peak_bytes)
+    costs, library_bytes = traced.costs, family_type(settings.run.family).library_bytes
+    machine = replace(machine, planning_bytes=traced.peak_bytes)
+    if machine.host is None:
+        machine = replace(machine, runtime_bytes=machine.runtime_bytes + library_bytes)
+    else:
+        host = replace(machine.host, runtime_bytes=machine.host.runtime_bytes + library_bytes)
+        machine = replace(machine, host=host)
     plan = make_plan(costs, machine, _request_on(data_set, settings, data, budgets))
     plan = _with_gpu_warnings(plan, elsewhere=True)
     return Prepared(

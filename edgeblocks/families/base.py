@@ -142,6 +142,8 @@ class BaseFamily:
     """Of a family on text, whether its networks can be sampled here."""
     only_exact = False
     """Whether its networks are trained end to end alone."""
+    library_bytes = 0
+    """Of memory that its library takes in every process, where a plan is not made in one that has loaded it."""
     settings: FamilySettings
 
     @property

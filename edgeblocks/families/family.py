@@ -54,6 +54,8 @@ class Family(Protocol):
     """Of a family on text, whether its networks can be sampled here."""
     only_exact: bool
     """Whether its networks are trained end to end alone."""
+    library_bytes: int
+    """Of memory that its library takes in every process, where a plan is not made in one that has loaded it."""
 
     @property
     def architecture(self) -> str:

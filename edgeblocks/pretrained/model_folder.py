@@ -6,9 +6,9 @@ Anyone may have written it: nothing of it is executed, tables are checked before
 import functools
 import hashlib
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
@@ -36,7 +36,10 @@ class ModelFolder:
         kind = _quantization(self.config)
         if kind is not None:
             raise ConfigError(f"{path}: {_QUANTIZED.format(kind=kind)}")
-        self.files = [_opened(path / name) for name in _shards(path)]
+        names = _shards(path)
+        self.files = [_opened(path / name) for name in names]
+        self.is_plan_only = not names
+        """Whether it has a config alone, which is enough to plan."""
         self._file_of = {name: file for file in self.files for name in file.tensors}
         unreadable = sorted({one.dtype for one in self.tensors.values()} - READABLE.keys())
         if unreadable:
@@ -81,44 +84,65 @@ class ModelFolder:
         return together.hexdigest()
 
 
-class FileTable:
-    """A matrix that stays in its file: some rows of it at a time are read, as float32."""
+class Table:
+    """A matrix of which a plan needs the shape alone."""
+
+    def __init__(self, shape: Sequence[int]) -> None:
+        self.shape = tuple(shape)
+
+    def rows(self, ids: Tensor) -> Tensor:
+        """Rows by their numbers [n]: float32 [n, width] on their device."""
+        assert ids.is_meta, "there is no file to read"
+        return torch.empty(len(ids), self.shape[1], device="meta")
+
+    def slices(self, device: torch.device, *, most_bytes: int) -> Iterator[tuple[slice, Tensor]]:
+        """All rows, some at a time, float32 of at most `most_bytes`: each overwrites the former."""
+        count = max(1, most_bytes // (4 * self.shape[1]))
+        held = torch.empty(min(count, self.shape[0]), self.shape[1], device=device)
+        for start in range(0, self.shape[0], count):
+            part = held[: min(count, self.shape[0] - start)]
+            self._fill_(part, start)
+            yield slice(start, start + len(part)), part
+
+    def _fill_(self, part: Tensor, start: int) -> None:
+        assert part.is_meta, "there is no file to read"
+
+
+class FileTable(Table):
+    """A matrix that stays in its file: some rows of it at a time are read."""
 
     def __init__(self, file: TensorFile, name: str) -> None:
         self._path, self._stored = file.path, file.tensors[name]
         self.dtype = READABLE[self._stored.dtype]
-        self.shape = self._stored.shape
+        super().__init__(self._stored.shape)
         self._row_bytes = self.shape[1] * self.dtype.itemsize
         self._read_buffer = bytearray()
 
     def rows(self, ids: Tensor) -> Tensor:
         """Rows by their numbers [n]: float32 [n, width] on their device."""
         if ids.is_meta:
-            return torch.empty(len(ids), self.shape[1], device="meta")
+            return super().rows(ids)
         found = torch.empty(len(ids), self.shape[1], dtype=self.dtype)
         with open_regular(self._path) as file:
             for row, number in enumerate(ids.tolist()):
                 file.seek(self._stored.start + number * self._row_bytes)
-                file.readinto(memoryview(found[row].view(torch.uint8).numpy()))  # type: ignore[arg-type]
+                self._read_into(file, memoryview(found[row].view(torch.uint8).numpy()))  # type: ignore[arg-type]
         return found.to(ids.device, torch.float32)
 
-    def slices(self, device: torch.device, *, most_bytes: int) -> Iterator[tuple[slice, Tensor]]:
-        """All rows, some at a time, float32 of at most `most_bytes`: each overwrites the former."""
-        count = max(1, most_bytes // (4 * self.shape[1]))
-        held = torch.empty(min(count, self.shape[0]), self.shape[1], device=device)
-        if device.type != "meta" and len(self._read_buffer) < len(held) * self._row_bytes:
-            self._read_buffer = bytearray(len(held) * self._row_bytes)
+    def _fill_(self, part: Tensor, start: int) -> None:
+        if part.is_meta:
+            return
+        size = len(part) * self._row_bytes
+        if len(self._read_buffer) < size:
+            self._read_buffer = bytearray(size)
         with open_regular(self._path) as file:
-            file.seek(self._stored.start)
-            for start in range(0, self.shape[0], count):
-                part = held[: min(count, self.shape[0] - start)]
-                if device.type != "meta":
-                    size = len(part) * self._row_bytes
-                    if file.readinto(memoryview(self._read_buffer)[:size]) != size:
-                        raise OSError(None, "it has become shorter", str(self._path))
-                    read = torch.frombuffer(self._read_buffer, dtype=self.dtype, count=part.numel())
-                    part.copy_(read.view(part.shape))
-                yield slice(start, start + len(part)), part
+            file.seek(self._stored.start + start * self._row_bytes)
+            self._read_into(file, memoryview(self._read_buffer)[:size])
+        part.copy_(torch.frombuffer(self._read_buffer, dtype=self.dtype, count=part.numel()).view(part.shape))
+
+    def _read_into(self, file: BinaryIO, room: memoryview) -> None:
+        if file.readinto(room) != len(room):  # type: ignore[attr-defined]  # as files opened for bytes have it
+            raise OSError(None, "it has become shorter", str(self._path))
 
 
 @functools.lru_cache(maxsize=4)
@@ -174,8 +198,12 @@ def _shards(path: Path) -> list[str]:
         if sorted(path.glob("*.safetensors")):
             raise ConfigError(f"{path} has .safetensors files and no {INDEX}, which says what is in them; download it")
         others = sorted(one.name for one in (*path.glob("*.bin"), *path.glob("*.pth"), *path.glob("*.pt")))
-        hint = f" It has {others[0]}: convert it with transformers' save_pretrained." if others else ""
-        raise ConfigError(f"{path} has no {SINGLE}, the model's weights; download it.{hint}")
+        if others:
+            raise ConfigError(
+                f"{path} has no {SINGLE}, the model's weights. It has {others[0]}: convert it with transformers' "
+                f"save_pretrained"
+            )
+        return []  # a config alone
     try:
         with open_regular(path / INDEX) as file:
             index = parse_json(file.read(_MOST_CONFIG_BYTES).decode("utf-8", errors="replace"))

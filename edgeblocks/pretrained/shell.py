@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from edgeblocks.errors import ConfigError
-from edgeblocks.pretrained.model_folder import FileTable, ModelFolder, model_folder
+from edgeblocks.pretrained.model_folder import FileTable, ModelFolder, Table, model_folder
 
 SLICE_BYTES = 2**24
 """Of the head's matrix as float32, which is multiplied with some rows at a time."""
@@ -78,8 +78,8 @@ class Shell:
         )
         self.frozen_names = {of_embedding} if is_tied else {of_embedding, of_head}
         """Of tensors in the files that are used and not trained; those of vectors and positions join them below."""
-        self.embedding_table = _table(folder, of_embedding)
-        self.head_table = _table(folder, of_embedding if is_tied else of_head)
+        self.embedding_table = _table(folder, self.model, of_embedding)
+        self.head_table = _table(folder, self.model, of_embedding if is_tied else of_head)
         for module in self.model.modules():
             self._restore_(module)
         for name, parameter in list(self.model.named_parameters()):
@@ -249,7 +249,7 @@ class _Product(torch.autograd.Function):
     """States times a matrix that stays in its file, a slice of its rows at a time."""
 
     @staticmethod
-    def forward(ctx: Any, states: Tensor, table: FileTable) -> Tensor:
+    def forward(ctx: Any, states: Tensor, table: Table) -> Tensor:
         ctx.table, ctx.dtype = table, states.dtype
         out: Tensor | None = None
         for columns, matrix in table.slices(states.device, most_bytes=SLICE_BYTES):
@@ -348,7 +348,9 @@ def _stored_name(folder: ModelFolder, model: Any, name: str) -> str:
     return others[0] if len(others) == 1 else name
 
 
-def _table(folder: ModelFolder, name: str) -> FileTable:
+def _table(folder: ModelFolder, model: Any, name: str) -> Table:
+    if folder.is_plan_only:
+        return Table(model.get_parameter(name).shape)
     if name not in folder.tensors:
         raise ConfigError(f"{folder.path}: its files have no tensor {name}, which the model needs")
     return FileTable(folder.file_of(name), name)

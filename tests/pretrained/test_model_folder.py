@@ -4,6 +4,7 @@ import json
 import shutil
 
 import pytest
+from support.commands import assert_refused, invoke
 
 from edgeblocks.errors import ConfigError
 from edgeblocks.pretrained.gate import check_architecture, shrunk
@@ -103,3 +104,15 @@ def test_a_folder_is_like_one_file(model):
     name = "model.layers.3.mlp.up_proj.weight"
     assert folder.tensors[name].shape == (64, 32)
     assert sum(len(piece) for _, piece in folder.pieces(name)) == 64 * 32
+
+
+def test_a_config_alone_is_enough_to_plan(model, text, tmp_path):
+    """For a machine that is not here, without a weight on the disk."""
+    folder = tmp_path / "model"
+    folder.mkdir()
+    for name in ("config.json", "tokenizer.json"):
+        shutil.copyfile(model / name, folder / name)
+    asked = ["finetune", folder, "--data", text, "--length", "16", "--batch", "2", "--set", "target=laptop-8gb"]
+    planned = invoke(*asked, "--dry-run")
+    assert planned.exit_code == 0 and "laptop without a GPU" in planned.stdout, planned.output
+    assert_refused(invoke(*asked[:-2], "--out", tmp_path / "run"), 2, "a config is enough to plan")
