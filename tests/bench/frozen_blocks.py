@@ -53,7 +53,7 @@ def rows(family: str, steps: int) -> str:
     """Lines of the table."""
     folder = Path(tempfile.mkdtemp(prefix="edgeblocks-bench-"))
     try:
-        how = {**FAMILIES[family], "family": family, "steps": steps, "mem_budget": "2GB", "sample_grids": 0}
+        how = {**FAMILIES[family], "family": family, "steps": steps, "mem_budget": "4GB", "sample_grids": 0}
         run = edgeblocks.train(out=folder / "run", **how)
         evaluated, lines = 0 if family in ("dit", "vit") else 2, []
         loss = run.evaluate(samples=evaluated)["validation_loss"]

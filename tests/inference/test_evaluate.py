@@ -33,7 +33,7 @@ def test_the_curve_of_iterations_is_computed_where_the_network_is(tmp_path, monk
         tmp_path / "run", layers=(4,), family="looped", method="exact", width=16, heads=2, length=16, hold_out=0.0005
     )
     runner = run.runner(OnAnotherDevice(run.directory), micro_batch=4)
-    text = open_run_data(run.directory.settings, Silent(), budget_bytes=10**9, target=build_target("cpu"))
+    text = open_run_data(run.directory.settings, Silent(), budget_bytes=4 * 10**9, target=build_target("cpu"))
     devices, scores = set(), PlainLooped.scores
 
     def noticed(family, network, batch):
