@@ -128,7 +128,7 @@ def _begin_alone(layers: int, blocks: int) -> str:
     more, fewer = math.ceil(layers / blocks) * blocks, layers // blocks * blocks
     return (
         f"each block begins with random weights, because {layers} layers cannot be cut into {blocks} of equal depth; "
-        f"blocks that begin as one were 10 to 14 % better where both were measured (docs/shared.md): --set "
+        f"blocks that begin as one were better wherever both were measured (docs/shared.md): --set "
         f"depth={more} or {fewer} can"
     )
 

@@ -280,8 +280,9 @@ def entry(family: str) -> dict[str, Any]:
     """What both methods reached: what `edgeblocks.planning.recommendation` reads."""
     measure, settings = MEASURES[family][0], SETTINGS[family]
     kinds = arms(family, STEPS[family])
+    as_one = found(kinds["begun as one"]) if "begun as one" in kinds else []
     rows = {
-        "diffusion": found(kinds.get("blocks", kinds["one block"])),
+        "diffusion": as_one or found(kinds.get("blocks", kinds["one block"])),
         "exact": found(kinds.get("unrolled") or kinds.get("plain") or kinds["one block"]),
     }
     if found(kinds.get("greedy", {"family": "none"})):
@@ -321,7 +322,8 @@ def methods_page(entries: dict[str, dict[str, Any]]) -> str:
         "`edgeblocks plan` recommends a method from this table and from what each would take under the budget. Made",
         "by `tests/bench/four_arms.py` from the trainings of [four arms](four_arms.md): the same data, equal layer",
         "evaluations (of `looped` equal steps: end to end its core runs several times in each), EMA weights, hold-out",
-        "examples. The error is the standard error of a difference; one below twice of it counts as none. Fewer layers",
+        "examples. Blocks of `diffusion` begin as one, as is usual; from random weights they were worse everywhere.",
+        "The error is the standard error of a difference; one below twice of it counts as none. Fewer layers",
         "are those of one block, trained end to end with as many layer evaluations: where they are best, the training",
         "was too short for depth to be of use, and longer ones may turn out otherwise. `greedy` trains as many layers",
         "at a time. These are small networks and one kind of data: compare on yours with `edgeblocks compare` before",
@@ -342,7 +344,35 @@ def methods_page(entries: dict[str, dict[str, Any]]) -> str:
             f"| {one['error']:.4f} | {', '.join(best) if len(best) < len(reached) else 'none'} | {shallow} "
             f"| {one['conditions']} |"
         )
-    return "\n".join([*lines, ""])
+    return "\n".join([*lines, *by_length(), ""])
+
+
+def by_length() -> list[str]:
+    """How good the arms are that matter after more evaluations: points of curves, each a training of its own."""
+    shown = ("begun as one", "greedy", "plain", "one block", "plain, short")
+    lines = [
+        "",
+        "## After longer trainings",
+        "",
+        "The same arms with 1, 4 and 12 times as many layer evaluations, each a training of its own with its own schedule",
+        "(means over seeds, their number in brackets). `plain` is the whole depth end to end, of dit and mdlm `one block`.",
+        "",
+        f"| family | times as long | {' | '.join(shown)} |",
+        "|---|---|" + "---|" * len(shown),
+    ]
+    for family in SETTINGS:
+        if family == "looped":
+            continue
+        for times in LENGTHS:
+            kinds = arms(family, times * STEPS[family])
+            cells = [_cell(found(kinds[arm]), MEASURES[family][0]) if arm in kinds else "–" for arm in shown]
+            if sum(cell != "–" for cell in cells) > 1:
+                lines.append(f"| {family} | {times} | {' | '.join(cells)} |")
+    return lines
+
+
+def _cell(rows: list[dict[str, Any]], measure: str) -> str:
+    return f"{statistics.mean(row[measure] for row in rows):.4f} ({len(rows)})" if rows else "–"
 
 
 if __name__ == "__main__":
