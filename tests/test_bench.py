@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from support.small_model import write_conversations, write_model
 
 import edgeblocks
 
@@ -93,6 +94,21 @@ def test_four_arms(bench, tmp_path):
 def test_frozen_blocks(bench):
     tiny = {"FAMILIES": {"vit": {**TINY, "data": "digits", "depth": 4, "hold_out": 0.02}}, "EXAMPLES": 2, "ROUNDS": 1}
     assert "| vit | " in bench("frozen_blocks", "--families", "vit", "--steps", 2, **tiny)
+
+
+def test_tuning(bench, tmp_path):
+    """One arm of either side; and the conversations that it is measured on, of a page like that of the package."""
+    write_model(tmp_path / "model")
+    write_conversations(tmp_path / "chat.jsonl")
+    asked = ["model", "chat.jsonl", "--length", 24, "--batch", 2]
+    plain, ours = (json.loads(bench("tuning", *asked, "--arm", arm)) for arm in ("transformers", "4GB"))
+    assert ours["losses"] == pytest.approx(plain["losses"], rel=0.02) and len(plain["losses"]) == 2
+    title = '<h2 class="title"><a id="x"></a>1.1. What is {}?</h2>'
+    page = "".join(title.format(name) + f"<p>The answer to {name} &amp; more.</p>" for name in ("a", "b"))
+    (tmp_path / "one.en.html").write_text(f'{page}<div class="navfooter">')
+    bench("debian_faq", "faq.jsonl", FOLDER=tmp_path)
+    (_, answer), _ = (json.loads(line)["messages"] for line in (tmp_path / "faq.jsonl").read_text().splitlines())
+    assert answer == {"role": "assistant", "content": "The answer to a & more."}
 
 
 def test_fuzz_readers(bench):
