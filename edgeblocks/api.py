@@ -25,7 +25,6 @@ from edgeblocks.run import Run
 from edgeblocks.runs.create import check_apart, check_free, create_blocks, create_run, seal_run
 from edgeblocks.runs.directory import RunDirectory
 from edgeblocks.runs.disk_room import check_disk, check_work_dir
-from edgeblocks.runs.load_weights import InitialWeights
 from edgeblocks.runs.locks import locked, locked_away
 from edgeblocks.runs.open_data import check_vocab, stored_source
 from edgeblocks.runs.opening import open_run
@@ -50,6 +49,9 @@ TUNING: dict[str, object] = {
     "sample_grids": 0,
 }
 """What is usual where a pretrained model is trained on; learning rate and weight decay are those of trl 1.16."""
+LORA_TUNING: dict[str, object] = {"learning_rate": 2e-4, "optimizer": "adamw"}
+"""Over these, with --tune lora."""
+LORA_SETTINGS = frozenset({"lora_rank", "lora_alpha", "lora_targets", "quantize"})
 TUNING_OWN: dict[str, object] = {"family": "hf", "method": "exact", "model": None, "init": None, "tokenizer": None}
 """What fine-tuning settles itself."""
 
@@ -188,7 +190,7 @@ def train(
             data_fingerprint=prepared.data_set.fingerprint,
             class_names=prepared.data_set.class_names,
             tokenizer=prepared.data_set.tokenizer,
-            init=_origin(prepared.initial),
+            init=_origin(prepared),
         )
         with locked_away(run, listener.note):
             listener.planned(banner(prepared), run.path)
@@ -224,7 +226,7 @@ def finetune(
         ConfigError: the model cannot be trained, or its library is missing; and as of `train`.
     """
     told: dict[str, Any] = tuning_settings(model, settings)
-    if told["init"] is None:
+    if model_folder(str(told["model"])).is_plan_only:
         raise ConfigError(f"{model} has no .safetensors files: a config is enough to plan (--dry-run), not to train")
     return train(out=out, config=config, listener=listener, callbacks=callbacks, **told)
 
@@ -236,17 +238,29 @@ def tuning_settings(model: Path | str, given: Mapping[str, object]) -> dict[str,
         ConfigError: one of them belongs to networks that begin with random weights.
     """
     given = {name: value for name, value in given.items() if value is not None}
+    tune = given.pop("tune", "full")
+    if tune not in ("full", "lora"):
+        raise ConfigError(f"--tune {tune}: full trains all layers, lora trains small products beside them; use one")
+    if tune == "full" and (of_lora := sorted(given.keys() & LORA_SETTINGS)):
+        raise ConfigError(f"{', '.join(of_lora)}: these belong to --tune lora")
     wrong = sorted(TUNING_OWN.keys() & given.keys())
     if wrong:
         raise ConfigError(f"{', '.join(wrong)}: fine-tuning sets this itself; leave it out")
     folder = str(Path(model).expanduser())
     told = model_folder(folder)  # says at once what is wrong with it
     own = {"model": folder, "init": None if told.is_plan_only else folder, "tokenizer": str(Path(folder) / TOKENIZER)}
+    if tune == "lora":
+        own = {**own, "family": "hf-lora", "init": None}
+        return {"data": "moby-dick", **TUNING, **LORA_TUNING, **given, **TUNING_OWN, **own}
     return {"data": "moby-dick", **TUNING, **given, **TUNING_OWN, **own}
 
 
-def _origin(initial: InitialWeights | None) -> InitFields | None:
-    """What a run remembers of the file that its weights began with."""
+def _origin(prepared: Prepared) -> InitFields | None:
+    """What a run remembers of the file that its weights began with, or of the model that they stand beside."""
+    initial, model = prepared.initial, getattr(prepared.settings.family, "model", "")
+    if initial is None and model:
+        folder = model_folder(model)
+        return InitFields(file=folder.path.name, bytes=folder.num_bytes, sha256=folder.sha256())
     if initial is None:
         return None
     file = initial.file

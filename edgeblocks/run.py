@@ -31,7 +31,7 @@ from edgeblocks.profiling.precisions import untouched_bytes
 from edgeblocks.progress import Listener, Silent
 from edgeblocks.registry import build_exporter, build_target
 from edgeblocks.runs.directory import RunDirectory
-from edgeblocks.runs.merging import Merged, merge_model
+from edgeblocks.runs.merging import Merged, merge_model, write_adapter
 from edgeblocks.runs.open_data import stored_source
 from edgeblocks.runs.save_weights import WrittenWeights, write_weights
 from edgeblocks.tasks import TASKS
@@ -372,8 +372,16 @@ class Run:
             raise ConfigError(f"images are {pixels.dtype} {pixels.shape[1:]}; the run takes uint8 {shape}")
         return data.to_model(pixels)
 
-    def merge(self, out: Path | str, *, last: bool = False, mem_budget: str | None = None) -> Merged:
-        """Write a fine-tuned model into a new folder like the one that it was made of; see `merging.merge_model`."""
+    def merge(
+        self, out: Path | str, *, last: bool = False, adapter: bool = False, mem_budget: str | None = None
+    ) -> Merged:
+        """Write a fine-tuned model into a new folder like the one that it was made of; see `merging.merge_model`.
+
+        Args:
+            adapter: of a run of LoRA what was trained alone, as PEFT has it; see `merging.write_adapter`.
+        """
+        if adapter:
+            return write_adapter(self.directory, Path(out), last=last)
         return merge_model(self.directory, Path(out), last=last, mem_budget=mem_budget)
 
     def save_weights(

@@ -175,6 +175,30 @@ TUNING_SETTINGS: dict[str, Any] = {
         ),
     ],
     **{name: SETTINGS[name] for name in ("text_key", "mem_budget", "ram_budget")},
+    "tune": Annotated[
+        str | None,
+        typer.Option(
+            help="full: all layers are trained; lora: small products beside their matrices, over layers in 8 bits.",
+            show_default="full",
+        ),
+    ],
+    "lora_rank": Annotated[
+        int | None, typer.Option(help="With --tune lora: rank of what is added to a matrix.", show_default="16")
+    ],
+    "lora_alpha": Annotated[
+        float | None, typer.Option(help="With --tune lora: it is multiplied with alpha / rank.", show_default="32")
+    ],
+    "lora_targets": Annotated[
+        str | None,
+        typer.Option(help="With --tune lora: all-linear, or endings of matrices' names, such as q_proj,v_proj."),
+    ],
+    "quantize": Annotated[
+        str | None,
+        typer.Option(
+            help="With --tune lora: as what frozen layers are read: int8, nf4, or none as they are.",
+            show_default="int8",
+        ),
+    ],
     "steps": Annotated[int | None, typer.Option(help="Optimizer steps.", show_default="200")],
     "batch": Annotated[int | None, typer.Option("--batch", help="Windows of text a step.", show_default="4")],
     "length": Annotated[int | None, typer.Option(help="Tokens of a window.", show_default="512")],

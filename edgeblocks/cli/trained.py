@@ -150,6 +150,9 @@ def merge(
     run: RunArgument,
     out: Annotated[Path, typer.Option("--out", "-o", help="A new folder.", show_default=False)],
     last: Annotated[bool, typer.Option("--last", help="As the last step left them, instead of their average.")] = False,
+    adapter: Annotated[
+        bool, typer.Option("--adapter", help="Of --tune lora: what was trained alone, as the library PEFT loads it.")
+    ] = False,
     mem_budget: WritingBudget = None,
     as_json: Json = False,
 ) -> None:
@@ -159,7 +162,7 @@ def merge(
     """
     from edgeblocks import api
 
-    merged = api.load(run).merge(out, last=last, mem_budget=mem_budget)
+    merged = api.load(run).merge(out, last=last, adapter=adapter, mem_budget=mem_budget)
     left_out = f"; not copied: {', '.join(merged['left_out'])}" if merged["left_out"] else ""
     line = (
         f"wrote {out}: {merged['trained']} trained tensors, {merged['untouched']} as they were, and "

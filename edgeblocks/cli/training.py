@@ -123,7 +123,7 @@ def finetune(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and stop.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Fine-tune a pretrained model on your text inside the memory budget, with true gradients of all of its layers.
+    """Fine-tune a pretrained model on your text or conversations inside the memory budget, with true gradients.
 
     Needs transformers, which the extra `hf` brings along. Ctrl-C saves and stops, and train --resume goes on. merge
     makes a folder of the result.

@@ -13,6 +13,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
+from edgeblocks.data.file_identity import file_identity
 from edgeblocks.errors import ConfigError
 from edgeblocks.files.tensor_file import READABLE, StoredTensor, TensorFile
 from edgeblocks.files.untrusted import MalformedFileError, open_regular, parse_json, shown
@@ -32,6 +33,8 @@ class ModelFolder:
             ConfigError: it is no such folder, or nothing that can be trained.
         """
         self.path = path
+        self._known: dict[tuple[str, ...], str] = {}
+        """The files' sha256, by what tells that they are the same."""
         self.config = _config(path)
         kind = _quantization(self.config)
         if kind is not None:
@@ -73,15 +76,18 @@ class ModelFolder:
         self._file_of[name].read_(name, values)
 
     def sha256(self) -> str:
-        """Of the files' names and contents.
+        """Of the files' names and contents; they are read once in a process.
 
         Raises:
             OSError: one cannot be read.
         """
-        together = hashlib.sha256()
-        for file in self.files:
-            together.update(f"{file.path.name} {file.sha256()}\n".encode())
-        return together.hexdigest()
+        identity = tuple(file_identity(file.path.stat()) for file in self.files)
+        if identity not in self._known:
+            together = hashlib.sha256()
+            for file in self.files:
+                together.update(f"{file.path.name} {file.sha256()}\n".encode())
+            self._known[identity] = together.hexdigest()
+        return self._known[identity]
 
 
 class Table:

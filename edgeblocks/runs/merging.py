@@ -4,6 +4,7 @@ The folder's files are copied first, so that what was not trained is the same by
 are written over those of the copy, one stage in memory at a time, rounded to the type that the file has them in.
 """
 
+import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,14 +14,17 @@ import torch
 from torch import Tensor
 
 from edgeblocks.errors import ConfigError, RunError, StorageError
-from edgeblocks.files.durable import sync
-from edgeblocks.files.tensor_file import READABLE, StoredTensor
+from edgeblocks.files.durable import sync, write_atomically
+from edgeblocks.files.tensor_file import READABLE, StoredTensor, encode_header, table_of
+from edgeblocks.offload.block_buffer import BlockBuffer, NetworkPart, bytes_of
+from edgeblocks.pretrained.lora import PEFT_PREFIX, LoraDecoder, targets_of
 from edgeblocks.pretrained.model_folder import ModelFolder, model_folder
 from edgeblocks.runs.directory import RunDirectory
 from edgeblocks.runs.save_weights import check_finite, check_memory, part_of, read_weights
 from edgeblocks.units import format_bytes
 
 _PIECE_VALUES = 2**20
+_DOWN, _UP = ".lora_A.weight", ".lora_B.weight"
 _OTHER_WEIGHTS = (".gguf", ".bin", ".pt", ".pth", ".onnx", ".h5", ".msgpack")
 """Files beside the tensors that hold the model's weights as they were: a copy would be another model's."""
 
@@ -53,8 +57,7 @@ def merge_model(run: RunDirectory, out: Path, *, last: bool, mem_budget: str | N
             f"{run.path} is of the family {run.settings.run.family}, and no model of a folder; edgeblocks weights "
             f"writes its weights as one file"
         )
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ConfigError(f"-o {out}: there is something already; name a new folder")
+    _check_new(out)
     source = model_folder(run.settings.family.model)
     check_same_model(run, source)
     part = part_of(last)
@@ -82,6 +85,11 @@ def merge_model(run: RunDirectory, out: Path, *, last: bool, mem_budget: str | N
         "files": copied,
         "left_out": left_out,
     }
+
+
+def _check_new(out: Path) -> None:
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ConfigError(f"-o {out}: there is something already; name a new folder")
 
 
 def check_same_model(run: RunDirectory, source: ModelFolder) -> None:
@@ -119,15 +127,81 @@ def _copied(source: ModelFolder, into: Path) -> tuple[list[str], list[str]]:
 
 def _write_trained(run: RunDirectory, source: ModelFolder, into: Path, *, last: bool) -> int:
     """Write trained tensors over those of the copy; their number."""
-    family, part, count = run.family(), part_of(last), 0
+    part, count = part_of(last), 0
     for block, buffer in enumerate(read_weights(run, last=last)):
         check_finite(run, block, buffer, part)
-        for own, values in buffer.tensors(part):
-            name = family.name_in_file(run.tensor_name(block, own))
+        for name, values in _merged_tensors(run, source, block, buffer, part):
             with (into / source.file_of(name).path.name).open("r+b") as file:
                 _overwrite(file, source.tensors[name], values)
             count += 1
     return count
+
+
+def _merged_tensors(
+    run: RunDirectory, source: ModelFolder, block: int, buffer: BlockBuffer, part: NetworkPart
+) -> Iterator[tuple[str, Tensor]]:
+    """Names in the files and values of the tensors that training has changed: its own, or those with an adapter."""
+    family = run.family()
+    trained = {family.name_in_file(run.tensor_name(block, own)): values for own, values in buffer.tensors(part)}
+    if not isinstance(family, LoraDecoder):
+        yield from trained.items()
+        return
+    for name, down in trained.items():
+        if not name.endswith(_DOWN):
+            continue
+        matrix = f"{name.removeprefix(PEFT_PREFIX).removesuffix(_DOWN)}.weight"
+        values = torch.empty(source.tensors[matrix].shape)
+        source.read_(matrix, values)
+        yield (
+            matrix,
+            values.addmm_(trained[name.removesuffix(_DOWN) + _UP].float(), down.float(), alpha=family.settings.scale),
+        )
+
+
+def write_adapter(run: RunDirectory, out: Path, *, last: bool) -> Merged:
+    """Write what was trained beside a model into a new folder, as the library PEFT has it.
+
+    Raises:
+        ConfigError: the run has no adapter, or there is something at `out`.
+        RunError: the block is damaged or holds values that are no numbers.
+        StorageError: the disk refused.
+    """
+    family = run.family()
+    if not isinstance(family, LoraDecoder):
+        raise ConfigError(f"{run.path} was not trained with --tune lora, so there is no adapter; leave --adapter out")
+    _check_new(out)
+    part = part_of(last)
+    (buffer,) = list(read_weights(run, last=last))
+    check_finite(run, 0, buffer, part)
+    named = [(family.name_in_file(run.tensor_name(0, own)), values) for own, values in buffer.tensors(part)]
+    header = encode_header(table_of((name, torch.float32, values.shape) for name, values in named), {"format": "pt"})
+    pieces: list[bytes | memoryview] = [header]
+    pieces += [bytes_of(values.float().contiguous().view(-1).view(torch.uint8)) for _, values in named]
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        write_atomically(out / "adapter_model.safetensors", pieces)
+        write_atomically(out / "adapter_config.json", [json.dumps(_adapter_config(family), indent=2).encode()])
+    except OSError as error:
+        raise StorageError(f"cannot write {out}: {error.strerror or error}; choose another place with -o") from error
+    files = ["adapter_config.json", "adapter_model.safetensors"]
+    return {"path": str(out), "trained": len(named), "untouched": 0, "files": files, "left_out": []}
+
+
+def _adapter_config(family: LoraDecoder) -> dict[str, object]:
+    """What PEFT needs to know beside the tensors."""
+    settings = family.settings
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": settings.model,
+        "r": settings.lora_rank,
+        "lora_alpha": settings.lora_alpha,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "target_modules": sorted({name.rpartition(".")[2] for name in targets_of(settings)}),
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+    }
 
 
 def _overwrite(file: BinaryIO, stored: StoredTensor, values: Tensor) -> None:

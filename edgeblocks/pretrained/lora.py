@@ -1,0 +1,206 @@
+"""hf-lora: a pretrained decoder whose layers are frozen, with a small trained product beside each of their matrices.
+
+A matrix W is used as W + (alpha / r) B A, where A is [r, in] and B [out, r]; A begins with random values and B with
+zeros, so that the model begins as it is. Only A and B of all layers are trained, and are all in memory. The layers are
+frozen, in 8 or 4 bits or as they are, one in memory at a time (`frozen_layers`): each is expanded for its forward pass
+and again for its backward pass, in which it is run once more from its input.
+
+Source: Hu et al. 2021, LoRA, arXiv 2106.09685, section 4.1; on quantized layers Dettmers et al. 2023, arXiv 2305.14314.
+"""
+
+from dataclasses import dataclass
+from typing import Annotated
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+
+from edgeblocks.errors import ConfigError
+from edgeblocks.families.layers import run_layers
+from edgeblocks.methods import Frozen
+from edgeblocks.pretrained.decoder import Decoder, DecoderBlock, DecoderSettings
+from edgeblocks.pretrained.frozen_layers import frozen_layers
+from edgeblocks.pretrained.shell import shell_of
+
+ALL_LINEAR = "all-linear"
+PEFT_PREFIX = "base_model.model."
+"""Before a module's name in PEFT's files."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraSettings(DecoderSettings):
+    """Where the model is, what is trained beside it, and as what its layers are read."""
+
+    lora_rank: Annotated[int, Field(ge=1, le=4096, description="rank of what is added to a matrix")] = 16
+    lora_alpha: Annotated[float, Field(gt=0, description="it is multiplied with alpha / rank")] = 32.0
+    lora_targets: Annotated[
+        str, Field(min_length=1, max_length=1000, description="matrices: all-linear, or endings of names with commas")
+    ] = ALL_LINEAR
+    quantize: Annotated[Frozen, Field(description="as what frozen layers are read")] = "int8"
+
+    @property
+    def scale(self) -> float:
+        """What B A is multiplied with."""
+        return self.lora_alpha / self.lora_rank
+
+
+class Adapter(nn.Module):
+    """What is added to a matrix: B A, scaled."""
+
+    def __init__(self, matrix: nn.Linear, rank: int) -> None:
+        super().__init__()
+        self.lora_A = nn.Parameter(torch.empty(rank, matrix.in_features, device="meta"))
+        self.lora_B = nn.Parameter(torch.empty(matrix.out_features, rank, device="meta"))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """B A x."""
+        return F.linear(F.linear(x, self.lora_A), self.lora_B)
+
+
+class LoraLayer(nn.Module):
+    """A frozen layer of the library with adapters; its own weights come when it is run."""
+
+    def __init__(self, settings: LoraSettings, number: int) -> None:
+        super().__init__()
+        shell = shell_of(settings.model, "meta")
+        self.number = min(number, len(shell.layers) - 1)
+        self._settings = settings
+        layer = shell.layer(self.number)
+        # In a list: its weights are no parameters of the network, which are those that are trained.
+        self._frozen = [layer]
+        self.adapters = nn.ModuleDict()
+        for name in targets_of(settings):
+            matrix = layer.get_submodule(name)
+            assert isinstance(matrix, nn.Linear)
+            adapter = self.adapters[as_key(name)] = Adapter(matrix, settings.lora_rank)
+            vars(matrix)["forward"] = _Beside(matrix, adapter, settings.scale)
+
+    def bind_(self, device: torch.device) -> None:
+        """Use the memory that frozen layers are read into on a device, and the tables of that device."""
+        frozen_layers(self._settings.model, self._settings.quantize, device.type).bind_(self._frozen[0])
+        shell_of(self._settings.model, device.type).restore_tables_(self._frozen[0], self.number)
+
+    def forward(self, hidden: Tensor, condition: Tensor) -> Tensor:
+        """What the layer makes of the hidden values; there is no condition."""
+        kind, model = hidden.device.type, self._settings.model
+        frozen_layers(model, self._settings.quantize, kind).load_(self.number)
+        args, kwargs = shell_of(model, kind).calls(hidden)[self.number]
+        out = self._frozen[0](hidden, *args, **kwargs)
+        found: Tensor = out[0] if isinstance(out, tuple) else out
+        return found
+
+
+class _Beside:
+    """A matrix' own product, and the adapter's."""
+
+    def __init__(self, matrix: nn.Linear, adapter: Adapter, scale: float) -> None:
+        self._matrix, self._adapter, self._scale = matrix, [adapter], scale
+
+    def __call__(self, x: Tensor) -> Tensor:
+        beside: Tensor = self._adapter[0](x)
+        return F.linear(x, self._matrix.weight, self._matrix.bias) + self._scale * beside
+
+
+class LoraBlock(DecoderBlock):
+    """All layers with their adapters."""
+
+    def __init__(self, *, settings: LoraSettings, num_layers: int, checkpointing: bool) -> None:
+        nn.Module.__init__(self)
+        self.model, self.checkpointing, self._settings = settings.model, checkpointing, settings
+        self.layers = nn.ModuleList(LoraLayer(settings, number) for number in range(num_layers))
+
+    def init_(self, generator: torch.Generator) -> None:
+        """A between minus and plus 1 / sqrt(in), B zero."""
+        with torch.no_grad():
+            for module in self.modules():
+                if isinstance(module, Adapter):
+                    bound = module.lora_A.shape[1] ** -0.5
+                    module.lora_A.uniform_(-bound, bound, generator=generator)
+                    module.lora_B.zero_()
+
+    def begin_at(self, layer: int) -> None:
+        """All layers are one stage."""
+        assert layer == 0
+
+    def reset_tables_(self) -> None:
+        """Use the memory for frozen layers on torch's default device; as a table of the network, plans count it."""
+        self.count_reading_()
+        device = torch.get_default_device()
+        frozen = frozen_layers(self.model, self._settings.quantize, device.type)
+        for number, table in enumerate(frozen.tables):
+            self.register_buffer(f"frozen_{number}", table, persistent=False)
+        for layer in self.layers:
+            assert isinstance(layer, LoraLayer)
+            layer.bind_(device)
+
+    def through_stage(self, hidden: Tensor, condition: Tensor, *, checkpointing: bool) -> Tensor:
+        """Each layer is run again on the way back, because its weights are no longer there."""
+        return run_layers(self.layers, hidden, condition, checkpointing=True)
+
+
+class LoraDecoder(Decoder):
+    """The family; see `Decoder`."""
+
+    name = "hf-lora"
+    one_stage = True
+    settings_type: type = LoraSettings
+    settings: LoraSettings
+
+    def block(self, *, num_layers: int, checkpointing: bool) -> LoraBlock:
+        """The network, without weights."""
+        self.shell("meta")  # refuses models in words
+        return LoraBlock(settings=self.settings, num_layers=num_layers, checkpointing=checkpointing)
+
+    def check_network(self) -> None:
+        """As `Decoder.check_network`; and that there are matrices of the names that are wanted."""
+        super().check_network()
+        targets_of(self.settings)
+
+    def name_in_file(self, name: str) -> str:
+        """What an adapter is called in PEFT's files."""
+        _, number, _, key, part = name.split(".")
+        layers = self.shell("meta").layers_name
+        return f"{PEFT_PREFIX}{layers}.{number}.{from_key(key)}.{part}.weight"
+
+    def _through(self, block: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        assert isinstance(block, LoraBlock)
+        hidden, nothing = self.enter(block, batch)
+        return block.through_stage(hidden, nothing, checkpointing=True), nothing
+
+
+def targets_of(settings: LoraSettings) -> list[str]:
+    """Names of the matrices in a layer that get an adapter.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    layer = shell_of(settings.model, "meta").layers[0]
+    matrices = [name for name, module in layer.named_modules() if isinstance(module, nn.Linear)]
+    wanted = [ending.strip() for ending in settings.lora_targets.split(",")]
+    chosen = matrices
+    if settings.lora_targets != ALL_LINEAR:
+        chosen = [name for name in matrices if any(f".{name}".endswith(f".{ending}") for ending in wanted)]
+        missing = [ending for ending in wanted if not any(f".{name}".endswith(f".{ending}") for name in matrices)]
+        if missing:
+            raise ConfigError(
+                f"lora_targets={settings.lora_targets}: no matrix of a layer ends with {', '.join(missing)}; there are "
+                f"{', '.join(matrices) or 'none'}, or {ALL_LINEAR}"
+            )
+    if not chosen:
+        raise ConfigError(f"{settings.model}: its layers have no matrix that an adapter could stand beside")
+    return chosen
+
+
+def as_key(name: str) -> str:
+    """A module's name as one without dots, which torch does not allow in a key.
+
+    >>> as_key("self_attn.q_proj"), from_key(as_key("self_attn.q_proj"))
+    ('self_attn-q_proj', 'self_attn.q_proj')
+    """
+    return name.replace(".", "-")
+
+
+def from_key(key: str) -> str:
+    """Back."""
+    return key.replace("-", ".")
