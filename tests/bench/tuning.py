@@ -1,9 +1,10 @@
 """Fine-tuning all layers of a pretrained model beside transformers: peak memory, time of a step, losses.
 
-    python tests/bench/tuning.py MODEL chat.jsonl --length 256 --batch 4 --budgets 800MB 1200MB
+    python tests/bench/tuning.py MODEL chat.jsonl --length 256 --batch 4 --budgets 800MB 1200MB lora:900MB
 
 Every training has a process of its own and makes two steps on the same windows, of which the second one is timed; the
-peak is its largest resident set, interpreter and libraries included. transformers trains the layers and the rest as
+peak is its largest resident set, interpreter and libraries included. `lora:` before a budget is --tune lora. transformers
+trains the layers and the rest as
 its own loop does, in float32: with torch's AdamW, and with gradient checkpointing and bitsandbytes' AdamW8bit.
 """
 
@@ -47,7 +48,8 @@ def main() -> None:
     for arm in (*PLAIN, *wanted.budgets):
         done = subprocess.run([sys.executable, __file__, *sys.argv[1:], "--arm", arm], check=True, capture_output=True)
         found = json.loads(done.stdout.splitlines()[-1])
-        name = arm if arm in PLAIN else f"edgeblocks, --mem-budget {arm}"
+        tune, _, budget = arm.rpartition(":")
+        name = arm if arm in PLAIN else f"edgeblocks --tune {tune or 'full'} --mem-budget {budget}"
         losses = ", ".join(f"{loss:.4f}" for loss in found["losses"])
         print(f"| {name} | {found['peak'] / 1e6:,.0f} MB | {found['step_s']:.1f} s | {losses} |", flush=True)
 
@@ -98,12 +100,12 @@ class Timed(Silent):
         self.ends.append(time.perf_counter())
 
 
-def ours(budget: str, model: str, given: dict[str, Any]) -> tuple[list[float], float]:
+def ours(arm: str, model: str, given: dict[str, Any]) -> tuple[list[float], float]:
     """A run of its own, which is evaluated before and after as well."""
-    timed = Timed()
+    timed, (tune, _, budget) = Timed(), arm.rpartition(":")
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "run"
-        run = edgeblocks.finetune(model, out=out, mem_budget=budget, listener=timed, **given)
+        run = edgeblocks.finetune(model, out=out, mem_budget=budget, listener=timed, tune=tune or "full", **given)
         losses = [record["loss"] for record in run.directory.metrics()]
     return losses, timed.ends[1] - timed.ends[0]
 
