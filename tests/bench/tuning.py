@@ -3,9 +3,9 @@
     python tests/bench/tuning.py MODEL chat.jsonl --length 256 --batch 4 --budgets 800MB 1200MB lora:900MB
 
 Every training has a process of its own and makes two steps on the same windows, of which the second one is timed; the
-peak is its largest resident set, interpreter and libraries included. `lora:` before a budget is --tune lora. transformers
-trains the layers and the rest as
-its own loop does, in float32: with torch's AdamW, and with gradient checkpointing and bitsandbytes' AdamW8bit.
+peak is its largest resident set, interpreter and libraries included. `lora:` before a budget is --tune lora.
+transformers trains the layers and the rest as its own loop does, in float32: with torch's AdamW, and with gradient
+checkpointing and bitsandbytes' AdamW8bit.
 """
 
 import argparse
