@@ -190,7 +190,7 @@ def is_chat(source: str) -> bool:
     if path.suffix.lower() not in (".jsonl", ".json") or not path.is_file():
         return False
     try:
-        _, first = next(iter(_records(path)), (0, None))
+        _, _, first = next(iter(_records(path)), (0, 0, None))
     except DataError:
         return False
     return isinstance(first, dict) and ("messages" in first or {"prompt", "completion"} <= first.keys())
@@ -328,22 +328,22 @@ def _parts(path: Path) -> list[Path]:
     return [path / _TRAIN[0], *([held_out] if held_out else [])]
 
 
-def _records(path: Path) -> Iterator[tuple[int, object]]:
-    """Number and content of each line that is not empty.
+def _records(path: Path) -> Iterator[tuple[int, int, object]]:
+    """Of each line that is not empty its number, the byte after it, and its content.
 
     Raises:
         DataError: a line is no JSON.
     """
     with open_regular(path) as file:
-        number = 0
+        number = position = 0
         while line := file.readline(_MOST_LINE_BYTES + 1):
-            number += 1
+            number, position = number + 1, position + len(line)
             if len(line) > _MOST_LINE_BYTES:
                 raise DataError(f"{path}, line {number} has more than {_MOST_LINE_BYTES} bytes; cut the record")
             if not line.strip():
                 continue
             try:
-                yield number, parse_json(line.decode("utf-8").removeprefix("\ufeff"), finite=False)
+                yield number, position, parse_json(line.decode("utf-8").removeprefix("\ufeff"), finite=False)
             except (MalformedFileError, UnicodeDecodeError) as error:
                 raise DataError(
                     f"{path}, line {number} is not read: {error}; every line is one object, such as "
@@ -355,10 +355,10 @@ def _fill(files: CacheFiles, writer: _Writer, parts: Sequence[Path], hold_out: f
     files.begin({"rows.npy": (np.dtype(np.int32), (writer._length,)), "checks.npy": (np.dtype(np.uint32), ())}, 2**16)
     digest, waiting, counts = hashlib.sha256(), [], []
     tokens, counted = [0, 0], [0, 0]
-    total = sum(path.stat().st_size for path in parts)
+    sizes = [path.stat().st_size for path in parts]
     for part, path in enumerate(parts):
         count = 0
-        for number, record in _records(path):
+        for number, position, record in _records(path):
             try:
                 made = writer.row(record)
             except _NotWrittenError as error:
@@ -373,7 +373,7 @@ def _fill(files: CacheFiles, writer: _Writer, parts: Sequence[Path], hold_out: f
             if len(waiting) == _ROWS_AT_ONCE:
                 _append(files, waiting)
                 waiting = []
-                progress(min(total, 1 + count), total, "reading conversations")
+                progress(sum(sizes[:part]) + position, sum(sizes), "reading conversations")
         counts.append(count)
     _append(files, waiting)
     num_examples = sum(counts)

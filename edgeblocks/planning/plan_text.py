@@ -54,8 +54,13 @@ def banner(prepared: "Prepared") -> str:
 
 def _network(prepared: "Prepared") -> str:
     """What is trained: a preset, or the folder of a pretrained model."""
-    run, model = prepared.settings.run, getattr(prepared.settings.family, "model", "")
-    return f"the layers of {one_line(Path(model).name)}" if model else f"{run.family} {run.preset}"
+    run, family = prepared.settings.run, prepared.settings.family
+    model, rank = getattr(family, "model", ""), getattr(family, "lora_rank", None)
+    if not model:
+        return f"{run.family} {run.preset}"
+    beside = "" if rank is None else f"LoRA of rank {rank} beside "
+    read = "" if rank is None else f", read {'as they are' if family.quantize == 'none' else f'as {family.quantize}'}"
+    return f"{beside}the layers of {one_line(Path(model).name)}{read}"
 
 
 def _shared_lines(prepared: "Prepared") -> list[str]:

@@ -32,9 +32,8 @@ from edgeblocks.pretrained.shell import Shell, UnsupportedModelError, shell_of
 
 LOGITS_BYTES = 16 * 2**20
 """Of the logits that exist at a time, float32."""
-READING_BYTES = 72_000_000
-"""What slices of the head, their logits and layers' codes are read into, and the gaps that they leave on the heap:
-measured with SmolLM2-135M, 50 to 70 MB beyond live tensors and what plans count of gaps."""
+READING_BYTES = 16_000_000
+"""What a slice of the head is read into, with the gaps that it leaves on the heap."""
 _NOISE = NoiseDistribution(sigma_min=0.1, sigma_max=10.0, p_mean=0.0, p_std=1.2)
 """Nothing is noised: one level stands for all."""
 
@@ -82,6 +81,8 @@ class DecoderLayer(nn.Module):
 class DecoderBlock(Block):
     """Some layers of a model."""
 
+    reading_bytes = READING_BYTES
+
     def __init__(self, *, model: str, num_layers: int, checkpointing: bool) -> None:
         super().__init__()
         self.model, self.checkpointing = model, checkpointing
@@ -96,7 +97,7 @@ class DecoderBlock(Block):
     def count_reading_(self) -> None:
         """On the meta device, where plans count tables, a table as large as what reading leaves in memory."""
         if torch.get_default_device().type == "meta":
-            self.register_buffer("reading", torch.empty(READING_BYTES, dtype=torch.uint8), persistent=False)
+            self.register_buffer("reading", torch.empty(self.reading_bytes, dtype=torch.uint8), persistent=False)
 
     def begin_at(self, layer: int) -> None:
         """The layers are those from this one on: what a model calls them with may differ."""
