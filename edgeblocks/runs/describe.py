@@ -24,6 +24,16 @@ def describe(path: Path) -> dict[str, object]:
     raise RunError(f"{path} is neither a run directory nor an exported directory (it has no manifest.json)")
 
 
+def _begun_with(run: "RunDirectory") -> dict[str, object]:
+    """The preset, or the folder of a pretrained model and what is trained beside it."""
+    family = run.settings.family
+    if not getattr(family, "model", ""):
+        return {"preset": run.settings.run.preset}
+    if not hasattr(family, "lora_rank"):
+        return {"model": family.model}
+    return {"model": family.model, "lora": f"rank {family.lora_rank}, beside layers read as {family.quantize}"}
+
+
 def _describe_run(path: Path) -> dict[str, object]:
     from edgeblocks.runs.opening import open_run
 
@@ -34,7 +44,7 @@ def _describe_run(path: Path) -> dict[str, object]:
     described = {
         "kind": "run",
         "family": run.settings.run.family,
-        "preset": run.settings.run.preset,
+        **_begun_with(run),
         "method": run.settings.run.method,
         "parameters": _text_or_none(run.plan.parameters, format_count),
         f"{unit}s": len(run.file_layers),
