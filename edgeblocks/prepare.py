@@ -452,6 +452,7 @@ def _request(settings: Settings, data_bytes: int, data: DataInfo, budgets: tuple
     }
     if _is_one_stage(run):
         fixed["blocks"] = 1
+    family = build_family(run.family, asdict(settings.family), asdict(data), run.method)
     return PlanRequest(
         budget_bytes=budget_bytes,
         batch=run.batch,
@@ -470,9 +471,10 @@ def _request(settings: Settings, data_bytes: int, data: DataInfo, budgets: tuple
         master=run.master,
         frozen=run.frozen,
         grow=run.grow,
+        resident_bytes=family.resident_bytes,
         data_bytes=data_bytes,
         grid_samples=TASKS[family_type(run.family).task].grid_samples,
-        sample_bytes=grid_sample_bytes(build_family(run.family, asdict(settings.family), asdict(data), run.method)),
+        sample_bytes=grid_sample_bytes(family),
         quality_bytes=quality_bytes(run, data),
         previews=max(run.sample_grids, run.evaluations),
         max_disk_writes=None if run.max_disk_writes is None else parse_size(run.max_disk_writes),

@@ -145,7 +145,8 @@ class Run:
                 layers=directory.file_layers,
                 samples=samples,
                 budget_bytes=budget_bytes,
-                stem_readout_bytes=4 * costs.parameters(0) if directory.method.one_network else 0,
+                stem_readout_bytes=(4 * costs.parameters(0) if directory.method.one_network else 0)
+                + directory.family().resident_bytes,
                 sample_bytes=0 if chain is None else chain.sample_bytes,
                 master=directory.master,
                 frozen=self._frozen,

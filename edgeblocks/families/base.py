@@ -155,6 +155,11 @@ class BaseFamily:
         """What of the network's shape is not in the settings: the content of a file that they name."""
         return ""
 
+    @property
+    def resident_bytes(self) -> int:
+        """Of what a network keeps in memory beside its parameters, and training does not change."""
+        return 0
+
     def check_network(self) -> None:
         """Look at the network before it is planned for; raises ConfigError where it cannot be trained."""
 

@@ -1,6 +1,7 @@
 """What the runtime asks of a network: `Block`. Every kind of family builds its own kind."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +32,10 @@ class Block(nn.Module, ABC):
 
     def begin_at(self, layer: int) -> None:
         """The network is a stage whose layers are those from `layer` on; for networks whose layers differ by number."""
+
+    def held_elsewhere(self) -> Sequence[Tensor]:
+        """Memory that it uses and other networks share, which a plan counts apart."""
+        return ()
 
     def reset_tables_(self) -> None:
         """Make the fixed tables, which are not stored, on torch's default device; needed before use."""

@@ -62,6 +62,11 @@ class Family(Protocol):
         """What of the network's shape is not in the settings: the content of a file that they name."""
         ...
 
+    @property
+    def resident_bytes(self) -> int:
+        """Of what a network keeps in memory beside its parameters, and training does not change."""
+        ...
+
     def check_network(self) -> None:
         """Look at the network before it is planned for; raises ConfigError where it cannot be trained."""
         ...

@@ -50,7 +50,9 @@ def device_memory(cut: Cut) -> dict[str, int]:
         "ema": weights_bytes * slots,
         # With the float32 copy that one of them is expanded into; where weights are bfloat16 it is there anyway.
         "frozen": cut.frozen_bytes * cut.frozen_slots
-        + 4 * cut.frozen_parameters * (request.frozen != "none" and not cut.is_rounded),
+        + 4 * cut.frozen_parameters * (request.frozen != "none" and not cut.is_rounded)
+        if request.method.grows
+        else request.resident_bytes,
         "activations": activations,
         "boundaries": _boundary_bytes(costs, request, cut.blocks, cut.micro_batch),
         "data": (request.data_bytes if machine.host is None else 0) + drawn_bytes,
@@ -63,7 +65,7 @@ def device_memory(cut: Cut) -> dict[str, int]:
     }
     if not request.method.trained_together:
         del breakdown["boundaries"]
-    if not request.method.grows:
+    if not breakdown["frozen"] and not request.method.grows:
         del breakdown["frozen"]
     # Of what the run adds: the runtime is measured, the rest is predicted.
     breakdown["slack"] += int(SLACK_SHARE * (sum(breakdown.values()) - machine.runtime_bytes))

@@ -147,6 +147,8 @@ class PlanRequest:
     checkpointing: bool | None = None
     visit_steps: int | None = None
     tier: Literal["ram", "disk"] | None = None
+    resident_bytes: int = 0
+    """Of what the network keeps in memory beside its parameters, such as one frozen layer at a time."""
     data_bytes: int = 0
     """Resident bytes of the data set, beyond the batches."""
     grid_samples: int = 0

@@ -122,17 +122,18 @@ class LoraBlock(DecoderBlock):
                     module.lora_A.uniform_(-bound, bound, generator=generator)
                     module.lora_B.zero_()
 
+    def held_elsewhere(self) -> tuple[Tensor, ...]:
+        """What frozen layers are read into."""
+        return frozen_layers(self.model, self._settings.quantize, torch.get_default_device().type).tables
+
     def begin_at(self, layer: int) -> None:
         """All layers are one stage."""
         assert layer == 0
 
     def reset_tables_(self) -> None:
-        """Use the memory for frozen layers on torch's default device; as a table of the network, plans count it."""
+        """Use the memory for frozen layers on torch's default device."""
         self.count_reading_()
         device = torch.get_default_device()
-        frozen = frozen_layers(self.model, self._settings.quantize, device.type)
-        for number, table in enumerate(frozen.tables):
-            self.register_buffer(f"frozen_{number}", table, persistent=False)
         for layer in self.layers:
             assert isinstance(layer, LoraLayer)
             layer.bind_(device)
@@ -154,6 +155,12 @@ class LoraDecoder(Decoder):
         """The network, without weights."""
         self.shell("meta")  # refuses models in words
         return LoraBlock(settings=self.settings, num_layers=num_layers, checkpointing=checkpointing)
+
+    @property
+    def resident_bytes(self) -> int:
+        """One layer as float32, and its codes."""
+        frozen = frozen_layers(self.settings.model, self.settings.quantize, "meta")
+        return sum(table.nbytes for table in frozen.tables)
 
     def check_network(self) -> None:
         """As `Decoder.check_network`; and that there are matrices of the names that are wanted."""

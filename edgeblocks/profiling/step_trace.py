@@ -239,6 +239,8 @@ def traced_step(
             parameter.grad = torch.empty_like(parameter)
             storages.ignore(parameter)
             storages.ignore(parameter.grad)
+        for tensor in block.held_elsewhere():
+            storages.ignore(tensor)
         batch = {name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in family.batch_spec(samples).items()}
     for tensor in batch.values():
         storages.ignore(tensor)
