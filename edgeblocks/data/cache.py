@@ -84,6 +84,14 @@ class RowFile(Generic[Value]):
             self._read_at(self.offset + int(index) * row_bytes, row)
         return rows
 
+    def read_into(self, index: int, row: NDArray[Value]) -> None:
+        """One row into memory that is there, contiguous and of its size.
+
+        Raises:
+            StorageError: the file has been cut since it was opened, or cannot be read.
+        """
+        self._read_at(self.offset + index * row.nbytes, row)
+
     def _read_at(self, position: int, row: NDArray[np.generic]) -> None:
         try:
             # Straight into the row, and at a position: no thread that reads moves another one's place in the file.

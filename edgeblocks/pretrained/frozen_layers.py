@@ -67,8 +67,12 @@ class FrozenLayers:
             self._read_(number)
         else:
             self._rows = self._rows or self._cached()
-            row = self._rows.read(np.array([number]))[0]
-            self._buffer.part_bytes("ema").copy_(torch.from_numpy(row))
+            codes = self._buffer.part_bytes("ema")
+            # Straight into its place; a device gets a copy of what is read beside it.
+            row = codes if codes.device.type == "cpu" else torch.empty(codes.shape, dtype=torch.uint8)
+            self._rows.read_into(number, row.numpy())
+            if row is not codes:
+                codes.copy_(row)
             self._copy.hold_(self._buffer, "ema")
         self._holds = number
 
