@@ -8,6 +8,7 @@ and again for its backward pass, in which it is run once more from its input.
 Source: Hu et al. 2021, LoRA, arXiv 2106.09685, section 4.1; on quantized layers Dettmers et al. 2023, arXiv 2305.14314.
 """
 
+import weakref
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -95,11 +96,14 @@ class _Beside:
     """A matrix' own product, and the adapter's."""
 
     def __init__(self, matrix: nn.Linear, adapter: Adapter, scale: float) -> None:
-        self._matrix, self._adapter, self._scale = matrix, [adapter], scale
+        # Weakly, since the matrix holds this: a circle would keep what the adapter lies in until garbage is collected.
+        self._matrix, self._adapter, self._scale = weakref.ref(matrix), adapter, scale
 
     def __call__(self, x: Tensor) -> Tensor:
-        beside: Tensor = self._adapter[0](x)
-        return F.linear(x, self._matrix.weight, self._matrix.bias) + self._scale * beside
+        matrix = self._matrix()
+        assert matrix is not None
+        beside: Tensor = self._adapter(x)
+        return F.linear(x, matrix.weight, matrix.bias) + self._scale * beside
 
 
 class LoraBlock(DecoderBlock):

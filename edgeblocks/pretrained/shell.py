@@ -83,7 +83,8 @@ class Shell:
         for module in self.model.modules():
             self._restore_(module)
         for name, parameter in list(self.model.named_parameters()):
-            if name in (of_embedding, of_head) or name.startswith(f"{self.layers_name}."):
+            tables = (of_embedding, f"{names[id(head)]}.weight")
+            if name in tables or name.startswith(f"{self.layers_name}."):
                 continue
             self.frozen_names.add(name)
             owner, _, leaf = name.rpartition(".")

@@ -65,6 +65,7 @@ def _trained_as_it_is(
         what = run.family(), run.settings.run.optimizer, target.torch_device
         run_warmup_step(*what, samples=sizes, precision=run.precision, master=run.master)
         target.give_back()
+    target.give_back()  # what planning and creating blocks have left behind
     if not target.has_cap:
         listener.note(
             "note: this system does not bound the memory of a process: the plan and a look before each step keep the "
@@ -92,6 +93,7 @@ def _trained_as_it_is(
             with cap, Interruption(listener.note).listening() as interruption:
                 previews = Previews(run, data_set, trainer, interruption, told.tell)
                 previews.before_training(listener)
+                target.give_back()
                 listener.stage("training")
                 # Those that a crash prevented are due now; of a new run none is.
                 steps = trainer.saved_steps()

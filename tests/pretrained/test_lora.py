@@ -1,6 +1,8 @@
 """LoRA over frozen layers: the numbers of an ordinary loop, PEFT's files, merged, resumed."""
 
+import gc
 import json
+import weakref
 from functools import partial
 
 import pytest
@@ -136,6 +138,21 @@ def test_peft_loads_the_adapter(tuned, model, library, tmp_path):
     plain = library.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).requires_grad_(False)
     own = beside(plain, {name: value.view(shapes[name]) for name, value in values.items()}, 4.0)
     assert torch.allclose(own(tokens).logits, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_network_that_is_let_go_frees_its_memory_at_once(tuned):
+    """Not when garbage is collected next: what its adapters lie in is as large as the plan says, once."""
+    family = tuned.directory.family()
+    gc.collect()
+    gc.disable()
+    try:
+        with torch.device("meta"):
+            network = family.block(num_layers=4, checkpointing=False)
+        known = [weakref.ref(parameter) for parameter in network.parameters()]
+        del network
+        assert not any(parameter() is not None for parameter in known)
+    finally:
+        gc.enable()
 
 
 def test_what_cannot_be_tuned_so_is_refused(model, text, tmp_path):
