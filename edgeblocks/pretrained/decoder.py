@@ -16,8 +16,6 @@ from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor, nn
 
-from edgeblocks.data.dataset import DataSet
-from edgeblocks.data.text import TextSet
 from edgeblocks.diffusion.autoregression import CachesPer
 from edgeblocks.diffusion.noise import NoiseDistribution, NoisePartition, NoiseRange
 from edgeblocks.errors import ConfigError
@@ -26,7 +24,7 @@ from edgeblocks.families.block import Block
 from edgeblocks.families.family import EndToEnd
 from edgeblocks.families.layers import run_layers
 from edgeblocks.families.settings import FamilySettings
-from edgeblocks.pretrained.gate import check_architecture
+from edgeblocks.pretrained.gate import check_architecture, refusal
 from edgeblocks.pretrained.model_folder import model_folder
 from edgeblocks.pretrained.shell import Shell, UnsupportedModelError, shell_of
 
@@ -156,13 +154,7 @@ class Decoder(TextFamily, EndToEnd):
         try:
             return shell_of(self.settings.model, device)
         except UnsupportedModelError as error:
-            raise ConfigError(_refused(self.settings.model, str(error))) from error
-
-    @classmethod
-    def data_info(cls, data: DataSet) -> TextInfo:
-        """What the network must know of a text."""
-        assert isinstance(data, TextSet)
-        return TextInfo(vocabulary=data.vocabulary, length=data.length)
+            raise refusal(self.settings.model, str(error)) from error
 
     @property
     def state_shape(self) -> tuple[int, ...]:
@@ -326,10 +318,3 @@ class _ChunkedLoss(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
         return gradient * grad_outputs[0].unsqueeze(1).to(gradient.dtype), None, None, None
-
-
-def _refused(model: str, why: str) -> str:
-    return (
-        f"{model}: this architecture cannot be trained layer by layer: {why}. Decoders such as llama, qwen2, qwen3, "
-        f"mistral, gemma3, phi3, smollm3, granite and olmo2 can"
-    )

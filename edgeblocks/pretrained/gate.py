@@ -32,13 +32,17 @@ def check_architecture(model: str) -> None:
     Raises:
         ConfigError: the two differ, or nothing small can be built of this architecture.
     """
-    config = model_folder(model).config
-    why = _why_not(json.dumps(config, sort_keys=True))
+    why = _why_not(json.dumps(model_folder(model).config, sort_keys=True))
     if why is not None:
-        raise ConfigError(
-            f"{model}: a model of the type {config['model_type']} cannot be trained layer by layer: {why}. Decoders "
-            f"such as llama, qwen2, qwen3, mistral, gemma3, phi3, smollm3, granite and olmo2 can"
-        )
+        raise refusal(model, why)
+
+
+def refusal(model: str, why: str) -> ConfigError:
+    """The error for a model that cannot be trained."""
+    return ConfigError(
+        f"{model}: a model of the type {model_folder(model).config['model_type']} cannot be trained layer by layer: "
+        f"{why}. Decoders such as llama, qwen2, qwen3, mistral, gemma3, phi3, smollm3, granite and olmo2 can"
+    )
 
 
 @functools.lru_cache(maxsize=8)
