@@ -3,11 +3,13 @@
 Everything the command line does goes through here; `cli` only reads arguments and prints.
 """
 
-from collections.abc import Mapping, Sequence
-from contextlib import closing
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
+
+import torch
 
 from edgeblocks.callbacks import Callback, Callbacks, Finished, Planned
 from edgeblocks.data.dataset import DataSet
@@ -16,12 +18,13 @@ from edgeblocks.methods import Frozen
 from edgeblocks.planning.plan_text import banner
 from edgeblocks.planning.plans import Machine
 from edgeblocks.prepare import Prepared, prepare, prepare_elsewhere
-from edgeblocks.pretrained.model_folder import TOKENIZER, model_folder
-from edgeblocks.profiling.budgets import usual_budgets
+from edgeblocks.pretrained.model_folder import CONFIG, TOKENIZER, model_folder
+from edgeblocks.pretrained.writing import USUAL_LENGTH, TextWriter, writer_of_folder
+from edgeblocks.profiling.budgets import RAM_BUDGET, device_budget_bytes, usual_budgets
 from edgeblocks.profiling.measurement import with_precision
 from edgeblocks.progress import Listener, Silent
 from edgeblocks.registry import build_profile, build_target, family_type, profile_names, register_family, target_names
-from edgeblocks.run import Run
+from edgeblocks.run import Run, within
 from edgeblocks.runs.create import check_apart, check_free, create_blocks, create_run, seal_run
 from edgeblocks.runs.directory import RunDirectory
 from edgeblocks.runs.disk_room import check_disk, check_work_dir
@@ -38,7 +41,7 @@ from edgeblocks.training.session import at_steps, trained
 if TYPE_CHECKING:
     from edgeblocks.targets.profile import Profile
 
-__all__ = ["Callback", "Prepared", "Run", "finetune", "load", "plan", "register_family", "resume", "train"]
+__all__ = ["Callback", "Prepared", "Run", "finetune", "load", "plan", "register_family", "resume", "train", "writer"]
 TUNING: dict[str, object] = {
     "steps": 200,
     "batch": 4,
@@ -362,6 +365,39 @@ def _begin_as_one(run: RunDirectory, data_set: DataSet, listener: Listener, told
                 listener.note(f"at {at_steps(one, saved)} of {one.settings.run.steps}")
             trained(one, data_set, listener, told, saved if saved[0] else None)
         split(run, one)
+
+
+@contextmanager
+def writer(path: Path | str, *, mem_budget: str | None = None, length: int | None = None) -> Iterator[TextWriter]:
+    """What continues texts and answers messages, of a run that fine-tuned a model, or of a model's folder.
+
+        with edgeblocks.writer("runs/tuned") as model:
+            print(model.answer([{"role": "user", "content": "Where is the capital?"}]))
+
+    Args:
+        mem_budget: of the process; None: that of the run, and of a folder half of the memory.
+        length: tokens of the longest text or conversation, for which memory is kept; None: as many as were trained on.
+
+    Raises:
+        ConfigError: it is neither, or the model cannot be run.
+        DoesNotFitError, OutOfBudgetError: the budget is too small.
+    """
+    if not (Path(path) / CONFIG).is_file():
+        with load(path).writer(mem_budget=mem_budget, length=length) as found:
+            yield found
+        return
+    target = build_target("auto")
+    target.prepare()
+    budget_bytes = device_budget_bytes(mem_budget or RAM_BUDGET, target)
+    found = writer_of_folder(
+        str(Path(path).expanduser()),
+        torch.device(target.torch_device),
+        length=length or USUAL_LENGTH,
+        budget_bytes=budget_bytes,
+        used_bytes=target.used_bytes,
+    )
+    with within(target, budget_bytes):
+        yield found
 
 
 def load(path: Path | str, *, frozen: str = "none") -> Run:

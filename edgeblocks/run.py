@@ -1,7 +1,7 @@
 """A run that exists on disk, in use: sampling, evaluation, export."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,6 @@ import numpy as np
 from torch import Tensor, nn
 
 from edgeblocks.data.tokenizer import Tokenizer
-from edgeblocks.diffusion.autoregression import TokenChain
 from edgeblocks.diffusion.classification import classified_bytes, classified_together
 from edgeblocks.diffusion.solver import Solver
 from edgeblocks.errors import MAY_BE_REFUSALS, ConfigError, DoesNotFitError, OutOfBudgetError, is_refusal
@@ -22,16 +21,20 @@ from edgeblocks.inference.evaluate import Evaluated, evaluate
 from edgeblocks.inference.sampling import Runners, chains_of
 from edgeblocks.inference.staged_weights import loaded_ema
 from edgeblocks.inference.trained_network import trained_network
+from edgeblocks.inference.tuned_text import tuned_writer
 from edgeblocks.methods import Frozen
+from edgeblocks.offload.device import Target
 from edgeblocks.planning.planner import inference_micro_batch
 from edgeblocks.planning.plans import micro_batches
+from edgeblocks.pretrained.model_folder import model_folder
+from edgeblocks.pretrained.writing import TextWriter
 from edgeblocks.profiling.budgets import budget_of_this_process, device_budget_bytes
 from edgeblocks.profiling.measurement import measure
 from edgeblocks.profiling.precisions import untouched_bytes
 from edgeblocks.progress import Listener, Silent
 from edgeblocks.registry import build_exporter, build_target
 from edgeblocks.runs.directory import RunDirectory
-from edgeblocks.runs.merging import Merged, merge_model, write_adapter
+from edgeblocks.runs.merging import Merged, check_same_model, merge_model, write_adapter
 from edgeblocks.runs.open_data import stored_source
 from edgeblocks.runs.save_weights import WrittenWeights, write_weights
 from edgeblocks.tasks import TASKS
@@ -64,6 +67,26 @@ def _fitting(
                 refused = error
     assert refused is not None
     raise refused
+
+
+@contextmanager
+def within(target: Target, budget_bytes: int, *, untouched_bytes: int = 0) -> Iterator[None]:
+    """A cap at a budget while this lasts.
+
+    Raises:
+        OutOfBudgetError: memory was refused at it.
+    """
+    try:
+        with target.capped(budget_bytes, untouched_bytes=untouched_bytes):
+            yield
+    except MAY_BE_REFUSALS as error:
+        if not is_refusal(error):
+            raise
+        raise OutOfBudgetError(
+            f"memory was refused at the budget of {format_bytes(budget_bytes)}, "
+            f"{format_bytes(target.used_bytes())} are in use; give more with "
+            f"--mem-budget {int(budget_bytes * 1.25 / 1e6)}MB, or ask for fewer samples"
+        ) from error
 
 
 CHAIN_COPIES = 8
@@ -110,12 +133,12 @@ class Run:
 
     @contextmanager
     def fitting_runner(
-        self, *, samples: int, mem_budget: str | None = None, chain: TokenChain | None = None
+        self, *, samples: int, mem_budget: str | None = None, kept_bytes: int | None = None
     ) -> Iterator[BlockRunner]:
         """A runner whose micro-batch keeps the process inside the budget (the run's own, or another one), and a cap.
 
         Args:
-            chain: of text that is written token by token: its keys and values are counted, and because every token runs
+            kept_bytes: of text that is written token by token, its keys and values. Because every token runs
                 all blocks, as many of these stay in memory as there is room for. So do stages that were trained
                 together, because every noise level runs them all.
 
@@ -124,6 +147,8 @@ class Run:
             OutOfBudgetError: memory was refused at the cap.
         """
         directory = self.directory
+        if directory.family().only_exact:
+            check_same_model(directory, model_folder(directory.settings.family.model))
         target = build_target(directory.settings.run.target)
         target.prepare()
         budget_bytes = (
@@ -147,30 +172,22 @@ class Run:
                 budget_bytes=budget_bytes,
                 stem_readout_bytes=(4 * costs.parameters(0) if directory.method.one_network else 0)
                 + directory.family().resident_bytes,
-                sample_bytes=0 if chain is None else chain.sample_bytes,
+                sample_bytes=kept_bytes or 0,
                 master=directory.master,
                 frozen=self._frozen,
             ),
             most_together=min(samples, most_together),
             sample_bytes=sample_bytes,
             made_bytes=samples * directory.data.example_bytes // 4 if directory.family().task == "images" else 0,
-            most_residents=1 if chain is None and not directory.method.one_network else len(directory.file_layers),
+            most_residents=1 if kept_bytes is None and not directory.method.one_network else len(directory.file_layers),
         )
         ema = loaded_ema(directory, slots=residents, device=target.device, frozen=self._frozen)
         # Stages are the slots' business: to the runner they are one block, whose layers come when they are run.
         blocks = 1 if directory.method.one_network else residents
         runner = self.runner(ema, micro_batch=micro_batch, residents=blocks, together=together)
-        try:
-            with target.capped(budget_bytes, untouched_bytes=untouched_bytes(directory.precision)):
-                yield runner
-        except MAY_BE_REFUSALS as error:
-            if not is_refusal(error):
-                raise
-            raise OutOfBudgetError(
-                f"memory was refused at the budget of {format_bytes(budget_bytes)}, "
-                f"{format_bytes(target.used_bytes())} are in use; give more with "
-                f"--mem-budget {int(budget_bytes * 1.25 / 1e6)}MB, or ask for fewer samples"
-            ) from error
+        runner.budget_bytes = budget_bytes
+        with within(target, budget_bytes, untouched_bytes=untouched_bytes(directory.precision)):
+            yield runner
 
     def _runners(self, runner: BlockRunner | None, mem_budget: str | None) -> Runners:
         """The runner that is given, or those that fit."""
@@ -372,6 +389,19 @@ class Run:
         if pixels.shape[1:] != shape or pixels.dtype != np.uint8:
             raise ConfigError(f"images are {pixels.dtype} {pixels.shape[1:]}; the run takes uint8 {shape}")
         return data.to_model(pixels)
+
+    def writer(self, *, mem_budget: str | None = None, length: int | None = None) -> AbstractContextManager[TextWriter]:
+        """Of a fine-tuned model: what continues texts and answers messages, with its weights in memory while this
+        lasts; see `pretrained.writing.TextWriter`.
+
+        Args:
+            length: tokens of the longest text or conversation; None: as many as the run was trained on.
+
+        Raises:
+            ConfigError: the run is no fine-tuned model.
+            DoesNotFitError: it does not fit the budget.
+        """
+        return tuned_writer(self.directory, self._runners(None, mem_budget), texts=1, length=length)
 
     def merge(
         self, out: Path | str, *, last: bool = False, adapter: bool = False, mem_budget: str | None = None

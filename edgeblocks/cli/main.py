@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from edgeblocks.cli import comparing, inspection, trained, training
+from edgeblocks.cli import chatting, comparing, inspection, trained, training
 from edgeblocks.cli.screen import complain, open_streams, say
 
 app = typer.Typer(
@@ -42,6 +42,7 @@ app.command()(training.train)
 app.command()(training.finetune)
 app.command("eval")(trained.evaluate)
 app.command()(trained.sample)
+app.command()(chatting.chat)
 app.command()(trained.export)
 app.command()(trained.weights)
 app.command()(trained.merge)

@@ -31,7 +31,7 @@ from edgeblocks.files.untrusted import MalformedFileError, open_regular, parse_j
 
 PADDING = 2**31 - 1
 ROLES = ("system", "user", "assistant", "tool")
-_KIND = CacheKind(name="cache of conversations", content="conversations", row="a row", remedy="give fewer", version=1)
+_KIND = CacheKind(name="cache of conversations", content="conversations", row="a row", remedy="give fewer", version=2)
 _MOST_LINE_BYTES = 2**26
 _MOST_TEMPLATE_BYTES = 2**22
 _MOST_EXAMPLES = 2**32
@@ -274,7 +274,8 @@ class _Writer:
             raise _NotWrittenError("it has neither `messages` nor `prompt` and `completion`")
         prompt, completion = record["prompt"], record["completion"]
         if isinstance(prompt, str) and isinstance(completion, str):
-            text = self._how.beginning + prompt if not prompt.startswith(self._how.beginning) else prompt
+            beginning = self._tokenizer.beginning
+            text = prompt if prompt.startswith(beginning) else beginning + prompt
             return text + completion + self._how.end, [(len(text), len(text) + len(completion) + len(self._how.end))]
         return self._written([*_messages(prompt, "prompt"), *_messages(completion, "completion")], answers=1)
 

@@ -118,6 +118,8 @@ class PairTokenizer:
             # Lengths are the reader's business; a tokenizer.json may ask for texts cut, filled up, marked or doubled.
             self._tokenizer.no_truncation()
             self._tokenizer.no_padding()
+            self.beginning: str = _guarded(_beginning, self._tokenizer)
+            """What it puts before a text, such as `<s>`; tokens that it reads as that mark."""
             self._tokenizer.post_processor = None
             ids = _guarded(self._tokenizer.get_vocab, True).values()
         except _RefusedError as error:
@@ -311,6 +313,12 @@ def read_tokenizer(path: Path) -> PairTokenizer:
 
 Arguments = ParamSpec("Arguments")
 Answer = TypeVar("Answer")
+
+
+def _beginning(tokenizer: Any) -> str:
+    marked, plain = tokenizer.encode("a").ids, tokenizer.encode("a", add_special_tokens=False).ids
+    before = marked[: marked.index(plain[0])] if plain and plain[0] in marked else []
+    return "".join(tokenizer.id_to_token(token) for token in before)
 
 
 class _RefusedError(Exception):

@@ -71,6 +71,8 @@ class BlockRunner:
         """
         self.partition, self.micro_batch, self.together = partition, micro_batch, together
         self.precision: Precision = precision
+        self.budget_bytes: int | None = None
+        """Of memory, where there is a bound."""
         self.device = torch.device("cpu")
         """Where the network is; the arguments and results of `denoise` are in the processor's memory."""
         self.loads: list[int] = []

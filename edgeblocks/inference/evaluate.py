@@ -115,7 +115,8 @@ def evaluate(
     evaluation = Evaluation(
         directory=directory, data_set=data_set, samples=samples, steps=steps, seed=seed, listener=listener
     )
-    with runners(samples=max(samples, TASKS[task].loss_examples), chain=chain) as runner:
+    kept_bytes = None if chain is None else chain.sample_bytes
+    with runners(samples=max(samples, TASKS[task].loss_examples), kept_bytes=kept_bytes) as runner:
         result = evaluation.result(runner)
         made = evaluation.images(runner)
     # The runner, its weights and activations with it, makes room first: the budget has none for both.

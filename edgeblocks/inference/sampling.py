@@ -25,6 +25,8 @@ from edgeblocks.errors import ConfigError
 from edgeblocks.families.base import ImageInfo
 from edgeblocks.families.family import FamilyOfContinuations, FamilyOfImages, FamilyOfText
 from edgeblocks.inference.block_runner import BlockRunner, EmaSource, class_labels, guided, token_chain
+from edgeblocks.inference.tuned_text import tuned_writer
+from edgeblocks.pretrained.decoder import Decoder
 from edgeblocks.runs.directory import RunDirectory
 from edgeblocks.seeds import start_noise
 from edgeblocks.tasks import TASKS, TEXT_TASKS
@@ -63,13 +65,13 @@ def runner_of(
 class Runners(Protocol):
     """Where a runner comes from once it is known for how many samples; see `Run.fitting_runner`."""
 
-    def __call__(self, *, samples: int, chain: TokenChain | None = None) -> AbstractContextManager[BlockRunner]: ...
+    def __call__(self, *, samples: int, kept_bytes: int | None = None) -> AbstractContextManager[BlockRunner]: ...
 
 
 def always(runner: BlockRunner) -> Runners:
     """This runner, whatever is asked of it."""
 
-    def given(*, samples: int, chain: TokenChain | None = None) -> AbstractContextManager[BlockRunner]:
+    def given(*, samples: int, kept_bytes: int | None = None) -> AbstractContextManager[BlockRunner]:
         return nullcontext(runner)
 
     return given
@@ -148,13 +150,21 @@ def sample_texts(
 ) -> list[str]:
     """See `Run.sample_text`."""
     family = directory.family()
-    if not family.writes_text:
-        raise ConfigError(
-            f"{directory.path} is a fine-tuned model of transformers, which writes no text here yet; make a folder of "
-            f"it that other programs load: {command('merge', directory.path, '-o', 'DIR')}"
-        )
     if family.task in TEXT_TASKS:
         token_choice.check_options(family.task, fill=fill, prompt=prompt, top_p=top_p, length=length)
+    if isinstance(family, Decoder):
+        if steps is not None:
+            raise ConfigError(f"--steps {steps}: a model of transformers has no noise levels; leave it out")
+        with tuned_writer(directory, runners, texts=n, length=length) as writer:
+            return writer.continued(
+                prompt or "",
+                n=n,
+                temperature=temperature,
+                top_p=1.0 if top_p is None else top_p,
+                length=length,
+                seed=seed,
+                on_token=on_step,
+            )
     steps = usual_steps(directory) if steps is None else steps
     common: dict[str, Any] = {
         "n": n,
@@ -232,7 +242,7 @@ def _continued(
     check_readable("--prompt", prompt, tokenizer)
     given = tokenizer.encode(prompt)
     autoregression.check_prompt(given, length=chain.length, trained_length=trained_length)
-    with runners(samples=n, chain=chain) as runner:
+    with runners(samples=n, kept_bytes=chain.sample_bytes) as runner:
         tokens = autoregression.write_texts(
             runner.continued,
             chain,

@@ -24,7 +24,9 @@ from edgeblocks.families.block import Block
 from edgeblocks.families.family import EndToEnd
 from edgeblocks.families.layers import run_layers
 from edgeblocks.families.settings import FamilySettings
+from edgeblocks.methods import Frozen
 from edgeblocks.pretrained.gate import check_architecture, refusal
+from edgeblocks.pretrained.layer import PretrainedLayer
 from edgeblocks.pretrained.model_folder import model_folder
 from edgeblocks.pretrained.shell import Shell, UnsupportedModelError, shell_of
 
@@ -58,22 +60,16 @@ class DecoderSettings(FamilySettings):
         return told
 
 
-class DecoderLayer(nn.Module):
-    """A layer of the library, called with what the model's own forward pass calls it with."""
+class DecoderLayer(PretrainedLayer):
+    """A layer whose weights are the network's parameters."""
 
     def __init__(self, model: str, number: int) -> None:
-        super().__init__()
-        shell = shell_of(model, "meta")
-        # The trace of costs asks for three layers, whatever the model has.
-        self.model, self.number = model, min(number, len(shell.layers) - 1)
-        self.hf = shell.layer(self.number)
+        super().__init__(model, number)
+        self.hf = shell_of(model, "meta").layer(self.number)
 
-    def forward(self, hidden: Tensor, condition: Tensor) -> Tensor:
-        """What the layer makes of the hidden values; there is no condition."""
-        args, kwargs = shell_of(self.model, hidden.device.type).calls(hidden)[self.number]
-        out = self.hf(hidden, *args, **kwargs)
-        found: Tensor = out[0] if isinstance(out, tuple) else out
-        return found
+    def called(self, *args: Any, **kwargs: Any) -> Any:
+        """What the library's layer gives when it is called with this."""
+        return self.hf(*args, **kwargs)
 
 
 class DecoderBlock(Block):
@@ -155,6 +151,11 @@ class Decoder(TextFamily, EndToEnd):
             return shell_of(self.settings.model, device)
         except UnsupportedModelError as error:
             raise refusal(self.settings.model, str(error)) from error
+
+    @property
+    def reads_layers_as(self) -> Frozen | None:
+        """As what layers that are not trained are read, where they are no part of the network."""
+        return None
 
     @property
     def state_shape(self) -> tuple[int, ...]:

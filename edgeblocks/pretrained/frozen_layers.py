@@ -2,12 +2,14 @@
 
 The cache lies beside the decoded data, one row a layer, and is made once for a model and a kind. What is read stays in
 the system's own cache of files as long as there is memory to spare, so that nothing has to be planned for it. The one
-layer that is used is float32, in memory that all networks of a process share.
+layer that is used is float32, in memory that all networks of a process share. Where all layers fit, they can be held,
+so that each is read once: text is written with all of them for every token.
 """
 
 import functools
 import hashlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,6 +20,7 @@ from edgeblocks.methods import Frozen
 from edgeblocks.offload.block_buffer import BlockBuffer, BlockLayout, bind_parameters_
 from edgeblocks.offload.float32_copy import Float32Copy
 from edgeblocks.offload.quantized import quantize_, quantized_layout
+from edgeblocks.pretrained.layer import PretrainedLayer
 from edgeblocks.pretrained.model_folder import model_folder
 from edgeblocks.pretrained.shell import shell_of
 
@@ -37,7 +40,7 @@ class FrozenLayers:
         """
         self._folder, self._shell, self._kind = model_folder(model), shell_of(model, "meta"), kind
         self.layout = BlockLayout.of(self._shell.layers[0], "adamw", frozen=True)
-        self._copy, self._holds = Float32Copy([self.layout], device), -1
+        self._copies, self._holds = [Float32Copy([self.layout], device)], [-1]
         self._buffer: BlockBuffer | None = None
         if kind != "none":
             codes = quantized_layout(self.layout, kind)
@@ -47,24 +50,40 @@ class FrozenLayers:
     @property
     def tables(self) -> tuple[torch.Tensor, ...]:
         """All memory that it keeps: a layer as float32, and its codes."""
-        return self._copy.flat, *(() if self._buffer is None else (self._buffer.content,))
+        return (*(copy.flat for copy in self._copies), *(() if self._buffer is None else (self._buffer.content,)))
 
-    def bind_(self, layer: nn.Module) -> None:
-        """Make a layer's parameters views of the memory that whatever layer is loaded lies in."""
-        bind_parameters_(layer, self._copy.room_for_(self.layout).tensors("weights"))
+    @property
+    def all_bytes(self) -> int:
+        """Of all layers as float32, which `hold_all_` takes."""
+        return 4 * self.layout.num_parameters * len(self._shell.layers)
+
+    def hold_all_(self) -> None:
+        """From now on, keep every layer that was read. Layers must be bound again."""
+        more = len(self._shell.layers) - len(self._copies)
+        self._copies += [Float32Copy([self.layout], self._copies[0].device) for _ in range(more)]
+        self._holds += [-1] * more
+
+    def bind_(self, layer: nn.Module, number: int) -> None:
+        """Make a layer's parameters views of the memory that it will lie in."""
+        bind_parameters_(layer, self._copies[self._slot(number)].room_for_(self.layout).tensors("weights"))
+
+    def _slot(self, number: int) -> int:
+        return number if len(self._copies) > 1 else 0
 
     def load_(self, number: int) -> None:
-        """Put a layer's weights into that memory.
+        """Put a layer's weights into its memory.
 
         Raises:
             StorageError: the cache cannot be written or read.
             OSError: the model's files cannot be read.
         """
-        if self._copy.device.type == "meta" or number == self._holds:
+        slot = self._slot(number)
+        copy = self._copies[slot]
+        if copy.device.type == "meta" or number == self._holds[slot]:
             return
-        self._holds = -1
+        self._holds[slot] = -1
         if self._buffer is None:
-            self._read_(number)
+            self._read_(number, copy)
         else:
             self._rows = self._rows or self._cached()
             codes = self._buffer.part_bytes("ema")
@@ -73,27 +92,27 @@ class FrozenLayers:
             self._rows.read_into(number, row.numpy())
             if row is not codes:
                 codes.copy_(row)
-            self._copy.hold_(self._buffer, "ema")
-        self._holds = number
+            copy.hold_(self._buffer, "ema")
+        self._holds[slot] = number
 
-    def _read_(self, number: int) -> None:
+    def _read_(self, number: int, copy: Float32Copy) -> None:
         """From the model's files."""
-        for name, values in self._copy.room_for_(self.layout).tensors("weights"):
+        for name, values in copy.room_for_(self.layout).tensors("weights"):
             stored = f"{self._shell.layers_name}.{number}.{name}"
             for start, piece in self._folder.pieces(stored):
                 values.view(-1)[start : start + len(piece)] = piece
 
     def _cached(self) -> RowFile[np.uint8]:
         """The cache, which is made now where there is none."""
-        count, size = len(self._shell.layers), self._row_bytes
+        count, size, copy = len(self._shell.layers), self._row_bytes, self._copies[0]
         key = hashlib.sha256(f"layers {_KIND.version} {self._kind} {self._folder.sha256()}".encode()).hexdigest()
 
         def build(files: CacheFiles) -> None:
             assert self._buffer is not None
             files.begin({"layers.npy": (np.dtype(np.uint8), (size,))}, count * size)
             for number in range(count):
-                self._read_(number)
-                quantize_(self._buffer, self._copy.flat)
+                self._read_(number, copy)
+                quantize_(self._buffer, copy.flat)
                 files.append("layers.npy", self._buffer.part_bytes("ema").cpu().numpy()[None])
             files.finish({"layers": count})
 
@@ -110,6 +129,26 @@ class FrozenLayers:
     def _row_bytes(self) -> int:
         assert self._buffer is not None
         return self._buffer.layout.part_span("ema")[1]
+
+
+class FrozenLayer(PretrainedLayer):
+    """A layer whose weights come when it is run, into memory that the others use as well."""
+
+    def __init__(self, model: str, number: int, kind: Frozen) -> None:
+        super().__init__(model, number)
+        self._kind = kind
+        # In a list: its weights are no parameters of the network, which are those that are trained.
+        self._frozen = [shell_of(model, "meta").layer(self.number)]
+
+    def bind_(self, device: torch.device) -> None:
+        """Use the memory that frozen layers are read into on a device, and the tables of that device."""
+        frozen_layers(self.model, self._kind, device.type).bind_(self._frozen[0], self.number)
+        shell_of(self.model, device.type).restore_tables_(self._frozen[0], self.number)
+
+    def called(self, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        """What the library's layer gives when it is called with this."""
+        frozen_layers(self.model, self._kind, hidden.device.type).load_(self.number)
+        return self._frozen[0](hidden, *args, **kwargs)
 
 
 @functools.lru_cache(maxsize=4)

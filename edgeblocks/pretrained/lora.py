@@ -21,7 +21,7 @@ from edgeblocks.errors import ConfigError
 from edgeblocks.families.layers import run_layers
 from edgeblocks.methods import Frozen
 from edgeblocks.pretrained.decoder import Decoder, DecoderBlock, DecoderSettings
-from edgeblocks.pretrained.frozen_layers import frozen_layers
+from edgeblocks.pretrained.frozen_layers import FrozenLayer, frozen_layers
 from edgeblocks.pretrained.shell import shell_of
 
 ALL_LINEAR = "all-linear"
@@ -59,37 +59,17 @@ class Adapter(nn.Module):
         return F.linear(F.linear(x, self.lora_A), self.lora_B)
 
 
-class LoraLayer(nn.Module):
-    """A frozen layer of the library with adapters; its own weights come when it is run."""
+class LoraLayer(FrozenLayer):
+    """A frozen layer with adapters."""
 
     def __init__(self, settings: LoraSettings, number: int) -> None:
-        super().__init__()
-        shell = shell_of(settings.model, "meta")
-        self.number = min(number, len(shell.layers) - 1)
-        self._settings = settings
-        layer = shell.layer(self.number)
-        # In a list: its weights are no parameters of the network, which are those that are trained.
-        self._frozen = [layer]
+        super().__init__(settings.model, number, settings.quantize)
         self.adapters = nn.ModuleDict()
         for name in targets_of(settings):
-            matrix = layer.get_submodule(name)
+            matrix = self._frozen[0].get_submodule(name)
             assert isinstance(matrix, nn.Linear)
             adapter = self.adapters[as_key(name)] = Adapter(matrix, settings.lora_rank)
             vars(matrix)["forward"] = _Beside(matrix, adapter, settings.scale)
-
-    def bind_(self, device: torch.device) -> None:
-        """Use the memory that frozen layers are read into on a device, and the tables of that device."""
-        frozen_layers(self._settings.model, self._settings.quantize, device.type).bind_(self._frozen[0])
-        shell_of(self._settings.model, device.type).restore_tables_(self._frozen[0], self.number)
-
-    def forward(self, hidden: Tensor, condition: Tensor) -> Tensor:
-        """What the layer makes of the hidden values; there is no condition."""
-        kind, model = hidden.device.type, self._settings.model
-        frozen_layers(model, self._settings.quantize, kind).load_(self.number)
-        args, kwargs = shell_of(model, kind).calls(hidden)[self.number]
-        out = self._frozen[0](hidden, *args, **kwargs)
-        found: Tensor = out[0] if isinstance(out, tuple) else out
-        return found
 
 
 class _Beside:
@@ -159,6 +139,11 @@ class LoraDecoder(Decoder):
         """The network, without weights."""
         self.shell("meta")  # refuses models in words
         return LoraBlock(settings=self.settings, num_layers=num_layers, checkpointing=checkpointing)
+
+    @property
+    def reads_layers_as(self) -> Frozen:
+        """As the settings say."""
+        return self.settings.quantize
 
     @property
     def resident_bytes(self) -> int:

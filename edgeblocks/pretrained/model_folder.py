@@ -123,11 +123,28 @@ class FileTable(Table):
         super().__init__(self._stored.shape)
         self._row_bytes = self.shape[1] * self.dtype.itemsize
         self._read_buffer = bytearray()
+        self._held: Tensor | None = None
+
+    @property
+    def num_bytes(self) -> int:
+        """Of the whole matrix as the file has it, which `hold_` takes."""
+        return self.shape[0] * self._row_bytes
+
+    def hold_(self) -> None:
+        """Read the whole matrix, once; it stays in memory from now on."""
+        if self._held is None:
+            held = torch.empty(self.shape, dtype=self.dtype)
+            with open_regular(self._path) as file:
+                file.seek(self._stored.start)
+                self._read_into(file, memoryview(held.view(-1).view(torch.uint8).numpy()))  # type: ignore[arg-type]
+            self._held = held
 
     def rows(self, ids: Tensor) -> Tensor:
         """Rows by their numbers [n]: float32 [n, width] on their device."""
         if ids.is_meta:
             return super().rows(ids)
+        if self._held is not None:
+            return self._held[ids.cpu()].to(ids.device, torch.float32)
         found = torch.empty(len(ids), self.shape[1], dtype=self.dtype)
         with open_regular(self._path) as file:
             for row, number in enumerate(ids.tolist()):
@@ -137,6 +154,9 @@ class FileTable(Table):
 
     def _fill_(self, part: Tensor, start: int) -> None:
         if part.is_meta:
+            return
+        if self._held is not None:
+            part.copy_(self._held[start : start + len(part)])
             return
         size = len(part) * self._row_bytes
         if len(self._read_buffer) < size:

@@ -139,15 +139,20 @@ class Shell:
             found.append(args[0] if args else kwargs["hidden_states"])
             raise _StopError
 
+        with self._rows(numbers), self._layers_as([first] * len(self.layers)):
+            self._run(input_ids=ids)
+        return found[0]
+
+    @contextlib.contextmanager
+    def _rows(self, numbers: Tensor) -> Iterator[None]:
+        """The table of tokens has these rows alone while this lasts."""
         rows = nn.Parameter(self.embedding_table.rows(numbers), requires_grad=False)
         with (
             _replaced(self._embedding._parameters, "weight", rows),
             # Of gradients alone, and a number of the whole table.
             _replaced(self._embedding.__dict__, "padding_idx", None),
-            self._layers_as([first] * len(self.layers)),
         ):
-            self._run(input_ids=ids)
-        return found[0]
+            yield
 
     def calls(self, hidden: Tensor) -> list[Call]:
         """What each layer is called with beside hidden values of this shape [batch, length, width] and type.
@@ -214,6 +219,26 @@ class Shell:
             out = self._run(inputs_embeds=hidden.detach())
         logits: Tensor = out.logits
         return logits.float()
+
+    def continued(
+        self, tokens: Tensor, layers: Sequence[Callable[..., Any]], cache: object | None
+    ) -> tuple[Tensor, object]:
+        """Logits [batch, vocabulary], float32, of what comes after tokens [batch, length]; and the KV cache with these.
+
+        Args:
+            layers: called as the model calls its own.
+            cache: the library's, of the tokens before; None where there are none.
+        """
+        numbers, ids = torch.unique(tokens, return_inverse=True)
+        former = {} if cache is None else {"cache": cache}
+        with (
+            torch.no_grad(),
+            self._rows(numbers),
+            self._layers_as(layers),
+            _replaced(self._head.__dict__, "forward", lambda states: self._through_head(states[:, -1:])),
+        ):
+            out = self.model(input_ids=ids, use_cache=True, **former)
+        return out.logits[:, -1].float(), out.cache
 
     def _through_head(self, states: Tensor) -> Tensor:
         logits: Tensor = _Product.apply(states, self.head_table)  # type: ignore[no-untyped-call]

@@ -133,7 +133,7 @@ def test_the_command_line(model, text, tmp_path):
     assert f"edgeblocks merge {tmp_path / 'run'}" in done.stdout.replace("\n", "")
     before = json.loads((tmp_path / "run/before.json").read_text())["total"]
     assert f"{math.exp(before):.2f} before" in done.stdout
-    assert_refused(invoke("sample", tmp_path / "run"), 2, "writes no text here yet")
+    assert_refused(invoke("sample", tmp_path / "run"), 2, "give a --prompt")
     assert_refused(invoke("export", tmp_path / "run", "-o", tmp_path / "onnx"), 2, "edgeblocks merge")
     assert_refused(invoke(*asked, "--set", "method=diffusion"), 2, "fine-tuning sets this itself")
 

@@ -36,7 +36,7 @@ def rounded(library, model, kind):
     network = library.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).requires_grad_(False)
     frozen = FrozenLayers(str(model), kind, torch.device("cpu"))
     for number, layer in enumerate(network.model.layers):
-        frozen.bind_(layer)
+        frozen.bind_(layer, number)
         frozen.load_(number)
         for name, parameter in list(layer.named_parameters()):
             owner, _, leaf = name.rpartition(".")

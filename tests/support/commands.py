@@ -10,8 +10,9 @@ TINY = ["--steps", "2", "--batch", "4", "--set", "depth=3", "--set", "width=16",
 TINY += ["--set", "hold_out=0.005"]  # to evaluate takes longer than to train
 
 
-def invoke(*arguments):
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+def invoke(*arguments, typed=None):
+    """`typed` is its standard input."""
+    return CliRunner().invoke(app, [str(argument) for argument in arguments], input=typed)
 
 
 def assert_refused(result, exit_code, message):

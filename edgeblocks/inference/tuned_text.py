@@ -1,0 +1,64 @@
+"""Text of a fine-tuned model: the run's weights in the library's own forward pass."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from edgeblocks.errors import ConfigError
+from edgeblocks.inference.block_runner import BlockRunner
+from edgeblocks.pretrained.decoder import Decoder, DecoderBlock
+from edgeblocks.pretrained.layer import PretrainedLayer
+from edgeblocks.pretrained.model_folder import model_folder
+from edgeblocks.pretrained.writing import TextWriter, cache_bytes, hold_what_fits_, most_positions, tokenizer_of
+from edgeblocks.registry import build_target
+from edgeblocks.runs.directory import RunDirectory
+
+if TYPE_CHECKING:
+    from edgeblocks.inference.sampling import Runners
+
+_GAPS = 0.1
+"""Share of a budget that is not filled with weights that may as well be read again."""
+
+
+@contextmanager
+def tuned_writer(
+    directory: RunDirectory, runners: "Runners", *, texts: int, length: int | None
+) -> Iterator[TextWriter]:
+    """A run's model, to write so many texts together of so many tokens; None: as many as it was trained on.
+
+    Raises:
+        ConfigError: the run is no fine-tuned model of text.
+        DoesNotFitError: they do not fit the budget.
+    """
+    family = directory.family()
+    if not isinstance(family, Decoder):
+        raise ConfigError(f"{directory.path} is of the family {family.name}, and no fine-tuned model of text")
+    model = family.settings.model
+    folder = model_folder(model)
+    length = min(length or family.data.length, most_positions(folder) or family.data.length)
+    kept_bytes = cache_bytes(folder, length, num_layers=family.num_layers, vocabulary=tokenizer_of(folder).vocabulary)
+    with runners(samples=texts, kept_bytes=kept_bytes) as runner:
+        network = runner.network(0)
+        assert isinstance(network, DecoderBlock)
+        if runner.budget_bytes is not None:
+            used_bytes = build_target(directory.settings.run.target).used_bytes()
+            room_bytes = round((1 - _GAPS) * runner.budget_bytes) - used_bytes - texts * kept_bytes
+            kind = family.reads_layers_as
+            hold_what_fits_(model, kind, runner.device, room_bytes)
+            if kind is not None:
+                with runner.device:
+                    network.reset_tables_()  # bound again, to where each layer lies now
+        layers = [partial(_called, runner, number) for number in range(family.num_layers)]
+        yield TextWriter(
+            model, layers, device=runner.device, usual_length=family.data.length, precision=runner.precision
+        )
+
+
+def _called(runner: BlockRunner, number: int, *args: Any, **kwargs: Any) -> Any:
+    # Taken when it is called: its stage comes into memory then.
+    network = runner.network(0)
+    assert isinstance(network, DecoderBlock)
+    layer = network.layers[number]
+    assert isinstance(layer, PretrainedLayer)
+    return layer.called(*args, **kwargs)
