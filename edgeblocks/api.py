@@ -16,8 +16,9 @@ from edgeblocks.data.dataset import DataSet
 from edgeblocks.errors import ConfigError
 from edgeblocks.methods import Frozen
 from edgeblocks.planning.plan_text import banner
-from edgeblocks.planning.plans import Machine
+from edgeblocks.planning.plans import Machine, split_layers
 from edgeblocks.prepare import Prepared, prepare, prepare_elsewhere
+from edgeblocks.pretrained.decoder import DecoderSettings
 from edgeblocks.pretrained.model_folder import CONFIG, TOKENIZER, model_folder
 from edgeblocks.pretrained.writing import USUAL_LENGTH, TextWriter, writer_of_folder
 from edgeblocks.profiling.budgets import RAM_BUDGET, device_budget_bytes, usual_budgets
@@ -54,7 +55,7 @@ TUNING: dict[str, object] = {
 """What is usual where a pretrained model is trained on; learning rate and weight decay are those of trl 1.16."""
 LORA_TUNING: dict[str, object] = {"learning_rate": 2e-4, "optimizer": "adamw"}
 """Over these, with --tune lora."""
-LORA_SETTINGS = frozenset({"lora_rank", "lora_alpha", "lora_targets", "quantize"})
+LORA_SETTINGS = frozenset({"lora_rank", "lora_alpha", "lora_targets"})
 TUNING_OWN: dict[str, object] = {"family": "hf", "method": "exact", "model": None, "init": None, "tokenizer": None}
 """What fine-tuning settles itself."""
 
@@ -242,20 +243,52 @@ def tuning_settings(model: Path | str, given: Mapping[str, object]) -> dict[str,
     """
     given = {name: value for name, value in given.items() if value is not None}
     tune = given.pop("tune", "full")
-    if tune not in ("full", "lora"):
-        raise ConfigError(f"--tune {tune}: full trains all layers, lora trains small products beside them; use one")
-    if tune == "full" and (of_lora := sorted(given.keys() & LORA_SETTINGS)):
-        raise ConfigError(f"{', '.join(of_lora)}: these belong to --tune lora")
+    if tune not in ("full", "lora", "blocks"):
+        raise ConfigError(
+            f"--tune {tune}: full trains all layers, lora small products beside them, blocks some of them; use one"
+        )
+    wrong = sorted(given.keys() & (LORA_SETTINGS | {"quantize"} if tune == "full" else LORA_SETTINGS))
+    if tune != "lora" and wrong:
+        raise ConfigError(f"{', '.join(wrong)}: these belong to --tune lora{'' if tune == 'blocks' else ' or blocks'}")
     wrong = sorted(TUNING_OWN.keys() & given.keys())
     if wrong:
         raise ConfigError(f"{', '.join(wrong)}: fine-tuning sets this itself; leave it out")
     folder = str(Path(model).expanduser())
     told = model_folder(folder)  # says at once what is wrong with it
-    own = {"model": folder, "init": None if told.is_plan_only else folder, "tokenizer": str(Path(folder) / TOKENIZER)}
+    init, tokenizer = None if told.is_plan_only else folder, str(Path(folder) / TOKENIZER)
+    own: dict[str, object] = {"model": folder, "init": init, "tokenizer": tokenizer}
+    usual = TUNING
     if tune == "lora":
-        own = {**own, "family": "hf-lora", "init": None}
-        return {"data": "moby-dick", **TUNING, **LORA_TUNING, **given, **TUNING_OWN, **own}
-    return {"data": "moby-dick", **TUNING, **given, **TUNING_OWN, **own}
+        usual = {**TUNING, **LORA_TUNING}
+        own |= {"family": "hf-lora", "init": None}
+    elif tune == "blocks":
+        own |= {"family": "hf-part", **_trained_part(folder, given)}
+    return {"data": "moby-dick", **usual, **given, **TUNING_OWN, **own}
+
+
+def _trained_part(folder: str, given: dict[str, object]) -> dict[str, object]:
+    """The layers of `train_blocks`, where a model is cut into `blocks`; both are taken out of the settings.
+
+    Raises:
+        ConfigError: they do not name layers that follow each other.
+    """
+    depth = DecoderSettings(model=folder).depth
+    told, count = str(given.pop("train_blocks", "")), given.pop("blocks", depth)
+    if not isinstance(count, int) or not 1 <= count <= depth:
+        raise ConfigError(f"--blocks {count}: the model has {depth} layers, so that it can be cut into 1 to {depth}")
+    numbers = sorted({int(number) for number in told.split(",") if number.strip().isdigit()})
+    if not numbers or any(not number.strip().isdigit() for number in told.split(",")):
+        raise ConfigError(
+            f"--tune blocks needs --train-blocks: the model has {depth} layers, cut into {count} blocks; "
+            f"--train-blocks {max(0, count - 2)},{count - 1} trains the last ones"
+        )
+    if numbers[-1] >= count or numbers != list(range(numbers[0], numbers[-1] + 1)):
+        raise ConfigError(
+            f"--train-blocks {told}: name some of 0 to {count - 1} that follow each other; what is below them is only "
+            f"run forward"
+        )
+    layers = split_layers(depth, count)
+    return {"first_layer": sum(layers[: numbers[0]]), "trained_layers": sum(layers[numbers[0] : numbers[-1] + 1])}
 
 
 def _origin(prepared: Prepared) -> InitFields | None:
@@ -389,14 +422,14 @@ def writer(path: Path | str, *, mem_budget: str | None = None, length: int | Non
     target = build_target("auto")
     target.prepare()
     budget_bytes = device_budget_bytes(mem_budget or RAM_BUDGET, target)
-    found = writer_of_folder(
+    opened = writer_of_folder(
         str(Path(path).expanduser()),
         torch.device(target.torch_device),
         length=length or USUAL_LENGTH,
         budget_bytes=budget_bytes,
         used_bytes=target.used_bytes,
     )
-    with within(target, budget_bytes):
+    with opened as found, within(target, budget_bytes):
         yield found
 
 

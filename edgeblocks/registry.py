@@ -36,7 +36,11 @@ _FAMILIES = {
     "mdlm": "edgeblocks.families.mdlm:Mdlm",
     "vit": "edgeblocks.families.vit:Vit",
 }
-_PRETRAINED = {"hf": "edgeblocks.pretrained.decoder:Decoder", "hf-lora": "edgeblocks.pretrained.lora:LoraDecoder"}
+_PRETRAINED = {
+    "hf": "edgeblocks.pretrained.decoder:Decoder",
+    "hf-lora": "edgeblocks.pretrained.lora:LoraDecoder",
+    "hf-part": "edgeblocks.pretrained.part:PartDecoder",
+}
 """Families of networks that others have trained; they are asked for by their own verb."""
 _END_TO_END = {
     "ar": "edgeblocks.families.ar:PlainAr",

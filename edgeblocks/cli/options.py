@@ -178,7 +178,8 @@ TUNING_SETTINGS: dict[str, Any] = {
     "tune": Annotated[
         str | None,
         typer.Option(
-            help="full: all layers are trained; lora: small products beside their matrices, over layers in 8 bits.",
+            help="full: all layers are trained; lora: small products beside their matrices, over layers in 8 bits; "
+            "blocks: those of --train-blocks, between layers in 8 bits.",
             show_default="full",
         ),
     ],
@@ -195,8 +196,23 @@ TUNING_SETTINGS: dict[str, Any] = {
     "quantize": Annotated[
         str | None,
         typer.Option(
-            help="With --tune lora: as what frozen layers are read: int8, nf4, or none as they are.",
+            help="With --tune lora or blocks: as what frozen layers are read: int8, nf4, or none as they are.",
             show_default="int8",
+        ),
+    ],
+    "train_blocks": Annotated[
+        str | None,
+        typer.Option(
+            help="Train these blocks, such as 28,29 (the first one is 0), and freeze the rest. With --tune blocks a "
+            "block is a layer, or one of --blocks equal parts; with full it is a stage.",
+            show_default="all",
+        ),
+    ],
+    "blocks": Annotated[
+        str | None,
+        typer.Option(
+            help="Parts that the model is cut into: stages, or with --tune blocks what --train-blocks counts.",
+            show_default="the budget decides; each layer",
         ),
     ],
     "steps": Annotated[int | None, typer.Option(help="Optimizer steps.", show_default="200")],
@@ -206,7 +222,6 @@ TUNING_SETTINGS: dict[str, Any] = {
         name: SETTINGS[name]
         for name in (
             "precision",
-            "train_blocks",
             "target",
             "work_dir",
             "max_disk_writes",

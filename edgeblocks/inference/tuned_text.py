@@ -3,14 +3,12 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from edgeblocks.errors import ConfigError
-from edgeblocks.inference.block_runner import BlockRunner
-from edgeblocks.pretrained.decoder import Decoder, DecoderBlock
-from edgeblocks.pretrained.layer import PretrainedLayer
+from edgeblocks.pretrained.decoder import Decoder
 from edgeblocks.pretrained.model_folder import model_folder
-from edgeblocks.pretrained.writing import TextWriter, cache_bytes, hold_what_fits_, most_positions, tokenizer_of
+from edgeblocks.pretrained.writing import TextWriter, cache_bytes, held, most_positions, tokenizer_of
 from edgeblocks.registry import build_target
 from edgeblocks.runs.directory import RunDirectory
 
@@ -37,28 +35,15 @@ def tuned_writer(
     model = family.settings.model
     folder = model_folder(model)
     length = min(length or family.data.length, most_positions(folder) or family.data.length)
-    kept_bytes = cache_bytes(folder, length, num_layers=family.num_layers, vocabulary=tokenizer_of(folder).vocabulary)
+    kept_bytes = cache_bytes(
+        folder, length, num_layers=len(family.shell("meta").layers), vocabulary=tokenizer_of(folder).vocabulary
+    )
     with runners(samples=texts, kept_bytes=kept_bytes) as runner:
-        network = runner.network(0)
-        assert isinstance(network, DecoderBlock)
-        if runner.budget_bytes is not None:
-            used_bytes = build_target(directory.settings.run.target).used_bytes()
-            room_bytes = round((1 - _GAPS) * runner.budget_bytes) - used_bytes - texts * kept_bytes
-            kind = family.reads_layers_as
-            hold_what_fits_(model, kind, runner.device, room_bytes)
-            if kind is not None:
-                with runner.device:
-                    network.reset_tables_()  # bound again, to where each layer lies now
-        layers = [partial(_called, runner, number) for number in range(family.num_layers)]
-        yield TextWriter(
-            model, layers, device=runner.device, usual_length=family.data.length, precision=runner.precision
-        )
-
-
-def _called(runner: BlockRunner, number: int, *args: Any, **kwargs: Any) -> Any:
-    # Taken when it is called: its stage comes into memory then.
-    network = runner.network(0)
-    assert isinstance(network, DecoderBlock)
-    layer = network.layers[number]
-    assert isinstance(layer, PretrainedLayer)
-    return layer.called(*args, **kwargs)
+        runner.network(0)  # in memory before there is a look at what is left
+        used_bytes = build_target(directory.settings.run.target).used_bytes()
+        room_bytes = round((1 - _GAPS) * (runner.budget_bytes or 0)) - used_bytes - texts * kept_bytes
+        with held(model, family.reads_layers_as, runner.device, room_bytes):
+            layers = family.called_layers(partial(runner.network, 0), runner.device)
+            yield TextWriter(
+                model, layers, device=runner.device, usual_length=family.data.length, precision=runner.precision
+            )

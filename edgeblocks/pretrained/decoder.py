@@ -6,7 +6,9 @@ multiplied with a slice at a time. A window of tokens is one example; each token
 before it.
 """
 
+import functools
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -77,10 +79,10 @@ class DecoderBlock(Block):
 
     reading_bytes = READING_BYTES
 
-    def __init__(self, *, model: str, num_layers: int, checkpointing: bool) -> None:
+    def __init__(self, *, model: str, num_layers: int, checkpointing: bool, first: int = 0) -> None:
         super().__init__()
         self.model, self.checkpointing = model, checkpointing
-        self.layers = nn.ModuleList(DecoderLayer(model, number) for number in range(num_layers))
+        self.layers = nn.ModuleList(DecoderLayer(model, number) for number in range(first, first + num_layers))
 
     def init_(self, generator: torch.Generator) -> None:
         """Weights are those of the files; these are for a network whose speed is measured."""
@@ -200,6 +202,22 @@ class Decoder(TextFamily, EndToEnd):
         """Whether a tensor of the model's files is used as it is."""
         return name in self.shell("meta").frozen_names
 
+    def called_layers(self, network: Callable[[], nn.Module], device: torch.device) -> list[Callable[..., Any]]:
+        """The model's layers on a device, to be called as the model calls its own.
+
+        Args:
+            network: the trained layers, whose weights come when one is taken.
+        """
+
+        def call(number: int, *args: Any, **kwargs: Any) -> Any:
+            block = network()
+            assert isinstance(block, DecoderBlock)
+            layer = block.layers[number]
+            assert isinstance(layer, PretrainedLayer)
+            return layer.called(*args, **kwargs)
+
+        return [functools.partial(call, number) for number in range(self.num_layers)]
+
     def block(self, *, num_layers: int, checkpointing: bool) -> DecoderBlock:
         """Some layers, without weights."""
         self.shell("meta")  # refuses models in words
@@ -253,7 +271,7 @@ class Decoder(TextFamily, EndToEnd):
 
     def loss_after(self, block: nn.Module, hidden: Tensor, condition: Tensor, batch: Batch) -> Float[Tensor, " batch"]:
         """Cross-entropy of each window, in nats: the mean over a batch is that over all of its tokens that count."""
-        return self._losses(hidden, batch)[0].sum(1) * batch["share"]
+        return self._losses(self._above(hidden, condition), batch)[0].sum(1) * batch["share"]
 
     def loss(self, block: nn.Module, batch: Batch) -> Float[Tensor, " batch"]:
         """The same, from the tokens on."""
@@ -261,7 +279,7 @@ class Decoder(TextFamily, EndToEnd):
 
     def scores(self, block: nn.Module, batch: Batch) -> dict[str, Float[Tensor, " batch"]]:
         """The mean loss of each window's tokens that count, and the share of them whose likeliest answer is right."""
-        losses, right = self._losses(self._through(block, batch)[0], batch)
+        losses, right = self._losses(self._above(*self._through(block, batch)), batch)
         counted = batch["counts"].sum(1).clamp(min=1)
         return {"loss": losses.sum(1) / counted, "accuracy": right.float().sum(1) / counted}
 
@@ -269,6 +287,10 @@ class Decoder(TextFamily, EndToEnd):
         assert isinstance(block, DecoderBlock)
         hidden, nothing = self.enter(block, batch)
         return run_layers(block.layers, hidden, nothing, checkpointing=block.checkpointing), nothing
+
+    def _above(self, hidden: Tensor, condition: Tensor) -> Tensor:
+        """What the final norm is given: what the trained layers give."""
+        return hidden
 
     def _losses(self, hidden: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         """Of each token but the first, [batch, length - 1], 0 where it does not count; and whether the likeliest answer

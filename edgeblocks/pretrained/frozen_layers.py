@@ -8,6 +8,7 @@ so that each is read once: text is written with all of them for every token.
 
 import functools
 import hashlib
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,8 @@ _KIND = CacheKind(
     name="cache of frozen layers", content="frozen layers", row="a layer", remedy="use --quantize none", version=1
 )
 _MOST_LAYERS = 2**16
+LAYERS_READING_BYTES = 72_000_000
+"""Of reading layers and the head, and more gaps than plans count of one stage, measured with SmolLM2-135M."""
 
 
 class FrozenLayers:
@@ -41,6 +44,8 @@ class FrozenLayers:
         self._folder, self._shell, self._kind = model_folder(model), shell_of(model, "meta"), kind
         self.layout = BlockLayout.of(self._shell.layers[0], "adamw", frozen=True)
         self._copies, self._holds = [Float32Copy([self.layout], device)], [-1]
+        self._bound: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()
+        """The layers whose parameters are views of the copies, and their numbers."""
         self._buffer: BlockBuffer | None = None
         if kind != "none":
             codes = quantized_layout(self.layout, kind)
@@ -58,14 +63,24 @@ class FrozenLayers:
         return 4 * self.layout.num_parameters * len(self._shell.layers)
 
     def hold_all_(self) -> None:
-        """From now on, keep every layer that was read. Layers must be bound again."""
-        more = len(self._shell.layers) - len(self._copies)
-        self._copies += [Float32Copy([self.layout], self._copies[0].device) for _ in range(more)]
-        self._holds += [-1] * more
+        """From now on, keep every layer that was read."""
+        self._hold_(len(self._shell.layers))
+
+    def hold_one_(self) -> None:
+        """From now on, keep the layer that was read last."""
+        self._hold_(1)
+
+    def _hold_(self, count: int) -> None:
+        device = self._copies[0].device
+        self._copies = [Float32Copy([self.layout], device) for _ in range(count)]
+        self._holds = [-1] * count
+        for layer, number in self._bound.items():
+            self.bind_(layer, number)
 
     def bind_(self, layer: nn.Module, number: int) -> None:
-        """Make a layer's parameters views of the memory that it will lie in."""
+        """Make a layer's parameters views of the memory that it will lie in, whichever that is."""
         bind_parameters_(layer, self._copies[self._slot(number)].room_for_(self.layout).tensors("weights"))
+        self._bound[layer] = number
 
     def _slot(self, number: int) -> int:
         return number if len(self._copies) > 1 else 0

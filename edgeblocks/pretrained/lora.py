@@ -21,7 +21,7 @@ from edgeblocks.errors import ConfigError
 from edgeblocks.families.layers import run_layers
 from edgeblocks.methods import Frozen
 from edgeblocks.pretrained.decoder import Decoder, DecoderBlock, DecoderSettings
-from edgeblocks.pretrained.frozen_layers import FrozenLayer, frozen_layers
+from edgeblocks.pretrained.frozen_layers import LAYERS_READING_BYTES, FrozenLayer, frozen_layers
 from edgeblocks.pretrained.shell import shell_of
 
 ALL_LINEAR = "all-linear"
@@ -89,8 +89,7 @@ class _Beside:
 class LoraBlock(DecoderBlock):
     """All layers with their adapters."""
 
-    # Layers' codes as well, and more gaps than plans count of one stage: 50 to 70 MB were measured with SmolLM2-135M.
-    reading_bytes = 72_000_000
+    reading_bytes = LAYERS_READING_BYTES
 
     def __init__(self, *, settings: LoraSettings, num_layers: int, checkpointing: bool) -> None:
         nn.Module.__init__(self)

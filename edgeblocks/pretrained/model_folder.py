@@ -131,13 +131,17 @@ class FileTable(Table):
         return self.shape[0] * self._row_bytes
 
     def hold_(self) -> None:
-        """Read the whole matrix, once; it stays in memory from now on."""
+        """Read the whole matrix, once; it stays in memory until `release_`."""
         if self._held is None:
             held = torch.empty(self.shape, dtype=self.dtype)
             with open_regular(self._path) as file:
                 file.seek(self._stored.start)
                 self._read_into(file, memoryview(held.view(-1).view(torch.uint8).numpy()))  # type: ignore[arg-type]
             self._held = held
+
+    def release_(self) -> None:
+        """Let go of what `hold_` has read."""
+        self._held = None
 
     def rows(self, ids: Tensor) -> Tensor:
         """Rows by their numbers [n]: float32 [n, width] on their device."""

@@ -3,7 +3,8 @@
 The model's layers are given, so that they may come into memory one after the other; see `shell.Shell.continued`.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -268,10 +269,11 @@ def tokenizer_of(folder: ModelFolder) -> PairTokenizer:
     return read_tokenizer(folder.path / TOKENIZER)
 
 
+@contextmanager
 def writer_of_folder(
     model: str, device: torch.device, *, length: int, budget_bytes: int, used_bytes: Callable[[], int]
-) -> TextWriter:
-    """A model as its folder has it.
+) -> Iterator[TextWriter]:
+    """A model as its folder has it, while this lasts.
 
     Args:
         length: tokens of the longest text.
@@ -301,28 +303,35 @@ def writer_of_folder(
             f"--mem-budget {advised_budget(held_bytes + needed_bytes)} or more, or fewer tokens with --length",
             held_bytes + needed_bytes,
         )
-    hold_what_fits_(model, "none", device, budget_bytes - held_bytes - needed_bytes)
     layers = [FrozenLayer(model, number, "none") for number in numbers]
     for layer in layers:
         layer.bind_(device)
-    called = [layer.called for layer in layers]
-    return TextWriter(model, called, device=device, usual_length=length)
+    with held(model, "none", device, budget_bytes - held_bytes - needed_bytes):
+        yield TextWriter(model, [layer.called for layer in layers], device=device, usual_length=length)
 
 
-def hold_what_fits_(model: str, kind: Frozen | None, device: torch.device, room_bytes: int) -> None:
-    """Keep the head in memory, and the layers, where there is room; what is not kept is read for every token.
+@contextmanager
+def held(model: str, kind: Frozen | None, device: torch.device, room_bytes: int) -> Iterator[None]:
+    """Where there is room, the head is kept in memory, and the layers, while this lasts; else they are read for every
+    token.
 
     Args:
         kind: as what layers are read; None where they are elsewhere.
     """
-    table = shell_of(model, device.type).head_table
+    table, frozen = shell_of(model, device.type).head_table, None
     if isinstance(table, FileTable) and table.num_bytes <= room_bytes:
         table.hold_()
         room_bytes -= table.num_bytes
-    if kind is not None:
+    if kind is not None and frozen_layers(model, kind, device.type).all_bytes <= room_bytes:
         frozen = frozen_layers(model, kind, device.type)
-        if frozen.all_bytes <= room_bytes:
-            frozen.hold_all_()
+        frozen.hold_all_()
+    try:
+        yield
+    finally:
+        if isinstance(table, FileTable):
+            table.release_()
+        if frozen is not None:
+            frozen.hold_one_()
 
 
 def most_positions(folder: ModelFolder) -> int | None:

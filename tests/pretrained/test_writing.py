@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ import edgeblocks
 from edgeblocks.errors import ConfigError, DataError, DoesNotFitError, RunError
 from edgeblocks.pretrained.model_folder import model_folder
 from edgeblocks.pretrained.shell import shell_of
-from edgeblocks.pretrained.writing import TextWriter, tokenizer_of, writer_of_folder
+from edgeblocks.pretrained.writing import tokenizer_of, writer_of_folder
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -32,18 +33,22 @@ def written_by_the_library(library, folder, prompt, count):
     return prompt + tokenizer.decode(out[0, given.shape[1] :].numpy())
 
 
+@contextmanager
 def folder_writer(folder, room, length=40):
     """With so much room for weights beside what writing needs."""
     needed = {"length": length, "budget_bytes": 0, "used_bytes": lambda: 0}
-    with pytest.raises(DoesNotFitError) as refused:
-        writer_of_folder(str(folder), CPU, **needed)
-    return writer_of_folder(str(folder), CPU, **{**needed, "budget_bytes": refused.value.smallest_bytes + room})
+    with pytest.raises(DoesNotFitError) as refused, writer_of_folder(str(folder), CPU, **needed):
+        pass
+    enough = refused.value.smallest_bytes + room
+    with writer_of_folder(str(folder), CPU, **{**needed, "budget_bytes": enough}) as writer:
+        yield writer
 
 
 @pytest.mark.parametrize("room", [0, 2**30])
 def test_a_folder_writes_as_the_library(model, library, room):
     """With weights that are read for every token, and with all in memory."""
-    found = folder_writer(model, room).continued(PROMPT, n=2, temperature=0, length=40)
+    with folder_writer(model, room) as writer:
+        found = writer.continued(PROMPT, n=2, temperature=0, length=40)
     given = len(tokenizer_of(model_folder(str(model))).encode(PROMPT))
     assert found == [written_by_the_library(library, model, PROMPT, 40 - given)] * 2
 
@@ -82,10 +87,10 @@ def test_what_is_not_possible_is_said(tuned, model, tmp_path):
     assert_refused(invoke(*asked, "--fill", "a _"), 2, "--fill belongs to networks that fill gaps")
     assert_refused(invoke("chat", model, "-m", "ahoy", "--mem-budget", "100MB"), 3, "the libraries, the tokenizer")
     assert_refused(invoke("chat", tmp_path), 1, "not a run")
-    with pytest.raises(ConfigError, match="the model knows 64 positions"):
-        folder_writer(model, 0).continued(PROMPT, length=65)
-    with pytest.raises(ConfigError, match="give a --prompt"):
-        folder_writer(model, 0).continued("")
+    with pytest.raises(ConfigError, match="the model knows 64 positions"), folder_writer(model, 0) as writer:
+        writer.continued(PROMPT, length=65)
+    with pytest.raises(ConfigError, match="give a --prompt"), folder_writer(model, 0) as writer:
+        writer.continued("")
     for name in ("config.json", "tokenizer.json", "chat_template.jinja", "tokenizer_config.json"):
         shutil.copy(model / name, tmp_path / name)
     assert_refused(invoke("chat", tmp_path, "-m", "ahoy"), 2, "there are no weights to write with")
@@ -107,15 +112,16 @@ def test_another_model_in_its_place_is_noticed(model, text, tmp_path):
 def test_it_answers_in_the_words_of_its_template(model, library, tmp_path):
     """Piece by piece the same answer, which is the library's for the conversation as the template writes it."""
     pieces: list[str] = []
-    answer = folder_writer(model, 0, length=60).answer(TALK[:1], most_tokens=8, on_text=pieces.append)
+    with folder_writer(model, 0, length=60) as writer:
+        answer = writer.answer(TALK[:1], most_tokens=8, on_text=pieces.append)
     asked = "<user>the sea?!\n<assistant>"
     assert written_by_the_library(library, model, asked, 8).removeprefix(asked).startswith("".join(pieces))
     assert answer.startswith("".join(pieces)) and pieces
     without = tmp_path / "model"
     shutil.copytree(model, without)
     (without / "chat_template.jinja").unlink()
-    with pytest.raises(DataError, match="no chat template"):
-        folder_writer(without, 0).answer(TALK[:1])
+    with pytest.raises(DataError, match="no chat template"), folder_writer(without, 0) as writer:
+        writer.answer(TALK[:1])
 
 
 def test_a_learned_answer_ends_with_the_token_that_ends_it(model, tmp_path):
@@ -162,8 +168,17 @@ def test_with_a_cache_each_architecture_gives_the_logits_of_the_whole_text(libra
 
 
 def test_a_character_of_several_tokens_is_told_whole(model):
-    writer = folder_writer(model, 0)
-    assert isinstance(writer, TextWriter)
     pieces: list[str] = []
-    writer.answer([said("user", "a")], temperature=1.0, most_tokens=30, seed=3, on_text=pieces.append)
+    with folder_writer(model, 0) as writer:
+        writer.answer([said("user", "a")], temperature=1.0, most_tokens=30, seed=3, on_text=pieces.append)
     assert "\ufffd" not in "".join(pieces)
+
+
+def test_afterwards_one_layer_is_in_memory_as_before(model):
+    """A training in the same process has planned for that."""
+    from edgeblocks.pretrained.frozen_layers import frozen_layers
+
+    with folder_writer(model, 2**30):
+        frozen = frozen_layers(str(model), "none", "cpu")
+        assert sum(table.nbytes for table in frozen.tables) == frozen.all_bytes
+    assert sum(table.nbytes for table in frozen.tables) == frozen.all_bytes // 4
