@@ -52,6 +52,11 @@ class Session:
 
         self._session = _stoppable(load, stop)
 
+    @property
+    def output_names(self) -> list[str]:
+        """Of what `run` gives, in its order."""
+        return [output.name for output in self._session.get_outputs()]
+
     def run(self, feed: Mapping[str, NDArray[np.generic]]) -> list[Any]:
         """The outputs.
 

@@ -59,7 +59,11 @@ _OWN_FAMILIES: set[str] = set()
 _FAMILY = "edgeblocks.families.family"
 _PROFILES = "edgeblocks.targets.profile"
 _CHAINS = {"onnxruntime": "edgeblocks.export.open_export:open_chain"}
-_EXPORTERS = {"onnx": "edgeblocks.export.export_run:export_run"}
+_LANGUAGE_MODELS = "edgeblocks.export.language_model"
+_EXPORTERS = {
+    "blocks": "edgeblocks.export.export_run:export_run",
+    "language model": "edgeblocks.export.export_model:export_model",
+}
 
 
 def register_family(family: type["Family"]) -> None:
@@ -170,14 +174,20 @@ def build_profile(name: str) -> "Profile":
     return profile
 
 
-def build_exporter() -> Any:
-    """The function that turns a run directory into an exported directory."""
-    return _load(_EXPORTERS, "onnx", "exporter")
+def build_exporter(kind: str) -> Any:
+    """The function that turns a run into an exported directory: its `blocks`, or a fine-tuned `language model`."""
+    return _load(_EXPORTERS, kind, "exporter")
 
 
 def open_exported(directory: Path) -> Any:
     """An exported directory, ready to run: a `Sampler`, `Classifier`, `Writer` or `Continuer`. Imports no torch."""
     return _load(_CHAINS, "onnxruntime", "chain")(directory)
+
+
+def open_language_model(directory: Path) -> Any:
+    """An exported `LanguageModel`; None where a directory holds none. Imports no torch."""
+    module = importlib.import_module(_LANGUAGE_MODELS)
+    return module.LanguageModel(directory) if module.is_language_model(directory) else None
 
 
 def _load(table: dict[str, str], name: str, kind: str) -> Any:

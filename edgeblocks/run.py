@@ -334,20 +334,34 @@ class Run:
         return sampling.classify_images(self.directory, runners, pixels, steps=steps, noises=noises, seed=seed)
 
     def export(
-        self, out: Path | str, *, mem_budget: str | None = None, listener: Listener | None = None
+        self,
+        out: Path | str,
+        *,
+        weights: str | None = None,
+        mem_budget: str | None = None,
+        listener: Listener | None = None,
     ) -> dict[str, Any]:
         """Write the run as ONNX graphs with a manifest, verify it against torch, and return the manifest.
 
         Args:
+            weights: of a fine-tuned model, as what its matrices are written: int8 (the default), int4 or fp32.
             mem_budget: what it may take of memory; None does not bound it. What it takes is told before it begins.
 
         Raises:
             DoesNotFitError: it takes more than `mem_budget`.
             EdgeblocksError: onnxruntime's numbers differ from torch's by more than is promised.
         """
-        manifest: dict[str, Any] = build_exporter()(
-            self.directory, Path(out), listener or Silent(), mem_budget=mem_budget
-        )
+        told = {"listener": listener or Silent(), "mem_budget": mem_budget}
+        manifest: dict[str, Any]
+        if self.directory.family().only_exact:
+            weights = weights or "int8"
+            if weights not in ("int8", "int4", "fp32"):
+                raise ConfigError(f"--weights {weights}: int8, int4 or fp32 can be written")
+            manifest = build_exporter("language model")(self, Path(out), weights=weights, **told)
+            return manifest
+        if weights is not None:
+            raise ConfigError(f"--weights {weights}: this is for fine-tuned models; leave it out")
+        manifest = build_exporter("blocks")(self.directory, Path(out), **told)
         return manifest
 
     def network(self, *, last: bool = False) -> nn.Module:

@@ -9,7 +9,6 @@ import onnx
 
 from edgeblocks.data.tokenizer import TOKENIZER_FILE, Kind
 from edgeblocks.diffusion.noise import sampler_levels
-from edgeblocks.errors import ConfigError
 from edgeblocks.export.destination import check_destination, staged, synced
 from edgeblocks.export.graph import OPSET, Template, Tensors, make_template, trace_own, write_graph
 from edgeblocks.export.manifest import sha256_of, write_manifest
@@ -37,7 +36,6 @@ from edgeblocks.inference.staged_weights import loaded_ema
 from edgeblocks.profiling.budgets import check_needed
 from edgeblocks.runs.directory import RunDirectory
 from edgeblocks.tasks import TASKS
-from edgeblocks.terminal import command
 from edgeblocks.units import format_bytes
 
 EXTERNAL_ABOVE_BYTES = 10**9  # a protobuf file ends at 2 GB, and reading one takes twice its size
@@ -71,11 +69,6 @@ def export_run(
         StorageError: the disk refused.
         EdgeblocksError: onnxruntime's numbers differ from torch's by more than is promised.
     """
-    if not run.family().writes_text:
-        raise ConfigError(
-            f"{run.path} is a fine-tuned model of transformers, which is not exported here yet; make a folder of it "
-            f"that other programs export: {command('merge', run.path, '-o', 'DIR')}"
-        )
     out = out.resolve()
     check_destination(out)
     _check_memory(run, listener, mem_budget)

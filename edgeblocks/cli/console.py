@@ -110,6 +110,8 @@ def _next_commands(makes: str | None, path: Path) -> list[str]:
 def export_report(manifest: Mapping[str, Any], path: Path) -> str:
     """How far an export is from torch, and what to type next."""
     verified = manifest["verified"]
+    if "greedy_tokens" in verified:
+        return _language_model_report(manifest, path)
     what, arguments = {
         "images": ("final images", "-o grid.png"),
         "classes": ("probabilities", "picture.png"),
@@ -121,6 +123,22 @@ def export_report(manifest: Mapping[str, Any], path: Path) -> str:
         f"by at most {verified['block_max_abs_error']:.1e}, {what} by {verified['output_max_abs_error']:.1e}\n"
         f"next: {command('run', path)} {arguments}"
     )
+
+
+def _language_model_report(manifest: Mapping[str, Any], path: Path) -> str:
+    verified = manifest["verified"]
+    size = format_bytes(sum(file["bytes"] for file in manifest["files"]))
+    lines = [
+        f"exported a {manifest['model_type']} with weights in {manifest['weights']}, {size}, to {one_line(path)}",
+        f"greedy text: {verified['greedy_equal']} of {verified['greedy_tokens']} tokens as torch writes them",
+    ]
+    if verified["loss_torch"] is not None:
+        by_torch, by_graph = verified["loss_torch"], verified["loss_graph"]
+        lines.append(
+            f"loss on {verified['windows']} windows of the data: {by_torch:.4f} nats a token by torch, {by_graph:.4f} "
+            f"by the graph ({by_graph / by_torch - 1:+.2%})"
+        )
+    return "\n".join([*lines, f"next: {command('run', path)} --prompt 'Once upon a time'"])
 
 
 def evaluation_report(result: "Evaluated") -> str:

@@ -115,16 +115,24 @@ def sample(
 def export(
     run: RunArgument,
     out: Annotated[Path, typer.Option("--out", "-o", help="Directory of the exported network.", show_default=False)],
+    weights: Annotated[
+        str | None,
+        typer.Option(help="Of a fine-tuned model: int8, int4 or fp32.", show_default="int8"),
+    ] = None,
     mem_budget: WritingBudget = None,
     as_json: Json = False,
 ) -> None:
-    """Write a trained run as ONNX graphs, one a block, and verify them against torch."""
+    """Write a trained run as ONNX graphs, one a block, and verify them against torch.
+
+    A fine-tuned model becomes one graph with a KV cache, in the layout of onnxruntime-genai, whose builder makes it
+    (extra `genai`).
+    """
     from edgeblocks import api
     from edgeblocks.cli.console import export_report
     from edgeblocks.cli.console_progress import ConsoleListener
 
     with ConsoleListener() as listener:
-        manifest = api.load(run).export(out, mem_budget=mem_budget, listener=listener)
+        manifest = api.load(run).export(out, weights=weights, mem_budget=mem_budget, listener=listener)
     say_lines(json_text(manifest) if as_json else export_report(manifest, out))
 
 
@@ -200,8 +208,16 @@ def run(
     """
     request = Request(n=n, out=out, overwrite=overwrite, as_json=as_json, of_images=of_images, of_text=of_text)
     from edgeblocks.cli.console_progress import ConsoleListener
-    from edgeblocks.registry import open_exported
+    from edgeblocks.registry import open_exported, open_language_model
 
+    model = open_language_model(directory)
+    if model is not None:
+        if images:
+            raise ConfigError(f"{directory} takes no images; leave out {images[0]}")
+        with ConsoleListener() as listener, model.within(mem_budget, n=request.num_texts):
+            on_token = partial(listener.advance, text="writing")
+            request.texts(partial(model.write, steps=steps, seed=seed, on_token=on_token))
+        return
     exported = open_exported(directory)
     manifest = exported.manifest
     if images and manifest.task != "classes":

@@ -5,15 +5,14 @@ The model's layers are given, so that they may come into memory one after the ot
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 
 from edgeblocks.data.chat import ChatFormat
 from edgeblocks.data.tokenizer import PairTokenizer, check_readable, read_tokenizer
-from edgeblocks.diffusion.token_choice import Tokens, choose_tokens, drawing_problems, softmax
+from edgeblocks.diffusion.next_token import Drawing, write
+from edgeblocks.diffusion.token_choice import Tokens, Values
 from edgeblocks.errors import ConfigError, DataError, DoesNotFitError
 from edgeblocks.families.precision import computing_in
 from edgeblocks.files.untrusted import MalformedFileError, open_regular, parse_json
@@ -21,8 +20,7 @@ from edgeblocks.methods import Frozen, Precision
 from edgeblocks.pretrained.frozen_layers import FrozenLayer, frozen_layers
 from edgeblocks.pretrained.gate import refusal
 from edgeblocks.pretrained.model_folder import TOKENIZER, FileTable, ModelFolder, model_folder
-from edgeblocks.pretrained.shell import Shell, UnsupportedModelError, shell_of
-from edgeblocks.seeds import seed_at
+from edgeblocks.pretrained.shell import UnsupportedModelError, shell_of
 from edgeblocks.units import advised_budget, format_bytes
 
 Layers = Sequence[Callable[..., Any]]
@@ -39,69 +37,6 @@ _CACHE_COPIES = 1.5
 """Keys and values of a layer are copied to become one token longer, and what was freed leaves gaps."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Drawing:
-    """How tokens are chosen, and how many.
-
-    Args:
-        length: tokens of a text with what it begins with.
-        ends: tokens after which a text is finished.
-        vocabulary: tokens that the tokenizer knows; a model's head may have more.
-        temperature: 1 draws as the model was trained, 0 takes the likeliest token.
-        top_p: tokens are drawn from the smallest set of the likeliest whose probability reaches this.
-    """
-
-    length: int
-    ends: frozenset[int]
-    vocabulary: int
-    temperature: float
-    top_p: float
-    seed: int
-
-
-def write(
-    shell: Shell,
-    layers: Layers,
-    given: Tokens,
-    drawing: Drawing,
-    *,
-    n: int,
-    piece: int,
-    on_tokens: Callable[[list[list[int]]], None] | None = None,
-) -> list[list[int]]:
-    """The tokens of n texts after what is given [p], without the token that ends them.
-
-    Sample i has a random stream of its own. All are written together.
-
-    Args:
-        layers: called as the model calls its own.
-        piece: of what is given, so many tokens go through the model together.
-        on_tokens: called with all texts after each token.
-    """
-    streams = [np.random.default_rng(seed_at(drawing.seed, "continue", index)) for index in range(n)]
-    waiting, cache = np.tile(given, (n, 1)), None
-    written: list[list[int]] = [[] for _ in range(n)]
-    ended = np.zeros(n, dtype=bool)
-    for _ in range(drawing.length - len(given)):
-        for start in range(0, waiting.shape[1], piece):
-            tokens = torch.from_numpy(waiting[:, start : start + piece]).to(shell.device)
-            logits, cache = shell.continued(tokens, layers, cache)
-        known = logits[:, : drawing.vocabulary].cpu().numpy()
-        uniform = np.array([stream.random() for stream in streams])
-        probabilities = softmax(known).astype(np.float64)
-        chosen = choose_tokens(probabilities, uniform, temperature=drawing.temperature, top_p=drawing.top_p)
-        for text, token, row in zip(written, chosen.tolist(), range(n), strict=True):
-            ended[row] |= token in drawing.ends
-            if not ended[row]:
-                text.append(token)
-        if on_tokens is not None:
-            on_tokens(written)
-        if ended.all():
-            break
-        waiting = chosen[:, None]
-    return written
-
-
 def cache_bytes(folder: ModelFolder, length: int, *, num_layers: int, vocabulary: int) -> int:
     """Of the keys and values of a text of so many tokens, and of what its next token is chosen from."""
     heads = _config_number(folder, "num_attention_heads", "n_head") or 1
@@ -112,7 +47,7 @@ def cache_bytes(folder: ModelFolder, length: int, *, num_layers: int, vocabulary
     return int(_CACHE_COPIES * 2 * num_layers * groups * per_head * length * 4) + 6 * 8 * vocabulary
 
 
-def _end_tokens(folder: ModelFolder) -> frozenset[int]:
+def end_tokens(folder: ModelFolder) -> frozenset[int]:
     """What ends a text, as the folder says."""
     told: object = None
     try:
@@ -180,7 +115,8 @@ class TextWriter:
         check_readable("--prompt", prompt, self.tokenizer)
         beginning = self.tokenizer.beginning
         given = self.tokenizer.encode(prompt if prompt.startswith(beginning) else beginning + prompt)
-        drawing = self._drawing(given, n=n, temperature=temperature, top_p=top_p, length=length, seed=seed)
+        wanted = length if length is not None else max(self._usual_length, len(given) + 1)
+        drawing = self._drawing(temperature=temperature, top_p=top_p, length=wanted, seed=seed)
         most = drawing.length - len(given)
         told = None if on_token is None else (lambda texts: on_token(max(len(text) for text in texts), most))
         written = self._write(given, drawing, n, told)
@@ -211,7 +147,7 @@ class TextWriter:
         given = self.tokenizer.encode(render(messages, True))
         known = most_positions(self._folder)
         length = len(given) + most_tokens if known is None else min(len(given) + most_tokens, known)
-        drawing = self._drawing(given, n=1, temperature=temperature, top_p=top_p, length=length, seed=seed)
+        drawing = self._drawing(temperature=temperature, top_p=top_p, length=length, seed=seed)
         said = ""
 
         def tell(texts: list[list[int]]) -> None:
@@ -227,32 +163,20 @@ class TextWriter:
     def _write(
         self, given: Tokens, drawing: Drawing, n: int, on_tokens: Callable[[list[list[int]]], None] | None
     ) -> list[list[int]]:
-        with computing_in(self._precision, self._shell.device):
-            return write(self._shell, self._layers, given, drawing, n=n, piece=self._usual_length, on_tokens=on_tokens)
+        drawing.check(given, n=n, positions=most_positions(self._folder))
 
-    def _drawing(
-        self, given: Tokens, *, n: int, temperature: float, top_p: float, length: int | None, seed: int
-    ) -> Drawing:
-        """What is asked for, after a look that it is possible."""
-        problems = drawing_problems(n=n, temperature=temperature, top_p=top_p)
-        known = most_positions(self._folder)
-        wanted = length if length is not None else max(self._usual_length, len(given) + 1)
-        if not len(given):
-            problems.append("a text from nothing: the model's tokenizer has no token that begins one; give a --prompt")
-        if wanted <= len(given):
-            problems.append(
-                f"{len(given):,} tokens are given, and there is room for {wanted:,} with what is written; shorten what "
-                f"is given, or ask for a longer text"
-            )
-        if known is not None and wanted > known:
-            problems.append(
-                f"--length {wanted}: the model knows {known:,} positions, and a text may have no more tokens than that"
-            )
-        if problems:
-            raise ConfigError(*problems)
+        def next_logits(tokens: Tokens, cache: object | None) -> tuple[Values, object]:
+            found = torch.from_numpy(tokens).to(self._shell.device)
+            logits, cache = self._shell.continued(found, self._layers, cache)
+            return logits.cpu().numpy(), cache
+
+        with computing_in(self._precision, self._shell.device):
+            return write(next_logits, given, drawing, n=n, piece=self._usual_length, on_tokens=on_tokens)
+
+    def _drawing(self, *, temperature: float, top_p: float, length: int, seed: int) -> Drawing:
         return Drawing(
-            length=wanted,
-            ends=_end_tokens(self._folder),
+            length=length,
+            ends=end_tokens(self._folder),
             vocabulary=self.tokenizer.vocabulary,
             temperature=temperature,
             top_p=top_p,

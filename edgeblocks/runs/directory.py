@@ -312,9 +312,10 @@ class RunDirectory:
 
     @property
     def data_settings(self) -> Settings:
-        """The settings with which the data are opened: a tokenizer.json that was given is the run's own copy of it."""
+        """The settings with which the data are opened: a tokenizer.json that was given is the run's own copy of it, but
+        for a pretrained model, beside whose tokenizer is its chat template."""
         run = self.settings.run
-        if self.tokenizer is None or run.tokenizer in TOKENIZERS:
+        if self.tokenizer is None or run.tokenizer in TOKENIZERS or self.family().only_exact:
             return self.settings
         return replace(self.settings, run=run.model_copy(update={"tokenizer": str(self.path / TOKENIZER_FILE)}))
 

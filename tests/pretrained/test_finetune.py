@@ -134,7 +134,6 @@ def test_the_command_line(model, text, tmp_path):
     before = json.loads((tmp_path / "run/before.json").read_text())["total"]
     assert f"{math.exp(before):.2f} before" in done.stdout
     assert_refused(invoke("sample", tmp_path / "run"), 2, "give a --prompt")
-    assert_refused(invoke("export", tmp_path / "run", "-o", tmp_path / "onnx"), 2, "edgeblocks merge")
     assert_refused(invoke(*asked, "--set", "method=diffusion"), 2, "fine-tuning sets this itself")
 
 

@@ -134,6 +134,7 @@ def test_a_learned_answer_ends_with_the_token_that_ends_it(model, tmp_path):
     run = edgeblocks.finetune(
         folder, data=data, out=tmp_path / "run", hold_out=0.3, **{**SMALL, "length": 56, "steps": 60}
     )
+    assert run.evaluate(samples=2)["validation_loss"] == pytest.approx(run.summary["metrics"]["validation_loss"])
     with run.writer() as writer:
         assert writer.answer(TALK[:1]) == "calm."
         assert writer.answer(TALK[:3]) == "the captain saw."

@@ -38,14 +38,14 @@ def write_tokenizer(folder):
     (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": {"content": "!"}, "bos_token": None}))
 
 
-def write_model(folder):
+def write_model(folder, hidden_size=32):
     """llama: 4 layers, heads that share keys, tied tables, bfloat16, in several files."""
     import torch
 
     torch.manual_seed(0)
     library = transformers()
     config = library.LlamaConfig(
-        hidden_size=32,
+        hidden_size=hidden_size,
         intermediate_size=64,
         num_hidden_layers=4,
         num_attention_heads=4,
