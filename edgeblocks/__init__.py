@@ -11,9 +11,9 @@ Torch is imported when one of these is first used, not by `import edgeblocks`.
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from edgeblocks.api import Callback, Run, finetune, load, plan, register_family, resume, train, writer
+    from edgeblocks.api import Callback, Run, finetune, gather, load, plan, register_family, resume, train, writer
 
-__all__ = ["Callback", "Run", "finetune", "load", "plan", "register_family", "resume", "train", "writer"]
+__all__ = ["Callback", "Run", "finetune", "gather", "load", "plan", "register_family", "resume", "train", "writer"]
 
 
 def __dir__() -> list[str]:

@@ -14,7 +14,7 @@ import torch
 from edgeblocks.callbacks import Callback, Callbacks, Finished, Planned
 from edgeblocks.data.dataset import DataSet
 from edgeblocks.errors import ConfigError
-from edgeblocks.methods import Frozen
+from edgeblocks.methods import METHODS, Frozen
 from edgeblocks.planning.plan_text import banner
 from edgeblocks.planning.plans import Machine, split_layers
 from edgeblocks.prepare import Prepared, prepare, prepare_elsewhere
@@ -26,9 +26,12 @@ from edgeblocks.profiling.measurement import with_precision
 from edgeblocks.progress import Listener, Silent
 from edgeblocks.registry import build_profile, build_target, family_type, profile_names, register_family, target_names
 from edgeblocks.run import Run, within
+from edgeblocks.runs.apart import check_trained_apart, checked_blocks, is_done_here
 from edgeblocks.runs.create import check_apart, check_free, create_blocks, create_run, seal_run
 from edgeblocks.runs.directory import RunDirectory
 from edgeblocks.runs.disk_room import check_disk, check_work_dir
+from edgeblocks.runs.gathering import Gathered
+from edgeblocks.runs.gathering import gather as gathered
 from edgeblocks.runs.locks import locked, locked_away
 from edgeblocks.runs.open_data import check_vocab, stored_source
 from edgeblocks.runs.opening import open_run
@@ -42,7 +45,7 @@ from edgeblocks.training.session import at_steps, trained
 if TYPE_CHECKING:
     from edgeblocks.targets.profile import Profile
 
-__all__ = ["Callback", "Prepared", "Run", "finetune", "load", "plan", "register_family", "resume", "train", "writer"]
+__all__ = ["Callback", "Prepared", "Run", "finetune", "gather", "load", "plan", "register_family", "resume", "train", "writer"]
 TUNING: dict[str, object] = {
     "steps": 200,
     "batch": 4,
@@ -165,12 +168,16 @@ def train(
     config: Path | str | None = None,
     listener: Listener | None = None,
     callbacks: Sequence[Callback] = (),
+    blocks_here: Sequence[int] | None = None,
     **settings: object,
 ) -> "Run":
     """Train a new run in the directory `out` and return it; see `plan` for settings and errors.
 
     Args:
         callbacks: hear what happens in the training. An error of theirs ends it, saved, and is raised.
+        blocks_here: with method `diffusion`, the blocks that this call trains, the first being 0; None: all. The others
+            are left to copies of the run on other machines (`gather`), and the run has no summary then. An empty one
+            creates the run, with what all blocks begin as, and trains no block.
 
     Raises:
         InterruptedRunError: stopped by a signal; everything is saved.
@@ -181,8 +188,10 @@ def train(
     check_free(path)
     settings = _with_stored_data(config, settings, listener)
     settled = settings_for_here(config=config, **settings).with_whole_paths()
+    check_trained_apart(blocks_here, METHODS[settled.run.method])
     check_apart(path, settled.run.data)
     prepared = prepare(settled, path, listener)
+    blocks_here = checked_blocks(blocks_here, prepared.plan.chosen.blocks)
     check_disk(prepared.plan, work_dir=prepared.settings.run.work_dir, out=path)
     with locked(path, listener.note):
         run = create_run(
@@ -205,7 +214,7 @@ def train(
                 on_block=lambda done: listener.advance(done, len(run.file_layers), "creating blocks"),
             )
             seal_run(run)
-            return _train(run, prepared.data_set, listener, told, resumed_from=None)
+            return _train(run, prepared.data_set, listener, told, resumed_from=None, blocks_here=blocks_here)
 
 
 def finetune(
@@ -315,6 +324,7 @@ def resume(
     max_disk_writes: str | None = None,
     precision: str | None = None,
     reinit_blocks: Sequence[int] = (),
+    blocks_here: Sequence[int] | None = None,
     listener: Listener | None = None,
     callbacks: Sequence[Callback] = (),
 ) -> "Run":
@@ -335,6 +345,7 @@ def resume(
         max_disk_writes: another limit from now on, counted from the run's beginning.
         precision: another one from now on, for example float32 on a processor that would have to emulate bfloat16.
         reinit_blocks: blocks to make and train again from their beginning, for example because a file is damaged.
+        blocks_here: as of `train`; not kept: without it all that is left is trained.
         callbacks: as of `train`; they hear nothing where the run is finished already.
 
     Raises:
@@ -344,6 +355,8 @@ def resume(
     listener, told = listener or Silent(), Callbacks(callbacks)
     run = open_run(Path(path))
     run = replace(run, plan=run.trainable_plan)
+    check_trained_apart(blocks_here, run.method)
+    blocks_here = checked_blocks(blocks_here, len(run.file_layers))
     with locked(run.path, listener.note):
         data = stored_source(data, run.settings, listener)
         given = {"mem_budget": mem_budget, "ram_budget": ram_budget, "target": target, "data": data}
@@ -366,24 +379,54 @@ def resume(
         if not reinit_blocks and not changes and is_finished(run):
             listener.note(f"{run.path} is finished: it has made its {run.settings.run.steps} steps")
             return Run(run)
+        if not reinit_blocks and not changes and is_done_here(run, blocks_here) and is_split(run) and not run.is_away:
+            return Run(run)
         with locked_away(run, listener.note):
             other_budget = mem_budget is not None or ram_budget is not None or run.precision != precision_before
-            run, data_set, saved = made_ready(run, other_budget, reinit_blocks, listener, steps_before=steps_before)
-            return _train(run, data_set, listener, told, resumed_from=saved)
+            run, data_set, saved = made_ready(
+                run, other_budget, reinit_blocks, listener, steps_before=steps_before, blocks_here=blocks_here
+            )
+            return _train(run, data_set, listener, told, resumed_from=saved, blocks_here=blocks_here)
+
+
+def gather(run: Path | str, copies: Sequence[Path | str], *, listener: Listener | None = None) -> Gathered:
+    """Take from copies of a run the blocks that other machines have trained further there; `resume` finishes it then.
+
+    Copies may have other budgets, targets and places of their data. Every file's checksums are verified before one is
+    replaced. What is as far in both is left as it is.
+
+    Raises:
+        ConfigError: a copy is the run itself, or the parts of the run are trained together.
+        RunError: a copy is of another run or has other settings, a file of it is damaged, or a block was trained in two
+            copies to other bits; nothing was taken.
+        StorageError: the disk refused.
+    """
+    return gathered(open_run(Path(run)), [Path(copy) for copy in copies], (listener or Silent()).note)
 
 
 def _train(
-    run: RunDirectory, data_set: DataSet, listener: Listener, told: Callbacks, *, resumed_from: list[int] | None
+    run: RunDirectory,
+    data_set: DataSet,
+    listener: Listener,
+    told: Callbacks,
+    *,
+    resumed_from: list[int] | None,
+    blocks_here: Sequence[int] | None,
 ) -> "Run":
     """Train to the last step and evaluate; the callbacks are closed whatever happens."""
     with closing(told):
         settings = {**run.settings.run.model_dump(), **asdict(run.settings.family)}
         plan = run.trainable_plan.to_json()
         told.tell(Planned(run=run.path, settings=settings, plan=plan, resumed_from=resumed_from))
+        begins = resumed_from is None
         if not is_split(run):
+            begins = True
             _begin_as_one(run, data_set, listener, told)
-        finished = Run(trained(run, data_set, listener, told, resumed_from))
-        told.tell(Finished(run=run.path, summary=finished.summary or {}))
+        if blocks_here is not None and begins:
+            listener.note(f"from now on copies of {run.path} can train its other blocks elsewhere")
+        finished = Run(trained(run, data_set, listener, told, resumed_from, blocks_here))
+        if finished.summary is not None:
+            told.tell(Finished(run=run.path, summary=finished.summary))
     return finished
 
 

@@ -43,7 +43,7 @@ class Step:
     steps: int
     """That it is to make."""
     steps_done: int
-    """Of all blocks."""
+    """Of all blocks that are trained here."""
     steps_total: int
     loss: float
     """The mean over this step's batch."""

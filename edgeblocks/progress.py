@@ -59,7 +59,7 @@ class Progress:
     steps: int = 0
     """Of each block."""
     steps_done: int = 0
-    """Of all blocks together."""
+    """Of all blocks together that are trained here."""
     steps_total: int = 0
     block: int | None = 0
     """The one that is trained; None where all are trained together, whose loss is that of block 0."""
@@ -82,7 +82,7 @@ class Progress:
     looks_left_s: float = 0.0
     """That those to come and the evaluation at the end will take, about."""
     steps_before: int = 0
-    """Of all blocks, made before this process."""
+    """Of these blocks, made before this process."""
     earlier_s: float | None = 0.0
     """Seconds of training before this process; None where the run's records do not tell them."""
 

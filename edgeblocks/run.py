@@ -33,6 +33,7 @@ from edgeblocks.profiling.measurement import measure
 from edgeblocks.profiling.precisions import untouched_bytes
 from edgeblocks.progress import Listener, Silent
 from edgeblocks.registry import build_exporter, build_target
+from edgeblocks.runs.apart import steps_left
 from edgeblocks.runs.directory import RunDirectory
 from edgeblocks.runs.merging import Merged, check_same_model, merge_model, write_adapter
 from edgeblocks.runs.open_data import stored_source
@@ -118,6 +119,15 @@ class Run:
         """
         summary = self.directory.summary
         return None if summary is None else summary.to_json()
+
+    @property
+    def left(self) -> dict[int, int]:
+        """Steps that each block has still to make, by its number; none where the run is trained.
+
+        Raises:
+            RunError: a block's file is missing or damaged.
+        """
+        return steps_left(self.directory)
 
     def runner(
         self, source: EmaSource, *, micro_batch: int, residents: int = 1, together: int | None = None

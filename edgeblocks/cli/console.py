@@ -16,6 +16,7 @@ from edgeblocks.units import format_bytes, format_duration
 if TYPE_CHECKING:
     from edgeblocks.inference.evaluate import Evaluated
     from edgeblocks.inference.metrics import Bits
+    from edgeblocks.runs.gathering import Gathered
 
 
 def training_report(summary: Summary, path: Path) -> str:
@@ -58,6 +59,9 @@ def training_report(summary: Summary, path: Path) -> str:
         )
     elif loss.text is not None:
         lines.append(_bits_line(loss.text))
+    if len({span.machine for span in summary.trained_on}) > 1:
+        spans = ", ".join(f"block {span.block} {span.words()}" for span in summary.trained_on)
+        lines.append(f"trained {_or_dash(summary.trained_s, format_duration)} in all: {spans}")
     return "\n".join([*lines, "", *_next_commands(summary.makes, path)])
 
 
@@ -105,6 +109,17 @@ def _next_commands(makes: str | None, path: Path) -> list[str]:
     if makes == "continuation":
         return [f"next: {command('sample', path)} --prompt 'call me'", f"{export} --prompt 'call me'"]
     return [f"next: {command('sample', path)} -o grid.png", f"{export} -o grid.png"]
+
+
+def gathered_report(gathered: "Gathered", copies: Sequence[Path]) -> str:
+    """What was taken from which copy."""
+    lines = []
+    for taken in gathered["taken"]:
+        what = "what all blocks begin as" if taken["block"] is None else f"block {taken['block']}"
+        lines.append(f"{what}: step {taken['step_before']} -> {taken['step']}, from {one_line(taken['copy'])}")
+    useless = {str(copy) for copy in copies} - {taken["copy"] for taken in gathered["taken"]}
+    lines += [f"nothing from {one_line(copy)}: no block of it was taken as further" for copy in sorted(useless)]
+    return "\n".join(lines)
 
 
 def export_report(manifest: Mapping[str, Any], path: Path) -> str:

@@ -39,6 +39,7 @@ def edgeblocks(
 
 app.command()(training.plan)
 app.command()(training.train)
+app.command()(training.gather)
 app.command()(training.finetune)
 app.command("eval")(trained.evaluate)
 app.command()(trained.sample)

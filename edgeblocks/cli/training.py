@@ -13,7 +13,7 @@ from edgeblocks.cli.exit_codes import verb
 from edgeblocks.cli.options import SETTINGS, TUNING_SETTINGS, Json, PlanTarget, as_flags, given_settings
 from edgeblocks.cli.screen import json_text, say, say_lines
 from edgeblocks.errors import ConfigError, DoesNotFitError
-from edgeblocks.terminal import one_line, quoted
+from edgeblocks.terminal import command, one_line, quoted
 
 if TYPE_CHECKING:
     from edgeblocks.callbacks import Callback
@@ -29,6 +29,10 @@ def plan(
     *,
     flags: dict[str, object],
     out: Annotated[Path, typer.Option("--out", help="Where the run would be written; its disk is measured.")] = Path(),
+    resume: Annotated[
+        Path | None,
+        typer.Option(help="Of this run directory instead: how far each block is, who trained it, and what is left."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Show how a training run would fit the budget, and what it would cost. Trains nothing.
@@ -38,6 +42,15 @@ def plan(
     --target NAME plans for another machine: for half of its memory, or for 90 % of its GPU's and half of its RAM.
     """
     given, config = given_settings(flags)
+    if resume is not None:
+        if given or config:
+            raise ConfigError(f"plan --resume {quoted(resume)} tells of that run alone; leave everything else out")
+        from edgeblocks.runs.opening import open_run
+        from edgeblocks.runs.standing import standing_of
+
+        standing = standing_of(open_run(resume))
+        say_lines(json_text(standing.to_json()) if as_json else standing.text())
+        return
     _print_plan(given, config, out, as_json=as_json)
 
 
@@ -57,6 +70,14 @@ def train(
     reinit_block: Annotated[
         list[int] | None,
         typer.Option(help="With --resume: train this block alone again, from its beginning. Repeatable."),
+    ] = None,
+    blocks_here: Annotated[
+        str | None,
+        typer.Option(
+            help="Train only these blocks, such as 0 or 0,2 (the first one is 0), and leave the others to copies of "
+            "the run on other machines, which gather brings together. none: begin the run, and train no block.",
+            show_default="all",
+        ),
     ] = None,
     track: Annotated[
         str | None,
@@ -87,7 +108,9 @@ def train(
         raise ConfigError(f"--track {track}: there is tensorboard; others are ten lines of Python (docs/tracking.md)")
     if dry_run:
         if resume is not None:
-            raise ConfigError("--dry-run shows a new run's plan; the plan of a run is in its plan.json")
+            raise ConfigError(
+                f"--dry-run shows a new run's plan; what is left of a run tells {command('plan', '--resume', resume)}"
+            )
         from edgeblocks import api
 
         api.settings_for_here(config=config, **given)
@@ -96,17 +119,50 @@ def train(
     from edgeblocks import api
     from edgeblocks.cli.console import training_report
     from edgeblocks.cli.console_progress import ConsoleListener
+    from edgeblocks.runs.apart import blocks_from_text
+    from edgeblocks.runs.standing import standing_of
 
     callbacks = _tracker(track_folder) if track else []
+    here = None if blocks_here is None else blocks_from_text(blocks_here)
     with ConsoleListener() as listener:
-        hearing: dict[str, Any] = {"listener": listener, "callbacks": callbacks}
+        hearing: dict[str, Any] = {"listener": listener, "callbacks": callbacks, "blocks_here": here}
         if resume is not None:
             run = api.resume(resume, reinit_blocks=reinit_block or (), **hearing, **given)
         else:
             run = api.train(out=out or _free_run_path(given), config=config, **hearing, **given)
     summary = run.directory.summary
-    assert summary is not None
+    if summary is None:  # blocks are left to other machines
+        standing = standing_of(run.directory)
+        say_lines(json_text(standing.to_json()) if as_json else standing.text())
+        return
     say_lines(json_text(summary.to_json()) if as_json else training_report(summary, run.path))
+
+
+@verb()
+def gather(
+    run: Annotated[Path, typer.Argument(help="The run directory that takes them.", show_default=False)],
+    copies: Annotated[
+        list[Path], typer.Argument(help="Copies of it, which other machines have trained.", show_default=False)
+    ],
+    as_json: Json = False,
+) -> None:
+    """Take the blocks that copies of a run have trained further (--blocks-here) into the run.
+
+    Checksums are verified before anything is replaced. train --resume then trains what is left and finishes the run.
+    """
+    from edgeblocks import api
+    from edgeblocks.cli.console import gathered_report
+    from edgeblocks.cli.console_progress import ConsoleListener
+    from edgeblocks.runs.opening import open_run
+    from edgeblocks.runs.standing import standing_of
+
+    with ConsoleListener() as listener:
+        gathered = api.gather(run, copies, listener=listener)
+    if as_json:
+        say(json_text(gathered))
+        return
+    say_lines(gathered_report(gathered, copies))
+    say_lines(standing_of(open_run(run)).text())
 
 
 @verb(flags=TUNING_SETTINGS)

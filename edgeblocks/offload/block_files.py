@@ -19,7 +19,7 @@ import os
 import shutil
 import time
 import weakref
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from io import BufferedReader
 from pathlib import Path
@@ -39,6 +39,8 @@ _CLOCK_TICK_NS = 2 * 10**9
 """How coarse a file system's times may be (FAT's are): a later change within this of the last one may not show."""
 
 
+_PIECE_BYTES = 2**21
+"""Of a file that is copied, at a time in memory."""
 _Identity = tuple[int, int, int, int, int]
 """A file's device, inode, times of the last change (of its bytes, of its entry) and size."""
 
@@ -219,11 +221,39 @@ class BlockStore:
             if part in sound:
                 continue
             if _digest(buffer.part_bytes(part)) != header.digests[part]:
-                raise RunError(
-                    f"block {block} is damaged: the {part} in {path} do not match their checksum; {self._kept(block)}"
-                )
+                raise self._does_not_match(block, part)
             sound.add(part)
         return header.step
+
+    def sound_pieces(self, block: int) -> Iterator[bytes]:
+        """The bytes of a block's file in their order, checked as they go by: for a copy of it.
+
+        Raises:
+            RunError: as `read`; a part that does not match its checksum is told after its last piece.
+            StorageError: the disk refused.
+        """
+        path = self.path(block)
+        try:
+            with open_regular(path) as file:
+                header, data_start = self._read_header(block, file)
+                file.seek(0)
+                yield file.read(data_start)
+                for part in PARTS:
+                    digest, left = hashlib.sha256(), self.layouts[block].part_span(part)[1]
+                    while left and (piece := file.read(min(left, _PIECE_BYTES))):
+                        digest.update(piece)
+                        yield piece
+                        left -= len(piece)
+                    if digest.hexdigest() != header.digests[part]:
+                        raise self._does_not_match(block, part)
+        except OSError as error:
+            raise storage_error(f"cannot read block {block}", path, error) from error
+
+    def _does_not_match(self, block: int, part: Part) -> RunError:
+        return RunError(
+            f"block {block} is damaged: the {part} in {self.path(block)} do not match their checksum; "
+            f"{self._kept(block)}"
+        )
 
     def _sound_parts(self, block: int, status: os.stat_result) -> set[Part]:
         """Parts of this very file that need not be hashed again; what is added to them is remembered."""

@@ -125,7 +125,7 @@ def _time_tiles(facts: RunFacts, summary: Summary) -> list[tuple[str, str, str]]
     speed = "" if per_s is None else f"{format_count(per_s)} {unit} a second"
     trained_s = _trained_s(facts)
     if facts.is_resumed and trained_s is not None:
-        return [("time of training", format_duration(trained_s), f"{speed} at the end")]
+        return [("time of training", format_duration(trained_s), speed and f"{speed} at the end")]
     if summary.seconds is None:
         return []
     name = "time since it was resumed" if facts.is_resumed else "time in all"

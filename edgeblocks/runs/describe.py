@@ -53,6 +53,7 @@ def _describe_run(path: Path) -> dict[str, object]:
         "steps_wanted": run.settings.run.steps,
         **({"prolonged_from": [one.steps_before for one in run.prolongations]} if run.prolongations else {}),
         "finished": min(steps) >= run.settings.run.steps,
+        **_trained_on(run),
         **_begun_as_one(run),
         **({} if run.is_grown else {"grown": f"{sum(run.file_layers)} of {sum(run.plan.layers_per_block)} layers"}),
         **(
@@ -72,6 +73,18 @@ def _describe_run(path: Path) -> dict[str, object]:
         described["measured_peak"] = format_bytes(summary.peak_bytes)
         described["validation_loss"] = round(summary.metrics.validation_loss, 5)
     return described
+
+
+def _trained_on(run: "RunDirectory") -> dict[str, object]:
+    """Which machines trained it, where its records name them."""
+    from edgeblocks.runs.history import trained_on
+
+    part = "network" if run.method.trained_together else "block"
+    spans: dict[str, list[str]] = {}
+    for span in trained_on(run):
+        name = part if part == "network" else f"{part} {span.block}"
+        spans.setdefault(name, []).append(f"{span.first_step} to {span.last_step} on {span.machine}")
+    return {"trained": {name: ", ".join(texts) for name, texts in spans.items()}} if spans else {}
 
 
 def _begun_as_one(run: "RunDirectory") -> dict[str, object]:

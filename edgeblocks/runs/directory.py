@@ -409,18 +409,6 @@ class RunDirectory:
             if record is not None:
                 yield record
 
-    def trained_s(self) -> float | None:
-        """How long the run has been trained, by its records; None where one of them has no time."""
-        # With the denoiser that the blocks began as, whose records are in its own folder.
-        shared = self.path / SHARED_FOLDER / "metrics.jsonl" if self.shared_steps else None
-        before = read_records(shared) if shared is not None and shared.exists() else ()
-        longest = 0.0
-        for record in (*filter(None, (checked_record(RecordFields, one) for one in before)), *self.records()):
-            if record.seconds is None:
-                return None
-            longest = max(longest, record.seconds)
-        return longest
-
     def drop_metrics_after(self, steps: list[int]) -> None:
         """Forget records of steps that a crash undid, given each block's saved step."""
         # Those steps are made again and write their records again: two lines of one step would bend every curve.

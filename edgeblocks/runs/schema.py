@@ -165,6 +165,10 @@ class RecordFields(Diverging):
     """
     used_bytes: Count | None = None
     """Of the device's memory, as measured before the step: on a processor the process's resident set."""
+    smoothed_loss: float | None = None
+    """Of the last 20 steps of the block or so."""
+    machine: Text | None = None
+    """The name of the machine that made the step."""
 
 
 class QualityFields(Diverging):

@@ -24,6 +24,8 @@ from edgeblocks.runs.schema import (
     read_json,
 )
 from edgeblocks.runs.written_plan import Blocks
+from edgeblocks.terminal import one_line
+from edgeblocks.units import format_duration
 
 Measured = float | None
 
@@ -89,6 +91,23 @@ class MemoryChange(Checked):
     used_bytes: Count | None = None
 
 
+class TrainedSpan(Checked):
+    """One of `trained_on`: steps of a block that one machine made."""
+
+    block: Annotated[int, Field(ge=0)]
+    """0 where all are trained together."""
+    machine: Text
+    first_step: Count
+    """That the block had made before."""
+    last_step: Count
+    seconds: Seconds
+
+    def words(self) -> str:
+        return (
+            f"steps {self.first_step} to {self.last_step} on {one_line(self.machine)} ({format_duration(self.seconds)})"
+        )
+
+
 class Summary(Checked):
     """summary.json, in the order of its keys."""
 
@@ -124,6 +143,11 @@ class Summary(Checked):
     """Of the evaluation at the end."""
     metrics: Metrics
     init: InitFields | None = None
+    trained_s: Seconds | None = None
+    """That the run was trained in all, in every process and on every machine, without samples and evaluation; the
+    denoiser that its blocks began as is counted. None where its records do not tell."""
+    trained_on: Annotated[list[TrainedSpan], Field(max_length=10_000)] = Field(default_factory=list)
+    """Which machine made which steps."""
     resumed_from: list[int] | None = None
     """Each block's step when the run was resumed last: what was measured is since then. None: never."""
 

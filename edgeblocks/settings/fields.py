@@ -307,8 +307,8 @@ class RunSettings(BaseModel):
     def _is_list_of_numbers(cls, value: object) -> object:
         """One number, which YAML reads as such, is a list as well."""
         text = str(value) if isinstance(value, int) else value
-        if isinstance(text, str) and not re.fullmatch(r"\d{1,6}( *, *\d{1,6})*", text):
-            raise ValueError("numbers of blocks are needed, the first being 0, for example 2,3")
+        if isinstance(text, str):
+            numbers_in(text)
         return text
 
     @field_validator("mem_budget", "ram_budget")
@@ -381,7 +381,21 @@ class RunSettings(BaseModel):
         """Numbers of the blocks that are trained, ascending; None: all."""
         if self.train_blocks is None:
             return None
-        return tuple(sorted({int(number) for number in self.train_blocks.split(",")}))
+        return numbers_in(self.train_blocks)
+
+
+def numbers_in(text: str) -> tuple[int, ...]:
+    """The numbers of blocks in a text, ascending, each once.
+
+    Raises:
+        ValueError: it is no list of numbers.
+
+    >>> numbers_in("3, 2,3")
+    (2, 3)
+    """
+    if not re.fullmatch(r"\d{1,6}( *, *\d{1,6})*", text):
+        raise ValueError("numbers of blocks are needed, the first being 0, for example 2,3")
+    return tuple(sorted({int(number) for number in text.split(",")}))
 
 
 def precision_of(run: RunSettings) -> Precision:

@@ -7,9 +7,10 @@ and that step is saved.
 
 import heapq
 import math
+import platform
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import dataclass
 from typing import Self
@@ -34,6 +35,7 @@ from edgeblocks.optim.update import ema_exponent, update_
 from edgeblocks.progress import Progress
 from edgeblocks.runs.directory import RunDirectory
 from edgeblocks.runs.disk_room import check_writes
+from edgeblocks.runs.history import smoothed_losses, trained_s
 from edgeblocks.training.batches import Batches, BatchThread, drawing
 from edgeblocks.training.guard import Guard
 from edgeblocks.training.interruption import Interruption
@@ -53,17 +55,25 @@ class Visit:
 
 
 def plan_visits(
-    saved_steps: Sequence[int], *, steps: int, visit_steps: int, look_steps: int | None = None
+    saved_steps: Sequence[int],
+    *,
+    steps: int,
+    visit_steps: int,
+    look_steps: int | None = None,
+    only: Collection[int] | None = None,
 ) -> Iterator[Visit]:
     """Rounds over all blocks until each has made `steps` steps, going on from where each one is.
 
     Args:
         look_steps: a visit also ends after so many steps each time, from step 0 on.
+        only: the blocks that are visited; None: all.
 
     >>> [(v.block, v.first, v.last) for v in plan_visits([4, 2], steps=5, visit_steps=4)]
     [(1, 2, 4), (0, 4, 5), (1, 4, 5)]
     >>> [(v.first, v.last) for v in plan_visits([0], steps=8, visit_steps=4, look_steps=3)]
     [(0, 3), (3, 4), (4, 6), (6, 8)]
+    >>> [(v.block, v.first, v.last) for v in plan_visits([0, 2], steps=5, visit_steps=4, only=[1])]
+    [(1, 2, 4), (1, 4, 5)]
     """
     saved_steps = tuple(saved_steps)
     looks = range(look_steps, steps, look_steps) if look_steps else ()
@@ -72,7 +82,7 @@ def plan_visits(
         if end == start:
             continue
         for block, saved in enumerate(saved_steps):
-            if saved < end:
+            if saved < end and (only is None or block in only):
                 yield Visit(block=block, first=max(start, saved), last=end)
         start = end
 
@@ -132,8 +142,10 @@ class Trainer(ABC):
             bytes_written=self.store.run_bytes_written,
             budget_bytes=run.plan.budget_bytes,
             example="img" if self.family.reads == "images" else "seq",
-            earlier_s=run.trained_s(),
+            losses=smoothed_losses(run),
+            earlier_s=trained_s(run),
         )
+        self._machine = platform.node()
 
     @classmethod
     @abstractmethod
@@ -182,6 +194,7 @@ class Trainer(ABC):
         *,
         on_step: Callable[[Progress], None],
         between_visits: Callable[[Sequence[int]], bool],
+        blocks_here: Collection[int] | None = None,
     ) -> list[int]:
         """Train to the last step, or to the one at which the network grows, or until interrupted.
 
@@ -192,6 +205,7 @@ class Trainer(ABC):
             on_step: called after every step. What it raises ends the run, saved.
             between_visits: called with the steps when nothing is resident; says whether the training ends here. What it
                 raises ends the run, saved.
+            blocks_here: those that are trained, where the others are left to other machines; None: all.
 
         Raises:
             EdgeblocksError: the loss is no longer finite; the run is as it was before the visit.
@@ -199,8 +213,9 @@ class Trainer(ABC):
             WriteLimitError: more would be written to disk than the user allows; everything is saved.
         """
         steps = self.saved_steps()
-        self.progress.steps_total = self.run.steps_of_all
-        self.progress.steps_done = sum(steps)
+        here = range(len(steps)) if blocks_here is None else blocks_here
+        self.progress.steps_total = self.run.steps_of_all if blocks_here is None else len(here) * self.run.last_step
+        self.progress.steps_done = sum(steps[block] for block in here)
         if not self._goes_on:
             self.progress.steps_before = self.progress.steps_done
         visits = plan_visits(
@@ -208,6 +223,7 @@ class Trainer(ABC):
             steps=self.run.last_step,
             visit_steps=self.run.trainable_plan.visit_steps,
             look_steps=self.run.look_steps,
+            only=here,
         )
         following = next(visits, None)
         while (visit := following) is not None and interruption.signal_name is None:
@@ -364,6 +380,8 @@ class Trainer(ABC):
                 "examples_per_s": round(speed, 2),
                 "seconds": progress.seconds,
                 "used_bytes": progress.used_bytes,
+                "smoothed_loss": progress.losses[number],
+                "machine": self._machine,
             },
         )
 

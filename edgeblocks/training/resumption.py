@@ -36,6 +36,7 @@ def made_ready(
     listener: Listener,
     *,
     steps_before: int,
+    blocks_here: Sequence[int] | None,
 ) -> tuple[RunDirectory, DataSet, list[int]]:
     """A locked run that can go on, its data, and its blocks' steps; its settings are written when all is sound.
 
@@ -43,6 +44,7 @@ def made_ready(
         other_budget: whether it has another budget than it was planned for.
         reinit_blocks: blocks that begin again.
         steps_before: that it was to make before its settings were changed.
+        blocks_here: those that are trained here; None: all.
 
     Raises:
         RunError: the data have changed, or the file that its weights began with.
@@ -74,7 +76,8 @@ def made_ready(
         run = prolong(run, steps_before=steps_before, saved=saved, note=listener.note)
     run.save_settings()
     run.drop_metrics_after(saved)
-    listener.note(f"resuming {run.path}: {at_steps(run, saved)} of {run.settings.run.steps}{_left(run, saved)}")
+    left = _left(run, saved, blocks_here)
+    listener.note(f"resuming {run.path}: {at_steps(run, saved)} of {run.settings.run.steps}{left}")
     changed = changed_environment(run)
     if changed is not None:
         listener.note(
@@ -84,12 +87,15 @@ def made_ready(
     return run, data_set, saved
 
 
-def _left(run: RunDirectory, saved: Sequence[int]) -> str:
-    """How long the steps to come will take, where the first ones were timed; moving blocks is not in it."""
+def _left(run: RunDirectory, saved: Sequence[int], blocks_here: Sequence[int] | None) -> str:
+    """How long the steps to come will take here, where the first ones were timed; moving blocks is not in it."""
     step_s = run.plan.measured_step_s
     if step_s is None:
         return ""
-    left = run.steps_of_all - (saved[0] if run.method.trained_together else sum(saved))
+    if blocks_here is None:
+        left = run.steps_of_all - (saved[0] if run.method.trained_together else sum(saved))
+    else:
+        left = sum(run.settings.run.steps - saved[block] for block in blocks_here)
     return f"; a step took {format_duration(step_s)}, and {left} are left: about {format_duration(left * step_s)}"
 
 

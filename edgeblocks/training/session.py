@@ -10,6 +10,7 @@ from edgeblocks.profiling.precisions import untouched_bytes, warm_up
 from edgeblocks.profiling.warmup_step import run_warmup_step
 from edgeblocks.progress import Listener, Progress
 from edgeblocks.registry import build_target
+from edgeblocks.runs.apart import as_text, is_done_here
 from edgeblocks.runs.directory import RunDirectory, bring_blocks_home
 from edgeblocks.runs.growing import grown
 from edgeblocks.runs.summary import Summary
@@ -23,21 +24,33 @@ from edgeblocks.training.summary import summary_of
 
 
 def trained(
-    run: RunDirectory, data_set: DataSet, listener: Listener, told: Callbacks, resumed_from: list[int] | None
+    run: RunDirectory,
+    data_set: DataSet,
+    listener: Listener,
+    told: Callbacks,
+    resumed_from: list[int] | None,
+    blocks_here: Sequence[int] | None = None,
 ) -> RunDirectory:
     """Train a run to its end, and write its summary; gives the run, whose network may have grown on the way.
 
     Args:
         resumed_from: the blocks' steps that this process begins with; None where it begins the run.
+        blocks_here: those that are trained here; None: all. Where others are left then, the run has no summary.
 
     Raises:
         InterruptedRunError: stopped by a signal; everything is saved.
     """
-    so_far, summary = _trained_as_it_is(run, data_set, listener, told, resumed_from)
-    while summary is None:
-        run = grown(run, listener.note)
-        so_far, summary = _trained_as_it_is(run, data_set, listener, told, resumed_from, so_far)
-    run.write_json("summary.json", summary.to_json())
+    summary = None
+    if not is_done_here(run, blocks_here):
+        so_far, summary = _trained_as_it_is(run, data_set, listener, told, resumed_from, blocks_here)
+        while summary is None and not run.is_grown:
+            run = grown(run, listener.note)
+            so_far, summary = _trained_as_it_is(run, data_set, listener, told, resumed_from, so_far=so_far)
+    # Before the summary, which says that the run is finished: a crash in between is made good by --resume. And where
+    # blocks are left, so that the directory can be copied whole.
+    bring_blocks_home(run)
+    if summary is not None:
+        run.write_json("summary.json", summary.to_json())
     return run
 
 
@@ -47,9 +60,12 @@ def _trained_as_it_is(
     listener: Listener,
     told: Callbacks,
     resumed_from: list[int] | None,
+    blocks_here: Sequence[int] | None = None,
+    *,
     so_far: SoFar | None = None,
 ) -> tuple[SoFar, Summary | None]:
-    """Train the parts that are there; what was counted, and the summary, or None where the network is to grow now.
+    """Train the parts that are there; what was counted, and the summary, or None where the network is to grow now, or
+    where blocks are left to other machines.
 
     Args:
         so_far: what was counted in this process before the network had all of these parts.
@@ -97,13 +113,16 @@ def _trained_as_it_is(
                 listener.stage("training")
                 # Those that a crash prevented are due now; of a new run none is.
                 steps = trainer.saved_steps()
+                elsewhere = () if blocks_here is None else {*range(len(steps))} - {*blocks_here}
+                leaves_some = any(steps[block] < run.last_step for block in elsewhere)
                 if not _looked_at(previews, steps):
                     steps = trainer.train(
                         interruption,
-                        on_step=partial(_on_step, listener, told, previews, real_steps),
+                        on_step=partial(_on_step, listener, told, None if leaves_some else previews, real_steps),
                         between_visits=partial(_looked_at, previews),
+                        blocks_here=blocks_here,
                     )
-                if interruption.signal_name is None:
+                if interruption.signal_name is None and not leaves_some:
                     listener.stage("evaluating")
                     if run.is_grown:
                         evaluation = previews.evaluation(listener)
@@ -114,14 +133,13 @@ def _trained_as_it_is(
         finally:
             trainer.close()
     if interruption.signal_name is not None:
+        only = () if blocks_here is None else ("--blocks-here", as_text(blocks_here))
         raise InterruptedRunError(
             f"stopped by {interruption.signal_name}; saved at {at_steps(run, steps)} of "
-            f"{run.settings.run.steps}. Go on with: {command('train', '--resume', run.resumed_at)}"
+            f"{run.settings.run.steps}. Go on with: {command('train', '--resume', run.resumed_at, *only)}"
         )
     if evaluation is None:
         return trainer.so_far, None
-    # Before the summary, which says that the run is finished: a crash in between is made good by --resume.
-    bring_blocks_home(run)
     return trainer.so_far, summary_of(
         run, trainer, evaluation, data_set, target, budget_bytes, resumed_from, evaluation_s=previews.evaluation_s
     )
@@ -134,10 +152,10 @@ def _looked_at(previews: Previews, steps: Sequence[int]) -> bool:
 
 
 def _on_step(
-    listener: Listener, told: Callbacks, previews: Previews, real_steps: RealSteps, progress: Progress
+    listener: Listener, told: Callbacks, previews: Previews | None, real_steps: RealSteps, progress: Progress
 ) -> None:
-    """What hears of each step."""
-    progress.looks_left_s = previews.left_s()
+    """What hears of each step; no previews are to come where blocks are left to other machines."""
+    progress.looks_left_s = 0.0 if previews is None else previews.left_s()
     real_steps.see(progress)
     listener.step(progress)
     if told:

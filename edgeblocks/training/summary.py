@@ -7,6 +7,7 @@ from edgeblocks.families.base import TextInfo
 from edgeblocks.inference import metrics
 from edgeblocks.offload.device import Target
 from edgeblocks.runs.directory import BEFORE_FILE, RunDirectory
+from edgeblocks.runs.history import trained_on, trained_s
 from edgeblocks.runs.schema import read_json
 from edgeblocks.runs.summary import MemoryChange, Metrics, Summary, TextScores, Validation
 from edgeblocks.tasks import TEXT_TASKS
@@ -62,8 +63,11 @@ def summary_of(
         disk_bytes_written=trainer.store.run_bytes_written,
         memory_changes=[MemoryChange(**change) for change in trainer.guard.changes],
         seconds=seconds,
-        images_or_tokens_per_s=per_example * done_here * run.settings.run.batch / max(working_s, 1e-9),
-        step_s=working_s / max(done_here, 1),
+        # Where this process only evaluated, it has measured no step.
+        images_or_tokens_per_s=per_example * done_here * run.settings.run.batch / max(working_s, 1e-9)
+        if done_here
+        else None,
+        step_s=working_s / done_here if done_here else None,
         predicted_step_s=run.plan.predicted_step_s,
         time_split={name: round(value, 3) for name, value in split.items()},
         sampling_s=round(progress.previews_s, 3),
@@ -77,6 +81,8 @@ def summary_of(
             **_text_metrics(run, evaluation, data_set),
         ),
         init=run.init,
+        trained_s=trained_s(run),
+        trained_on=trained_on(run),
         resumed_from=resumed_from,
     )
 

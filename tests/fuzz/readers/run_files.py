@@ -56,6 +56,7 @@ class RunReader(Reader):
 
     def read(self):
         from edgeblocks.run import Run
+        from edgeblocks.runs.history import trained_on, trained_s
         from edgeblocks.runs.opening import open_run
 
         run = open_run(self.path)
@@ -65,7 +66,7 @@ class RunReader(Reader):
         json.dumps(self._describe(self.path))
         json.dumps(Run(run).summary)
         assert len(list(run.metrics())) <= 10**6
-        run.trained_s()
+        trained_s(run), trained_on(run)
         with contextlib.suppress(EdgeblocksError):  # a report shows more of a summary and a plan than others read
             self._report()
         run.drop_metrics_after([1] * len(run.layers))
