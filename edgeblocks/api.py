@@ -26,7 +26,7 @@ from edgeblocks.profiling.measurement import with_precision
 from edgeblocks.progress import Listener, Silent
 from edgeblocks.registry import build_profile, build_target, family_type, profile_names, register_family, target_names
 from edgeblocks.run import Run, within
-from edgeblocks.runs.apart import check_trained_apart, checked_blocks, is_done_here
+from edgeblocks.runs.apart import as_text, check_trained_apart, checked_blocks, is_done_here
 from edgeblocks.runs.create import check_apart, check_free, create_blocks, create_run, seal_run
 from edgeblocks.runs.directory import RunDirectory
 from edgeblocks.runs.disk_room import check_disk, check_work_dir
@@ -39,13 +39,26 @@ from edgeblocks.runs.schema import InitFields
 from edgeblocks.runs.shared import as_far_as_it_is, is_split, shared_run, split
 from edgeblocks.settings.fields import Settings
 from edgeblocks.settings.reading import read_yaml, resolve_settings
+from edgeblocks.terminal import command
 from edgeblocks.training.resumption import is_finished, made_ready
 from edgeblocks.training.session import at_steps, trained
 
 if TYPE_CHECKING:
     from edgeblocks.targets.profile import Profile
 
-__all__ = ["Callback", "Prepared", "Run", "finetune", "gather", "load", "plan", "register_family", "resume", "train", "writer"]
+__all__ = [
+    "Callback",
+    "Prepared",
+    "Run",
+    "finetune",
+    "gather",
+    "load",
+    "plan",
+    "register_family",
+    "resume",
+    "train",
+    "writer",
+]
 TUNING: dict[str, object] = {
     "steps": 200,
     "batch": 4,
@@ -418,19 +431,23 @@ def _train(
         settings = {**run.settings.run.model_dump(), **asdict(run.settings.family)}
         plan = run.trainable_plan.to_json()
         told.tell(Planned(run=run.path, settings=settings, plan=plan, resumed_from=resumed_from))
+        only = () if blocks_here is None else ("--blocks-here", as_text(blocks_here))
+        go_on_with = command("train", "--resume", run.resumed_at, *only)
         begins = resumed_from is None
         if not is_split(run):
             begins = True
-            _begin_as_one(run, data_set, listener, told)
+            _begin_as_one(run, data_set, listener, told, go_on_with)
         if blocks_here is not None and begins:
             listener.note(f"from now on copies of {run.path} can train its other blocks elsewhere")
-        finished = Run(trained(run, data_set, listener, told, resumed_from, blocks_here))
+        finished = Run(
+            trained(run, data_set, listener, told, resumed_from, go_on_with=go_on_with, blocks_here=blocks_here)
+        )
         if finished.summary is not None:
             told.tell(Finished(run=run.path, summary=finished.summary))
     return finished
 
 
-def _begin_as_one(run: RunDirectory, data_set: DataSet, listener: Listener, told: Callbacks) -> None:
+def _begin_as_one(run: RunDirectory, data_set: DataSet, listener: Listener, told: Callbacks, go_on_with: str) -> None:
     """Train the denoiser that all blocks begin as, as far as that is to be done, and copy it into them."""
     listener.stage("beginning with one denoiser for all blocks")
     one = shared_run(run)
@@ -439,7 +456,7 @@ def _begin_as_one(run: RunDirectory, data_set: DataSet, listener: Listener, told
             saved = one.saved_steps(one.store())
             if saved[0]:
                 listener.note(f"at {at_steps(one, saved)} of {one.settings.run.steps}")
-            trained(one, data_set, listener, told, saved if saved[0] else None)
+            trained(one, data_set, listener, told, saved if saved[0] else None, go_on_with=go_on_with)
         split(run, one)
 
 

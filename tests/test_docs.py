@@ -1,6 +1,8 @@
 """What the README and the pages of docs/ promise can be typed as it stands."""
 
 import re
+import shlex
+import shutil
 from itertools import pairwise
 
 import numpy as np
@@ -29,14 +31,14 @@ def family_defaults():
 
 @pytest.mark.slow
 def test_the_python_examples_work_in_their_order(tmp_path, monkeypatch, capsys, one_thread):
-    """The README's lines and those of docs/python.md.
+    """The README's lines, those of docs/python.md and of docs/several_machines.md.
 
     But for their budget, which this process alone passes, and the size of the network, which takes seconds to train.
     """
     first = code_after("test: python")
     assert first in page("docs/python.md")
     monkeypatch.chdir(tmp_path)
-    names = ("network", "summary", "arrays", "pictures", "strings", "errors", "listener")
+    names = ("network", "summary", "several machines", "arrays", "pictures", "strings", "errors", "listener")
     others = [code_after(f"test: python, {name}") for name in names]
     parts = [first, "assert images.shape == (16, 8, 8, 1), images.shape", *others]
     code = "\n".join(parts).replace('"1GB"', '"4GB"')
@@ -79,7 +81,7 @@ def a_users_folder(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["README.md", "docs/exact.md", "docs/images.md"])
+@pytest.mark.parametrize("name", ["README.md", "docs/exact.md", "docs/images.md", "docs/several_machines.md"])
 def test_the_blocks_of_a_page_work_in_their_order(name, a_users_folder, tmp_path, monkeypatch, one_thread):
     """Each command and each Python block does its work on what those before it on the page have made."""
     for made in a_users_folder.iterdir():
@@ -89,11 +91,14 @@ def test_the_blocks_of_a_page_work_in_their_order(name, a_users_folder, tmp_path
     for language, code in blocks_in_order(name):
         if language == "python" and "edgeblocks.train(" not in code:  # what trains is run as printed, above
             exec(code, {})
-        for words in command_words(code) if language == "bash" else ():
-            files = [str(path) for word in words if "*" in word for path in tmp_path.glob(word)]
-            done = invoke(*small([word for word in words if "*" not in word]), *files)
-            assert done.exit_code == 0, (words, done.output)
-            seen.append(words[0])
+        for line in code.splitlines() if language == "bash" else ():
+            if line.startswith("cp -r "):
+                shutil.copytree(*shlex.split(line.partition(" #")[0])[2:])
+            for words in command_words(line):
+                files = [str(path) for word in words if "*" in word for path in tmp_path.glob(word)]
+                done = invoke(*small([word for word in words if "*" not in word]), *files)
+                assert done.exit_code == 0, (words, done.output)
+                seen.append(words[0])
     assert {"plan", "train"} <= set(seen), seen
 
 

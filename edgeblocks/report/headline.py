@@ -14,7 +14,8 @@ _SCORES = {"accuracy": "tokens guessed right", "top1": "accuracy (top 1)"}
 
 def headline(facts: RunFacts) -> Markup:
     """The verdict, the numbers that are looked for first, and remarks."""
-    remarks = [*facts.doubts, *facts.directory.plan.warnings, *_begun_as_one(facts), *_memory_changes(facts)]
+    remarks = [*facts.doubts, *facts.directory.plan.warnings, *_begun_as_one(facts), *_machines(facts)]
+    remarks += _memory_changes(facts)
     return Markup().join(
         [
             page.verdict(_verdict(facts), good=_is_good(facts)),
@@ -36,6 +37,14 @@ def _begun_as_one(facts: RunFacts) -> list[str]:
         f"each block's first {run.shared_steps:,} steps; its own report: edgeblocks report "
         f"{quoted(run.path / SHARED_FOLDER)}."
     ]
+
+
+def _machines(facts: RunFacts) -> list[str]:
+    """Who trained what, where that was not one machine."""
+    spans = facts.summary.trained_on if facts.summary is not None else []
+    if len({span.machine for span in spans}) < 2:
+        return []
+    return [f"Trained on several machines: {', '.join(f'block {span.block} {span.words()}' for span in spans)}."]
 
 
 def _is_good(facts: RunFacts) -> bool:

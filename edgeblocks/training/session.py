@@ -10,11 +10,10 @@ from edgeblocks.profiling.precisions import untouched_bytes, warm_up
 from edgeblocks.profiling.warmup_step import run_warmup_step
 from edgeblocks.progress import Listener, Progress
 from edgeblocks.registry import build_target
-from edgeblocks.runs.apart import as_text, is_done_here
+from edgeblocks.runs.apart import is_done_here
 from edgeblocks.runs.directory import RunDirectory, bring_blocks_home
 from edgeblocks.runs.growing import grown
 from edgeblocks.runs.summary import Summary
-from edgeblocks.terminal import command
 from edgeblocks.training.guard import Guard, refusals_explained
 from edgeblocks.training.interruption import Interrupted, Interruption
 from edgeblocks.training.loop import SoFar, trainer_type
@@ -29,12 +28,15 @@ def trained(
     listener: Listener,
     told: Callbacks,
     resumed_from: list[int] | None,
+    *,
+    go_on_with: str,
     blocks_here: Sequence[int] | None = None,
 ) -> RunDirectory:
     """Train a run to its end, and write its summary; gives the run, whose network may have grown on the way.
 
     Args:
         resumed_from: the blocks' steps that this process begins with; None where it begins the run.
+        go_on_with: the command that goes on with it, for whoever stops it.
         blocks_here: those that are trained here; None: all. Where others are left then, the run has no summary.
 
     Raises:
@@ -42,10 +44,11 @@ def trained(
     """
     summary = None
     if not is_done_here(run, blocks_here):
-        so_far, summary = _trained_as_it_is(run, data_set, listener, told, resumed_from, blocks_here)
+        beside = data_set, listener, told, resumed_from, go_on_with, blocks_here
+        so_far, summary = _trained_as_it_is(run, *beside)
         while summary is None and not run.is_grown:
             run = grown(run, listener.note)
-            so_far, summary = _trained_as_it_is(run, data_set, listener, told, resumed_from, so_far=so_far)
+            so_far, summary = _trained_as_it_is(run, *beside, so_far)
     # Before the summary, which says that the run is finished: a crash in between is made good by --resume. And where
     # blocks are left, so that the directory can be copied whole.
     bring_blocks_home(run)
@@ -60,8 +63,8 @@ def _trained_as_it_is(
     listener: Listener,
     told: Callbacks,
     resumed_from: list[int] | None,
-    blocks_here: Sequence[int] | None = None,
-    *,
+    go_on_with: str,
+    blocks_here: Sequence[int] | None,
     so_far: SoFar | None = None,
 ) -> tuple[SoFar, Summary | None]:
     """Train the parts that are there; what was counted, and the summary, or None where the network is to grow now, or
@@ -133,10 +136,9 @@ def _trained_as_it_is(
         finally:
             trainer.close()
     if interruption.signal_name is not None:
-        only = () if blocks_here is None else ("--blocks-here", as_text(blocks_here))
         raise InterruptedRunError(
             f"stopped by {interruption.signal_name}; saved at {at_steps(run, steps)} of "
-            f"{run.settings.run.steps}. Go on with: {command('train', '--resume', run.resumed_at, *only)}"
+            f"{run.settings.run.steps}. Go on with: {go_on_with}"
         )
     if evaluation is None:
         return trainer.so_far, None
