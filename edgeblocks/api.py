@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, get_args
 import torch
 
 from edgeblocks.callbacks import Callback, Callbacks, Finished, Planned
+from edgeblocks.cluster.driver import Cluster, Spread, joined
 from edgeblocks.data.dataset import DataSet
 from edgeblocks.errors import ConfigError
 from edgeblocks.methods import METHODS, Frozen
@@ -26,7 +27,7 @@ from edgeblocks.profiling.measurement import with_precision
 from edgeblocks.progress import Listener, Silent
 from edgeblocks.registry import build_profile, build_target, family_type, profile_names, register_family, target_names
 from edgeblocks.run import Run, within
-from edgeblocks.runs.apart import as_text, check_trained_apart, checked_blocks, is_done_here
+from edgeblocks.runs.apart import as_text, check_trained_apart, checked_blocks, is_done_here, steps_left
 from edgeblocks.runs.create import check_apart, check_free, create_blocks, create_run, seal_run
 from edgeblocks.runs.directory import RunDirectory
 from edgeblocks.runs.disk_room import check_disk, check_work_dir
@@ -182,6 +183,8 @@ def train(
     listener: Listener | None = None,
     callbacks: Sequence[Callback] = (),
     blocks_here: Sequence[int] | None = None,
+    cluster: str | None = None,
+    workers: int | None = None,
     **settings: object,
 ) -> "Run":
     """Train a new run in the directory `out` and return it; see `plan` for settings and errors.
@@ -191,6 +194,8 @@ def train(
         blocks_here: with method `diffusion`, the blocks that this call trains, the first being 0; None: all. The others
             are left to copies of the run on other machines (`gather`), and the run has no summary then. An empty one
             creates the run, with what all blocks begin as, and trains no block.
+        cluster: a Ray cluster whose nodes train the blocks: auto, ray://HOST:PORT or HOST:PORT; None: this process.
+        workers: how many blocks are trained there at a time; None: all.
 
     Raises:
         InterruptedRunError: stopped by a signal; everything is saved.
@@ -201,33 +206,43 @@ def train(
     check_free(path)
     settings = _with_stored_data(config, settings, listener)
     settled = settings_for_here(config=config, **settings).with_whole_paths()
-    check_trained_apart(blocks_here, METHODS[settled.run.method])
+    check_trained_apart(blocks_here, METHODS[settled.run.method], cluster=cluster)
     check_apart(path, settled.run.data)
-    prepared = prepare(settled, path, listener)
-    blocks_here = checked_blocks(blocks_here, prepared.plan.chosen.blocks)
-    check_disk(prepared.plan, work_dir=prepared.settings.run.work_dir, out=path)
-    with locked(path, listener.note):
-        run = create_run(
-            path,
-            prepared.settings,
-            prepared.written_plan,
-            prepared.data,
-            data_source=prepared.data_set.source,
-            data_fingerprint=prepared.data_set.fingerprint,
-            class_names=prepared.data_set.class_names,
-            tokenizer=prepared.data_set.tokenizer,
-            init=_origin(prepared),
-        )
-        with locked_away(run, listener.note):
-            listener.planned(banner(prepared), run.path)
-            listener.stage("creating blocks")
-            create_blocks(
-                run,
-                initial=prepared.initial,
-                on_block=lambda done: listener.advance(done, len(run.file_layers), "creating blocks"),
+    with joined(cluster, workers) as nodes:
+        prepared = prepare(settled, path, listener)
+        blocks_here = checked_blocks(blocks_here, prepared.plan.chosen.blocks)
+        check_disk(prepared.plan, work_dir=prepared.settings.run.work_dir, out=path)
+        with locked(path, listener.note):
+            run = create_run(
+                path,
+                prepared.settings,
+                prepared.written_plan,
+                prepared.data,
+                data_source=prepared.data_set.source,
+                data_fingerprint=prepared.data_set.fingerprint,
+                class_names=prepared.data_set.class_names,
+                tokenizer=prepared.data_set.tokenizer,
+                init=_origin(prepared),
             )
-            seal_run(run)
-            return _train(run, prepared.data_set, listener, told, resumed_from=None, blocks_here=blocks_here)
+            with locked_away(run, listener.note):
+                listener.planned(banner(prepared), run.path)
+                listener.stage("creating blocks")
+                create_blocks(
+                    run,
+                    initial=prepared.initial,
+                    on_block=lambda done: listener.advance(done, len(run.file_layers), "creating blocks"),
+                )
+                seal_run(run)
+                return _train(
+                    run,
+                    prepared.data_set,
+                    listener,
+                    told,
+                    resumed_from=None,
+                    blocks_here=blocks_here,
+                    nodes=nodes,
+                    workers=workers,
+                )
 
 
 def finetune(
@@ -338,6 +353,8 @@ def resume(
     precision: str | None = None,
     reinit_blocks: Sequence[int] = (),
     blocks_here: Sequence[int] | None = None,
+    cluster: str | None = None,
+    workers: int | None = None,
     listener: Listener | None = None,
     callbacks: Sequence[Callback] = (),
 ) -> "Run":
@@ -359,6 +376,7 @@ def resume(
         precision: another one from now on, for example float32 on a processor that would have to emulate bfloat16.
         reinit_blocks: blocks to make and train again from their beginning, for example because a file is damaged.
         blocks_here: as of `train`; not kept: without it all that is left is trained.
+        cluster, workers: as of `train`.
         callbacks: as of `train`; they hear nothing where the run is finished already.
 
     Raises:
@@ -368,9 +386,9 @@ def resume(
     listener, told = listener or Silent(), Callbacks(callbacks)
     run = open_run(Path(path))
     run = replace(run, plan=run.trainable_plan)
-    check_trained_apart(blocks_here, run.method)
+    check_trained_apart(blocks_here, run.method, cluster=cluster)
     blocks_here = checked_blocks(blocks_here, len(run.file_layers))
-    with locked(run.path, listener.note):
+    with joined(cluster, workers) as nodes, locked(run.path, listener.note):
         data = stored_source(data, run.settings, listener)
         given = {"mem_budget": mem_budget, "ram_budget": ram_budget, "target": target, "data": data}
         given |= {"work_dir": work_dir, "max_disk_writes": max_disk_writes, "precision": precision}
@@ -399,7 +417,9 @@ def resume(
             run, data_set, saved = made_ready(
                 run, other_budget, reinit_blocks, listener, steps_before=steps_before, blocks_here=blocks_here
             )
-            return _train(run, data_set, listener, told, resumed_from=saved, blocks_here=blocks_here)
+            return _train(
+                run, data_set, listener, told, resumed_from=saved, blocks_here=blocks_here, nodes=nodes, workers=workers
+            )
 
 
 def gather(run: Path | str, copies: Sequence[Path | str], *, listener: Listener | None = None) -> Gathered:
@@ -425,6 +445,8 @@ def _train(
     *,
     resumed_from: list[int] | None,
     blocks_here: Sequence[int] | None,
+    nodes: Cluster | None,
+    workers: int | None,
 ) -> "Run":
     """Train to the last step and evaluate; the callbacks are closed whatever happens."""
     with closing(told):
@@ -439,6 +461,10 @@ def _train(
             _begin_as_one(run, data_set, listener, told, go_on_with)
         if blocks_here is not None and begins:
             listener.note(f"from now on copies of {run.path} can train its other blocks elsewhere")
+        if nodes is not None:
+            blocks = [block for block in steps_left(run) if blocks_here is None or block in blocks_here]
+            Spread(run, nodes, listener, workers=workers).train(blocks, go_on_with=go_on_with)
+            resumed_from = run.saved_steps(run.store())
         finished = Run(
             trained(run, data_set, listener, told, resumed_from, go_on_with=go_on_with, blocks_here=blocks_here)
         )

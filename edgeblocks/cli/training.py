@@ -79,6 +79,16 @@ def train(
             show_default="all",
         ),
     ] = None,
+    cluster: Annotated[
+        str | None,
+        typer.Option(
+            help="Have the blocks trained by the nodes of a Ray cluster: auto, ray://HOST:PORT or HOST:PORT.",
+            show_default="none",
+        ),
+    ] = None,
+    workers: Annotated[
+        int | None, typer.Option(help="With --cluster: so many blocks at a time.", show_default="all")
+    ] = None,
     track: Annotated[
         str | None,
         typer.Option(help="tensorboard: also write losses, samples and memory for it, into RUN/tensorboard."),
@@ -126,6 +136,7 @@ def train(
     here = None if blocks_here is None else blocks_from_text(blocks_here)
     with ConsoleListener() as listener:
         hearing: dict[str, Any] = {"listener": listener, "callbacks": callbacks, "blocks_here": here}
+        hearing |= {"cluster": cluster, "workers": workers}
         if resume is not None:
             run = api.resume(resume, reinit_blocks=reinit_block or (), **hearing, **given)
         else:

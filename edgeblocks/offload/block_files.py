@@ -20,7 +20,7 @@ import shutil
 import time
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from io import BufferedReader
 from pathlib import Path
 
@@ -248,6 +248,10 @@ class BlockStore:
                         raise self._does_not_match(block, part)
         except OSError as error:
             raise storage_error(f"cannot read block {block}", path, error) from error
+
+    def stand_in(self, block: int, step: int) -> bytes:
+        """The beginning of a file that stands for a block of which nothing but the step is read, here or elsewhere."""
+        return _encode_header(self.layouts[block], replace(self.header(block), step=step))
 
     def _does_not_match(self, block: int, part: Part) -> RunError:
         return RunError(

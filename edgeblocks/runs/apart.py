@@ -44,21 +44,22 @@ def as_text(blocks: Sequence[int]) -> str:
     return ",".join(map(str, blocks)) or NONE_HERE
 
 
-def check_trained_apart(blocks_here: Sequence[int] | None, method: Method) -> None:
-    """That single blocks of a run can be trained.
+def check_trained_apart(blocks_here: Sequence[int] | None, method: Method, *, cluster: str | None = None) -> None:
+    """That single blocks of a run can be trained, here or on a cluster.
 
     Raises:
         ConfigError: its parts are trained together.
     """
-    if blocks_here is None or not method.trained_together:
+    if (blocks_here is None and cluster is None) or not method.trained_together:
         return
+    asked = "--blocks-here" if blocks_here is not None else "--cluster"
     why = {
         "exact": "each stage needs what the one below it computes, and the gradient of the one above, in every step",
         "greedy": "each window of layers is trained on top of those below, which were trained before",
     }
     raise ConfigError(
-        f"--blocks-here {as_text(blocks_here)}: with --method {method.name} {why[method.name]}, so one machine trains "
-        f"them all; leave --blocks-here out, or train with --method diffusion, whose blocks need nothing of each other"
+        f"{asked}: with --method {method.name} {why[method.name]}, so one machine trains them all; leave {asked} out, "
+        f"or train with --method diffusion, whose blocks need nothing of each other"
     )
 
 

@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypedDict
 
@@ -98,6 +98,35 @@ def gather(run: RunDirectory, copies: Sequence[Path], note: Callable[[str], None
             "steps_wanted": run.settings.run.steps,
             "left": steps_left(run),
         }
+
+
+def take_block(run: RunDirectory, block: int, store: BlockStore, folder: Path) -> bool:
+    """The same of one block that came from elsewhere, for who has locked the run; says whether it was further.
+
+    Args:
+        store: a folder of block files, of which this one is there.
+        folder: where the metrics.jsonl is that has the records of its steps.
+
+    Raises:
+        RunError: the file is damaged or of another run.
+        StorageError: the disk refused.
+    """
+    home = _place(run)
+    header = store.header(block)
+    if header.step <= home.headers[block].step:
+        return False
+    headers = (*home.headers[:block], header, *home.headers[block + 1 :])
+    copy = _Place(run=replace(run, path=folder), store=store, headers=headers)
+    choice = _Choice(
+        home=home,
+        files={block: copy},
+        records={**dict.fromkeys(range(len(headers)), home), block: copy},
+        steps=[header.step for header in headers],
+    )
+    for path, place in _bring([choice]):
+        _put(path, place)
+    _merge_records(choice)
+    return True
 
 
 def _opened(run: RunDirectory, path: Path) -> RunDirectory:

@@ -118,11 +118,12 @@ def _trained_as_it_is(
                 steps = trainer.saved_steps()
                 elsewhere = () if blocks_here is None else {*range(len(steps))} - {*blocks_here}
                 leaves_some = any(steps[block] < run.last_step for block in elsewhere)
-                if not _looked_at(previews, steps):
+                looks = None if leaves_some else previews
+                if not _looked_at(looks, steps):
                     steps = trainer.train(
                         interruption,
-                        on_step=partial(_on_step, listener, told, None if leaves_some else previews, real_steps),
-                        between_visits=partial(_looked_at, previews),
+                        on_step=partial(_on_step, listener, told, looks, real_steps),
+                        between_visits=partial(_looked_at, looks),
                         blocks_here=blocks_here,
                     )
                 if interruption.signal_name is None and not leaves_some:
@@ -147,8 +148,13 @@ def _trained_as_it_is(
     )
 
 
-def _looked_at(previews: Previews, steps: Sequence[int]) -> bool:
-    """Make the previews that are due; says whether the network is to grow now."""
+def _looked_at(previews: Previews | None, steps: Sequence[int]) -> bool:
+    """Make the previews that are due; says whether the network is to grow now.
+
+    None are made where blocks are left to other machines: each would make them anew, with blocks that are behind.
+    """
+    if previews is None:
+        return False
     previews.after_visit(steps)
     return previews.is_to_grow(steps)
 
