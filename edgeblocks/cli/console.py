@@ -118,7 +118,7 @@ def gathered_report(gathered: "Gathered", copies: Sequence[Path]) -> str:
         what = "what all blocks begin as" if taken["block"] is None else f"block {taken['block']}"
         lines.append(f"{what}: step {taken['step_before']} -> {taken['step']}, from {one_line(taken['copy'])}")
     useless = {str(copy) for copy in copies} - {taken["copy"] for taken in gathered["taken"]}
-    lines += [f"nothing from {one_line(copy)}: no block of it was taken as further" for copy in sorted(useless)]
+    lines += [f"nothing from {one_line(copy)}: no block of it is further" for copy in sorted(useless)]
     return "\n".join(lines)
 
 
