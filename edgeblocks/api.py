@@ -20,7 +20,8 @@ from edgeblocks.planning.plan_text import banner
 from edgeblocks.planning.plans import Machine, split_layers
 from edgeblocks.prepare import Prepared, prepare, prepare_elsewhere
 from edgeblocks.pretrained.decoder import DecoderSettings
-from edgeblocks.pretrained.model_folder import CONFIG, TOKENIZER, model_folder
+from edgeblocks.pretrained.model_folder import CONFIG, TOKENIZER, ModelFolder, model_folder
+from edgeblocks.pretrained.vision_folder import is_vision, pictures_of
 from edgeblocks.pretrained.writing import USUAL_LENGTH, TextWriter, writer_of_folder
 from edgeblocks.profiling.budgets import RAM_BUDGET, device_budget_bytes, usual_budgets
 from edgeblocks.profiling.measurement import with_precision
@@ -72,6 +73,15 @@ TUNING: dict[str, object] = {
 """What is usual where a pretrained model is trained on; learning rate and weight decay are those of trl 1.16."""
 LORA_TUNING: dict[str, object] = {"learning_rate": 2e-4, "optimizer": "adamw"}
 """Over these, with --tune lora."""
+PICTURE_TUNING: dict[str, object] = {
+    "steps": 200,
+    "batch": 16,
+    "learning_rate": 5e-5,
+    "warmup": 20,
+    "weight_decay": 0.0,
+    "sample_grids": 0,
+}
+"""The same of a pretrained image classifier; learning rate and batch are those of transformers' guide."""
 LORA_SETTINGS = frozenset({"lora_rank", "lora_alpha", "lora_targets"})
 TUNING_OWN: dict[str, object] = {"family": "hf", "method": "exact", "model": None, "init": None, "tokenizer": None}
 """What fine-tuning settles itself."""
@@ -254,14 +264,16 @@ def finetune(
     callbacks: Sequence[Callback] = (),
     **settings: object,
 ) -> "Run":
-    """Fine-tune a pretrained decoder of Hugging Face's transformers in a new run in the directory `out`, and return it.
+    """Fine-tune a pretrained model of Hugging Face's transformers in a new run in the directory `out`, and return it.
 
-    All layers are trained with true gradients, some at a time in memory; the table of tokens, the head and the final
-    norm stay as they are. `Run.merge` makes a folder of the result.
+    All layers are trained with true gradients, some at a time in memory. Of a decoder the table of tokens, the head and
+    the final norm stay as they are; of an image classifier the head is trained, and what is before the first layer and
+    the final norm stay as they are. `Run.merge` makes a folder of the result.
 
     Args:
-        model: its folder, with config.json, .safetensors files and tokenizer.json.
-        settings: as of `plan`, with `data` a text or conversations; `tuning_settings` has those that are usual here.
+        model: its folder, with config.json, .safetensors files, and a decoder's tokenizer.json.
+        settings: as of `plan`, with `data` a text or conversations, or images with classes; `tuning_settings` has those
+            that are usual here.
 
     Raises:
         ConfigError: the model cannot be trained, or its library is missing; and as of `train`.
@@ -292,6 +304,13 @@ def tuning_settings(model: Path | str, given: Mapping[str, object]) -> dict[str,
         raise ConfigError(f"{', '.join(wrong)}: fine-tuning sets this itself; leave it out")
     folder = str(Path(model).expanduser())
     told = model_folder(folder)  # says at once what is wrong with it
+    if is_vision(told):
+        return picture_settings(told, tune, given)
+    if _is_of_images(given.get("data")):
+        raise ConfigError(
+            f"{model} is a {told.config['model_type']}, which writes text, and {given['data']} are images; give a text "
+            f"or conversations, or fine-tune an image classifier such as a vit or dinov2"
+        )
     init, tokenizer = None if told.is_plan_only else folder, str(Path(folder) / TOKENIZER)
     own: dict[str, object] = {"model": folder, "init": init, "tokenizer": tokenizer}
     usual = TUNING
@@ -326,6 +345,34 @@ def _trained_part(folder: str, given: dict[str, object]) -> dict[str, object]:
         )
     layers = split_layers(depth, count)
     return {"first_layer": sum(layers[: numbers[0]]), "trained_layers": sum(layers[numbers[0] : numbers[-1] + 1])}
+
+
+def _is_of_images(data: object) -> bool:
+    """Whether data are images by their name."""
+    return data == "digits" or (isinstance(data, str | Path) and Path(data).suffix.lower() == ".npz")
+
+
+def picture_settings(folder: ModelFolder, tune: object, given: Mapping[str, object]) -> dict[str, object]:
+    """`tuning_settings` of an image classifier.
+
+    Raises:
+        ConfigError: one of them is of text.
+    """
+    if tune != "full":
+        raise ConfigError(
+            f"--tune {tune}: {folder.path} classifies images, and LoRA is for decoders here; leave it out, or train "
+            f"some stages alone with --train-blocks"
+        )
+    data = given.get("data", "digits")
+    is_file = isinstance(data, str | Path) and Path(data).expanduser().is_file()
+    if data == "moby-dick" or (is_file and not _is_of_images(data)):
+        raise ConfigError(
+            f"{folder.path} is a {folder.config['model_type']}, which classifies images, and {data} is text; give a "
+            f"folder with one sub-folder of images per class or an .npz with labels, or fine-tune a decoder"
+        )
+    model = str(folder.path)
+    own = {"family": "hf-vision", "method": "exact", "model": model, "init": None if folder.is_plan_only else model}
+    return {"data": "digits", "image_size": pictures_of(model).side, **PICTURE_TUNING, **given, **own}
 
 
 def _origin(prepared: Prepared) -> InitFields | None:

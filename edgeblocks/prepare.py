@@ -173,9 +173,10 @@ def prepare(settings: Settings, out: Path, listener: Listener, *, speeds: Machin
         listener.note(_eight_bit_step_on(target.torch_device, run.master))
     if run.target == "auto" and torch_sees_a_gpu():
         plan = replace(plan, warnings=(A_GPU_IS_HERE, *plan.warnings))
-    if run.init is None and plan.trained is not None and plan.chosen.blocks - 1 not in plan.trained:
-        plan = replace(plan, warnings=(*plan.warnings, NOTHING_LEARNED.format(stage=plan.chosen.blocks - 1)))
     initial = _initial_weights(settings, data_set, data, plan, listener)
+    begins_new = initial is None or bool(initial.fresh)
+    if begins_new and plan.trained is not None and plan.chosen.blocks - 1 not in plan.trained:
+        plan = replace(plan, warnings=(*plan.warnings, NOTHING_LEARNED.format(stage=plan.chosen.blocks - 1)))
     return Prepared(
         settings=_with_share(settings, plan),
         budget_bytes=budgets[0],
@@ -302,7 +303,8 @@ def _least_to_train(
         data: DataInfo = TextInfo(vocabulary=vocabulary_of(run), length=run.length)
     elif run.image_size is not None:
         side = run.image_size
-        data = ImageInfo(channels=3, height=side, width=side, num_classes=0, mean=0.5, scale=1.0)
+        classes = 2 if family_type(run.family).task == "classes" else 0
+        data = ImageInfo(channels=3, height=side, width=side, num_classes=classes, mean=0.5, scale=1.0)
     else:
         return 0
     listener.stage("planning")
@@ -331,6 +333,8 @@ def _initial_weights(
     if run.init is not None:
         listener.stage(f"reading {run.init}")
     family = build_family(run.family, asdict(settings.family), asdict(data), run.method)
+    if family.only_exact and (fresh := family.fresh_parts(data_set.class_names)):
+        listener.note(f"new for the {len(data_set.class_names)} classes of the data: {', '.join(fresh)}")
     return initial_weights_of(run, family, plan.layers, data_set.class_names)
 
 

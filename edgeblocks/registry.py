@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from edgeblocks.families.mdlm import Mdlm
     from edgeblocks.families.vit import PlainVit, Vit
     from edgeblocks.offload.device import Target
+    from edgeblocks.pretrained.vision import Vision
     from edgeblocks.targets.profile import Profile
 
 _FAMILIES = {
@@ -40,6 +41,7 @@ _PRETRAINED = {
     "hf": "edgeblocks.pretrained.decoder:Decoder",
     "hf-lora": "edgeblocks.pretrained.lora:LoraDecoder",
     "hf-part": "edgeblocks.pretrained.part:PartDecoder",
+    "hf-vision": "edgeblocks.pretrained.vision:Vision",
 }
 """Families of networks that others have trained; they are asked for by their own verb."""
 _END_TO_END = {
@@ -50,7 +52,7 @@ _END_TO_END = {
 """Families that are another network where they are trained end to end."""
 if TYPE_CHECKING:
     _images: type[FamilyOfImages] = Dit
-    _classes: list[type[FamilyOfClasses]] = [Vit, PlainVit]
+    _classes: list[type[FamilyOfClasses]] = [Vit, PlainVit, Vision]
     _text: type[FamilyOfText] = Mdlm
     _continuations: list[type[FamilyOfContinuations]] = [Ar, Looped, PlainAr, PlainLooped]
 

@@ -412,7 +412,8 @@ class Run:
         shape = (data.height, data.width, data.channels)
         if pixels.shape[1:] != shape or pixels.dtype != np.uint8:
             raise ConfigError(f"images are {pixels.dtype} {pixels.shape[1:]}; the run takes uint8 {shape}")
-        return data.to_model(pixels)
+        family = self.directory.family()
+        return family.condition(pixels) if family.task == "classes" else data.to_model(pixels)
 
     def writer(self, *, mem_budget: str | None = None, length: int | None = None) -> AbstractContextManager[TextWriter]:
         """Of a fine-tuned model: what continues texts and answers messages, with its weights in memory while this

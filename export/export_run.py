@@ -69,6 +69,11 @@ def export_run(
         StorageError: the disk refused.
         EdgeblocksError: onnxruntime's numbers differ from torch's by more than is promised.
     """
+    if run.family().only_exact:
+        raise ConfigError(
+            f"{run.path} is a fine-tuned model of transformers, which is not exported here yet; make a folder of it "
+            f"that other programs export: {command('merge', run.path, '-o', 'DIR')}"
+        )
     out = out.resolve()
     check_destination(out)
     _check_memory(run, listener, mem_budget)

@@ -51,7 +51,10 @@ def training_report(summary: Summary, path: Path) -> str:
         f"{_or_dash(summary.disk_bytes_written, format_bytes)} written to disk",
         f"validation loss {loss.validation_loss:.4f}{by_block}",
     ]
-    if loss.validation_loss_before is not None:
+    right = [level.scores.get("top1") for level in loss.validation.levels]
+    if summary.makes == "model" and right and right[0] is not None:
+        lines.append(_accuracy_line(summary, right[0]))
+    elif loss.validation_loss_before is not None:
         before, after = (math.exp(value) for value in (loss.validation_loss_before, loss.validation_loss))
         lines.append(
             f"perplexity on held-out text: {before:.2f} before, {after:.2f} after ({loss.validation_loss_before:.4f} "
@@ -83,6 +86,13 @@ def _shares(seconds: Mapping[str, float]) -> dict[str, str]:
 
 def _or_dash(value: float | None, write: Callable[[float], str]) -> str:
     return "-" if value is None else write(value)
+
+
+def _accuracy_line(summary: Summary, right: float) -> str:
+    """Of an image classifier, beside that of the model as it was, where it knew these classes."""
+    validation, before = summary.metrics.validation, summary.metrics.top1_before
+    beside = "" if before is None else f" ({before:.1%} before)"
+    return f"top-1 accuracy {right:.1%}{beside} on {validation.images} images of the {validation.part} part"
 
 
 def _bits_line(text: TextScores) -> str:

@@ -170,8 +170,9 @@ TUNING_SETTINGS: dict[str, Any] = {
     "data": Annotated[
         str | None,
         typer.Option(
-            help="A file or folder of text, or of records with a text each (.jsonl, .json, .csv, .tsv, .parquet).",
-            show_default="moby-dick",
+            help="A file or folder of text, or of records with a text each (.jsonl, .json, .csv, .tsv, .parquet). For "
+            "an image classifier: digits, a folder with one sub-folder of images per class, or an .npz with labels.",
+            show_default="moby-dick or digits",
         ),
     ],
     **{name: SETTINGS[name] for name in ("text_key", "mem_budget", "ram_budget")},
@@ -216,7 +217,9 @@ TUNING_SETTINGS: dict[str, Any] = {
         ),
     ],
     "steps": Annotated[int | None, typer.Option(help="Optimizer steps.", show_default="200")],
-    "batch": Annotated[int | None, typer.Option("--batch", help="Windows of text a step.", show_default="4")],
+    "batch": Annotated[
+        int | None, typer.Option("--batch", help="Windows of text, or images, a step.", show_default="4; 16 images")
+    ],
     "length": Annotated[int | None, typer.Option(help="Tokens of a window.", show_default="512")],
     **{
         name: SETTINGS[name]

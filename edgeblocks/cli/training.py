@@ -181,7 +181,9 @@ def finetune(
     model: Annotated[
         Path,
         typer.Argument(
-            help="Folder of a pretrained decoder: config.json, .safetensors files, tokenizer.json.", show_default=False
+            help="Folder of a pretrained decoder or image classifier: config.json, .safetensors files, and a decoder's "
+            "tokenizer.json.",
+            show_default=False,
         ),
     ],
     *,
@@ -190,7 +192,7 @@ def finetune(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and stop.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Fine-tune a pretrained model on your text or conversations inside the memory budget, with true gradients.
+    """Fine-tune a pretrained model on your text, conversations or images inside the memory budget, with true gradients.
 
     Needs transformers, which the extra `hf` brings along. Ctrl-C saves and stops, and train --resume goes on. merge
     makes a folder of the result.

@@ -1,6 +1,6 @@
 """What families are made of: what they know of their data, base classes, checks of settings. See `family.Family`."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -170,6 +170,14 @@ class BaseFamily:
     def is_frozen(self, name: str) -> bool:
         """Whether a tensor of a file of weights is used and is no parameter."""
         return False
+
+    def fresh_parts(self, class_names: Sequence[str]) -> Sequence[str]:
+        """Parts of a pretrained network that do not fit these classes, and start from the seed."""
+        return ()
+
+    def class_rows(self, class_names: Sequence[str]) -> Mapping[str, Sequence[int]]:
+        """Of a file's tensors that have these classes in another order: the number of the file's row for each."""
+        return {}
 
     @property
     def conditional(self) -> bool:

@@ -4,7 +4,7 @@ The base classes in `base` and `denoiser` have most of it. A new family is one f
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
@@ -77,6 +77,14 @@ class Family(Protocol):
 
     def is_frozen(self, name: str) -> bool:
         """Whether a tensor of a file of weights is used and is no parameter."""
+        ...
+
+    def fresh_parts(self, class_names: Sequence[str]) -> Sequence[str]:
+        """Parts of a pretrained network that do not fit these classes, and start from the seed."""
+        ...
+
+    def class_rows(self, class_names: Sequence[str]) -> Mapping[str, Sequence[int]]:
+        """Of a file's tensors that have these classes in another order: the number of the file's row for each."""
         ...
 
     @classmethod

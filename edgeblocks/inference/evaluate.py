@@ -295,7 +295,8 @@ class Evaluation:
             self.data_set,
             self.data_set.evaluation_indices(self.samples),
             steps=self.steps,
-            noises=TASKS["classes"].noises,
+            # Where nothing is noised, several would be the same.
+            noises=1 if self.directory.method.one_network else TASKS["classes"].noises,
             seed=self.seed,
             on_level=lambda done: self.listener.advance(done, self.steps, "classifying"),
         )

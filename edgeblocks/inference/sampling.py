@@ -277,6 +277,7 @@ def classify_images(
     if pixels.shape[1:] != shape or pixels.dtype != np.uint8:
         raise ConfigError(f"images are {pixels.dtype} {pixels.shape[1:]}; the run takes uint8 {shape}")
     steps = usual_steps(directory) if steps is None else max(steps, len(directory.layers))
+    noises = 1 if directory.method.one_network else noises  # where nothing is noised, several would be the same
     with runners(samples=len(pixels)) as runner:
         return np.concatenate(
             [

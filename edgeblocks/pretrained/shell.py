@@ -52,15 +52,7 @@ class Shell:
             ConfigError: the library is missing, or does not know the model.
             UnsupportedModelError: it is no decoder of layers of one kind.
         """
-        self.device, self._folder = device, folder
-        self.model = _without_weights(folder)
-        self.layers_name, self.layers = _layers_of(self.model)
-        shapes = [[(name, tuple(p.shape)) for name, p in layer.named_parameters()] for layer in self.layers]
-        unlike = next((number for number, one in enumerate(shapes) if one != shapes[0]), None)
-        if unlike is not None:
-            raise UnsupportedModelError(f"its layers are not alike: layer {unlike} has other weights than layer 0")
-        self._is_tuple = False
-        self._calls: dict[tuple[object, ...], list[Call]] = {}
+        self._take_(folder, device, _without_weights(folder))
         embedding, head = self.model.get_input_embeddings(), self.model.get_output_embeddings()
         if (
             embedding is None
@@ -97,6 +89,21 @@ class Shell:
                 value = read.to(device)
             self.model.get_submodule(owner)._parameters[leaf] = nn.Parameter(value, requires_grad=False)
         self._head_bias: Tensor | None = getattr(head, "bias", None)
+
+    def _take_(self, folder: ModelFolder, device: torch.device, model: Any, *, part: str = "text_config") -> None:
+        """Hold a model that was built without weights.
+
+        Args:
+            part: of a config of several, the one that counts the layers.
+        """
+        self.device, self._folder, self.model = device, folder, model
+        self.layers_name, self.layers = _layers_of(model, part)
+        shapes = [[(name, tuple(p.shape)) for name, p in layer.named_parameters()] for layer in self.layers]
+        unlike = next((number for number, one in enumerate(shapes) if one != shapes[0]), None)
+        if unlike is not None:
+            raise UnsupportedModelError(f"its layers are not alike: layer {unlike} has other weights than layer 0")
+        self._is_tuple = False
+        self._calls: dict[tuple[object, ...], list[Call]] = {}
 
     def layer(self, number: int) -> nn.Module:
         """A layer of its own, without weights."""
@@ -312,6 +319,15 @@ def library() -> Any:
 
 def _without_weights(folder: ModelFolder) -> Any:
     """The model as the library builds it, on the meta device."""
+    return built(folder, library().AutoModelForCausalLM, read_config(folder), "no decoder that writes text")
+
+
+def read_config(folder: ModelFolder) -> Any:
+    """The config as the library reads it, without dropout.
+
+    Raises:
+        ConfigError: it does not.
+    """
     transformers = library()
     try:
         config = transformers.AutoConfig.from_pretrained(folder.path, local_files_only=True, trust_remote_code=False)
@@ -321,16 +337,28 @@ def _without_weights(folder: ModelFolder) -> Any:
             f"{folder.path}: transformers does not read its config.json ({first[:300]}); models that need code of "
             f"their own are not supported"
         ) from error
-    without_dropout(config)
+    return without_dropout(config)
+
+
+def built(folder: ModelFolder, kind: Any, config: Any, otherwise: str) -> Any:
+    """A model on the meta device.
+
+    Args:
+        kind: one of the library's classes that choose the model's by its config.
+        otherwise: what the model is where this class has none for it.
+
+    Raises:
+        ConfigError: it has none.
+    """
     problems = []
     for attention in ("sdpa", "eager"):
         try:
             with torch.device("meta"):
-                model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation=attention)
+                model = kind.from_config(config, attn_implementation=attention)
             return model.train()
         except (ValueError, KeyError, TypeError, ImportError, RuntimeError, AttributeError) as error:
             problems.append(str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__)
-    raise ConfigError(f"{folder.path}: it is no decoder that writes text as transformers builds them ({problems[0]})")
+    raise ConfigError(f"{folder.path}: it is {otherwise} as transformers builds them ({problems[0]})")
 
 
 @contextlib.contextmanager
@@ -344,15 +372,16 @@ def _as_one_text() -> Iterator[None]:
 def without_dropout(config: Any) -> Any:
     """A config whose layers give the same numbers each time: in a step they are run twice."""
     for name in ("attention_dropout", "hidden_dropout", "dropout", "resid_pdrop", "embd_pdrop", "attn_pdrop",
-                 "embedding_dropout", "residual_dropout", "ffn_dropout"):  # fmt: skip
+                 "embedding_dropout", "residual_dropout", "ffn_dropout", "hidden_dropout_prob",
+                 "attention_probs_dropout_prob", "drop_path_rate", "layerdrop"):  # fmt: skip
         if getattr(config, name, None):
             setattr(config, name, 0.0)
     return config
 
 
-def _layers_of(model: Any) -> tuple[str, nn.ModuleList]:
+def _layers_of(model: Any, part: str) -> tuple[str, nn.ModuleList]:
     """The list of the model's layers, and its name."""
-    config = getattr(model.config, "text_config", None) or model.config
+    config = getattr(model.config, part, None) or model.config
     count = getattr(config, "num_hidden_layers", None)
     found = [
         (name, module)

@@ -3,7 +3,7 @@
 import re
 import unicodedata
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -34,6 +34,8 @@ class InitialWeights:
     """Names of the tensors that are not taken from the file."""
     name_of: Callable[[int, str], str]
     """The name in the file of what a block calls so."""
+    rows: Mapping[str, Sequence[int]] = field(default_factory=dict)
+    """Of tensors whose rows lie in another order in the file: the number there of each row."""
 
     def cover(self, block: int, names: Iterable[str]) -> bool:
         """Whether the file gives all of these tensors of a block."""
@@ -51,6 +53,8 @@ class InitialWeights:
                 continue
             try:
                 self.file.read_(name, tensor)
+                if name in self.rows:
+                    tensor.copy_(tensor[list(self.rows[name])])
             except OSError as error:
                 raise RunError(f"cannot read {self.file.path}: {error.strerror or error}; start again") from error
 
@@ -79,14 +83,16 @@ def initial_weights_of(
     def name_of(block: int, name: str) -> str:
         return family.name_in_file(tensor_name(block, name, layers, one_network=one_network))
 
-    return open_initial_weights(
+    told = [part.strip() for part in (run.init_fresh or "").split(",") if part.strip()]
+    found = open_initial_weights(
         Path(run.init).expanduser(),
         family,
         (stages_of if one_network else blocks_of)(layers),
         name_of,
-        fresh=[part.strip() for part in (run.init_fresh or "").split(",") if part.strip()],
+        fresh=[*told, *family.fresh_parts(class_names)],
         class_names=class_names,
     )
+    return replace(found, rows=family.class_rows(class_names))
 
 
 def open_initial_weights(

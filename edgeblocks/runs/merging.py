@@ -18,8 +18,10 @@ from edgeblocks.files.durable import sync, write_atomically
 from edgeblocks.files.tensor_file import READABLE, StoredTensor, encode_header, table_of
 from edgeblocks.offload.block_buffer import BlockBuffer, NetworkPart, bytes_of
 from edgeblocks.pretrained.lora import PEFT_PREFIX, LoraDecoder, targets_of
-from edgeblocks.pretrained.model_folder import ModelFolder, model_folder
+from edgeblocks.pretrained.model_folder import INDEX, ModelFolder, model_folder
+from edgeblocks.pretrained.vision import Vision
 from edgeblocks.runs.directory import RunDirectory
+from edgeblocks.runs.merging_classifier import write_classifier
 from edgeblocks.runs.save_weights import check_finite, check_memory, part_of, read_weights
 from edgeblocks.units import format_bytes
 
@@ -66,8 +68,14 @@ def merge_model(run: RunDirectory, out: Path, *, last: bool, mem_budget: str | N
     try:
         shutil.rmtree(arriving, ignore_errors=True)
         arriving.mkdir(parents=True)
-        copied, left_out = _copied(source, arriving)
-        trained = _write_trained(run, source, arriving, last=last)
+        if isinstance(run.family(), Vision):
+            copied, left_out = _copied(source, arriving, weights=False)
+            trained, untouched = write_classifier(run, source, arriving, last=last)
+            copied = sorted({*copied, *(path.name for path in arriving.iterdir())})
+        else:
+            copied, left_out = _copied(source, arriving)
+            trained = _write_trained(run, source, arriving, last=last)
+            untouched = len(source.tensors) - trained
         for path in arriving.iterdir():
             sync(path)
         if out.exists():
@@ -81,7 +89,7 @@ def merge_model(run: RunDirectory, out: Path, *, last: bool, mem_budget: str | N
     return {
         "path": str(out),
         "trained": trained,
-        "untouched": len(source.tensors) - trained,
+        "untouched": untouched,
         "files": copied,
         "left_out": left_out,
     }
@@ -111,11 +119,13 @@ def check_same_model(run: RunDirectory, source: ModelFolder) -> None:
         )
 
 
-def _copied(source: ModelFolder, into: Path) -> tuple[list[str], list[str]]:
-    """Copy the folder's files; names of those that were copied, and of those that were not."""
+def _copied(source: ModelFolder, into: Path, *, weights: bool = True) -> tuple[list[str], list[str]]:
+    """Copy the folder's files, with or without those of tensors; names of those that were copied, and that were not."""
     copied, left_out = [], []
     shards = {file.path.name for file in source.files}
     for path in sorted(source.path.iterdir()):
+        if not weights and path.name in {*shards, INDEX}:
+            continue
         is_weights = path.suffix in _OTHER_WEIGHTS or (path.suffix == ".safetensors" and path.name not in shards)
         if path.is_file() and not is_weights:
             shutil.copyfile(path, into / path.name)

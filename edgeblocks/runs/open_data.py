@@ -43,7 +43,7 @@ def data_of(
     reads = family_type(run.family).reads
     check_data_settings(run, reads)
     is_pretrained: bool = family_type(run.family).only_exact
-    if is_pretrained and is_chat(run.data):
+    if is_pretrained and reads == "text" and is_chat(run.data):
         where: dict[str, Any] = {"hold_out": run.hold_out, "cache_dir": cache_folder(), "progress": progress}
         return open_chat(run.data, tokenizer=run.tokenizer, length=run.length, **where)
     if reads == "text":

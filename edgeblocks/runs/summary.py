@@ -78,6 +78,8 @@ class Metrics(Diverging):
     validation_loss: float
     validation_loss_before: float | None = None
     """Of a pretrained network, before it was trained here."""
+    top1_before: float | None = None
+    """Of a pretrained image classifier that knew the classes: the share that it had right before."""
     validation_loss_by_block: list[Measured] = Field(default_factory=list)
     validation: Validation = Validation()
     text: TextScores | None = None

@@ -159,7 +159,9 @@ class Previews:
 
     def before_training(self, listener: Listener) -> None:
         """Evaluate a pretrained network as it is, once."""
-        is_pretrained: bool = self._run.family().only_exact
+        family = self._run.family()
+        # Of a head that begins as zeros it would say nothing.
+        is_pretrained: bool = family.only_exact and not family.fresh_parts(self._run.class_names)
         if is_pretrained and not (self._run.path / BEFORE_FILE).exists():
             listener.stage("evaluating the model as it is")
             self._run.write_json(BEFORE_FILE, dict(self._timed(lambda: self._evaluated(listener))))

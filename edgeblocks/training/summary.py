@@ -45,9 +45,10 @@ def summary_of(
     # Blocks that are trained alone are waited for between steps, stages within them.
     working_s = progress.compute_s + progress.data_s + (times.stall_s if run.method.trained_together else 0.0)
     per_example = run.data.length if isinstance(run.data, TextInfo) else 1
+    before = _before(run)
     return Summary(
         family=run.settings.run.family,
-        makes=run.family().task if run.family().writes_text else "model",
+        makes="model" if run.family().only_exact else run.family().task,
         method=run.settings.run.method,
         blocks=len(run.file_layers),
         layers_per_block=list(run.file_layers),
@@ -75,7 +76,8 @@ def summary_of(
         metrics=Metrics(
             train_loss_by_block=[progress.losses.get(block) for block in range(len(run.file_layers))],
             validation_loss=evaluation["total"],
-            validation_loss_before=_loss_before(run),
+            validation_loss_before=before.total,
+            top1_before=before.levels[0].scores.get("top1") if before.levels else None,
             validation_loss_by_block=metrics.mean_by_block(evaluation["levels"], run.partition),
             validation=Validation.model_validate(evaluation),
             **_text_metrics(run, evaluation, data_set),
@@ -87,13 +89,10 @@ def summary_of(
     )
 
 
-def _loss_before(run: RunDirectory) -> float | None:
-    """Of a pretrained network."""
+def _before(run: RunDirectory) -> Validation:
+    """Of a pretrained network as it was; empty where it was not evaluated."""
     path = run.path / BEFORE_FILE
-    if not path.exists():
-        return None
-    total = read_json(path).get("total")
-    return float(total) if isinstance(total, float) else None
+    return Validation.model_validate(read_json(path)) if path.exists() else Validation()
 
 
 def _text_metrics(run: RunDirectory, evaluation: metrics.ValidationLoss, data_set: DataSet) -> dict[str, TextScores]:
