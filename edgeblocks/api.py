@@ -22,6 +22,7 @@ from edgeblocks.prepare import Prepared, prepare, prepare_elsewhere
 from edgeblocks.pretrained.decoder import DecoderSettings
 from edgeblocks.pretrained.model_folder import CONFIG, TOKENIZER, ModelFolder, model_folder
 from edgeblocks.pretrained.vision_folder import is_vision, pictures_of
+from edgeblocks.pretrained.vision_gate import check_classifier
 from edgeblocks.pretrained.writing import USUAL_LENGTH, TextWriter, writer_of_folder
 from edgeblocks.profiling.budgets import RAM_BUDGET, device_budget_bytes, usual_budgets
 from edgeblocks.profiling.measurement import with_precision
@@ -305,7 +306,7 @@ def tuning_settings(model: Path | str, given: Mapping[str, object]) -> dict[str,
     folder = str(Path(model).expanduser())
     told = model_folder(folder)  # says at once what is wrong with it
     if is_vision(told):
-        return picture_settings(told, tune, given)
+        return _picture_settings(told, tune, given)
     if _is_of_images(given.get("data")):
         raise ConfigError(
             f"{model} is a {told.config['model_type']}, which writes text, and {given['data']} are images; give a text "
@@ -352,11 +353,11 @@ def _is_of_images(data: object) -> bool:
     return data == "digits" or (isinstance(data, str | Path) and Path(data).suffix.lower() == ".npz")
 
 
-def picture_settings(folder: ModelFolder, tune: object, given: Mapping[str, object]) -> dict[str, object]:
+def _picture_settings(folder: ModelFolder, tune: object, given: Mapping[str, object]) -> dict[str, object]:
     """`tuning_settings` of an image classifier.
 
     Raises:
-        ConfigError: one of them is of text.
+        ConfigError: one of them is of text, or the model cannot be trained.
     """
     if tune != "full":
         raise ConfigError(
@@ -371,6 +372,7 @@ def picture_settings(folder: ModelFolder, tune: object, given: Mapping[str, obje
             f"folder with one sub-folder of images per class or an .npz with labels, or fine-tune a decoder"
         )
     model = str(folder.path)
+    check_classifier(model)
     own = {"family": "hf-vision", "method": "exact", "model": model, "init": None if folder.is_plan_only else model}
     return {"data": "digits", "image_size": pictures_of(model).side, **PICTURE_TUNING, **given, **own}
 

@@ -3,6 +3,7 @@
 Each function looks at what is asked before it opens a runner: what is impossible is reported before memory is measured.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
@@ -312,10 +313,10 @@ def classified(
 
 def chains_of(directory: RunDirectory, noises: int = TASKS["classes"].noises) -> ClassChains:
     """What the memory for classifying a run's images depends on."""
-    data = directory.family().data
-    assert isinstance(data, ImageInfo)
-    values = data.channels * data.height * data.width
-    return ClassChains(num_classes=data.num_classes, noises=noises, values_per_image=values)
+    family = directory.family()
+    assert isinstance(family.data, ImageInfo) and family.condition_spec is not None
+    values = math.prod(family.condition_spec[1])  # as the network gets them, which may be in more colours
+    return ClassChains(num_classes=family.data.num_classes, noises=noises, values_per_image=values)
 
 
 def _groups(

@@ -11,6 +11,7 @@ from support.commands import assert_refused, invoke
 from support.equality import StopAfter, assert_same_bits
 
 import edgeblocks
+from edgeblocks.api import tuning_settings
 from edgeblocks.errors import ConfigError, InterruptedRunError
 from edgeblocks.pretrained.vision_folder import pictures_of
 from edgeblocks.pretrained.vision_gate import check_classifier
@@ -164,7 +165,12 @@ def test_architectures_that_are_trained(library, tmp_path, kind):
 def test_architectures_that_are_refused(library, tmp_path, kind, said):
     """By what was measured, in words."""
     with pytest.raises(ConfigError, match=rf"of the type {kind} cannot be trained layer by layer: {said}"):
-        check_classifier(str(as_folder(library, tmp_path, kind)))
+        tuning_settings(as_folder(library, tmp_path, kind), {})
+
+
+def test_a_type_that_has_no_classifier_is_refused(library, tmp_path):
+    with pytest.raises(ConfigError, match="vit_mae has no image classifier in transformers"):
+        tuning_settings(as_folder(library, tmp_path, "vit_mae"), {})
 
 
 def as_folder(library, folder, kind, **changes):
@@ -197,7 +203,7 @@ def test_stages_that_are_not_trained_stay(tuned, base, tmp_path):
     before, after = load_file(base / "model.safetensors"), load_file(tmp_path / "merged/model.safetensors")
     changed = {name for name, value in before.items() if not torch.equal(after.get(f"vit.{name}", value), value)}
     assert changed and all(name.startswith(("encoder.layer.2", "encoder.layer.3")) for name in changed)
-    planned = edgeblocks.plan(**edgeblocks.api.tuning_settings(base, {**WANTED, "train_blocks": "0"}))
+    planned = edgeblocks.plan(**tuning_settings(base, {**WANTED, "train_blocks": "0"}))
     assert any("has the readout, is frozen" in warning for warning in planned.plan.warnings)
 
 
@@ -239,7 +245,7 @@ def test_what_cannot_be_trained_on_is_said(base, model, tmp_path):
         (model, {"data": "digits"}, "which writes text, and digits are images"),
     ]:
         with pytest.raises(ConfigError, match=said):
-            edgeblocks.plan(**edgeblocks.api.tuning_settings(folder, {"mem_budget": "4GB", **settings}))
+            edgeblocks.plan(**tuning_settings(folder, {"mem_budget": "4GB", **settings}))
 
 
 @pytest.mark.parametrize(
