@@ -146,9 +146,9 @@ def test_a_head_of_the_same_classes_goes_on(classifier, library, tmp_path):
     assert metrics["top1_before"] == pytest.approx(right) == metrics["validation"]["levels"][0]["top1"]
 
 
-def with_processor(folder):
-    """The file that transformers takes as written where there is none."""
-    processor = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+def with_processor(folder, mean=(0.5, 0.5, 0.5)):
+    """A file that says what is usual where none does."""
+    processor = {"image_mean": mean, "image_std": [0.5] * 3}
     (folder / "preprocessor_config.json").write_text(json.dumps(processor))
     return folder
 
@@ -181,20 +181,25 @@ def as_folder(library, folder, kind, **changes):
 
 @pytest.mark.parametrize("kind", ["dinov2", "siglip"])
 def test_other_checkpoints_are_merged_alike(library, tmp_path, kind):
-    """Dinov2's head sees all patches, and SigLIP's folder has a text tower, which a classifier does not have."""
+    """Dinov2's head sees all patches of pictures that are larger than its positions, and SigLIP's folder has a text
+    tower, which a classifier does not have."""
     torch.manual_seed(0)
+    side = {"siglip": 8, "dinov2": 12}[kind]
     if kind == "siglip":
         text = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 20}
         config = library.SiglipConfig(vision_config=SMALL, text_config={**text, "intermediate_size": 16})
         library.SiglipModel(config).save_pretrained(tmp_path / "model")
     else:
         library.Dinov2Model(library.Dinov2Config(**SMALL, mlp_ratio=2)).save_pretrained(tmp_path / "model")
+        (tmp_path / "model/preprocessor_config.json").write_text(json.dumps({"crop_size": side, "image_mean": MEAN}))
     run = edgeblocks.finetune(tmp_path / "model", out=tmp_path / "run", **{**WANTED, "steps": 2})
     run.merge(tmp_path / "merged")
-    found, _ = their_logits(library, tmp_path / "merged", images(3))
+    asked = json.loads((tmp_path / "merged/preprocessor_config.json").read_text())
+    with_processor(tmp_path / "merged", mean=asked["image_mean"])
+    found, _ = their_logits(library, tmp_path / "merged", images(3, side))
     assert found.abs().max() > 0
     with torch.no_grad():
-        assert torch.equal(found, run.network().logits(run.images(images(3))))
+        assert torch.equal(found, run.network().logits(run.images(images(3, side))))
 
 
 def test_stages_that_are_not_trained_stay(tuned, base, tmp_path):
