@@ -13,7 +13,7 @@ import torch
 from transformers import ViTConfig, ViTForImageClassification, set_seed
 
 BATCH, STEPS, RATE = 64, 400, 2e-3
-NAMES = tuple("0123456789")
+NAMES = ("t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")
 
 
 def main() -> None:
