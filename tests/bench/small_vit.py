@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from transformers import ViTConfig, ViTForImageClassification, set_seed
 
-BATCH, STEPS, RATE = 64, 400, 2e-3
+BATCH, STEPS, RATE = 64, 2000, 2e-3
 NAMES = ("t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")
 
 
