@@ -17,6 +17,7 @@ import pytest
 from support.small_model import write_conversations, write_model
 
 import edgeblocks
+from edgeblocks.api import tuning_settings
 
 ROOT = Path(__file__).parents[1]
 TINY = {"width": 32, "heads": 2, "depth": 2, "batch": 8}
@@ -109,6 +110,16 @@ def test_tuning(bench, tmp_path):
     bench("debian_faq", "faq.jsonl", FOLDER=tmp_path)
     (_, answer), _ = (json.loads(line)["messages"] for line in (tmp_path / "faq.jsonl").read_text().splitlines())
     assert answer == {"role": "assistant", "content": "The answer to a & more."}
+
+
+def test_small_vit(bench, tmp_path, one_thread):
+    """What it writes can be fine-tuned, as can the same with random weights."""
+    images, labels = np.random.default_rng(0).integers(0, 256, (50, 28, 28), dtype=np.uint8), np.arange(50) % 10
+    np.savez(tmp_path / "fashion.npz", x_train=images, y_train=labels, x_test=images, y_test=labels)
+    assert "of the test pictures" in bench("small_vit", "fashion.npz", "small-vit", STEPS=2, BATCH=4)
+    for folder in ("small-vit", "small-vit-random"):
+        asked = tuning_settings(tmp_path / folder, {})
+        assert (asked["family"], asked["image_size"]) == ("hf-vision", 28)
 
 
 def test_fuzz_readers(bench):
