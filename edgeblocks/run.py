@@ -363,14 +363,14 @@ class Run:
         """
         told = {"listener": listener or Silent(), "mem_budget": mem_budget}
         manifest: dict[str, Any]
-        if self.directory.family().only_exact:
+        if self.directory.family().only_exact and self.directory.family().task == "continuation":
             weights = weights or "int8"
             if weights not in ("int8", "int4", "fp32"):
                 raise ConfigError(f"--weights {weights}: int8, int4 or fp32 can be written")
             manifest = build_exporter("language model")(self, Path(out), weights=weights, **told)
             return manifest
         if weights is not None:
-            raise ConfigError(f"--weights {weights}: this is for fine-tuned models; leave it out")
+            raise ConfigError(f"--weights {weights}: this is for fine-tuned models of text; leave it out")
         manifest = build_exporter("blocks")(self.directory, Path(out), **told)
         return manifest
 

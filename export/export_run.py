@@ -9,6 +9,7 @@ import onnx
 
 from edgeblocks.data.tokenizer import TOKENIZER_FILE, Kind
 from edgeblocks.diffusion.noise import sampler_levels
+from edgeblocks.errors import ConfigError
 from edgeblocks.export.destination import check_destination, staged, synced
 from edgeblocks.export.graph import OPSET, Template, Tensors, make_template, trace_own, write_graph
 from edgeblocks.export.manifest import sha256_of, write_manifest
@@ -36,6 +37,7 @@ from edgeblocks.inference.staged_weights import loaded_ema
 from edgeblocks.profiling.budgets import check_needed
 from edgeblocks.runs.directory import RunDirectory
 from edgeblocks.tasks import TASKS
+from edgeblocks.terminal import command
 from edgeblocks.units import format_bytes
 
 EXTERNAL_ABOVE_BYTES = 10**9  # a protobuf file ends at 2 GB, and reading one takes twice its size

@@ -17,7 +17,7 @@ import pytest
 from support.small_model import write_conversations, write_model
 
 import edgeblocks
-from edgeblocks.api import tuning_settings
+from edgeblocks.tuning import tuning_settings
 
 ROOT = Path(__file__).parents[1]
 TINY = {"width": 32, "heads": 2, "depth": 2, "batch": 8}

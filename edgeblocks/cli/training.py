@@ -198,9 +198,10 @@ def finetune(
     makes a folder of the result.
     """
     from edgeblocks import api
+    from edgeblocks.tuning import tuning_settings
 
     given, config = given_settings(flags)
-    settings = api.tuning_settings(model, given)
+    settings = tuning_settings(model, given)
     folder = out or _free_run_path({"family": model.resolve().name, "data": settings.get("data")})
     if dry_run:
         _print_plan(settings, config, folder, as_json=as_json)

@@ -7,10 +7,10 @@ from support.commands import assert_refused, invoke
 from support.equality import StopAfter, assert_same_bits
 
 import edgeblocks
-from edgeblocks.api import tuning_settings
 from edgeblocks.errors import ConfigError, InterruptedRunError
 from edgeblocks.pretrained.frozen_layers import FrozenLayers
 from edgeblocks.runs.open_data import data_of
+from edgeblocks.tuning import tuning_settings
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -11,11 +11,11 @@ from support.commands import assert_refused, invoke
 from support.equality import StopAfter, assert_same_bits
 
 import edgeblocks
-from edgeblocks.api import tuning_settings
 from edgeblocks.errors import ConfigError, InterruptedRunError
 from edgeblocks.pretrained.vision_folder import pictures_of
 from edgeblocks.pretrained.vision_gate import check_classifier
 from edgeblocks.runs.open_data import data_of
+from edgeblocks.tuning import tuning_settings
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -1,0 +1,128 @@
+"""The settings of a run that fine-tunes a pretrained model: what is usual, over what fine-tuning settles itself."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from edgeblocks.errors import ConfigError
+from edgeblocks.planning.plans import split_layers
+from edgeblocks.pretrained.decoder import DecoderSettings
+from edgeblocks.pretrained.model_folder import TOKENIZER, ModelFolder, model_folder
+from edgeblocks.pretrained.vision_folder import is_vision, pictures_of
+from edgeblocks.pretrained.vision_gate import check_classifier
+
+TUNING: dict[str, object] = {
+    "steps": 200,
+    "batch": 4,
+    "length": 512,
+    "learning_rate": 2e-5,
+    "warmup": 10,
+    "weight_decay": 0.0,
+    "sample_grids": 0,
+}
+"""What is usual where a pretrained model is trained on; learning rate and weight decay are those of trl 1.16."""
+LORA_TUNING: dict[str, object] = {"learning_rate": 2e-4, "optimizer": "adamw"}
+"""Over these, with --tune lora."""
+PICTURE_TUNING: dict[str, object] = {
+    "steps": 200,
+    "batch": 16,
+    "learning_rate": 5e-5,
+    "warmup": 20,
+    "weight_decay": 0.0,
+    "sample_grids": 0,
+}
+"""The same of a pretrained image classifier; learning rate and batch are those of transformers' guide."""
+LORA_SETTINGS = frozenset({"lora_rank", "lora_alpha", "lora_targets"})
+TUNING_OWN: dict[str, object] = {"family": "hf", "method": "exact", "model": None, "init": None, "tokenizer": None}
+"""What fine-tuning settles itself."""
+
+
+def tuning_settings(model: Path | str, given: Mapping[str, object]) -> dict[str, object]:
+    """The settings of a run that fine-tunes a model: those that were given, over those that are usual.
+
+    Raises:
+        ConfigError: one of them belongs to networks that begin with random weights.
+    """
+    given = {name: value for name, value in given.items() if value is not None}
+    tune = given.pop("tune", "full")
+    if tune not in ("full", "lora", "blocks"):
+        raise ConfigError(
+            f"--tune {tune}: full trains all layers, lora small products beside them, blocks some of them; use one"
+        )
+    wrong = sorted(given.keys() & (LORA_SETTINGS | {"quantize"} if tune == "full" else LORA_SETTINGS))
+    if tune != "lora" and wrong:
+        raise ConfigError(f"{', '.join(wrong)}: these belong to --tune lora{'' if tune == 'blocks' else ' or blocks'}")
+    wrong = sorted(TUNING_OWN.keys() & given.keys())
+    if wrong:
+        raise ConfigError(f"{', '.join(wrong)}: fine-tuning sets this itself; leave it out")
+    folder = str(Path(model).expanduser())
+    told = model_folder(folder)  # says at once what is wrong with it
+    if is_vision(told):
+        return _picture_settings(told, tune, given)
+    if _is_of_images(given.get("data")):
+        raise ConfigError(
+            f"{model} is a {told.config['model_type']}, which writes text, and {given['data']} are images; give a text "
+            f"or conversations, or fine-tune an image classifier such as a vit or dinov2"
+        )
+    init, tokenizer = None if told.is_plan_only else folder, str(Path(folder) / TOKENIZER)
+    own: dict[str, object] = {"model": folder, "init": init, "tokenizer": tokenizer}
+    usual = TUNING
+    if tune == "lora":
+        usual = {**TUNING, **LORA_TUNING}
+        own |= {"family": "hf-lora", "init": None}
+    elif tune == "blocks":
+        own |= {"family": "hf-part", **_trained_part(folder, given)}
+    return {"data": "moby-dick", **usual, **given, **TUNING_OWN, **own}
+
+
+def _trained_part(folder: str, given: dict[str, object]) -> dict[str, object]:
+    """The layers of `train_blocks`, where a model is cut into `blocks`; both are taken out of the settings.
+
+    Raises:
+        ConfigError: they do not name layers that follow each other.
+    """
+    depth = DecoderSettings(model=folder).depth
+    told, count = str(given.pop("train_blocks", "")), given.pop("blocks", depth)
+    if not isinstance(count, int) or not 1 <= count <= depth:
+        raise ConfigError(f"--blocks {count}: the model has {depth} layers, so that it can be cut into 1 to {depth}")
+    numbers = sorted({int(number) for number in told.split(",") if number.strip().isdigit()})
+    if not numbers or any(not number.strip().isdigit() for number in told.split(",")):
+        raise ConfigError(
+            f"--tune blocks needs --train-blocks: the model has {depth} layers, cut into {count} blocks; "
+            f"--train-blocks {max(0, count - 2)},{count - 1} trains the last ones"
+        )
+    if numbers[-1] >= count or numbers != list(range(numbers[0], numbers[-1] + 1)):
+        raise ConfigError(
+            f"--train-blocks {told}: name some of 0 to {count - 1} that follow each other; what is below them is only "
+            f"run forward"
+        )
+    layers = split_layers(depth, count)
+    return {"first_layer": sum(layers[: numbers[0]]), "trained_layers": sum(layers[numbers[0] : numbers[-1] + 1])}
+
+
+def _is_of_images(data: object) -> bool:
+    """Whether data are images by their name."""
+    return data == "digits" or (isinstance(data, str | Path) and Path(data).suffix.lower() == ".npz")
+
+
+def _picture_settings(folder: ModelFolder, tune: object, given: Mapping[str, object]) -> dict[str, object]:
+    """`tuning_settings` of an image classifier.
+
+    Raises:
+        ConfigError: one of them is of text, or the model cannot be trained.
+    """
+    if tune != "full":
+        raise ConfigError(
+            f"--tune {tune}: {folder.path} classifies images, and LoRA is for decoders here; leave it out, or train "
+            f"some stages alone with --train-blocks"
+        )
+    data = given.get("data", "digits")
+    is_file = isinstance(data, str | Path) and Path(data).expanduser().is_file()
+    if data == "moby-dick" or (is_file and not _is_of_images(data)):
+        raise ConfigError(
+            f"{folder.path} is a {folder.config['model_type']}, which classifies images, and {data} is text; give a "
+            f"folder with one sub-folder of images per class or an .npz with labels, or fine-tune a decoder"
+        )
+    model = str(folder.path)
+    check_classifier(model)
+    own = {"family": "hf-vision", "method": "exact", "model": model, "init": None if folder.is_plan_only else model}
+    return {"data": "digits", "image_size": pictures_of(model).side, **PICTURE_TUNING, **given, **own}
