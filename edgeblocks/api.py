@@ -32,6 +32,7 @@ from edgeblocks.runs.directory import RunDirectory
 from edgeblocks.runs.disk_room import check_disk, check_work_dir
 from edgeblocks.runs.gathering import Gathered
 from edgeblocks.runs.gathering import gather as gathered
+from edgeblocks.runs.latents import check_vae
 from edgeblocks.runs.locks import locked, locked_away
 from edgeblocks.runs.open_data import check_vocab, stored_source
 from edgeblocks.runs.opening import open_run
@@ -158,6 +159,7 @@ def _resolved(config: Path | str | None, settings: Mapping[str, object]) -> tupl
     if problems:
         raise ConfigError(*problems)
     check_vocab(resolved.run, settings, from_file)
+    check_vae(resolved.run)
     return resolved, profile
 
 
@@ -279,6 +281,7 @@ def resume(
     ram_budget: str | None = None,
     target: str | None = None,
     data: object = None,
+    vae: str | None = None,
     work_dir: str | None = None,
     max_disk_writes: str | None = None,
     precision: str | None = None,
@@ -302,6 +305,7 @@ def resume(
         target: another kind of machine; it has its usual budgets unless these are given too.
         data: where the same data are now, or the data themselves where they came from Python; they are compared by
             their fingerprint.
+        vae: where the same autoencoder is now.
         work_dir: where the block files are now, and will be written.
         max_disk_writes: another limit from now on, counted from the run's beginning.
         precision: another one from now on, for example float32 on a processor that would have to emulate bfloat16.
@@ -322,7 +326,7 @@ def resume(
     with joined(cluster, workers) as nodes, locked(run.path, listener.note):
         data = stored_source(data, run.settings, listener)
         given = {"mem_budget": mem_budget, "ram_budget": ram_budget, "target": target, "data": data}
-        given |= {"work_dir": work_dir, "max_disk_writes": max_disk_writes, "precision": precision}
+        given |= {"vae": vae, "work_dir": work_dir, "max_disk_writes": max_disk_writes, "precision": precision}
         changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
         steps_before = run.settings.run.steps
         if steps is not None and steps != steps_before:

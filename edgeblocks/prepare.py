@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from edgeblocks.data.dataset import DataSet
 from edgeblocks.diffusion.noise import NoisePartition, partition_noise
@@ -17,8 +17,10 @@ from edgeblocks.planning.layer_costs import LayerCosts
 from edgeblocks.planning.planner import make_plan
 from edgeblocks.planning.plans import FEWEST_GOOD_LAYERS, Machine, Plan, PlanRequest
 from edgeblocks.planning.reasons import reason
+from edgeblocks.pretrained.autoencoder import LIBRARY_BYTES, autoencoder
 from edgeblocks.profiling.budgets import TOGETHER_ABOVE_BYTES, budgets_here, budgets_of, with_budgets
 from edgeblocks.profiling.kept_steps import KeptSteps
+from edgeblocks.profiling.latents import grid_decoding_bytes
 from edgeblocks.profiling.looks import expected_looks, grid_sample_bytes, pass_seconds, quality_bytes
 from edgeblocks.profiling.measurement import (
     check_precision,
@@ -302,9 +304,14 @@ def _least_to_train(
     if family_type(run.family).reads == "text":
         data: DataInfo = TextInfo(vocabulary=vocabulary_of(run), length=run.length)
     elif run.image_size is not None:
-        side = run.image_size
+        side, channels, of_latents = run.image_size, 3, {}
+        if run.vae is not None:
+            network = autoencoder(run.vae)
+            of_latents = {"autoencoder": network.sha256(), "picture": (side, side, network.picture_channels)}
+            channels, side, _ = network.latent_shape(side, side)
+        image: dict[str, Any] = {"channels": channels, "height": side, "width": side, **of_latents}
         classes = 2 if family_type(run.family).task == "classes" else 0
-        data = ImageInfo(channels=3, height=side, width=side, num_classes=classes, mean=0.5, scale=1.0)
+        data = ImageInfo(**image, num_classes=classes, mean=0.5, scale=1.0)
     else:
         return 0
     listener.stage("planning")
@@ -352,6 +359,7 @@ def prepare_elsewhere(settings: Settings, profile: "Profile", listener: Listener
     settings = with_precision(settings, data, device=device, half=profile.half_precision, is_here=False)
     traced = trace_costs(settings, data, device=device)
     costs, library_bytes = traced.costs, family_type(settings.run.family).library_bytes
+    library_bytes += 0 if settings.run.vae is None else LIBRARY_BYTES
     machine = replace(machine, planning_bytes=traced.peak_bytes)
     if machine.host is None:
         machine = replace(machine, runtime_bytes=machine.runtime_bytes + library_bytes)
@@ -479,6 +487,7 @@ def _request(settings: Settings, data_bytes: int, data: DataInfo, budgets: tuple
         data_bytes=data_bytes,
         grid_samples=TASKS[family_type(run.family).task].grid_samples,
         sample_bytes=grid_sample_bytes(family),
+        decoding_bytes=grid_decoding_bytes(run, data),
         quality_bytes=quality_bytes(run, data),
         previews=max(run.sample_grids, run.evaluations),
         max_disk_writes=None if run.max_disk_writes is None else parse_size(run.max_disk_writes),

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch import Tensor, nn
+from torch import Tensor, from_numpy, nn
 
 from edgeblocks.data.tokenizer import Tokenizer
 from edgeblocks.diffusion.classification import classified_bytes, classified_together
@@ -26,15 +26,18 @@ from edgeblocks.methods import Frozen
 from edgeblocks.offload.device import Target
 from edgeblocks.planning.planner import inference_micro_batch
 from edgeblocks.planning.plans import micro_batches
+from edgeblocks.pretrained.autoencoder import encoded_means
 from edgeblocks.pretrained.model_folder import model_folder
 from edgeblocks.pretrained.writing import TextWriter
 from edgeblocks.profiling.budgets import budget_of_this_process, device_budget_bytes
+from edgeblocks.profiling.latents import decoding_bytes
 from edgeblocks.profiling.measurement import measure
 from edgeblocks.profiling.precisions import untouched_bytes
 from edgeblocks.progress import Listener, Silent
 from edgeblocks.registry import build_exporter, build_target
 from edgeblocks.runs.apart import steps_left
 from edgeblocks.runs.directory import RunDirectory
+from edgeblocks.runs.latents import autoencoder_of
 from edgeblocks.runs.merging import Merged, check_same_model, merge_model, write_adapter
 from edgeblocks.runs.open_data import stored_source
 from edgeblocks.runs.save_weights import WrittenWeights, write_weights
@@ -167,6 +170,7 @@ class Run:
         host_budget_bytes = budget_bytes
         if target.host_bytes() is not None:
             host_budget_bytes = budget_of_this_process(directory.settings.run, target)
+        autoencoder_of(directory)  # before the memory is measured: its library takes some
         costs, machine = measure(directory.settings, directory.data, None, target, budget_bytes=host_budget_bytes)
         most_together, sample_bytes = samples, CHAIN_COPIES * directory.data.example_bytes
         if directory.family().task == "classes":
@@ -181,7 +185,8 @@ class Run:
                 samples=samples,
                 budget_bytes=budget_bytes,
                 stem_readout_bytes=(4 * costs.parameters(0) if directory.method.one_network else 0)
-                + directory.family().resident_bytes,
+                + directory.family().resident_bytes
+                + decoding_bytes(directory.settings.run, directory.data, samples),
                 sample_bytes=kept_bytes or 0,
                 master=directory.master,
                 frozen=self._frozen,
@@ -217,14 +222,17 @@ class Run:
         mem_budget: str | None = None,
         runner: BlockRunner | None = None,
         on_level: Callable[[int], None] | None = None,
+        on_picture: Callable[[int, int], None] | None = None,
     ) -> np.ndarray:
         """Samples, uint8 [n, H, W, C]. The classes take turns unless one is chosen by number or name.
 
         Args:
             steps: noise levels of the chain, at least one a block; None: 18, or one a block where there are more.
+            on_picture: of a run on latents, called with the pictures that are decoded, and how many there will be.
 
         Raises:
             ConfigError: an impossible argument.
+            RunError: the run's autoencoder is not there, or has changed.
             DoesNotFitError: not even one sample at a time fits the budget.
             OutOfBudgetError: memory was refused at the cap.
         """
@@ -238,6 +246,7 @@ class Run:
             label=label,
             seed=seed,
             on_level=on_level,
+            on_picture=on_picture,
         )
 
     def sample_text(
@@ -403,15 +412,20 @@ class Run:
     def images(self, pixels: np.ndarray) -> Tensor:
         """Images as the network gets them, float32 [N, C, H, W], of uint8 [N, H, W, C] of the run's size.
 
+        Of a run on latents they are encoded, and are the means of their latents.
+
         Raises:
             ConfigError: the run reads text, or the images have another size.
+            RunError: the run's autoencoder is not there, or has changed.
         """
         data = self.directory.data
         if isinstance(data, TextInfo):
             raise ConfigError(f"{self.path} reads text; its tokens come from `run.tokenizer.encode`")
-        shape = (data.height, data.width, data.channels)
-        if pixels.shape[1:] != shape or pixels.dtype != np.uint8:
-            raise ConfigError(f"images are {pixels.dtype} {pixels.shape[1:]}; the run takes uint8 {shape}")
+        if pixels.shape[1:] != data.picture_shape or pixels.dtype != np.uint8:
+            raise ConfigError(f"images are {pixels.dtype} {pixels.shape[1:]}; the run takes uint8 {data.picture_shape}")
+        autoencoder = autoencoder_of(self.directory)
+        if autoencoder is not None:
+            return (from_numpy(encoded_means(autoencoder, pixels)) - data.mean) * data.scale
         family = self.directory.family()
         return family.condition(pixels) if family.task == "classes" else data.to_model(pixels)
 

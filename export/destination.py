@@ -40,7 +40,7 @@ def check_destination(out: Path) -> None:
     if not present:
         return
     try:
-        own = {FILE_NAME, *(name for file in read_manifest(out).files for name in file.names)}
+        own = {FILE_NAME, *(name for file in read_manifest(out).graphs for name in file.names)}
     except RunError as error:
         raise ConfigError(
             f"-o {out} holds something that is not an export that could be replaced ({error}); choose another "

@@ -11,13 +11,23 @@ from edgeblocks.data.tokenizer import TOKENIZER_FILE, Kind
 from edgeblocks.diffusion.noise import sampler_levels
 from edgeblocks.errors import ConfigError
 from edgeblocks.export.destination import check_destination, staged, synced
-from edgeblocks.export.graph import OPSET, Template, Tensors, make_template, trace_own, write_graph
+from edgeblocks.export.graph import (
+    OPSET,
+    Template,
+    Tensors,
+    decoder_signature,
+    make_template,
+    trace_own,
+    trace_whole,
+    write_graph,
+)
 from edgeblocks.export.manifest import sha256_of, write_manifest
 from edgeblocks.export.manifest_types import (
     BlockFile,
     CacheShape,
     ContinuationManifest,
     ContinuerSettings,
+    Decoding,
     ImageManifest,
     ImageSize,
     Manifest,
@@ -31,15 +41,19 @@ from edgeblocks.export.manifest_types import (
 from edgeblocks.export.open_export import open_chain
 from edgeblocks.export.tolerances import NUM_OUTPUTS
 from edgeblocks.export.verify import Listener, verify_export
-from edgeblocks.families.base import TextInfo
+from edgeblocks.families.base import ImageInfo, TextInfo
 from edgeblocks.inference.block_runner import BlockRunner, token_chain
 from edgeblocks.inference.staged_weights import loaded_ema
+from edgeblocks.pretrained.autoencoder import LIBRARY_BYTES
 from edgeblocks.profiling.budgets import check_needed
+from edgeblocks.profiling.latents import decoding_bytes
 from edgeblocks.runs.directory import RunDirectory
+from edgeblocks.runs.latents import autoencoder_of
 from edgeblocks.tasks import TASKS
 from edgeblocks.terminal import command
 from edgeblocks.units import format_bytes
 
+DECODER_FILE = "decoder.onnx"
 EXTERNAL_ABOVE_BYTES = 10**9  # a protobuf file ends at 2 GB, and reading one takes twice its size
 
 
@@ -92,6 +106,9 @@ def export_run(
     with staged(out) as folder:
         files = _write_blocks(run, runner, folder, listener, external_above_bytes)
         manifest = _describe(run, files, folder)
+        if isinstance(manifest, ImageManifest):
+            decoding = _write_decoder(run, folder, len(files), external_above_bytes)
+            manifest = manifest.model_copy(update={"decoding": decoding})
         verified = verify_export(run, runner, open_chain(folder, manifest=manifest), listener)
         # Last of all: a folder has a manifest only if its graphs give torch's numbers.
         manifest = manifest.model_copy(update={"verified": verified})
@@ -103,7 +120,14 @@ def export_bytes(run: RunDirectory) -> int:
     """What an export takes of memory at most, about: it goes with the largest block, or with all stages together."""
     layouts = run.store().layouts
     sizes = [4 * layout.num_parameters for layout in layouts]
-    return LIBRARIES_BYTES + int(BLOCK_COPIES * (sum(sizes) if run.method.one_network else max(sizes)))
+    largest = sum(sizes) if run.method.one_network else max(sizes)
+    autoencoder = autoencoder_of(run)
+    if autoencoder is None:
+        return LIBRARIES_BYTES + int(BLOCK_COPIES * largest)
+    decoder_bytes = sum(4 * parameter.numel() for parameter in autoencoder.decoder("meta").parameters())
+    needed = max(largest, decoder_bytes)
+    decoding = decoding_bytes(run.settings.run, run.data, NUM_OUTPUTS)
+    return LIBRARIES_BYTES + LIBRARY_BYTES + int(BLOCK_COPIES * needed) + 2 * decoding  # by both libraries
 
 
 def _check_memory(run: RunDirectory, listener: Listener, mem_budget: str | None) -> None:
@@ -205,14 +229,33 @@ def _write_blocks(
     return tuple(sorted(files, key=lambda file: file.block))
 
 
+def _write_decoder(run: RunDirectory, folder: Path, number: int, external_above_bytes: int) -> Decoding | None:
+    """Write the graph that makes pictures of latents; None where samples are pictures."""
+    autoencoder = autoencoder_of(run)
+    if autoencoder is None:
+        return None
+    data = run.data
+    assert isinstance(data, ImageInfo)
+    signature = decoder_signature((data.channels, data.height, data.width))
+    graph, tensors = trace_whole(autoencoder.decoder("cpu"), signature)
+    file = _write_graph(folder / DECODER_FILE, number, graph, tensors, external_above_bytes)
+    height, width, channels = data.picture_shape
+    return Decoding(graph=file, picture=ImageSize(channels=channels, height=height, width=width))
+
+
 def _write_block(
     folder: Path, block: int, graph: onnx.ModelProto, tensors: Tensors, external_above_bytes: int
 ) -> BlockFile:
-    path = folder / f"block_{block:03d}.onnx"
+    return _write_graph(folder / f"block_{block:03d}.onnx", block, graph, tensors, external_above_bytes)
+
+
+def _write_graph(
+    path: Path, number: int, graph: onnx.ModelProto, tensors: Tensors, external_above_bytes: int
+) -> BlockFile:
     external = sum(tensor.num_bytes for tensor in tensors.values()) > external_above_bytes
     data_path = write_graph(path, graph, tensors, external=external)
     return BlockFile(
-        block=block,
+        block=number,
         file=path.name,
         data_file=None if data_path is None else data_path.name,
         sha256=sha256_of(path),

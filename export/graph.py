@@ -75,7 +75,7 @@ def make_template(family: AnyFamily, num_layers: int) -> Template | None:
     with torch.no_grad():
         for parameter in probe.parameters():
             parameter.normal_(generator=generator)
-    program = _trace(probe.eval(), family)
+    program = _trace(probe.eval(), _signature_of(probe, family))
     # Constants that match nothing, such as positions, keep their values: they are the same in every block.
     matches = {key: _match(values, probe) for key, values in _constants(program).items()}
     found = {key: match for key, match in matches.items() if match is not None}
@@ -124,9 +124,8 @@ def _bytes_of(initializer: onnx.TensorProto, tensors: Tensors) -> np.ndarray:
     return values
 
 
-def _trace(network: nn.Module, family: AnyFamily) -> torch.onnx.ONNXProgram:
-    """The network as an ONNX program for any batch size, with the inputs and outputs of its family's task."""
-    signature = _continuation_signature(network, family) if family.task == "continuation" else _signature(family)
+def _trace(network: nn.Module, signature: "Signature") -> torch.onnx.ONNXProgram:
+    """The network as an ONNX program for any batch size."""
     with _quiet():
         program = torch.onnx.export(
             network,
@@ -148,6 +147,17 @@ class Signature:
 
     inputs: dict[str, tuple[torch.Tensor, dict[int, Any]]]
     outputs: list[str]
+
+
+def decoder_signature(latent_shape: tuple[int, int, int]) -> Signature:
+    """Latents [b, C, h, w], and the pictures that they become."""
+    batch = torch.export.Dim("batch", min=1)
+    return Signature(inputs={"latents": (torch.zeros(2, *latent_shape), {0: batch})}, outputs=["pictures"])
+
+
+def _signature_of(network: nn.Module, family: AnyFamily) -> Signature:
+    """Inputs and outputs of a block, by its family's task."""
+    return _continuation_signature(network, family) if family.task == "continuation" else _signature(family)
 
 
 def _signature(family: Family) -> Signature:
@@ -253,7 +263,12 @@ def _rename_initializers_(graph: onnx.ModelProto, names: Mapping[str, str]) -> N
 
 def trace_own(network: nn.Module, family: AnyFamily) -> tuple[onnx.ModelProto, Tensors]:
     """The graph of one block traced as it is, and its constants, which may be any function of its weights."""
-    program = _trace(network, family)
+    return trace_whole(network, _signature_of(network, family))
+
+
+def trace_whole(network: nn.Module, signature: Signature) -> tuple[onnx.ModelProto, Tensors]:
+    """The same of a network with these inputs and outputs."""
+    program = _trace(network, signature)
     constants = {
         key: values
         for key, values in _constants(program).items()

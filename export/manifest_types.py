@@ -160,6 +160,18 @@ class ImageSize(Checked):
         return self
 
 
+class Decoding(Checked):
+    """What makes pictures of a chain's samples, where these are latents.
+
+    graph: takes latents float32 [b, channels, height, width] and gives pictures of about 0 to 1; its number follows
+        those of the blocks.
+    picture: the pictures' size.
+    """
+
+    graph: BlockFile
+    picture: ImageSize
+
+
 class Noise(Checked):
     """A `NoiseDistribution`."""
 
@@ -238,6 +250,11 @@ class Manifest(Checked, ABC):
         """What `levels` must be."""
 
     @property
+    def graphs(self) -> tuple[BlockFile, ...]:
+        """All graphs, those of the blocks first."""
+        return self.files
+
+    @property
     def partition(self) -> NoisePartition:
         """Which block owns which noise level. Its training ranges are not widened: nothing is trained here."""
         ends = pairwise(self.boundaries)
@@ -259,9 +276,9 @@ class Manifest(Checked, ABC):
             raise ValueError(f"boundaries={shown(boundaries)}: {needed}")
         if num_blocks != len(boundaries) - 1:
             raise ValueError(f"files lists {num_blocks} blocks, boundaries has {len(boundaries) - 1}")
-        if [file.block for file in self.files] != list(range(num_blocks)):
+        if [file.block for file in self.graphs] != list(range(len(self.graphs))):
             raise ValueError("the blocks of files are not listed in order")
-        names = [name for file in self.files for name in file.names]
+        names = [name for file in self.graphs for name in file.names]
         if len(set(names)) != len(names):
             raise ValueError("two of its files have the same name")
         if self.sampler.steps < num_blocks:
@@ -292,7 +309,10 @@ class NoiseManifest(Manifest):
 class ImageManifest(NoiseManifest):
     """A chain that makes images, or classifies them.
 
-    mean, scale: model space is x = (pixel/255 - mean) * scale, with standard deviation sigma_data.
+    image: the size of what goes through the chain.
+    mean, scale: model space is x = (pixel/255 - mean) * scale, with standard deviation sigma_data; of latents
+        x = (latent - mean) * scale.
+    decoding: what makes pictures of latents; None where samples are pictures.
     deep_range: values of grey of more than 8 bits that become pixels of 0 and 255; None: its upper eight bits of 16 do.
     class_names: () for an unconditional network; a graph takes class numbers, and `num_classes` for "no class".
     """
@@ -304,7 +324,18 @@ class ImageManifest(NoiseManifest):
     sigma_data: Positive
     num_classes: Annotated[int, Field(ge=0, le=MOST_CLASSES)]
     class_names: ListOf[AnyText]
+    decoding: Decoding | None = None
     sampler: SamplerSettings
+
+    @property
+    def graphs(self) -> tuple[BlockFile, ...]:
+        """All graphs, those of the blocks first."""
+        return self.files if self.decoding is None else (*self.files, self.decoding.graph)
+
+    @property
+    def picture(self) -> ImageSize:
+        """The size of a picture."""
+        return self.image if self.decoding is None else self.decoding.picture
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -326,6 +357,8 @@ class ImageManifest(NoiseManifest):
             raise ValueError(f"num_classes={self.num_classes}: a classifier has at least two")
         if self.task == "classes" and (self.sampler.solver, self.sampler.guidance) != ("euler", 1.0):
             raise ValueError("sampler must be euler without guidance for a classifier")
+        if self.task == "classes" and self.decoding is not None:
+            raise ValueError("decoding is of a chain that makes images")
         return self
 
 

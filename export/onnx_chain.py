@@ -74,7 +74,7 @@ class ExportedChain:
             budget_bytes = parse_size(mem_budget or DEFAULT_BUDGET, whole_bytes=target.total_bytes())
         except ValueError as error:
             raise ConfigError(f"--mem-budget {error}") from error
-        sizes = [file.bytes for file in self.manifest.files]
+        sizes = [file.bytes for file in self.manifest.graphs]
         least = target.used_bytes() + self.held_bytes(n) + (sum(sizes) if self.keeps_all else max(sizes))
         if least > budget_bytes:
             raise DoesNotFitError(
@@ -134,7 +134,7 @@ class ExportedChain:
             if not self.keeps_all:
                 self.close()
             # Compared with the manifest's checksums before onnxruntime parses it.
-            path = checked_path(self.directory, self.manifest.files[block])
+            path = checked_path(self.directory, self.manifest.graphs[block])
             try:
                 self._sessions[block] = Session(path)
             except Exception as error:  # onnxruntime's errors have no common base

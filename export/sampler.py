@@ -6,7 +6,7 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
-from edgeblocks.data.pictures import to_uint8
+from edgeblocks.data.pictures import pictures_together, to_uint8
 from edgeblocks.diffusion.noise import sampler_levels
 from edgeblocks.diffusion.solver import Solver, check_request, class_number, classes_in_turn, guide, integrate
 from edgeblocks.errors import ConfigError
@@ -18,8 +18,10 @@ class Sampler(ImageChain):
     """An exported chain that makes images."""
 
     def held_bytes(self, n: int) -> int:
-        """Noise, and what the solver keeps of each sample: six copies."""
-        return 4 * 6 * n * math.prod(self.manifest.image_shape)
+        """Noise, and what the solver keeps of each sample: six copies; and pictures that are made of latents."""
+        picture = self.manifest.picture
+        pictures_bytes = n * picture.height * picture.width * picture.channels
+        return 4 * 6 * n * math.prod(self.manifest.image_shape) + (pictures_bytes if self.manifest.decoding else 0)
 
     @property
     def conditional(self) -> bool:
@@ -36,6 +38,7 @@ class Sampler(ImageChain):
         seed: int = 0,
         micro_batch: int | None = None,
         on_level: Callable[[int], None] | None = None,
+        on_picture: Callable[[int, int], None] | None = None,
     ) -> NDArray[np.uint8]:
         """Samples, uint8 [n, H, W, C]. The classes take turns unless one is chosen by number or name.
 
@@ -43,6 +46,8 @@ class Sampler(ImageChain):
             steps: noise levels of the chain, at least one a block; None: as exported.
             micro_batch: samples that go through a block together; it sets the memory, not the samples. None: 16.
             on_level: called with the number of noise levels done.
+            on_picture: where samples are latents, called with the pictures that are decoded, and how many there will
+                be.
 
         Raises:
             ConfigError: an impossible argument.
@@ -58,7 +63,36 @@ class Sampler(ImageChain):
             micro_batch=micro_batch,
             on_level=on_level,
         )
-        return to_uint8(x, mean=self.manifest.mean, scale=self.manifest.scale)
+        return self.pictures(x, on_picture=on_picture)
+
+    def pictures(self, x: Values, *, on_picture: Callable[[int, int], None] | None = None) -> NDArray[np.uint8]:
+        """Pixels uint8 [n, H, W, C] of samples in model space; latents are decoded, a few at a time.
+
+        Raises:
+            RunError: as of `sample`.
+        """
+        manifest = self.manifest
+        if manifest.decoding is None:
+            return to_uint8(x, mean=manifest.mean, scale=manifest.scale)
+        picture = manifest.decoding.picture
+        made = np.empty((len(x), picture.height, picture.width, picture.channels), dtype=np.uint8)
+        together = pictures_together(picture.height, picture.width)
+        try:
+            for start in range(0, len(x), together):
+                some = slice(start, start + together)
+                made[some] = to_uint8(self.decode(x[some] / manifest.scale + manifest.mean), mean=0.0, scale=1.0)
+                if on_picture is not None:
+                    on_picture(min(some.stop, len(x)), len(x))
+        finally:
+            self.close()
+        return made
+
+    def decode(self, latents: Values) -> Values:
+        """Pictures float32 [n, C, H, W] of about 0 to 1, of latents [n, c, h, w]."""
+        assert self.manifest.decoding is not None
+        graph, picture = self.manifest.decoding.graph, self.manifest.decoding.picture
+        shape = len(latents), picture.channels, picture.height, picture.width
+        return self.run_graph(graph.block, {"latents": latents.astype(np.float32, copy=False)}, [shape])[0]
 
     def sample_model_space(
         self,

@@ -28,8 +28,10 @@ from edgeblocks.export.tolerances import BATCH, NUM_OUTPUTS, check_finite, large
 from edgeblocks.export.writer import Writer
 from edgeblocks.families.base import Level
 from edgeblocks.inference.block_runner import BlockRunner, class_labels, guided
-from edgeblocks.inference.sampling import class_probabilities
+from edgeblocks.inference.sampling import class_probabilities, decode_into_
+from edgeblocks.pretrained.autoencoder import Decoder, decoded
 from edgeblocks.runs.directory import RunDirectory
+from edgeblocks.runs.latents import autoencoder_of
 from edgeblocks.runs.open_data import data_of
 from edgeblocks.seeds import generator_at, start_noise
 
@@ -90,7 +92,7 @@ def verify_export(
         RunError: the network gives values that are not numbers.
     """
     listener.stage("verifying against torch")
-    total = len(run.layers) + 1
+    total = len(chain.manifest.graphs) + 1
     data_set = _real_data(run, listener)
     block_error = 0.0
     for block in range(len(run.layers)):
@@ -98,8 +100,15 @@ def verify_export(
         _enforce(f"block {block}", error, block_limit, where)
         block_error = max(block_error, error)
         listener.advance(block + 1, total, "verifying")
+    decoder = _decoder_of(run)
+    if decoder is not None:
+        assert isinstance(chain, Sampler)
+        error, where = decoder_difference(run, decoder, chain, data_set)
+        _enforce("the decoder", error, block_limit, where)
+        block_error = max(block_error, error)
+        listener.advance(len(run.layers) + 1, total, "verifying")
     what, same = _WORDS[chain.manifest.task]
-    output_error, equal_share = output_difference(run, runner, chain, data_set)
+    output_error, equal_share = output_difference(run, runner, chain, data_set, decoder=decoder)
     _enforce(f"the chain of {len(run.layers)} blocks", output_error, output_limit, f"{what} of {NUM_OUTPUTS}")
     listener.advance(total, total, "verifying")
     listener.note(
@@ -143,6 +152,30 @@ def block_difference(
             worst, worst_case = difference, case
     assert worst_case is not None
     return worst, f"{worst_case.what}, batch {len(worst_case.z)}"
+
+
+def _decoder_of(run: RunDirectory) -> Decoder | None:
+    """What makes pictures of latents, in torch; None where samples are pictures."""
+    autoencoder = autoencoder_of(run)
+    return None if autoencoder is None else autoencoder.decoder("cpu")
+
+
+def decoder_difference(
+    run: RunDirectory, decoder: Decoder, sampler: Sampler, data_set: DataSet | None
+) -> tuple[float, str]:
+    """The largest difference of pictures, of values from 0 to 1, and the latents that show it: random ones and those of
+    real images."""
+    shape = run.family().state_shape
+    random = np.random.default_rng(run.settings.run.seed).standard_normal((2, *shape), dtype=np.float32)
+    cases = {"random latents": random}
+    if data_set is not None:
+        cases["latents of a real image"] = data_set.gather(data_set.evaluation_indices(1))[0][:, 0]
+    differences = []
+    for what, latents in cases.items():
+        expected = decoded(decoder, latents, device="cpu")
+        check_finite(expected, "the decoder")
+        differences.append((largest_difference(sampler.decode(latents), expected), what))
+    return max(differences)
 
 
 def block_cases(run: RunDirectory, data_set: DataSet | None, block: int) -> Iterator[Case]:
@@ -214,7 +247,12 @@ def text_cases(run: RunDirectory, data_set: DataSet | None, block: int) -> Itera
 
 
 def output_difference(
-    run: RunDirectory, runner: BlockRunner, chain: ExportedChain, data_set: DataSet | None
+    run: RunDirectory,
+    runner: BlockRunner,
+    chain: ExportedChain,
+    data_set: DataSet | None,
+    *,
+    decoder: Decoder | None = None,
 ) -> tuple[float, float]:
     """The largest difference of what the two chains make, and the share of it that is the same in the end."""
     if isinstance(chain, Classifier):
@@ -224,7 +262,7 @@ def output_difference(
     if isinstance(chain, Continuer):
         return verify_text.text_difference(run, runner, chain, data_set)
     assert isinstance(chain, Sampler)
-    return _image_difference(run, runner, chain)
+    return _image_difference(run, runner, chain, decoder)
 
 
 def _class_difference(
@@ -276,7 +314,9 @@ def _text_difference(run: RunDirectory, runner: BlockRunner, writer: Writer) -> 
     return worst, float((found == expected).mean())
 
 
-def _image_difference(run: RunDirectory, runner: BlockRunner, sampler: Sampler) -> tuple[float, float]:
+def _image_difference(
+    run: RunDirectory, runner: BlockRunner, sampler: Sampler, decoder: Decoder | None
+) -> tuple[float, float]:
     """Of images in model space, and the share of their pixels that agree as uint8."""
     settings, family = sampler.manifest.sampler, run.family()
     assert family.task == "images"
@@ -299,8 +339,13 @@ def _image_difference(run: RunDirectory, runner: BlockRunner, sampler: Sampler) 
     difference = largest_difference(found, expected)
     if not np.isfinite(difference):
         return difference, 0.0
-    pixels = [to_uint8(x, mean=data.mean, scale=data.scale) for x in (found, expected)]
-    return difference, float((pixels[0] == pixels[1]).mean())
+    if decoder is None:
+        same = to_uint8(expected, mean=data.mean, scale=data.scale)
+    else:
+        same = np.empty((NUM_OUTPUTS, *data.picture_shape), dtype=np.uint8)
+        latents = np.asarray(expected / data.scale + data.mean, dtype=np.float32)
+        decode_into_(same, latents, decoder, device="cpu")
+    return difference, float((sampler.pictures(found) == same).mean())
 
 
 def _real_data(run: RunDirectory, listener: Listener) -> DataSet | None:

@@ -82,6 +82,13 @@ SETTINGS: dict[str, Any] = {
             "of text, or of records with a text each (.jsonl, .json, .csv, .tsv, .parquet)."
         ),
     ],
+    "vae": Annotated[
+        str | None,
+        typer.Option(
+            help="Of images: folder of an autoencoder of diffusers (config.json, diffusion_pytorch_model.safetensors); "
+            "a dit is then trained on its latents.",
+        ),
+    ],
     "text_key": Annotated[
         str | None,
         typer.Option(help="Of records of text: the key or column that holds it.", show_default="text"),

@@ -105,8 +105,10 @@ def sample(
             return
         levels = usual_steps(loaded.directory) if steps is None else steps
         sampled = partial(listener.advance, total=levels, text="sampling")
+        decoded = partial(listener.advance, text="decoding")
+        told = partial(loaded.sample, on_level=sampled, on_picture=decoded)
         request.images(
-            partial(loaded.sample, steps=levels, seed=seed, mem_budget=mem_budget, on_level=sampled),
+            partial(told, steps=levels, seed=seed, mem_budget=mem_budget),
             num_classes=len(loaded.directory.class_names),
         )
 
@@ -233,6 +235,6 @@ def run(
         levels = manifest.sampler.steps if steps is None else steps
         with ConsoleListener() as listener, exported.within(mem_budget, n=request.num_images):
             sampled = partial(listener.advance, total=levels, text="sampling")
-            request.images(
-                partial(exported.sample, steps=levels, seed=seed, on_level=sampled), num_classes=manifest.num_classes
-            )
+            decoded = partial(listener.advance, text="decoding")
+            told = partial(exported.sample, on_level=sampled, on_picture=decoded)
+            request.images(partial(told, steps=levels, seed=seed), num_classes=manifest.num_classes)

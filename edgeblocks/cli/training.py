@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from edgeblocks.callbacks import Callback
 
 RESUME_SETTINGS = frozenset(
-    {"steps", "mem_budget", "ram_budget", "target", "data", "work_dir", "max_disk_writes", "precision"}
+    {"steps", "mem_budget", "ram_budget", "target", "data", "vae", "work_dir", "max_disk_writes", "precision"}
 )
 """Settings that a run may change when it goes on: steps, precision, and what changes no number of the result."""
 
@@ -64,7 +64,7 @@ def train(
         typer.Option(
             help="Go on with this run directory. It keeps its settings; --steps may be more than before (the learning "
             "rate rises again and falls along a new cosine), and --mem-budget, --ram-budget, --target, --data "
-            "(its new place), --work-dir, --max-disk-writes and --precision may be others."
+            "and --vae (their new places), --work-dir, --max-disk-writes and --precision may be others."
         ),
     ] = None,
     reinit_block: Annotated[

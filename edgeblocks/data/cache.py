@@ -332,18 +332,18 @@ def meta_digest(meta: Mapping[str, object]) -> str:
     return hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()
 
 
-def read_rows(path: Path, shape: tuple[int, ...]) -> NDArray[np.int64]:
-    """A whole array of this shape.
+def read_rows(path: Path, shape: tuple[int, ...], dtype: type[Value]) -> NDArray[Value]:
+    """A whole array of this shape and type.
 
     Raises:
         OSError, ValueError: unreadable, or another array.
     """
     with open_regular(path) as file:
-        found, start = _array_in(file, np.dtype(np.int64), shape[0])
+        found, start = _array_in(file, np.dtype(dtype), shape[0])
         if found != shape:
             raise ValueError("the arrays have different lengths")
         file.seek(start)
-        return np.fromfile(file, dtype=np.int64, count=math.prod(shape)).reshape(shape)
+        return np.fromfile(file, dtype=dtype, count=math.prod(shape)).reshape(shape)
 
 
 def _open_cache(folder: Path, read: Callable[[Path], Stored]) -> Stored | None:

@@ -256,10 +256,10 @@ def _read_cache(folder: Path) -> StoredImages:
     num_images, height, width, num_channels = image_file.view.shape
     if list(image_file.view.shape) != meta["shape"] or not 0 < num_channels * height * width <= 3 * MOST_PIXELS:
         raise ValueError("the images have another shape")
-    labels = read_rows(folder / "labels.npy", (num_images,)) if "labels.npy" in meta["file_bytes"] else None
+    labels = read_rows(folder / "labels.npy", (num_images,), np.int64) if "labels.npy" in meta["file_bytes"] else None
     if labels is not None and hashlib.sha256(labels.data).hexdigest() != meta["label_sha256"]:
         raise ValueError("the labels are damaged")
-    moments = read_rows(folder / "moments.npy", (num_images, 2))
+    moments = read_rows(folder / "moments.npy", (num_images, 2), np.int64)
     if not _are_moments(moments, num_channels * height * width):
         raise ValueError("the moments are of no images")
     fingerprint = meta["fingerprint"]

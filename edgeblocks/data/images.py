@@ -74,15 +74,28 @@ class ImageSet:
     warnings: tuple[str, ...] = ()
     deep_range: GreyRange | None = None
 
-    def gather(self, indices: NDArray[np.int64]) -> tuple[NDArray[np.uint8], NDArray[np.int64] | None]:
-        """Copies of the images uint8 [b, H, W, C] and labels int64 [b] at `indices`; leaves nothing else resident.
+    def pixels(self, indices: NDArray[np.int64]) -> NDArray[np.uint8]:
+        """Copies of the images uint8 [b, H, W, C] at `indices`; leaves nothing else resident.
 
         Raises:
             StorageError: the cache cannot be read any more.
         """
         indices = np.asarray(indices, dtype=np.int64)
-        images = self.images[indices] if self.image_file is None else self.image_file.read(indices)
-        return images, None if self.labels is None else self.labels[indices]
+        return self.images[indices] if self.image_file is None else self.image_file.read(indices)
+
+    def gather(self, indices: NDArray[np.int64]) -> tuple[NDArray[Any], NDArray[np.int64] | None]:
+        """`pixels`, and labels int64 [b]; leaves nothing else resident.
+
+        Raises:
+            StorageError: the cache cannot be read any more.
+        """
+        return self.pixels(indices), None if self.labels is None else self.labels[np.asarray(indices, dtype=np.int64)]
+
+    @property
+    def example_shape(self) -> tuple[int, int, int]:
+        """(height, width, channels) of an example."""
+        _, height, width, channels = self.images.shape
+        return height, width, channels
 
     @property
     def tokenizer(self) -> None:

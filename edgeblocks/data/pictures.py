@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+_PIECE_PIXELS = 256 * 256
+"""Of the pictures that go through an autoencoder together. Fixed, so that no budget changes a bit of them."""
 _PADDING_GREY = 224  # seen beside images with a black background and with a white one
 
 
@@ -98,3 +100,12 @@ def to_uint8(images: NDArray[np.floating], *, mean: float, scale: float) -> NDAr
         )
     pixels: NDArray[np.uint8] = np.rint(255 * np.clip(images / scale + mean, 0, 1)).astype(np.uint8)
     return np.ascontiguousarray(pixels.transpose(0, 2, 3, 1))
+
+
+def pictures_together(height: int, width: int) -> int:
+    """How many go through an autoencoder at a time.
+
+    >>> pictures_together(256, 256), pictures_together(512, 512), pictures_together(32, 32)
+    (1, 1, 64)
+    """
+    return max(1, _PIECE_PIXELS // (height * width))

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from edgeblocks.data.dataset import DataSet
 from edgeblocks.data.images import ImageSet
+from edgeblocks.data.latents import LatentSet
 from edgeblocks.data.text import TextSet
 from edgeblocks.diffusion.noise import NoiseDistribution, NoisePartition, NoiseRange
 from edgeblocks.errors import ConfigError
@@ -73,6 +74,9 @@ class ImageInfo:
     Model space is x = (pixel/255 - mean) * scale, which has standard deviation sigma_data. `num_classes` is 0 when the
     set has no labels. `deep_range` are the values of grey of more than 8 bits that become 0 and 255, for pictures that
     are classified later; None where its upper eight bits of 16 are kept.
+
+    Where the network sees latents, `autoencoder` is the sha256 of what makes them, x = (latent - mean) * scale, and
+    `picture` the height, width and channels of the pictures that they become.
     """
 
     channels: int
@@ -82,11 +86,27 @@ class ImageInfo:
     mean: float
     scale: float
     deep_range: tuple[int, int] | None = None
+    autoencoder: str | None = None
+    picture: tuple[int, int, int] | None = None
 
     @property
     def example_bytes(self) -> int:
         """Of one example as a network's input."""
         return 4 * self.channels * self.height * self.width
+
+    @property
+    def picture_shape(self) -> tuple[int, int, int]:
+        """(height, width, channels) of a picture."""
+        return (self.height, self.width, self.channels) if self.picture is None else self.picture
+
+    def clean(self, examples: np.ndarray, generator: torch.Generator) -> Float[Tensor, "batch channels height width"]:
+        """A data set's examples in model space: `to_model` of pixels; of means and deviations float32 [N, 2, C, h, w]
+        latents that are drawn anew each time."""
+        if self.autoencoder is None:
+            return self.to_model(examples)
+        mean, deviation = torch.from_numpy(examples).unbind(1)
+        drawn = torch.randn(mean.shape, generator=generator).mul_(deviation).add_(mean)
+        return drawn.sub_(self.mean).mul_(self.scale)
 
     def to_model(self, pixels: np.ndarray) -> Float[Tensor, "batch channels height width"]:
         """uint8 [N, H, W, C] to model space: zero mean, standard deviation sigma_data."""
@@ -227,7 +247,8 @@ class ImageFamily(BaseFamily):
     def data_info(cls, data: DataSet) -> ImageInfo:
         """What the network must know of an image set; model space has the standard deviation `sigma_data`."""
         assert isinstance(data, ImageSet)
-        _, height, width, channels = data.images.shape
+        height, width, channels = data.example_shape
+        latents = data if isinstance(data, LatentSet) else None
         return ImageInfo(
             channels=channels,
             height=height,
@@ -236,6 +257,8 @@ class ImageFamily(BaseFamily):
             mean=data.mean,
             scale=cls.sigma_data / data.std,
             deep_range=data.deep_range,
+            autoencoder=None if latents is None else latents.autoencoder,
+            picture=None if latents is None else latents.picture_shape,
         )
 
     def __init__(self, settings: NoiseSettings, data: ImageInfo) -> None:

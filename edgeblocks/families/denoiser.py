@@ -15,7 +15,16 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from edgeblocks.diffusion.noise import NoiseRange, loss_weight
-from edgeblocks.families.base import NOISE_FEATURES, Batch, BatchSpec, ConditionSpec, ImageFamily, Level, draw_sigmas
+from edgeblocks.families.base import (
+    NOISE_FEATURES,
+    Batch,
+    BatchSpec,
+    ConditionSpec,
+    ImageFamily,
+    ImageInfo,
+    Level,
+    draw_sigmas,
+)
 from edgeblocks.families.block import Block
 from edgeblocks.families.family import EndToEnd
 from edgeblocks.families.layers import Condition, LabelEmbedding, Linear, noise_features, run_layers
@@ -212,6 +221,15 @@ class ImageDenoiser(ImageFamily, EndToEnd):
     settings_type: type = DenoiserSettings
     settings: DenoiserSettings
 
+    def data_problems(self, data: ImageInfo) -> list[str]:
+        """Whether its pictures can be mirrored."""
+        if self.settings.flip and data.autoencoder is not None:
+            return [
+                "flip=true mirrors latents, and an autoencoder makes other ones of mirrored pictures; leave it out, or "
+                "put mirrored pictures among the data"
+            ]
+        return []
+
     @property
     def conditional(self) -> bool:
         return self.data.num_classes > 0
@@ -239,10 +257,10 @@ class ImageDenoiser(ImageFamily, EndToEnd):
         return spec
 
     def draw(
-        self, pixels: np.ndarray, labels: np.ndarray | None, noise_range: NoiseRange, generator: torch.Generator
+        self, examples: np.ndarray, labels: np.ndarray | None, noise_range: NoiseRange, generator: torch.Generator
     ) -> Batch:
         """One training step's batch: sigma uniform in q between the widened ends, labels dropped for guidance."""
-        clean = self.data.to_model(pixels)
+        clean = self.data.clean(examples, generator)
         count = len(clean)
         if self.settings.flip:
             # Every draw comes from the step's generator in this order: in another one the same step would be another
@@ -259,10 +277,10 @@ class ImageDenoiser(ImageFamily, EndToEnd):
         return batch
 
     def at_level(
-        self, pixels: np.ndarray, labels: np.ndarray | None, level: Level, generator: torch.Generator
+        self, examples: np.ndarray, labels: np.ndarray | None, level: Level, generator: torch.Generator
     ) -> Batch:
         """A batch at one noise level, for evaluation: no flip, no dropped labels."""
-        clean = self.data.to_model(pixels)
+        clean = self.data.clean(examples, generator)
         batch = {
             "clean": clean,
             "eps": torch.randn(clean.shape, generator=generator),

@@ -101,8 +101,8 @@ class Dit(ImageDenoiser):
     settings: DitSettings
 
     def data_problems(self, data: ImageInfo) -> list[str]:
-        """Whether patches cover an image."""
-        return patch_problems(self.settings.patch, data)
+        """Whether patches cover an image, and it can be mirrored."""
+        return [*super().data_problems(data), *patch_problems(self.settings.patch, data)]
 
     def block(self, *, num_layers: int, checkpointing: bool) -> DitBlock:
         """A block of `num_layers` layers on torch's default device, parameters not initialised."""

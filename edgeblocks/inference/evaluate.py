@@ -30,6 +30,7 @@ from edgeblocks.profiling.budgets import device_budget_bytes
 from edgeblocks.progress import Listener
 from edgeblocks.registry import build_target
 from edgeblocks.runs.directory import RunDirectory
+from edgeblocks.runs.latents import autoencoder_of
 from edgeblocks.runs.open_data import open_run_data
 from edgeblocks.seeds import generator_at
 from edgeblocks.tasks import TASKS, TEXT_TASKS
@@ -147,6 +148,7 @@ def _check(task: str, samples: int | None, steps: int | None) -> None:
 
 def _run_data(directory: RunDirectory, mem_budget: str | None, listener: Listener) -> DataSet:
     """The data of a run, after a look that they are those."""
+    autoencoder_of(directory)
     target = build_target(directory.settings.run.target)
     target.prepare()
     budget_bytes = directory.plan.ram_budget_bytes or directory.plan.budget_bytes
@@ -216,6 +218,7 @@ class Evaluation:
             steps=self.steps,
             seed=self.seed,
             on_level=lambda done: self.listener.advance(done, self.steps, "sampling"),
+            on_picture=lambda done, total: self.listener.advance(done, total, "decoding"),
         )
 
     def _add_continuation_(self, result: Evaluated, runner: BlockRunner, text: TextSet) -> None:

@@ -288,7 +288,7 @@ def sample_distance(samples: np.ndarray, images: ImageSet) -> SampleDistance:
 
     def features_of(indices: np.ndarray) -> np.ndarray:
         chunks = [indices[start : start + FEATURE_CHUNK] for start in range(0, len(indices), FEATURE_CHUNK)]
-        return np.concatenate([image_features(images.gather(chunk)[0]) for chunk in chunks])
+        return np.concatenate([image_features(images.pixels(chunk)) for chunk in chunks])
 
     count = len(samples)
     # More of them than samples: the distance has the noise of both sets, and real images cost only their features.

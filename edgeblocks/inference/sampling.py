@@ -27,8 +27,11 @@ from edgeblocks.families.base import ImageInfo
 from edgeblocks.families.family import FamilyOfContinuations, FamilyOfImages, FamilyOfText
 from edgeblocks.inference.block_runner import BlockRunner, EmaSource, class_labels, guided, token_chain
 from edgeblocks.inference.tuned_text import tuned_writer
+from edgeblocks.pretrained.autoencoder import Decoder as LatentDecoder
+from edgeblocks.pretrained.autoencoder import decoded
 from edgeblocks.pretrained.decoder import Decoder
 from edgeblocks.runs.directory import RunDirectory
+from edgeblocks.runs.latents import autoencoder_of
 from edgeblocks.seeds import start_noise
 from edgeblocks.tasks import TASKS, TEXT_TASKS
 from edgeblocks.terminal import command
@@ -89,6 +92,7 @@ def sample_images(
     label: int | str | None = None,
     seed: int,
     on_level: Callable[[int], None] | None = None,
+    on_picture: Callable[[int, int], None] | None = None,
 ) -> np.ndarray:
     """See `Run.sample`."""
     family = directory.family()
@@ -104,7 +108,9 @@ def sample_images(
     levels = sampler_levels(directory.partition, num_steps=steps)
     labels = class_labels(n, num_classes=family.data.num_classes, chosen=class_number(label, directory.class_names))
     data = family.data
-    made = np.empty((n, data.height, data.width, data.channels), dtype=np.uint8)
+    autoencoder = autoencoder_of(directory)
+    made = np.empty((n, *data.picture_shape), dtype=np.uint8)
+    latents = np.empty((n if autoencoder else 0, *family.state_shape), dtype=np.float32)
     with runners(samples=n) as runner:
         groups = range(0, n, runner.together or n)
         for done, first in enumerate(groups):
@@ -117,8 +123,35 @@ def sample_images(
                 solver=solver,
                 on_level=_in_turn(on_level, done, len(groups), steps),
             )
-            made[chosen_ones] = pictures.to_uint8(x.numpy(), mean=data.mean, scale=data.scale)
+            if autoencoder is None:
+                made[chosen_ones] = pictures.to_uint8(x.numpy(), mean=data.mean, scale=data.scale)
+            else:
+                latents[chosen_ones] = x.numpy() / data.scale + data.mean
+        if autoencoder is not None:
+            device = str(runner.device)
+            decode_into_(made, latents, autoencoder.decoder(device), device=device, on_picture=on_picture)
     return made
+
+
+def decode_into_(
+    made: NDArray[np.uint8],
+    latents: NDArray[np.float32],
+    decoder: LatentDecoder,
+    *,
+    device: str,
+    on_picture: Callable[[int, int], None] | None = None,
+) -> None:
+    """Pictures uint8 [n, H, W, c] of latents [n, C, h, w], a few at a time.
+
+    Raises:
+        RunError: a value is not a number.
+    """
+    together = pictures.pictures_together(*made.shape[1:3])
+    for start in range(0, len(made), together):
+        some = slice(start, start + together)
+        made[some] = pictures.to_uint8(decoded(decoder, latents[some], device=device), mean=0.0, scale=1.0)
+        if on_picture is not None:
+            on_picture(min(some.stop, len(made)), len(made))
 
 
 def _noise(family: FamilyOfImages, samples: Sequence[int], *, seed: int) -> Tensor:

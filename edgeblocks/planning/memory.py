@@ -178,6 +178,7 @@ def preview_bytes(costs: LayerCosts, machine: Machine, request: PlanRequest, num
     # A preview holds copies of stem and readout while the stages between them are loaded in turn.
     stem_readout_bytes = 4 * costs.parameters(0) if request.method.one_network else 0
     forward = forward_bytes(costs, machine, num_layers, micro_batch) + stem_readout_bytes
+    forward = max(forward, request.decoding_bytes)  # pictures are made of samples when the network has made these
     if machine.host is not None:
         return forward + micro_batch * (costs.batch_bytes_per_sample + request.sample_bytes)
     return forward + _grid_bytes(costs, request, micro_batch)

@@ -155,6 +155,8 @@ class PlanRequest:
     """Samples that are made together during training."""
     sample_bytes: int = 0
     """What one that is written token by token keeps: its KV cache."""
+    decoding_bytes: int = 0
+    """What makes pictures of samples that are latents, for as many as are made during training."""
     quality_bytes: int = 0
     """What measuring the quality during training keeps beside the network."""
     previews: int = 0

@@ -40,7 +40,7 @@ class ModelFolder:
         if kind is not None:
             raise ConfigError(f"{path}: {_QUANTIZED.format(kind=kind)}")
         names = _shards(path)
-        self.files = [_opened(path / name) for name in names]
+        self.files = [opened(path / name) for name in names]
         self.is_plan_only = not names
         """Whether it has a config alone, which is enough to plan."""
         self._file_of = {name: file for file in self.files for name in file.tensors}
@@ -191,6 +191,18 @@ def _config(path: Path) -> dict[str, Any]:
             f"{path}: a GGUF file holds quantized weights for other programs; take the model's folder with "
             f"{CONFIG} and .safetensors files, which it was made of"
         )
+    config = read_config(path)
+    if not isinstance(config.get("model_type"), str):
+        raise ConfigError(f"{path / CONFIG} names no model_type, so it is no model's; download the model again")
+    return config
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The config.json of a folder as hubs have them.
+
+    Raises:
+        ConfigError: there is no such folder, or it has none.
+    """
     if not path.is_dir():
         name = str(path)
         if not path.is_absolute() and name.count("/") == 1:
@@ -208,9 +220,7 @@ def _config(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path} has no {CONFIG}, so it is no model's folder; name one that has it.{hint}") from error
     except (OSError, MalformedFileError) as error:
         raise ConfigError(f"{path / CONFIG} cannot be read ({error}); download the model again") from error
-    if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
-        raise ConfigError(f"{path / CONFIG} names no model_type, so it is no model's; download the model again")
-    return config
+    return config if isinstance(config, dict) else {}
 
 
 def _quantization(config: Mapping[str, Any]) -> str | None:
@@ -252,7 +262,12 @@ def _shards(path: Path) -> list[str]:
     return shards
 
 
-def _opened(path: Path) -> TensorFile:
+def opened(path: Path) -> TensorFile:
+    """A file's table, checked.
+
+    Raises:
+        ConfigError: it cannot be read, or is damaged.
+    """
     try:
         return TensorFile(path)
     except OSError as error:

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -253,4 +254,16 @@ def traced_step(
             loss = family.loss(block, batch)
         if kind != "forward":
             loss.sum().backward()  # type: ignore[no-untyped-call]
+    return storages
+
+
+def traced_forward(network: nn.Module, *shapes: tuple[int, ...]) -> LiveStorages:
+    """Run a network on the meta device once, on tensors of these shapes, and follow its storages; the weights and these
+    tensors are not counted."""
+    storages = LiveStorages()
+    inputs = [torch.empty(shape, device="meta") for shape in shapes]
+    for tensor in (*network.parameters(), *network.buffers(), *inputs):
+        storages.ignore(tensor)
+    with torch.no_grad(), _cpu_attention(), _Follow(storages):
+        network(*inputs)
     return storages

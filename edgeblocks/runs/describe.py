@@ -107,7 +107,10 @@ def _data_facts(run: "RunDirectory") -> dict[str, object]:
     if isinstance(data, TextInfo):
         assert run.tokenizer is not None
         return {"tokenizer": run.tokenizer.kind, "vocabulary": data.vocabulary, "length": data.length}
-    return {"image": f"{data.height}x{data.width}x{data.channels}", "classes": data.num_classes}
+    facts: dict[str, object] = {"image": "x".join(map(str, data.picture_shape)), "classes": data.num_classes}
+    if data.autoencoder is not None:
+        facts["latents"] = f"{data.height}x{data.width}x{data.channels}"
+    return facts
 
 
 def _text_or_none(value: float | None, text_of: Callable[[float], str]) -> str | None:
@@ -122,8 +125,10 @@ def _describe_export(path: Path) -> dict[str, object]:
     if manifest.task in TEXT_TASKS:
         facts = {"tokenizer": manifest.tokenizer, "vocabulary": manifest.vocabulary, "length": manifest.length}
     else:
-        channels, height, width = manifest.image_shape
-        facts = {"image": f"{height}x{width}x{channels}", "classes": manifest.num_classes}
+        picture = manifest.picture
+        facts = {"image": f"{picture.height}x{picture.width}x{picture.channels}", "classes": manifest.num_classes}
+        if manifest.decoding is not None:
+            facts["latents"] = f"{manifest.image.height}x{manifest.image.width}x{manifest.image.channels}"
     return {
         "kind": "export",
         "family": manifest.family,
@@ -131,6 +136,6 @@ def _describe_export(path: Path) -> dict[str, object]:
         "blocks": len(manifest.files),
         "opset": manifest.opset,
         **facts,
-        "disk": format_bytes(sum(file.bytes for file in manifest.files)),
+        "disk": format_bytes(sum(file.bytes for file in manifest.graphs)),
         "verified": manifest.verified.model_dump(),
     }

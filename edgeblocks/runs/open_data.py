@@ -16,9 +16,11 @@ from edgeblocks.data.tokenise import tokenise_in_child
 from edgeblocks.data.tokenizer import build_tokenizer, read_tokenizer
 from edgeblocks.errors import ConfigError, DoesNotFitError, NoRoomToReadError
 from edgeblocks.offload.device import Target
+from edgeblocks.pretrained.autoencoder import library as diffusers
 from edgeblocks.profiling.budgets import TOGETHER_ABOVE_BYTES, budget_of_this_process, room_beside, with_budgets
 from edgeblocks.progress import Listener
 from edgeblocks.registry import build_target, family_type
+from edgeblocks.runs.latents import latents_of
 from edgeblocks.settings.fields import TOKENIZERS, RunSettings, Settings
 from edgeblocks.units import PROCESSES_DIFFER_BYTES, advised_budget, format_bytes, who_holds
 
@@ -63,7 +65,7 @@ def data_of(
             room_bytes=room_bytes,
             elsewhere=lambda: tokenise_in_child(request, progress),
         )
-    return open_images(
+    images = open_images(
         run.data,
         image_size=run.image_size,
         hold_out=run.hold_out,
@@ -72,6 +74,7 @@ def data_of(
         progress=progress,
         room_bytes=room_bytes,
     )
+    return images if run.vae is None else latents_of(images, run, progress=progress, room_bytes=room_bytes)
 
 
 def check_data_settings(run: RunSettings, reads: str) -> None:
@@ -80,7 +83,7 @@ def check_data_settings(run: RunSettings, reads: str) -> None:
     Raises:
         ConfigError: with all that are of the other kind.
     """
-    others = {"images": ("tokenizer", "vocab", "length", "text_key"), "text": ("image_size",)}[reads]
+    others = {"images": ("tokenizer", "vocab", "length", "text_key"), "text": ("image_size", "vae")}[reads]
     usual = RunSettings()
     problems = [
         f"{name}={getattr(run, name)}: {run.family} reads {reads}, and {name} is for families that do not; leave it out"
@@ -182,6 +185,8 @@ def open_run_data(
     note = cache_note()
     if note is not None:
         listener.note(f"note: {note}")
+    if settings.run.vae is not None:
+        diffusers()  # before the memory is measured that reading may take
     with _refusals_to_read_explained(budget_bytes, target, training_bytes) as room_bytes:
         held_bytes = target.host_used_bytes()
         beside_bytes = room_beside(budget_bytes, held_bytes)

@@ -14,7 +14,7 @@ from pydantic import ConfigDict, Field, ValidationError, model_validator
 
 from edgeblocks.data.tokenizer import Kind
 from edgeblocks.errors import RunError
-from edgeblocks.files.checked import Checked, DeepRange, in_short
+from edgeblocks.files.checked import Checked, DeepRange, Sha256, in_short
 from edgeblocks.files.untrusted import MalformedFileError, open_regular, parse_json, read_object, read_text
 from edgeblocks.limits import (
     LONGEST_SEQUENCE,
@@ -40,6 +40,8 @@ Count = Annotated[int, Field(ge=0, le=2**63)]
 Side = Annotated[int, Field(ge=1, le=LONGEST_SIDE)]
 Seconds = Annotated[float, Field(ge=0)]
 Text = Annotated[str, Field(max_length=2**15)]
+PictureShape = Annotated[tuple[Side, Side, Annotated[int, Field(ge=1, le=MOST_CHANNELS)]], Field(strict=False)]
+"""Height, width and channels."""
 
 
 class ImageFields(Checked):
@@ -49,9 +51,11 @@ class ImageFields(Checked):
     height: Side
     width: Side
     num_classes: Annotated[int, Field(ge=0, le=MOST_CLASSES)]
-    mean: Annotated[float, Field(ge=0, le=1)]
+    mean: Annotated[float, Field(ge=-1e12, le=1e12)]
     scale: Annotated[float, Field(gt=0, le=1e12)]
     deep_range: DeepRange | None = None
+    autoencoder: Sha256 | None = None
+    picture: PictureShape | None = None
     source: Text
     fingerprint: Text
 
@@ -59,6 +63,10 @@ class ImageFields(Checked):
     def _can_be_trained_on(self) -> Self:
         if self.height * self.width > MOST_PIXELS:
             raise ValueError(f"{self.height} x {self.width} pixels are more than {MOST_PIXELS}")
+        if self.autoencoder is None and not 0 <= self.mean <= 1:
+            raise ValueError(f"mean={self.mean:g}: of pixels it is from 0 to 1")
+        if (self.autoencoder is None) != (self.picture is None):
+            raise ValueError("autoencoder and picture are given together")
         return self
 
 

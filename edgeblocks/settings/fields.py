@@ -70,6 +70,11 @@ class RunSettings(BaseModel):
         le=4096,
         description="side to which images are scaled; none: as they are",
     )
+    vae: str | None = Field(
+        default=None,
+        description="of images: folder of an autoencoder of diffusers, whose latents are trained on instead of pixels",
+        json_schema_extra=_may_be("none, or a folder"),
+    )
     hold_out: float = Field(
         default=0.1,
         ge=0,
@@ -351,14 +356,15 @@ class RunSettings(BaseModel):
             raise ValueError(f"a size of at most {_MOST_SIZE_CHARACTERS} characters is needed, for example 6GB")
         return value
 
-    @field_validator("data", "tokenizer", "work_dir", "init", mode="before")
+    @field_validator("data", "vae", "tokenizer", "work_dir", "init", mode="before")
     @classmethod
     def _is_text(cls, value: object) -> object:
+        value = os.fspath(value) if isinstance(value, os.PathLike) else value
         if isinstance(value, str) and not is_text(value):
             raise ValueError(_why_no_text(value))
         return value
 
-    @field_validator("work_dir", "init")
+    @field_validator("vae", "work_dir", "init")
     @classmethod
     def _is_path(cls, text: str | None) -> str | None:
         if text is not None and "\0" in text:
@@ -369,7 +375,7 @@ class RunSettings(BaseModel):
             raise ValueError(f"{error}; write the whole path") from error
         return text
 
-    @field_validator("data", "family", "preset", "tokenizer", "text_key", "init", "init_fresh")
+    @field_validator("data", "vae", "family", "preset", "tokenizer", "text_key", "init", "init_fresh")
     @classmethod
     def _is_not_empty(cls, text: str | None) -> str | None:
         if text is not None and not text.strip():
@@ -437,6 +443,7 @@ class Settings:
             name: _whole_path(name, text)
             for name, text, known in (
                 ("data", self.run.data, BUILT_IN_DATA),
+                ("vae", self.run.vae, (None,)),
                 ("tokenizer", self.run.tokenizer, TOKENIZERS),
                 ("work_dir", self.run.work_dir, (None,)),
                 ("init", self.run.init, (None,)),

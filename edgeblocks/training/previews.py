@@ -138,6 +138,7 @@ class Previews:
             steps=max(self._run.settings.run.sample_steps, len(self._run.layers)),  # each block has a level
             seed=0,
             on_level=self._stop_if_interrupted,
+            on_picture=self._stop_if_interrupted,
         )
         grid = pictures.image_grid(images, columns=10)
         pictures.save_png(path.with_suffix(".png"), grid)

@@ -13,6 +13,7 @@ from edgeblocks.progress import Listener
 from edgeblocks.registry import build_target
 from edgeblocks.runs.create import changed_environment, create_blocks
 from edgeblocks.runs.directory import RunDirectory, remove_leftovers
+from edgeblocks.runs.latents import autoencoder_of
 from edgeblocks.runs.load_weights import InitialWeights, initial_weights_of
 from edgeblocks.runs.merging import check_same_model
 from edgeblocks.runs.open_data import open_run_data
@@ -61,6 +62,7 @@ def made_ready(
     target.prepare()
     budget_bytes = budget_of_this_process(run.settings.run, target)
     # Compared with what the run was trained on before a file of the run is changed.
+    autoencoder_of(run)
     data_set = open_run_data(run.data_settings, listener, budget_bytes=budget_bytes, target=target)
     if data_set.fingerprint != run.data_fingerprint:
         raise RunError(

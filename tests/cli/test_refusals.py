@@ -174,7 +174,8 @@ def test_resume_takes_no_settings(run):
     assert_refused(
         invoke("train", "--resume", run, "--batch", "9"),
         2,
-        r"only --data, --max-disk-writes, --mem-budget, --precision, --ram-budget, --steps, --target, --work-dir may ",
+        r"only --data, --max-disk-writes, --mem-budget, --precision, --ram-budget, --steps, --target, --vae, "
+        r"--work-dir may ",
     )
 
 

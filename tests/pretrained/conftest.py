@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from support.small_autoencoder import write_autoencoder, write_pictures
 from support.small_model import TEXT, transformers, write_model
 
 
@@ -23,3 +24,14 @@ def text(tmp_path_factory):
     path = tmp_path_factory.mktemp("text") / "sea.jsonl"
     path.write_text("".join(json.dumps({"text": TEXT[start:]}) + "\n" for start in range(3)))
     return path
+
+
+@pytest.fixture(scope="session")
+def vae(tmp_path_factory):
+    """Folder of an autoencoder."""
+    return write_autoencoder(tmp_path_factory.mktemp("autoencoder") / "tiny-vae")
+
+
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory):
+    return write_pictures(tmp_path_factory.mktemp("pictures") / "squares.npz")

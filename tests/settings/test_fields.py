@@ -19,7 +19,7 @@ from edgeblocks.settings.reading import read_yaml
 @pytest.mark.parametrize("key", list(RunSettings.model_fields))
 def test_every_run_setting_rejects_wrong_types(key):
     """Each field of RunSettings refuses a list and a text (or, where a text is fine, a number), naming the field."""
-    takes_text = isinstance(RunSettings().model_dump()[key], str) or key in ("work_dir", "init", "init_fresh")
+    takes_text = isinstance(RunSettings().model_dump()[key], str) or key in ("vae", "work_dir", "init", "init_fresh")
     for wrong in ([1, 2], {"a": 1}, 5 if takes_text else "certainly not"):
         if wrong == 5 and RunSettings().model_dump()[key] == "auto" and key != "shared":
             wrong = 0.5  # noqa: PLW2901 - 5 blocks are fine, and half of the steps
