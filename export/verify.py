@@ -30,6 +30,7 @@ from edgeblocks.families.base import Level
 from edgeblocks.inference.block_runner import BlockRunner, class_labels, guided
 from edgeblocks.inference.sampling import class_probabilities, decode_into_
 from edgeblocks.pretrained.autoencoder import Decoder, decoded
+from edgeblocks.registry import build_target
 from edgeblocks.runs.directory import RunDirectory
 from edgeblocks.runs.latents import autoencoder_of
 from edgeblocks.runs.open_data import data_of
@@ -344,7 +345,7 @@ def _image_difference(
     else:
         same = np.empty((NUM_OUTPUTS, *data.picture_shape), dtype=np.uint8)
         latents = np.asarray(expected / data.scale + data.mean, dtype=np.float32)
-        decode_into_(same, latents, decoder, device="cpu")
+        decode_into_(same, latents, decoder, build_target("cpu"))
     return difference, float((sampler.pictures(found) == same).mean())
 
 

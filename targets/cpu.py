@@ -28,10 +28,20 @@ if TYPE_CHECKING:
 # pages made a small network's step almost twice as long (143 ms against 79 ms). Hence fixed thresholds: tensors over
 # 32 MB get pages of their own, smaller ones reuse the heap, which is kept.
 KEPT_HEAP_BYTES = 2**30
+_OWN_PAGES_BYTES = 2**18
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _FILE_PAGES_TO_COME_BYTES = 8_000_000
 """Code of libraries that is touched for the first time after the cap is set, measured 2 to 6 MB."""
 DISK_PROBE_BYTES = 32 * 2**20
+
+
+def _keep_heap(*, largest_bytes: int, kept_bytes: int) -> None:
+    """Take smaller memory from the heap, of which so much is kept, and larger memory from the system (glibc)."""
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError, AttributeError):
+            libc = ctypes.CDLL(None)
+            libc.mallopt(_M_MMAP_THRESHOLD, largest_bytes)
+            libc.mallopt(_M_TRIM_THRESHOLD, kept_bytes)
 
 
 class CpuTarget:
@@ -48,11 +58,17 @@ class CpuTarget:
 
     def prepare(self) -> None:
         """Settings of the process that must come before the first large allocation."""
-        if sys.platform == "linux":
-            with contextlib.suppress(OSError, AttributeError):
-                libc = ctypes.CDLL(None)
-                libc.mallopt(_M_MMAP_THRESHOLD, LARGEST_HEAP_BYTES)
-                libc.mallopt(_M_TRIM_THRESHOLD, KEPT_HEAP_BYTES)
+        _keep_heap(largest_bytes=LARGEST_HEAP_BYTES, kept_bytes=KEPT_HEAP_BYTES)
+
+    @contextlib.contextmanager
+    def without_gaps(self) -> Iterator[None]:
+        """Inside, tensors of more than 256 KB get pages of their own, which are given back with them."""
+        self.give_back()
+        _keep_heap(largest_bytes=_OWN_PAGES_BYTES, kept_bytes=KEPT_HEAP_BYTES)
+        try:
+            yield
+        finally:
+            self.prepare()
 
     def give_back(self) -> None:
         """Return the heap's unused pages to the system."""

@@ -79,6 +79,10 @@ class CudaTarget:
         torch.cuda.empty_cache()
         self._host.give_back()
 
+    def without_gaps(self) -> contextlib.AbstractContextManager[None]:
+        """Of the host's memory; the device's has segments that grow."""
+        return self._host.without_gaps()
+
     def total_bytes(self) -> int:
         """The GPU's memory."""
         return int(torch.cuda.mem_get_info()[1])

@@ -11,6 +11,7 @@ import typer
 from PIL import Image
 from support.commands import invoke
 from support.pages import PAGES, ROOT, blocks_in_order, code_after, command_words, commands, links, page, rows
+from support.small_autoencoder import write_autoencoder
 from support.small_model import write_conversations, write_model
 
 from edgeblocks.cli.main import app
@@ -68,7 +69,8 @@ def small(words):
 
 @pytest.fixture(scope="module")
 def a_users_folder(tmp_path_factory):
-    """Pictures of three classes in photos/ and more/, and one in new/, a model in smollm2/, and conversations."""
+    """Pictures of three classes in photos/ and more/, and one in new/, models in smollm2/ and sd-vae/, and
+    conversations."""
     folder, rng = tmp_path_factory.mktemp("user"), np.random.default_rng(0)
     for name in ("photos/cat", "photos/dog", "photos/owl", "more/cat", "more/dog", "more/owl", "new"):
         (folder / name).mkdir(parents=True)
@@ -76,12 +78,15 @@ def a_users_folder(tmp_path_factory):
             picture = Image.fromarray(rng.integers(0, 256, (8, 8, 3)).astype(np.uint8))
             picture.save(folder / name / f"{number}.jpg")
     write_model(folder / "smollm2")
+    write_autoencoder(folder / "sd-vae")
     write_conversations(folder / "chat.jsonl")
     return folder
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["README.md", "docs/exact.md", "docs/images.md", "docs/several_machines.md"])
+@pytest.mark.parametrize(
+    "name", ["README.md", "docs/exact.md", "docs/images.md", "docs/latents.md", "docs/several_machines.md"]
+)
 def test_the_blocks_of_a_page_work_in_their_order(name, a_users_folder, tmp_path, monkeypatch, one_thread):
     """Each command and each Python block does its work on what those before it on the page have made."""
     for made in a_users_folder.iterdir():

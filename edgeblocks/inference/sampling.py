@@ -27,9 +27,11 @@ from edgeblocks.families.base import ImageInfo
 from edgeblocks.families.family import FamilyOfContinuations, FamilyOfImages, FamilyOfText
 from edgeblocks.inference.block_runner import BlockRunner, EmaSource, class_labels, guided, token_chain
 from edgeblocks.inference.tuned_text import tuned_writer
+from edgeblocks.offload.device import Target
 from edgeblocks.pretrained.autoencoder import Decoder as LatentDecoder
 from edgeblocks.pretrained.autoencoder import decoded
 from edgeblocks.pretrained.decoder import Decoder
+from edgeblocks.registry import build_target
 from edgeblocks.runs.directory import RunDirectory
 from edgeblocks.runs.latents import autoencoder_of
 from edgeblocks.seeds import start_noise
@@ -128,8 +130,8 @@ def sample_images(
             else:
                 latents[chosen_ones] = x.numpy() / data.scale + data.mean
         if autoencoder is not None:
-            device = str(runner.device)
-            decode_into_(made, latents, autoencoder.decoder(device), device=device, on_picture=on_picture)
+            target = build_target(directory.settings.run.target)
+            decode_into_(made, latents, autoencoder.decoder(target.torch_device), target, on_picture=on_picture)
     return made
 
 
@@ -137,8 +139,8 @@ def decode_into_(
     made: NDArray[np.uint8],
     latents: NDArray[np.float32],
     decoder: LatentDecoder,
+    target: Target,
     *,
-    device: str,
     on_picture: Callable[[int, int], None] | None = None,
 ) -> None:
     """Pictures uint8 [n, H, W, c] of latents [n, C, h, w], a few at a time.
@@ -149,7 +151,9 @@ def decode_into_(
     together = pictures.pictures_together(*made.shape[1:3])
     for start in range(0, len(made), together):
         some = slice(start, start + together)
-        made[some] = pictures.to_uint8(decoded(decoder, latents[some], device=device), mean=0.0, scale=1.0)
+        with target.without_gaps():
+            some_made = decoded(decoder, latents[some], device=target.torch_device)
+        made[some] = pictures.to_uint8(some_made, mean=0.0, scale=1.0)
         if on_picture is not None:
             on_picture(min(some.stop, len(made)), len(made))
 

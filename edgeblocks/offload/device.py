@@ -108,6 +108,11 @@ class Target(Protocol):
         """Return memory that is kept for later and unused."""
         ...
 
+    def without_gaps(self) -> AbstractContextManager[None]:
+        """Inside, the process's memory follows the live tensors: for passes whose tensors differ much in size, and that
+        take so long that fresh pages do not matter."""
+        ...
+
     def total_bytes(self) -> int:
         """The device's memory."""
         ...

@@ -1,9 +1,12 @@
 """A run's autoencoder: whether it can be used, the latents that it makes of images, and that it stays the same."""
 
+import numpy as np
+from numpy.typing import NDArray
+
 from edgeblocks.data.cache import cache_folder
 from edgeblocks.data.dataset import Progress
 from edgeblocks.data.images import ImageSet
-from edgeblocks.data.latents import Encode, LatentSet, open_latents
+from edgeblocks.data.latents import Encode, Latents, LatentSet, open_latents
 from edgeblocks.errors import ConfigError, NoRoomToReadError, RunError
 from edgeblocks.families.base import ImageInfo
 from edgeblocks.pretrained.autoencoder import Autoencoder, autoencoder, encoded, library
@@ -68,7 +71,12 @@ def _encoder(network: Autoencoder, height: int, width: int, target_name: str, ro
         what = f"a picture of {height}x{width} pixels, by the encoder of {network.path},"
         raise NoRoomToReadError(what, needed_bytes, cure="make the pictures smaller with --set image_size=..")
     encoder = network.encoder(target.torch_device)
-    return lambda pixels: encoded(encoder, pixels, channels=network.picture_channels, device=target.torch_device)
+
+    def encode(pixels: NDArray[np.uint8]) -> Latents:
+        with target.without_gaps():
+            return encoded(encoder, pixels, channels=network.picture_channels, device=target.torch_device)
+
+    return encode
 
 
 def autoencoder_of(run: RunDirectory) -> Autoencoder | None:
