@@ -10,7 +10,7 @@ from edgeblocks.report.facts import RunFacts
 
 _MOST_CHARACTERS = 400
 _MOST_ROWS = 200
-_OF_DATA = {"images": ("image_size",), "text": ("tokenizer", "vocab", "length")}
+_OF_DATA = {"images": ("image_size", "vae"), "text": ("tokenizer", "vocab", "length")}
 """Settings that only one kind of data has."""
 
 
