@@ -29,3 +29,5 @@ MOST_NOISE = 1e30
 MOST_TOKENS = 2**20
 """Different ones, that is, of a vocabulary."""
 LONGEST_SEQUENCE = 2**17
+MOST_ROUNDS = 20_000
+"""Of a loop in a graph: two runs of a network a step."""

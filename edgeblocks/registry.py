@@ -192,6 +192,11 @@ def open_language_model(directory: Path) -> Any:
     return module.LanguageModel(directory) if module.is_language_model(directory) else None
 
 
+def exports() -> Any:
+    """The module of `edgeblocks.open_export`. Imports no torch."""
+    return importlib.import_module("edgeblocks.export.exported")
+
+
 def _load(table: dict[str, str], name: str, kind: str) -> Any:
     if name not in table:
         own = "; one of your own is made known with edgeblocks.register_family" if kind == "family" else ""

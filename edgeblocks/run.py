@@ -356,6 +356,7 @@ class Run:
         self,
         out: Path | str,
         *,
+        single_file: bool = False,
         weights: str | None = None,
         mem_budget: str | None = None,
         listener: Listener | None = None,
@@ -363,6 +364,8 @@ class Run:
         """Write the run as ONNX graphs with a manifest, verify it against torch, and return the manifest.
 
         Args:
+            single_file: one graph for the whole chain, which runs in any program that has onnxruntime; else one a
+                block, of which one at a time is in memory.
             weights: of a fine-tuned model, as what its matrices are written: int8 (the default), int4 or fp32.
             mem_budget: what it may take of memory; None does not bound it. What it takes is told before it begins.
 
@@ -374,13 +377,15 @@ class Run:
         manifest: dict[str, Any]
         if self.directory.family().only_exact and self.directory.family().task == "continuation":
             weights = weights or "int8"
+            if single_file:
+                raise ConfigError("--single-file: a fine-tuned model is always one graph; leave it out")
             if weights not in ("int8", "int4", "fp32"):
                 raise ConfigError(f"--weights {weights}: int8, int4 or fp32 can be written")
             manifest = build_exporter("language model")(self, Path(out), weights=weights, **told)
             return manifest
         if weights is not None:
             raise ConfigError(f"--weights {weights}: this is for fine-tuned models of text; leave it out")
-        manifest = build_exporter("blocks")(self.directory, Path(out), **told)
+        manifest = build_exporter("blocks")(self.directory, Path(out), single_file=single_file, **told)
         return manifest
 
     def network(self, *, last: bool = False) -> nn.Module:

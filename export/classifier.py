@@ -10,10 +10,10 @@ from numpy.typing import NDArray
 
 from edgeblocks.data.decoding import UnreadableImageError, decode
 from edgeblocks.data.deep_grey import GreyRange
-from edgeblocks.diffusion.classification import classify
+from edgeblocks.diffusion.classification import classify, label_noise
 from edgeblocks.diffusion.noise import sampler_levels
 from edgeblocks.errors import ConfigError, DataError
-from edgeblocks.export.onnx_chain import ImageChain, Values
+from edgeblocks.export.onnx_chain import DEFAULT_MICRO_BATCH, ImageChain, Values, parts
 
 MOST_SHOWN = 5
 _TOGETHER = 64
@@ -69,9 +69,11 @@ class Classifier(ImageChain):
         noises = settings.noises if noises is None else noises
         if noises < 1:
             raise ConfigError(f"--noises {noises}: at least one chain is needed")
-        images = self._to_model(pixels)
         levels = sampler_levels(self.partition, num_steps=settings.steps if steps is None else steps)
         try:
+            if self.in_one_file:
+                return self._in_one_run(pixels, levels, noises, seed, micro_batch)
+            images = self._to_model(pixels)
             return classify(
                 lambda z, sigma: self.denoise(z, sigma, images, micro_batch=micro_batch),
                 pixels=pixels,
@@ -82,6 +84,19 @@ class Classifier(ImageChain):
             )
         finally:
             self.close()
+
+    def _in_one_run(
+        self, pixels: NDArray[np.uint8], levels: Sequence[float], noises: int, seed: int, micro_batch: int | None
+    ) -> Values:
+        """The chain's own graph, some images at a time: each of them goes through it once for each of its chains."""
+        num_classes = self.manifest.num_classes
+        probabilities = np.empty((len(pixels), num_classes), dtype=np.float32)
+        together = max(1, (DEFAULT_MICRO_BATCH if micro_batch is None else micro_batch) // noises)
+        for part in parts(len(pixels), together):
+            noise = label_noise(pixels[part], num_classes=num_classes, noises=noises, seed=seed)
+            feed: dict[str, NDArray[np.generic]] = {"pixels": pixels[part], "noise": noise, "levels": np.array(levels)}
+            (probabilities[part],) = self.run_chain(feed, [(np.float32, probabilities[part].shape)])
+        return probabilities
 
     def classify_files(
         self,

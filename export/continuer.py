@@ -1,15 +1,25 @@
 """Text that an exported directory writes token by token: numpy and onnxruntime, no torch."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+
+import numpy as np
 
 from edgeblocks.data.tokenizer import check_readable
-from edgeblocks.diffusion.autoregression import TokenChain, check_continuing, check_prompt, write_texts, writing_bytes
+from edgeblocks.diffusion.autoregression import (
+    TokenChain,
+    check_continuing,
+    check_prompt,
+    random_numbers,
+    write_texts,
+    writing_bytes,
+)
 from edgeblocks.diffusion.codebook import code_rows
 from edgeblocks.diffusion.noise import sampler_levels
 from edgeblocks.diffusion.token_choice import Tokens, Values, check_options
+from edgeblocks.export.chain_window import ChainWindow
 from edgeblocks.export.manifest import exported_tokenizer
 from edgeblocks.export.manifest_types import ContinuationManifest
-from edgeblocks.export.onnx_chain import DEFAULT_MICRO_BATCH, ExportedChain
+from edgeblocks.export.onnx_chain import DEFAULT_MICRO_BATCH, ExportedChain, parts
 
 
 class Continuer(ExportedChain):
@@ -99,13 +109,16 @@ class Continuer(ExportedChain):
         )
         chain = self.token_chain(steps, length=length)
         check_prompt(prompt, length=chain.length, trained_length=trained_length)
+        together = DEFAULT_MICRO_BATCH if micro_batch is None else micro_batch
         try:
+            if self.in_one_file:
+                return self._in_one_file(chain, prompt, parts(n, together), temperature, top_p, seed, on_token)
             return write_texts(
                 self.continued,
                 chain,
                 prompt=prompt,
                 n=n,
-                together=DEFAULT_MICRO_BATCH if micro_batch is None else micro_batch,
+                together=together,
                 temperature=temperature,
                 top_p=top_p,
                 seed=seed,
@@ -113,6 +126,35 @@ class Continuer(ExportedChain):
             )
         finally:
             self.close()
+
+    def _in_one_file(
+        self,
+        chain: TokenChain,
+        prompt: Tokens,
+        groups: Iterable[slice],
+        temperature: float,
+        top_p: float,
+        seed: int,
+        on_token: Callable[[int, int], None] | None,
+    ) -> Tokens:
+        """`write_texts` with the chain's own graph, once a token."""
+        samples = [range(part.start, part.stop) for part in groups]
+        positions = range(len(prompt), chain.length)
+        texts = []
+        for done, some in enumerate(samples):
+            noise, uniform = random_numbers(chain, some, seed=seed)
+            window = ChainWindow(self.run_chain, chain, noise)
+            window.tokens[:, : len(prompt)] = prompt
+            window.fill(len(prompt))
+            for position in positions:
+                window.tokens[:, position], _ = window.next_token(
+                    position, uniform[:, position], temperature=temperature, top_p=top_p
+                )
+                if on_token is not None:
+                    written = done * len(positions) + position - len(prompt) + 1
+                    on_token(written, len(samples) * len(positions))
+            texts.append(window.tokens)
+        return np.concatenate(texts)
 
     def token_chain(self, steps: int, *, length: int | None = None) -> TokenChain:
         """How a token is written, over `steps` noise levels."""

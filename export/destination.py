@@ -10,8 +10,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
+from edgeblocks.data.tokenizer import TOKENIZER_FILE
 from edgeblocks.errors import ConfigError, RunError, StorageError
-from edgeblocks.export.manifest import FILE_NAME, read_manifest
+from edgeblocks.export.manifest import FILE_NAME, USAGE_NAME, read_manifest
+from edgeblocks.export.manifest_types import WordedManifest
 from edgeblocks.files.durable import sync
 from edgeblocks.files.own import create
 from edgeblocks.units import format_bytes
@@ -40,7 +42,10 @@ def check_destination(out: Path) -> None:
     if not present:
         return
     try:
-        own = {FILE_NAME, *(name for file in read_manifest(out).graphs for name in file.names)}
+        manifest = read_manifest(out)
+        own = {FILE_NAME, USAGE_NAME, *(name for file in manifest.graphs for name in file.names)}
+        if isinstance(manifest, WordedManifest) and manifest.tokenizer_sha256 is not None:
+            own.add(TOKENIZER_FILE)
     except RunError as error:
         raise ConfigError(
             f"-o {out} holds something that is not an export that could be replaced ({error}); choose another "

@@ -1,4 +1,7 @@
-"""From a run to an exported directory: a graph for each block and a manifest, verified against torch."""
+"""From a run to an exported directory: a graph for each block, or for the whole chain, and a manifest.
+
+All is verified against torch.
+"""
 
 from dataclasses import asdict
 from importlib import metadata
@@ -10,6 +13,7 @@ import onnx
 from edgeblocks.data.tokenizer import TOKENIZER_FILE, Kind
 from edgeblocks.diffusion.noise import sampler_levels
 from edgeblocks.errors import ConfigError
+from edgeblocks.export.chain_file import write_chain
 from edgeblocks.export.destination import check_destination, staged, synced
 from edgeblocks.export.graph import (
     OPSET,
@@ -23,6 +27,7 @@ from edgeblocks.export.graph import (
 )
 from edgeblocks.export.manifest import sha256_of, write_manifest
 from edgeblocks.export.manifest_types import (
+    CHAIN_FORMAT_VERSION,
     BlockFile,
     CacheShape,
     ContinuationManifest,
@@ -38,9 +43,12 @@ from edgeblocks.export.manifest_types import (
     masking_levels,
     noise_levels,
 )
+from edgeblocks.export.onnx_chain import ExportedChain
 from edgeblocks.export.open_export import open_chain
 from edgeblocks.export.tolerances import NUM_OUTPUTS
+from edgeblocks.export.usage import write_usage
 from edgeblocks.export.verify import Listener, verify_export
+from edgeblocks.export.verify_chain import verify_chain
 from edgeblocks.families.base import ImageInfo, TextInfo
 from edgeblocks.inference.block_runner import BlockRunner, token_chain
 from edgeblocks.inference.staged_weights import loaded_ema
@@ -63,11 +71,16 @@ BLOCK_COPIES = 5.3
 graph is traced with weights of its own, folded into constants, and written and verified beside the block's."""
 
 
+CHAIN_COPIES = 2.0
+"""Of all blocks, while the whole chain is verified beside one of them: 1.00 GB was taken with three blocks of 79 MB."""
+
+
 def export_run(
     run: RunDirectory,
     out: Path,
     listener: Listener,
     *,
+    single_file: bool = False,
     mem_budget: str | None = None,
     external_above_bytes: int = EXTERNAL_ABOVE_BYTES,
 ) -> dict[str, object]:
@@ -75,8 +88,9 @@ def export_run(
 
     Args:
         out: a new or empty directory, or a former export, which is replaced at the end.
+        single_file: one graph for the whole chain, with its loop over the noise levels; else one a block.
         mem_budget: what it may take of memory; None does not bound it.
-        external_above_bytes: blocks with more bytes of weights keep them in a file of their own beside the graph.
+        external_above_bytes: graphs with more bytes of weights keep them in a file of their own beside the graph.
 
     Raises:
         ConfigError: `out` holds something else, or `mem_budget` is no size.
@@ -90,9 +104,14 @@ def export_run(
             f"{run.path} is a fine-tuned model of transformers, which is not exported here yet; make a folder of it "
             f"that other programs export: {command('merge', run.path, '-o', 'DIR')}"
         )
+    if single_file and autoencoder_of(run) is not None:
+        raise ConfigError(
+            f"--single-file: {run.path} makes latents, and the autoencoder's decoder is a graph of its own behind the "
+            f"chain; leave --single-file out"
+        )
     out = out.resolve()
     check_destination(out)
-    _check_memory(run, listener, mem_budget)
+    _check_memory(run, listener, mem_budget, single_file=single_file)
     steps = run.saved_steps(run.store())
     if min(steps) < run.settings.run.steps:
         listener.note(
@@ -104,35 +123,59 @@ def export_run(
     ema = loaded_ema(run, slots=len(run.file_layers) if run.method.one_network else 1)
     runner = BlockRunner(run.family(), run.layers, run.partition, ema, micro_batch=micro_batch)
     with staged(out) as folder:
-        files = _write_blocks(run, runner, folder, listener, external_above_bytes)
+        # A chain is made of blocks whose weights are in files of their own.
+        files = _write_blocks(run, runner, folder, listener, 0 if single_file else external_above_bytes)
         manifest = _describe(run, files, folder)
         if isinstance(manifest, ImageManifest):
             decoding = _write_decoder(run, folder, len(files), external_above_bytes)
             manifest = manifest.model_copy(update={"decoding": decoding})
-        verified = verify_export(run, runner, open_chain(folder, manifest=manifest), listener)
+        walk = open_chain(folder, manifest=manifest)
+        verified = verify_export(run, runner, walk, listener)
+        if single_file:
+            manifest = _in_one_file(run, runner, walk, listener, external_above_bytes)
         # Last of all: a folder has a manifest only if its graphs give torch's numbers.
         manifest = manifest.model_copy(update={"verified": verified})
+        write_usage(folder, manifest)
         write_manifest(folder, manifest)
     return manifest.to_json()
 
 
-def export_bytes(run: RunDirectory) -> int:
-    """What an export takes of memory at most, about: it goes with the largest block, or with all stages together."""
+def _in_one_file(
+    run: RunDirectory, runner: BlockRunner, walk: ExportedChain, listener: Listener, external_above_bytes: int
+) -> Manifest:
+    """Link the blocks of an export to one graph, which takes their place when it gives what they give."""
+    listener.stage("linking the blocks")
+    folder, blocks = walk.directory, walk.manifest
+    written = write_chain(folder, blocks, external_above_bytes=external_above_bytes)
+    changed = {"format_version": CHAIN_FORMAT_VERSION, "files": (), "chain": written}
+    linked = blocks.model_copy(update=changed)
+    verified = verify_chain(run, runner, walk, open_chain(folder, manifest=linked), listener)
+    for name in (name for file in blocks.files for name in file.names):
+        (folder / name).unlink()
+    return linked.model_copy(update={"chain": written.model_copy(update={"verified": verified})})
+
+
+def export_bytes(run: RunDirectory, *, single_file: bool = False) -> int:
+    """What an export takes of memory at most, about: it goes with the largest block, or with all stages together.
+
+    Of a chain in one file all blocks are in memory once it is verified.
+    """
     layouts = run.store().layouts
     sizes = [4 * layout.num_parameters for layout in layouts]
     largest = sum(sizes) if run.method.one_network else max(sizes)
+    chain_bytes = int(CHAIN_COPIES * sum(sizes)) + max(sizes) if single_file else 0
     autoencoder = autoencoder_of(run)
     if autoencoder is None:
-        return LIBRARIES_BYTES + int(BLOCK_COPIES * largest)
+        return LIBRARIES_BYTES + max(int(BLOCK_COPIES * largest), chain_bytes)
     decoder_bytes = sum(4 * parameter.numel() for parameter in autoencoder.decoder("meta").parameters())
     needed = max(largest, decoder_bytes)
     decoding = decoding_bytes(run.settings.run, run.data, NUM_OUTPUTS)
     return LIBRARIES_BYTES + LIBRARY_BYTES + int(BLOCK_COPIES * needed) + 2 * decoding  # by both libraries
 
 
-def _check_memory(run: RunDirectory, listener: Listener, mem_budget: str | None) -> None:
+def _check_memory(run: RunDirectory, listener: Listener, mem_budget: str | None, *, single_file: bool) -> None:
     """Tell what an export will take, and refuse it where that is more than it may."""
-    needed_bytes = export_bytes(run)
+    needed_bytes = export_bytes(run, single_file=single_file)
     why = f"a graph is traced and verified beside its weights, {run.method.part} by {run.method.part}"
     check_needed(mem_budget, needed_bytes, f"exporting {run.path}", why)
     listener.note(f"exporting takes up to {format_bytes(needed_bytes)} of memory")

@@ -28,7 +28,7 @@ from edgeblocks.families.family import AnyFamily, Family, FamilyOfContinuations
 from edgeblocks.seeds import generator_at
 
 OPSET = 20  # GELU is one node from 20 on, which onnxruntime 1.20 runs; 23 (Attention nodes) is no faster
-_ALIGNMENT_BYTES = 4096  # so that onnxruntime can map a tensor instead of reading it
+ALIGNMENT_BYTES = 4096  # so that onnxruntime can map a tensor instead of reading it
 _SMALL_BYTES = 1024  # shapes and scalars stay in the graph
 
 
@@ -107,7 +107,7 @@ def write_graph(path: Path, graph: onnx.ModelProto, tensors: Tensors, *, externa
         with synced(data_path) as file:
             for initializer in filled:
                 values = _bytes_of(initializer, tensors)
-                file.write(bytes(-file.tell() % _ALIGNMENT_BYTES))
+                file.write(bytes(-file.tell() % ALIGNMENT_BYTES))
                 place = {"location": data_path.name, "offset": file.tell(), "length": values.nbytes}
                 file.write(values.data)
                 initializer.data_location = onnx.TensorProto.EXTERNAL

@@ -1,13 +1,16 @@
-"""What a graph's file refers to, without loading it: only the fields on the way to the names are read.
+"""What a graph's file refers to and does, without loading it: only the fields on the way to that are read.
 
 onnxruntime takes weights from every file that a graph names. A graph from elsewhere may name one that is not its own.
 """
 
+from collections import defaultdict
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from io import BufferedReader
 from pathlib import Path
 
-from edgeblocks.files.untrusted import MalformedFileError, open_regular
+from edgeblocks.files.untrusted import MalformedFileError, open_regular, shown
+from edgeblocks.limits import MOST_ROUNDS
 
 _MOST_DEPTH = 64
 _MOST_NAME_BYTES = 2**12
@@ -40,29 +43,146 @@ def files_named_in(path: Path) -> set[str]:
         return set(_places(file, "model", end, 0))
 
 
+def problem_of_chain(path: Path) -> str | None:
+    """Why the graph of a whole chain is not run: operators that are not onnx's own, or a loop without a bound.
+
+    A loop stands at the top, and how often it runs is the smaller of two numbers, one of which is a constant.
+
+    Raises:
+        OSError: it cannot be read.
+        MalformedFileError: it is no graph.
+    """
+    found = _Contents()
+    with open_regular(path) as file:
+        end = file.seek(0, 2)
+        file.seek(0)
+        for number, after in _messages(file, end):
+            if number in (_TRAINING, _FUNCTIONS):
+                return "has parts of a kind that no chain has (functions or training)"
+            if number == _GRAPH:
+                _read_graph(file, after, found, 0)
+    foreign = sorted(found.domains - {"", "ai.onnx"})
+    if foreign:
+        return f"has operators that are not onnx's own, of {shown(foreign[0])}"
+    if found.inner_loops:
+        return "has a loop inside another part, which could run without an end"
+    for times in found.loops:
+        bounds = [found.numbers[name] for name in found.least.get(times, ()) if name in found.numbers]
+        if not any(bound <= MOST_ROUNDS for bound in bounds):
+            return f"has a loop that could run more than {MOST_ROUNDS} times"
+    return None
+
+
+_GRAPH, _TRAINING, _FUNCTIONS = 7, 20, 25
+"""Fields of ModelProto in onnx.proto. Those of the messages below are numbered in their readers."""
+_INT64 = 7
+"""A type of tensors."""
+
+
+@dataclass
+class _Contents:
+    """What the nodes of a graph are.
+
+    inner_loops: loops in branches and in other loops.
+    loops: at the top, by the names of the numbers of their rounds.
+    least: of each Min at the top what it takes, by what it gives.
+    numbers: constants that are one whole number.
+    """
+
+    domains: set[str] = field(default_factory=set)
+    inner_loops: int = 0
+    loops: list[str] = field(default_factory=list)
+    least: dict[str, list[str]] = field(default_factory=dict)
+    numbers: dict[str, int] = field(default_factory=dict)
+
+
+def _read_graph(file: BufferedReader, end: int, found: _Contents, depth: int) -> None:
+    if depth > _MOST_DEPTH:
+        raise MalformedFileError(f"it is nested more than {_MOST_DEPTH} levels deep")
+    for number, after in _messages(file, end):
+        if number == 1:
+            _read_node(file, after, found, depth)
+        elif number == 5 and depth == 0:
+            _read_constant(file, after, found)
+
+
+def _read_node(file: BufferedReader, end: int, found: _Contents, depth: int) -> None:
+    texts: defaultdict[int, list[str]] = defaultdict(list)
+    for number, after in _messages(file, end):
+        if number == 5:
+            for inner, inner_after in _messages(file, after):
+                if inner in (6, 11):  # the graphs of an attribute
+                    _read_graph(file, inner_after, found, depth + 1)
+        elif number in (1, 2, 4, 7):  # inputs, outputs, operator, domain
+            texts[number].append(_text(file, after))
+    # Of a field that is there twice the last counts.
+    kind, domain = ((texts[number] or [""])[-1] for number in (4, 7))
+    found.domains.add(domain)
+    if kind == "Loop" and depth > 0:
+        found.inner_loops += 1
+    elif kind == "Loop":
+        found.loops.append((texts[1] or [""])[0])
+    elif kind == "Min" and depth == 0:
+        found.least.update(dict.fromkeys(texts[2], texts[1]))
+
+
+def _read_constant(file: BufferedReader, end: int, found: _Contents) -> None:
+    name, kind, raw = "", 0, b""
+    while file.tell() < end:
+        number, wire = divmod(_varint(file), 8)
+        if number == 2 and wire == _VARINT:
+            kind = _varint(file)
+            continue
+        after = _end_of(file, wire, end)
+        if number == 8 and wire == _BYTES:
+            name = _text(file, after)
+        elif number == 9 and wire == _BYTES and after - file.tell() == 8:
+            raw = file.read(8)
+        file.seek(after)
+    if kind == _INT64 and len(raw) == 8:
+        value = int.from_bytes(raw, "little", signed=True)
+        found.numbers[name] = max(value, found.numbers.get(name, value))
+
+
+def _text(file: BufferedReader, after: int) -> str:
+    return file.read(min(after - file.tell(), _MOST_NAME_BYTES)).decode(errors="surrogateescape")
+
+
+def _messages(file: BufferedReader, end: int) -> Iterator[tuple[int, int]]:
+    """The fields up to `end` that hold texts or messages: their numbers, and where they end; the file stands in one."""
+    while file.tell() < end:
+        number, wire = divmod(_varint(file), 8)
+        after = _end_of(file, wire, end)
+        if wire == _BYTES:
+            yield number, after
+        file.seek(after)
+
+
+def _end_of(file: BufferedReader, wire: int, end: int) -> int:
+    """Where a field ends whose number was read; of one with a length the file stands at its content."""
+    if wire == _BYTES:
+        length = _varint(file)
+        if file.tell() + length > end:
+            raise MalformedFileError("it is no ONNX graph, or is cut short")
+        return file.tell() + length
+    if wire == _VARINT:
+        _varint(file)
+        return file.tell()
+    if wire in (_FIXED_32, _FIXED_64):
+        return file.tell() + (4 if wire == _FIXED_32 else 8)
+    raise MalformedFileError("it is no ONNX graph")
+
+
 def _places(file: BufferedReader, kind: str, end: int, depth: int) -> Iterator[str]:
     if depth > _MOST_DEPTH:
         raise MalformedFileError(f"it is nested more than {_MOST_DEPTH} levels deep")
     texts = []
-    while file.tell() < end:
-        number, wire = divmod(_varint(file), 8)
-        if wire == _BYTES:
-            length = _varint(file)
-            after = file.tell() + length
-            if after > end:
-                raise MalformedFileError("it is no ONNX graph, or is cut short")
-            inner = _INNER[kind].get(number)
-            if inner == "text":
-                texts.append(file.read(min(length, _MOST_NAME_BYTES)).decode(errors="surrogateescape"))
-            elif inner is not None:
-                yield from _places(file, inner, after, depth + 1)
-            file.seek(after)
-        elif wire == _VARINT:
-            _varint(file)
-        elif wire in (_FIXED_32, _FIXED_64):
-            file.seek(4 if wire == _FIXED_32 else 8, 1)
-        else:
-            raise MalformedFileError("it is no ONNX graph")
+    for number, after in _messages(file, end):
+        inner = _INNER[kind].get(number)
+        if inner == "text":
+            texts.append(_text(file, after))
+        elif inner is not None:
+            yield from _places(file, inner, after, depth + 1)
     if "location" in texts:  # the key may follow its value, and of two values the last counts: all are looked at
         yield from (text for text in texts if text != "location")
 

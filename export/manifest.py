@@ -16,13 +16,15 @@ from pydantic import ValidationError
 
 from edgeblocks.data.tokenizer import Tokenizer, stored_tokenizer
 from edgeblocks.errors import RunError
-from edgeblocks.export.graph_file import files_named_in
+from edgeblocks.export.graph_file import files_named_in, problem_of_chain
 from edgeblocks.export.manifest_types import (
-    EXPORT_FORMAT_VERSION,
+    BLOCKS_FORMAT_VERSION,
+    CHAIN_FORMAT_VERSION,
     KIND,
     MANIFESTS,
     AnyManifest,
-    BlockFile,
+    ChainFile,
+    GraphFile,
     Manifest,
     WordedManifest,
 )
@@ -32,6 +34,8 @@ from edgeblocks.files.untrusted import MalformedFileError, open_regular, read_ob
 from edgeblocks.terminal import quoted
 
 FILE_NAME = "manifest.json"
+USAGE_NAME = "USE.md"
+"""For people: how the graphs are run without this package."""
 _CHUNK_BYTES = 2**20
 _AGAIN = "copy the directory again from where it was written, or export the run again"
 
@@ -42,7 +46,9 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
     Raises:
         OSError: the disk refused.
     """
-    assert manifest.verified is not None, "only a verified export is finished"
+    assert all(part.verified for part in (manifest, manifest.chain) if part is not None), (
+        "only a verified export is finished"
+    )
     with create(folder / FILE_NAME) as file:
         file.write(f"{json.dumps(manifest.to_json(), indent=1, ensure_ascii=False)}\n".encode())
         file.flush()
@@ -77,11 +83,11 @@ def read_manifest(folder: Path) -> AnyManifest:
             f"edgeblocks export RUN -o DIR"
         )
     version = content.get("format_version")
-    if type(version) is not int or version != EXPORT_FORMAT_VERSION:
+    if type(version) is not int or version not in (BLOCKS_FORMAT_VERSION, CHAIN_FORMAT_VERSION):
         raise RunError(
             f"{folder} has export format version {shown(version)}; this edgeblocks "
-            f"({metadata.version('edgeblocks')}) reads version {EXPORT_FORMAT_VERSION}. Use the edgeblocks that wrote "
-            "it, or export the run again"
+            f"({metadata.version('edgeblocks')}) reads versions {BLOCKS_FORMAT_VERSION} and "
+            f"{CHAIN_FORMAT_VERSION}. Use the edgeblocks that wrote it, or export the run again"
         )
     task = content.get("task")
     if not isinstance(task, str) or task not in MANIFESTS:
@@ -90,7 +96,7 @@ def read_manifest(folder: Path) -> AnyManifest:
         manifest = MANIFESTS[task].model_validate(content)
     except ValidationError as error:
         raise RunError(f"{path} is damaged: {in_short(error)}; {_AGAIN}") from error
-    if manifest.verified is None:
+    if manifest.verified is None or (manifest.chain is not None and manifest.chain.verified is None):
         raise RunError(f"{path} is damaged: verified is missing, so the export was never finished; {_AGAIN}")
     return manifest
 
@@ -110,48 +116,62 @@ def exported_tokenizer(folder: Path, manifest: WordedManifest) -> Tokenizer:
     )
 
 
-def checked_path(folder: Path, file: BlockFile) -> Path:
-    """A block's graph file, after comparing its bytes, and those of its data file, with the manifest's checksums.
+def checked_path(folder: Path, file: GraphFile) -> Path:
+    """A graph's file, after comparing its bytes, and those of its data file, with the manifest's checksums.
 
     Raises:
         RunError: missing or damaged.
     """
     digests = (file.sha256, file.data_sha256)
-    present_bytes = sum(_bytes_of(folder / name, file.block) for name in file.names)
+    present_bytes = sum(_bytes_of(folder / name, file.title) for name in file.names)
     if present_bytes != file.bytes:
         raise RunError(
-            f"block {file.block} is damaged: {' and '.join(file.names)} in {folder} have {present_bytes} bytes where "
+            f"{file.title} is damaged: {' and '.join(file.names)} in {folder} have {present_bytes} bytes where "
             f"{file.bytes} belong; {_AGAIN}"
         )
     for name, expected in zip(file.names, digests, strict=False):
         try:
             digest = sha256_of(folder / name)
         except OSError as error:
-            raise RunError(f"cannot read block {file.block}: {folder / name}: {error.strerror}") from error
+            raise RunError(f"cannot read {file.title}: {folder / name}: {error.strerror}") from error
         if digest != expected:
-            raise RunError(f"block {file.block} is damaged: {folder / name} does not match its checksum; {_AGAIN}")
+            raise RunError(f"{file.title} is damaged: {folder / name} does not match its checksum; {_AGAIN}")
     _check_named_files(folder, file)
+    if isinstance(file, ChainFile):
+        _check_nodes(folder / file.file)
     return folder / file.file
 
 
-def _check_named_files(folder: Path, file: BlockFile) -> None:
+def _check_nodes(path: Path) -> None:
+    """That a chain's graph has onnx's own operators only, and loops that end."""
+    try:
+        problem = problem_of_chain(path)
+    except MalformedFileError as error:
+        raise RunError(f"the chain is damaged: {path}: {error}; {_AGAIN}") from error
+    except OSError as error:
+        raise RunError(f"cannot read the chain: {path}: {error.strerror}") from error
+    if problem is not None:
+        raise RunError(f"the chain is refused: {path} {problem}; {_AGAIN}")
+
+
+def _check_named_files(folder: Path, file: GraphFile) -> None:
     """That a graph takes its weights from its own files: others could be anybody's, and have no checksum."""
     path = folder / file.file
     try:
         named = files_named_in(path)
     except MalformedFileError as error:
-        raise RunError(f"block {file.block} is damaged: {path}: {error}; {_AGAIN}") from error
+        raise RunError(f"{file.title} is damaged: {path}: {error}; {_AGAIN}") from error
     except OSError as error:
-        raise RunError(f"cannot read block {file.block}: {path}: {error.strerror}") from error
+        raise RunError(f"cannot read {file.title}: {path}: {error.strerror}") from error
     foreign = sorted(named - {file.data_file})
     if foreign:
         raise RunError(
-            f"block {file.block} is refused: {path} takes weights from {shown(foreign[0])}, which is not among its "
+            f"{file.title} is refused: {path} takes weights from {shown(foreign[0])}, which is not among its "
             f"files in {FILE_NAME}; {_AGAIN}"
         )
 
 
-def _bytes_of(path: Path, block: int) -> int:
+def _bytes_of(path: Path, what: str) -> int:
     """Size of a regular file, or of the one that a link leads to: stores lay out a folder as links to their files.
 
     Wherever that one is, it is used only when it has the checksum that the manifest names.
@@ -159,12 +179,12 @@ def _bytes_of(path: Path, block: int) -> int:
     try:
         status = path.stat()
     except FileNotFoundError as error:
-        raise RunError(f"block {block} is missing: there is no file {path}; {_AGAIN}") from error
+        raise RunError(f"{what} is missing: there is no file {path}; {_AGAIN}") from error
     except OSError as error:
-        what = "is a link to itself" if error.errno == errno.ELOOP else error.strerror
-        raise RunError(f"cannot read block {block}: {path} {what}; {_AGAIN}") from error
+        why = "is a link to itself" if error.errno == errno.ELOOP else error.strerror
+        raise RunError(f"cannot read {what}: {path} {why}; {_AGAIN}") from error
     if not stat.S_ISREG(status.st_mode):
-        raise RunError(f"block {block} is refused: {path} is no regular file; {_AGAIN}")
+        raise RunError(f"{what} is refused: {path} is no regular file; {_AGAIN}")
     return status.st_size
 
 

@@ -46,14 +46,16 @@ from edgeblocks.limits import (
 )
 from edgeblocks.tasks import TASKS, Task
 
-EXPORT_FORMAT_VERSION: Literal[2] = 2
+BLOCKS_FORMAT_VERSION: Literal[2] = 2
+CHAIN_FORMAT_VERSION: Literal[3] = 3
+"""Of an export whose chain is one file; a reader of version 2 would look for blocks."""
 KIND: Literal["edgeblocks export"] = "edgeblocks export"
 
 MOST_STEPS = 10_000
 MOST_NOISES = 1000
 MOST_OPSET = 1000
 _MOST_NAME_CHARACTERS = 255
-_LAST = ("noise", "sampler", "boundaries", "levels", "files", "verified")
+_LAST = ("noise", "sampler", "boundaries", "levels", "files", "chain", "verified")
 """The keys that follow those of one kind of chain in the file."""
 
 
@@ -69,15 +71,19 @@ BlockNumber = Annotated[int, Field(ge=0, le=MOST_LAYERS)]
 Side = Annotated[int, Field(ge=1, le=LONGEST_SIDE)]
 
 
-class BlockFile(Checked):
-    """One block's graph. `data_file` holds its weights when they are not in the graph's file; `bytes` counts both."""
+class GraphFile(Checked):
+    """A graph. `data_file` holds its weights when they are not in the graph's file; `bytes` counts both."""
 
-    block: BlockNumber
     file: FileName
     data_file: FileName | None
     sha256: Sha256
     data_sha256: Sha256 | None
     bytes: Annotated[int, Field(ge=1, le=2**63)]
+
+    @property
+    def title(self) -> str:
+        """What it is called in messages."""
+        return "the chain"
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -88,6 +94,34 @@ class BlockFile(Checked):
         if (self.data_file is None) != (self.data_sha256 is None):
             raise ValueError("data_sha256 is given exactly when data_file is")
         return self
+
+
+class BlockFile(GraphFile):
+    """One block's graph."""
+
+    block: BlockNumber
+
+    @property
+    def title(self) -> str:
+        return f"block {self.block}"
+
+
+class ChainVerified(Checked):
+    """How far the graph of the whole chain was from torch, and from its blocks that were run one after the other.
+
+    Differences are those of final images in model space, of probabilities, or, of text by unmasking, the share of the
+    texts that are others.
+    """
+
+    torch_difference: NotNegative
+    walk_difference: NotNegative
+    limit: Positive
+
+
+class ChainFile(GraphFile):
+    """The whole chain's graph. verified: None only while the directory is being written."""
+
+    verified: ChainVerified | None = None
 
 
 class SamplerSettings(Checked):
@@ -223,11 +257,12 @@ class Manifest(Checked, ABC):
     sampler: how the chain is run unless the caller says otherwise.
     boundaries: block b owns the noise levels [boundaries[b+1], boundaries[b]).
     levels: those of `sampler`, for a reader that cannot make them; what is read must be what would be written.
+    files: the blocks; none where `chain` is there, which holds them all.
     verified: None only while the directory is being written.
     """
 
     kind: Literal["edgeblocks export"] = KIND
-    format_version: Literal[2] = EXPORT_FORMAT_VERSION
+    format_version: Literal[2, 3] = BLOCKS_FORMAT_VERSION
     edgeblocks: Text
     family: Text
     task: Task
@@ -238,6 +273,7 @@ class Manifest(Checked, ABC):
     ]
     levels: ListOf[NoiseLevel] | ListOf[MaskingLevel]
     files: ListOf[BlockFile]
+    chain: ChainFile | None = None
     verified: Verified | None = None
 
     @property
@@ -250,9 +286,13 @@ class Manifest(Checked, ABC):
         """What `levels` must be."""
 
     @property
-    def graphs(self) -> tuple[BlockFile, ...]:
-        """All graphs, those of the blocks first."""
-        return self.files
+    def num_blocks(self) -> int:
+        return len(self.boundaries) - 1
+
+    @property
+    def graphs(self) -> tuple[GraphFile, ...]:
+        """What is in the directory beside the manifest."""
+        return self.files if self.chain is None else (self.chain,)
 
     @property
     def partition(self) -> NoisePartition:
@@ -262,21 +302,25 @@ class Manifest(Checked, ABC):
         return NoisePartition(distribution=self.distribution, boundaries=self.boundaries, ranges=ranges)
 
     def to_json(self) -> dict[str, object]:
-        content = self.model_dump(mode="json")
+        content = self.model_dump(mode="json", exclude={"chain"} if self.chain is None else None)
         last = {name: content.pop(name) for name in _LAST if name in content}
         return {**content, **last}
 
     @model_validator(mode="after")
     def _routes_each_level_to_a_block(self) -> Self:
         """Boundaries, blocks and levels tell the same story."""
-        boundaries, num_blocks = self.boundaries, len(self.files)
+        boundaries, num_blocks = self.boundaries, self.num_blocks
         top, bottom = self.distribution.top, self.distribution.bottom
         if (boundaries[0], boundaries[-1]) != (top, bottom) or any(high <= low for high, low in pairwise(boundaries)):
             needed = f"noise levels from {top:g} to {bottom:g}, strictly descending, are needed"
             raise ValueError(f"boundaries={shown(boundaries)}: {needed}")
-        if num_blocks != len(boundaries) - 1:
-            raise ValueError(f"files lists {num_blocks} blocks, boundaries has {len(boundaries) - 1}")
-        if [file.block for file in self.graphs] != list(range(len(self.graphs))):
+        if (self.chain is None) != (self.format_version == BLOCKS_FORMAT_VERSION):
+            raise ValueError(f"chain is given exactly in format version {CHAIN_FORMAT_VERSION}")
+        expected_files = num_blocks if self.chain is None else 0
+        if len(self.files) != expected_files:
+            raise ValueError(f"files lists {len(self.files)} blocks where {expected_files} belong")
+        numbers = [file.block for file in self.graphs if isinstance(file, BlockFile)]
+        if numbers != list(range(len(numbers))):
             raise ValueError("the blocks of files are not listed in order")
         names = [name for file in self.graphs for name in file.names]
         if len(set(names)) != len(names):
@@ -328,9 +372,9 @@ class ImageManifest(NoiseManifest):
     sampler: SamplerSettings
 
     @property
-    def graphs(self) -> tuple[BlockFile, ...]:
-        """All graphs, those of the blocks first."""
-        return self.files if self.decoding is None else (*self.files, self.decoding.graph)
+    def graphs(self) -> tuple[GraphFile, ...]:
+        """What is in the directory beside the manifest, the blocks first."""
+        return super().graphs if self.decoding is None else (*self.files, self.decoding.graph)
 
     @property
     def picture(self) -> ImageSize:
@@ -357,8 +401,8 @@ class ImageManifest(NoiseManifest):
             raise ValueError(f"num_classes={self.num_classes}: a classifier has at least two")
         if self.task == "classes" and (self.sampler.solver, self.sampler.guidance) != ("euler", 1.0):
             raise ValueError("sampler must be euler without guidance for a classifier")
-        if self.task == "classes" and self.decoding is not None:
-            raise ValueError("decoding is of a chain that makes images")
+        if self.decoding is not None and (self.task == "classes" or self.chain is not None):
+            raise ValueError("decoding is of a chain of blocks that makes images")
         return self
 
 
@@ -408,8 +452,8 @@ class ContinuationManifest(WordedManifest, NoiseManifest):
 
     @model_validator(mode="after")
     def _has_caches_for_each_block(self) -> Self:
-        if len(self.caches.num_caches) != len(self.files):
-            raise ValueError(f"caches.num_caches must be a number for each of the {len(self.files)} blocks")
+        if len(self.caches.num_caches) != self.num_blocks:
+            raise ValueError(f"caches.num_caches must be a number for each of the {self.num_blocks} blocks")
         return self
 
 

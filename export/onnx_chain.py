@@ -2,12 +2,13 @@
 
 The noise levels descend, so the blocks come in order: one session is loaded at a time, runs all samples at all of its
 levels, and is released before the next one is loaded. The levels, the start noise, the solver and the routing of a
-level to its block are the same code that torch's chain runs; only the network differs.
+level to its block are the same code that torch's chain runs; only the network differs. Where the whole chain is one
+file, its graph does all of that, and the levels and random numbers alone are made here.
 """
 
 import contextlib
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from numpy.typing import NDArray
 
 from edgeblocks.errors import ConfigError, DoesNotFitError, OutOfBudgetError, RunError
 from edgeblocks.export.manifest import checked_path, read_manifest
-from edgeblocks.export.manifest_types import ImageManifest, Manifest
+from edgeblocks.export.manifest_types import GraphFile, ImageManifest, Manifest
 from edgeblocks.onnx_runtime import Session, onnxruntime
 from edgeblocks.registry import build_target
 from edgeblocks.units import advised_budget, format_bytes, parse_size
@@ -29,6 +30,8 @@ _REFUSED = ("bad_alloc", "Failed to allocate memory", "bad allocation")
 """What onnxruntime says where the system refuses memory."""
 
 Values = NDArray[np.float32]
+Given = NDArray[np.generic]
+"""What a graph takes or gives."""
 Condition = NDArray[Any]
 """What a block sees beside z: class numbers int64 [b], or images float32 [b, C, H, W] in model space."""
 
@@ -51,7 +54,13 @@ class ExportedChain:
         self.partition = self.manifest.partition
         self.loads: list[int] = []
         """The blocks loaded, in order."""
-        self._sessions: dict[int, Session] = {}
+        self._sessions: dict[str, Session] = {}
+        """By the names of the graphs' files."""
+
+    @property
+    def in_one_file(self) -> bool:
+        """Whether there is one graph for the whole chain; else there is one a block."""
+        return self.manifest.chain is not None
 
     @abstractmethod
     def held_bytes(self, n: int) -> int:
@@ -77,9 +86,10 @@ class ExportedChain:
         sizes = [file.bytes for file in self.manifest.graphs]
         least = target.used_bytes() + self.held_bytes(n) + (sum(sizes) if self.keeps_all else max(sizes))
         if least > budget_bytes:
+            largest = "chain" if self.in_one_file else "largest block"
             raise DoesNotFitError(
                 f"{self.directory} takes at least {format_bytes(least)} for {n} at a time, by its manifest: its "
-                f"largest block has {format_bytes(max(sizes))}; the budget is {format_bytes(budget_bytes)}. Ask for "
+                f"{largest} has {format_bytes(max(sizes))}; the budget is {format_bytes(budget_bytes)}. Ask for "
                 f"fewer with --n, or give --mem-budget {advised_budget(least)} or more",
                 least,
             )
@@ -105,22 +115,49 @@ class ExportedChain:
             RunError: the graph cannot be run, or gives something else than float32 numbers of these shapes.
             MemoryError: the system refused memory.
         """
-        session = self._load(block)
+        file = self.manifest.graphs[block]
+        if file.file not in self._sessions:
+            if not self.keeps_all:
+                self.close()
+            self._sessions[file.file] = self._loaded(file)
+            self.loads.append(block)
+        return self._run(file, feed, [(np.dtype(np.float32), shape) for shape in shapes])
+
+    def run_chain(
+        self, feed: Mapping[str, Given], needed: Sequence[tuple[type[np.generic], tuple[int, ...]]]
+    ) -> list[Any]:
+        """The outputs of the graph of the whole chain; it stays loaded.
+
+        Args:
+            needed: the type and the shape that each output must have.
+
+        Raises:
+            RunError, MemoryError: as `run_graph`.
+        """
+        file = self.manifest.chain
+        assert file is not None
+        if file.file not in self._sessions:
+            self._sessions[file.file] = self._loaded(file)
+        return self._run(file, feed, [(np.dtype(kind), shape) for kind, shape in needed])
+
+    def _run(
+        self, file: GraphFile, feed: Mapping[str, Given], needed: Sequence[tuple[np.dtype[Any], tuple[int, ...]]]
+    ) -> list[Any]:
         try:
-            found = session.run(feed)
+            found = self._sessions[file.file].run(feed)
         except Exception as error:  # onnxruntime's errors have no common base
-            raise _explained(error, f"onnxruntime cannot run block {block} of {self.directory}") from error
+            raise _explained(error, f"onnxruntime cannot run {file.title} of {self.directory}") from error
         kinds = [(getattr(values, "dtype", None), getattr(values, "shape", None)) for values in found]
-        if kinds != [(np.dtype(np.float32), shape) for shape in shapes]:
-            given, needed = (", ".join(str(kind) for kind in some) for some in (kinds, shapes))
+        if kinds != list(needed):
+            given, wanted = (", ".join(f"{kind} {shape}" for kind, shape in some) for some in (kinds, needed))
             raise RunError(
-                f"block {block} of {self.directory} is of another network than its manifest describes: it gives "
-                f"{given}, and float32 {needed} is needed; export the run again"
+                f"{file.title} of {self.directory} is of another network than its manifest describes: it gives "
+                f"{given}, and {wanted} is needed; export the run again"
             )
         for values in found:
-            if values.size and not np.isfinite([values.min(), values.max()]).all():
+            if values.dtype.kind == "f" and values.size and not np.isfinite([values.min(), values.max()]).all():
                 raise RunError(
-                    f"block {block} of {self.directory} gives values that are not finite numbers (NaN or infinite): "
+                    f"{file.title} of {self.directory} gives values that are not finite numbers (NaN or infinite): "
                     f"its network is damaged or its training diverged; train again with a smaller learning rate"
                 )
         return found
@@ -129,20 +166,15 @@ class ExportedChain:
         """Release what is loaded."""
         self._sessions.clear()
 
-    def _load(self, block: int) -> Session:
-        if block not in self._sessions:
-            if not self.keeps_all:
-                self.close()
-            # Compared with the manifest's checksums before onnxruntime parses it.
-            path = checked_path(self.directory, self.manifest.graphs[block])
-            try:
-                self._sessions[block] = Session(path)
-            except Exception as error:  # onnxruntime's errors have no common base
-                what = f"onnxruntime {onnxruntime().__version__} cannot load block {block} from {path}"
-                cure = f"the graph needs opset {self.manifest.opset}: try a newer onnxruntime"
-                raise _explained(error, what, cure) from error
-            self.loads.append(block)
-        return self._sessions[block]
+    def _loaded(self, file: GraphFile) -> Session:
+        # Compared with the manifest's checksums before onnxruntime parses it.
+        path = checked_path(self.directory, file)
+        try:
+            return Session(path)
+        except Exception as error:  # onnxruntime's errors have no common base
+            what = f"onnxruntime {onnxruntime().__version__} cannot load {file.title} from {path}"
+            cure = f"the graph needs opset {self.manifest.opset}: try a newer onnxruntime"
+            raise _explained(error, what, cure) from error
 
 
 class ImageChain(ExportedChain):
@@ -163,13 +195,9 @@ class ImageChain(ExportedChain):
             ConfigError: micro_batch is below 1.
             ValueError: sigma lies outside the network's noise levels.
         """
-        micro_batch = DEFAULT_MICRO_BATCH if micro_batch is None else micro_batch
-        if micro_batch < 1:
-            raise ConfigError(f"micro_batch {micro_batch}: at least one sample must go through a block at a time")
         block = self.partition.block_of(sigma)
         denoised = np.empty_like(z)
-        for start in range(0, len(z), micro_batch):
-            part = slice(start, start + micro_batch)
+        for part in parts(len(z), micro_batch):
             sigmas = np.full(len(z[part]), sigma, dtype=np.float32)
             seen = None if condition is None else condition[part]
             denoised[part] = self.run_block(block, z[part], sigmas, seen)
@@ -182,6 +210,18 @@ class ImageChain(ExportedChain):
             assert self.manifest.condition_name is not None
             feed[self.manifest.condition_name] = condition
         return self.run_graph(block, feed, [z.shape])[0]
+
+
+def parts(n: int, micro_batch: int | None) -> Iterator[slice]:
+    """The samples that go through a graph together. None: 16.
+
+    Raises:
+        ConfigError: micro_batch is below 1.
+    """
+    micro_batch = DEFAULT_MICRO_BATCH if micro_batch is None else micro_batch
+    if micro_batch < 1:
+        raise ConfigError(f"micro_batch {micro_batch}: at least one sample must go through a block at a time")
+    return (slice(start, min(start + micro_batch, n)) for start in range(0, n, micro_batch))
 
 
 def _explained(error: Exception, what: str, cure: str = "export the run again") -> Exception:

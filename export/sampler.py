@@ -1,7 +1,7 @@
 """Images from an exported directory: numpy and onnxruntime, no torch."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,7 +10,7 @@ from edgeblocks.data.pictures import pictures_together, to_uint8
 from edgeblocks.diffusion.noise import sampler_levels
 from edgeblocks.diffusion.solver import Solver, check_request, class_number, classes_in_turn, guide, integrate
 from edgeblocks.errors import ConfigError
-from edgeblocks.export.onnx_chain import ImageChain, Values
+from edgeblocks.export.onnx_chain import ImageChain, Values, parts
 from edgeblocks.seeds import start_noise
 
 
@@ -115,6 +115,9 @@ class Sampler(ImageChain):
         num_classes = self.manifest.num_classes
         chosen = class_number(label, self.manifest.class_names)
         labels = classes_in_turn(n, num_classes=num_classes, chosen=chosen)
+        noise = start_noise(self.manifest.image_shape, samples=range(n), seed=seed)
+        if self.in_one_file:
+            return self._in_one_run(noise, levels, solver, guidance, labels, micro_batch, on_level)
         # The embedding's last row, which training uses where it drops a label.
         no_class = np.full(n, num_classes, dtype=np.int64)
 
@@ -124,8 +127,38 @@ class Sampler(ImageChain):
                 return conditional
             return guide(conditional, self.denoise(z, sigma, no_class, micro_batch=micro_batch), guidance)
 
-        noise = start_noise(self.manifest.image_shape, samples=range(n), seed=seed)
         try:
             return integrate(denoise, noise, levels, solver=solver, on_level=on_level)
+        finally:
+            self.close()
+
+    def _in_one_run(
+        self,
+        noise: Values,
+        levels: Sequence[float],
+        solver: Solver,
+        guidance: float,
+        labels: NDArray[np.int64] | None,
+        micro_batch: int | None,
+        on_level: Callable[[int], None] | None,
+    ) -> Values:
+        """The chain's own graph, some samples at a time, so that memory does not grow with their number."""
+        common: dict[str, NDArray[np.generic]] = {
+            "levels": np.array(levels, dtype=np.float64),
+            "heun": np.array(solver == "heun"),
+        }
+        if labels is not None:
+            common["guidance"] = np.array(guidance, dtype=np.float32)
+        try:
+            for part in parts(len(noise), micro_batch):
+                own: dict[str, NDArray[np.generic]] = {"noise": noise[part]}
+                if labels is not None:
+                    own["labels"] = labels[part]
+                shape = noise[part].shape
+                pixels_shape = (shape[0], *shape[2:], shape[1])
+                noise[part], _ = self.run_chain(common | own, [(np.float32, shape), (np.uint8, pixels_shape)])
+                if on_level is not None:
+                    on_level(len(levels) * min(part.stop, len(noise)) // len(noise))
+            return noise
         finally:
             self.close()

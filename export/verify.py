@@ -3,7 +3,7 @@
 An export is not finished before this has passed. Both sides keep one block in memory at a time.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -48,6 +48,8 @@ _MOST_LABELS = 25
 
 
 Labels = NDArray[np.int64]
+LogitsOf = Callable[[NDArray[np.int64], float, NDArray[np.bool_]], Values]
+"""See `unmask`."""
 
 
 class Listener(Protocol):
@@ -94,23 +96,23 @@ def verify_export(
     """
     listener.stage("verifying against torch")
     total = len(chain.manifest.graphs) + 1
-    data_set = _real_data(run, listener)
+    data_set = real_data(run, listener)
     block_error = 0.0
     for block in range(len(run.layers)):
         error, where = block_difference(run, runner, chain, data_set, block)
-        _enforce(f"block {block}", error, block_limit, where)
+        enforce(f"block {block}", error, block_limit, where)
         block_error = max(block_error, error)
         listener.advance(block + 1, total, "verifying")
     decoder = _decoder_of(run)
     if decoder is not None:
         assert isinstance(chain, Sampler)
         error, where = decoder_difference(run, decoder, chain, data_set)
-        _enforce("the decoder", error, block_limit, where)
+        enforce("the decoder", error, block_limit, where)
         block_error = max(block_error, error)
         listener.advance(len(run.layers) + 1, total, "verifying")
     what, same = _WORDS[chain.manifest.task]
     output_error, equal_share = output_difference(run, runner, chain, data_set, decoder=decoder)
-    _enforce(f"the chain of {len(run.layers)} blocks", output_error, output_limit, f"{what} of {NUM_OUTPUTS}")
+    enforce(f"the chain of {len(run.layers)} blocks", output_error, output_limit, f"{what} of {NUM_OUTPUTS}")
     listener.advance(total, total, "verifying")
     listener.note(
         f"onnxruntime against torch: blocks differ by at most {block_error:.1e} (limit {block_limit:.0e}), {what} by "
@@ -271,12 +273,7 @@ def _class_difference(
 ) -> tuple[float, float]:
     """Of probabilities, and the share of images whose likeliest class is the same."""
     settings = classifier.manifest.sampler
-    if data_set is None:
-        channels, height, width = classifier.manifest.image_shape
-        shape = (NUM_OUTPUTS, height, width, channels)
-        pixels = np.random.default_rng(run.settings.run.seed).integers(0, 256, shape, dtype=np.uint8)
-    else:
-        pixels = data_set.gather(np.resize(data_set.evaluation_indices(NUM_OUTPUTS), NUM_OUTPUTS))[0]
+    pixels = shown_pixels(run, classifier, data_set)
     expected = class_probabilities(run, runner, pixels, steps=settings.steps, noises=settings.noises, seed=0)
     check_finite(expected, "the chain")
     found = classifier.classify(pixels, micro_batch=runner.micro_batch)
@@ -286,10 +283,17 @@ def _class_difference(
     return difference, float((found.argmax(1) == expected.argmax(1)).mean())
 
 
+def shown_pixels(run: RunDirectory, classifier: Classifier, data_set: DataSet | None) -> NDArray[np.uint8]:
+    """Images [8, H, W, C] of the run's data, or random ones."""
+    if data_set is None:
+        channels, height, width = classifier.manifest.image_shape
+        shape = (NUM_OUTPUTS, height, width, channels)
+        return np.random.default_rng(run.settings.run.seed).integers(0, 256, shape, dtype=np.uint8)
+    return data_set.gather(np.resize(data_set.evaluation_indices(NUM_OUTPUTS), NUM_OUTPUTS))[0]
+
+
 def _text_difference(run: RunDirectory, runner: BlockRunner, writer: Writer) -> tuple[float, float]:
     """Of the probabilities at each step of torch's chain, and the share of the tokens that both chains end with."""
-    settings, family = writer.manifest.sampler, run.family()
-    assert family.task == "text"
     worst = 0.0
 
     def both(tokens: NDArray[np.int64], t: float, wanted: NDArray[np.bool_]) -> Values:
@@ -302,17 +306,28 @@ def _text_difference(run: RunDirectory, runner: BlockRunner, writer: Writer) -> 
         worst = max(worst, largest_difference(softmax(found), softmax(expected)))
         return expected
 
-    expected = unmask(
-        both,
-        np.full((NUM_OUTPUTS, family.data.length), family.mask),
-        steps=unmasking_steps(run.partition, num_steps=settings.steps),
-        mask=family.mask,
-        temperature=settings.temperature,
-        seed=0,
-        micro_batch=runner.micro_batch,
+    expected = torch_texts(
+        run, both, writer, temperature=writer.manifest.sampler.temperature, micro_batch=runner.micro_batch
     )
     found, _ = writer.write_tokens(NUM_OUTPUTS, micro_batch=runner.micro_batch)
     return worst, float((found == expected).mean())
+
+
+def torch_texts(
+    run: RunDirectory, logits_of: LogitsOf, writer: Writer, *, temperature: float, micro_batch: int
+) -> NDArray[np.int64]:
+    """Texts [8, length] that a network writes as an export's manifest says."""
+    family = run.family()
+    assert family.task == "text"
+    return unmask(
+        logits_of,
+        np.full((NUM_OUTPUTS, family.data.length), family.mask),
+        steps=unmasking_steps(run.partition, num_steps=writer.manifest.sampler.steps),
+        mask=family.mask,
+        temperature=temperature,
+        seed=0,
+        micro_batch=micro_batch,
+    )
 
 
 def _image_difference(
@@ -349,7 +364,7 @@ def _image_difference(
     return difference, float((sampler.pictures(found) == same).mean())
 
 
-def _real_data(run: RunDirectory, listener: Listener) -> DataSet | None:
+def real_data(run: RunDirectory, listener: Listener) -> DataSet | None:
     """The run's data; None, with a note, when they are gone or have changed."""
     try:
         data_set = data_of(run.data_settings.run, listener.advance)
@@ -371,7 +386,7 @@ def _shown_labels(num_classes: int) -> Labels | None:
     return np.unique(np.linspace(0, num_classes, min(num_classes + 1, _MOST_LABELS)).round().astype(np.int64))
 
 
-def _enforce(what: str, difference: float, limit: float, where: str) -> None:
+def enforce(what: str, difference: float, limit: float, where: str) -> None:
     if difference > limit:
         raise EdgeblocksError(
             f"the export is wrong: {what} gives other numbers in onnxruntime than in torch: they differ by "

@@ -88,16 +88,21 @@ def _texts(data: TextInfo, data_set: DataSet | None, random: np.random.Generator
     return texts
 
 
+def example_prompt(run: RunDirectory, data_set: DataSet | None) -> tuple[Tokens, int]:
+    """Some tokens of the run's text, or random ones, and how long the texts are that begin with them."""
+    data = run.data
+    assert isinstance(data, TextInfo)
+    *_, tokens = _texts(data, data_set, np.random.default_rng(run.settings.run.seed)).values()
+    length = min(data.length, MOST_TOKENS)
+    return tokens[0, : min(PROMPT_TOKENS, length - 1)], length
+
+
 def text_difference(
     run: RunDirectory, runner: BlockRunner, continuer: Continuer, data_set: DataSet | None
 ) -> tuple[float, float]:
     """Of the probabilities at each level of each token of torch's texts, and the share of tokens that both write."""
     settings = continuer.manifest.sampler
-    data = run.data
-    assert isinstance(data, TextInfo)
-    *_, tokens = _texts(data, data_set, np.random.default_rng(run.settings.run.seed)).values()
-    length = min(data.length, MOST_TOKENS)
-    prompt = tokens[0, : min(PROMPT_TOKENS, length - 1)]
+    prompt, length = example_prompt(run, data_set)
     chain = continuer.token_chain(settings.steps, length=length)
     worst = 0.0
 

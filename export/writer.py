@@ -1,6 +1,6 @@
 """Text from an exported directory: numpy and onnxruntime, no torch."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -8,10 +8,13 @@ from numpy.typing import NDArray
 from edgeblocks.data.gaps import with_gaps
 from edgeblocks.diffusion.noise import unmasking_steps
 from edgeblocks.diffusion.token_choice import check_options
-from edgeblocks.diffusion.unmasking import check_writing, unmask
+from edgeblocks.diffusion.unmasking import check_writing, random_numbers, unmask
 from edgeblocks.export.manifest import exported_tokenizer
 from edgeblocks.export.manifest_types import TextManifest
-from edgeblocks.export.onnx_chain import DEFAULT_MICRO_BATCH, ExportedChain, Values
+from edgeblocks.export.onnx_chain import DEFAULT_MICRO_BATCH, ExportedChain, Values, parts
+
+_RANDOM_BYTES = 2**26
+"""Of the random numbers that go into a graph together; those of one text may be more."""
 
 
 class Writer(ExportedChain):
@@ -85,6 +88,9 @@ class Writer(ExportedChain):
         mask = manifest.vocabulary
         start, given = with_gaps(fill, exported_tokenizer(self.directory, manifest), length=manifest.length, mask=mask)
         try:
+            if self.in_one_file:
+                tokens = self._in_one_run(np.tile(start, (n, 1)), intervals, temperature, seed, micro_batch, on_step)
+                return tokens, length or given
             tokens = unmask(
                 self.logits,
                 np.tile(start, (n, 1)),
@@ -98,6 +104,33 @@ class Writer(ExportedChain):
         finally:
             self.close()
         return tokens, length or given
+
+    def _in_one_run(
+        self,
+        tokens: NDArray[np.int64],
+        steps: Sequence[tuple[float, float]],
+        temperature: float,
+        seed: int,
+        micro_batch: int | None,
+        on_step: Callable[[int], None] | None,
+    ) -> NDArray[np.int64]:
+        """The chain's own graph, some texts at a time: their random numbers are there at once."""
+        n, length = tokens.shape
+        together = DEFAULT_MICRO_BATCH if micro_batch is None else micro_batch
+        common: dict[str, NDArray[np.generic]] = {
+            "levels": np.array([steps[0][0], *(t_to for _, t_to in steps)]),
+            "temperature": np.array(temperature, dtype=np.float64),
+        }
+        for part in parts(n, min(together, max(1, _RANDOM_BYTES // (16 * length * len(steps))))):
+            samples = range(n)[part]
+            own = {
+                "tokens": tokens[part],
+                "uniform": random_numbers(samples, steps=len(steps), length=length, seed=seed),
+            }
+            (tokens[part],) = self.run_chain(common | own, [(np.int64, tokens[part].shape)])
+            if on_step is not None:
+                on_step(len(steps) * samples.stop // n)
+        return tokens
 
     def logits(self, tokens: NDArray[np.int64], t: float, wanted: NDArray[np.bool_]) -> Values:
         """Logits [wanted, vocabulary] at the wanted places of tokens [some, length], by the block that owns t."""

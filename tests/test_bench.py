@@ -180,6 +180,14 @@ def test_rounded_update(bench):
     assert told.count("ns a parameter, bf16") == 2
 
 
+def test_one_file(bench):
+    """Times of both batches, and the peaks of three processes."""
+    small = {**TINY, "blocks": 2}
+    told = bench("one_file", "--families", "dit", "--rounds", 1, SHAPE=small, BATCHES=(1, 2))
+    rows = [line.split(" | ") for line in told.splitlines() if line.startswith("| dit")]
+    assert [len(row) for row in rows] == [7, 7, 5] and all(int(peak.strip(" |")) > 30 for peak in rows[2][2:])
+
+
 def test_scaling(bench, tmp_path):
     """The table from what was measured, as it is in docs/; and one more measurement."""
     shutil.copy(ROOT / "docs/scaling.jsonl", tmp_path)

@@ -11,7 +11,7 @@ PARTS = {
         ("torch", "matplotlib"),
     ),
     "the deployed chain runs without torch": (
-        ("diffusion", "data", "export.open_export"),
+        ("diffusion", "data", "export.exported"),
         ("torch", "onnx", "sklearn", "matplotlib"),
     ),
     "an examination and a comparison ask others": (("doctor", "compare.trainings"), ("torch", "onnxruntime", "onnx")),

@@ -143,8 +143,9 @@ def export_report(manifest: Mapping[str, Any], path: Path) -> str:
         "text": ("probabilities along the chain", "--n 2"),
         "continuation": ("probabilities along the chain", "--prompt 'call me'"),
     }[manifest["task"]]
+    made = f"{len(manifest['files'])} block(s)" if "chain" not in manifest else "the chain in one file"
     return (
-        f"exported {len(manifest['files'])} block(s) to {one_line(path)}; verified against torch: blocks differ "
+        f"exported {made} to {one_line(path)}; verified against torch: blocks differ "
         f"by at most {verified['block_max_abs_error']:.1e}, {what} by {verified['output_max_abs_error']:.1e}\n"
         f"next: {command('run', path)} {arguments}"
     )

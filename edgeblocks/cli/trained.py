@@ -117,6 +117,14 @@ def sample(
 def export(
     run: RunArgument,
     out: Annotated[Path, typer.Option("--out", "-o", help="Directory of the exported network.", show_default=False)],
+    single_file: Annotated[
+        bool,
+        typer.Option(
+            "--single-file",
+            help="One graph for the whole chain, with its loop over the noise levels: it runs in any program that has "
+            "onnxruntime, and holds the whole network in memory.",
+        ),
+    ] = False,
     weights: Annotated[
         str | None,
         typer.Option(help="Of a fine-tuned model: int8, int4 or fp32.", show_default="int8"),
@@ -124,17 +132,19 @@ def export(
     mem_budget: WritingBudget = None,
     as_json: Json = False,
 ) -> None:
-    """Write a trained run as ONNX graphs, one a block, and verify them against torch.
+    """Write a trained run as ONNX graphs, one a block or one for all, and verify them against torch.
 
-    A fine-tuned model becomes one graph with a KV cache, in the layout of onnxruntime-genai, whose builder makes it
-    (extra `genai`).
+    USE.md in the directory shows how other programs run them, with onnxruntime alone. A fine-tuned model becomes one
+    graph with a KV cache, in the layout of onnxruntime-genai, whose builder makes it (extra `genai`).
     """
     from edgeblocks import api
     from edgeblocks.cli.console import export_report
     from edgeblocks.cli.console_progress import ConsoleListener
 
     with ConsoleListener() as listener:
-        manifest = api.load(run).export(out, weights=weights, mem_budget=mem_budget, listener=listener)
+        manifest = api.load(run).export(
+            out, single_file=single_file, weights=weights, mem_budget=mem_budget, listener=listener
+        )
     say_lines(json_text(manifest) if as_json else export_report(manifest, out))
 
 

@@ -255,14 +255,7 @@ def continue_texts(
         top_p: tokens are drawn from the smallest set of the likeliest whose probability reaches this.
         on_token: called after each position.
     """
-    noise = np.empty((len(samples), chain.length, chain.codes.shape[1]), dtype=np.float32)
-    uniform = np.empty((len(samples), chain.length))
-    for row, index in enumerate(samples):
-        # All of a sample's random numbers, before anything is written: they depend neither on the prompt's length nor
-        # on what the texts beside it are.
-        stream = np.random.default_rng(seed_at(seed, "continue", index))
-        noise[row] = stream.standard_normal(noise.shape[1:], dtype=np.float32)
-        uniform[row] = stream.random(chain.length)
+    noise, uniform = random_numbers(chain, samples, seed=seed)
     window = Window(chain, noise)
     window.tokens[:, : len(prompt)] = prompt
     window.fill(predict, len(prompt))
@@ -274,6 +267,20 @@ def continue_texts(
         if on_token is not None:
             on_token()
     return window.tokens
+
+
+def random_numbers(chain: TokenChain, samples: Sequence[int], *, seed: int) -> tuple[Values, Probabilities]:
+    """All that writing some samples draws: noise [samples, length, code_width] and uniform numbers [samples, length].
+
+    It is drawn before anything is written: it depends neither on the prompt's length nor on the texts beside a sample.
+    """
+    noise = np.empty((len(samples), chain.length, chain.codes.shape[1]), dtype=np.float32)
+    uniform = np.empty((len(samples), chain.length))
+    for row, index in enumerate(samples):
+        stream = np.random.default_rng(seed_at(seed, "continue", index))
+        noise[row] = stream.standard_normal(noise.shape[1:], dtype=np.float32)
+        uniform[row] = stream.random(chain.length)
+    return noise, uniform
 
 
 def write_texts(

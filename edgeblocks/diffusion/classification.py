@@ -63,7 +63,6 @@ def classify(
         levels: descending noise levels.
         noises: chains an image.
     """
-    images = [hashlib.sha256(image.tobytes()).hexdigest() for image in pixels]
     # The end of one chain is a draw from the classes' distribution, not the distribution: by itself it is right as
     # often as the network is sure. The denoised label is a martingale along a chain, whose mean at every level is the
     # distribution, so all levels count; measured on the digits (2 blocks of 2 layers, 300 steps, 4 noises, 4 levels),
@@ -80,15 +79,20 @@ def classify(
     # All chains together: at each level they run before the next level's block is needed, so each is loaded once.
     integrate(
         denoise_all,
-        np.concatenate(
-            [start_noise((num_classes,), samples=images, seed=seed_at(seed, "chain", n)) for n in range(noises)]
-        ),
+        np.concatenate(label_noise(pixels, num_classes=num_classes, noises=noises, seed=seed)),
         levels,
         solver="euler",
         on_level=on_level,
     )
     mean: NDArray[np.float32] = total / np.float32(noises * len(levels))
     return mean
+
+
+def label_noise(pixels: NDArray[np.uint8], *, num_classes: int, noises: int, seed: int) -> NDArray[np.float32]:
+    """Where the chains of each image begin: standard normal, [noises, images, classes]."""
+    images = [hashlib.sha256(image.tobytes()).hexdigest() for image in pixels]
+    chains = [start_noise((num_classes,), samples=images, seed=seed_at(seed, "chain", n)) for n in range(noises)]
+    return np.stack(chains)
 
 
 class CalibrationBin(TypedDict):

@@ -60,7 +60,7 @@ def unmask(
     """
     tokens = tokens.copy()
     length = tokens.shape[1]
-    streams = [np.random.default_rng(seed_at(seed, "unmask", index)) for index in range(len(tokens))]
+    streams = [_stream(seed, index) for index in range(len(tokens))]
     for number, (t_from, t_to) in enumerate(steps):
         # In the last step with certainty, whatever its t_to, so that no gap is left.
         # Of the tokens masked at t_from, the share that is not at t_to: (alpha(t_to) - alpha(t_from)) / (1 -
@@ -80,6 +80,15 @@ def unmask(
         if on_step is not None:
             on_step(number + 1)
     return tokens
+
+
+def random_numbers(samples: Sequence[int], *, steps: int, length: int, seed: int) -> NDArray[np.float64]:
+    """All that `unmask` draws for some samples, uniform in [0, 1), [steps, samples, 2, length]."""
+    return np.stack([_stream(seed, index).random((steps, 2, length)) for index in samples], axis=1)
+
+
+def _stream(seed: int, sample: int) -> np.random.Generator:
+    return np.random.default_rng(seed_at(seed, "unmask", sample))
 
 
 def _drawn(logits: Logits, temperature: float, uniform: NDArray[np.float64]) -> Tokens:

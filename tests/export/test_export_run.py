@@ -118,13 +118,13 @@ def test_an_export_reports_what_was_verified(exports, kind):
     assert any("onnxruntime against torch" in note for note in heard.notes)
 
 
-def test_an_exported_directory_holds_the_graphs_and_the_manifest_only(exports):
+def test_an_exported_directory_holds_the_graphs_the_manifest_and_use_md_only(exports):
     """No temporary file, no data file of a small block, and no path or source line of the machine in a graph."""
     folder, _ = exports["conditional"]
-    names = {"block_000.onnx", "block_001.onnx", "block_002.onnx", "manifest.json"}
+    names = {"block_000.onnx", "block_001.onnx", "block_002.onnx", "manifest.json", "USE.md"}
     assert {path.name for path in folder.iterdir()} == names
     assert not [path for path in folder.parent.iterdir() if path.name.startswith(".")]
-    for name in names - {"manifest.json"}:
+    for name in names - {"manifest.json", "USE.md"}:
         content = (folder / name).read_bytes()
         assert b"dit.py" not in content
         assert str(os.path.expanduser("~")).encode() not in content  # noqa: PTH111 - text is compared, no path is made

@@ -260,7 +260,7 @@ _PATH_LEADS_OUT = "plain name of a file in the directory"
 @pytest.mark.parametrize(
     ("path", "value", "words"),
     [
-        (("format_version",), 1, "format version 1.*reads version 2"),
+        (("format_version",), 1, "format version 1.*reads versions 2 and 3"),
         (("format_version",), True, "format version True"),
         (("format_version",), "1", "format version '1'"),
         (("kind",), "something", "of another kind"),
@@ -280,7 +280,7 @@ _PATH_LEADS_OUT = "plain name of a file in the directory"
         (("files", 0), [], r"files.0=\[\]: input should be a valid dictionary"),
         (("files",), {}, "files={}: input should be a list"),
         (("boundaries",), [80.0, 0.1, 0.2, 0.002], "strictly descending"),
-        (("boundaries",), [80.0, 0.5, 0.002], "3 blocks, boundaries has 2"),
+        (("boundaries",), [80.0, 0.5, 0.002], "files lists 3 blocks where 2 belong"),
         (("boundaries",), [80.0, 0.5, 0.1, -0.002], "boundaries.3=-0.002: input should be greater than or equal to 0"),
         (("boundaries",), [80.0, float("nan"), 0.1, 0.002], "boundaries.1=nan: input should be a finite number"),
         (("boundaries",), [70.0, 0.5, 0.1, 0.002], "noise levels from 80 to 0.002"),

@@ -1,7 +1,7 @@
 """What is fuzzed: for each kind of file a `Reader`, which writes a mutated one and has it read as a user would."""
 
 from fuzz.readers.blocks import BlockReader
-from fuzz.readers.exports import ContinuationExportReader, ExportReader, TextExportReader
+from fuzz.readers.exports import ChainExportReader, ContinuationExportReader, ExportReader, TextExportReader
 from fuzz.readers.images import ArchiveReader, CacheReader, FolderReader
 from fuzz.readers.run_files import ConfigReader, ManifestReader, PlanReader, RecordsReader, TextRunReader
 from fuzz.readers.texts import LinesReader, TableReader, TextFileReader, TextFolderReader
@@ -15,6 +15,7 @@ READERS = {
     "plan": PlanReader,
     "config": ConfigReader,
     "metrics and summary": RecordsReader,
+    "chain export": ChainExportReader,
     "export manifest": ExportReader,
     "npz": ArchiveReader,
     "image folder": FolderReader,

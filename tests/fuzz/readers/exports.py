@@ -1,5 +1,6 @@
 """Exported directories."""
 
+import functools
 import hashlib
 import json
 import shutil
@@ -14,6 +15,8 @@ from support.text_mutations import changed_definition
 class ExportReader(Reader):
     """manifest.json of an exported directory, and now and then what its names lead to."""
 
+    names = ("block_000.onnx", "block_001.onnx", "block_002.onnx")
+
     def __init__(self, folder):
         from edgeblocks.export import manifest_types as module
         from edgeblocks.export.manifest import write_manifest
@@ -22,24 +25,11 @@ class ExportReader(Reader):
         self.folder.mkdir()
         # Graphs of a version and a producer's name, as protobuf has them.
         graphs = [b"\x08\x08\x12" + bytes([100 + block]) + bytes([block]) * (100 + block) for block in range(3)]
-        contents = {f"block_{block:03d}.onnx": graph for block, graph in enumerate(graphs)}
-        self.contents = {**contents, "block_002.onnx.data": b"weights"}
-        self.outside.write_bytes(contents["block_000.onnx"])
-        digests = {name: hashlib.sha256(content).hexdigest() for name, content in self.contents.items()}
-        files = []
-        for block, name in enumerate(contents):
-            data = f"{name}.data" if f"{name}.data" in self.contents else None
-            size = len(self.contents[name]) + (len(self.contents[data]) if data else 0)
-            files.append(
-                module.BlockFile(
-                    block=block,
-                    file=name,
-                    data_file=data,
-                    sha256=digests[name],
-                    data_sha256=digests[data] if data else None,
-                    bytes=size,
-                )
-            )
+        contents = dict(zip(self.names, graphs, strict=False))
+        last = [*contents][-1]
+        self.contents = {**contents, f"{last}.data": b"weights"}
+        self.outside.write_bytes(graphs[0])
+        files = [self._described(name) for name in contents]
         verified = module.Verified(
             block_max_abs_error=1e-6,
             block_limit=1e-4,
@@ -49,12 +39,23 @@ class ExportReader(Reader):
             outputs=8,
             real_inputs=True,
         )
-        common = {"edgeblocks": "0.1.0", "opset": 18, "files": tuple(files), "verified": verified}
+        common = {"edgeblocks": "0.1.0", "opset": 18, "verified": verified, **self.graphs(files)}
         manifest = self.manifest(common)
         write_manifest(self.folder, manifest)
         self.sound = (self.folder / "manifest.json").read_bytes()
         self.value = json.loads(self.sound)
         self._restore()
+
+    def _described(self, name):
+        """What a manifest says of a graph's file."""
+        data = f"{name}.data" if f"{name}.data" in self.contents else None
+        digests = [name and hashlib.sha256(self.contents[name]).hexdigest() for name in (name, data)]
+        size = sum(len(self.contents[name]) for name in (name, data) if name)
+        return {"file": name, "data_file": data, "sha256": digests[0], "data_sha256": digests[1], "bytes": size}
+
+    def graphs(self, files):
+        """The fields that name the graphs."""
+        return {"files": tuple(self.module.BlockFile(block=block, **file) for block, file in enumerate(files))}
 
     def manifest(self, common):
         """A sound one, with the fields that all manifests have."""
@@ -108,9 +109,48 @@ class ExportReader(Reader):
 
         manifest = read_manifest(self.folder)
         json.dumps(manifest.to_json(), ensure_ascii=False).encode()
-        for file in manifest.files:
+        for file in manifest.graphs:
             path = checked_path(self.folder, file)
             assert hashlib.sha256(path.read_bytes()).hexdigest() == file.sha256
+
+
+class ChainExportReader(ExportReader):
+    """manifest.json of an exported directory with one graph for the whole chain, and the graph's own bytes."""
+
+    names = ("chain.onnx",)
+
+    def graphs(self, files):
+        verified = self.module.ChainVerified(torch_difference=1e-6, walk_difference=0.0, limit=1e-3)
+        chain = self.module.ChainFile(**files[0], verified=verified)
+        return {"format_version": 3, "files": (), "chain": chain}
+
+    def prepare(self, rng):
+        """Now and then another graph, of which the manifest has the checksum."""
+        super().prepare(rng)
+        path = self.folder / "chain.onnx"
+        if rng.random() < 0.5 and path.is_file() and not path.is_symlink():
+            graph = mutated_bytes(rng, looping_graph())
+            path.write_bytes(graph)
+            size = len(graph) + len(self.contents["chain.onnx.data"])
+            chain = {**self.value["chain"], "sha256": hashlib.sha256(graph).hexdigest(), "bytes": size}
+            manifest = self.folder / "manifest.json"
+            if manifest.is_file() and not manifest.is_symlink():
+                manifest.write_text(json.dumps({**self.value, "chain": chain}))
+
+
+@functools.cache
+def looping_graph():
+    """A small graph with a loop, as a chain has one."""
+    from onnx import helper
+
+    from edgeblocks.export.chain_graphs import bounded
+    from edgeblocks.export.graph_builder import FLOAT, Nodes
+
+    nodes = Nodes()
+    times = bounded(nodes, nodes("Size", "levels"))
+    nodes.loop(times, [("z", FLOAT)], lambda inner, number, carried: [inner("Neg", carried[0])])
+    graph = helper.make_graph(nodes.nodes, "chain", [], [], nodes.constants)
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)]).SerializeToString()
 
 
 class TextExportReader(ExportReader):
