@@ -21,8 +21,13 @@ for here, after in zip(levels, levels[1:]):
     feed = {"z": z, "sigma": np.full(4, here["sigma"], np.float32)$python_labels}
     (denoised,) = sessions[here["block"]].run(None, feed)
     z = z + (z - denoised) / here["sigma"] * (after["sigma"] - here["sigma"])
-pixels = np.rint(255 * np.clip(z / manifest["scale"] + manifest["mean"], 0, 1)).astype(np.uint8).transpose(0, 2, 3, 1)
+images = z / manifest["scale"] + manifest["mean"]
+${decode}pixels = np.rint(255 * np.clip(images, 0, 1)).astype(np.uint8).transpose(0, 2, 3, 1)
 print(pixels.shape, pixels.dtype)
+"""
+_DECODE = """\
+decoder = onnxruntime.InferenceSession(manifest["decoding"]["graph"]["file"])
+(images,) = decoder.run(None, {"latents": images})
 """
 _IMAGES_JS = """\
 import * as ort from "onnxruntime-node";
@@ -120,8 +125,15 @@ def _images(manifest: ImageManifest) -> Example:
         "python_labels": f', "labels": np.arange(4) % {manifest.num_classes}' if manifest.num_classes else "",
         "js_labels": ', labels: new ort.Tensor("int64", [0n], [1])' if manifest.num_classes else "",
     }
-    python = filled(_BEGIN + _LEVELS + _IMAGES, **given)
-    return Example(values=values, python=python, javascript=filled(_IMAGES_JS, **given))
+    if manifest.decoding is None:
+        python = filled(_BEGIN + _LEVELS + _IMAGES, **given, decode="")
+        return Example(values=values, python=python, javascript=filled(_IMAGES_JS, **given))
+    picture = manifest.decoding.picture
+    values["images"] = (
+        f"float32 [batch, {picture.channels}, {picture.height}, {picture.width}] of 0 to 1, by the decoder"
+    )
+    python = filled(_BEGIN + _LEVELS + _IMAGES, **given, decode=_DECODE)
+    return Example(values=values, python=python, javascript=None)
 
 
 def _classes(manifest: ImageManifest) -> Example:

@@ -1,6 +1,7 @@
 """dit on latents: the cache, training, resuming, samples that are decoded."""
 
 import json
+import re
 import shutil
 
 import numpy as np
@@ -252,6 +253,15 @@ np.save({str(tmp_path / "made.npy")!r}, made)
     assert done["code"] == 0, done["err"]
     made, expected = np.load(tmp_path / "made.npy").astype(int), trained.sample(n=5, steps=3, seed=1)
     assert (np.abs(made - expected) <= 1).all() and (made == expected).mean() > 0.99
+
+
+def test_the_python_of_use_md_decodes_its_pictures(exported, monkeypatch):
+    """With onnxruntime alone, as the page beside the graphs says."""
+    monkeypatch.chdir(exported)
+    (code,) = re.findall("```python\\n(.*?)```", (exported / "USE.md").read_text(), re.DOTALL)
+    names: dict[str, object] = {}
+    exec(code, names)
+    assert names["pixels"].shape == (4, 16, 16, 3)
 
 
 def test_an_export_tells_both_sizes_and_its_decoder_is_checked_before_use(exported, tmp_path):
