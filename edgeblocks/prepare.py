@@ -5,11 +5,12 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from edgeblocks.checked_method import check_method, is_one_stage
 from edgeblocks.data.dataset import DataSet
 from edgeblocks.diffusion.noise import NoisePartition, partition_noise
-from edgeblocks.errors import ConfigError, DoesNotFitError
+from edgeblocks.errors import DoesNotFitError
 from edgeblocks.families.base import DataInfo, ImageInfo, TextInfo
-from edgeblocks.methods import EXACT, FEWEST_SHARED_STEPS, METHODS, USUAL_SHARE, Master
+from edgeblocks.methods import FEWEST_SHARED_STEPS, METHODS, USUAL_SHARE, Master
 from edgeblocks.offload.device import Target
 from edgeblocks.optim.cuda_step import choice_on
 from edgeblocks.planning.corrections import corrected_by_run
@@ -36,7 +37,7 @@ from edgeblocks.runs.disk_room import check_work_dir, existing_folder
 from edgeblocks.runs.load_weights import InitialWeights, initial_weights_of
 from edgeblocks.runs.open_data import open_run_data, tokenizer_bytes, vocabulary_of
 from edgeblocks.runs.written_plan import TrainablePlan, WrittenPlan, written_plan
-from edgeblocks.settings.fields import RunSettings, Settings, precision_of, share_of
+from edgeblocks.settings.fields import Settings, precision_of
 from edgeblocks.tasks import TASKS
 from edgeblocks.units import advised_budget, format_bytes, parse_size
 
@@ -54,21 +55,6 @@ NOTHING_LEARNED = (
 NEVER_RAN_ON_A_GPU = (
     "--method {method} was not yet run on a GPU: on processors it was, with a device's memory and its host's kept apart"
 )
-SETTINGS_OF_SOME_METHODS = {
-    "shared": "is of blocks that are trained alone, and {method} trains one network",
-    "window": "says how many layers are trained at a time while a network grows, and with --method {method} none does",
-    "grow": "says when layers are added to a network that grows, and with --method {method} none does",
-    "frozen": "says as what layers below a window are in memory, and with --method {method} there is none",
-    "clip_by": "clips by the norm of a whole network's gradient; with --method {method} there is none, what is trained "
-    "is clipped by its own",
-    "boundaries": "says where activations at the stage boundaries wait for the backward pass; with --method {method} "
-    "no gradient goes from part to part",
-    "boundary_dtype": "says what activations at the stage boundaries are kept as; with --method {method} no gradient "
-    "goes from part to part",
-    "train_blocks": "names the stages that are trained; with --method {method} there is nothing to choose (to train a "
-    "block again: edgeblocks train --resume RUN --reinit-block N)",
-}
-"""Why a setting means nothing with a method that does not have it among its own."""
 A_GPU_IS_HERE = "torch sees a GPU here and training uses the processor; --target cuda uses the GPU"
 
 
@@ -189,61 +175,6 @@ def prepare(settings: Settings, out: Path, listener: Listener, *, speeds: Machin
         plan=plan,
         initial=initial,
     )
-
-
-def check_method(run: RunSettings) -> None:
-    """Check that a network can be trained this way.
-
-    Raises:
-        ConfigError: the family does not have that many stages, or a setting belongs to another method.
-    """
-    if _is_one_stage(run) and run.blocks not in ("auto", 1):
-        raise ConfigError(
-            f"--blocks {run.blocks}: all layers of a {run.family} that is trained end to end are one stage; leave "
-            f"--blocks out"
-        )
-    method, kind = METHODS[run.method], family_type(run.family)
-    if kind.only_exact and run.method != EXACT.name:
-        raise ConfigError(
-            f"--method {run.method}: a pretrained model is trained end to end, with --method exact; blocks that are "
-            f"trained alone would be other networks"
-        )
-    if run.sample_grids and not kind.writes_text:
-        raise ConfigError(f"sample_grids={run.sample_grids}: a pretrained model writes no text here yet; leave it out")
-    if run.evaluations and not kind.writes_text:
-        raise ConfigError(
-            f"evaluations={run.evaluations}: a pretrained model is evaluated before and after it; leave it out"
-        )
-    if method.grows and _is_one_stage(run):
-        raise ConfigError(
-            f"--method {run.method}: a {run.family} is not grown, because each pass runs its core again and again, and "
-            f"layers on top would come after all of its iterations; use --method exact"
-        )
-    if method.grows and run.blocks != "auto":
-        raise ConfigError(
-            f"--blocks {run.blocks}: with --method {run.method} the window decides how the network is cut; use --set "
-            f"window=N (layers), or leave both out"
-        )
-    if method.grows and run.init is not None:
-        raise ConfigError(
-            f"--method {run.method} and --init: the network begins as its lowest layers, and the file holds all; to go "
-            f"on with the weights of a file, use --method exact"
-        )
-    if share_of(run) and run.init is not None:
-        raise ConfigError(
-            f"shared={share_of(run):g} and --init: blocks begin as one denoiser or as the file has them; leave one out"
-        )
-    for name, why in SETTINGS_OF_SOME_METHODS.items():
-        value = getattr(run, name)
-        if name in METHODS[run.method].own_settings or not value or value == RunSettings.model_fields[name].default:
-            continue
-        others = " or ".join(f"--method {other.name}" for other in METHODS.values() if name in other.own_settings)
-        raise ConfigError(f"{name}={value} {why.format(method=run.method)}; leave it out, or use {others}")
-
-
-def _is_one_stage(run: RunSettings) -> bool:
-    """Whether the family's network cannot be cut where it is trained end to end."""
-    return METHODS[run.method].one_network and family_type(run.family, run.method).one_stage
 
 
 def torch_sees_a_gpu() -> bool:
@@ -462,7 +393,7 @@ def _request(settings: Settings, data_bytes: int, data: DataInfo, budgets: tuple
         name: None if getattr(run, name) == "auto" else getattr(run, name)
         for name in ("blocks", "window", "micro_batch", "checkpointing", "visit_steps", "tier")
     }
-    if _is_one_stage(run):
+    if is_one_stage(run):
         fixed["blocks"] = 1
     family = build_family(run.family, asdict(settings.family), asdict(data), run.method)
     return PlanRequest(

@@ -112,6 +112,14 @@ def test_tuning(bench, tmp_path):
     assert answer == {"role": "assistant", "content": "The answer to a & more."}
 
 
+def test_tuning_grid(bench):
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 2}
+    small = {"MODELS": {"tiny": shape}, "VOCABULARIES": {"tiny": 128}, "SHAPES": ((16, 2),), "KINDS": ("ample",)}
+    told = bench("tuning_grid", "grid.jsonl", "--table", "grid.md", **small, TUNES=("blocks",), STEPS=2)
+    assert "1 runs, 0 failed; within the budget: 1 of 1" in told
+    assert "| tiny | 16 | 2 | blocks | 8000 |" in Path("grid.md").read_text()
+
+
 def test_small_vit(bench, tmp_path, one_thread):
     """What it writes can be fine-tuned, as can the same with random weights."""
     images, labels = np.random.default_rng(0).integers(0, 256, (50, 28, 28), dtype=np.uint8), np.arange(50) % 10

@@ -9,12 +9,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from edgeblocks import api
+from edgeblocks.checked_method import check_method
 from edgeblocks.compare.arms import Arm
 from edgeblocks.compare.plain_training import PlainSummary
 from edgeblocks.compare.wanted import Asked, Measured, Settled
 from edgeblocks.data.dataset import DataSet
 from edgeblocks.errors import ConfigError, RunError
-from edgeblocks.prepare import check_method
 from edgeblocks.profiling.budgets import budget_of_this_process
 from edgeblocks.profiling.measurement import check_precision, with_precision
 from edgeblocks.progress import Silent
