@@ -7,12 +7,15 @@ goes on from what came home.
 """
 
 import os
+import secrets
 import shutil
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -25,6 +28,8 @@ from edgeblocks.progress import Listener
 from edgeblocks.runs.apart import steps_left
 from edgeblocks.runs.directory import RunDirectory
 from edgeblocks.runs.gathering import take_block
+from edgeblocks.settings.fields import BUILT_IN_DATA
+from edgeblocks.tasks import PYTHON_DATA
 from edgeblocks.training.interruption import Interruption
 from edgeblocks.units import format_bytes
 
@@ -37,8 +42,15 @@ _WAITING_S = 30.0
 _MOST_LOSSES = 5
 """Of one block's workers, without a visit in between."""
 _SENT = ("config.yaml", "plan.json", "manifest.json", "env.json", TOKENIZER_FILE, "metrics.jsonl")
+_MISSING = "No module named 'edgeblocks"
+"""In Ray's words, where a node does not have the package."""
 _ENVIRONMENT = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 """Of which sums may depend; Ray sets the first for its workers."""
+
+
+def _last_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if _MISSING in line]
+    return lines[-1][:200]
 
 
 class Cluster:
@@ -120,6 +132,8 @@ class Spread:
         self._running: dict[int, _Task] = {}
         self._losses: dict[int, int] = {}
         self._arriving = run.path / "blocks.arriving"
+        self._token = secrets.token_hex(16)
+        """Names the data that are sent to nodes."""
 
     def train(self, blocks: Sequence[int], *, go_on_with: str) -> None:
         """Train these blocks to their last step.
@@ -203,17 +217,46 @@ class Spread:
                 self._listener.note(f"block {task.block} waits for a node with {needed} of memory and a processor free")
             return True
         node = self._get(task.placed)
+        there, here = self._get(task.actor.version.remote()), metadata.version("edgeblocks")
+        if there != here:
+            raise EdgeblocksError(
+                f"{node} has edgeblocks {there}, and this machine {here}, whose numbers may differ: pip install "
+                f"'edgeblocks[cluster]=={here}' there"
+            )
         self._send(task)
         settings = self._run.settings.run
         budgets = {"--mem-budget": settings.mem_budget, "--ram-budget": settings.ram_budget}
         arguments = ["--blocks-here", str(task.block)]
         arguments += [word for flag, value in budgets.items() if value is not None for word in (flag, value)]
+        arguments += self._data_on(task, node)
         environment = {name: os.environ.get(name) for name in _ENVIRONMENT}
         self._get(task.actor.start.remote(arguments, environment))
         task.seen = self._get(task.actor.poll.remote(self._name(task.block))).version
         task.node = node
         self._listener.note(f"block {task.block} is trained on {node}")
         return True
+
+    def _data_on(self, task: _Task, node: str) -> list[str]:
+        """What says where the data are on a node: nothing where they are under the same path, or come with the package.
+
+        Else they are sent there, once for all workers of that machine. What they hold is compared when they are opened.
+        """
+        data = self._run.settings.run.data
+        if data in BUILT_IN_DATA or data.startswith(PYTHON_DATA) or self._get(task.actor.finds.remote(data)):
+            return []
+        place: str | None = self._get(task.actor.data_sent.remote(self._token))
+        if place is None:
+            top = Path(data)
+            files = sorted(path for path in top.rglob("*") if path.is_file()) if top.is_dir() else [top]
+            size = sum(path.stat().st_size for path in files)
+            self._listener.note(f"sending the data to {node}, {format_bytes(size)}")
+            for path in files:
+                with path.open("rb") as file:
+                    name = str(path.relative_to(top.parent))
+                    while piece := file.read(_PIECE_BYTES):
+                        self._get(task.actor.receive.remote(self._token, name, piece))
+            place = self._get(task.actor.keep_data.remote(self._token))
+        return ["--data", str(place)]
 
     def _send(self, task: _Task) -> None:
         """The run's files, the block, and what stands for the others."""
@@ -251,6 +294,11 @@ class Spread:
         self._listener.advance(sum(saved), wanted * len(saved), "steps of all blocks")
 
     def _lost(self, task: _Task, error: Exception) -> None:
+        if _MISSING in str(error):
+            raise EdgeblocksError(
+                f"a node of the cluster has no edgeblocks, or another Python than the one that it is installed in: pip "
+                f"install 'edgeblocks[cluster]=={metadata.version('edgeblocks')}' on every node ({_last_line(error)})"
+            ) from error
         losses = self._losses[task.block] = self._losses.get(task.block, 0) + 1
         if losses > _MOST_LOSSES:
             raise EdgeblocksError(
@@ -288,7 +336,8 @@ class Spread:
         del self._running[task.block]
         with suppress(self._ray.exceptions.RayError):
             if task.node is not None:
-                self._ray.get(task.actor.close.remote(), timeout=10)
+                is_last = not any(other.node == task.node for other in self._running.values())
+                self._ray.get(task.actor.close.remote(self._token if is_last else None), timeout=10)
         with suppress(self._ray.exceptions.RayError):
             self._ray.kill(task.actor)
 

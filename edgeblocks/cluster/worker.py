@@ -15,6 +15,7 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from importlib import metadata
 from pathlib import Path
 from typing import IO
 
@@ -51,6 +52,10 @@ class Worker:
         """The name of the machine."""
         return platform.node()
 
+    def version(self) -> str:
+        """Of the package there."""
+        return metadata.version("edgeblocks")
+
     def write(self, name: str, piece: bytes) -> None:
         """Add bytes to a file of the copy."""
         with (self._copy / name).open("ab") as file:
@@ -61,6 +66,32 @@ class Worker:
         path = self._copy / name
         path.write_bytes(head)
         os.truncate(path, num_bytes)
+
+    def finds(self, path: str) -> bool:
+        """Whether there is something under this path here, too."""
+        return Path(path).exists()
+
+    def data_sent(self, token: str) -> str | None:
+        """Where the data are that the driver sent to this machine; None where it did not."""
+        place = _data_place(token)
+        return str(next(place.iterdir())) if place.is_dir() else None
+
+    def receive(self, token: str, name: str, piece: bytes) -> None:
+        """Add bytes to a file of the data that are being sent."""
+        path = self._folder / token / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("ab") as file:
+            file.write(piece)
+
+    def keep_data(self, token: str) -> str:
+        """All was sent: other workers of this machine use it as well. Where it is."""
+        place = _data_place(token)
+        if place.is_dir():
+            shutil.rmtree(self._folder / token)
+        else:
+            (self._folder / token).chmod(0o700)
+            (self._folder / token).rename(place)
+        return str(next(place.iterdir()))
 
     def start(self, arguments: Sequence[str], environment: Mapping[str, str | None]) -> None:
         """Start `edgeblocks train --resume` on the copy.
@@ -113,12 +144,19 @@ class Worker:
         if self._training is not None and self._training.poll() is None:
             self._training.send_signal(signal.SIGTERM)
 
-    def close(self) -> None:
-        """Remove the copy."""
+    def close(self, data_token: str | None = None) -> None:
+        """Remove the copy, and the data that were sent where no other worker of this machine needs them."""
         if self._training is not None and self._training.poll() is None:
             self._training.kill()
             self._training.wait()
         shutil.rmtree(self._folder, ignore_errors=True)
+        if data_token is not None:
+            shutil.rmtree(_data_place(data_token), ignore_errors=True)
+
+
+def _data_place(token: str) -> Path:
+    """A folder that all workers of a machine find, and nobody can guess."""
+    return Path(tempfile.gettempdir()) / f"edgeblocks-data-{token}"
 
 
 def _ending_with_this_process() -> Callable[[], object] | None:

@@ -4,9 +4,12 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
+from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 from support.commands import TINY, assert_refused, invoke
 from support.equality import assert_same_bits
 
@@ -62,6 +65,25 @@ def nodes():
 
 
 @pytest.mark.slow
+def test_data_that_a_node_does_not_have_are_sent_to_it(nodes, tmp_path, monkeypatch):
+    """Once, for the workers of a machine; the bits are those of one machine, and nothing is left there."""
+    (tmp_path / "photos/a").mkdir(parents=True)
+    (tmp_path / "photos/b").mkdir()
+    random = np.random.default_rng(0)
+    for number in range(24):
+        pixels = random.integers(0, 256, (8, 8), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / f"photos/{'ab'[number % 2]}/{number}.png")
+    monkeypatch.chdir(tmp_path)
+    # A path that leads elsewhere in another process: nodes are started in a folder of Ray's.
+    wanted = {**WANTED, "data": "/proc/self/cwd/photos", "image_size": 8, "hold_out": 0.2, "steps": 40}
+    heard, before = OnAdvance(), set(Path(tempfile.gettempdir()).glob("edgeblocks-data-*"))
+    run = edgeblocks.train(out=tmp_path / "run", cluster=nodes.address, listener=heard, **wanted)
+    assert_same_bits(edgeblocks.train(out=tmp_path / "one", **wanted).path, run.path, blocks=2)
+    assert sum("sending the data" in note for note in heard.notes) == 1, heard.notes
+    assert set(Path(tempfile.gettempdir()).glob("edgeblocks-data-*")) == before
+
+
+@pytest.mark.slow
 def test_a_cluster_gives_the_bits_of_one_machine_even_when_a_node_is_lost(whole, nodes, tmp_path):
     """A node is taken away after its first visits; its block is placed again and goes on from what came home."""
     heard = OnAdvance(60, lambda: nodes.remove_node(nodes.second, allow_graceful=False))
@@ -102,6 +124,28 @@ def test_data_that_a_node_does_not_find_end_the_training_with_its_words(nodes, t
     wanted = {**WANTED, "data": str(tmp_path / "a.npz"), "hold_out": 0.1}
     with pytest.raises(EdgeblocksError, match=r"(?s)block \d on .*: its training ended with 2: .*a.npz"):
         edgeblocks.train(out=tmp_path / "run", cluster=nodes.address, callbacks=[Hides(tmp_path / "a.npz")], **wanted)
+    assert edgeblocks.load(tmp_path / "run").left == {0: 160, 1: 160}
+
+
+class IsAnotherVersion(edgeblocks.Callback):
+    """From when a training is about to begin this machine's package says that it is 9.9; those of the nodes do not."""
+
+    def __init__(self, folder, patch):
+        self._folder, self._patch = folder, patch
+        (folder / "edgeblocks-9.9.dist-info").mkdir(parents=True)
+        told = "Metadata-Version: 2.1\nName: edgeblocks\nVersion: 9.9\n"
+        (folder / "edgeblocks-9.9.dist-info/METADATA").write_text(told)
+
+    def planned(self, event):
+        self._patch.syspath_prepend(self._folder)
+
+
+@pytest.mark.slow
+def test_a_node_with_another_version_is_told(nodes, tmp_path, monkeypatch):
+    """Before anything is trained."""
+    callbacks = [IsAnotherVersion(tmp_path / "site", monkeypatch)]
+    with pytest.raises(EdgeblocksError, match=r"has edgeblocks .*, and this machine 9.9, whose numbers may differ"):
+        edgeblocks.train(out=tmp_path / "run", cluster=nodes.address, callbacks=callbacks, **WANTED)
     assert edgeblocks.load(tmp_path / "run").left == {0: 160, 1: 160}
 
 
