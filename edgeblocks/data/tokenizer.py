@@ -118,7 +118,7 @@ class PairTokenizer:
             # Lengths are the reader's business; a tokenizer.json may ask for texts cut, filled up, marked or doubled.
             self._tokenizer.no_truncation()
             self._tokenizer.no_padding()
-            self.beginning: str = _guarded(_beginning, self._tokenizer)
+            self.beginning: str = _beginning(self._tokenizer)
             """What it puts before a text, such as `<s>`; tokens that it reads as that mark."""
             self._tokenizer.post_processor = None
             ids = _guarded(self._tokenizer.get_vocab, True).values()
@@ -315,12 +315,6 @@ Arguments = ParamSpec("Arguments")
 Answer = TypeVar("Answer")
 
 
-def _beginning(tokenizer: Any) -> str:
-    marked, plain = tokenizer.encode("a").ids, tokenizer.encode("a", add_special_tokens=False).ids
-    before = marked[: marked.index(plain[0])] if plain and plain[0] in marked else []
-    return "".join(tokenizer.id_to_token(token) for token in before)
-
-
 class _RefusedError(Exception):
     """What the library said."""
 
@@ -335,6 +329,15 @@ def _guarded(call: Callable[Arguments, Answer], *arguments: Arguments.args, **op
         ):
             raise
         raise _RefusedError(" ".join(str(error).split())[:200]) from error
+
+
+def _beginning(tokenizer: Any) -> str:
+    try:
+        marked, plain = (_guarded(tokenizer.encode, "a", None, False, marks).ids for marks in (True, False))
+    except _RefusedError:  # it does not know the letter
+        return ""
+    before = marked[: marked.index(plain[0])] if plain and plain[0] in marked else []
+    return "".join(tokenizer.id_to_token(token) for token in before)
 
 
 def _library() -> ModuleType:

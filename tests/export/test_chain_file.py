@@ -26,6 +26,8 @@ from edgeblocks.export.sampler import Sampler
 from edgeblocks.export.verify_chain import verify_chain
 from edgeblocks.progress import Silent
 
+AMPLE = "4GB"
+"""This process is as large as the tests before have made it."""
 TEXT = {"width": 32, "heads": 2, "length": 16}
 KINDS = ("dit", "plain dit", "exact dit", "vit", "mdlm", "ar", "looped")
 
@@ -94,7 +96,7 @@ def test_images_of_one_file_equal_those_of_torch(runs, chains, kind, solver):
     sampler = open_chain(chains[kind])
     asked = {"n": 5, "steps": 7, "solver": solver, "guidance": 1.0 if kind == "plain dit" else 2.5}
     found = sampler.sample(**asked, micro_batch=2)
-    expected = runs[kind].sample(**asked)
+    expected = runs[kind].sample(**asked, mem_budget=AMPLE)
     assert found.shape == expected.shape and found.dtype == np.uint8
     assert np.abs(found.astype(int) - expected).max() <= 1
     assert (found == expected).mean() > 0.99
@@ -124,7 +126,7 @@ def test_classes_of_one_file_equal_those_of_torch(runs, chains):
     pixels = np.random.default_rng(0).integers(0, 256, (5, 8, 8, 1), dtype=np.uint8)
     for steps, noises in ((2, 1), (5, 3)):
         found = classifier.classify(pixels, steps=steps, noises=noises, seed=4)
-        expected = runs["vit"].classify(pixels, steps=steps, noises=noises, seed=4)
+        expected = runs["vit"].classify(pixels, steps=steps, noises=noises, seed=4, mem_budget=AMPLE)
         np.testing.assert_allclose(found, expected, atol=1e-5)
         alone = classifier.classify(pixels[:2], steps=steps, noises=noises, seed=4)
         np.testing.assert_allclose(found[:2], alone, atol=1e-5)
@@ -136,7 +138,8 @@ def test_unmasked_text_of_one_file_equals_that_of_torch(runs, chains, temperatur
     writer = open_chain(chains["mdlm"])
     for asked in ({"steps": 3}, {"steps": 40}, {"steps": 8, "fill": "the ____ sat"}):
         found = writer.write(3, temperature=temperature, micro_batch=2, seed=1, **asked)
-        assert found == runs["mdlm"].sample_text(n=3, temperature=temperature, seed=1, **asked)
+        own = {"n": 3, "temperature": temperature, "seed": 1, "mem_budget": AMPLE}
+        assert found == runs["mdlm"].sample_text(**own, **asked)
 
 
 @pytest.mark.parametrize("kind", ["ar", "looped"])
@@ -149,7 +152,7 @@ def test_continued_text_of_one_file_equals_that_of_torch(runs, chains, kind, cho
         asked = {"temperature": choice[0], "top_p": choice[1], "prompt": prompt, "steps": 5, "seed": 2}
         heard = []
         found = continuer.write(n=3, micro_batch=2, on_token=lambda *told: heard.append(told), **asked)  # noqa: B023
-        assert found == runs[kind].sample_text(n=3, **asked)
+        assert found == runs[kind].sample_text(n=3, mem_budget=AMPLE, **asked)
         assert heard == [(done + 1, len(heard)) for done in range(2 * (16 - len(prompt)))]
 
 
