@@ -9,6 +9,7 @@ import queue
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeVar
@@ -16,31 +17,98 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from edgeblocks.errors import ConfigError
+
+TELEMETRY_OFF = {"ORT_DISABLE_TELEMETRY": "1"}
+"""For the environment of a process, before onnxruntime is imported in it: from 1.29 on it reports its use to its maker
+unless this is said."""
+CODE_BYTES = 6_000_000
+"""Of the library's kernels that a first run reads from its file, beyond what a bounded process leaves for code: 12 MB
+in all, measured."""
+_PROVIDER = "ExecutionProvider"
+"""How the names of all execution providers end."""
 _NOTHING = 4
 """What onnxruntime prints by itself: its errors are raised as well, and would stand in the terminal twice."""
 _STOPPING_S = 10.0
 _Result = TypeVar("_Result")
 
 
+def switch_telemetry_off() -> None:
+    """In this process, unless the user's own setting says otherwise; for libraries that may import onnxruntime."""
+    for name, value in TELEMETRY_OFF.items():
+        os.environ.setdefault(name, value)
+
+
 def onnxruntime() -> ModuleType:
-    """The library. From 1.29 on it reports its use to its maker unless this is said before it is imported."""
-    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+    """The library, which reports to nobody."""
+    switch_telemetry_off()
     import onnxruntime as library
 
     module: ModuleType = library
     return module
 
 
+@dataclass(frozen=True, kw_only=True)
+class Hardware:
+    """What graphs run on.
+
+    threads: that work inside one operator; None: as many as onnxruntime chooses, one a core.
+    provider: an execution provider's short name, such as cpu, cuda or coreml. Operators that it does not have run on
+        the processor. No other one than cpu was run yet.
+
+    Raises:
+        ConfigError: fewer than one thread, or a provider that the installed onnxruntime does not have.
+    """
+
+    threads: int | None = None
+    provider: str = "cpu"
+
+    def __post_init__(self) -> None:
+        if self.threads is not None and self.threads < 1:
+            raise ConfigError(f"--threads {self.threads}: at least one is needed")
+        if self.provider.lower() != "cpu" and not self._full_names():
+            library = onnxruntime()
+            there = ", ".join(map(_short, library.get_available_providers()))
+            known = self.provider.lower() in map(_short, library.get_all_providers())
+            why = "does not have it" if known else "knows no such execution provider"
+            cure = "; its other packages, such as onnxruntime-gpu, have others" if known else ""
+            raise ConfigError(
+                f"--provider {self.provider}: the installed onnxruntime {library.__version__} {why}; available are "
+                f"{there}{cure}"
+            )
+
+    def providers(self) -> list[str]:
+        """As onnxruntime takes them: the one that was asked for, and the processor for what it does not have."""
+        return list(dict.fromkeys([*self._full_names(), f"CPU{_PROVIDER}"]))
+
+    def _full_names(self) -> list[str]:
+        available = onnxruntime().get_available_providers()
+        return [name for name in available if _short(name) == self.provider.lower()]
+
+
+def _short(provider: str) -> str:
+    """
+    >>> _short("CUDAExecutionProvider")
+    'cuda'
+    """
+    return provider.removesuffix(_PROVIDER).lower()
+
+
+PROCESSOR = Hardware()
+"""As onnxruntime uses it unless it is told otherwise."""
+
+
 class Session:
     """A graph in memory, ready to run."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, hardware: Hardware = PROCESSOR) -> None:
         """
         Raises:
             Exception: onnxruntime cannot load it; its errors have no common base.
         """
         self._library = onnxruntime()
-        options = session_options()
+        options = session_options(hardware.threads)
+        providers = hardware.providers()
 
         def stop() -> None:
             with contextlib.suppress(AttributeError):  # before 1.22; then the end of the process ends it
@@ -48,9 +116,15 @@ class Session:
 
         def load() -> Any:
             with _in_utf8(path) as readable:
-                return self._library.InferenceSession(readable, options, ["CPUExecutionProvider"])
+                # Without its own fallback, which prints on standard output.
+                return self._library.InferenceSession(readable, options, providers, enable_fallback=0)
 
         self._session = _stoppable(load, stop)
+        if self._session.get_providers()[0] != providers[0]:  # it goes on without, where a driver is missing
+            raise ConfigError(
+                f"--provider {hardware.provider}: onnxruntime has it and cannot start it here, so that the graph would "
+                f"run on the processor; look whether its driver and libraries are installed, or leave it out"
+            )
 
     @property
     def output_names(self) -> list[str]:
@@ -74,7 +148,7 @@ class Session:
         return found
 
 
-def session_options() -> Any:
+def session_options(threads: int | None = None) -> Any:
     """Options for little memory that cost no speed.
 
     Measured on a block of 11M parameters (45 MB), 64 samples of 64 tokens, 2 threads; peak resident set and run time:
@@ -87,6 +161,8 @@ def session_options() -> Any:
     options.log_severity_level = _NOTHING
     options.add_session_config_entry("session.disable_prepacking", "1")
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    if threads is not None:
+        options.intra_op_num_threads = threads
     return options
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from edgeblocks.errors import ConfigError, did_you_mean
 from edgeblocks.methods import METHODS, MethodName, imported
+from edgeblocks.onnx_runtime import PROCESSOR, Hardware
 
 if TYPE_CHECKING:
     from edgeblocks.families.ar import Ar, PlainAr
@@ -181,15 +182,15 @@ def build_exporter(kind: str) -> Any:
     return _load(_EXPORTERS, kind, "exporter")
 
 
-def open_exported(directory: Path) -> Any:
+def open_exported(directory: Path, hardware: Hardware = PROCESSOR) -> Any:
     """An exported directory, ready to run: a `Sampler`, `Classifier`, `Writer` or `Continuer`. Imports no torch."""
-    return _load(_CHAINS, "onnxruntime", "chain")(directory)
+    return _load(_CHAINS, "onnxruntime", "chain")(directory, hardware=hardware)
 
 
-def open_language_model(directory: Path) -> Any:
+def open_language_model(directory: Path, hardware: Hardware = PROCESSOR) -> Any:
     """An exported `LanguageModel`; None where a directory holds none. Imports no torch."""
     module = importlib.import_module(_LANGUAGE_MODELS)
-    return module.LanguageModel(directory) if module.is_language_model(directory) else None
+    return module.LanguageModel(directory, hardware=hardware) if module.is_language_model(directory) else None
 
 
 def exports() -> Any:

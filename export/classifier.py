@@ -106,6 +106,7 @@ class Classifier(ImageChain):
         noises: int | None = None,
         seed: int = 0,
         on_unreadable: Callable[[DataError], None] | None = None,
+        on_image: Callable[[int, int], None] | None = None,
     ) -> list[Answer]:
         """For each image file its likeliest classes: {path, classes: [{name, probability}, ..]}, likeliest first.
 
@@ -113,6 +114,8 @@ class Classifier(ImageChain):
 
         Args:
             on_unreadable: called with the error of each file that cannot be read; None: it is raised.
+            on_image: called with the files that are done, and how many there are, where they are more than go through
+                the chain together.
 
         Raises:
             DataError: a file is no image that can be read, or has another size than a network takes that is not square.
@@ -129,21 +132,26 @@ class Classifier(ImageChain):
                     if on_unreadable is None:
                         raise
                     on_unreadable(error)
-            if not read:
-                continue
-            pixels = np.stack([image for _, image in read])
-            probabilities = self.classify(pixels, steps=steps, noises=noises, seed=seed)
-            for (path, _), row in zip(read, probabilities, strict=True):
-                order = np.argsort(-row, kind="stable")[:MOST_SHOWN]
-                names = self.manifest.class_names
-                classes: list[Likely] = [{"name": names[number], "probability": float(row[number])} for number in order]
-                found.append({"path": str(path), "classes": classes})
+            if read:
+                pixels = np.stack([image for _, image in read])
+                probabilities = self.classify(pixels, steps=steps, noises=noises, seed=seed)
+                found += [self._answer(path, row) for (path, _), row in zip(read, probabilities, strict=True)]
+            if on_image is not None and len(paths) > _TOGETHER:
+                on_image(min(start + _TOGETHER, len(paths)), len(paths))
         return found
+
+    def _answer(self, path: Path, probabilities: Values) -> Answer:
+        order = np.argsort(-probabilities, kind="stable")[:MOST_SHOWN]
+        names = self.manifest.class_names
+        classes: list[Likely] = [
+            {"name": names[number], "probability": float(probabilities[number])} for number in order
+        ]
+        return {"path": str(path), "classes": classes}
 
     def _read(self, path: Path) -> NDArray[np.uint8]:
         channels, height, width = self.manifest.image_shape
         if path.is_dir():
-            raise DataError(f"{path} is a folder; name the images in it, such as {path}/*.png")
+            raise DataError(f"{path} is a folder; name the images in it (`edgeblocks run` takes folders)")
         if not path.exists():
             raise DataError(f"there is no image {path}")
         try:

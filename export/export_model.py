@@ -30,6 +30,7 @@ from edgeblocks.export.language_model import (
 )
 from edgeblocks.export.manifest import sha256_of
 from edgeblocks.files.untrusted import read_object
+from edgeblocks.onnx_runtime import TELEMETRY_OFF
 from edgeblocks.pretrained.decoder import Decoder
 from edgeblocks.pretrained.model_folder import model_folder
 from edgeblocks.pretrained.shell import library
@@ -107,11 +108,9 @@ def export_model(
 def _build(merged: Path, graph: Path, weights: Weights) -> None:
     """Have the builder write a graph."""
     cache = merged / ".cache"
-    offline = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "ORT_DISABLE_TELEMETRY": "1"}
+    environment = {**TELEMETRY_OFF, **os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
     asked = ["-m", str(merged), "-o", str(graph), "-p", weights, "-e", "cpu", "-c", str(cache)]
-    done = subprocess.run(
-        python_module(BUILDER, *asked), env={**os.environ, **offline}, capture_output=True, text=True, check=False
-    )
+    done = subprocess.run(python_module(BUILDER, *asked), env=environment, capture_output=True, text=True, check=False)
     if done.returncode or not (graph / GRAPH).is_file():
         lines = [line for line in done.stderr.strip().splitlines() if line.strip()]
         raise RunError(

@@ -16,6 +16,7 @@ from edgeblocks.export.onnx_chain import ExportedChain, Values
 from edgeblocks.export.open_export import open_chain
 from edgeblocks.export.sampler import Sampler
 from edgeblocks.export.writer import Writer
+from edgeblocks.onnx_runtime import Hardware
 from edgeblocks.tasks import Task
 
 _Made = TypeVar("_Made")
@@ -133,12 +134,17 @@ class Export:
         return ConfigError(f"{self.path} makes {makes}: use {_METHODS[self.task]} in place of {asked}")
 
 
-def open_export(directory: Path | str) -> Export:
+def open_export(directory: Path | str, *, threads: int | None = None, provider: str = "cpu") -> Export:
     """An exported directory, ready to run, of either kind. It imports no torch.
 
+    Args:
+        threads: of onnxruntime inside one operator; None: as many as it chooses.
+        provider: one of onnxruntime's execution providers by its short name, such as "cuda"; not yet run on a GPU.
+
     Raises:
+        ConfigError: the installed onnxruntime does not have that provider.
         RunError: not an exported directory, of another version, or damaged.
 
     For example: `edgeblocks.open_export("photos-onnx").sample(16, guidance=2)`.
     """
-    return Export(open_chain(directory))
+    return Export(open_chain(directory, hardware=Hardware(threads=threads, provider=provider)))

@@ -25,6 +25,7 @@ from torch import nn
 
 from edgeblocks.export.destination import synced
 from edgeblocks.families.family import AnyFamily, Family, FamilyOfContinuations
+from edgeblocks.onnx_runtime import switch_telemetry_off
 from edgeblocks.seeds import generator_at
 
 OPSET = 20  # GELU is one node from 20 on, which onnxruntime 1.20 runs; 23 (Attention nodes) is no faster
@@ -126,6 +127,7 @@ def _bytes_of(initializer: onnx.TensorProto, tensors: Tensors) -> np.ndarray:
 
 def _trace(network: nn.Module, signature: "Signature") -> torch.onnx.ONNXProgram:
     """The network as an ONNX program for any batch size."""
+    switch_telemetry_off()  # the exporter may import onnxruntime
     with _quiet():
         program = torch.onnx.export(
             network,

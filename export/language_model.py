@@ -27,7 +27,7 @@ from edgeblocks.files.checked import Checked, ListOf, NotNegative, Sha256, Text,
 from edgeblocks.files.own import create
 from edgeblocks.files.untrusted import MalformedFileError, read_object, shown
 from edgeblocks.limits import MOST_HEADS, MOST_LAYERS, MOST_TOKENS, MOST_WIDTH
-from edgeblocks.onnx_runtime import Session, onnxruntime
+from edgeblocks.onnx_runtime import CODE_BYTES, PROCESSOR, Hardware, Session, onnxruntime
 from edgeblocks.registry import build_target
 from edgeblocks.units import advised_budget, format_bytes, parse_size
 
@@ -108,7 +108,9 @@ def is_language_model(folder: Path) -> bool:
 class LanguageModel:
     """An exported language model. Not thread-safe."""
 
-    def __init__(self, directory: Path, *, manifest: LanguageManifest | None = None) -> None:
+    def __init__(
+        self, directory: Path, *, manifest: LanguageManifest | None = None, hardware: Hardware = PROCESSOR
+    ) -> None:
         """
         Args:
             manifest: given only while the directory is being written; else it is read, and all files are compared
@@ -120,6 +122,7 @@ class LanguageModel:
         self.directory = directory
         self.manifest = _read(directory) if manifest is None else manifest
         self.tokenizer = _tokenizer(directory)
+        self._hardware = hardware
         self._session: Session | None = None
 
     @contextlib.contextmanager
@@ -147,7 +150,7 @@ class LanguageModel:
             )
         onnxruntime()  # its code is no part of what the graph takes
         try:
-            with target.capped(budget_bytes):
+            with target.capped(budget_bytes - CODE_BYTES):
                 yield
         except MemoryError as error:
             raise OutOfBudgetError(
@@ -265,8 +268,8 @@ class LanguageModel:
     def _loaded(self) -> Session:
         if self._session is None:
             try:
-                self._session = Session(self.directory / GRAPH)
-            except MemoryError:
+                self._session = Session(self.directory / GRAPH, self._hardware)
+            except (MemoryError, ConfigError):
                 raise
             except Exception as error:  # onnxruntime's errors have no common base
                 version = onnxruntime().__version__

@@ -7,8 +7,10 @@ file, its graph does all of that, and the levels and random numbers alone are ma
 """
 
 import contextlib
+import gc
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ from numpy.typing import NDArray
 from edgeblocks.errors import ConfigError, DoesNotFitError, OutOfBudgetError, RunError
 from edgeblocks.export.manifest import checked_path, read_manifest
 from edgeblocks.export.manifest_types import GraphFile, ImageManifest, Manifest
-from edgeblocks.onnx_runtime import Session, onnxruntime
+from edgeblocks.onnx_runtime import CODE_BYTES, PROCESSOR, Hardware, Session, onnxruntime
 from edgeblocks.registry import build_target
 from edgeblocks.units import advised_budget, format_bytes, parse_size
 
@@ -46,16 +48,24 @@ class ExportedChain:
     """
 
     keeps_all = False
-    """Whether blocks stay loaded beside each other; else one gives way to the next."""
+    """Whether blocks stay loaded beside each other; else one gives way to the next. Where memory does not hold all,
+    this is False for a while."""
 
-    def __init__(self, directory: Path | str, *, manifest: Manifest | None = None) -> None:
+    def __init__(
+        self, directory: Path | str, *, manifest: Manifest | None = None, hardware: Hardware = PROCESSOR
+    ) -> None:
         self.directory = Path(directory)
+        self._hardware = hardware
         self.manifest: Manifest = read_manifest(self.directory) if manifest is None else manifest
         self.partition = self.manifest.partition
         self.loads: list[int] = []
         """The blocks loaded, in order."""
         self._sessions: dict[str, Session] = {}
         """By the names of the graphs' files."""
+        self._checked: dict[str, Path] = {}
+        """Files that were compared with the manifest since `close`: one that comes again is not read twice for it."""
+        self._on_giving_way: Callable[[], None] | None = None
+        """Tells that blocks give way to one another."""
 
     @property
     def in_one_file(self) -> bool:
@@ -67,11 +77,14 @@ class ExportedChain:
         """What `n` images or texts keep in memory at least, beside the blocks."""
 
     @contextlib.contextmanager
-    def within(self, mem_budget: str | None, *, n: int) -> Iterator[None]:
+    def within(self, mem_budget: str | None, *, n: int, on_note: Callable[[str], None] | None = None) -> Iterator[None]:
         """Keep the process inside a memory budget while `n` images or texts are made; a graph may come from anywhere.
+
+        Blocks that would stay loaded beside each other give way to one another where the budget does not hold all.
 
         Args:
             mem_budget: a size, or a share of the machine's memory; None: half of it.
+            on_note: called with a sentence where blocks give way to one another.
 
         Raises:
             ConfigError: not a size.
@@ -84,7 +97,8 @@ class ExportedChain:
         except ValueError as error:
             raise ConfigError(f"--mem-budget {error}") from error
         sizes = [file.bytes for file in self.manifest.graphs]
-        least = target.used_bytes() + self.held_bytes(n) + (sum(sizes) if self.keeps_all else max(sizes))
+        beside_bytes = target.used_bytes() + self.held_bytes(n)
+        least = beside_bytes + max(sizes)
         if least > budget_bytes:
             largest = "chain" if self.in_one_file else "largest block"
             raise DoesNotFitError(
@@ -94,14 +108,36 @@ class ExportedChain:
                 least,
             )
         onnxruntime()  # its code is no part of what the graphs take
+        keeps_all = self.keeps_all
+        # While the last block is read it is there twice.
+        whole_bytes = beside_bytes + CODE_BYTES + sum(sizes) + max(sizes)
+        if on_note is not None:
+            enough = advised_budget(max(whole_bytes, budget_bytes + max(sizes)))
+            self._on_giving_way = partial(
+                on_note,
+                f"the budget of {format_bytes(budget_bytes)} does not hold all blocks: each is read again for every "
+                f"token, which is slow; --mem-budget {enough} keeps them",
+            )
         try:
-            with target.capped(budget_bytes):
+            if keeps_all and len(sizes) > 1 and whole_bytes > budget_bytes:
+                self._give_way()
+            # A block that is given up must be free for the next one, not a gap in the heap.
+            heap = target.without_gaps() if keeps_all else contextlib.nullcontext()
+            with heap, target.capped(budget_bytes - CODE_BYTES):
                 yield
         except MemoryError as error:
             raise OutOfBudgetError(
                 f"memory was refused at the budget of {format_bytes(budget_bytes)}; ask for fewer with --n or give "
                 f"more with --mem-budget. If {self.directory} came from elsewhere, it may be made to fill the memory"
             ) from error
+        finally:
+            self.keeps_all, self._on_giving_way = keeps_all, None
+
+    def _give_way(self) -> None:
+        """From now on one block is loaded at a time."""
+        self.keeps_all = False
+        if self._on_giving_way is not None:
+            self._on_giving_way()
 
     def run_graph(
         self, block: int, feed: dict[str, NDArray[np.generic]], shapes: Sequence[tuple[int, ...]]
@@ -115,13 +151,28 @@ class ExportedChain:
             RunError: the graph cannot be run, or gives something else than float32 numbers of these shapes.
             MemoryError: the system refused memory.
         """
+        needed = [(np.dtype(np.float32), shape) for shape in shapes]
+        try:
+            return self._run_block(block, feed, needed)
+        except MemoryError:
+            if not self._sessions.keys() - {self.manifest.graphs[block].file}:
+                raise
+        # What graphs take beside their files is known once it is refused.
+        self._sessions.clear()
+        gc.collect()  # the error refers to the block that was half loaded
+        self._give_way()
+        return self._run_block(block, feed, needed)
+
+    def _run_block(
+        self, block: int, feed: Mapping[str, Given], needed: Sequence[tuple[np.dtype[Any], tuple[int, ...]]]
+    ) -> list[Values]:
         file = self.manifest.graphs[block]
         if file.file not in self._sessions:
             if not self.keeps_all:
-                self.close()
+                self._sessions.clear()
             self._sessions[file.file] = self._loaded(file)
             self.loads.append(block)
-        return self._run(file, feed, [(np.dtype(np.float32), shape) for shape in shapes])
+        return self._run(file, feed, needed)
 
     def run_chain(
         self, feed: Mapping[str, Given], needed: Sequence[tuple[type[np.generic], tuple[int, ...]]]
@@ -165,12 +216,17 @@ class ExportedChain:
     def close(self) -> None:
         """Release what is loaded."""
         self._sessions.clear()
+        self._checked.clear()
 
     def _loaded(self, file: GraphFile) -> Session:
-        # Compared with the manifest's checksums before onnxruntime parses it.
-        path = checked_path(self.directory, file)
+        if file.file not in self._checked:
+            # Compared with the manifest's checksums before onnxruntime parses it.
+            self._checked[file.file] = checked_path(self.directory, file)
+        path = self._checked[file.file]
         try:
-            return Session(path)
+            return Session(path, self._hardware)
+        except ConfigError:
+            raise
         except Exception as error:  # onnxruntime's errors have no common base
             what = f"onnxruntime {onnxruntime().__version__} cannot load {file.title} from {path}"
             cure = f"the graph needs opset {self.manifest.opset}: try a newer onnxruntime"

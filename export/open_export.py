@@ -5,9 +5,12 @@ from pathlib import Path
 from edgeblocks.export.manifest import read_manifest
 from edgeblocks.export.manifest_types import Manifest
 from edgeblocks.export.onnx_chain import ExportedChain
+from edgeblocks.onnx_runtime import PROCESSOR, Hardware
 
 
-def open_chain(directory: Path | str, *, manifest: Manifest | None = None) -> ExportedChain:
+def open_chain(
+    directory: Path | str, *, manifest: Manifest | None = None, hardware: Hardware = PROCESSOR
+) -> ExportedChain:
     """The chain of an exported directory.
 
     Args:
@@ -28,4 +31,4 @@ def open_chain(directory: Path | str, *, manifest: Manifest | None = None) -> Ex
         "text": Writer,
         "continuation": Continuer,
     }
-    return kinds[manifest.task](directory, manifest=manifest)
+    return kinds[manifest.task](directory, manifest=manifest, hardware=hardware)

@@ -38,7 +38,7 @@ class Writer(ExportedChain):
         length: int | None = None,
         seed: int = 0,
         micro_batch: int | None = None,
-        on_step: Callable[[int], None] | None = None,
+        on_token: Callable[[int, int], None] | None = None,
     ) -> list[str]:
         """Texts as long as those that the network was trained on; or `fill` with its gaps filled in.
 
@@ -48,21 +48,23 @@ class Writer(ExportedChain):
             fill: a text in which each missing token is written `_` or `[MASK]`.
             prompt, top_p: refused; they belong to networks that write token by token.
             length: tokens of a text, the beginning of a whole one; None: as many as the network was trained on.
+            on_token: called with the steps of unmasking that are done, and how many there will be.
 
         Raises:
             ConfigError: an impossible argument.
             RunError: a file is missing or damaged.
         """
         check_options(self.manifest.task, fill=fill, prompt=prompt, top_p=top_p, length=length)
+        levels = self.manifest.sampler.steps if steps is None else steps
         tokens, given = self.write_tokens(
             n,
-            steps=steps,
+            steps=levels,
             temperature=temperature,
             fill=fill,
             length=length,
             seed=seed,
             micro_batch=micro_batch,
-            on_step=on_step,
+            on_step=None if on_token is None else lambda done: on_token(done, levels),
         )
         tokenizer = exported_tokenizer(self.directory, self.manifest)
         return [tokenizer.decode(row[:given]) for row in tokens]

@@ -30,7 +30,19 @@ RunBudget = Annotated[
     typer.Option(
         "--mem-budget",
         help="Largest resident memory of the process, such as 700MB, 6GB or 50% (the default). Without a bound by the "
-        "system (Linux has one) it is only compared with what the manifest needs.",
+        "system (Linux has one) it is only compared with what the manifest needs. Blocks of ar and looped that "
+        "it does not hold together are read one at a time, for every token.",
+    ),
+]
+Threads = Annotated[
+    int | None,
+    typer.Option(help="Threads that work on one operator in onnxruntime.", show_default="onnxruntime's, one a core"),
+]
+Provider = Annotated[
+    str,
+    typer.Option(
+        help="What the graphs run on: one of onnxruntime's execution providers by its short name, such as cpu, cuda or "
+        "coreml (a word that is none lists those that are there). Not yet run on a GPU."
     ),
 ]
 WritingBudget = Annotated[

@@ -95,6 +95,7 @@ def say_classes(
     *,
     overwrite: bool,
     as_json: bool,
+    on_image: Callable[[int, int], None] | None = None,
 ) -> None:
     """Classify image files; print the likeliest classes of each, or save them as JSON.
 
@@ -102,13 +103,15 @@ def say_classes(
         DataError: some cannot be read. The others' answers were given before.
     """
     if not images:
-        raise ConfigError(f"{classifier.directory} classifies images: name some image files after it")
+        raise ConfigError(f"{classifier.directory} classifies images: name images, or a folder of them, after it")
     if out is not None and out.suffix.lower() != ".json":
         raise ConfigError(f"-o {out}: classes are written as JSON; give a name that ends in .json")
     if out is not None:
         check_new(out, overwrite=overwrite)
     unreadable: list[DataError] = []
-    found = classifier.classify_files(images, steps=steps, seed=seed, on_unreadable=unreadable.append)
+    found = classifier.classify_files(
+        images, steps=steps, seed=seed, on_unreadable=unreadable.append, on_image=on_image
+    )
     if found:
         _say_answers(found, out, as_json=as_json)
     if unreadable:

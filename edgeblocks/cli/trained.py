@@ -16,10 +16,12 @@ from edgeblocks.cli.options import (
     MemBudget,
     Number,
     Overwrite,
+    Provider,
     RunArgument,
     RunBudget,
     SampleSeed,
     SampleSteps,
+    Threads,
     WritingBudget,
 )
 from edgeblocks.cli.outputs import Request, say_classes
@@ -195,7 +197,7 @@ def merge(
 def run(
     directory: Annotated[Path, typer.Argument(help="An exported directory.", show_default=False)],
     images: Annotated[
-        list[Path] | None, typer.Argument(help="Image files to classify, for an exported classifier.")
+        list[Path] | None, typer.Argument(help="For an exported classifier: images to classify, or folders of them.")
     ] = None,
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="Where to write.", show_default="grid.png where images are made")
@@ -209,20 +211,24 @@ def run(
     of_text: dict[str, object],
     seed: SampleSeed = 0,
     mem_budget: RunBudget = None,
+    threads: Threads = None,
+    provider: Provider = "cpu",
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
     """Run an exported network: onnxruntime only, one block in memory at a time, no torch.
 
     An image model writes a grid of images. A classifier prints the likeliest classes of each image file, or writes them
-    to a .json file. A text model prints its text, or writes it to a file. A network from elsewhere gets no more than
-    --mem-budget, and Ctrl-C ends it.
+    to a .json file; a folder stands for all images in it and below. A text model prints its text, or writes it to a
+    file. A network from elsewhere gets no more than --mem-budget, and Ctrl-C ends it.
     """
     request = Request(n=n, out=out, overwrite=overwrite, as_json=as_json, of_images=of_images, of_text=of_text)
     from edgeblocks.cli.console_progress import ConsoleListener
+    from edgeblocks.onnx_runtime import Hardware
     from edgeblocks.registry import open_exported, open_language_model
 
-    model = open_language_model(directory)
+    hardware = Hardware(threads=threads, provider=provider)
+    model = open_language_model(directory, hardware)
     if model is not None:
         if images:
             raise ConfigError(f"{directory} takes no images; leave out {images[0]}")
@@ -230,19 +236,28 @@ def run(
             on_token = partial(listener.advance, text="writing")
             request.texts(partial(model.write, steps=steps, seed=seed, on_token=on_token))
         return
-    exported = open_exported(directory)
+    exported = open_exported(directory, hardware)
     manifest = exported.manifest
     if images and manifest.task != "classes":
         raise ConfigError(f"{directory} takes no images; leave out {images[0]}")
     if manifest.task == "classes":
+        from edgeblocks.data.picture_files import files_in
+
         request.nothing("classifies images")
-        with exported.within(mem_budget, n=len(images or [])):
-            say_classes(exported, images or [], out, steps, seed, overwrite=overwrite, as_json=as_json)
-    elif manifest.task in TEXT_TASKS:
-        with exported.within(mem_budget, n=request.num_texts):
-            request.texts(partial(exported.write, steps=steps, seed=seed))
+        files = files_in(images or [])
+        with ConsoleListener() as listener, exported.within(mem_budget, n=len(files)):
+            on_image = partial(listener.advance, text="classifying")
+            say_classes(exported, files, out, steps, seed, overwrite=overwrite, as_json=as_json, on_image=on_image)
+        return
+    levels = manifest.sampler.steps if steps is None else steps
+    if manifest.task in TEXT_TASKS:
+        with (
+            ConsoleListener() as listener,
+            exported.within(mem_budget, n=request.num_texts, on_note=listener.note),
+        ):
+            on_token = partial(listener.advance, text="writing")
+            request.texts(partial(exported.write, steps=levels, seed=seed, on_token=on_token))
     else:
-        levels = manifest.sampler.steps if steps is None else steps
         with ConsoleListener() as listener, exported.within(mem_budget, n=request.num_images):
             sampled = partial(listener.advance, total=levels, text="sampling")
             decoded = partial(listener.advance, text="decoding")

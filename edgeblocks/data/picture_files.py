@@ -163,9 +163,30 @@ def walk(root: Path, folder: str, label: int, left_out_: LeftOut | None = None) 
         if here.identity in seen:
             continue
         seen.add(here.identity)
-        waiting += [f"{name}/{entry.name}" for entry in reversed(here.folders)]
+        above = f"{name}/" if name else ""
+        waiting += [f"{above}{entry.name}" for entry in reversed(here.folders)]
         for entry in here.pictures:
-            yield FoundFile(label, f"{name}/{entry.name}" if name else entry.name, _identity(entry))
+            yield FoundFile(label, f"{above}{entry.name}", _identity(entry))
+
+
+def files_in(paths: Iterable[Path]) -> list[Path]:
+    """Files as they are, and in the place of a folder all pictures in it and below, in the order of their names.
+
+    Raises:
+        DataError: a folder cannot be read, or has no picture.
+    """
+    files: list[Path] = []
+    for path in paths:
+        if not path.is_dir():
+            files.append(path)
+            continue
+        left_out = LeftOut()
+        found = [path / file.name for file in walk(path, "", 0, left_out)]
+        if not found:
+            beside = f"; beside: {', '.join(left_out.described())}" if left_out.described() else ""
+            raise DataError(f"{path} holds no picture: looked for {', '.join(sorted(EXTENSIONS))} in it{beside}")
+        files += found
+    return files
 
 
 def listed(names: Iterable[str]) -> str:

@@ -289,3 +289,14 @@ def test_the_python_of_use_md_runs(chains, blocks):
     images = integrate(denoise, noise, levels, solver="heun")
     pixels = np.rint(255 * np.clip(images / walk.manifest.scale + walk.manifest.mean, 0, 1)).transpose(0, 2, 3, 1)
     assert np.abs(np.array(found[chains["dit"]]) - pixels).max() <= 1
+
+
+@pytest.mark.parametrize("kind", ["mdlm", "ar"])
+def test_writing_tells_how_far_it_is(chains, blocks, kind):
+    """In either form of an export, up to all that there is to do."""
+    for folder in (chains[kind], blocks[kind]):
+        told = []
+        open_chain(folder).write(2, on_token=lambda *done, told=told: told.append(done))
+        assert told[-1][0] == told[-1][1] and told == sorted(told)
+        lines = invoke("run", folder, "--n", "1").stderr.splitlines()
+        assert lines[-1] == f"writing: {told[-1][1]}/{told[-1][1]}"

@@ -306,6 +306,26 @@ def test_exported_probabilities_are_those_of_torch(exported):
     assert f"next: edgeblocks run {folder} picture.png" in export_report(manifest, folder)
 
 
+def test_a_folder_stands_for_the_pictures_in_it(exported, tmp_path):
+    """In the order of their names, those below it as well; what is no picture is left out, what is broken is named."""
+    _, folder, _ = exported
+    random = np.random.default_rng(0)
+    names = [f"{number:03d}.png" for number in range(66)] + ["more/a.png"]
+    (tmp_path / "new/more").mkdir(parents=True)
+    for name in names:
+        Image.fromarray(random.integers(0, 256, (8, 8), dtype=np.uint8)).save(tmp_path / "new" / name)
+    (tmp_path / "new/notes.txt").write_text("no picture")
+    files = [tmp_path / "new" / name for name in names]
+    named, found = invoke("run", folder, *files), invoke("run", folder, tmp_path / "new")
+    assert found.exit_code == 0, found.stderr
+    assert found.stdout == named.stdout and len(found.stdout.splitlines()) == 67
+    assert "classifying: 64/67\n" in found.stderr and "classifying: 67/67\n" in found.stderr
+    files[1].write_bytes(b"broken")
+    found = invoke("run", folder, tmp_path / "new")
+    assert found.exit_code == 2 and len(found.stdout.splitlines()) == 66
+    assert "001.png is no image that can be read" in found.stderr and "1 of 67 images have no answer" in found.stderr
+
+
 def test_run_prints_classes_of_image_files(exported, tmp_path):
     """Text and JSON of a colour photograph of another size, and a file of answers; wrong uses are told."""
     _, folder, _ = exported
@@ -322,13 +342,14 @@ def test_run_prints_classes_of_image_files(exported, tmp_path):
     assert shares == sorted(shares, reverse=True) and {one["name"] for one in found[0]["classes"]} <= set("0123456789")
     written = invoke("run", folder, tmp_path / "a.png", "-o", tmp_path / "answers.json")
     assert written.exit_code == 0 and json.loads((tmp_path / "answers.json").read_text()) == found
-    some = invoke("run", folder, tmp_path / "none.png", tmp_path / "a.png", tmp_path, "--json")
+    some = invoke("run", folder, tmp_path / "none.png", tmp_path / "a.png", "--json")
     assert some.exit_code == 2 and json.loads(some.stdout) == found  # one bad file takes no other's answer
-    assert "none.png" in some.stderr and "2 of 3 images have no answer" in some.stderr
+    assert "none.png" in some.stderr and "1 of 2 images have no answer" in some.stderr
+    (tmp_path / "empty").mkdir()
     for wrong, words in (
-        ([], "name some image files"),
+        ([], "name images, or a folder of them"),
         ([tmp_path / "none.png"], "there is no image"),
-        ([tmp_path], "is a folder; name the images in it"),
+        ([tmp_path / "a.png", tmp_path / "empty"], "empty holds no picture: looked for"),
         ([tmp_path / "a.png", "--n", "3"], "so --n means nothing to it"),
         ([folder / "manifest.json"], "its content is of no kind of picture"),
         ([tmp_path / "a.png", "-o", tmp_path / "grid.png"], "ends in .json"),
