@@ -63,7 +63,7 @@ def test_with_a_cache_logits_are_those_of_the_whole_text(exported):
 def test_the_command_line(exported, tmp_path):
     """Texts, drawn by the seed; what does not belong to it is refused."""
     out = exported[0]
-    asked = ["run", out, "--prompt", "the sea", "--n", "2", "--length", "20", "--seed", "3"]
+    asked = ["run", out, "--prompt", "the sea", "--n", "2", "--length", "20", "--seed", "3", "--threads", "1"]
     told = invoke(*asked, "--json")
     texts = json.loads(told.stdout)
     assert len(texts) == 2 and all(text.startswith("the sea") for text in texts)
