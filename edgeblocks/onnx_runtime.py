@@ -4,6 +4,7 @@ The one place that imports it.
 """
 
 import contextlib
+import logging
 import os
 import queue
 import tempfile
@@ -46,6 +47,19 @@ def onnxruntime() -> ModuleType:
 
     module: ModuleType = library
     return module
+
+
+def matrix_rounding() -> Any:
+    """The library's class that rounds a graph's matrices to a few bits."""
+    onnxruntime()
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    # Its module has the process print all notes of all libraries from its import on.
+    from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
+
+    root.handlers[:] = handlers
+    root.setLevel(level)
+    return MatMulNBitsQuantizer
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -358,6 +358,7 @@ class Run:
         *,
         single_file: bool = False,
         weights: str | None = None,
+        most_loss: str | None = None,
         mem_budget: str | None = None,
         listener: Listener | None = None,
     ) -> dict[str, Any]:
@@ -366,14 +367,18 @@ class Run:
         Args:
             single_file: one graph for the whole chain, which runs in any program that has onnxruntime; else one a
                 block, of which one at a time is in memory.
-            weights: of a fine-tuned model, as what its matrices are written: int8 (the default), int4 or fp32.
+            weights: as what matrices are written: int8, int4 or fp32. The default is fp32, and int8 of a fine-tuned
+                model of text.
+            most_loss: a percentage, such as "0.5%", by which int8 or int4 may raise the loss on hold-out data; None:
+                0.5% of int8, any of int4. Not of a fine-tuned model, whose loss is told.
             mem_budget: what it may take of memory; None does not bound it. What it takes is told before it begins.
 
         Raises:
             DoesNotFitError: it takes more than `mem_budget`.
-            EdgeblocksError: onnxruntime's numbers differ from torch's by more than is promised.
+            EdgeblocksError: onnxruntime's numbers differ from torch's by more than is promised, or rounding costs more
+                than `most_loss`.
         """
-        told = {"listener": listener or Silent(), "mem_budget": mem_budget}
+        told: dict[str, Any] = {"listener": listener or Silent(), "mem_budget": mem_budget}
         manifest: dict[str, Any]
         if self.directory.family().only_exact and self.directory.family().task == "continuation":
             weights = weights or "int8"
@@ -381,11 +386,12 @@ class Run:
                 raise ConfigError("--single-file: a fine-tuned model is always one graph; leave it out")
             if weights not in ("int8", "int4", "fp32"):
                 raise ConfigError(f"--weights {weights}: int8, int4 or fp32 can be written")
+            if most_loss is not None:
+                raise ConfigError(f"--most-loss {most_loss}: of a fine-tuned model the loss is told; leave it out")
             manifest = build_exporter("language model")(self, Path(out), weights=weights, **told)
             return manifest
-        if weights is not None:
-            raise ConfigError(f"--weights {weights}: this is for fine-tuned models of text; leave it out")
-        manifest = build_exporter("blocks")(self.directory, Path(out), single_file=single_file, **told)
+        told |= {"single_file": single_file, "weights": weights, "most_loss": most_loss}
+        manifest = build_exporter("blocks")(self.directory, Path(out), **told)
         return manifest
 
     def network(self, *, last: bool = False) -> nn.Module:

@@ -25,7 +25,7 @@ from edgeblocks.export.graph import (
     trace_whole,
     write_graph,
 )
-from edgeblocks.export.manifest import sha256_of, write_manifest
+from edgeblocks.export.manifest import block_file, sha256_of, write_manifest
 from edgeblocks.export.manifest_types import (
     CHAIN_FORMAT_VERSION,
     BlockFile,
@@ -45,6 +45,8 @@ from edgeblocks.export.manifest_types import (
 )
 from edgeblocks.export.onnx_chain import ExportedChain
 from edgeblocks.export.open_export import open_chain
+from edgeblocks.export.rounded_graph import RoundedWeights
+from edgeblocks.export.rounding import USUAL_MOST_LOSS, most_loss_of, round_blocks
 from edgeblocks.export.tolerances import NUM_OUTPUTS
 from edgeblocks.export.usage import write_usage
 from edgeblocks.export.verify import Listener, verify_export
@@ -81,6 +83,8 @@ def export_run(
     listener: Listener,
     *,
     single_file: bool = False,
+    weights: str | None = None,
+    most_loss: str | None = None,
     mem_budget: str | None = None,
     external_above_bytes: int = EXTERNAL_ABOVE_BYTES,
 ) -> dict[str, object]:
@@ -89,15 +93,18 @@ def export_run(
     Args:
         out: a new or empty directory, or a former export, which is replaced at the end.
         single_file: one graph for the whole chain, with its loop over the noise levels; else one a block.
+        weights: int8 or int4: matrices are rounded after the verification; None or fp32: as they are.
+        most_loss: a percentage by which rounding may raise the loss on hold-out data; None: 0.5% of int8, any of int4.
         mem_budget: what it may take of memory; None does not bound it.
         external_above_bytes: graphs with more bytes of weights keep them in a file of their own beside the graph.
 
     Raises:
-        ConfigError: `out` holds something else, or `mem_budget` is no size.
+        ConfigError: `out` holds something else, `mem_budget` is no size, or arguments do not go together.
         DoesNotFitError: it takes more than `mem_budget`.
         RunError: the run is damaged.
         StorageError: the disk refused.
-        EdgeblocksError: onnxruntime's numbers differ from torch's by more than is promised.
+        EdgeblocksError: onnxruntime's numbers differ from torch's by more than is promised, or rounding costs more than
+            `most_loss`.
     """
     if run.family().only_exact:
         raise ConfigError(
@@ -109,6 +116,7 @@ def export_run(
             f"--single-file: {run.path} makes latents, and the autoencoder's decoder is a graph of its own behind the "
             f"chain; leave --single-file out"
         )
+    rounding = _rounding_of(weights, most_loss, single_file=single_file)
     out = out.resolve()
     check_destination(out)
     _check_memory(run, listener, mem_budget, single_file=single_file)
@@ -131,6 +139,16 @@ def export_run(
             manifest = manifest.model_copy(update={"decoding": decoding})
         walk = open_chain(folder, manifest=manifest)
         verified = verify_export(run, runner, walk, listener)
+        if rounding is not None:
+            manifest = round_blocks(
+                run,
+                walk,
+                listener,
+                weights=rounding,
+                most_loss=most_loss_of(most_loss, rounding),
+                micro_batch=micro_batch,
+                external_above_bytes=external_above_bytes,
+            )
         if single_file:
             manifest = _in_one_file(run, runner, walk, listener, external_above_bytes)
         # Last of all: a folder has a manifest only if its graphs give torch's numbers.
@@ -138,6 +156,25 @@ def export_run(
         write_usage(folder, manifest)
         write_manifest(folder, manifest)
     return manifest.to_json()
+
+
+def _rounding_of(weights: str | None, most_loss: str | None, *, single_file: bool) -> RoundedWeights | None:
+    """As what matrices are written; None: as they are.
+
+    Raises:
+        ConfigError: arguments do not go together.
+    """
+    if weights is None or weights == "fp32":
+        if most_loss is not None:
+            raise ConfigError(f"--most-loss {most_loss}: float32 loses nothing; give --weights int8 or int4 with it")
+        return None
+    rounded = next((known for known in USUAL_MOST_LOSS if known == weights), None)
+    if rounded is None:
+        raise ConfigError(f"--weights {weights}: int8, int4 or fp32 can be written")
+    if single_file:
+        raise ConfigError(f"--weights {weights}: a chain in one file has float32 weights; leave one of them out")
+    most_loss_of(most_loss, rounded)
+    return rounded
 
 
 def _in_one_file(
@@ -297,11 +334,4 @@ def _write_graph(
 ) -> BlockFile:
     external = sum(tensor.num_bytes for tensor in tensors.values()) > external_above_bytes
     data_path = write_graph(path, graph, tensors, external=external)
-    return BlockFile(
-        block=number,
-        file=path.name,
-        data_file=None if data_path is None else data_path.name,
-        sha256=sha256_of(path),
-        data_sha256=None if data_path is None else sha256_of(data_path),
-        bytes=path.stat().st_size + (0 if data_path is None else data_path.stat().st_size),
-    )
+    return block_file(path, data_path, number)

@@ -43,6 +43,18 @@ def files_named_in(path: Path) -> set[str]:
         return set(_places(file, "model", end, 0))
 
 
+def problem_of_block(path: Path) -> str | None:
+    """Why the graph of a block is not run: operators that are neither onnx's own nor the product with rounded weights.
+
+    Raises:
+        OSError: it cannot be read.
+        MalformedFileError: it is no graph.
+    """
+    found = _Contents()
+    problem = _read_model(path, found)
+    return problem or _foreign(found.operators - _OF_ROUNDED_WEIGHTS)
+
+
 def problem_of_chain(path: Path) -> str | None:
     """Why the graph of a whole chain is not run: operators that are not onnx's own, or a loop without a bound.
 
@@ -53,17 +65,9 @@ def problem_of_chain(path: Path) -> str | None:
         MalformedFileError: it is no graph.
     """
     found = _Contents()
-    with open_regular(path) as file:
-        end = file.seek(0, 2)
-        file.seek(0)
-        for number, after in _messages(file, end):
-            if number in (_TRAINING, _FUNCTIONS):
-                return "has parts of a kind that no chain has (functions or training)"
-            if number == _GRAPH:
-                _read_graph(file, after, found, 0)
-    foreign = sorted(found.domains - {"", "ai.onnx"})
-    if foreign:
-        return f"has operators that are not onnx's own, of {shown(foreign[0])}"
+    problem = _read_model(path, found) or _foreign(found.operators)
+    if problem is not None:
+        return problem
     if found.inner_loops:
         return "has a loop inside another part, which could run without an end"
     for times in found.loops:
@@ -73,6 +77,13 @@ def problem_of_chain(path: Path) -> str | None:
     return None
 
 
+def _foreign(operators: set[tuple[str, str]]) -> str | None:
+    foreign = sorted(domain for domain, _ in operators if domain not in ("", "ai.onnx"))
+    return f"has operators that are not onnx's own, of {shown(foreign[0])}" if foreign else None
+
+
+_OF_ROUNDED_WEIGHTS = {("com.microsoft", "MatMulNBits")}
+"""The only operator of onnxruntime's own that is run."""
 _GRAPH, _TRAINING, _FUNCTIONS = 7, 20, 25
 """Fields of ModelProto in onnx.proto. Those of the messages below are numbered in their readers."""
 _INT64 = 7
@@ -83,17 +94,31 @@ _INT64 = 7
 class _Contents:
     """What the nodes of a graph are.
 
+    operators: domains and names.
     inner_loops: loops in branches and in other loops.
     loops: at the top, by the names of the numbers of their rounds.
     least: of each Min at the top what it takes, by what it gives.
     numbers: constants that are one whole number.
     """
 
-    domains: set[str] = field(default_factory=set)
+    operators: set[tuple[str, str]] = field(default_factory=set)
     inner_loops: int = 0
     loops: list[str] = field(default_factory=list)
     least: dict[str, list[str]] = field(default_factory=dict)
     numbers: dict[str, int] = field(default_factory=dict)
+
+
+def _read_model(path: Path, found: _Contents) -> str | None:
+    """Read the nodes of a file; what it has beside its graph is a problem."""
+    with open_regular(path) as file:
+        end = file.seek(0, 2)
+        file.seek(0)
+        for number, after in _messages(file, end):
+            if number in (_TRAINING, _FUNCTIONS):
+                return "has parts of a kind that no export has (functions or training)"
+            if number == _GRAPH:
+                _read_graph(file, after, found, 0)
+    return None
 
 
 def _read_graph(file: BufferedReader, end: int, found: _Contents, depth: int) -> None:
@@ -117,7 +142,7 @@ def _read_node(file: BufferedReader, end: int, found: _Contents, depth: int) -> 
             texts[number].append(_text(file, after))
     # Of a field that is there twice the last counts.
     kind, domain = ((texts[number] or [""])[-1] for number in (4, 7))
-    found.domains.add(domain)
+    found.operators.add((domain, kind))
     if kind == "Loop" and depth > 0:
         found.inner_loops += 1
     elif kind == "Loop":

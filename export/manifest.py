@@ -16,13 +16,14 @@ from pydantic import ValidationError
 
 from edgeblocks.data.tokenizer import Tokenizer, stored_tokenizer
 from edgeblocks.errors import RunError
-from edgeblocks.export.graph_file import files_named_in, problem_of_chain
+from edgeblocks.export.graph_file import files_named_in, problem_of_block, problem_of_chain
 from edgeblocks.export.manifest_types import (
     BLOCKS_FORMAT_VERSION,
     CHAIN_FORMAT_VERSION,
     KIND,
     MANIFESTS,
     AnyManifest,
+    BlockFile,
     ChainFile,
     GraphFile,
     Manifest,
@@ -116,6 +117,18 @@ def exported_tokenizer(folder: Path, manifest: WordedManifest) -> Tokenizer:
     )
 
 
+def block_file(path: Path, data_path: Path | None, number: int) -> BlockFile:
+    """What a manifest says of a graph that was written."""
+    return BlockFile(
+        block=number,
+        file=path.name,
+        data_file=None if data_path is None else data_path.name,
+        sha256=sha256_of(path),
+        data_sha256=None if data_path is None else sha256_of(data_path),
+        bytes=path.stat().st_size + (0 if data_path is None else data_path.stat().st_size),
+    )
+
+
 def checked_path(folder: Path, file: GraphFile) -> Path:
     """A graph's file, after comparing its bytes, and those of its data file, with the manifest's checksums.
 
@@ -137,21 +150,20 @@ def checked_path(folder: Path, file: GraphFile) -> Path:
         if digest != expected:
             raise RunError(f"{file.title} is damaged: {folder / name} does not match its checksum; {_AGAIN}")
     _check_named_files(folder, file)
-    if isinstance(file, ChainFile):
-        _check_nodes(folder / file.file)
+    _check_nodes(folder / file.file, file)
     return folder / file.file
 
 
-def _check_nodes(path: Path) -> None:
-    """That a chain's graph has onnx's own operators only, and loops that end."""
+def _check_nodes(path: Path, file: GraphFile) -> None:
+    """That a graph has the operators of an export only, and that loops of a chain end."""
     try:
-        problem = problem_of_chain(path)
+        problem = problem_of_chain(path) if isinstance(file, ChainFile) else problem_of_block(path)
     except MalformedFileError as error:
-        raise RunError(f"the chain is damaged: {path}: {error}; {_AGAIN}") from error
+        raise RunError(f"{file.title} is damaged: {path}: {error}; {_AGAIN}") from error
     except OSError as error:
-        raise RunError(f"cannot read the chain: {path}: {error.strerror}") from error
+        raise RunError(f"cannot read {file.title}: {path}: {error.strerror}") from error
     if problem is not None:
-        raise RunError(f"the chain is refused: {path} {problem}; {_AGAIN}")
+        raise RunError(f"{file.title} is refused: {path} {problem}; {_AGAIN}")
 
 
 def _check_named_files(folder: Path, file: GraphFile) -> None:

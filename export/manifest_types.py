@@ -55,7 +55,7 @@ MOST_STEPS = 10_000
 MOST_NOISES = 1000
 MOST_OPSET = 1000
 _MOST_NAME_CHARACTERS = 255
-_LAST = ("noise", "sampler", "boundaries", "levels", "files", "chain", "verified")
+_LAST = ("noise", "sampler", "boundaries", "levels", "files", "chain", "verified", "rounding")
 """The keys that follow those of one kind of chain in the file."""
 
 
@@ -165,6 +165,36 @@ class Verified(Checked):
     real_inputs: bool
 
 
+class Rounding(Checked):
+    """As what a chain's matrices are written, and how much worse that made it.
+
+    The graphs with rounded matrices and those in float32, which `verified` is about, saw the same noised examples.
+
+    part: of the data, which the examples are of.
+    loss_fp32, loss: the family's own, per noise level, see `validation_loss`; nats of text and of classes.
+    accuracy_fp32, accuracy: the share of tokens or of images that is right; None for images that are made.
+    mean_abs_difference: of the blocks' outputs: denoised images in model space, or probabilities.
+    relative_difference: the same as a share of their mean size.
+    bytes_fp32: the size of the graphs in float32.
+    """
+
+    weights: Literal["int8", "int4"]
+    examples: Annotated[int, Field(ge=1, le=2**63)]
+    part: Text
+    loss_fp32: NotNegative
+    loss: NotNegative
+    accuracy_fp32: NotNegative | None = None
+    accuracy: NotNegative | None = None
+    mean_abs_difference: NotNegative
+    relative_difference: NotNegative
+    bytes_fp32: Annotated[int, Field(ge=1, le=2**63)]
+
+    @property
+    def rise(self) -> float:
+        """Of the loss, as a share of that in float32."""
+        return (self.loss - self.loss_fp32) / max(self.loss_fp32, 1e-30)
+
+
 class CacheShape(Checked):
     """Keys and values that the graphs take and give, [num_caches, b, heads, positions, head_width].
 
@@ -259,6 +289,7 @@ class Manifest(Checked, ABC):
     levels: those of `sampler`, for a reader that cannot make them; what is read must be what would be written.
     files: the blocks; none where `chain` is there, which holds them all.
     verified: None only while the directory is being written.
+    rounding: None where the weights are float32.
     """
 
     kind: Literal["edgeblocks export"] = KIND
@@ -275,6 +306,7 @@ class Manifest(Checked, ABC):
     files: ListOf[BlockFile]
     chain: ChainFile | None = None
     verified: Verified | None = None
+    rounding: Rounding | None = None
 
     @property
     @abstractmethod
@@ -302,7 +334,8 @@ class Manifest(Checked, ABC):
         return NoisePartition(distribution=self.distribution, boundaries=self.boundaries, ranges=ranges)
 
     def to_json(self) -> dict[str, object]:
-        content = self.model_dump(mode="json", exclude={"chain"} if self.chain is None else None)
+        absent = {name for name in ("chain", "rounding") if getattr(self, name) is None}
+        content = self.model_dump(mode="json", exclude=absent)
         last = {name: content.pop(name) for name in _LAST if name in content}
         return {**content, **last}
 
@@ -319,6 +352,8 @@ class Manifest(Checked, ABC):
         expected_files = num_blocks if self.chain is None else 0
         if len(self.files) != expected_files:
             raise ValueError(f"files lists {len(self.files)} blocks where {expected_files} belong")
+        if self.rounding is not None and self.chain is not None:
+            raise ValueError("rounding is of a chain with a graph for each block")
         numbers = [file.block for file in self.graphs if isinstance(file, BlockFile)]
         if numbers != list(range(len(numbers))):
             raise ValueError("the blocks of files are not listed in order")

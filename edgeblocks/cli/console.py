@@ -147,7 +147,23 @@ def export_report(manifest: Mapping[str, Any], path: Path) -> str:
     return (
         f"exported {made} to {one_line(path)}; verified against torch: blocks differ "
         f"by at most {verified['block_max_abs_error']:.1e}, {what} by {verified['output_max_abs_error']:.1e}\n"
+        f"{_rounding_line(manifest)}"
         f"next: {command('run', path)} {arguments}"
+    )
+
+
+def _rounding_line(manifest: Mapping[str, Any]) -> str:
+    """What rounding of the weights saved and cost; nothing where there was none."""
+    found = manifest.get("rounding")
+    if found is None:
+        return ""
+    sizes = [found["bytes_fp32"], sum(file["bytes"] for file in manifest["files"])]
+    rise = found["loss"] / found["loss_fp32"] - 1
+    right = "" if found["accuracy"] is None else f", {found['accuracy_fp32']:.2%} -> {found['accuracy']:.2%} right"
+    return (
+        f"then weights in {found['weights']}: {format_bytes(sizes[0])} -> {format_bytes(sizes[1])}; on "
+        f"{found['examples']} examples of the {found['part']} part loss {found['loss_fp32']:.5g} -> "
+        f"{found['loss']:.5g} ({rise:+.3%}){right}; outputs differ by {found['relative_difference']:.2%} on average\n"
     )
 
 

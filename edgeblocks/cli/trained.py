@@ -129,7 +129,18 @@ def export(
     ] = False,
     weights: Annotated[
         str | None,
-        typer.Option(help="Of a fine-tuned model: int8, int4 or fp32.", show_default="int8"),
+        typer.Option(
+            help="As what matrices are written: int8, int4 or fp32. Rounded ones are measured on hold-out data.",
+            show_default="fp32; of a fine-tuned model int8",
+        ),
+    ] = None,
+    most_loss: Annotated[
+        str | None,
+        typer.Option(
+            "--most-loss",
+            help="By how much --weights may raise the loss on hold-out data, such as 1%; more is refused.",
+            show_default="int8: 0.5%; int4: any",
+        ),
     ] = None,
     mem_budget: WritingBudget = None,
     as_json: Json = False,
@@ -145,7 +156,12 @@ def export(
 
     with ConsoleListener() as listener:
         manifest = api.load(run).export(
-            out, single_file=single_file, weights=weights, mem_budget=mem_budget, listener=listener
+            out,
+            single_file=single_file,
+            weights=weights,
+            most_loss=most_loss,
+            mem_budget=mem_budget,
+            listener=listener,
         )
     say_lines(json_text(manifest) if as_json else export_report(manifest, out))
 

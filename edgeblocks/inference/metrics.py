@@ -96,6 +96,18 @@ class NetworkSource(Protocol):
         ...
 
 
+class Scored(Protocol):
+    """What of a `Family` a validation loss asks for."""
+
+    def evaluation_levels(self, partition: NoisePartition) -> Sequence[Level]: ...
+
+    def at_level(
+        self, examples: np.ndarray, labels: np.ndarray | None, level: Level, generator: torch.Generator, /
+    ) -> dict[str, Tensor]: ...
+
+    def scores(self, block: nn.Module, batch: dict[str, Tensor], /) -> dict[str, Tensor]: ...
+
+
 def standard_error(values: NDArray[np.float64]) -> float | None:
     """Of the mean of values [n]; None where they are too few for one.
 
@@ -122,7 +134,7 @@ def share_error(share: float, count: int) -> float | None:
 
 
 def validation_loss(
-    family: Family,
+    family: Scored,
     runner: NetworkSource,
     data: DataSet,
     *,
@@ -168,7 +180,7 @@ def validation_loss(
 
 
 def _scores(
-    family: Family,
+    family: Scored,
     runner: NetworkSource,
     network: nn.Module,
     data: DataSet,
@@ -214,7 +226,7 @@ def loss_in_both(family: Family, runner: NetworkSource, data: DataSet, *, seed: 
 
 @torch.no_grad()
 def scores_of(
-    family: Family,
+    family: Scored,
     runner: NetworkSource,
     network: nn.Module,
     batch: dict[str, Tensor],

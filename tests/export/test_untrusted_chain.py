@@ -119,7 +119,7 @@ REFUSED = {
     a_loop_in_the_loop: "has a loop inside another part",
     foreign_operator: r"has operators that are not onnx's own, of 'com\.example'",
     foreign_operator_in_the_loop: r"of 'com\.microsoft'",
-    functions: "parts of a kind that no chain has",
+    functions: "parts of a kind that no export has",
     other_weights: r"takes weights from '\.\./w\.bin', which is not among its files",
     another_type: "the chain of .* is of another network than its manifest describes: it gives .*float32.*uint8",
     no_numbers: "the chain of .* gives values that are not finite numbers",

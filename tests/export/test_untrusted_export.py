@@ -106,6 +106,16 @@ WRONG = {
         r"block 0 of .* gives values that are not finite numbers",
     ),
     "no such node": ([helper.make_node("Nonsense", ["z"], ["out"])], [], r"cannot load block 0"),
+    "another operator of onnxruntime's own": (
+        [helper.make_node("Gelu", ["z"], ["out"], domain="com.microsoft")],
+        [],
+        r"block 0 is refused: .* operators that are not onnx's own, of .*com\.microsoft",
+    ),
+    "somebody's operator of that name": (
+        [helper.make_node("MatMulNBits", ["z"], ["out"], domain="elsewhere")],
+        [],
+        r"block 0 is refused: .* of .*elsewhere",
+    ),
     "a node that fails": (
         [helper.make_node("Reshape", ["z", "shape"], ["out"])],
         [numpy_helper.from_array(np.array([7, 7], np.int64), "shape")],

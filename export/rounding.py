@@ -1,0 +1,249 @@
+"""An export's blocks with rounded matrices, and how much worse they are: on hold-out data, by the family's own loss.
+
+The tolerances of `verify` are for graphs that compute what torch computes. Rounded weights are another network, so the
+blocks are verified in float32 first, and then those of rounded weights are compared with them on the same noised
+examples.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from edgeblocks.data.dataset import DataSet
+from edgeblocks.diffusion.noise import NoisePartition
+from edgeblocks.errors import ConfigError, EdgeblocksError, RunError
+from edgeblocks.export.classifier import Classifier
+from edgeblocks.export.continuer import Continuer
+from edgeblocks.export.manifest import block_file
+from edgeblocks.export.manifest_types import Manifest, Rounding
+from edgeblocks.export.onnx_chain import ExportedChain, ImageChain
+from edgeblocks.export.open_export import open_chain
+from edgeblocks.export.rounded_graph import RoundedWeights, write_rounded
+from edgeblocks.export.verify import Listener, real_data
+from edgeblocks.export.writer import Writer
+from edgeblocks.families.base import Level
+from edgeblocks.families.family import AnyFamily
+from edgeblocks.inference.metrics import validation_loss
+from edgeblocks.methods import Precision
+from edgeblocks.runs.directory import RunDirectory
+from edgeblocks.tasks import TASKS
+
+USUAL_MOST_LOSS: dict[RoundedWeights, float | None] = {"int8": 0.005, "int4": None}
+"""By what share the loss may rise; None: it is only told."""
+_FOLDER = "rounded"
+_TINY = 1e-30
+"""Stands for a probability, or a loss, of 0."""
+
+
+def most_loss_of(text: str | None, weights: RoundedWeights) -> float | None:
+    """By what share the loss may rise, of a percentage as text; None: any.
+
+    Raises:
+        ConfigError: no percentage.
+
+    >>> most_loss_of("2%", "int4"), most_loss_of(None, "int8")
+    (0.02, 0.005)
+    """
+    if text is None:
+        return USUAL_MOST_LOSS[weights]
+    try:
+        share = float(text.strip().removesuffix("%")) / 100 if text.strip().endswith("%") else -1.0
+    except ValueError:
+        share = -1.0
+    if not 0 <= share < math.inf:
+        raise ConfigError(f"--most-loss {text}: a percentage is needed, for example 0.5%")
+    return share
+
+
+def round_blocks(
+    run: RunDirectory,
+    walk: ExportedChain,
+    listener: Listener,
+    *,
+    weights: RoundedWeights,
+    most_loss: float | None,
+    micro_batch: int,
+    external_above_bytes: int,
+) -> Manifest:
+    """Put blocks with rounded matrices in the place of those of an export that is being written.
+
+    Args:
+        walk: the export in float32.
+        most_loss: by what share the loss may rise; None: any.
+
+    Returns:
+        The manifest with the new files and their `rounding`.
+
+    Raises:
+        EdgeblocksError: the loss rises by more than `most_loss`.
+        RunError: there are no data to measure it with.
+        OSError: the disk refused.
+    """
+    data = real_data(run, listener)
+    if data is None:
+        raise RunError(
+            f"--weights {weights}: what rounding costs is measured on {run.data_source}, which cannot be read or has "
+            f"changed; put the run's data back, or leave --weights out"
+        )
+    listener.stage(f"rounding to {weights}")
+    folder, exact = walk.directory, walk.manifest
+    (folder / _FOLDER).mkdir()
+    files = []
+    for done, file in enumerate(exact.files):
+        path = folder / _FOLDER / file.file
+        data_path = write_rounded(folder / file.file, path, weights, external_above_bytes=external_above_bytes)
+        files.append(block_file(path, data_path, file.block))
+        listener.advance(done + 1, len(exact.files), "rounding")
+    rounded = exact.model_copy(update={"files": tuple(files)})
+    listener.stage("measuring what rounding costs")
+    found = _measured(run, walk, open_chain(folder / _FOLDER, manifest=rounded), data, listener, micro_batch)
+    rounding = Rounding(weights=weights, bytes_fp32=sum(file.bytes for file in exact.files), **found)
+    _enforce(rounding, most_loss)
+    for name in (name for file in exact.files for name in file.names):
+        (folder / name).unlink()
+    for path in sorted((folder / _FOLDER).iterdir()):
+        path.rename(folder / path.name)
+    (folder / _FOLDER).rmdir()
+    return rounded.model_copy(update={"rounding": rounding})
+
+
+class _Numbered(nn.Module):
+    """A block by its number: the graphs compute it."""
+
+    def __init__(self, block: int) -> None:
+        super().__init__()
+        self.block = block
+
+
+class _Given(nn.Module):
+    """A block that gives what a graph has computed."""
+
+    def __init__(self, values: Tensor) -> None:
+        super().__init__()
+        self._values = values
+
+    def forward(self, *_: Any) -> Tensor:
+        return self._values
+
+
+class _Graphs:
+    """A `NetworkSource` of numbers of blocks."""
+
+    device = torch.device("cpu")
+    precision: Precision = "fp32"
+
+    def __init__(self, partition: NoisePartition, micro_batch: int) -> None:
+        self.partition, self.micro_batch = partition, micro_batch
+
+    def network(self, block: int) -> nn.Module:
+        return _Numbered(block)
+
+
+class _InBoth:
+    """A family's scores by two exports of it: `loss` and `accuracy` by the rounded one, with `_fp32` by the other, and
+    the mean sizes of the other's outputs and of what they differ by."""
+
+    def __init__(self, family: AnyFamily, fp32: ExportedChain, rounded: ExportedChain) -> None:
+        self._family, self._fp32, self._rounded = family, fp32, rounded
+
+    def evaluation_levels(self, partition: NoisePartition) -> Sequence[Level]:
+        return self._family.evaluation_levels(partition)
+
+    def at_level(
+        self, examples: np.ndarray, labels: np.ndarray | None, level: Level, generator: torch.Generator
+    ) -> dict[str, Tensor]:
+        return self._family.at_level(examples, labels, level, generator)
+
+    def scores(self, block: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        assert isinstance(block, _Numbered)
+        expected = self._outputs(self._fp32, block.block, batch)
+        found = self._outputs(self._rounded, block.block, batch)
+        scores = self._scores(found, batch)
+        scores |= {f"{name}_fp32": values for name, values in self._scores(expected, batch).items()}
+        if self._family.task != "images":
+            expected, found = expected.exp(), found.exp()
+        sizes = {"difference": (found - expected).abs(), "size": expected.abs()}
+        return scores | {name: values.flatten(1).mean(1) for name, values in sizes.items()}
+
+    def _outputs(self, chain: ExportedChain, block: int, batch: dict[str, Tensor]) -> Tensor:
+        """Denoised images, or the logarithms of probabilities [b, .., answers]."""
+        given, condition = self._family.inputs(batch)
+        z, seen = given.numpy(), None if condition is None else condition.numpy()
+        if isinstance(chain, Writer):
+            return torch.from_numpy(chain.run_block(block, z, batch["t"].numpy())).log_softmax(-1)
+        sigma = batch["sigma"].numpy()
+        if isinstance(chain, Continuer):
+            assert seen is not None
+            caches = chain.manifest.caches
+            nothing = np.zeros((caches.num_caches[block], len(z), caches.heads, 0, caches.head_width), np.float32)
+            return torch.from_numpy(chain.run_block(block, z, sigma, seen, nothing)[0]).log_softmax(-1)
+        assert isinstance(chain, ImageChain)
+        values = torch.from_numpy(chain.run_block(block, z, sigma, seen))
+        return values.clamp(min=_TINY).log() if isinstance(chain, Classifier) else values
+
+    def _scores(self, outputs: Tensor, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What the family's `scores` are of a block with these outputs."""
+        family = self._family
+        if family.task == "images":
+            return {"loss": family.loss(_Given(outputs), batch)}
+        answers = batch["labels"] if family.task == "classes" else batch["tokens"]
+        losses = F.nll_loss(outputs.movedim(-1, 1), answers, reduction="none").view(len(answers), -1)
+        right = (outputs.argmax(-1) == answers).float().view(len(answers), -1)
+        if family.task == "text":
+            # w(t) = 1/t, of the masked tokens alone, as `Mdlm.loss` has it.
+            weight = batch["masked"] / batch["t"].unsqueeze(1)
+            losses, right = losses * weight, right * weight
+        return {"loss": losses.mean(1), "accuracy": right.mean(1)}
+
+
+def _measured(
+    run: RunDirectory,
+    fp32: ExportedChain,
+    rounded: ExportedChain,
+    data: DataSet,
+    listener: Listener,
+    micro_batch: int,
+) -> dict[str, Any]:
+    """Fields of a `Rounding`."""
+    family = run.family()
+    try:
+        found = validation_loss(
+            _InBoth(family, fp32, rounded),
+            _Graphs(run.partition, micro_batch),
+            data,
+            seed=run.settings.run.seed,
+            most_examples=TASKS[family.task].loss_examples,
+            on_level=lambda done, total: listener.advance(done, total, "measuring"),
+        )
+    finally:
+        fp32.close()
+        rounded.close()
+
+    def total(name: str) -> float | None:
+        return sum(level["share"] * level[name] for level in found["levels"]) if name in found["levels"][0] else None
+
+    difference, size = total("difference"), total("size")
+    assert difference is not None and size is not None
+    return {
+        "examples": found["images"],
+        "part": found["part"],
+        "loss": found["total"],
+        **{name: total(name) for name in ("loss_fp32", "accuracy", "accuracy_fp32")},
+        "mean_abs_difference": difference,
+        "relative_difference": difference / max(size, _TINY),
+    }
+
+
+def _enforce(rounding: Rounding, most_loss: float | None) -> None:
+    if most_loss is not None and rounding.rise > most_loss:
+        raise EdgeblocksError(
+            f"weights in {rounding.weights} are refused: the loss on {rounding.examples} examples of the "
+            f"{rounding.part} part is {rounding.loss:.5g}, {rounding.rise:.2%} above the {rounding.loss_fp32:.5g} of "
+            f"float32, and {most_loss:.2%} are allowed. Nothing was written. Allow more with --most-loss, or leave "
+            f"--weights out"
+        )
