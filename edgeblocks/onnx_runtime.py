@@ -234,11 +234,21 @@ class _Helper:
 _helper: _Helper | None = None
 
 
-def _stoppable(work: Callable[[], _Result], stop: Callable[[], None]) -> _Result:
-    """The result of `work`; a signal, such as Ctrl-C, calls `stop`, and its error is raised."""
+def prepare() -> None:
+    """Before memory is bounded: the library's code, and a thread with its stack, are no part of what graphs take."""
+    onnxruntime()
+    _started()
+
+
+def _started() -> _Helper:
     global _helper  # noqa: PLW0603 - one thread for all sessions, made at the first one
-    if threading.current_thread() is not threading.main_thread():
-        return work()  # which alone gets signals
     if _helper is None:
         _helper = _Helper()
-    return _helper.result(work, stop)
+    return _helper
+
+
+def _stoppable(work: Callable[[], _Result], stop: Callable[[], None]) -> _Result:
+    """The result of `work`; a signal, such as Ctrl-C, calls `stop`, and its error is raised."""
+    if threading.current_thread() is not threading.main_thread():
+        return work()  # which alone gets signals
+    return _started().result(work, stop)

@@ -27,7 +27,8 @@ class Export:
     """What `edgeblocks export` wrote, in one file or with a graph a block. Not thread-safe.
 
     Weights are in memory while a call runs. With `mem_budget`, a size such as "500MB" or a share of the machine's
-    memory, a call is refused where it cannot fit, and the process may take no more until it is done.
+    memory, a call is refused where it cannot fit, and the process may take no more until it is done. Blocks that write
+    token by token, and do not fit together, are then read again for every token.
 
     Raises (each method):
         ConfigError: an impossible argument, or the network makes something else.

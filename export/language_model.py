@@ -27,7 +27,7 @@ from edgeblocks.files.checked import Checked, ListOf, NotNegative, Sha256, Text,
 from edgeblocks.files.own import create
 from edgeblocks.files.untrusted import MalformedFileError, read_object, shown
 from edgeblocks.limits import MOST_HEADS, MOST_LAYERS, MOST_TOKENS, MOST_WIDTH
-from edgeblocks.onnx_runtime import CODE_BYTES, PROCESSOR, Hardware, Session, onnxruntime
+from edgeblocks.onnx_runtime import CODE_BYTES, PROCESSOR, Hardware, Session, onnxruntime, prepare
 from edgeblocks.registry import build_target
 from edgeblocks.units import advised_budget, format_bytes, parse_size
 
@@ -148,7 +148,7 @@ class LanguageModel:
                 f"{advised_budget(least)} or more, or export with --weights int4",
                 least,
             )
-        onnxruntime()  # its code is no part of what the graph takes
+        prepare()
         try:
             with target.capped(budget_bytes - CODE_BYTES):
                 yield

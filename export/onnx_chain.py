@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from edgeblocks.errors import ConfigError, DoesNotFitError, OutOfBudgetError, RunError
 from edgeblocks.export.manifest import checked_path, read_manifest
 from edgeblocks.export.manifest_types import GraphFile, ImageManifest, Manifest
-from edgeblocks.onnx_runtime import CODE_BYTES, PROCESSOR, Hardware, Session, onnxruntime
+from edgeblocks.onnx_runtime import CODE_BYTES, PROCESSOR, Hardware, Session, onnxruntime, prepare
 from edgeblocks.registry import build_target
 from edgeblocks.units import advised_budget, format_bytes, parse_size
 
@@ -28,7 +28,7 @@ from edgeblocks.units import advised_budget, format_bytes, parse_size
 # sample, 159 and 321 MB).
 DEFAULT_MICRO_BATCH = 16
 DEFAULT_BUDGET = "50%"
-_REFUSED = ("bad_alloc", "Failed to allocate memory", "bad allocation")
+_REFUSED = ("bad_alloc", "Failed to allocate memory", "bad allocation", "Cannot allocate memory")
 """What onnxruntime says where the system refuses memory."""
 
 Values = NDArray[np.float32]
@@ -107,7 +107,7 @@ class ExportedChain:
                 f"fewer with --n, or give --mem-budget {advised_budget(least)} or more",
                 least,
             )
-        onnxruntime()  # its code is no part of what the graphs take
+        prepare()
         keeps_all = self.keeps_all
         # While the last block is read it is there twice.
         whole_bytes = beside_bytes + CODE_BYTES + sum(sizes) + max(sizes)
