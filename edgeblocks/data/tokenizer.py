@@ -337,7 +337,8 @@ def _beginning(tokenizer: Any) -> str:
     except _RefusedError:  # it does not know the letter
         return ""
     before = marked[: marked.index(plain[0])] if plain and plain[0] in marked else []
-    return "".join(tokenizer.id_to_token(token) for token in before)
+    names = [tokenizer.id_to_token(token) for token in before]
+    return "" if None in names else "".join(names)
 
 
 def _library() -> ModuleType:
