@@ -15,11 +15,10 @@ from edgeblocks.export.graph import make_template, write_graph
 from edgeblocks.export.manifest import read_manifest, write_manifest
 from edgeblocks.export.open_export import open_chain
 from edgeblocks.export.rounded_graph import write_rounded
-from edgeblocks.export.rounding import most_loss_of, round_blocks
+from edgeblocks.export.rounding import MOST_EXAMPLES, most_loss_of, round_blocks
 from edgeblocks.inference.metrics import validation_loss
 from edgeblocks.progress import Silent
 from edgeblocks.runs.open_data import data_of
-from edgeblocks.tasks import TASKS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -70,7 +69,7 @@ def test_the_loss_of_graphs_is_the_family_s_own(name, runs, exports):
         torch_runner(runs[name], micro_batch=64),
         data,
         seed=directory.settings.run.seed,
-        most_examples=TASKS[family.task].loss_examples,
+        most_examples=MOST_EXAMPLES,
     )
     assert rounding.loss_fp32 == pytest.approx(expected["total"], rel=1e-4)
     assert rounding.examples == expected["images"]
