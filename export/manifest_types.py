@@ -166,16 +166,13 @@ class Verified(Checked):
 
 
 class Rounding(Checked):
-    """As what a chain's matrices are written, and how much worse that made it.
-
-    The graphs with rounded matrices and those in float32, which `verified` is about, saw the same noised examples.
+    """As what matrices are written, and how much worse that is than float32, which `verified` is about.
 
     part: of the data, which the examples are of.
     loss_fp32, loss: the family's own, per noise level, see `validation_loss`; nats of text and of classes.
     accuracy_fp32, accuracy: the share of tokens or of images that is right; None for images that are made.
-    mean_abs_difference: of the blocks' outputs: denoised images in model space, or probabilities.
-    relative_difference: the same as a share of their mean size.
-    bytes_fp32: the size of the graphs in float32.
+    mean_abs_difference, relative_difference: of the blocks' outputs (denoised images in model space, or probabilities),
+        and as a share of their mean size.
     """
 
     weights: Literal["int8", "int4"]
