@@ -22,14 +22,14 @@ from edgeblocks.errors import ConfigError, DoesNotFitError, OutOfBudgetError, Ru
 from edgeblocks.export.graph_file import files_named_in
 from edgeblocks.export.manifest import FILE_NAME, sha256_of
 from edgeblocks.export.manifest_types import FileName
-from edgeblocks.export.onnx_chain import DEFAULT_BUDGET
+from edgeblocks.export.onnx_chain import budget_of_a_run
 from edgeblocks.files.checked import Checked, ListOf, NotNegative, Sha256, Text, in_short
 from edgeblocks.files.own import create
 from edgeblocks.files.untrusted import MalformedFileError, read_object, shown
 from edgeblocks.limits import MOST_HEADS, MOST_LAYERS, MOST_TOKENS, MOST_WIDTH
 from edgeblocks.onnx_runtime import CODE_BYTES, PROCESSOR, Hardware, Session, onnxruntime, prepare
 from edgeblocks.registry import build_target
-from edgeblocks.units import advised_budget, format_bytes, parse_size
+from edgeblocks.units import advised_budget, format_bytes
 
 KIND: Literal["edgeblocks language model"] = "edgeblocks language model"
 GRAPH, TOKENIZER = "model.onnx", "tokenizer.json"
@@ -135,10 +135,7 @@ class LanguageModel:
             OutOfBudgetError: memory was refused at the budget.
         """
         target = build_target("cpu")
-        try:
-            budget_bytes = parse_size(mem_budget or DEFAULT_BUDGET, whole_bytes=target.total_bytes())
-        except ValueError as error:
-            raise ConfigError(f"--mem-budget {error}") from error
+        budget_bytes = budget_of_a_run(mem_budget)
         weights = sum(file.bytes for file in self.manifest.files if file.name.startswith(GRAPH))
         least = target.used_bytes() + weights + _PIECE * 4 * self.manifest.vocabulary * n
         if least > budget_bytes:

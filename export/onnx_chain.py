@@ -38,6 +38,18 @@ Condition = NDArray[Any]
 """What a block sees beside z: class numbers int64 [b], or images float32 [b, C, H, W] in model space."""
 
 
+def budget_of_a_run(mem_budget: str | None) -> int:
+    """Bytes that a process which runs an export may take; None: half of the machine's memory.
+
+    Raises:
+        ConfigError: not a size.
+    """
+    try:
+        return parse_size(mem_budget or DEFAULT_BUDGET, whole_bytes=build_target("cpu").total_bytes())
+    except ValueError as error:
+        raise ConfigError(f"--mem-budget {error}") from error
+
+
 class ExportedChain:
     """An exported chain. Not thread-safe.
 
@@ -92,10 +104,7 @@ class ExportedChain:
             OutOfBudgetError: memory was refused at the budget.
         """
         target = build_target("cpu")
-        try:
-            budget_bytes = parse_size(mem_budget or DEFAULT_BUDGET, whole_bytes=target.total_bytes())
-        except ValueError as error:
-            raise ConfigError(f"--mem-budget {error}") from error
+        budget_bytes = budget_of_a_run(mem_budget)
         sizes = [file.bytes for file in self.manifest.graphs]
         beside_bytes = target.used_bytes() + self.held_bytes(n)
         least = beside_bytes + max(sizes)

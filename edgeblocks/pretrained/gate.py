@@ -9,6 +9,7 @@ each other beside the hidden values, files whose names are not those of the modu
 import functools
 import json
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -48,12 +49,20 @@ def refusal(model: str, why: str) -> ConfigError:
 @functools.lru_cache(maxsize=8)
 def _why_not(config: str) -> str | None:
     """What is wrong; None where the two are equal."""
+    return why_not(lambda folder: _difference(_small_network(json.loads(config), folder), folder))
+
+
+def why_not(compare: Callable[[Path], str | None]) -> str | None:
+    """What is wrong with an architecture, or why that cannot be told; None where nothing is.
+
+    Args:
+        compare: makes a small network in a folder, and says in what it differs from what is trained.
+    """
     with tempfile.TemporaryDirectory(prefix="edgeblocks-gate-") as name:
         folder = Path(name)
         state = torch.get_rng_state()
         try:
-            whole = _small_network(json.loads(config), folder)
-            return _difference(whole, folder)
+            return compare(folder)
         except (UnsupportedModelError, ConfigError) as error:
             return str(error).removeprefix(f"{folder}: ")
         except Exception as error:

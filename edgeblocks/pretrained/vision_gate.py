@@ -2,7 +2,6 @@
 
 import functools
 import json
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from edgeblocks.errors import ConfigError
-from edgeblocks.pretrained.gate import shrunk
+from edgeblocks.pretrained.gate import shrunk, why_not
 from edgeblocks.pretrained.model_folder import CONFIG, ModelFolder, model_folder
 from edgeblocks.pretrained.shell import UnsupportedModelError, library
 from edgeblocks.pretrained.vision_folder import PART, read_vision_config, vision_config
@@ -44,18 +43,12 @@ def refused_classifier(model: str, why: str) -> ConfigError:
 @functools.lru_cache(maxsize=8)
 def _why_not(config: str) -> str | None:
     """What is wrong; None where the two are equal."""
-    with tempfile.TemporaryDirectory(prefix="edgeblocks-gate-") as name:
-        folder = Path(name)
-        state = torch.get_rng_state()
-        try:
-            whole, side = _small_network(json.loads(config), folder)
-            return _difference(whole, VisionShell(ModelFolder(folder), torch.device("cpu"), side))
-        except (UnsupportedModelError, ConfigError) as error:
-            return str(error).removeprefix(f"{folder}: ")
-        except Exception as error:
-            return f"a small one could not be run ({type(error).__name__}: {str(error).strip()[:200]})"
-        finally:
-            torch.set_rng_state(state)
+
+    def compare(folder: Path) -> str | None:
+        whole, side = _small_network(json.loads(config), folder)
+        return _difference(whole, VisionShell(ModelFolder(folder), torch.device("cpu"), side))
+
+    return why_not(compare)
 
 
 def shrunk_classifier(config: dict[str, Any]) -> dict[str, Any]:

@@ -10,6 +10,7 @@ the largest resident set, as a parent process learns it from the kernel.
 import argparse
 import json
 import re
+import shutil
 import sys
 import tempfile
 from pathlib import Path
@@ -87,15 +88,13 @@ def run(folder: Path, model: str, length: int, batch: int, tune: str, kind: str)
         # Planning is refused first, where it takes more in its two processes than the training itself.
         while found := _ADVICE.search(str(measured(*EDGEBLOCKS, *asked, "--mem-budget", budget, "--dry-run")["err"])):
             budget = found[1]
+    shutil.rmtree(out, ignore_errors=True)  # of a run that failed
     made = measured(*EDGEBLOCKS, *asked, "--mem-budget", budget, "--out", str(out))
     row: dict[str, Any] = {"code": made["code"], "budget_bytes": as_bytes(budget), "peak_bytes": made["peak_bytes"]}
     if made["code"]:
         return {**row, "error": str(made["err"])[-400:]}
     plan = json.loads((out / "plan.json").read_text())
     row |= {key: plan[key] for key in ("predicted_peak_bytes", "micro_batch", "blocks", "slots")}
-    for path in sorted(out.rglob("*"), reverse=True):
-        path.unlink() if path.is_file() else path.rmdir()
-    out.rmdir()
     return row
 
 
