@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any, get_args
 import torch
 
 from edgeblocks.callbacks import Callback, Callbacks, Finished, Planned
-from edgeblocks.cluster.driver import Cluster, Spread, joined
+from edgeblocks.cluster.connection import Cluster, joined
+from edgeblocks.cluster.driver import Spread
 from edgeblocks.data.dataset import DataSet
 from edgeblocks.errors import ConfigError
 from edgeblocks.methods import METHODS, Frozen

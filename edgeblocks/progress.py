@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -27,6 +28,10 @@ class Listener(Protocol):
         """A training step was made. An error raised here ends the run, saved."""
         ...
 
+    def blocks(self, rows: Sequence[BlockProgress], left_s: float | None) -> None:
+        """How far all blocks are while a cluster trains them, and how long it will take, about; None: not known yet."""
+        ...
+
     def note(self, text: str) -> None:
         """Something the user should know, in a sentence."""
         ...
@@ -42,6 +47,8 @@ class Silent:
     def planned(self, plan_text: str, out: Path) -> None: ...
 
     def step(self, progress: Progress) -> None: ...
+
+    def blocks(self, rows: Sequence[BlockProgress], left_s: float | None) -> None: ...
 
     def note(self, text: str) -> None: ...
 
@@ -101,3 +108,24 @@ class Progress:
         if self.earlier_s is None:
             return None
         return round(self.earlier_s + time.perf_counter() - self.started - self.previews_s, 3)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockProgress:
+    """How far a block is that is trained elsewhere."""
+
+    block: int
+    step: int
+    """Made there, as far as is known."""
+    saved: int
+    """Of these, those that are at home."""
+    steps: int
+    """To make."""
+    where: str
+    """The name of the machine, or what the block waits for."""
+    is_training: bool = False
+    loss: float | None = None
+    """Smoothed."""
+    examples_per_s: float | None = None
+    used_bytes: int | None = None
+    """Resident there."""

@@ -1,15 +1,18 @@
-"""The progress of a long call, on standard error: lines in a pipe, one live line in a terminal."""
+"""The progress of a long call, on standard error: lines in a pipe, a live line or table in a terminal."""
 
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Self, TextIO
 
 from rich.console import Console
+from rich.live import Live
+from rich.table import Table
 
+from edgeblocks.cli.block_table import bar, block_line, block_table
 from edgeblocks.cli.screen import drop_output
-from edgeblocks.progress import Progress
+from edgeblocks.progress import BlockProgress, Progress
 from edgeblocks.terminal import one_line, visible
 from edgeblocks.units import format_bytes, format_duration
 
@@ -42,6 +45,7 @@ class ConsoleListener:
         self._every_s = LIVE_LINE_EVERY_S if self._live else PLAIN_LINE_EVERY_S
         self._last = 0.0
         self._open_line = False
+        self._table: Live | None = None
 
     def __enter__(self) -> Self:
         return self
@@ -56,7 +60,8 @@ class ConsoleListener:
             self._print(f"{one_line(text)} ..", style="dim")
 
     def note(self, text: str) -> None:
-        self.close()
+        if self._table is None:  # else it stays below what is said
+            self.close()
         self._print(one_line(text))
 
     def advance(self, done: int, total: int, text: str) -> None:
@@ -84,7 +89,7 @@ class ConsoleListener:
         memory = f"{format_bytes(progress.used_bytes)}/{format_bytes(progress.budget_bytes)}"
         share = progress.steps_done / max(progress.steps_total, 1)
         pieces = {  # in the order in which they are shown; the numbers say in which they are left out
-            _bar(share): 3,
+            bar(share): 3,
             f"{share:4.0%}": 10,
             where: 8,
             loss: 7,
@@ -97,8 +102,33 @@ class ConsoleListener:
         }
         self._line(_fitting(pieces, self._console.width - 1 if self._live else None), final=finished)
 
+    def blocks(self, rows: Sequence[BlockProgress], left_s: float | None) -> None:
+        finished = all(row.saved >= row.steps for row in rows)
+        if not finished and time.monotonic() - self._last <= self._every_s:
+            return
+        if not self._live:
+            self._line(block_line(rows, left_s), final=finished)
+            return
+        self._last = time.monotonic()
+        self._tried(lambda: self._show(self._table_of(rows, left_s)))
+        if finished:
+            self.close()
+
+    def _table_of(self, rows: Sequence[BlockProgress], left_s: float | None) -> Table:
+        width, height = self._console.size
+        return block_table(rows, left_s, width=width, height=max(1, height - 5))
+
+    def _show(self, table: Table) -> None:
+        if self._table is None:
+            self._table = Live(console=self._console, auto_refresh=False, redirect_stdout=False, redirect_stderr=False)
+            self._table.start()
+        self._table.update(table, refresh=True)
+
     def close(self) -> None:
-        """End a live line."""
+        """End a live line, or leave a live table as it is now."""
+        if self._table is not None:
+            table, self._table = self._table, None
+            self._tried(table.stop)
         if self._open_line:
             self._write("\n")
             self._open_line = False
@@ -137,8 +167,3 @@ def _fitting(pieces: dict[str, int], width: int | None) -> str:
     while width is not None and len("  ".join(shown)) > width and len(shown) > 1:
         del shown[min(shown, key=shown.__getitem__)]
     return "  ".join(shown)
-
-
-def _bar(share: float, width: int = 16) -> str:
-    filled = round(share * width)
-    return "━" * filled + "─" * (width - filled)

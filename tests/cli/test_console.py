@@ -12,11 +12,13 @@ import time
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 from support.commands import TINY
 
+from edgeblocks.cli.block_table import block_table
 from edgeblocks.cli.console import training_report
 from edgeblocks.cli.console_progress import ConsoleListener
-from edgeblocks.progress import Progress
+from edgeblocks.progress import BlockProgress, Progress
 from edgeblocks.runs.summary import Metrics, Summary, read_summary
 
 
@@ -102,6 +104,53 @@ def test_the_progress_line_of_a_narrow_terminal_has_what_counts(monkeypatch):
     for shown in (" 78%", "block 0 step 244", "loss 0:0.623", "496 MB/600 MB", " left"):
         assert shown in lines[True] and shown in lines[False]
     assert "189 MB written" in lines[False] and "stall" in lines[False] and "11:0.500" in lines[False]
+
+
+def test_blocks_on_a_cluster_are_a_table_in_a_terminal_and_a_line_in_a_pipe(monkeypatch):
+    """The table keeps its place while something is said above it, fits 80 columns and less, and ends below itself."""
+    long = {"steps": 20000, "examples_per_s": 1234.5, "used_bytes": 1_230_000_000}
+    rows = [BlockProgress(block=0, step=20000, saved=20000, where="done", loss=0.41, **long)]
+    rows += [
+        BlockProgress(
+            block=n, step=11000, saved=9000, where="a-machine-of-a-long-name", is_training=True, loss=0.5, **long
+        )
+        for n in (1, 2)
+    ]
+    rows += [BlockProgress(block=3, step=0, saved=0, steps=20000, where="waits")]
+    monkeypatch.setenv("LINES", "30")
+    told = {}
+    for width in (80, 50, None):
+        monkeypatch.setenv("COLUMNS", str(width or 80))
+        monkeypatch.setattr(sys, "stderr", Terminal() if width else io.StringIO())
+        with ConsoleListener() as listener:
+            listener.blocks(rows, 100.0)
+            listener.note("block 1 is lost")
+            listener._last = 0.0
+            listener.blocks(rows, 90.0)
+        told[width] = re.sub("\x1b\\[[0-9;?]*[a-zA-Z]", "", sys.stderr.getvalue()).replace("\r", "\n").splitlines()
+    for width in (80, 50):
+        assert max(map(len, told[width])) <= width and told[width].index("block 1 is lost") < len(told[width]) - 6
+        last = "\n".join(line.rstrip() for line in told[width][-6:])
+        assert re.match(r"block +where .*\n +0 +done .*20000/20000 ", last), last
+        assert "a-machine-of-a-" in last and "11000/20000" in last and last.endswith("1 min 30 s left")
+    assert re.search(r" 9000 +0.500 +1234 +1.23 GB$", told[80][-3].rstrip()), told[80]
+    assert told[None][1] == "block 1 is lost" and len(told[None]) == 3
+    assert told[None][2].endswith(
+        " 52%  1 min 30 s left  steps 0:20000  1:11000 a-machine-of-a-long-name  2:11000 a-machine-of-a-long-name  3:0"
+        "  loss 0:0.410 1:0.500 2:0.500"
+    )
+
+
+def test_of_more_blocks_than_a_terminal_has_lines_those_in_training_are_shown():
+    """The others are counted."""
+    rows = [
+        BlockProgress(block=n, step=min(10, n), saved=min(10, n), steps=10, where="pc", is_training=n in (3, 5))
+        for n in range(12)
+    ]
+    stream = io.StringIO()
+    Console(file=stream, width=80).print(block_table(rows, None, width=80, height=4))
+    lines = [line.rstrip() for line in stream.getvalue().splitlines()]
+    assert [line.split()[0] for line in lines[1:3]] == ["3", "5"] and lines[3] == "10 others, 2 of them done"
 
 
 def test_a_terminal_that_does_not_know_a_character_gets_a_question_mark(run, edgeblocks_command):
