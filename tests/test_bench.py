@@ -61,6 +61,16 @@ def test_budget_grid(bench, tmp_path):
     assert "| vit | 32 |" in (tmp_path / "grid.md").read_text()
 
 
+@pytest.mark.parametrize("nodes", [(0,), pytest.param((1, 3), marks=pytest.mark.thorough)])
+def test_cluster(bench, nodes):
+    """In one process, and on nodes, whose own peaks are told then."""
+    small = {**TINY, "blocks": 3, "depth": 3, "data": "digits", "shared": 0, "sample_grids": 0, "hold_out": 0.005}
+    told = bench("cluster", "--steps", 2, "--rounds", 1, "--nodes", *nodes, HOW={**small, "mem_budget": "1GB"})
+    rows = [line.strip("| ").split(" | ") for line in told.splitlines() if "process |" in line or "node" in line][1:]
+    assert len(rows) == len(nodes), told
+    assert all((row[5:] == ["-", "-"]) == (row[0] == "one process") for row in rows), told
+
+
 def test_compiled_block(bench, monkeypatch):
     """With a compiler that gives the function back: compiling takes half a minute."""
     monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")

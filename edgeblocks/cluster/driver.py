@@ -336,6 +336,8 @@ class Spread:
         data = self._run.settings.run.data
         if data in BUILT_IN_DATA or data.startswith(PYTHON_DATA) or self._get(task.actor.finds.remote(data)):
             return []
+        if not Path(data).exists():  # it was there when the run was opened; the node will say that it misses it
+            return []
         place: str | None = self._get(task.actor.data_sent.remote(self._token))
         if place is None:
             top = Path(data)
