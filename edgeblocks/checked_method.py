@@ -39,6 +39,11 @@ def check_method(run: RunSettings) -> None:
             f"--method {run.method}: a pretrained model is trained end to end, with --method exact; blocks that are "
             f"trained alone would be other networks"
         )
+    if run.checkpointing is False and kind.always_checkpointed:
+        raise ConfigError(
+            "checkpointing=False: frozen layers are in memory one at a time, so each is run again on the way back; "
+            "leave it out"
+        )
     if run.sample_grids and not kind.writes_text:
         raise ConfigError(f"sample_grids={run.sample_grids}: a pretrained model writes no text here yet; leave it out")
     if run.evaluations and not kind.writes_text:

@@ -51,6 +51,7 @@ class CpuTarget:
     torch_device = "cpu"
     device = None
     """There is none with memory of its own."""
+    _largest_heap_bytes = LARGEST_HEAP_BYTES
 
     def half_precision(self) -> Precision | None:
         """Only a measurement tells: processors without instructions for it emulate it."""
@@ -58,7 +59,13 @@ class CpuTarget:
 
     def prepare(self) -> None:
         """Settings of the process that must come before the first large allocation."""
-        _keep_heap(largest_bytes=LARGEST_HEAP_BYTES, kept_bytes=KEPT_HEAP_BYTES)
+        self.keep_heap(largest_bytes=LARGEST_HEAP_BYTES)
+
+    def keep_heap(self, *, largest_bytes: int) -> None:
+        """Take tensors of fewer bytes from the heap, which keeps what they leave; larger ones get pages of their own,
+        which are given back with them."""
+        self._largest_heap_bytes = largest_bytes
+        _keep_heap(largest_bytes=largest_bytes, kept_bytes=KEPT_HEAP_BYTES)
 
     @contextlib.contextmanager
     def without_gaps(self) -> Iterator[None]:
@@ -68,7 +75,7 @@ class CpuTarget:
         try:
             yield
         finally:
-            self.prepare()
+            self.keep_heap(largest_bytes=self._largest_heap_bytes)
 
     def give_back(self) -> None:
         """Return the heap's unused pages to the system."""

@@ -74,6 +74,9 @@ class CudaTarget:
             )
         self._host.prepare()
 
+    def keep_heap(self, *, largest_bytes: int) -> None:
+        """Of the host's memory, which no tensors of a step are in."""
+
     def give_back(self) -> None:
         """Return unused segments to the driver, and the host's unused pages to the system."""
         torch.cuda.empty_cache()

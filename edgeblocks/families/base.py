@@ -15,6 +15,7 @@ from edgeblocks.data.latents import LatentSet
 from edgeblocks.data.text import TextSet
 from edgeblocks.diffusion.noise import NoiseDistribution, NoisePartition, NoiseRange
 from edgeblocks.errors import ConfigError
+from edgeblocks.planning.layer_costs import LARGEST_HEAP_BYTES
 from edgeblocks.tasks import TASKS, Reads, Task
 
 Batch = dict[str, Tensor]
@@ -156,12 +157,16 @@ class BaseFamily:
     settings_type: type
     data_type: type
     one_stage = False
+    always_checkpointed = False
     layer_period = 1
     unrolled = False
     writes_text = True
     """Of a family on text, whether its networks can be sampled here."""
     only_exact = False
     """Whether its networks are trained end to end alone."""
+    largest_heap_bytes = LARGEST_HEAP_BYTES
+    """Of tensors that share the heap of a process while it is trained on a processor; larger ones have pages of their
+    own."""
     library_bytes = 0
     """Of memory that its library takes in every process, where a plan is not made in one that has loaded it."""
     settings: FamilySettings

@@ -46,6 +46,8 @@ class Family(Protocol):
     preferred_blocks: int
     one_stage: bool
     """Whether all layers are needed together, so that a network trained end to end cannot be cut."""
+    always_checkpointed: bool
+    """Whether layers are run again on the way back, whatever is asked."""
     layer_period: int
     """Layers after which the structure repeats."""
     unrolled: bool
@@ -54,6 +56,9 @@ class Family(Protocol):
     """Of a family on text, whether its networks can be sampled here."""
     only_exact: bool
     """Whether its networks are trained end to end alone."""
+    largest_heap_bytes: int
+    """Of tensors that share the heap of a process while it is trained on a processor; larger ones have pages of their
+    own."""
     library_bytes: int
     """Of memory that its library takes in every process, where a plan is not made in one that has loaded it."""
 

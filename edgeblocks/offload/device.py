@@ -74,6 +74,11 @@ class Target(Protocol):
         """
         ...
 
+    def keep_heap(self, *, largest_bytes: int) -> None:
+        """From now on, larger tensors in the memory of the process get pages of their own, which are given back with
+        them; smaller ones share its heap."""
+        ...
+
     def warm_up(self) -> None:
         """Run every kind of kernel that training uses once, so that their code and scratch memory are resident."""
         ...

@@ -41,7 +41,7 @@ def _block_counts(num_layers: int, request: PlanRequest) -> list[int]:
 def options_of(costs: LayerCosts, machine: Machine, request: PlanRequest, layers: tuple[int, ...]) -> list[Candidate]:
     """Every way to train a network that is cut so, whether it fits or not."""
     sizes = micro_batches(request.batch) if request.micro_batch is None else (min(request.micro_batch, request.batch),)
-    checkpointing = (False, True) if request.checkpointing is None else (request.checkpointing,)
+    checkpointing = costs.checkpointing_choices if request.checkpointing is None else (request.checkpointing,)
     return [
         candidate(
             Cut(

@@ -49,7 +49,8 @@ class LayerCosts:
     is not trained in stages. `ends` are a block's stem and readout together. `*_moments` are bytes of optimizer state
     by optimizer, and `workspace_bytes` what an optimizer step needs besides on a processor, `gpu_workspace_bytes` on a
     GPU; under `rounded` where weights are bfloat16, with any optimizer. Steps are traced at several sample counts,
-    ascending: training with all activations kept, with activation checkpointing, and a forward pass alone.
+    ascending: training with all activations kept, with activation checkpointing, and a forward pass alone. Under
+    `always_checkpointed` there is nothing but activation checkpointing.
     """
 
     num_layers: int
@@ -67,6 +68,12 @@ class LayerCosts:
     plain: tuple[StepCost, ...]
     checkpointed: tuple[StepCost, ...]
     forward: tuple[StepCost, ...]
+    always_checkpointed: bool = False
+
+    @property
+    def checkpointing_choices(self) -> tuple[bool, ...]:
+        """What may be chosen."""
+        return (True,) if self.always_checkpointed else (False, True)
 
     def parameters(self, num_layers: int) -> int:
         return self.stem_readout_parameters + num_layers * self.layer_parameters

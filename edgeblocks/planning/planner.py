@@ -176,7 +176,7 @@ def _shapes(costs: LayerCosts, machine: Machine, request: PlanRequest, chosen: C
     """The chosen step, then ever smaller ones: first the micro-batch is halved, then checkpointing comes on."""
     found: list[StepShape] = []
     drawn_bytes = batch_bytes(costs, request)
-    for checkpointing in (False, True):
+    for checkpointing in costs.checkpointing_choices:
         for micro_batch in micro_batches(request.batch):
             if micro_batch > chosen.micro_batch or (chosen.checkpointing and not checkpointing):
                 continue

@@ -28,7 +28,7 @@ from edgeblocks.families.layers import run_layers
 from edgeblocks.families.settings import FamilySettings
 from edgeblocks.methods import Frozen
 from edgeblocks.pretrained.gate import check_architecture, refusal
-from edgeblocks.pretrained.layer import PretrainedLayer
+from edgeblocks.pretrained.layer import LARGEST_HEAP_BYTES, PretrainedLayer
 from edgeblocks.pretrained.model_folder import model_folder
 from edgeblocks.pretrained.shell import Shell, UnsupportedModelError, shell_of
 
@@ -125,6 +125,7 @@ class Decoder(TextFamily, EndToEnd):
     heads = head_width = 1
     writes_text = False
     only_exact = True
+    largest_heap_bytes = LARGEST_HEAP_BYTES
     library_bytes = 180_000_000
     """transformers, the tokenizer and the model without weights, measured with SmolLM2-135M."""
 

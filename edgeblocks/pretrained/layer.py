@@ -7,6 +7,12 @@ from torch import Tensor, nn
 
 from edgeblocks.pretrained.shell import shell_of
 
+LARGEST_HEAP_BYTES = 4_000_000
+"""Of tensors that share the heap while a model is trained, fewer than of networks of our own (`layer_costs`). Layers
+are wide, and glibc before 2.38 seldom uses aligned memory again for as much, so that the heap of a step grew to 2.5
+times of what lived (LoRA, width 768, 8 windows of 128); with this to 1.9 times, in the same time. With 2 MB it was 1.2
+times, and fresh pages made the step 1.4 times as long."""
+
 
 class PretrainedLayer(nn.Module, ABC):
     """One of the library's layers; where its weights are, a subclass says."""

@@ -130,7 +130,7 @@ class LoraDecoder(Decoder):
     """The family; see `Decoder`."""
 
     name = "hf-lora"
-    one_stage = True
+    one_stage = always_checkpointed = True
     settings_type: type = LoraSettings
     settings: LoraSettings
 

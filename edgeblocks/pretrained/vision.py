@@ -26,6 +26,7 @@ from edgeblocks.families.block import Block
 from edgeblocks.families.family import EndToEnd
 from edgeblocks.families.layers import init_zero_, run_layers
 from edgeblocks.families.settings import FamilySettings, Flip
+from edgeblocks.pretrained.layer import LARGEST_HEAP_BYTES
 from edgeblocks.pretrained.model_folder import model_folder
 from edgeblocks.pretrained.shell import UnsupportedModelError
 from edgeblocks.pretrained.vision_folder import class_names, of_pictures, pictures_of, vision_config
@@ -146,6 +147,7 @@ class Vision(ImageFamily, EndToEnd):
     chain_steps = 1
     sigma_data = 1.0
     only_exact = True
+    largest_heap_bytes = LARGEST_HEAP_BYTES
     library_bytes = 190_000_000
     """transformers and the model without weights, measured with a ViT-B."""
 

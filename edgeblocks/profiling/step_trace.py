@@ -23,7 +23,8 @@ from edgeblocks.planning.layer_costs import LARGEST_HEAP_BYTES
 class LiveStorages:
     """The storages that tensors of traced operators own: bytes that live now and at most, bytes written, operators."""
 
-    def __init__(self) -> None:
+    def __init__(self, largest_heap_bytes: int = LARGEST_HEAP_BYTES) -> None:
+        self._largest_heap_bytes = largest_heap_bytes
         self.live_bytes = self.peak_bytes = self.touched_bytes = self.operators = 0
         self.heap_live_bytes = self.heap_bytes = 0
         self._known: set[int] = set()
@@ -39,7 +40,7 @@ class LiveStorages:
         # Once for each storage: what is later written into it again is not counted.
         self.touched_bytes += size
         self.peak_bytes = max(self.peak_bytes, self.live_bytes)
-        if size < LARGEST_HEAP_BYTES:
+        if size < self._largest_heap_bytes:
             self.heap_live_bytes += size
             self.heap_bytes = max(self.heap_bytes, self.heap_live_bytes)
         weakref.finalize(storage, self._forget, key, size)
@@ -50,7 +51,7 @@ class LiveStorages:
     def _forget(self, key: int, size: int) -> None:
         self._known.discard(key)
         self.live_bytes -= size
-        if size < LARGEST_HEAP_BYTES:
+        if size < self._largest_heap_bytes:
             self.heap_live_bytes -= size
 
 
@@ -231,7 +232,7 @@ def traced_step(
         kind: "plain", "checkpointed" or "forward", see `layer_costs.LayerCosts`.
         device: the kind of device that such steps will be made on.
     """
-    storages = LiveStorages()
+    storages = LiveStorages(family.largest_heap_bytes)
     with torch.device("meta"):
         block = family.block(num_layers=num_layers, checkpointing=kind == "checkpointed")
         block.reset_tables_()

@@ -204,6 +204,7 @@ def trace(
         layer_flops_per_sample=layer_flops,
         hidden_bytes_per_sample=hidden_bytes,
         condition_bytes_per_sample=condition_bytes,
+        always_checkpointed=family.always_checkpointed,
         **kinds,
     )
 

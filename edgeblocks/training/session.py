@@ -84,6 +84,7 @@ def _trained_as_it_is(
         what = run.family(), run.settings.run.optimizer, target.torch_device
         run_warmup_step(*what, samples=sizes, precision=run.precision, master=run.master)
         target.give_back()
+    target.keep_heap(largest_bytes=run.family().largest_heap_bytes)
     target.give_back()  # what planning and creating blocks have left behind
     if not target.has_cap:
         listener.note(

@@ -155,12 +155,18 @@ def test_a_network_that_is_let_go_frees_its_memory_at_once(tuned):
         gc.enable()
 
 
+def test_it_is_planned_as_it_runs(tuned):
+    """With checkpointing, of which no step that it may fall back to is without."""
+    assert all(shape.checkpointing for shape in tuned.directory.plan.step_shapes)
+
+
 def test_what_cannot_be_tuned_so_is_refused(model, text, tmp_path):
     asked = ["finetune", model, "--data", text, "--length", "16", "--dry-run"]
     assert_refused(invoke(*asked, "--lora-rank", "4"), 2, "lora_rank: these belong to --tune lora")
     assert_refused(invoke(*asked, "--tune", "half"), 2, "use one")
     assert_refused(invoke(*asked, "--tune", "lora", "--lora-targets", "q_proj,nothing"), 2, "ends with nothing")
     assert_refused(invoke(*asked, "--tune", "lora", "--set", "blocks=2"), 2, "are one stage")
+    assert_refused(invoke(*asked, "--tune", "lora", "--set", "checkpointing=false"), 2, "run again on the way back")
     assert_refused(invoke(*asked, "--tune", "lora", "--quantize", "int3"), 2, "quantize")
     with pytest.raises(ConfigError, match="there is no adapter"):
         small = {"data": text, "length": 16, "batch": 2, "steps": 1, "mem_budget": "4GB"}
