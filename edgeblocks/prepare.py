@@ -233,7 +233,7 @@ def _least_to_train(
     if target.host_bytes() is not None:  # it is the host's memory that reading lacks
         return 0
     if family_type(run.family).reads == "text":
-        data: DataInfo = TextInfo(vocabulary=vocabulary_of(run), length=run.length)
+        data: DataInfo = TextInfo(vocabulary=vocabulary_of(run), length=run.length, packed=run.packing)
     elif run.image_size is not None:
         side, channels, of_latents = run.image_size, 3, {}
         if run.vae is not None:

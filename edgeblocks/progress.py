@@ -53,6 +53,24 @@ class Silent:
     def note(self, text: str) -> None: ...
 
 
+class Marked(str):
+    """A note with an example of which some pieces are marked, in [[ ]]; a terminal can show them in a colour."""
+
+    heading: str
+    pieces: tuple[tuple[str, bool], ...]
+    """Text, and whether it is marked."""
+
+    def __new__(cls, heading: str, pieces: Sequence[tuple[str, bool]]) -> Marked:
+        """
+        >>> Marked("the first, answers in", [("2 + 2? ", False), ("4", True)])
+        'the first, answers in [[ ]]: 2 + 2? [[4]]'
+        """
+        text = "".join(f"[[{piece}]]" if is_marked else piece for piece, is_marked in pieces)
+        made = super().__new__(cls, f"{heading} [[ ]]: {text}")
+        made.heading, made.pieces = heading, tuple(pieces)
+        return made
+
+
 @dataclass
 class Progress:
     """Where a run is. `seconds` splits the wall time of this process."""

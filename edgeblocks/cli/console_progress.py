@@ -9,10 +9,11 @@ from typing import Self, TextIO
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
+from rich.text import Text
 
 from edgeblocks.cli.block_table import bar, block_line, block_table
 from edgeblocks.cli.screen import drop_output
-from edgeblocks.progress import BlockProgress, Progress
+from edgeblocks.progress import BlockProgress, Marked, Progress
 from edgeblocks.terminal import one_line, visible
 from edgeblocks.units import format_bytes, format_duration
 
@@ -62,6 +63,11 @@ class ConsoleListener:
     def note(self, text: str) -> None:
         if self._table is None:  # else it stays below what is said
             self.close()
+        console = self._console
+        if isinstance(text, Marked) and console.is_terminal and console.color_system and not console.no_color:
+            pieces = [(visible(piece), "green" if is_marked else "") for piece, is_marked in text.pieces]
+            self._print(Text.assemble(f"{text.heading} ", ("green", "green"), ":\n", *pieces))
+            return
         self._print(one_line(text))
 
     def advance(self, done: int, total: int, text: str) -> None:
@@ -133,7 +139,7 @@ class ConsoleListener:
             self._write("\n")
             self._open_line = False
 
-    def _print(self, text: str, style: str | None = None) -> None:
+    def _print(self, text: str | Text, style: str | None = None) -> None:
         self._tried(lambda: self._console.print(text, markup=False, style=style))
 
     def _write(self, text: str) -> None:

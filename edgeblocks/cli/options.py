@@ -189,8 +189,8 @@ TUNING_SETTINGS: dict[str, Any] = {
     "data": Annotated[
         str | None,
         typer.Option(
-            help="A file or folder of text, or of records with a text each (.jsonl, .json, .csv, .tsv, .parquet). For "
-            "an image classifier: digits, a folder with one sub-folder of images per class, or an .npz with labels.",
+            help="Conversations (.jsonl, .parquet, or a folder with train and valid or test): messages, or prompt and "
+            "completion. Or a file or folder of text, or of records with a text each. For an image classifier: digits, a folder with one sub-folder of images per class, or an .npz with labels.",
             show_default="moby-dick or digits",
         ),
     ],
@@ -240,6 +240,14 @@ TUNING_SETTINGS: dict[str, Any] = {
         int | None, typer.Option("--batch", help="Windows of text, or images, a step.", show_default="4; 16 images")
     ],
     "length": Annotated[int | None, typer.Option(help="Tokens of a window.", show_default="512")],
+    "packing": Annotated[
+        bool | None,
+        typer.Option(
+            "--packing",
+            help="Of conversations: short ones share a window, and do not see each other.",
+            show_default="one a window",
+        ),
+    ],
     **{
         name: SETTINGS[name]
         for name in (

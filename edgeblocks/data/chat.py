@@ -1,4 +1,4 @@
-"""Conversations to fine-tune on: records of messages, or of a prompt and its completion, out of .jsonl files.
+"""Conversations to fine-tune on: records of messages, or of a prompt and its completion (`chat_files`).
 
 A record becomes one window: written by the model's own chat template, cut to the window's length or filled up. What is
 trained on are the answers: the tokens of the assistant's messages, or of the completion. They are found by what the
@@ -6,50 +6,58 @@ template adds to the conversation before an answer (with the words that ask for 
 of their own are enough; one that writes earlier messages anew is refused, because then no such difference exists.
 
 Windows are written into a cache on the disk: rows.npy int32 [examples, length], where a token that counts is stored as
-its complement and what fills up a window as PADDING, and checks.npy, a CRC-32 of each row.
+its complement and what fills up a window as PADDING, and checks.npy, a CRC-32 of each row. Where several conversations
+share a window (`packing`), the first token of each is stored with BEGINS added.
 """
 
 import hashlib
 import json
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from edgeblocks.data.cache import CacheFiles, CacheKind, RowFile, open_or_build, read_meta
+from edgeblocks.data.chat_files import parts_of, records
+from edgeblocks.data.chat_format import ChatFormat, NotWrittenError
 from edgeblocks.data.dataset import Progress, silent
 from edgeblocks.data.file_identity import file_identity
 from edgeblocks.data.order import BatchOrder
 from edgeblocks.data.text import TextSet
 from edgeblocks.data.tokenizer import PairTokenizer, read_tokenizer
 from edgeblocks.errors import ConfigError, DataError, StorageError
-from edgeblocks.files.untrusted import MalformedFileError, open_regular, parse_json, read_text, shown
+from edgeblocks.files.untrusted import shown
+from edgeblocks.progress import Marked
 
 PADDING = 2**31 - 1
+BEGINS = 2**30
 ROLES = ("system", "user", "assistant", "tool")
-_KIND = CacheKind(name="cache of conversations", content="conversations", row="a row", remedy="give fewer", version=2)
-_MOST_LINE_BYTES = 2**26
-_MOST_TEMPLATE_BYTES = 2**22
+KIND = CacheKind(name="cache of conversations", content="conversations", row="a row", remedy="give fewer", version=3)
 _MOST_EXAMPLES = 2**32
-_ROWS_AT_ONCE = 64
+ROWS_AT_ONCE = 64
 _SHOWN_CHARACTERS = 400
-_TRAIN, _OTHERS = ("train.jsonl",), ("valid.jsonl", "validation.jsonl", "test.jsonl")
+_FULL = 0.5
+_HALF_EMPTY = "windows are {full} full; --packing lets short conversations share them, so that a step sees more of them"
+_EXAMPLE = "the first conversation, with what is trained on in"
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ChatSet(TextSet):
-    """Windows of a conversation each; see `TextSet`. Indices count examples, those that are held out last."""
+    """Windows of a conversation each, or with `packed` of several; see `TextSet`. Indices count windows, those that are
+    held out last."""
 
     rows: RowFile[np.int32] = field(repr=False)
     checks: RowFile[np.uint32] = field(repr=False)
     num_train: int
     num_examples: int
     answered: float
-    """Share of the training part's tokens that count."""
+    """Share of the tokens that count."""
+    example: Marked
+    """The first conversation, its answers marked."""
 
     @property
     def has_held_out(self) -> bool:
@@ -58,7 +66,7 @@ class ChatSet(TextSet):
 
     @property
     def train_examples(self) -> int:
-        """Conversations of the training part."""
+        """Windows of the training part."""
         return self.num_train
 
     def order(self, *, batch: int, seed: int, block: int) -> Any:
@@ -67,6 +75,24 @@ class ChatSet(TextSet):
 
     def gather(self, indices: NDArray[np.int64]) -> tuple[NDArray[np.int64], Any]:
         """Tokens int64 [b, length], and which of them count, bool [b, length]; what fills up a window is token 0.
+
+        Of packed windows the second is int64 [b, 2, length]: which count, and a token's position in its conversation.
+
+        Raises:
+            StorageError: the cache has been damaged since it was opened.
+        """
+        rows = self.stored(indices)
+        counts, padding = rows < 0, rows == PADDING
+        begins = (rows >= BEGINS) & ~padding
+        tokens = np.where(counts, ~rows, np.where(padding, 0, rows - BEGINS * begins)).astype(np.int64)
+        if not self.packed:
+            return tokens, counts
+        places = np.broadcast_to(np.arange(self.length), rows.shape)
+        positions = places - np.maximum.accumulate(np.where(begins, places, 0), axis=1)
+        return tokens, np.stack([counts.astype(np.int64), positions], axis=1)
+
+    def stored(self, indices: NDArray[np.int64]) -> NDArray[np.int32]:
+        """Rows as the cache has them.
 
         Raises:
             StorageError: the cache has been damaged since it was opened.
@@ -78,9 +104,7 @@ class ChatSet(TextSet):
                 raise StorageError(
                     f"{self.rows.path} is damaged; check the disk, delete {self.rows.path.parent}, and start again"
                 )
-        counts = rows < 0
-        tokens = np.where(counts, ~rows, np.where(rows == PADDING, 0, rows))
-        return tokens.astype(np.int64), counts
+        return rows
 
     def evaluation_indices(self, most: int) -> NDArray[np.int64]:
         """At most so many, spread evenly over the hold-out part, else over the training part."""
@@ -90,110 +114,19 @@ class ChatSet(TextSet):
 
     def batch_resident_bytes(self, batch: int) -> int:
         """What a call of `gather` with `batch` indices adds to the resident memory, in bytes."""
-        return batch * self.length * (8 + 8 + 1)
+        return batch * self.length * (8 + 8 + (3 * 8 if self.packed else 1))
 
     def describe(self) -> str:
         """The set in one line."""
         held_out = f" and {self.num_examples - self.num_train:,} hold-out" if self.has_held_out else ""
         return (
-            f"{self.num_train:,} training{held_out} conversations in windows of {self.length:,} tokens, of which "
-            f"{self.answered:.0%} are answers and are trained on"
+            f"{self.num_train:,} training{held_out} windows of {'conversations' if self.packed else 'a conversation'}, "
+            f"{self.length:,} tokens each, of which {self.answered:.0%} are answers and are trained on"
         )
-
-
-@dataclass(frozen=True, kw_only=True)
-class ChatFormat:
-    """How a model's folder writes conversations."""
-
-    template: str | None
-    beginning: str
-    end: str
-    """The texts of its tokens for the beginning and the end of a text, empty where it has none."""
-
-    @classmethod
-    def of(cls, folder: Path) -> "ChatFormat":
-        """From chat_template.jinja, or tokenizer_config.json.
-
-        Raises:
-            DataError: a file cannot be read.
-        """
-        config: dict[str, Any] = {}
-        try:
-            if (folder / "tokenizer_config.json").exists():
-                told = parse_json(read_text(folder / "tokenizer_config.json", most_bytes=_MOST_TEMPLATE_BYTES))
-                config = told if isinstance(told, dict) else {}
-            template = config.get("chat_template")
-            if (folder / "chat_template.jinja").exists():
-                template = read_text(folder / "chat_template.jinja", most_bytes=_MOST_TEMPLATE_BYTES)
-        except (OSError, MalformedFileError) as error:
-            raise DataError(f"{folder}: its chat template cannot be read ({error}); download it again") from error
-        if isinstance(template, list):  # several by name
-            named = {one.get("name"): one.get("template") for one in template if isinstance(one, dict)}
-            template = named.get("default")
-        return cls(
-            template=template if isinstance(template, str) else None,
-            beginning=_token_text(config.get("bos_token")),
-            end=_token_text(config.get("eos_token")),
-        )
-
-    def renderer(self) -> Callable[[Sequence[Mapping[str, Any]], bool], str]:
-        """Writes messages as a text; the flag adds the words that ask for an answer.
-
-        The template comes with the model and may do nothing but write: jinja's sandbox runs it.
-        """
-        if self.template is None:
-            raise DataError(
-                "the model has no chat template, which says how messages are written; take its -Instruct or -chat "
-                "version, or give records of prompt and completion as texts"
-            )
-        from jinja2.exceptions import TemplateError
-        from jinja2.ext import loopcontrols
-        from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-        def refuse(message: str) -> NoReturn:
-            raise TemplateError(message)
-
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
-        environment.filters["tojson"] = lambda value, **how: json.dumps(value, ensure_ascii=False)
-        environment.globals["raise_exception"] = refuse
-        try:
-            template = environment.from_string(self.template)
-        except TemplateError as error:
-            raise DataError(f"the model's chat template is no template ({error}); download it again") from error
-
-        def render(messages: Sequence[Mapping[str, Any]], ask: bool) -> str:
-            try:
-                return template.render(
-                    messages=list(messages),
-                    add_generation_prompt=ask,
-                    bos_token=self.beginning,
-                    eos_token=self.end,
-                )
-            except (TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
-                raise _NotWrittenError(f"the model's chat template does not write it ({str(error)[:200]})") from error
-
-        return render
-
-
-class _NotWrittenError(Exception):
-    """A record has no text, or no answer in it; the message says why."""
 
 
 Spans = list[tuple[int, int]]
 """Where the answers of a text begin and end, in characters."""
-
-
-def is_chat(source: str) -> bool:
-    """Whether the records of a file, or of a folder's train.jsonl, are conversations, by the first of them."""
-    path = Path(source).expanduser()
-    path = path / _TRAIN[0] if path.is_dir() else path
-    if path.suffix.lower() not in (".jsonl", ".json") or not path.is_file():
-        return False
-    try:
-        _, _, first = next(iter(_records(path)), (0, 0, None))
-    except DataError:
-        return False
-    return isinstance(first, dict) and ("messages" in first or {"prompt", "completion"} <= first.keys())
 
 
 def open_chat(
@@ -205,7 +138,7 @@ def open_chat(
     cache_dir: Path,
     progress: Progress | None = None,
 ) -> ChatSet:
-    """The conversations of a .jsonl file, or of a folder with train.jsonl and, held out, valid.jsonl or test.jsonl.
+    """The conversations of a .jsonl or .parquet file, or of a folder with a training part and one that is held out.
 
     tokenizer: path of the tokenizer.json in the model's folder, where its chat template is as well.
     length: tokens of a window; longer conversations are cut at their end.
@@ -220,15 +153,17 @@ def open_chat(
     if not isinstance(pairs, PairTokenizer):
         raise ConfigError(f"tokenizer is {tokenizer}; conversations need the tokenizer.json of the model's folder")
     how = ChatFormat.of(Path(tokenizer).expanduser().parent)
-    parts = _parts(Path(source).expanduser())
-    identity = [[str(path.resolve()), file_identity(path.stat())] for path in parts]
-    decides = [_KIND.version, identity, pairs.to_json(), vars(how), length, hold_out if len(parts) == 1 else 0]
+    parts = parts_of(source)
+    identity = [[[str(path.resolve()), file_identity(path.stat())] for path in part] for part in parts]
+    decides = [KIND.version, identity, pairs.to_json(), vars(how), length, hold_out if len(parts) == 1 else 0]
     key = hashlib.sha256(f"chat {json.dumps(decides)}".encode()).hexdigest()
 
     def build(files: CacheFiles) -> None:
         _fill(files, _Writer(pairs, how, length), parts, hold_out, progress or silent)
 
-    return open_or_build(_KIND, cache_dir, key, build=build, read=lambda folder: _read(folder, source, pairs, length))
+    return open_or_build(
+        KIND, cache_dir, key, build=build, read=lambda folder: read_chat(folder, source, pairs, length)
+    )
 
 
 class _Writer:
@@ -238,14 +173,14 @@ class _Writer:
         self._tokenizer, self._how, self._length = tokenizer, how, length
         self._render: Callable[[Sequence[Mapping[str, Any]], bool], str] | None = None
         self.cut = self.without_answer = 0
-        self.example: str | None = None
-        """The first conversation, its answers in [[ ]]."""
+        self.example: list[tuple[str, bool]] = []
+        """The first conversation in pieces, and whether each is an answer."""
 
     def row(self, record: object) -> tuple[NDArray[np.int32], int, int] | None:
         """A row, its tokens, and how many of them count; None where no answer lies in the window.
 
         Raises:
-            _NotWrittenError: the record is no conversation.
+            NotWrittenError: the record is no conversation.
         """
         text, spans = self._text_of(record)
         ids, offsets = self._tokenizer.encode_with_offsets(text)
@@ -253,8 +188,8 @@ class _Writer:
         counts = np.zeros(len(ids), dtype=bool)
         for begin, end in spans:
             counts |= (begins >= begin) & (ends <= end) & (ends > begins)
-        if self.example is None and counts.any():
-            self.example = _marked(text, spans)
+        if not self.example and counts.any():
+            self.example = _pieces(text, spans)
         self.cut += len(ids) > self._length
         ids, counts = ids[: self._length], counts[: self._length]
         counts[:1] = False  # nothing comes before it
@@ -267,11 +202,11 @@ class _Writer:
 
     def _text_of(self, record: object) -> tuple[str, Spans]:
         if not isinstance(record, dict):
-            raise _NotWrittenError("it is no object")
-        if "messages" in record:
+            raise NotWrittenError("it is no object")
+        if record.get("messages") is not None:
             return self._written(_messages(record["messages"], "messages"))
-        if not {"prompt", "completion"} <= record.keys():
-            raise _NotWrittenError("it has neither `messages` nor `prompt` and `completion`")
+        if record.get("prompt") is None or record.get("completion") is None:
+            raise NotWrittenError("it has neither `messages` nor `prompt` and `completion`")
         prompt, completion = record["prompt"], record["completion"]
         if isinstance(prompt, str) and isinstance(completion, str):
             beginning = self._tokenizer.beginning
@@ -295,128 +230,126 @@ class _Writer:
                 )
             spans.append((len(before), len(after)))
         if not spans:
-            raise _NotWrittenError("no message of it is of the role assistant, so there is nothing to learn")
+            raise NotWrittenError("no message of it is of the role assistant, so there is nothing to learn")
         return text, spans
 
 
 def _messages(found: object, name: str) -> list[dict[str, Any]]:
     if not isinstance(found, list) or not found:
-        raise _NotWrittenError(f"`{name}` is no list of messages")
+        raise NotWrittenError(f"`{name}` is no list of messages")
     for number, message in enumerate(found, start=1):
         if not isinstance(message, dict) or not isinstance(message.get("content"), str):
-            raise _NotWrittenError(f"message {number} of `{name}` has no `content` that is a text")
+            raise NotWrittenError(f"message {number} of `{name}` has no `content` that is a text")
         if message.get("role") not in ROLES:
             role = shown(message.get("role"))
-            raise _NotWrittenError(f"message {number} of `{name}` is of the role {role}; there are {', '.join(ROLES)}")
+            raise NotWrittenError(f"message {number} of `{name}` is of the role {role}; there are {', '.join(ROLES)}")
     return found
 
 
-def _marked(text: str, spans: Spans) -> str:
-    """A conversation with its answers in [[ ]], shortened."""
-    pieces, done = [], 0
-    for begin, end in spans:
-        pieces += [text[done:begin], "[[", text[begin:end], "]]"]
+def _pieces(text: str, spans: Spans) -> list[tuple[str, bool]]:
+    """A text's beginning in pieces, and whether each is an answer."""
+    found, done, left = [], 0, _SHOWN_CHARACTERS
+    for begin, end in [*spans, (len(text), len(text))]:
+        for piece, is_answer in ((text[done:begin], False), (text[begin:end], True)):
+            if piece and left > 0:
+                found.append((piece if len(piece) <= left else f"{piece[:left]} ..", is_answer))
+                left -= len(piece)
         done = end
-    whole = "".join([*pieces, text[done:]])
-    return whole if len(whole) <= _SHOWN_CHARACTERS else f"{whole[:_SHOWN_CHARACTERS]} .."
+    return found
 
 
-def _parts(path: Path) -> list[Path]:
-    """The file of the training part and, of a folder, that of the hold-out part."""
-    if not path.is_dir():
-        return [path]
-    held_out = next((path / name for name in _OTHERS if (path / name).is_file()), None)
-    return [path / _TRAIN[0], *([held_out] if held_out else [])]
+class RowWriter:
+    """Writes rows into a cache's files, some at a time."""
+
+    def __init__(self, files: CacheFiles, length: int) -> None:
+        files.begin({"rows.npy": (np.dtype(np.int32), (length,)), "checks.npy": (np.dtype(np.uint32), ())}, 2**16)
+        self._files, self._digest = files, hashlib.sha256()
+        self._waiting: list[NDArray[np.int32]] = []
+        self.count = 0
+
+    def add(self, row: NDArray[np.int32]) -> None:
+        """One more."""
+        self.count += 1
+        self._digest.update(row.astype("<i4").data)
+        self._waiting.append(row)
+        if len(self._waiting) == ROWS_AT_ONCE:
+            self._write()
+
+    def finish(self) -> str:
+        """Write what waits; sha256 of all rows, in hexadecimal."""
+        self._write()
+        return self._digest.hexdigest()
+
+    def _write(self) -> None:
+        if self._waiting:
+            self._files.append("rows.npy", np.stack(self._waiting))
+            checks = [zlib.crc32(row.data) for row in self._waiting]
+            self._files.append("checks.npy", np.array(checks, dtype=np.uint32))
+            self._waiting = []
 
 
-def _records(path: Path) -> Iterator[tuple[int, int, object]]:
-    """Of each line that is not empty its number, the byte after it, and its content.
-
-    Raises:
-        DataError: a line is no JSON.
-    """
-    with open_regular(path) as file:
-        number = position = 0
-        while line := file.readline(_MOST_LINE_BYTES + 1):
-            number, position = number + 1, position + len(line)
-            if len(line) > _MOST_LINE_BYTES:
-                raise DataError(f"{path}, line {number} has more than {_MOST_LINE_BYTES} bytes; cut the record")
-            if not line.strip():
-                continue
-            try:
-                yield number, position, parse_json(line.decode("utf-8").removeprefix("\ufeff"), finite=False)
-            except (MalformedFileError, UnicodeDecodeError) as error:
-                raise DataError(
-                    f"{path}, line {number} is not read: {error}; every line is one object, such as "
-                    f'{{"messages": [{{"role": "user", "content": ".."}}, {{"role": "assistant", "content": ".."}}]}}'
-                ) from error
-
-
-def _fill(files: CacheFiles, writer: _Writer, parts: Sequence[Path], hold_out: float, progress: Progress) -> None:
-    files.begin({"rows.npy": (np.dtype(np.int32), (writer._length,)), "checks.npy": (np.dtype(np.uint32), ())}, 2**16)
-    digest, waiting, counts = hashlib.sha256(), [], []
-    tokens, counted = [0, 0], [0, 0]
-    sizes = [path.stat().st_size for path in parts]
-    for part, path in enumerate(parts):
-        count = 0
-        for number, position, record in _records(path):
-            try:
-                made = writer.row(record)
-            except _NotWrittenError as error:
-                raise DataError(f"{path}, line {number}: {error}; mend or remove the record") from error
-            if made is None:
-                continue
-            row, size, answers = made
-            count += 1
-            tokens[part], counted[part] = tokens[part] + size, counted[part] + answers
-            digest.update(row.astype("<i4").data)
-            waiting.append(row)
-            if len(waiting) == _ROWS_AT_ONCE:
-                _append(files, waiting)
-                waiting = []
-                progress(sum(sizes[:part]) + position, sum(sizes), "reading conversations")
-        counts.append(count)
-    _append(files, waiting)
+def _fill(files: CacheFiles, writer: _Writer, parts: Sequence[Sequence[Path]], hold_out: float, told: Progress) -> None:
+    rows = RowWriter(files, writer._length)
+    counts: list[int] = []
+    tokens = counted = 0
+    sizes, done = [path.stat().st_size for part in parts for path in part], 0.0
+    for part in parts:
+        for path in part:
+            for number, record in enumerate(records(path)):
+                try:
+                    made = writer.row(record.content)
+                except NotWrittenError as error:
+                    raise DataError(f"{record.place}: {error}; mend or remove the record") from error
+                if made is not None:
+                    row, size, answers = made
+                    tokens, counted = tokens + size, counted + answers
+                    rows.add(row)
+                if number % ROWS_AT_ONCE == ROWS_AT_ONCE - 1:
+                    reached = done + record.reached * path.stat().st_size
+                    told(min(int(reached), sum(sizes)), sum(sizes), "reading conversations")
+            done += path.stat().st_size
+        counts.append(rows.count - sum(counts))
+    fingerprint = rows.finish()
     num_examples = sum(counts)
     num_train = counts[0] if len(counts) == 2 else num_examples - round(hold_out * num_examples)
     if min(num_train, num_examples - num_train if hold_out else num_train) < 1:
         raise DataError(
-            f"{parts[0]}: {num_examples} conversations have an answer inside a window of {writer._length} tokens, and "
-            f"each part needs one; give more of them, or a larger --length"
+            f"{parts[0][0]}: {num_examples} conversations have an answer inside a window of {writer._length} tokens, "
+            f"and each part needs one; give more of them, or a larger --length"
         )
     files.finish(
         {
-            "fingerprint": digest.hexdigest(),
+            "fingerprint": fingerprint,
             "num_train": num_train,
             "num_examples": num_examples,
-            "tokens": sum(tokens),
-            "counted": sum(counted),
-            "cut": writer.cut,
-            "without_answer": writer.without_answer,
+            "tokens": tokens,
+            "counted": counted,
+            "told": _told(num_examples, tokens, counted, writer),
             "example": writer.example,
+            "packed": False,
         }
     )
 
 
-def _append(files: CacheFiles, rows: Sequence[NDArray[np.int32]]) -> None:
-    if rows:
-        files.append("rows.npy", np.stack(rows))
-        files.append("checks.npy", np.array([zlib.crc32(row.data) for row in rows], dtype=np.uint32))
+def _told(num_examples: int, tokens: int, counted: int, writer: _Writer) -> str:
+    """What was read, in a line."""
+    told = f"{num_examples:,} conversations of {tokens:,} tokens, {counted:,} of them in answers"
+    if writer.cut:
+        told += f"; {writer.cut:,} cut at {writer._length:,} tokens"
+    if writer.without_answer:
+        told += f"; left out: {writer.without_answer:,} without an answer inside a window"
+    return told
 
 
-def _read(folder: Path, source: str, tokenizer: PairTokenizer, length: int) -> ChatSet:
+def read_chat(folder: Path, source: str, tokenizer: PairTokenizer, length: int) -> ChatSet:
     """The cache in `folder`; raises what `open_or_build` takes for a damaged one."""
-    meta = read_meta(folder, _KIND.version)
-    rows = RowFile(folder / "rows.npy", np.int32, row=_KIND.row, most_rows=_MOST_EXAMPLES)
-    checks = RowFile(folder / "checks.npy", np.uint32, row=_KIND.row, most_rows=_MOST_EXAMPLES)
+    meta = read_meta(folder, KIND.version)
+    rows = RowFile(folder / "rows.npy", np.int32, row=KIND.row, most_rows=_MOST_EXAMPLES)
+    checks = RowFile(folder / "checks.npy", np.uint32, row=KIND.row, most_rows=_MOST_EXAMPLES)
     num_examples = int(meta["num_examples"])
     if rows.shape != (num_examples, length) or checks.shape != (num_examples,):
         raise ValueError("another number of rows")
-    told = f"{num_examples:,} conversations of {meta['tokens']:,} tokens, {meta['counted']:,} of them in answers"
-    if meta["cut"]:
-        told += f"; {meta['cut']:,} cut at {length:,} tokens"
-    if meta["without_answer"]:
-        told += f"; left out: {meta['without_answer']:,} without an answer inside a window"
+    full = meta["tokens"] / (num_examples * length)
     return ChatSet(
         source=source,
         fingerprint=str(meta["fingerprint"]),
@@ -428,16 +361,13 @@ def _read(folder: Path, source: str, tokenizer: PairTokenizer, length: int) -> C
         bytes_per_token=1.0,
         resident_bytes=0,
         token_file=None,  # type: ignore[arg-type]  # rows are read instead
-        reading=f"{told}. Answers in [[ ]], as the first: {json.dumps(meta['example'], ensure_ascii=False)}",
+        reading=str(meta["told"]),
+        warnings=() if full > _FULL or meta["packed"] else (_HALF_EMPTY.format(full=f"{full:.0%}"),),
         rows=rows,
         checks=checks,
         num_train=int(meta["num_train"]),
         num_examples=num_examples,
         answered=meta["counted"] / max(1, meta["tokens"]),
+        packed=bool(meta["packed"]),
+        example=Marked(_EXAMPLE, [(str(piece), bool(is_answer)) for piece, is_answer in meta["example"]]),
     )
-
-
-def _token_text(told: object) -> str:
-    if isinstance(told, dict):
-        told = told.get("content")
-    return told if isinstance(told, str) else ""

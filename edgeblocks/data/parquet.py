@@ -9,7 +9,7 @@ Source: the Parquet format, https://github.com/apache/parquet-format (`parquet.t
 """
 
 import codecs
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -29,6 +29,8 @@ _COPIES_OF_DOCUMENT = 1.7
 _SKEW = 4
 """By how many times the longest document of a page is taken to exceed its mean."""
 _BYTES_AT_ONCE = 2**24
+_MOST_PAGE_BYTES = 2**26
+"""Of what is read as rows."""
 _MOST_ROWS_AT_ONCE = 64
 _MOST_FOOTER_BYTES = 2**28
 _SMALLER_PAGES = "save it in row groups of fewer rows (pyarrow.parquet.write_table(.., row_group_size=..))"
@@ -88,9 +90,60 @@ def parquet_documents(file: FoundText, begin: int, reading: Reading) -> Iterator
                     done += 1
                     yield _pieces(file.path, done, scalar, start, end)
     except (OSError, ValueError, pyarrow.ArrowException) as error:
-        raise DataError(
-            f"{file.path} is a damaged .parquet file: {' '.join(str(error).split())[:200]}; copy or save it again"
-        ) from error
+        raise _damaged(file.path, error) from error
+
+
+def columns_of(path: Path) -> list[str]:
+    """Names of a file's columns.
+
+    Raises:
+        ConfigError, DataError: as `parquet_documents`.
+    """
+    return list(_opened(path).schema_arrow.names)
+
+
+def parquet_rows(path: Path, columns: Sequence[str]) -> tuple[int, Iterator[dict[str, Any]]]:
+    """How many rows there are, and each as what JSON would give, of those of these columns that there are.
+
+    What is missing in a struct, which has all of its fields, is left out.
+
+    Raises:
+        ConfigError, DataError: as `parquet_documents`.
+    """
+    table = _opened(path)
+    return table.metadata.num_rows, _rows(path, table, [name for name in columns if name in table.schema_arrow.names])
+
+
+def _rows(path: Path, table: Any, columns: list[str]) -> Iterator[dict[str, Any]]:
+    import pyarrow
+
+    try:
+        for group in range(table.metadata.num_row_groups):
+            row_group = table.metadata.row_group(group)
+            for column in map(row_group.column, range(row_group.num_columns)):
+                if column.path_in_schema.split(".")[0] in columns:
+                    unpacked_bytes = _page_sizes(path, column).largest_bytes
+                    if unpacked_bytes > _MOST_PAGE_BYTES:
+                        raise DataError(
+                            f"{path}: one page of the column {column.path_in_schema!r} unpacks to "
+                            f"{format_bytes(unpacked_bytes)}, at most {format_bytes(_MOST_PAGE_BYTES)} are read; "
+                            f"{_SMALLER_PAGES}"
+                        )
+            asked = {"batch_size": 1, "row_groups": [group], "columns": columns, "use_threads": False}
+            for batch in table.iter_batches(**asked):
+                yield from (_without_missing(row) for row in batch.to_pylist())
+    except (OSError, ValueError, pyarrow.ArrowException) as error:
+        raise _damaged(path, error) from error
+
+
+def _without_missing(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _without_missing(part) for name, part in value.items() if part is not None}
+    return [_without_missing(part) for part in value] if isinstance(value, list) else value
+
+
+def _damaged(path: Path, error: Exception) -> DataError:
+    return DataError(f"{path} is a damaged .parquet file: {' '.join(str(error).split())[:200]}; copy or save it again")
 
 
 def _opened(path: Path) -> Any:

@@ -92,6 +92,8 @@ class TextSet:
     warnings: tuple[str, ...] = ()
     unreadable: tuple[str, ...] = ()
     class_names: tuple[str, ...] = ()
+    packed: bool = False
+    """Whether a window holds several texts that do not see each other."""
 
     @property
     def vocabulary(self) -> int:

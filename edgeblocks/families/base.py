@@ -57,10 +57,12 @@ class Level:
 
 @dataclass(frozen=True, kw_only=True)
 class TextInfo:
-    """What a network must know of a text: how many different tokens it has, and how many an example."""
+    """What a network must know of a text: how many different tokens it has, how many an example, and whether an example
+    is packed of several texts."""
 
     vocabulary: int
     length: int
+    packed: bool = False
 
     @property
     def example_bytes(self) -> int:
@@ -225,7 +227,7 @@ class TextFamily(BaseFamily):
     def data_info(cls, data: DataSet) -> TextInfo:
         """What the network must know of a text."""
         assert isinstance(data, TextSet)
-        return TextInfo(vocabulary=data.vocabulary, length=data.length)
+        return TextInfo(vocabulary=data.vocabulary, length=data.length, packed=data.packed)
 
     def __init__(self, settings: FamilySettings, data: TextInfo) -> None:
         """A family of these settings on this text.

@@ -28,7 +28,7 @@ from edgeblocks.families.layers import run_layers
 from edgeblocks.families.settings import FamilySettings
 from edgeblocks.methods import Frozen
 from edgeblocks.pretrained.gate import check_architecture, refusal
-from edgeblocks.pretrained.layer import LARGEST_HEAP_BYTES, PretrainedLayer
+from edgeblocks.pretrained.layer import LARGEST_HEAP_BYTES, PretrainedLayer, as_condition
 from edgeblocks.pretrained.model_folder import model_folder
 from edgeblocks.pretrained.shell import Shell, UnsupportedModelError, shell_of
 
@@ -181,7 +181,7 @@ class Decoder(TextFamily, EndToEnd):
         Raises:
             ConfigError: they differ.
         """
-        check_architecture(self.settings.model)
+        check_architecture(self.settings.model, packed=self.data.packed)
 
     def num_caches(self, num_layers: int) -> int:
         """Text is not written here."""
@@ -230,13 +230,15 @@ class Decoder(TextFamily, EndToEnd):
             "tokens": ((batch, self.data.length), torch.int64),
             "counts": ((batch, self.data.length), torch.bool),
             "share": ((batch,), torch.float32),
+            **({"positions": ((batch, self.data.length), torch.int64)} if self.data.packed else {}),
         }
 
     def draw(
         self, tokens: np.ndarray, labels: np.ndarray | None, noise_range: NoiseRange, generator: torch.Generator
     ) -> Batch:
-        """One training step's batch: tokens, which of them count (all, or the answers of conversations), and what a
-        sample's sum of losses is multiplied with, so that all tokens that count weigh the same."""
+        """One training step's batch: tokens, which of them count (all, or the answers of conversations), what a
+        sample's sum of losses is multiplied with, so that all tokens that count weigh the same, and where windows are
+        packed each token's position in its text."""
         return self._batch(tokens, labels)
 
     def at_level(
@@ -246,10 +248,15 @@ class Decoder(TextFamily, EndToEnd):
         return self._batch(tokens, labels)
 
     def _batch(self, tokens: np.ndarray, counts: np.ndarray | None) -> Batch:
+        packed: Batch = {}
+        if self.data.packed:
+            assert counts is not None
+            packed, counts = {"positions": torch.from_numpy(counts[:, 1].copy())}, counts[:, 0] == 1
         counted = torch.ones(tokens.shape, dtype=torch.bool) if counts is None else torch.from_numpy(counts)
         counted[:, 0] = False  # nothing comes before it
         share = len(tokens) / counted.sum().clamp(min=1)
-        return {"tokens": torch.from_numpy(tokens), "counts": counted, "share": share.expand(len(tokens)).clone()}
+        shares = share.expand(len(tokens)).clone()
+        return {"tokens": torch.from_numpy(tokens), "counts": counted, "share": shares, **packed}
 
     def evaluation_levels(self, partition: NoisePartition) -> tuple[Level, ...]:
         """One, as nothing is noised."""
@@ -264,11 +271,11 @@ class Decoder(TextFamily, EndToEnd):
         return batch["tokens"].new_zeros(len(batch["tokens"]), 0), batch["tokens"]
 
     def enter(self, block: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Hidden values of the tokens, and an empty conditioning."""
-        tokens = batch["tokens"]
-        hidden = self.shell(tokens.device.type).enter(tokens)
+        """Hidden values of the tokens, and as conditioning the positions of packed ones."""
+        tokens, positions = batch["tokens"], batch.get("positions")
+        hidden = self.shell(tokens.device.type).enter(tokens, positions)
         # With a gradient, without which the first layer would not be checkpointed.
-        return hidden.requires_grad_(torch.is_grad_enabled()), hidden.new_zeros(len(tokens), 1)
+        return hidden.requires_grad_(torch.is_grad_enabled()), as_condition(positions, hidden)
 
     def loss_after(self, block: nn.Module, hidden: Tensor, condition: Tensor, batch: Batch) -> Float[Tensor, " batch"]:
         """Cross-entropy of each window, in nats: the mean over a batch is that over all of its tokens that count."""

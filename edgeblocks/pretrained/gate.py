@@ -9,7 +9,7 @@ each other beside the hidden values, files whose names are not those of the modu
 import functools
 import json
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,19 +23,31 @@ from edgeblocks.pretrained.shell import Shell, UnsupportedModelError, library, w
 _TOKENS = 256
 _LAYERS = 4
 _HEAD_WIDTH = 16
+_TEXTS = (7, 12, 5)
+"""Lengths of texts that share a window."""
 _CLOSE = 1e-4
 """Relative, of logits: the head is multiplied a slice at a time, which adds up in another order."""
 
 
-def check_architecture(model: str) -> None:
+def check_architecture(model: str, *, packed: bool = False) -> None:
     """Compare.
+
+    Args:
+        packed: whether windows hold several texts, which must not see each other.
 
     Raises:
         ConfigError: the two differ, or nothing small can be built of this architecture.
     """
-    why = _why_not(json.dumps(model_folder(model).config, sort_keys=True))
+    config = json.dumps(model_folder(model).config, sort_keys=True)
+    why = _why_not(config)
     if why is not None:
         raise refusal(model, why)
+    why = _why_not_packed(config) if packed else None
+    if why is not None:
+        raise ConfigError(
+            f"{model}: with a model of the type {model_folder(model).config['model_type']} conversations cannot share "
+            f"a window: {why}; leave packing out"
+        )
 
 
 def refusal(model: str, why: str) -> ConfigError:
@@ -50,6 +62,17 @@ def refusal(model: str, why: str) -> ConfigError:
 def _why_not(config: str) -> str | None:
     """What is wrong; None where the two are equal."""
     return why_not(lambda folder: _difference(_small_network(json.loads(config), folder), folder))
+
+
+@functools.lru_cache(maxsize=8)
+def _why_not_packed(config: str) -> str | None:
+    """Why texts in one window are not what they are alone; None where they are."""
+
+    def compare(folder: Path) -> str | None:
+        _small_network(json.loads(config), folder)
+        return _difference_of_packed(folder)
+
+    return why_not(compare)
 
 
 def why_not(compare: Callable[[Path], str | None]) -> str | None:
@@ -160,19 +183,9 @@ def _difference(whole: Any, path: Path) -> str | None:
     missing = sorted(name for name in names if name not in folder.tensors)
     if missing:
         return f"its files have other names than its modules (there is no {missing[0]})"
-    layers = [shell.layer(number) for number in range(len(shell.layers))]
-    for number, layer in enumerate(layers):
-        for name, parameter in list(layer.named_parameters()):
-            value = torch.empty(parameter.shape)
-            folder.read_(f"{shell.layers_name}.{number}.{name}", value)
-            owner, _, leaf = name.rpartition(".")
-            layer.get_submodule(owner)._parameters[leaf] = nn.Parameter(value)
-        shell.restore_tables_(layer, number)
+    layers = _read_layers(shell, folder)
     tokens = torch.randint(3, _TOKENS, (2, 24), generator=torch.Generator().manual_seed(1))
-    hidden = shell.enter(tokens)
-    for layer, (args, kwargs) in zip(layers, shell.calls(hidden), strict=True):
-        out = layer(hidden, *args, **kwargs)
-        hidden = out[0] if isinstance(out, tuple) else out
+    hidden = _through(shell, layers, tokens)
     last: list[Tensor] = []
     end = dict(whole.named_modules())[shell.layers_name][len(layers) - 1]
     hook = end.register_forward_hook(lambda _, __, out: last.append(out[0] if isinstance(out, tuple) else out))
@@ -195,4 +208,48 @@ def _difference(whole: Any, path: Path) -> str | None:
     answered, logits = shell.leave(hidden.detach()), logits.detach().float()
     if not torch.allclose(answered, logits, rtol=_CLOSE, atol=_CLOSE * float(logits.abs().max())):
         return f"its logits are others, by up to {(answered - logits).abs().max():.2g}"
+    return None
+
+
+def _read_layers(shell: Shell, folder: ModelFolder) -> list[nn.Module]:
+    """All layers, with their weights."""
+    layers = [shell.layer(number) for number in range(len(shell.layers))]
+    for number, layer in enumerate(layers):
+        for name, parameter in list(layer.named_parameters()):
+            value = torch.empty(parameter.shape)
+            folder.read_(f"{shell.layers_name}.{number}.{name}", value)
+            owner, _, leaf = name.rpartition(".")
+            layer.get_submodule(owner)._parameters[leaf] = nn.Parameter(value)
+        shell.restore_tables_(layer, number)
+    return layers
+
+
+def _through(shell: Shell, layers: Sequence[nn.Module], tokens: Tensor, positions: Tensor | None = None) -> Tensor:
+    """What the last layer gives."""
+    hidden = shell.enter(tokens, positions)
+    for layer, (args, kwargs) in zip(layers, shell.calls(hidden, positions), strict=True):
+        out = layer(hidden, *args, **kwargs)
+        hidden = out[0] if isinstance(out, tuple) else out
+    return hidden
+
+
+def _difference_of_packed(path: Path) -> str | None:
+    """In what texts of one window differ from the same texts alone; None where they do not."""
+    folder = ModelFolder(path)
+    shell = Shell(folder, torch.device("cpu"))
+    layers = _read_layers(shell, folder)
+    parameters = [parameter for layer in layers for parameter in layer.parameters()]
+    tokens = torch.randint(3, _TOKENS, (1, sum(_TEXTS)), generator=torch.Generator().manual_seed(1))
+    positions = torch.cat([torch.arange(size) for size in _TEXTS]).unsqueeze(0)
+    together = _through(shell, layers, tokens, positions)
+    alone = torch.cat([_through(shell, layers, text) for text in torch.split(tokens, list(_TEXTS), dim=1)], dim=1)
+    found = [("hidden values", together.detach(), alone.detach())]
+    weights = torch.randn(together.shape, generator=torch.Generator().manual_seed(2))
+    gradients = [torch.autograd.grad((one * weights).sum(), parameters, allow_unused=True) for one in (together, alone)]
+    for one, other in zip(*gradients, strict=True):
+        if one is not None and other is not None:
+            found.append(("gradients", one, other))
+    for what, one, other in found:
+        if not torch.allclose(one, other, rtol=_CLOSE, atol=_CLOSE * float(other.abs().max())):
+            return f"its {what} depend on what else is there, by up to {(one - other).abs().max():.2g}"
     return None

@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from edgeblocks.pretrained.shell import shell_of
@@ -12,6 +13,20 @@ LARGEST_HEAP_BYTES = 4_000_000
 are wide, and glibc before 2.38 seldom uses aligned memory again for as much, so that the heap of a step grew to 2.5
 times of what lived (LoRA, width 768, 8 windows of 128); with this to 1.9 times, in the same time. With 2 MB it was 1.2
 times, and fresh pages made the step 1.4 times as long."""
+
+
+def as_condition(positions: Tensor | None, hidden: Tensor) -> Tensor:
+    """Positions [batch, length] as numbers that go from stage to stage; [batch, 1] where there are none."""
+    return hidden.new_zeros(len(hidden), 1) if positions is None else positions.to(torch.float32)
+
+
+def positions_of(condition: Tensor) -> Tensor | None:
+    """Positions of tokens int64 [batch, length], where windows hold several texts; None: one a window.
+
+    >>> positions_of(torch.zeros(2, 1)), positions_of(torch.tensor([[0.0, 1.0, 0.0]]))
+    (None, tensor([[0, 1, 0]]))
+    """
+    return None if condition.shape[1] == 1 else condition.detach().to(torch.int64)
 
 
 class PretrainedLayer(nn.Module, ABC):
@@ -27,8 +42,9 @@ class PretrainedLayer(nn.Module, ABC):
         """What the library's layer gives when it is called with this."""
 
     def forward(self, hidden: Tensor, condition: Tensor) -> Tensor:
-        """What the layer makes of the hidden values in a whole text; there is no condition."""
-        args, kwargs = shell_of(self.model, hidden.device.type).calls(hidden)[self.number]
+        """What the layer makes of the hidden values in windows of text; the condition is `positions_of`'s."""
+        shell = shell_of(self.model, hidden.device.type)
+        args, kwargs = shell.calls(hidden, positions_of(condition))[self.number]
         out = self.called(hidden, *args, **kwargs)
         found: Tensor = out[0] if isinstance(out, tuple) else out
         return found

@@ -115,12 +115,12 @@ class PartDecoder(Decoder):
         return layers[: self.settings.first_layer], layers[self.settings.first_layer + self.settings.depth :]
 
     def enter(self, block: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
-        """What the first trained layer is given, and an empty conditioning."""
-        hidden, nothing = super().enter(block, batch)
+        """What the first trained layer is given, and the conditioning."""
+        hidden, condition = super().enter(block, batch)
         with torch.no_grad():
             for layer in self._frozen(hidden.device)[0]:
-                hidden = layer(hidden, nothing)
-        return hidden.requires_grad_(torch.is_grad_enabled()), nothing
+                hidden = layer(hidden, condition)
+        return hidden.requires_grad_(torch.is_grad_enabled()), condition
 
     def _above(self, hidden: Tensor, condition: Tensor) -> Tensor:
         # Each is run again on the way back, because its weights are no longer there.

@@ -104,6 +104,8 @@ class Shell:
             raise UnsupportedModelError(f"its layers are not alike: layer {unlike} has other weights than layer 0")
         self._is_tuple = False
         self._calls: dict[tuple[object, ...], list[Call]] = {}
+        self._packed: tuple[tuple[object, ...], Tensor, list[Call]] | None = None
+        """Of the positions that were asked for last: calls hold masks, which are large."""
 
     def layer(self, number: int) -> nn.Module:
         """A layer of its own, without weights."""
@@ -133,8 +135,12 @@ class Shell:
         if names and self.device.type != "meta":
             self.model._init_weights(module)
 
-    def enter(self, tokens: Tensor) -> Tensor:
-        """What the first layer is given: hidden values [batch, length, width] of tokens [batch, length]."""
+    def enter(self, tokens: Tensor, positions: Tensor | None = None) -> Tensor:
+        """What the first layer is given: hidden values [batch, length, width] of tokens [batch, length].
+
+        Args:
+            positions: as for `calls`.
+        """
         if tokens.is_meta:  # the trace: as if all tokens differed
             numbers, ids = torch.empty(tokens.numel(), dtype=torch.int64, device="meta"), tokens
         else:
@@ -147,7 +153,7 @@ class Shell:
             raise _StopError
 
         with self._rows(numbers), self._layers_as([first] * len(self.layers)):
-            self._run(input_ids=ids)
+            self._run(input_ids=ids, **_as_positions(positions))
         return found[0]
 
     @contextlib.contextmanager
@@ -161,24 +167,37 @@ class Shell:
         ):
             yield
 
-    def calls(self, hidden: Tensor) -> list[Call]:
+    def calls(self, hidden: Tensor, positions: Tensor | None = None) -> list[Call]:
         """What each layer is called with beside hidden values of this shape [batch, length, width] and type.
+
+        Args:
+            positions: of tokens [batch, length], where a window holds several texts: those of each begin with 0, by
+                which the model's own masks keep texts apart. None: one text a window.
 
         Raises:
             UnsupportedModelError: layers talk to each other beside the hidden values.
         """
         key = hidden.shape, hidden.dtype, hidden.device
+        if positions is not None:
+            former = self._packed
+            same = former is not None and former[0] == key and not positions.is_meta
+            if former is None or not same or not torch.equal(former[1], positions):
+                self._packed = former = key, positions.clone(), self._noted_calls(hidden, positions)
+            return former[2]
         if key not in self._calls:
-            for self._is_tuple in (False, True):  # some models take what a layer gives out of a tuple
-                try:
-                    self._calls[key] = self._noted(torch.zeros_like(hidden))
-                    break
-                except (KeyError, TypeError, IndexError, AttributeError, UnsupportedModelError) as error:
-                    if self._is_tuple:
-                        raise UnsupportedModelError(f"its layers cannot be called one by one ({error})") from error
+            self._calls[key] = self._noted_calls(hidden, None)
         return self._calls[key]
 
-    def _noted(self, hidden: Tensor) -> list[Call]:
+    def _noted_calls(self, hidden: Tensor, positions: Tensor | None) -> list[Call]:
+        for self._is_tuple in (False, True):  # some models take what a layer gives out of a tuple
+            try:
+                return self._noted(torch.zeros_like(hidden), positions)
+            except (KeyError, TypeError, IndexError, AttributeError, UnsupportedModelError) as error:
+                if self._is_tuple:
+                    raise UnsupportedModelError(f"its layers cannot be called one by one ({error})") from error
+        raise AssertionError
+
+    def _noted(self, hidden: Tensor, positions: Tensor | None) -> list[Call]:
         calls: list[Call | None] = [None] * len(self.layers)
         first: list[Tensor] = []
 
@@ -198,7 +217,7 @@ class Shell:
             return note
 
         with torch.no_grad(), self._layers_as([noting(number) for number in range(len(calls))]):
-            self._run(inputs_embeds=hidden)
+            self._run(inputs_embeds=hidden, **_as_positions(positions))
         noted = [call for call in calls if call is not None]
         if len(noted) < len(calls):
             raise UnsupportedModelError("its layers are not called in their order")
@@ -254,7 +273,7 @@ class Shell:
     def _run(self, **inputs: Any) -> Any:
         with (
             contextlib.suppress(_StopError),
-            _as_one_text() if self.device.type == "meta" else contextlib.nullcontext(),
+            _without_values("position_ids" in inputs) if self.device.type == "meta" else contextlib.nullcontext(),
         ):
             return self.model(**inputs, use_cache=False)
         return None
@@ -361,11 +380,16 @@ def built(folder: ModelFolder, kind: Any, config: Any, otherwise: str) -> Any:
     raise ConfigError(f"{folder.path}: it is {otherwise} as transformers builds them ({problems[0]})")
 
 
+def _as_positions(positions: Tensor | None) -> dict[str, Tensor]:
+    return {} if positions is None else {"position_ids": positions}
+
+
 @contextlib.contextmanager
-def _as_one_text() -> Iterator[None]:
+def _without_values(are_several: bool) -> Iterator[None]:
     """The library does not look whether positions are of several texts: on the meta device they have no values."""
     masking = importlib.import_module("transformers.masking_utils")
-    with _replaced(masking.__dict__, "find_packed_sequence_indices", lambda position_ids: None):
+    found = (lambda position_ids: position_ids) if are_several else (lambda position_ids: None)
+    with _replaced(masking.__dict__, "find_packed_sequence_indices", found):
         yield
 
 

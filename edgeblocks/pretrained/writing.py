@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from edgeblocks.data.chat import ChatFormat
+from edgeblocks.data.chat_format import ChatFormat
 from edgeblocks.data.tokenizer import PairTokenizer, check_readable, read_tokenizer
 from edgeblocks.diffusion.next_token import Drawing, write
 from edgeblocks.diffusion.token_choice import Tokens, Values

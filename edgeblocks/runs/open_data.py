@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from edgeblocks.data.cache import cache_folder, cache_note
-from edgeblocks.data.chat import is_chat, open_chat
+from edgeblocks.data.chat import ChatSet, open_chat
+from edgeblocks.data.chat_files import is_chat
 from edgeblocks.data.dataset import DataSet, Progress
 from edgeblocks.data.images import open_images
+from edgeblocks.data.packing import packed_chat
 from edgeblocks.data.python_data import store_images, store_texts
 from edgeblocks.data.text import open_text
 from edgeblocks.data.tokenise import tokenise_in_child
@@ -47,7 +49,13 @@ def data_of(
     is_pretrained: bool = family_type(run.family).only_exact
     if is_pretrained and reads == "text" and is_chat(run.data):
         where: dict[str, Any] = {"hold_out": run.hold_out, "cache_dir": cache_folder(), "progress": progress}
-        return open_chat(run.data, tokenizer=run.tokenizer, length=run.length, **where)
+        chats = open_chat(run.data, tokenizer=run.tokenizer, length=run.length, **where)
+        return packed_chat(chats, cache_dir=cache_folder()) if run.packing else chats
+    if run.packing:
+        raise ConfigError(
+            f"packing lets short conversations share a window, and {run.data} are none that {run.family} is trained "
+            f"on: windows of text are full; leave packing out"
+        )
     if reads == "text":
         asked: dict[str, Any] = {
             "tokenizer": run.tokenizer,
@@ -83,7 +91,7 @@ def check_data_settings(run: RunSettings, reads: str) -> None:
     Raises:
         ConfigError: with all that are of the other kind.
     """
-    others = {"images": ("tokenizer", "vocab", "length", "text_key"), "text": ("image_size", "vae")}[reads]
+    others = {"images": ("tokenizer", "vocab", "length", "text_key", "packing"), "text": ("image_size", "vae")}[reads]
     usual = RunSettings()
     problems = [
         f"{name}={getattr(run, name)}: {run.family} reads {reads}, and {name} is for families that do not; leave it out"
@@ -192,6 +200,8 @@ def open_run_data(
         beside_bytes = room_beside(budget_bytes, held_bytes)
         data_set = data_of(settings.run, listener.advance, room_bytes=room_bytes, budget_bytes=beside_bytes)
     listener.note(f"read: {data_set.reading}")
+    if isinstance(data_set, ChatSet):
+        listener.note(data_set.example)
     if data_set.unreadable:
         shown = ", ".join(data_set.unreadable[:5]) + (", .." if len(data_set.unreadable) > 5 else "")
         listener.note(f"skipped {len(data_set.unreadable)} unreadable files: {shown}")

@@ -75,6 +75,7 @@ class TextFields(Checked):
 
     vocabulary: Annotated[int, Field(ge=2, le=MOST_TOKENS)]
     length: Annotated[int, Field(ge=1, le=LONGEST_SEQUENCE)]
+    packed: bool = False
     tokenizer: Kind
     tokenizer_sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None
     source: Text

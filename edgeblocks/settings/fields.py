@@ -104,6 +104,10 @@ class RunSettings(BaseModel):
         le=LONGEST_SEQUENCE,
         description="tokens of one example of text",
     )
+    packing: bool = Field(
+        default=False,
+        description="of conversations to fine-tune on: short ones share a window, and do not see each other",
+    )
     mem_budget: str = Field(
         default="50%",
         description="largest resident memory of the process; with target=cuda of the GPU's memory",
@@ -298,7 +302,7 @@ class RunSettings(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _is_no_boolean(cls, value: object, info: ValidationInfo) -> object:
-        if isinstance(value, bool) and info.field_name != "checkpointing":
+        if isinstance(value, bool) and info.field_name not in ("checkpointing", "packing"):
             raise ValueError("true or false is no answer here")
         return value
 

@@ -18,7 +18,7 @@ from support.commands import TINY
 from edgeblocks.cli.block_table import block_table
 from edgeblocks.cli.console import training_report
 from edgeblocks.cli.console_progress import ConsoleListener
-from edgeblocks.progress import BlockProgress, Progress
+from edgeblocks.progress import BlockProgress, Marked, Progress
 from edgeblocks.runs.summary import Metrics, Summary, read_summary
 
 
@@ -66,6 +66,28 @@ def test_a_live_line_is_written_to_the_terminal_alone(run, tmp_path):
 class Terminal(io.StringIO):
     def isatty(self):
         return True
+
+
+@pytest.mark.parametrize("silenced", [{"NO_COLOR": "1"}, {"TERM": "dumb"}, {}])
+def test_an_example_has_colours_where_there_are_some(monkeypatch, silenced):
+    """On a terminal what is marked is green and lines are lines; in a pipe, or where colours are not wanted, it is in
+    [[ ]]. Neither can steer the terminal."""
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    for name, value in silenced.items():
+        monkeypatch.setenv(name, value)
+    example = Marked("trained on is what is in", [("<user>2 + 2?\n", False), ("4\x1b[2J", True)])
+    told = {}
+    for stream in (Terminal(), io.StringIO()):
+        monkeypatch.setattr(sys, "stderr", stream)
+        ConsoleListener().note(example)
+        told[stream.isatty()] = " ".join(stream.getvalue().split())
+    brackets = "trained on is what is in [[ ]]: <user>2 + 2?\\n[[4\\x1b[2J]]"
+    assert told[False] == brackets
+    if silenced:
+        assert told[True] == brackets
+    else:
+        assert told[True] == "trained on is what is in \x1b[32mgreen\x1b[0m: <user>2 + 2? \x1b[32m4\\x1b[2J\x1b[0m"
 
 
 def test_an_error_begins_on_a_line_of_its_own(monkeypatch):

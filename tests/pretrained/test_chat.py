@@ -7,7 +7,9 @@ import pytest
 import torch
 from support.small_model import TALK, said, write_tokenizer
 
-from edgeblocks.data.chat import PADDING, ChatFormat, is_chat, open_chat
+from edgeblocks.data.chat import PADDING, open_chat
+from edgeblocks.data.chat_files import is_chat
+from edgeblocks.data.chat_format import ChatFormat
 from edgeblocks.errors import DataError, StorageError
 from edgeblocks.families.base import TextInfo
 from edgeblocks.pretrained.decoder import Decoder, DecoderSettings
@@ -55,7 +57,7 @@ def test_answers_alone_are_trained_on(folder):
     )
     assert counted(data, 1) == ("the ship went on.!", " went on.!")
     assert counted(data, 2) == ("<user>the sea?!\n<assistant>calm.!\n", "calm.!\n")
-    assert "[[calm.!\\n]]" in data.reading and "3 conversations of" in data.reading
+    assert "[[calm.!\n]]" in data.example and "3 conversations of" in data.reading
     assert sorted(data.order(batch=3, seed=0, block=0).indices(4)) == [0, 1, 2]
 
 
@@ -78,6 +80,62 @@ def test_a_folder_has_its_hold_out_part(folder):
     assert (data.num_train, data.num_examples) == (3, 4) and data.has_held_out
     assert counted(data, 3) == counted(data, 0)
     assert is_chat(str(folder.parent / "talks")) and not is_chat(str(folder.parent))
+
+
+def test_parquet_is_read_as_the_same_records_in_lines(folder):
+    """Messages, a prompt and a completion; fields that a record lacks are no fields of it. A folder has its parts, also
+    in files as a hub numbers them."""
+    from pyarrow import Table, parquet
+
+    talks = folder.parent / "talks"
+    talks.mkdir()
+    texts = [{"prompt": "the ship", "completion": " went on."}, {"prompt": "a whale", "completion": " saw."}]
+    named = [[{**TALK[0], "name": None}, {**TALK[1], "name": "x"}], TALK[:2]]
+    messages = [{"messages": messages, "source": "made up"} for messages in named]
+    for records, places in (
+        (texts, ["one.parquet"]),
+        (messages, [f"train-0000{part}-of-00002.parquet" for part in (0, 1)]),
+    ):
+        expected = opened(folder, [{**record, "source": None} for record in records])
+        for part, name in enumerate(places):
+            parquet.write_table(
+                Table.from_pylist(records[part:] if len(places) == 1 else [records[part]]), talks / name
+            )
+        source = talks / places[0] if len(places) == 1 else talks
+        how = {"length": 64, "hold_out": 0.0, "cache_dir": folder.parent / "cache"}
+        assert is_chat(str(source))
+        data = open_chat(str(source), tokenizer=str(folder / "tokenizer.json"), **how)
+        for array, other in zip(data.gather(np.arange(2)), expected.gather(np.arange(2)), strict=True):
+            assert np.array_equal(array, other)
+        assert data.example == expected.example
+    parquet.write_table(Table.from_pylist(messages[:1]), talks / "test.parquet")
+    data = open_chat(str(talks), tokenizer=str(folder / "tokenizer.json"), **how)
+    assert (data.num_train, data.num_examples) == (2, 3)
+
+
+def test_what_is_wrong_with_parquet_is_said(folder):
+    """With the row; a page that would fill the memory; what is no such file."""
+    from pyarrow import Table, parquet
+
+    path = folder.parent / "talk.parquet"
+    how = {"length": 64, "hold_out": 0.0, "cache_dir": folder.parent / "cache"}
+
+    def refused(message):
+        with pytest.raises(DataError, match=message):
+            open_chat(str(path), tokenizer=str(folder / "tokenizer.json"), **how)
+
+    parquet.write_table(Table.from_pylist([RECORDS[0], {"messages": [said("robot", "x")]}]), path)
+    refused("talk.parquet, row 2: message 1 of `messages` is of the role 'robot'")
+    parquet.write_table(Table.from_pylist([{"text": "x"}]), path)
+    assert not is_chat(str(path))
+    long = [{"prompt": "x", "completion": "y" * 70_000_000}]
+    parquet.write_table(Table.from_pylist(long), path)
+    refused(
+        "talk.parquet: one page of the column 'completion' unpacks to 70 MB, at most 67.1 MB are read; save it in row"
+    )
+    path.write_bytes(path.read_bytes()[:-100])
+    refused("is not a .parquet file")
+    assert not is_chat(str(path))
 
 
 @pytest.mark.parametrize(
