@@ -15,7 +15,7 @@ from edgeblocks.callbacks import Callback, Callbacks, Finished, Planned
 from edgeblocks.cluster.connection import Cluster, joined
 from edgeblocks.cluster.driver import Spread
 from edgeblocks.data.dataset import DataSet
-from edgeblocks.errors import ConfigError
+from edgeblocks.errors import ConfigError, RunError
 from edgeblocks.methods import METHODS, Frozen
 from edgeblocks.planning.plan_text import banner
 from edgeblocks.planning.plans import Machine
@@ -438,6 +438,9 @@ def writer(path: Path | str, *, mem_budget: str | None = None, length: int | Non
         DoesNotFitError, OutOfBudgetError: the budget is too small.
     """
     if not (Path(path) / CONFIG).is_file():
+        if not any((Path(path) / name).exists() for name in ("manifest.json", "metrics.jsonl")):
+            what = "has neither manifest.json nor config.json" if Path(path).is_dir() else "is no folder"
+            raise RunError(f"{path} {what}; name a run of finetune, or the folder of a model with its config.json")
         with load(path).writer(mem_budget=mem_budget, length=length) as found:
             yield found
         return

@@ -190,7 +190,8 @@ TUNING_SETTINGS: dict[str, Any] = {
         str | None,
         typer.Option(
             help="Conversations (.jsonl, .parquet, or a folder with train and valid or test): messages, or prompt and "
-            "completion. Or a file or folder of text, or of records with a text each. For an image classifier: digits, a folder with one sub-folder of images per class, or an .npz with labels.",
+            "completion. Or a file or folder of text, or of records with a text each. For an image classifier: digits, "
+            "a folder with one sub-folder of images per class, or an .npz with labels.",
             show_default="moby-dick or digits",
         ),
     ],

@@ -206,7 +206,7 @@ class _Writer:
         if record.get("messages") is not None:
             return self._written(_messages(record["messages"], "messages"))
         if record.get("prompt") is None or record.get("completion") is None:
-            raise NotWrittenError("it has neither `messages` nor `prompt` and `completion`")
+            raise NotWrittenError(f"it has neither `messages` nor `prompt` and `completion`{_renaming(record)}")
         prompt, completion = record["prompt"], record["completion"]
         if isinstance(prompt, str) and isinstance(completion, str):
             beginning = self._tokenizer.beginning
@@ -232,6 +232,16 @@ class _Writer:
         if not spans:
             raise NotWrittenError("no message of it is of the role assistant, so there is nothing to learn")
         return text, spans
+
+
+def _renaming(record: Mapping[str, Any]) -> str:
+    """How conversations that are written otherwise become such records."""
+    if "conversations" not in record:
+        return ""
+    roles = '{human: "user", gpt: "assistant"}[.from] // .from'
+    each = f"{{role: (.role // ({roles})), content: (.content // .value)}}"
+    command = f"jq -c '{{messages: [.conversations[] | {each}]}}'"
+    return f", but `conversations`; in lines of JSON this writes them anew: {command}"
 
 
 def _messages(found: object, name: str) -> list[dict[str, Any]]:

@@ -9,7 +9,7 @@ from edgeblocks.data.parquet import columns_of, parquet_rows
 from edgeblocks.errors import ConfigError, DataError
 from edgeblocks.files.untrusted import MalformedFileError, open_regular, parse_json
 
-KEYS = ("messages", "prompt", "completion")
+KEYS = ("messages", "prompt", "completion", "conversations")
 _ENDINGS = (".jsonl", ".json", ".parquet")
 _TRAIN, _OTHERS = "train", ("valid", "validation", "test")
 _OF_SEVERAL = re.compile(r"-\d{5}-of-\d{5}")
@@ -40,7 +40,7 @@ def is_chat(source: str) -> bool:
             found = list(first) if isinstance(first, dict) else []
     except (ConfigError, DataError):
         return False
-    return "messages" in found or {"prompt", "completion"} <= set(found)
+    return bool({"messages", "conversations"} & set(found)) or {"prompt", "completion"} <= set(found)
 
 
 def parts_of(source: str) -> list[list[Path]]:

@@ -21,6 +21,8 @@ from edgeblocks.terminal import quoted
 
 CONFIG, TOKENIZER, INDEX, SINGLE = "config.json", "tokenizer.json", "model.safetensors.index.json", "model.safetensors"
 _MOST_CONFIG_BYTES = 2**24
+_NO_WEIGHTS = ("I64", "BOOL")
+"""Types of counters and positions, which some files have beside the weights; no quantized weights are of these."""
 _QUANTIZED = "it is quantized ({kind}), which training cannot begin with; take the folder that it was made of"
 
 
@@ -43,14 +45,19 @@ class ModelFolder:
         self.files = [opened(path / name) for name in names]
         self.is_plan_only = not names
         """Whether it has a config alone, which is enough to plan."""
-        self._file_of = {name: file for file in self.files for name in file.tensors}
+        self._file_of = {
+            name: file
+            for file in self.files
+            for name, stored in file.tensors.items()
+            if stored.dtype not in _NO_WEIGHTS
+        }
         unreadable = sorted({one.dtype for one in self.tensors.values()} - READABLE.keys())
         if unreadable:
             raise ConfigError(f"{path}: {_QUANTIZED.format(kind=f'tensors of {shown(unreadable[0])}')}")
 
     @property
     def tensors(self) -> dict[str, StoredTensor]:
-        """All tensors by their names."""
+        """All tensors of numbers by their names."""
         return {name: file.tensors[name] for name, file in self._file_of.items()}
 
     @property

@@ -22,6 +22,7 @@ from edgeblocks.runs.save_weights import CLASS_NAMES
 from edgeblocks.settings.fields import RunSettings
 
 _NAMES_SHOWN = 8
+_APART = "Its config.json and its .safetensors files do not belong together; download all of them again"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,7 +141,8 @@ def open_initial_weights(
     except MalformedFileError as error:
         raise ConfigError(f"--init {path}: {error}; write it with safetensors.torch.save_file") from error
     if problems:
-        raise ConfigError(*(f"--init {path}: {problem}" for problem in problems))
+        named = path if isinstance(file, ModelFolder) else f"--init {path}"
+        raise ConfigError(*(f"{named}: {problem}" for problem in problems))
     return InitialWeights(file=file, sha256=digest, fresh=left_out, name_of=name_of)
 
 
@@ -199,6 +201,7 @@ def _differences(
 ) -> list[str]:
     """In what a file differs from what is wanted of it; `shapes` are those of the whole network."""
     there = file.tensors
+    apart = _APART if isinstance(file, ModelFolder) else ""
     if wanted and _is_of_blocks(there) != _is_of_blocks(wanted):
         is_whole = _is_of_blocks(wanted)
         what = "one network" if is_whole else "blocks that are trained alone"
@@ -210,21 +213,18 @@ def _differences(
     unreadable = [name for name in wanted if name in there and there[name].dtype not in READABLE]
     found = []
     if missing:
+        cure = "Give the settings that the file's network had, or write the tensors under these names"
         found.append(
-            f"it lacks {len(missing)} of the {len(shapes)} tensors of this network: {_listed(missing)}. Give the "
-            f"settings that the file's network had, or write the tensors under these names"
+            f"it lacks {len(missing)} of the {len(shapes)} tensors of this network: {_listed(missing)}. {apart or cure}"
         )
     if extra:
-        found.append(
-            f"{len(extra)} of its tensors are not of this network: {_listed(extra)}. Leave them out of the file"
-        )
+        cure = "Leave them out of the file"
+        found.append(f"{len(extra)} of its tensors are not of this network: {_listed(extra)}. {apart or cure}")
     if reshaped:
         pairs = [f"{name} is {_sizes(there[name].shape)}, here {_sizes(wanted[name])}" for name in reshaped]
-        parts = ",".join(_parts(reshaped))
-        found.append(
-            f"{len(reshaped)} of its tensors have other shapes: {_listed(pairs)}. Give the settings that the file's "
-            f"network had, or let these parts start from the seed with --set init_fresh={parts}"
-        )
+        cure = "Give the settings that the file's network had, or let these parts start from the seed with --set "
+        cure += f"init_fresh={','.join(_parts(reshaped))}"
+        found.append(f"{len(reshaped)} of its tensors have other shapes: {_listed(pairs)}. {apart or cure}")
     if unreadable:
         pairs = [f"{name} is {shown(there[name].dtype)}" for name in unreadable]
         found.append(f"{len(unreadable)} of its tensors are of no type that is read: {_listed(pairs)}. Use float32")

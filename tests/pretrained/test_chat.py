@@ -146,6 +146,7 @@ def test_what_is_wrong_with_parquet_is_said(folder):
         ({"messages": [said("user", ["x"])]}, "has no `content` that is a text"),
         ({"messages": []}, "no list of messages"),
         ({"text": "x"}, "neither `messages` nor"),
+        ({"conversations": []}, r"but `conversations`; .* jq -c '\{messages: \[.conversations\[\]"),
         ([1], "it is no object"),
         ({"prompt": 1, "completion": "x"}, "no list of messages"),
     ],

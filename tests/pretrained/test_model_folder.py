@@ -1,9 +1,12 @@
 """Folders that are no models, or none that can be trained: what is said of each."""
 
 import json
+import re
 import shutil
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 from support.commands import assert_refused, invoke
 
 from edgeblocks.errors import ConfigError
@@ -54,6 +57,40 @@ def test_what_is_wrong_with_a_folder_is_said(model, tmp_path, change, said):
     change(folder)
     with pytest.raises(ConfigError, match=said):
         ModelFolder(folder)
+
+
+def test_files_that_are_not_those_of_the_config_are_told_apart(model, text, tmp_path):
+    """A tensor of another shape, or one that is missing; counters beside the weights are no quantized weights."""
+    folder = tmp_path / "model"
+    shutil.copytree(model, folder)
+    name = "model.layers.1.mlp.up_proj.weight"
+    path = ModelFolder(folder).file_of(name).path
+    tensors = {**load_file(path), "model.layers.1.count": torch.tensor([1])}
+    save_file(tensors, path)
+    assert "model.layers.1.count" not in ModelFolder(folder).tensors
+    asked = [
+        "finetune",
+        folder,
+        "--data",
+        text,
+        "--length",
+        "16",
+        "--batch",
+        "2",
+        "--steps",
+        "2",
+        "--mem-budget",
+        "4GB",
+    ]
+    for change, said in (
+        ({name: torch.zeros(60, 32)}, f"{name} is 60x32, here 64x32"),
+        ({}, f"of this network: {name}"),
+    ):
+        save_file({**{own: value for own, value in tensors.items() if own != name}, **change}, path)
+        message = (
+            f"{said}. Its config.json and its .safetensors files do not belong together; download all of them again"
+        )
+        assert_refused(invoke(*asked, "--out", tmp_path / "run"), 2, re.escape(message))
 
 
 def test_names_that_are_no_folders(tmp_path):

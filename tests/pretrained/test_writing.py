@@ -86,7 +86,9 @@ def test_what_is_not_possible_is_said(tuned, model, tmp_path):
     assert_refused(invoke(*asked, "--length", "3"), 2, "shorten what is given")
     assert_refused(invoke(*asked, "--fill", "a _"), 2, "--fill belongs to networks that fill gaps")
     assert_refused(invoke("chat", model, "-m", "ahoy", "--mem-budget", "100MB"), 3, "the libraries, the tokenizer")
-    assert_refused(invoke("chat", tmp_path), 1, "not a run")
+    for path, what in ((tmp_path, "has neither manifest.json nor config.json"), (tmp_path / "nothing", "is no folder")):
+        told = rf"{what}; name a run of finetune, or the folder of a model with its config.json"
+        assert_refused(invoke("chat", path), 1, told)
     with pytest.raises(ConfigError, match="the model knows 64 positions"), folder_writer(model, 0) as writer:
         writer.continued(PROMPT, length=65)
     with pytest.raises(ConfigError, match="give a --prompt"), folder_writer(model, 0) as writer:
