@@ -359,6 +359,7 @@ class Run:
         single_file: bool = False,
         weights: str | None = None,
         most_loss: str | None = None,
+        overwrite: bool = False,
         mem_budget: str | None = None,
         listener: Listener | None = None,
     ) -> dict[str, Any]:
@@ -371,14 +372,16 @@ class Run:
                 model of text.
             most_loss: a percentage, such as "0.5%", by which int8 or int4 may raise the loss on hold-out data; None:
                 0.5% of int8, any of int4. Not of a fine-tuned model, whose loss is told.
+            overwrite: replace an export that is there; anything else is never replaced.
             mem_budget: what it may take of memory; None does not bound it. What it takes is told before it begins.
 
         Raises:
+            ConfigError: there is something in the place already, or arguments do not go together.
             DoesNotFitError: it takes more than `mem_budget`.
             EdgeblocksError: onnxruntime's numbers differ from torch's by more than is promised, or rounding costs more
                 than `most_loss`.
         """
-        told: dict[str, Any] = {"listener": listener or Silent(), "mem_budget": mem_budget}
+        told: dict[str, Any] = {"listener": listener or Silent(), "mem_budget": mem_budget, "overwrite": overwrite}
         manifest: dict[str, Any]
         if self.directory.family().only_exact and self.directory.family().task == "continuation":
             weights = weights or "int8"

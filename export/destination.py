@@ -12,6 +12,7 @@ from typing import BinaryIO
 
 from edgeblocks.data.tokenizer import TOKENIZER_FILE
 from edgeblocks.errors import ConfigError, RunError, StorageError
+from edgeblocks.export.language_model import is_language_model, read_language_manifest
 from edgeblocks.export.manifest import FILE_NAME, USAGE_NAME, read_manifest
 from edgeblocks.export.manifest_types import WordedManifest
 from edgeblocks.files.durable import sync
@@ -28,11 +29,14 @@ def synced(path: Path) -> Iterator[BinaryIO]:
         os.fsync(file.fileno())
 
 
-def check_destination(out: Path) -> None:
+def check_destination(out: Path, *, overwrite: bool) -> None:
     """Nothing but a former export may stand where an export is written, and nothing else beside its files.
 
+    Args:
+        overwrite: a former export may be replaced.
+
     Raises:
-        ConfigError: something else does.
+        ConfigError: something stands there that may not be replaced.
     """
     if not out.exists():
         return
@@ -42,10 +46,7 @@ def check_destination(out: Path) -> None:
     if not present:
         return
     try:
-        manifest = read_manifest(out)
-        own = {FILE_NAME, USAGE_NAME, *(name for file in manifest.graphs for name in file.names)}
-        if isinstance(manifest, WordedManifest) and manifest.tokenizer_sha256 is not None:
-            own.add(TOKENIZER_FILE)
+        own = _files_of_an_export(out)
     except RunError as error:
         raise ConfigError(
             f"-o {out} holds something that is not an export that could be replaced ({error}); choose another "
@@ -58,6 +59,23 @@ def check_destination(out: Path) -> None:
             f"-o {out} holds files that are not of the export there, and they would be lost: {shown}; move them away, "
             f"or choose another directory"
         )
+    if not overwrite:
+        raise ConfigError(f"-o {out} holds an export already; add --force to replace it, or choose another name")
+
+
+def _files_of_an_export(folder: Path) -> set[str]:
+    """The names of all its files.
+
+    Raises:
+        RunError: it holds no export.
+    """
+    if is_language_model(folder):
+        return {FILE_NAME, *(file.name for file in read_language_manifest(folder).files)}
+    manifest = read_manifest(folder)
+    own = {FILE_NAME, USAGE_NAME, *(name for file in manifest.graphs for name in file.names)}
+    if isinstance(manifest, WordedManifest) and manifest.tokenizer_sha256 is not None:
+        own.add(TOKENIZER_FILE)
+    return own
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from edgeblocks.data.text import TextSet
 from edgeblocks.diffusion.next_token import write
 from edgeblocks.diffusion.token_choice import Tokens, Values
 from edgeblocks.errors import ConfigError, DataError, EdgeblocksError, RunError
-from edgeblocks.export.destination import staged
+from edgeblocks.export.destination import check_destination, staged
 from edgeblocks.export.language_model import (
     GRAPH,
     TOKENIZER,
@@ -54,12 +54,18 @@ _SHOWN_CHARACTERS = 600
 
 
 def export_model(
-    run: Run, out: Path, listener: Listener, *, weights: Weights = "int8", mem_budget: str | None = None
+    run: Run,
+    out: Path,
+    listener: Listener,
+    *,
+    weights: Weights = "int8",
+    overwrite: bool = False,
+    mem_budget: str | None = None,
 ) -> dict[str, object]:
     """Write a fine-tuned model as an ONNX graph with a KV cache, compare it with torch, and return its manifest.
 
     Args:
-        out: a new or empty folder.
+        out: a new or empty folder, or with `overwrite` a former export, which is replaced at the end.
         weights: of the matrices: int8 and int4 in groups of 32 by onnxruntime's MatMulNBits, or fp32.
         mem_budget: what it may take of memory; None does not bound it. The builder holds the whole model.
 
@@ -79,8 +85,7 @@ def export_model(
             "'edgeblocks[genai]'"
         )
     out = out.resolve()
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ConfigError(f"-o {out}: there is something already; name a new folder")
+    check_destination(out, overwrite=overwrite)
     source = model_folder(family.settings.model)
     values = sum(int(np.prod(tensor.shape)) for tensor in source.tensors.values())
     needed_bytes = LIBRARIES_BYTES + int(BYTES_A_PARAMETER * values)

@@ -87,13 +87,14 @@ def export_run(
     single_file: bool = False,
     weights: str | None = None,
     most_loss: str | None = None,
+    overwrite: bool = False,
     mem_budget: str | None = None,
     external_above_bytes: int = EXTERNAL_ABOVE_BYTES,
 ) -> dict[str, object]:
     """Write a run's EMA weights as ONNX graphs with a manifest, verified against torch, and return the manifest.
 
     Args:
-        out: a new or empty directory, or a former export, which is replaced at the end.
+        out: a new or empty directory, or with `overwrite` a former export, which is replaced at the end.
         single_file: one graph for the whole chain, with its loop over the noise levels; else one a block.
         weights: int8 or int4: matrices are rounded after the verification; None or fp32: as they are.
         most_loss: a percentage by which rounding may raise the loss on hold-out data; None: 0.5% of int8, any of int4.
@@ -101,7 +102,7 @@ def export_run(
         external_above_bytes: graphs with more bytes of weights keep them in a file of their own beside the graph.
 
     Raises:
-        ConfigError: `out` holds something else, `mem_budget` is no size, or arguments do not go together.
+        ConfigError: `out` holds something, `mem_budget` is no size, or arguments do not go together.
         DoesNotFitError: it takes more than `mem_budget`.
         RunError: the run is damaged.
         StorageError: the disk refused.
@@ -120,7 +121,7 @@ def export_run(
         )
     rounding = _rounding_of(weights, most_loss, single_file=single_file)
     out = out.resolve()
-    check_destination(out)
+    check_destination(out, overwrite=overwrite)
     _check_memory(run, listener, mem_budget, single_file=single_file, rounded=rounding is not None)
     steps = run.saved_steps(run.store())
     if min(steps) < run.settings.run.steps:

@@ -11,6 +11,7 @@ from edgeblocks.diffusion.solver import Solver
 from edgeblocks.errors import ConfigError
 from edgeblocks.export.classifier import Classifier
 from edgeblocks.export.continuer import Continuer
+from edgeblocks.export.language_model import LanguageModel, is_language_model
 from edgeblocks.export.manifest_types import ImageManifest
 from edgeblocks.export.onnx_chain import ExportedChain, Values
 from edgeblocks.export.open_export import open_chain
@@ -24,9 +25,9 @@ _METHODS: dict[Task, str] = {"images": "sample", "classes": "classify", "text": 
 
 
 class Export:
-    """What `edgeblocks export` wrote, in one file or with a graph a block. Not thread-safe.
+    """What `edgeblocks export` wrote: a chain, in one file or with a graph a block, or a language model. Not thread-safe.
 
-    Weights are in memory while a call runs. With `mem_budget`, a size such as "500MB" or a share of the machine's
+    Weights are in memory while a call runs, and those of a language model from its first call on. With `mem_budget`, a size such as "500MB" or a share of the machine's
     memory, a call is refused where it cannot fit, and the process may take no more until it is done. Blocks that write
     token by token, and do not fit together, are then read again for every token.
 
@@ -36,7 +37,7 @@ class Export:
         RunError: a file is missing, damaged or refused.
     """
 
-    def __init__(self, chain: ExportedChain) -> None:
+    def __init__(self, chain: ExportedChain | LanguageModel) -> None:
         self._chain = chain
 
     @property
@@ -46,7 +47,7 @@ class Export:
     @property
     def task(self) -> Task:
         """`images`, `classes`, `text` (filled gaps) or `continuation` (text from its beginning)."""
-        return self._chain.manifest.task
+        return "continuation" if isinstance(self._chain, LanguageModel) else self._chain.manifest.task
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -107,7 +108,7 @@ class Export:
     ) -> list[str]:
         """Texts: with the gaps of `fill` filled in, or from a beginning `prompt`, as the network is made for it."""
         chain = self._chain
-        if not isinstance(chain, Writer | Continuer):
+        if not isinstance(chain, Writer | Continuer | LanguageModel):
             raise self._other("write")
         return self._within(
             mem_budget,
@@ -136,7 +137,7 @@ class Export:
 
 
 def open_export(directory: Path | str, *, threads: int | None = None, provider: str = "cpu") -> Export:
-    """An exported directory, ready to run, of either kind. It imports no torch.
+    """An exported directory, ready to run, of any kind. It imports no torch.
 
     Args:
         threads: of onnxruntime inside one operator; None: as many as it chooses.
@@ -148,4 +149,7 @@ def open_export(directory: Path | str, *, threads: int | None = None, provider: 
 
     For example: `edgeblocks.open_export("photos-onnx").sample(16, guidance=2)`.
     """
-    return Export(open_chain(directory, hardware=Hardware(threads=threads, provider=provider)))
+    hardware = Hardware(threads=threads, provider=provider)
+    if is_language_model(Path(directory)):
+        return Export(LanguageModel(Path(directory), hardware=hardware))
+    return Export(open_chain(directory, hardware=hardware))

@@ -276,8 +276,12 @@ class LanguageModel:
         return self._session
 
 
-def _read(folder: Path) -> LanguageManifest:
-    """The manifest, after a look that the files are those that it names."""
+def read_language_manifest(folder: Path) -> LanguageManifest:
+    """The manifest of an exported language model; its files are not looked at.
+
+    Raises:
+        RunError: it is damaged.
+    """
     path = folder / FILE_NAME
     try:
         manifest = LanguageManifest.model_validate(read_object(path, finite=False))
@@ -290,6 +294,13 @@ def _read(folder: Path) -> LanguageManifest:
     names = [file.name for file in manifest.files]
     if len(set(names)) < len(names) or not {GRAPH, TOKENIZER} <= set(names):
         raise RunError(f"{path} is damaged: it does not list {GRAPH} and {TOKENIZER} once each; {_AGAIN}")
+    return manifest
+
+
+def _read(folder: Path) -> LanguageManifest:
+    """The manifest, after a look that the files are those that it names."""
+    manifest = read_language_manifest(folder)
+    names = [file.name for file in manifest.files]
     for file in manifest.files:
         try:
             is_same = (folder / file.name).stat().st_size == file.bytes and sha256_of(folder / file.name) == file.sha256

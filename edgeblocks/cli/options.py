@@ -59,7 +59,9 @@ PlanTarget = Annotated[
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output, nothing else.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a file that is there already.")]
+Overwrite = Annotated[
+    bool, typer.Option("--force", "--overwrite", help="Replace what is there already; --overwrite says the same.")
+]
 RunArgument = Annotated[Path, typer.Argument(help="A run directory.", show_default=False)]
 Number = Annotated[int | None, typer.Option("--n", help="How many images or texts.", show_default="64 images, 4 texts")]
 SampleSteps = Annotated[

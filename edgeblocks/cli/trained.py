@@ -143,6 +143,7 @@ def export(
         ),
     ] = None,
     mem_budget: WritingBudget = None,
+    overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
     """Write a trained run as ONNX graphs, one a block or one for all, and verify them against torch.
@@ -160,6 +161,7 @@ def export(
             single_file=single_file,
             weights=weights,
             most_loss=most_loss,
+            overwrite=overwrite,
             mem_budget=mem_budget,
             listener=listener,
         )

@@ -51,7 +51,7 @@ def check_new(out: Path, *, overwrite: bool) -> None:
     except OSError as error:
         raise ConfigError(f"-o {out}: {error.strerror}; choose another name") from error
     if taken and not overwrite:
-        raise ConfigError(f"-o {out} is there already; add --overwrite to replace it, or choose another name")
+        raise ConfigError(f"-o {out} is there already; add --force to replace it, or choose another name")
 
 
 def create(path: Path, *, buffering: int = -1) -> BinaryIO:

@@ -51,7 +51,7 @@ def test_a_run_that_is_read_is_not_written(run, exported, tmp_path):
 
 
 def test_a_file_of_the_user_is_replaced_only_when_asked(run, exported, tmp_path, monkeypatch):
-    """By `sample`, `run`, `weights` and `report`; also under the name that nobody gave."""
+    """By `sample`, `run`, `weights` and `report`; also under the name that nobody gave. --overwrite, its former name, does it, too."""
     monkeypatch.chdir(tmp_path)
     commands = {
         "grid.png": ("sample", run, "--n", "1", "--steps", "2"),
@@ -61,9 +61,9 @@ def test_a_file_of_the_user_is_replaced_only_when_asked(run, exported, tmp_path,
     }
     for name, command in commands.items():
         Path(name).write_text("mine")
-        assert_refused(invoke(*command), 2, f"-o {name} is there already; add --overwrite to replace it, or choose")
+        assert_refused(invoke(*command), 2, f"-o {name} is there already; add --force to replace it, or choose")
         assert Path(name).read_text() == "mine"
-        assert invoke(*command, "--overwrite").exit_code == 0
+        assert invoke(*command, "--overwrite" if name == "page.html" else "--force").exit_code == 0
         assert Path(name).read_bytes() != b"mine"
 
 

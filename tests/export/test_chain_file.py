@@ -175,7 +175,7 @@ def test_a_folder_of_one_file_holds_what_it_needs(chains, kind):
 def test_large_chains_keep_their_weights_beside_the_graph(runs, chains, tmp_path):
     """Equality of bits with weights in a file of their own, which is checked; it takes the place of a former export."""
     out = Path(shutil.copytree(chains["plain dit"], tmp_path / "out"))
-    export_run(runs["plain dit"].directory, out, Silent(), single_file=True, external_above_bytes=1)
+    export_run(runs["plain dit"].directory, out, Silent(), single_file=True, overwrite=True, external_above_bytes=1)
     assert {path.name for path in out.iterdir()} == {"chain.onnx", "chain.onnx.data", "manifest.json", "USE.md"}
     onnx.checker.check_model(out / "chain.onnx", full_check=True)
     inline = Sampler(chains["plain dit"]).sample_model_space(3, steps=5)

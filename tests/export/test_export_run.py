@@ -6,6 +6,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from support.commands import assert_refused, invoke
 from support.random_run import make_run, torch_runner, unlabelled_images
 from torch import nn
 
@@ -251,7 +252,7 @@ def test_a_failed_export_keeps_the_former_one(runs, exports, tmp_path):
             flip_byte(tmp_path / ".out.edgeblocks-new" / "block_001.onnx")
 
     with pytest.raises(RunError, match="block 1 is damaged"):
-        export_run(runs["unconditional"].directory, out, Notes(damage))
+        export_run(runs["unconditional"].directory, out, Notes(damage), overwrite=True)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert Sampler(out).sample(1, steps=2).shape == (1, 6, 4, 3)
 
@@ -282,8 +283,19 @@ def test_nothing_but_an_export_is_replaced(runs, exports, tmp_path):
     ):
         before = sorted(out.rglob("*")) if out.is_dir() else out.read_text()
         with pytest.raises(ConfigError, match=words):
-            export_run(directory, out, Notes())
+            export_run(directory, out, Notes(), overwrite=True)
         assert before == (sorted(out.rglob("*")) if out.is_dir() else out.read_text())
+
+
+def test_an_export_is_replaced_only_when_asked(runs, exports, tmp_path):
+    """By the command, with --force, or --overwrite as before; without, nothing is touched and no time is spent."""
+    out = shutil.copytree(exports["conditional"][0], tmp_path / "out")
+    command = ("export", runs["unconditional"].directory.path, "-o", out)
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    assert_refused(invoke(*command), 2, f"-o {out} holds an export already; add --force to replace it, or choose")
+    assert before == {path.name: path.read_bytes() for path in out.iterdir()}
+    assert invoke(*command, "--force").exit_code == 0
+    assert len(read_manifest(out).files) == 2
 
 
 def test_an_unfinished_run_is_exported_with_a_note(tmp_path):

@@ -2,10 +2,12 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 from support.commands import assert_refused, invoke
+from support.outside import measured_script
 from support.small_model import transformers, write_conversations, write_model
 
 import edgeblocks
@@ -76,6 +78,38 @@ def test_the_command_line(exported, tmp_path):
     assert_refused(invoke("run", out, "-o", tmp_path / "a.png"), 2, "writes text")
 
 
+_OPENED = """
+import json, sys
+import edgeblocks
+export = edgeblocks.open_export(sys.argv[1], threads=1)
+print(json.dumps(export.write(2, prompt="the sea", length=20, seed=3, mem_budget="4GB")))
+assert not {"torch", "transformers", "onnxruntime_genai"} & set(sys.modules)
+"""
+
+
+def test_programs_open_it_as_they_do_other_exports(exported, tmp_path):
+    """The texts of `run`, without torch; what it does not make is refused with what it does."""
+    out = exported[0]
+    told = measured_script(_OPENED, out, cwd=tmp_path)
+    assert told["code"] == 0, told["err"]
+    asked = ["--prompt", "the sea", "--n", "2", "--length", "20", "--seed", "3", "--threads", "1", "--json"]
+    assert json.loads(told["out"]) == json.loads(invoke("run", out, *asked).stdout)
+    export = edgeblocks.open_export(str(out))
+    assert (export.path, export.task, export.class_names) == (out, "continuation", ())
+    with pytest.raises(ConfigError, match="makes text: use write in place of sample"):
+        export.sample(1)
+
+
+def test_a_former_one_is_replaced_when_asked(tuned, exported, tmp_path):
+    """With --force; files beside it are not lost."""
+    out = Path(shutil.copytree(exported[0], tmp_path / "out"))
+    (out / "mine.txt").write_text("x")
+    assert_refused(invoke("export", tuned.path, "-o", out, "--force"), 2, "files that are not of the export there")
+    (out / "mine.txt").unlink()
+    assert tuned.export(out, weights="int4", overwrite=True)["weights"] == "int4"
+    assert LanguageModel(out).manifest.weights == "int4"
+
+
 def test_a_folder_from_elsewhere_is_checked(exported, tmp_path):
     """Every file, what the graph refers to, and what the manifest says of it."""
 
@@ -118,7 +152,7 @@ def test_a_folder_from_elsewhere_is_checked(exported, tmp_path):
 
 
 def test_what_cannot_be_exported_is_said(tuned, exported, tmp_path, monkeypatch):
-    assert_refused(invoke("export", tuned.path, "-o", exported[0]), 2, "something already")
+    assert_refused(invoke("export", tuned.path, "-o", exported[0]), 2, "holds an export already; add --force to replace")
     assert_refused(invoke("export", tuned.path, "-o", tmp_path / "x", "--weights", "int2"), 2, "int8, int4 or fp32")
     with pytest.raises(DoesNotFitError, match="holds the whole model"):
         tuned.export(tmp_path / "x", mem_budget="100MB")
