@@ -112,6 +112,22 @@ PROCESSOR = Hardware()
 """As onnxruntime uses it unless it is told otherwise."""
 
 
+class Kept:
+    """What a graph gave, in onnxruntime's memory: it goes into the next run without a copy."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    @property
+    def dtype(self) -> np.dtype[Any] | None:
+        """None of what no chain has."""
+        return np.dtype(np.float32) if self.value.data_type() == "tensor(float)" else None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.value.shape())
+
+
 class Session:
     """A graph in memory, ready to run."""
 
@@ -145,8 +161,11 @@ class Session:
         """Of what `run` gives, in its order."""
         return [output.name for output in self._session.get_outputs()]
 
-    def run(self, feed: Mapping[str, NDArray[np.generic]]) -> list[Any]:
+    def run(self, feed: Mapping[str, NDArray[np.generic] | Kept], *, keep: str | None = None) -> list[Any]:
         """The outputs.
+
+        Args:
+            keep: the output that is `Kept`.
 
         Raises:
             Exception: as `__init__`.
@@ -158,8 +177,16 @@ class Session:
         def stop() -> None:
             options.terminate = True
 
-        found: list[Any] = _stoppable(lambda: self._session.run(None, feed, options), stop)
-        return found
+        if keep is None:
+            found: list[Any] = _stoppable(lambda: self._session.run(None, feed, options), stop)
+            return found
+        made = self._library.OrtValue.ortvalue_from_numpy
+        given = {
+            name: one.value if isinstance(one, Kept) else made(np.ascontiguousarray(one)) for name, one in feed.items()
+        }
+        names = self.output_names
+        values = _stoppable(lambda: self._session.run_with_ort_values(names, given, options), stop)
+        return [Kept(one) if name == keep else one.numpy() for name, one in zip(names, values, strict=True)]
 
 
 def session_options(threads: int | None = None) -> Any:

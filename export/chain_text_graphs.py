@@ -10,7 +10,7 @@ from edgeblocks.diffusion.autoregression import LEAST_READ_SIGMA
 from edgeblocks.diffusion.codebook import code_rows
 from edgeblocks.export.chain_graphs import Signature, bounded, for_each, integrate, named, value
 from edgeblocks.export.graph_builder import DOUBLE, FLOAT, INT, Body, Nodes
-from edgeblocks.export.linked_blocks import LinkedBlocks
+from edgeblocks.export.linked_blocks import Inputs, LinkedBlocks, Rows
 from edgeblocks.export.manifest_types import ContinuationManifest, TextManifest
 
 
@@ -78,7 +78,7 @@ def continuation(nodes: Nodes, blocks: LinkedBlocks, manifest: ContinuationManif
         value("temperature", DOUBLE),
         value("top_p", DOUBLE),
     ]
-    zero, one = nodes.constant(0, "int64"), nodes.constant(1, "int64")
+    zero = nodes.constant(0, "int64")
     first, end = nodes.whole(0), nodes.whole(2**62)
     codes = nodes.constant(code_rows(vocabulary, width), "float32")
     new, batch = nodes.length("tokens", 1), nodes.length("tokens", 0)
@@ -96,27 +96,16 @@ def continuation(nodes: Nodes, blocks: LinkedBlocks, manifest: ContinuationManif
     def denoise(inner: Nodes, number: str, sigma: str, state: Sequence[str]) -> Sequence[str]:
         z, total, fresh = state
         owner = inner.item(owners, number)
-        least, most = (inner("Reshape", inner.item(some, number), inner.whole(1)) for some in (starts, ends))
-        own = inner.part(fresh, least, most, axis=0)  # keys and values of this run
+        own = Rows(value="past", first=inner.item(starts, number), end=inner.item(ends, number))
         noise = inner("Mul", inner.part("noise", first, known, axis=1), inner.cast(sigma, FLOAT))
         states = inner("Add", known_codes, noise)
         states = inner("Concat", states, inner("Unsqueeze", z, inner.whole(1)), axis=1)
-        tokens, kept, past = "tokens", None, ""
-        if caches.per == "block":
-            # Its other levels write the same entries of known positions, which therefore run at the first one only.
-            before = inner.item(owners, inner("Max", inner("Sub", number, one), zero))
-            again = inner("And", inner("Equal", owner, before), inner("Greater", number, zero))
-            skipped = inner("Mul", inner.cast(again, INT), known)
-            kept = inner.part(own, first, skipped, axis=3)
-            past = _with_kept(inner, kept, least, most)
-            states, tokens = (inner.part(some, skipped, end, axis=1) for some in (states, tokens))
-        else:
-            past = inner.part("past", least, most, axis=0)
-        given = {"z": states, "sigma": inner("Expand", inner.cast(sigma, FLOAT), batch), "tokens": tokens, "past": past}
+        sigmas = inner("Expand", inner.cast(sigma, FLOAT), batch)
+        given: Inputs = {"z": states, "sigma": sigmas, "tokens": "tokens", "past": own}
         logits, present = blocks.call(inner, owner, given, [FLOAT, FLOAT])
         probabilities = inner("Softmax", inner.item(logits, inner.constant(-1, "int64"), axis=1), axis=-1)
-        if kept is not None:
-            present = inner("Concat", kept, present, axis=3)
+        # Where levels share the caches of their block they write the same keys and values of known positions.
+        least, most = (inner("Reshape", one, inner.whole(1)) for one in (own.first, own.end))
         rest = inner.part(fresh, first, least, axis=0), inner.part(fresh, most, end, axis=0)
         fresh = inner("Concat", rest[0], present, rest[1], axis=0)
         # Levels near the top are read, see `autoregression.read_levels`.
@@ -149,18 +138,6 @@ def _cache_rows(nodes: Nodes, blocks: LinkedBlocks, manifest: ContinuationManife
     else:
         ends = nodes("CumSum", sizes, nodes.constant(0, "int64"))
     return owners, nodes("Sub", ends, sizes), ends
-
-
-def _with_kept(nodes: Nodes, kept: str, least: str, most: str) -> str:
-    """A block's caches of the runs before and of this one; where it has none yet, they are not copied once more."""
-    some = nodes("Greater", nodes.single(nodes.length(kept, 3)), nodes.constant(0, "int64"))
-    (past,) = nodes.branch(
-        some,
-        lambda inner: [inner("Concat", inner.part("past", least, most, axis=0), kept, axis=3)],
-        lambda inner: [inner.part("past", least, most, axis=0)],
-        [FLOAT],
-    )
-    return past
 
 
 def _num_read(nodes: Nodes) -> str:

@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 
 from edgeblocks.diffusion.autoregression import PROMPT_SEGMENT, TokenChain
 from edgeblocks.diffusion.token_choice import Probabilities, Tokens, Values
+from edgeblocks.onnx_runtime import Kept
 
 Needed = Sequence[tuple[type[np.generic], tuple[int, ...]]]
 
@@ -15,7 +16,7 @@ Needed = Sequence[tuple[type[np.generic], tuple[int, ...]]]
 class Graph(Protocol):
     """Runs the graph; see `ExportedChain.run_chain`."""
 
-    def __call__(self, feed: dict[str, NDArray[np.generic]], needed: Needed, /) -> list[Any]: ...
+    def __call__(self, feed: dict[str, NDArray[np.generic] | Kept], needed: Needed, /, *, keep: str) -> list[Any]: ...
 
 
 class ChainWindow:
@@ -29,7 +30,10 @@ class ChainWindow:
         """
         self._graph, self._chain, self._noise = graph, chain, noise
         self._inputs = np.full((len(noise), chain.length + 1), len(chain.codes), dtype=np.int64)
-        self._past = np.zeros((self._num_caches, len(noise), chain.heads, 0, chain.head_width), dtype=np.float32)
+        # Keys and values stay in onnxruntime: two copies of all of them a token would take longer than small blocks.
+        self._past: Values | Kept = np.zeros(
+            (self._num_caches, len(noise), chain.heads, 0, chain.head_width), dtype=np.float32
+        )
 
     @property
     def tokens(self) -> Tokens:
@@ -56,7 +60,7 @@ class ChainWindow:
         self, start: int, stop: int, levels: Sequence[float], uniform: Probabilities, temperature: float, top_p: float
     ) -> tuple[Tokens, Probabilities]:
         num_caches, batch, heads, _, head_width = self._past.shape
-        feed: dict[str, NDArray[np.generic]] = {
+        feed: dict[str, NDArray[np.generic] | Kept] = {
             "tokens": self._inputs[:, start:stop],
             "noise": self._noise[:, start:stop],
             "past": self._past,
@@ -70,7 +74,7 @@ class ChainWindow:
             (np.float64, (batch, len(self._chain.codes))),
             (np.float32, (num_caches, batch, heads, stop - self._restated, head_width)),
         ]
-        token, probabilities, self._past = self._graph(feed, shapes)
+        token, probabilities, self._past = self._graph(feed, shapes, keep="present")
         return token, probabilities
 
     @property

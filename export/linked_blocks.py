@@ -22,11 +22,35 @@ class StoredTensor:
     num_bytes: int
 
 
+@dataclass(frozen=True, kw_only=True)
+class Rows:
+    """Some rows of a value, of its first axis: those from `first` on, a single whole number, and before `end`.
+
+    A block that takes single ones of them takes them from the value itself, so that nothing is copied.
+    """
+
+    value: str
+    first: str
+    end: str
+
+
+Inputs = Mapping[str, str | Rows]
+"""Values by the names of the blocks' inputs."""
+
+
 class LinkedBlocks:
     """The blocks of a folder, to be called in a graph that is made of them."""
 
-    def __init__(self, folder: Path, files: Sequence[BlockFile], boundaries: Sequence[float]) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        files: Sequence[BlockFile],
+        boundaries: Sequence[float],
+        *,
+        decoder: BlockFile | None = None,
+    ) -> None:
         self._folder, self._files, self._boundaries = folder, files, boundaries
+        self._decoder = decoder
         self.weights: list[StoredTensor] = []
         """Of all blocks that were called."""
 
@@ -38,20 +62,19 @@ class LinkedBlocks:
         below = nodes("Less", nodes("Unsqueeze", sigma, nodes.whole(-1)), inner)
         return nodes("ReduceSum", nodes.cast(below, INT), nodes.whole(-1), keepdims=0)
 
-    def call(self, nodes: Nodes, owner: str, inputs: Mapping[str, str], types: Sequence[int]) -> list[str]:
+    def call(self, nodes: Nodes, owner: str, inputs: Inputs, types: Sequence[int]) -> list[str]:
         """What the block gives whose number is `owner`; no other one runs.
 
         Args:
-            inputs: values by the names of the blocks' inputs.
             types: of the outputs.
         """
         return self._choose(nodes, owner, inputs, types, 0, len(self._files))
 
     def _choose(
-        self, nodes: Nodes, owner: str, inputs: Mapping[str, str], types: Sequence[int], first: int, end: int
+        self, nodes: Nodes, owner: str, inputs: Inputs, types: Sequence[int], first: int, end: int
     ) -> list[str]:
         if end - first == 1:
-            return self._block(nodes, first, inputs)
+            return self._graph(nodes, self._files[first], f"block_{first:03d}.", inputs)
         # In halves: branches inside each other are few, however many blocks there are.
         middle = (first + end) // 2
         return nodes.branch(
@@ -61,11 +84,20 @@ class LinkedBlocks:
             types,
         )
 
-    def _block(self, nodes: Nodes, block: int, inputs: Mapping[str, str]) -> list[str]:
-        path = self._folder / self._files[block].file
+    def decode(self, nodes: Nodes, latents: str) -> str:
+        """Pictures of latents, by the decoder."""
+        assert self._decoder is not None
+        (pictures,) = self._graph(nodes, self._decoder, "decoder.", {"latents": latents})
+        return pictures
+
+    def _graph(self, nodes: Nodes, file: BlockFile, prefix: str, inputs: Inputs) -> list[str]:
+        path = self._folder / file.file
         graph = onnx.load(path, load_external_data=False).graph
-        names = dict(inputs)
-        graph = add_prefix_graph(graph, f"block_{block:03d}.", rename_inputs=False, inplace=True, name_map=names)
+        names = {name: given if isinstance(given, str) else given.value for name, given in inputs.items()}
+        graph = add_prefix_graph(graph, prefix, rename_inputs=False, inplace=True, name_map=names)
+        for given in inputs.values():
+            if isinstance(given, Rows):
+                _take_rows_(nodes, graph, given)
         for tensor in graph.initializer:
             if tensor.data_location == TensorProto.EXTERNAL:
                 self.weights.append(_stored(tensor, path.parent))
@@ -82,3 +114,19 @@ def _stored(tensor: TensorProto, folder: Path) -> StoredTensor:
     return StoredTensor(
         tensor=bare, path=folder / place["location"], offset=int(place["offset"]), num_bytes=int(place["length"])
     )
+
+
+def _take_rows_(nodes: Nodes, graph: onnx.GraphProto, rows: Rows) -> None:
+    """Have a graph that reads `rows.value` read those rows."""
+    part = ""
+    for node in graph.node:
+        for place, name in enumerate(node.input):
+            if name != rows.value:
+                continue
+            settings = {attribute.name: onnx.helper.get_attribute_value(attribute) for attribute in node.attribute}
+            if node.op_type == "Gather" and place == 0 and settings.get("axis", 0) == 0:
+                node.input[1] = nodes("Add", node.input[1], rows.first)
+            elif node.op_type != "Shape" or settings.get("start", 0) < 1:
+                first, end = (nodes("Reshape", one, nodes.whole(1)) for one in (rows.first, rows.end))
+                part = part or nodes.part(rows.value, first, end, axis=0)
+                node.input[place] = part

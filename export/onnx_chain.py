@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from edgeblocks.errors import ConfigError, DoesNotFitError, OutOfBudgetError, RunError
 from edgeblocks.export.manifest import checked_path, read_manifest
 from edgeblocks.export.manifest_types import GraphFile, ImageManifest, Manifest
-from edgeblocks.onnx_runtime import CODE_BYTES, PROCESSOR, Hardware, Session, onnxruntime, prepare
+from edgeblocks.onnx_runtime import CODE_BYTES, PROCESSOR, Hardware, Kept, Session, onnxruntime, prepare
 from edgeblocks.registry import build_target
 from edgeblocks.units import advised_budget, format_bytes, parse_size
 
@@ -184,12 +184,17 @@ class ExportedChain:
         return self._run(file, feed, needed)
 
     def run_chain(
-        self, feed: Mapping[str, Given], needed: Sequence[tuple[type[np.generic], tuple[int, ...]]]
+        self,
+        feed: Mapping[str, Given | Kept],
+        needed: Sequence[tuple[type[np.generic], tuple[int, ...]]],
+        *,
+        keep: str | None = None,
     ) -> list[Any]:
         """The outputs of the graph of the whole chain; it stays loaded.
 
         Args:
             needed: the type and the shape that each output must have.
+            keep: an output that stays in onnxruntime's memory. Its numbers are not looked at.
 
         Raises:
             RunError, MemoryError: as `run_graph`.
@@ -198,13 +203,18 @@ class ExportedChain:
         assert file is not None
         if file.file not in self._sessions:
             self._sessions[file.file] = self._loaded(file)
-        return self._run(file, feed, [(np.dtype(kind), shape) for kind, shape in needed])
+        return self._run(file, feed, [(np.dtype(kind), shape) for kind, shape in needed], keep=keep)
 
     def _run(
-        self, file: GraphFile, feed: Mapping[str, Given], needed: Sequence[tuple[np.dtype[Any], tuple[int, ...]]]
+        self,
+        file: GraphFile,
+        feed: Mapping[str, Given | Kept],
+        needed: Sequence[tuple[np.dtype[Any], tuple[int, ...]]],
+        *,
+        keep: str | None = None,
     ) -> list[Any]:
         try:
-            found = self._sessions[file.file].run(feed)
+            found = self._sessions[file.file].run(feed, keep=keep)
         except Exception as error:  # onnxruntime's errors have no common base
             raise _explained(error, f"onnxruntime cannot run {file.title} of {self.directory}") from error
         kinds = [(getattr(values, "dtype", None), getattr(values, "shape", None)) for values in found]
@@ -214,7 +224,7 @@ class ExportedChain:
                 f"{file.title} of {self.directory} is of another network than its manifest describes: it gives "
                 f"{given}, and {wanted} is needed; export the run again"
             )
-        for values in found:
+        for values in (values for values in found if not isinstance(values, Kept)):
             if values.dtype.kind == "f" and values.size and not np.isfinite([values.min(), values.max()]).all():
                 raise RunError(
                     f"{file.title} of {self.directory} gives values that are not finite numbers (NaN or infinite): "

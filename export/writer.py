@@ -125,7 +125,7 @@ class Writer(ExportedChain):
         }
         for part in parts(n, min(together, max(1, _RANDOM_BYTES // (16 * length * len(steps))))):
             samples = range(n)[part]
-            own = {
+            own: dict[str, NDArray[np.generic]] = {
                 "tokens": tokens[part],
                 "uniform": random_numbers(samples, steps=len(steps), length=length, seed=seed),
             }

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from edgeblocks.families.layers import AdaLnZeroLayer, Condition, Hidden, PreNormLayer, RotaryAttention, modulated_norm
 
-Past = Float[Tensor, "2 sequences heads past head_width"]
+Past = tuple[Float[Tensor, "sequences heads past head_width"], Float[Tensor, "sequences heads past head_width"]]
 """The KV cache: keys, already rotated by their positions, and values; of two streams those of the clean one."""
 Present = tuple[Float[Tensor, "sequences heads tokens head_width"], Float[Tensor, "sequences heads tokens head_width"]]
 """Keys and values of the current tokens, which a caller appends to the KV cache."""
@@ -67,8 +67,8 @@ class CausalAttention(RotaryAttention):
         know beforehand."""
         if past is None:
             return self.rotary[:, : x.shape[1]]
-        # past is [2, B, heads, T, d]: its length is the position at which these tokens begin.
-        return self.rotary[:, past.shape[3] + torch.arange(x.shape[1], device=x.device)]
+        # Keys are [B, heads, T, d]: their length is the position at which these tokens begin.
+        return self.rotary[:, past[0].shape[2] + torch.arange(x.shape[1], device=x.device)]
 
 
 class TwoStreamAttention(CausalAttention):
@@ -178,8 +178,8 @@ def halves(x: Float[Tensor, "both ..."]) -> tuple[Float[Tensor, "one ..."], Floa
 def _with_past(keys: Tensor, values: Tensor, past: Past | None) -> tuple[Tensor, Tensor]:
     if past is None:
         return keys, values
-    past = past.to(keys.dtype)
-    return torch.cat([past[0], keys], dim=2), torch.cat([past[1], values], dim=2)
+    past_keys, past_values = (kept.to(keys.dtype) for kept in past)
+    return torch.cat([past_keys, keys], dim=2), torch.cat([past_values, values], dim=2)
 
 
 def _causal(queries: Tensor, keys: Tensor, values: Tensor, past: Past | None) -> Tensor:

@@ -145,6 +145,6 @@ class TokenDenoiserBlock(TextBlock, ABC):
             layer = self.layers[number]
             assert isinstance(layer, CausalLayer | PlainCausalLayer)
             first = len(present)  # not 2 * number: a layer that is run again has keys and values of each time
-            x, kept = layer.cached(x, condition, None if past is None else past[first : first + 2])
+            x, kept = layer.cached(x, condition, None if past is None else (past[first], past[first + 1]))
             present += kept
         return x
