@@ -370,8 +370,9 @@ class Run:
                 block, of which one at a time is in memory.
             weights: as what matrices are written: int8, int4 or fp32. The default is fp32, and int8 of a fine-tuned
                 model of text.
-            most_loss: a percentage, such as "0.5%", by which int8 or int4 may raise the loss on hold-out data; None:
-                0.5% of int8, any of int4. Not of a fine-tuned model, whose loss is told.
+            most_loss: a percentage, such as "0.5%", by which int8 or int4 may raise the loss on hold-out data, or lower
+                the probability that a classifier gives the right class, beyond what is noise; None: 0.5% of int8, any
+                of int4. Not of a fine-tuned model, whose loss is told.
             overwrite: replace an export that is there; anything else is never replaced.
             mem_budget: what it may take of memory; None does not bound it. What it takes is told before it begins.
 

@@ -56,15 +56,17 @@ def write_chain(folder: Path, manifest: Manifest, *, external_above_bytes: int) 
 
 def _linked(folder: Path, manifest: Manifest) -> tuple[onnx.ModelProto, list[StoredTensor]]:
     """The chain without its weights, and these."""
-    blocks = LinkedBlocks(folder, manifest.files, manifest.boundaries)
+    decoder = manifest.decoding.graph if isinstance(manifest, ImageManifest) and manifest.decoding else None
+    blocks = LinkedBlocks(folder, manifest.files, manifest.boundaries, decoder=decoder)
     nodes = Nodes()
     inputs, outputs = _signature(nodes, blocks, manifest)
     graph = helper.make_graph(nodes.nodes, "chain", inputs, outputs, value_info=nodes.shapes)
     used = set(_values_read(graph))
     graph.initializer.extend(constant for constant in nodes.constants if constant.name in used)
     first = onnx.load(folder / manifest.files[0].file, load_external_data=False)
-    opset = helper.make_opsetid("", manifest.opset)
-    model = helper.make_model(graph, opset_imports=[opset], ir_version=first.ir_version, producer_name="edgeblocks")
+    model = helper.make_model(
+        graph, opset_imports=first.opset_import, ir_version=first.ir_version, producer_name="edgeblocks"
+    )
     return model, blocks.weights
 
 

@@ -29,7 +29,10 @@ def named(nodes: Nodes, output: str, name: str) -> None:
 
 
 def images(nodes: Nodes, blocks: LinkedBlocks, manifest: ImageManifest) -> Signature:
-    """noise, levels, heun (else Euler), and where there are classes labels and guidance -> images and their pixels."""
+    """noise, levels, heun (else Euler), and where there are classes labels and guidance -> images and their pixels.
+
+    Of latents the pixels are those of the pictures that the decoder makes of them.
+    """
     channels, height, width = manifest.image_shape
     conditional = manifest.num_classes > 0
     inputs = [
@@ -57,10 +60,14 @@ def images(nodes: Nodes, blocks: LinkedBlocks, manifest: ImageManifest) -> Signa
 
     (z,) = integrate(nodes, denoise, ["noise"], [FLOAT], heun="heun")
     named(nodes, z, "images")
-    named(nodes, _pixels(nodes, z, manifest), "pixels")
+    shown = _shown(nodes, z, manifest)
+    named(
+        nodes, _pixels(nodes, shown) if manifest.decoding is None else _decoded(nodes, blocks, shown, batch), "pixels"
+    )
+    picture = manifest.picture
     return inputs, [
         value("images", FLOAT, "batch", channels, height, width),
-        value("pixels", BYTE, "batch", height, width, channels),
+        value("pixels", BYTE, "batch", picture.height, picture.width, picture.channels),
     ]
 
 
@@ -180,10 +187,24 @@ def _to_model(nodes: Nodes, manifest: ImageManifest) -> str:
     return nodes("Sub", images, nodes.constant(manifest.mean * manifest.scale, "float32"))
 
 
-def _pixels(nodes: Nodes, images: str, manifest: ImageManifest) -> str:
-    """`pictures.to_uint8`."""
+def _shown(nodes: Nodes, images: str, manifest: ImageManifest) -> str:
+    """Out of model space: pictures of 0 to 1, or latents."""
     shares = nodes("Div", images, nodes.constant(manifest.scale, "float32"))
-    shares = nodes("Add", shares, nodes.constant(manifest.mean, "float32"))
+    return nodes("Add", shares, nodes.constant(manifest.mean, "float32"))
+
+
+def _decoded(nodes: Nodes, blocks: LinkedBlocks, latents: str, batch: str) -> str:
+    """Pixels of latents, one picture after the other: a decoder needs far more memory than a chain."""
+
+    def picture(inner: Nodes, number: str) -> str:
+        alone = inner("Unsqueeze", inner.item(latents, number), inner.whole(0))
+        return inner("Squeeze", _pixels(inner, blocks.decode(inner, alone)), inner.whole(0))
+
+    return nodes.each(bounded(nodes, nodes.single(batch)), BYTE, picture)
+
+
+def _pixels(nodes: Nodes, shares: str) -> str:
+    """`pictures.to_uint8`, of pictures of 0 to 1."""
     shares = nodes("Clip", shares, nodes.constant(0, "float32"), nodes.constant(1, "float32"))
     levels = nodes("Round", nodes("Mul", shares, nodes.constant(255, "float32")))
     return nodes("Transpose", nodes.cast(levels, BYTE), perm=[0, 2, 3, 1])

@@ -97,7 +97,8 @@ def export_run(
         out: a new or empty directory, or with `overwrite` a former export, which is replaced at the end.
         single_file: one graph for the whole chain, with its loop over the noise levels; else one a block.
         weights: int8 or int4: matrices are rounded after the verification; None or fp32: as they are.
-        most_loss: a percentage by which rounding may raise the loss on hold-out data; None: 0.5% of int8, any of int4.
+        most_loss: a percentage by which rounding may worsen the figure that is judged (`Rounding.judged`) on hold-out
+            data; None: 0.5% of int8, any of int4.
         mem_budget: what it may take of memory; None does not bound it.
         external_above_bytes: graphs with more bytes of weights keep them in a file of their own beside the graph.
 
@@ -114,12 +115,7 @@ def export_run(
             f"{run.path} is a fine-tuned model of transformers, which is not exported here yet; make a folder of it "
             f"that other programs export: {command('merge', run.path, '-o', 'DIR')}"
         )
-    if single_file and autoencoder_of(run) is not None:
-        raise ConfigError(
-            f"--single-file: {run.path} makes latents, and the autoencoder's decoder is a graph of its own behind the "
-            f"chain; leave --single-file out"
-        )
-    rounding = _rounding_of(weights, most_loss, single_file=single_file)
+    rounding = _rounding_of(weights, most_loss)
     out = out.resolve()
     check_destination(out, overwrite=overwrite)
     _check_memory(run, listener, mem_budget, single_file=single_file, rounded=rounding is not None)
@@ -135,10 +131,11 @@ def export_run(
     runner = BlockRunner(run.family(), run.layers, run.partition, ema, micro_batch=micro_batch)
     with staged(out) as folder:
         # A chain is made of blocks whose weights are in files of their own.
-        files = _write_blocks(run, runner, folder, listener, 0 if single_file else external_above_bytes)
+        block_above_bytes = 0 if single_file else external_above_bytes
+        files = _write_blocks(run, runner, folder, listener, block_above_bytes)
         manifest = _describe(run, files, folder)
         if isinstance(manifest, ImageManifest):
-            decoding = _write_decoder(run, folder, len(files), external_above_bytes)
+            decoding = _write_decoder(run, folder, len(files), block_above_bytes)
             manifest = manifest.model_copy(update={"decoding": decoding})
         walk = open_chain(folder, manifest=manifest)
         verified = verify_export(run, runner, walk, listener)
@@ -150,8 +147,9 @@ def export_run(
                 weights=rounding,
                 most_loss=most_loss_of(most_loss, rounding),
                 micro_batch=micro_batch,
-                external_above_bytes=external_above_bytes,
+                external_above_bytes=block_above_bytes,
             )
+            walk = open_chain(folder, manifest=manifest)
         if single_file:
             manifest = _in_one_file(run, runner, walk, listener, external_above_bytes)
         # Last of all: a folder has a manifest only if its graphs give torch's numbers.
@@ -161,7 +159,7 @@ def export_run(
     return manifest.to_json()
 
 
-def _rounding_of(weights: str | None, most_loss: str | None, *, single_file: bool) -> RoundedWeights | None:
+def _rounding_of(weights: str | None, most_loss: str | None) -> RoundedWeights | None:
     """As what matrices are written; None: as they are.
 
     Raises:
@@ -174,8 +172,6 @@ def _rounding_of(weights: str | None, most_loss: str | None, *, single_file: boo
     rounded = next((known for known in USUAL_MOST_LOSS if known == weights), None)
     if rounded is None:
         raise ConfigError(f"--weights {weights}: int8, int4 or fp32 can be written")
-    if single_file:
-        raise ConfigError(f"--weights {weights}: a chain in one file has float32 weights; leave one of them out")
     most_loss_of(most_loss, rounded)
     return rounded
 
@@ -187,10 +183,12 @@ def _in_one_file(
     listener.stage("linking the blocks")
     folder, blocks = walk.directory, walk.manifest
     written = write_chain(folder, blocks, external_above_bytes=external_above_bytes)
-    changed = {"format_version": CHAIN_FORMAT_VERSION, "files": (), "chain": written}
+    changed: dict[str, object] = {"format_version": CHAIN_FORMAT_VERSION, "files": (), "chain": written}
+    if isinstance(blocks, ImageManifest) and blocks.decoding is not None:
+        changed["decoding"] = blocks.decoding.model_copy(update={"graph": None})
     linked = blocks.model_copy(update=changed)
     verified = verify_chain(run, runner, walk, open_chain(folder, manifest=linked), listener)
-    for name in (name for file in blocks.files for name in file.names):
+    for name in (name for file in blocks.graphs for name in file.names):
         (folder / name).unlink()
     return linked.model_copy(update={"chain": written.model_copy(update={"verified": verified})})
 
@@ -204,14 +202,12 @@ def export_bytes(run: RunDirectory, *, single_file: bool = False, rounded: bool 
     sizes = [4 * layout.num_parameters for layout in layouts]
     largest = sum(sizes) if run.method.one_network else max(sizes)
     copies = ROUNDED_COPIES if rounded else BLOCK_COPIES
+    autoencoder, beside = autoencoder_of(run), 0
+    if autoencoder is not None:
+        sizes.append(sum(4 * parameter.numel() for parameter in autoencoder.decoder("meta").parameters()))
+        beside = LIBRARY_BYTES + 2 * decoding_bytes(run.settings.run, run.data, NUM_OUTPUTS)  # by both libraries
     chain_bytes = int(CHAIN_COPIES * sum(sizes)) + max(sizes) if single_file else 0
-    autoencoder = autoencoder_of(run)
-    if autoencoder is None:
-        return LIBRARIES_BYTES + max(int(copies * largest), chain_bytes)
-    decoder_bytes = sum(4 * parameter.numel() for parameter in autoencoder.decoder("meta").parameters())
-    needed = max(largest, decoder_bytes)
-    decoding = decoding_bytes(run.settings.run, run.data, NUM_OUTPUTS)
-    return LIBRARIES_BYTES + LIBRARY_BYTES + int(copies * needed) + 2 * decoding  # by both libraries
+    return LIBRARIES_BYTES + beside + max(int(copies * max(largest, *sizes)), chain_bytes)
 
 
 def _check_memory(

@@ -25,11 +25,12 @@ _METHODS: dict[Task, str] = {"images": "sample", "classes": "classify", "text": 
 
 
 class Export:
-    """What `edgeblocks export` wrote: a chain, in one file or with a graph a block, or a language model. Not thread-safe.
+    """What `edgeblocks export` wrote: a chain, in one file or block by block, or a language model. Not thread-safe.
 
-    Weights are in memory while a call runs, and those of a language model from its first call on. With `mem_budget`, a size such as "500MB" or a share of the machine's
-    memory, a call is refused where it cannot fit, and the process may take no more until it is done. Blocks that write
-    token by token, and do not fit together, are then read again for every token.
+    Weights are in memory while a call runs, and those of a language model from the first one on. With `mem_budget`, a
+    size such as "500MB" or a share of the machine's memory, a call is refused where it cannot fit, and the process may
+    take no more until it is done. Blocks that write token by token, and do not fit together, are then read again for
+    every token.
 
     Raises (each method):
         ConfigError: an impossible argument, or the network makes something else.

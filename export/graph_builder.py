@@ -101,6 +101,13 @@ class Nodes:
         starts = [start for start, _ in carried]
         return self.several("Loop", times, "", *starts, num_outputs=len(carried), body=graph)
 
+    def each(self, times: str, kind: int, body: Callable[["Nodes", str], str]) -> str:
+        """What the body gives for each number of a round, below each other on a new first axis."""
+        number, going = self._name("round"), self._name("going")
+        inputs = [helper.make_tensor_value_info(number, INT, []), helper.make_tensor_value_info(going, BOOL, [])]
+        graph = self._inner("body", inputs, lambda nodes: [going, body(nodes, number)], [BOOL, kind])
+        return self("Loop", times, "", body=graph)
+
     def _inner(self, name: str, inputs: list[onnx.ValueInfoProto], body: Body, types: Sequence[int]) -> GraphProto:
         nodes = Nodes(self)
         # A value from outside cannot be an output itself, nor can an input be one.

@@ -51,12 +51,23 @@ def problem_of_block(path: Path) -> str | None:
         MalformedFileError: it is no graph.
     """
     found = _Contents()
-    problem = _read_model(path, found)
-    return problem or _foreign(found.operators - _OF_ROUNDED_WEIGHTS)
+    return _read_model(path, found) or _foreign(found.operators)
+
+
+def problem_of_language_model(path: Path) -> str | None:
+    """Why the graph of a language model is not run: operators that are not onnx's or onnxruntime's own, or a loop.
+
+    Raises:
+        OSError: it cannot be read.
+        MalformedFileError: it is no graph.
+    """
+    found = _Contents()
+    problem = _read_model(path, found) or _foreign({one for one in found.operators if one[0] != _OF_ONNXRUNTIME})
+    return problem or ("has a loop, which none of its kind has" if found.loops or found.inner_loops else None)
 
 
 def problem_of_chain(path: Path) -> str | None:
-    """Why the graph of a whole chain is not run: operators that are not onnx's own, or a loop without a bound.
+    """Why the graph of a whole chain is not run: operators as of a block, or a loop without a bound.
 
     A loop stands at the top, and how often it runs is the smaller of two numbers, one of which is a constant.
 
@@ -78,12 +89,14 @@ def problem_of_chain(path: Path) -> str | None:
 
 
 def _foreign(operators: set[tuple[str, str]]) -> str | None:
-    foreign = sorted(domain for domain, _ in operators if domain not in ("", "ai.onnx"))
+    others = operators - _OF_ROUNDED_WEIGHTS
+    foreign = sorted(domain for domain, _ in others if domain not in ("", "ai.onnx"))
     return f"has operators that are not onnx's own, of {shown(foreign[0])}" if foreign else None
 
 
-_OF_ROUNDED_WEIGHTS = {("com.microsoft", "MatMulNBits")}
-"""The only operator of onnxruntime's own that is run."""
+_OF_ONNXRUNTIME = "com.microsoft"
+_OF_ROUNDED_WEIGHTS = {(_OF_ONNXRUNTIME, "MatMulNBits")}
+"""The only operator of onnxruntime's own that is run in a chain or a block."""
 _GRAPH, _TRAINING, _FUNCTIONS = 7, 20, 25
 """Fields of ModelProto in onnx.proto. Those of the messages below are numbered in their readers."""
 _INT64 = 7

@@ -19,7 +19,7 @@ from edgeblocks.data.tokenizer import PairTokenizer, check_readable, read_tokeni
 from edgeblocks.diffusion.next_token import Drawing, write
 from edgeblocks.diffusion.token_choice import Tokens, Values, check_options
 from edgeblocks.errors import ConfigError, DoesNotFitError, OutOfBudgetError, RunError
-from edgeblocks.export.graph_file import files_named_in
+from edgeblocks.export.graph_file import files_named_in, problem_of_language_model
 from edgeblocks.export.manifest import FILE_NAME, sha256_of
 from edgeblocks.export.manifest_types import FileName
 from edgeblocks.export.onnx_chain import budget_of_a_run
@@ -310,8 +310,11 @@ def _read(folder: Path) -> LanguageManifest:
             raise RunError(f"{folder / file.name} does not match its checksum; {_AGAIN}")
     try:
         foreign = sorted(files_named_in(folder / GRAPH) - set(names))
+        problem = problem_of_language_model(folder / GRAPH)
     except (OSError, MalformedFileError) as error:
         raise RunError(f"{folder / GRAPH} is damaged: {error}; {_AGAIN}") from error
+    if problem is not None:
+        raise RunError(f"{folder / GRAPH} is refused: it {problem}; {_AGAIN}")
     if foreign:
         raise RunError(
             f"{folder / GRAPH} is refused: it takes weights from {shown(foreign[0])}, which is not among its files in "

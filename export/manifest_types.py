@@ -28,6 +28,7 @@ from edgeblocks.diffusion.noise import (
 from edgeblocks.diffusion.solver import Solver
 from edgeblocks.diffusion.token_choice import HIGHEST_TEMPERATURE
 from edgeblocks.errors import ConfigError
+from edgeblocks.export.manifest_figures import ChainVerified, Rounding, Verified
 from edgeblocks.files.checked import AnyText, Checked, DeepRange, ListOf, NotNegative, Positive, Sha256, Text
 from edgeblocks.files.untrusted import shown
 from edgeblocks.limits import (
@@ -106,18 +107,6 @@ class BlockFile(GraphFile):
         return f"block {self.block}"
 
 
-class ChainVerified(Checked):
-    """How far the graph of the whole chain was from torch, and from its blocks that were run one after the other.
-
-    Differences are those of final images in model space, of probabilities, or, of text by unmasking, the share of the
-    texts that are others.
-    """
-
-    torch_difference: NotNegative
-    walk_difference: NotNegative
-    limit: Positive
-
-
 class ChainFile(GraphFile):
     """The whole chain's graph. verified: None only while the directory is being written."""
 
@@ -146,50 +135,6 @@ class ContinuerSettings(Checked):
     steps: Annotated[int, Field(ge=1, le=autoregression.MOST_STEPS)] = TASKS["continuation"].steps
     temperature: Annotated[float, Field(ge=0, le=HIGHEST_TEMPERATURE)] = 1.0
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-
-
-class Verified(Checked):
-    """How far onnxruntime was from torch when the directory was written.
-
-    output_max_abs_error: of `outputs` final images in model space, or of the classes' probabilities of as many images.
-    output_equal_share: the share of pixel values that were the same after rounding, or of images with the same class.
-    real_inputs: whether the blocks also saw images of the run's data, not only random ones.
-    """
-
-    block_max_abs_error: NotNegative
-    block_limit: Positive
-    output_max_abs_error: NotNegative
-    output_limit: Positive
-    output_equal_share: NotNegative
-    outputs: Annotated[int, Field(ge=1, le=2**63)]
-    real_inputs: bool
-
-
-class Rounding(Checked):
-    """As what matrices are written, and how much worse that is than float32, which `verified` is about.
-
-    part: of the data, which the examples are of.
-    loss_fp32, loss: the family's own, per noise level, see `validation_loss`; nats of text and of classes.
-    accuracy_fp32, accuracy: the share of tokens or of images that is right; None for images that are made.
-    mean_abs_difference, relative_difference: of the blocks' outputs (denoised images in model space, or probabilities),
-        and as a share of their mean size.
-    """
-
-    weights: Literal["int8", "int4"]
-    examples: Annotated[int, Field(ge=1, le=2**63)]
-    part: Text
-    loss_fp32: NotNegative
-    loss: NotNegative
-    accuracy_fp32: NotNegative | None = None
-    accuracy: NotNegative | None = None
-    mean_abs_difference: NotNegative
-    relative_difference: NotNegative
-    bytes_fp32: Annotated[int, Field(ge=1, le=2**63)]
-
-    @property
-    def rise(self) -> float:
-        """Of the loss, as a share of that in float32."""
-        return (self.loss - self.loss_fp32) / max(self.loss_fp32, 1e-30)
 
 
 class CacheShape(Checked):
@@ -225,11 +170,11 @@ class Decoding(Checked):
     """What makes pictures of a chain's samples, where these are latents.
 
     graph: takes latents float32 [b, channels, height, width] and gives pictures of about 0 to 1; its number follows
-        those of the blocks.
+        those of the blocks. None where it is part of the graph of the whole chain.
     picture: the pictures' size.
     """
 
-    graph: BlockFile
+    graph: BlockFile | None
     picture: ImageSize
 
 
@@ -349,8 +294,9 @@ class Manifest(Checked, ABC):
         expected_files = num_blocks if self.chain is None else 0
         if len(self.files) != expected_files:
             raise ValueError(f"files lists {len(self.files)} blocks where {expected_files} belong")
-        if self.rounding is not None and self.chain is not None:
-            raise ValueError("rounding is of a chain with a graph for each block")
+        verified = None if self.chain is None else self.chain.verified
+        if verified is not None and (verified.torch_difference is None) != (self.rounding is not None):
+            raise ValueError("chain.verified.torch_difference is missing exactly where weights are rounded")
         numbers = [file.block for file in self.graphs if isinstance(file, BlockFile)]
         if numbers != list(range(len(numbers))):
             raise ValueError("the blocks of files are not listed in order")
@@ -406,7 +352,8 @@ class ImageManifest(NoiseManifest):
     @property
     def graphs(self) -> tuple[GraphFile, ...]:
         """What is in the directory beside the manifest, the blocks first."""
-        return super().graphs if self.decoding is None else (*self.files, self.decoding.graph)
+        decoder = None if self.decoding is None else self.decoding.graph
+        return super().graphs if decoder is None else (*self.files, decoder)
 
     @property
     def picture(self) -> ImageSize:
@@ -433,8 +380,10 @@ class ImageManifest(NoiseManifest):
             raise ValueError(f"num_classes={self.num_classes}: a classifier has at least two")
         if self.task == "classes" and (self.sampler.solver, self.sampler.guidance) != ("euler", 1.0):
             raise ValueError("sampler must be euler without guidance for a classifier")
-        if self.decoding is not None and (self.task == "classes" or self.chain is not None):
-            raise ValueError("decoding is of a chain of blocks that makes images")
+        if self.decoding is not None and self.task == "classes":
+            raise ValueError("decoding is of a chain that makes images")
+        if self.decoding is not None and (self.decoding.graph is None) != (self.chain is not None):
+            raise ValueError("decoding.graph is missing exactly where chain is given, which holds it")
         return self
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from edgeblocks.data.dataset import DataSet
@@ -20,23 +21,28 @@ from edgeblocks.errors import ConfigError, EdgeblocksError, RunError
 from edgeblocks.export.classifier import Classifier
 from edgeblocks.export.continuer import Continuer
 from edgeblocks.export.manifest import block_file
-from edgeblocks.export.manifest_types import Manifest, Rounding
-from edgeblocks.export.onnx_chain import ExportedChain, ImageChain
+from edgeblocks.export.manifest_figures import Rounding
+from edgeblocks.export.manifest_types import Manifest
+from edgeblocks.export.onnx_chain import ExportedChain, ImageChain, Values
 from edgeblocks.export.open_export import open_chain
 from edgeblocks.export.rounded_graph import RoundedWeights, write_rounded
 from edgeblocks.export.verify import Listener, real_data
 from edgeblocks.export.writer import Writer
 from edgeblocks.families.base import Level
 from edgeblocks.families.family import AnyFamily
-from edgeblocks.inference.metrics import validation_loss
+from edgeblocks.inference.metrics import part_of, scores_by_level, standard_error
 from edgeblocks.methods import Precision
 from edgeblocks.runs.directory import RunDirectory
 
 USUAL_MOST_LOSS: dict[RoundedWeights, float | None] = {"int8": 0.005, "int4": None}
-"""By what share the loss may rise; None: it is only told."""
-MOST_EXAMPLES = 64
-"""Of the data. With 180 an export of a `dit` of 22M parameters took 293 s, on two cores that others used. A loss
-near 0 hangs on few examples: 64 and 180 digits disagreed whether a `vit` in 4 bits was better or worse than in 32."""
+"""By what share the judged figure may become worse; None: it is only told."""
+FIRST_EXAMPLES, MOST_EXAMPLES = 64, 512
+"""Of the data. Most are looked at where noise could decide with the first ones: with 180 an export of a `dit` of 22M
+parameters took 293 s, on two cores that others used, and 64 tell what rounding costs a loss that is not near 0."""
+_ERRORS = 2.0
+"""Standard errors from which a difference is none of noise: 19 of 20 lie nearer."""
+_FINE = 0.001
+"""To this share a cost is known well enough, whatever the limit."""
 _FOLDER = "rounded"
 _TINY = 1e-30
 """Stands for a probability, or a loss, of 0."""
@@ -76,13 +82,13 @@ def round_blocks(
 
     Args:
         walk: the export in float32.
-        most_loss: by what share the loss may rise; None: any.
+        most_loss: by what share the judged figure may become worse, see `Rounding`; None: any.
 
     Returns:
         The manifest with the new files and their `rounding`.
 
     Raises:
-        EdgeblocksError: the loss rises by more than `most_loss`.
+        EdgeblocksError: it costs more than `most_loss`, by more than noise.
         RunError: there are no data to measure it with.
         OSError: the disk refused.
     """
@@ -103,9 +109,18 @@ def round_blocks(
         listener.advance(done + 1, len(exact.files), "rounding")
     rounded = exact.model_copy(update={"files": tuple(files)})
     listener.stage("measuring what rounding costs")
-    found = _measured(run, walk, open_chain(folder / _FOLDER, manifest=rounded), data, listener, micro_batch)
-    rounding = Rounding(weights=weights, bytes_fp32=sum(file.bytes for file in exact.files), **found)
-    _enforce(rounding, most_loss)
+    rounding = _measured(
+        run,
+        walk,
+        open_chain(folder / _FOLDER, manifest=rounded),
+        data,
+        listener,
+        micro_batch,
+        limit=most_loss or 0.0,
+        weights=weights,
+        bytes_fp32=sum(file.bytes for file in exact.graphs),
+    )
+    judge(rounding, most_loss, listener)
     for name in (name for file in exact.files for name in file.names):
         (folder / name).unlink()
     for path in sorted((folder / _FOLDER).iterdir()):
@@ -210,42 +225,104 @@ def _measured(
     data: DataSet,
     listener: Listener,
     micro_batch: int,
-) -> dict[str, Any]:
-    """Fields of a `Rounding`."""
-    family = run.family()
+    *,
+    limit: float,
+    **given: Any,
+) -> Rounding:
+    """What rounding costs, on so many examples that noise does not decide whether it is more than `limit`.
+
+    Args:
+        given: what else a `Rounding` has.
+    """
+    wanted = FIRST_EXAMPLES
     try:
-        found = validation_loss(
-            _InBoth(family, fp32, rounded),
-            _Graphs(run.partition, micro_batch),
-            data,
-            seed=run.settings.run.seed,
-            most_examples=MOST_EXAMPLES,
-            on_level=lambda done, total: listener.advance(done, total, "measuring"),
-        )
+        while True:
+            indices = data.evaluation_indices(wanted)
+            found = Rounding(**_figures(run, fp32, rounded, data, indices, listener, micro_batch), **given)
+            share, error = found.cost
+            known = error is not None and _ERRORS * error <= max(abs(share - limit), _FINE)
+            if known or len(indices) < wanted or wanted >= MOST_EXAMPLES:
+                return found
+            wanted = MOST_EXAMPLES
+            listener.note(f"{len(indices)} examples leave open what rounding costs: more are looked at")
     finally:
         fp32.close()
         rounded.close()
 
-    def total(name: str) -> float | None:
-        return sum(level["share"] * level[name] for level in found["levels"]) if name in found["levels"][0] else None
 
-    difference, size = total("difference"), total("size")
-    assert difference is not None and size is not None
+def _figures(
+    run: RunDirectory,
+    fp32: ExportedChain,
+    rounded: ExportedChain,
+    data: DataSet,
+    indices: NDArray[np.int64],
+    listener: Listener,
+    micro_batch: int,
+) -> dict[str, Any]:
+    """Fields of a `Rounding`."""
+    family = run.family()
+    both, networks = _InBoth(family, fp32, rounded), _Graphs(run.partition, micro_batch)
+    totals: dict[str, NDArray[np.float64]] = {}
+    num_levels = len(family.evaluation_levels(run.partition))
+    levels = scores_by_level(both, networks, data, indices, seed=run.settings.run.seed)
+    for done, (level, _, scores) in enumerate(levels):
+        for name, values in scores.items():
+            totals[name] = totals.get(name, 0.0) + level.share * values
+        listener.advance(done + 1, num_levels, "measuring")
+    if isinstance(rounded, Classifier):
+        assert isinstance(fp32, Classifier)
+        for end, chain in (("", rounded), ("_fp32", fp32)):
+            totals |= {f"{name}{end}": values for name, values in _answers(chain, data, indices, micro_batch).items()}
+    difference, size = (float(totals.pop(name).mean()) for name in ("difference", "size"))
     return {
-        "examples": found["images"],
-        "part": found["part"],
-        "loss": found["total"],
-        **{name: total(name) for name in ("loss_fp32", "accuracy", "accuracy_fp32")},
+        "examples": len(indices),
+        "part": part_of(data),
+        "judged": "probability" if isinstance(rounded, Classifier) else "loss",
+        **{name: float(values.mean()) for name, values in totals.items()},
+        **{
+            f"{name}_error": standard_error(totals[name] - totals[f"{name}_fp32"])
+            for name in ("loss", "accuracy", "probability")
+            if name in totals
+        },
         "mean_abs_difference": difference,
         "relative_difference": difference / max(size, _TINY),
     }
 
 
-def _enforce(rounding: Rounding, most_loss: float | None) -> None:
-    if most_loss is not None and rounding.rise > most_loss:
+def _answers(
+    chain: Classifier, data: DataSet, indices: NDArray[np.int64], micro_batch: int
+) -> dict[str, NDArray[np.float64]]:
+    """Of each example, whether the whole chain gives it its class, and how likely it takes that for."""
+    found: dict[str, list[Values]] = {"accuracy": [], "probability": []}
+    for start in range(0, len(indices), FIRST_EXAMPLES):
+        pixels, labels = data.gather(indices[start : start + FIRST_EXAMPLES])
+        assert labels is not None
+        probabilities = chain.classify(pixels, micro_batch=micro_batch)
+        found["accuracy"].append((probabilities.argmax(1) == labels).astype(np.float32))
+        found["probability"].append(np.take_along_axis(probabilities, labels[:, None], axis=1)[:, 0])
+    return {name: np.concatenate(parts).astype(np.float64) for name, parts in found.items()}
+
+
+def judge(rounding: Rounding, limit: float | None, listener: Listener) -> None:
+    """Refuse what surely costs more than is allowed, and tell where that cannot be told.
+
+    Raises:
+        EdgeblocksError: it costs more.
+    """
+    if limit is None:
+        return
+    share, error = rounding.cost
+    name = "probability of the right class" if rounding.judged == "probability" else "loss"
+    about = f"{share:.2%}" if error is None else f"{share:.2%} ± {_ERRORS * error:.2%}"
+    before, after = (getattr(rounding, f"{rounding.judged}{end}") for end in ("_fp32", ""))
+    measured = (
+        f"{name} on {rounding.examples} examples of the {rounding.part} part is {after:.5g} where float32 "
+        f"has {before:.5g}, worse by {about}, and {limit:.2%} are allowed"
+    )
+    if error is not None and share - _ERRORS * error > limit:
         raise EdgeblocksError(
-            f"weights in {rounding.weights} are refused: the loss on {rounding.examples} examples of the "
-            f"{rounding.part} part is {rounding.loss:.5g}, {rounding.rise:.2%} above the {rounding.loss_fp32:.5g} of "
-            f"float32, and {most_loss:.2%} are allowed. Nothing was written. Allow more with --most-loss, or leave "
-            f"--weights out"
+            f"weights in {rounding.weights} are refused: the {measured}. Nothing was written. Allow more with "
+            f"--most-loss, or leave --weights out"
         )
+    if error is None or share + _ERRORS * error > limit:
+        listener.note(f"whether {rounding.weights} keeps its limit cannot be told from noise: the {measured}")

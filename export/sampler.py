@@ -53,7 +53,7 @@ class Sampler(ImageChain):
             ConfigError: an impossible argument.
             RunError: a block's file is missing or damaged.
         """
-        x = self.sample_model_space(
+        x, pictures = self.sample_both(
             n,
             steps=steps,
             solver=solver,
@@ -63,10 +63,10 @@ class Sampler(ImageChain):
             micro_batch=micro_batch,
             on_level=on_level,
         )
-        return self.pictures(x, on_picture=on_picture)
+        return self.pictures(x, on_picture=on_picture) if pictures is None else pictures
 
     def pictures(self, x: Values, *, on_picture: Callable[[int, int], None] | None = None) -> NDArray[np.uint8]:
-        """Pixels uint8 [n, H, W, C] of samples in model space; latents are decoded, a few at a time.
+        """Pixels uint8 [n, H, W, C] of samples in model space; a graph decodes latents, a few at a time.
 
         Raises:
             RunError: as of `sample`.
@@ -89,7 +89,7 @@ class Sampler(ImageChain):
 
     def decode(self, latents: Values) -> Values:
         """Pictures float32 [n, C, H, W] of about 0 to 1, of latents [n, c, h, w]."""
-        assert self.manifest.decoding is not None
+        assert self.manifest.decoding is not None and self.manifest.decoding.graph is not None
         graph, picture = self.manifest.decoding.graph, self.manifest.decoding.picture
         shape = len(latents), picture.channels, picture.height, picture.width
         return self.run_graph(graph.block, {"latents": latents.astype(np.float32, copy=False)}, [shape])[0]
@@ -107,6 +107,30 @@ class Sampler(ImageChain):
         on_level: Callable[[int], None] | None = None,
     ) -> Values:
         """As `sample`, before the conversion to pixels: float32 [n, C, H, W]."""
+        return self.sample_both(
+            n,
+            steps=steps,
+            solver=solver,
+            guidance=guidance,
+            label=label,
+            seed=seed,
+            micro_batch=micro_batch,
+            on_level=on_level,
+        )[0]
+
+    def sample_both(
+        self,
+        n: int,
+        *,
+        steps: int | None = None,
+        solver: Solver = "heun",
+        guidance: float = 1.0,
+        label: int | str | None = None,
+        seed: int = 0,
+        micro_batch: int | None = None,
+        on_level: Callable[[int], None] | None = None,
+    ) -> tuple[Values, NDArray[np.uint8] | None]:
+        """Samples in model space, and where a graph of the whole chain makes them the pictures that it gives."""
         steps = self.manifest.sampler.steps if steps is None else steps
         check_request(n=n, steps=steps, guidance=guidance, conditional=self.conditional)
         if solver not in ("euler", "heun"):
@@ -128,7 +152,7 @@ class Sampler(ImageChain):
             return guide(conditional, self.denoise(z, sigma, no_class, micro_batch=micro_batch), guidance)
 
         try:
-            return integrate(denoise, noise, levels, solver=solver, on_level=on_level)
+            return integrate(denoise, noise, levels, solver=solver, on_level=on_level), None
         finally:
             self.close()
 
@@ -141,7 +165,7 @@ class Sampler(ImageChain):
         labels: NDArray[np.int64] | None,
         micro_batch: int | None,
         on_level: Callable[[int], None] | None,
-    ) -> Values:
+    ) -> tuple[Values, NDArray[np.uint8]]:
         """The chain's own graph, some samples at a time, so that memory does not grow with their number."""
         common: dict[str, NDArray[np.generic]] = {
             "levels": np.array(levels, dtype=np.float64),
@@ -149,16 +173,18 @@ class Sampler(ImageChain):
         }
         if labels is not None:
             common["guidance"] = np.array(guidance, dtype=np.float32)
+        picture = self.manifest.picture
+        pictures = np.empty((len(noise), picture.height, picture.width, picture.channels), dtype=np.uint8)
+        kinds: tuple[type[np.generic], ...] = (np.float32, np.uint8)
         try:
             for part in parts(len(noise), micro_batch):
                 own: dict[str, NDArray[np.generic]] = {"noise": noise[part]}
                 if labels is not None:
                     own["labels"] = labels[part]
-                shape = noise[part].shape
-                pixels_shape = (shape[0], *shape[2:], shape[1])
-                noise[part], _ = self.run_chain(common | own, [(np.float32, shape), (np.uint8, pixels_shape)])
+                needed = list(zip(kinds, (noise[part].shape, pictures[part].shape), strict=True))
+                noise[part], pictures[part] = self.run_chain(common | own, needed)
                 if on_level is not None:
                     on_level(len(levels) * min(part.stop, len(noise)) // len(noise))
-            return noise
+            return noise, pictures
         finally:
             self.close()

@@ -37,11 +37,10 @@ def usage_text(manifest: Manifest) -> str:
     values = [f"- `{name}`: {meaning}" for name, meaning in example.values.items()]
     parts = [f"# How to run this {manifest.family} network", _opening(manifest), "\n".join(values)]
     parts += ["In Python, in this directory:", f"```python\n{example.python.strip()}\n```"]
-    if example.javascript is not None:
-        parts += [
-            "In JavaScript, with `onnxruntime-node` (in a browser `onnxruntime-web`, and the file's address):",
-            f"```js\n{example.javascript.strip()}\n```",
-        ]
+    parts += [
+        "In JavaScript, with `onnxruntime-node` (in a browser `onnxruntime-web`, and the file's address):",
+        f"```js\n{example.javascript.strip()}\n```",
+    ]
     if manifest.chain is None:
         parts.append(
             "A graph of the whole chain, which a program runs in one call, is written by `edgeblocks export RUN -o DIR "

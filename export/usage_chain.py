@@ -1,4 +1,4 @@
-"""Programs of ten lines or so that run the graph of a whole chain. The tests run those in Python."""
+"""Programs of ten lines or so that run the graph of a whole chain. The tests run them."""
 
 from dataclasses import dataclass
 from string import Template
@@ -17,12 +17,11 @@ class Example:
     """How graphs are run.
 
     values: what each of their inputs and outputs is.
-    javascript: None where it would be long.
     """
 
     values: dict[str, str]
     python: str
-    javascript: str | None
+    javascript: str
 
 
 NORMAL = """\
@@ -178,9 +177,10 @@ def _images(manifest: ImageManifest, file: str) -> Example:
             "labels": f"int64 [batch], class numbers; {manifest.num_classes} is no class",
             "guidance": "float32, how much a class counts: 1 as trained; any other number takes twice the time",
         }
+    space, picture = "pixel / 255" if manifest.decoding is None else "latent", manifest.picture
     values |= {
-        "images": f"float32 {shape}, the result in model space, (pixel / 255 - mean) * scale",
-        "pixels": f"uint8 [batch, {height}, {width}, {channels}], the same as pixels",
+        "images": f"float32 {shape}, the result in model space, ({space} - mean) * scale",
+        "pixels": f"uint8 [batch, {picture.height}, {picture.width}, {picture.channels}], the same as pixels",
     }
     given: dict[str, object] = {
         "file": file,

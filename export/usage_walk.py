@@ -1,4 +1,4 @@
-"""Programs of some fifteen lines that run the graphs of blocks one after the other. The tests run those in Python."""
+"""Programs of some twenty lines that run the graphs of blocks one after the other. The tests run them."""
 
 from edgeblocks.export.manifest_types import ContinuationManifest, ImageManifest, Manifest, TextManifest
 from edgeblocks.export.usage_chain import NORMAL, Example, filled
@@ -29,20 +29,100 @@ _DECODE = """\
 decoder = onnxruntime.InferenceSession(manifest["decoding"]["graph"]["file"])
 (images,) = decoder.run(None, {"latents": images})
 """
-_IMAGES_JS = """\
+_BEGIN_JS = """\
 import * as ort from "onnxruntime-node";
 import { readFileSync } from "node:fs";
 const manifest = JSON.parse(readFileSync("manifest.json"));
 const sessions = await Promise.all(manifest.files.map((file) => ort.InferenceSession.create(file.file)));
-$normal
-const levels = [...manifest.levels, { sigma: 0 }], shape = [1, $channels, $height, $width];
+const number = (x) => new ort.Tensor("float32", [x], [1]);
+"""
+_LEVELS_JS = f"""\
+{NORMAL}
+const levels = [...manifest.levels, {{ sigma: 0 }}];
+"""
+_DRAW_JS = """\
+const softmax = (logits) => {
+  const most = logits.reduce((a, b) => Math.max(a, b)), weights = logits.map((x) => Math.exp(x - most));
+  const sum = weights.reduce((a, b) => a + b);
+  return weights.map((x) => x / sum);
+};
+const draw = (shares) => {
+  let left = Math.random();
+  return shares.findIndex((share, token) => (left -= share) < 0 || token === shares.length - 1);
+};
+"""
+_IMAGES_JS = """\
+const shape = [1, $channels, $height, $width];
 let z = normal(...shape).data.map((x) => x * levels[0].sigma);
 for (const [i, { sigma: here, block }] of manifest.levels.entries()) {
-  const feed = { z: new ort.Tensor("float32", z, shape), sigma: new ort.Tensor("float32", [here], [1])$js_labels };
+  const feed = { z: new ort.Tensor("float32", z, shape), sigma: number(here)$js_labels };
   const { denoised } = await sessions[block].run(feed);
   z = z.map((x, j) => x + (x - denoised.data[j]) / here * (levels[i + 1].sigma - here));
 }
-console.log(z.map((x) => Math.round(255 * Math.min(1, Math.max(0, x / manifest.scale + manifest.mean)))));
+let images = z.map((x) => x / manifest.scale + manifest.mean);
+${decode}const pixels = Uint8ClampedArray.from(images, (x) => 255 * x);  // channel by channel
+console.log(pixels);
+"""
+_DECODE_JS = """\
+const decoder = await ort.InferenceSession.create(manifest.decoding.graph.file);
+images = (await decoder.run({ latents: new ort.Tensor("float32", images, shape) })).pictures.data;
+"""
+_CLASSES_JS = """\
+const image = new Uint8Array($height * $width * $channels), images = new Float32Array(image.length);  // your image
+image.forEach((x, i) => {
+  images[i % $channels * $height * $width + Math.floor(i / $channels)] = (x / 255 - manifest.mean) * manifest.scale;
+});
+const probabilities = Array($num_classes).fill(0);
+for (let chain = 0; chain < $noises; chain++) {
+  let z = normal(1, $num_classes).data.map((x) => x * levels[0].sigma);
+  for (const [i, { sigma: here, block }] of manifest.levels.entries()) {
+    const feed = { z: new ort.Tensor("float32", z, [1, $num_classes]), sigma: number(here),
+      images: new ort.Tensor("float32", images, [1, $channels, $height, $width]) };
+    const { denoised } = await sessions[block].run(feed);
+    denoised.data.forEach((x, k) => { probabilities[k] += x / manifest.levels.length / $noises; });
+    z = z.map((x, j) => x + (x - denoised.data[j]) / here * (levels[i + 1].sigma - here));
+  }
+}
+console.log(probabilities);
+"""
+_TEXT_JS = """\
+let tokens = Array($length).fill($vocabulary);
+for (let step = 0; step < $steps; step++) {
+  const high = 1 - step / $steps, low = 1 - (step + 1) / $steps, t = (high + low) / 2;
+  const block = manifest.boundaries.slice(1, -1).filter((boundary) => t < boundary).length;
+  const z = new ort.Tensor("int64", tokens.map(BigInt), [1, $length]);
+  const { logits } = await sessions[block].run({ z, t: number(t) }), width = logits.dims[2];
+  tokens = tokens.map((token, i) => token !== $vocabulary || Math.random() >= (high - low) / high ? token
+    : draw(softmax(logits.data.subarray(i * width, (i + 1) * width))));
+}
+console.log(tokens);
+"""
+_CONTINUATION_JS = """\
+const name = "edgeblocks: $code_width signs for each of $vocabulary tokens";
+const signs = createHash("shake256", { outputLength: $num_bytes }).update(name).digest();
+const codes = Array.from({ length: $vocabulary }, (_, token) => Array.from({ length: $code_width }, (_, k) =>
+  (signs[(token * $code_width + k) >> 3] >> (7 - k % 8) & 1 ? 1 : -1) * $code_width ** -0.5));
+const noise = Array.from({ length: $length }, () => [...normal($code_width).data]);
+const tokens = [$vocabulary];  // which stands before a text; here a beginning of your own can follow
+while (tokens.length <= $length) {  // each time all of the text: `past` and `present` are there to run only what is new
+  let z = noise[tokens.length - 1].map((x) => x * levels[0].sigma), next;
+  for (const [i, { sigma: here, block }] of manifest.levels.entries()) {
+    const known = tokens.slice(1).map((token, at) => codes[token].map((x, k) => x + noise[at][k] * here));
+    const { logits } = await sessions[block].run({
+      z: new ort.Tensor("float32", [...known, z].flat(), [1, tokens.length, $code_width]), sigma: number(here),
+      tokens: new ort.Tensor("int64", tokens.map(BigInt), [1, tokens.length]),
+      past: new ort.Tensor("float32", [], [manifest.caches.num_caches[block], 1, $heads, 0, $head_width]),
+    });
+    const shares = softmax(logits.data.subarray(-$vocabulary));
+    next ??= draw(shares);
+    z = z.map((x, k) => {
+      const denoised = shares.reduce((sum, share, token) => sum + share * codes[token][k], 0);
+      return x + (x - denoised) / here * (levels[i + 1].sigma - here);
+    });
+  }
+  tokens.push(next);
+}
+console.log(tokens.slice(1));
 """
 
 _CLASSES = """\
@@ -121,19 +201,20 @@ def _images(manifest: ImageManifest) -> Example:
         "channels": channels,
         "height": height,
         "width": width,
-        "normal": NORMAL,
         "python_labels": f', "labels": np.arange(4) % {manifest.num_classes}' if manifest.num_classes else "",
         "js_labels": ', labels: new ort.Tensor("int64", [0n], [1])' if manifest.num_classes else "",
     }
-    if manifest.decoding is None:
-        python = filled(_BEGIN + _LEVELS + _IMAGES, **given, decode="")
-        return Example(values=values, python=python, javascript=filled(_IMAGES_JS, **given))
-    picture = manifest.decoding.picture
-    values["images"] = (
-        f"float32 [batch, {picture.channels}, {picture.height}, {picture.width}] of 0 to 1, by the decoder"
+    decode = decode_js = ""
+    if manifest.decoding is not None:
+        decode, decode_js, picture = _DECODE, _DECODE_JS, manifest.picture
+        values["images"] = (
+            f"float32 [batch, {picture.channels}, {picture.height}, {picture.width}] of 0 to 1, by the decoder"
+        )
+    return Example(
+        values=values,
+        python=filled(_BEGIN + _LEVELS + _IMAGES, **given, decode=decode),
+        javascript=filled(_BEGIN_JS + _LEVELS_JS + _IMAGES_JS, **given, decode=decode_js),
     )
-    python = filled(_BEGIN + _LEVELS + _IMAGES, **given, decode=_DECODE)
-    return Example(values=values, python=python, javascript=None)
 
 
 def _classes(manifest: ImageManifest) -> Example:
@@ -144,15 +225,18 @@ def _classes(manifest: ImageManifest) -> Example:
         "images": f"float32 [batch, {channels}, {height}, {width}], in model space",
         "denoised": "the labels without their noise, as the block estimates them; the answer is their mean",
     }
-    python = filled(
-        _BEGIN + _LEVELS + _CLASSES,
-        channels=channels,
-        height=height,
-        width=width,
-        noises=manifest.sampler.noises,
-        num_classes=manifest.num_classes,
+    given: dict[str, object] = {
+        "channels": channels,
+        "height": height,
+        "width": width,
+        "noises": manifest.sampler.noises,
+        "num_classes": manifest.num_classes,
+    }
+    return Example(
+        values=values,
+        python=filled(_BEGIN + _LEVELS + _CLASSES, **given),
+        javascript=filled(_BEGIN_JS + _LEVELS_JS + _CLASSES_JS, **given),
     )
-    return Example(values=values, python=python, javascript=None)
 
 
 def _text(manifest: TextManifest) -> Example:
@@ -161,9 +245,16 @@ def _text(manifest: TextManifest) -> Example:
         "t": "float32 [batch], the share of the text that is masked",
         "logits": f"float32 [batch, {manifest.length}, {manifest.vocabulary}], of each place",
     }
-    steps = manifest.sampler.steps
-    python = filled(_BEGIN + _TEXT, length=manifest.length, vocabulary=manifest.vocabulary, steps=steps)
-    return Example(values=values, python=python, javascript=None)
+    given: dict[str, object] = {
+        "length": manifest.length,
+        "vocabulary": manifest.vocabulary,
+        "steps": manifest.sampler.steps,
+    }
+    return Example(
+        values=values,
+        python=filled(_BEGIN + _TEXT, **given),
+        javascript=filled(_BEGIN_JS + _DRAW_JS + _TEXT_JS, **given),
+    )
 
 
 def _continuation(manifest: ContinuationManifest) -> Example:
@@ -176,13 +267,17 @@ def _continuation(manifest: ContinuationManifest) -> Example:
         "logits": f"float32 [batch, n, {vocabulary}], of each position",
         "present": f"float32 [caches, batch, {caches.heads}, n, {caches.head_width}], those of these positions",
     }
-    python = filled(
-        "import hashlib\n" + _BEGIN + _LEVELS + _CONTINUATION,
-        length=manifest.length,
-        vocabulary=vocabulary,
-        code_width=width,
-        num_bytes=vocabulary * width // 8,
-        heads=caches.heads,
-        head_width=caches.head_width,
+    given: dict[str, object] = {
+        "length": manifest.length,
+        "vocabulary": vocabulary,
+        "code_width": width,
+        "num_bytes": vocabulary * width // 8,
+        "heads": caches.heads,
+        "head_width": caches.head_width,
+    }
+    hashed = 'import { createHash } from "node:crypto";\n'
+    return Example(
+        values=values,
+        python=filled("import hashlib\n" + _BEGIN + _LEVELS + _CONTINUATION, **given),
+        javascript=filled(hashed + _BEGIN_JS + _LEVELS_JS + _DRAW_JS + _CONTINUATION_JS, **given),
     )
-    return Example(values=values, python=python, javascript=None)

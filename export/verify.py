@@ -21,7 +21,7 @@ from edgeblocks.errors import ConfigError, DataError, EdgeblocksError, StorageEr
 from edgeblocks.export import verify_text
 from edgeblocks.export.classifier import Classifier
 from edgeblocks.export.continuer import Continuer
-from edgeblocks.export.manifest_types import Verified
+from edgeblocks.export.manifest_figures import Verified
 from edgeblocks.export.onnx_chain import Condition, ExportedChain, ImageChain, Values
 from edgeblocks.export.sampler import Sampler
 from edgeblocks.export.tolerances import BATCH, NUM_OUTPUTS, check_finite, largest_difference, levels_of
@@ -103,7 +103,7 @@ def verify_export(
         enforce(f"block {block}", error, block_limit, where)
         block_error = max(block_error, error)
         listener.advance(block + 1, total, "verifying")
-    decoder = _decoder_of(run)
+    decoder = decoder_of(run)
     if decoder is not None:
         assert isinstance(chain, Sampler)
         error, where = decoder_difference(run, decoder, chain, data_set)
@@ -157,7 +157,7 @@ def block_difference(
     return worst, f"{worst_case.what}, batch {len(worst_case.z)}"
 
 
-def _decoder_of(run: RunDirectory) -> Decoder | None:
+def decoder_of(run: RunDirectory) -> Decoder | None:
     """What makes pictures of latents, in torch; None where samples are pictures."""
     autoencoder = autoencoder_of(run)
     return None if autoencoder is None else autoencoder.decoder("cpu")
@@ -345,7 +345,7 @@ def _image_difference(
         solver=settings.solver,
     ).numpy()
     check_finite(expected, "the chain")
-    found = sampler.sample_model_space(
+    found, pictures = sampler.sample_both(
         NUM_OUTPUTS,
         steps=settings.steps,
         solver=settings.solver,
@@ -361,7 +361,7 @@ def _image_difference(
         same = np.empty((NUM_OUTPUTS, *data.picture_shape), dtype=np.uint8)
         latents = np.asarray(expected / data.scale + data.mean, dtype=np.float32)
         decode_into_(same, latents, decoder, build_target("cpu"))
-    return difference, float((sampler.pictures(found) == same).mean())
+    return difference, float(((sampler.pictures(found) if pictures is None else pictures) == same).mean())
 
 
 def real_data(run: RunDirectory, listener: Listener) -> DataSet | None:

@@ -1,6 +1,6 @@
 """Does a chain in one file give what torch gives, and what the blocks give that it was made of?"""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -8,17 +8,19 @@ from numpy.typing import NDArray
 
 from edgeblocks.data.dataset import DataSet
 from edgeblocks.diffusion.autoregression import CachedPredict, Network, Window, random_numbers
+from edgeblocks.diffusion.solver import Solver
 from edgeblocks.diffusion.token_choice import choose_tokens
 from edgeblocks.export.chain_window import ChainWindow
 from edgeblocks.export.classifier import Classifier
 from edgeblocks.export.continuer import Continuer
-from edgeblocks.export.manifest_types import ChainVerified
+from edgeblocks.export.manifest_figures import ChainVerified
 from edgeblocks.export.onnx_chain import ExportedChain
 from edgeblocks.export.sampler import Sampler
 from edgeblocks.export.tolerances import NUM_OUTPUTS, largest_difference
 from edgeblocks.export.verify import (
     OUTPUT_LIMIT,
     Listener,
+    decoder_of,
     enforce,
     output_difference,
     real_data,
@@ -32,6 +34,8 @@ from edgeblocks.progress import Silent
 from edgeblocks.runs.directory import RunDirectory
 
 GUIDANCE = 2.0
+SOLVERS: tuple[Solver, ...] = ("heun", "euler")
+ONE_LEVEL = 1 / 255
 OTHER_TEXTS_LIMIT = 0.25
 """One token in thousands lies so near to a boundary that rounding decides on it, and then its text is another."""
 
@@ -40,6 +44,8 @@ def verify_chain(
     run: RunDirectory, runner: BlockRunner, walk: ExportedChain, chain: ExportedChain, listener: Listener
 ) -> ChainVerified:
     """Compare what a chain in one file makes with torch's, and with that of its blocks one after the other.
+
+    With rounded weights it is compared with its blocks alone: how far these are from torch was measured.
 
     Args:
         runner: the run's blocks with their EMA weights.
@@ -51,23 +57,38 @@ def verify_chain(
     """
     listener.stage("verifying the chain")
     data_set = real_data(run, Silent())
-    limit = OUTPUT_LIMIT
+    limit = OTHER_TEXTS_LIMIT if isinstance(chain, Writer) else OUTPUT_LIMIT
+    of_torch = None if walk.manifest.rounding else _from_torch(run, runner, walk, chain, data_set)
     if isinstance(chain, Writer):
         assert isinstance(walk, Writer)
-        limit, (of_torch, of_walk) = OTHER_TEXTS_LIMIT, _other_texts(run, runner, walk, chain)
+        of_walk = _other_texts(chain, lambda temperature: walk.write_tokens(NUM_OUTPUTS, temperature=temperature)[0])
     elif isinstance(chain, Continuer):
         assert isinstance(walk, Continuer)
-        of_torch, of_walk = (_token_difference(run, chain, one, data_set) for one in (runner.continued, walk.continued))
+        of_walk = _token_difference(run, chain, walk.continued, data_set)
     else:
-        of_torch, _ = output_difference(run, runner, chain, data_set)
         outputs = _outputs(run, walk, chain, data_set)
         of_walk = max(largest_difference(found, expected) for found, expected in outputs)
     walk.close()
     chain.close()
-    enforce("the chain in one file", of_torch, limit, f"against torch, {NUM_OUTPUTS} outputs")
+    if of_torch is not None:
+        enforce("the chain in one file", of_torch, limit, f"against torch, {NUM_OUTPUTS} outputs")
     enforce("the chain in one file", of_walk, limit, f"against its blocks, {NUM_OUTPUTS} outputs")
-    listener.note(f"the chain in one file against torch {of_torch:.1e}, its blocks {of_walk:.1e} (limit {limit:.0e})")
+    against = "" if of_torch is None else f"torch {of_torch:.1e}, "
+    listener.note(f"the chain in one file against {against}its blocks {of_walk:.1e} (limit {limit:.0e})")
     return ChainVerified(torch_difference=of_torch, walk_difference=of_walk, limit=limit)
+
+
+def _from_torch(
+    run: RunDirectory, runner: BlockRunner, walk: ExportedChain, chain: ExportedChain, data_set: DataSet | None
+) -> float:
+    """How far what a chain in one file makes is from torch's."""
+    if isinstance(chain, Writer):
+        assert isinstance(walk, Writer)
+        own = {"micro_batch": runner.micro_batch}
+        return _other_texts(chain, lambda one: torch_texts(run, runner.logits, walk, temperature=one, **own))
+    if isinstance(chain, Continuer):
+        return _token_difference(run, chain, runner.continued, data_set)
+    return output_difference(run, runner, chain, data_set, decoder=decoder_of(run))[0]
 
 
 def _outputs(
@@ -78,13 +99,16 @@ def _outputs(
     if isinstance(chain, Sampler):
         assert isinstance(walk, Sampler)
         for steps in sorted({fewest, usual}):
-            for solver in ("heun", "euler"):
+            for solver in SOLVERS:
                 for guidance in (1.0, GUIDANCE) if chain.conditional else (1.0,):
-                    found, expected = (
-                        one.sample_model_space(NUM_OUTPUTS, steps=steps, solver=solver, guidance=guidance)
+                    made = (
+                        one.sample_both(NUM_OUTPUTS, steps=steps, solver=solver, guidance=guidance)
                         for one in (chain, walk)
                     )
+                    (found, pictures), (expected, _) = made
                     yield found, expected
+                    assert pictures is not None
+                    _check_pictures(pictures, walk.pictures(expected))
     elif isinstance(chain, Classifier):
         assert isinstance(walk, Classifier)
         pixels = shown_pixels(run, chain, data_set)
@@ -93,15 +117,17 @@ def _outputs(
             yield found, walk.classify(pixels, steps=steps, noises=noises, seed=1)
 
 
-def _other_texts(run: RunDirectory, runner: BlockRunner, walk: Writer, chain: Writer) -> tuple[float, float]:
-    """The shares of the texts that are not torch's, and not those of the blocks."""
-    shares = []
-    for temperature in (chain.manifest.sampler.temperature, 0.0):
-        found, _ = chain.write_tokens(NUM_OUTPUTS, temperature=temperature)
-        of_walk, _ = walk.write_tokens(NUM_OUTPUTS, temperature=temperature)
-        of_torch = torch_texts(run, runner.logits, walk, temperature=temperature, micro_batch=runner.micro_batch)
-        shares.append([float((found != expected).any(axis=1).mean()) for expected in (of_torch, of_walk)])
-    return max(share for share, _ in shares), max(share for _, share in shares)
+def _check_pictures(found: NDArray[np.uint8], expected: NDArray[np.uint8]) -> None:
+    """Values that lie between two of the 256 levels may be rounded to either."""
+    most = int(np.abs(found.astype(int) - expected).max())
+    enforce("the chain in one file", most / 255, ONE_LEVEL, "pictures, as shares of white")
+
+
+def _other_texts(chain: Writer, texts_of: Callable[[float], NDArray[np.int64]]) -> float:
+    """The share of the texts that are others than those of a temperature."""
+    temperatures = (chain.manifest.sampler.temperature, 0.0)
+    both = ((chain.write_tokens(NUM_OUTPUTS, temperature=one)[0], texts_of(one)) for one in temperatures)
+    return max(float((found != expected).any(axis=1).mean()) for found, expected in both)
 
 
 def _token_difference(run: RunDirectory, chain: Continuer, network: Network, data_set: DataSet | None) -> float:

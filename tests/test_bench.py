@@ -203,7 +203,15 @@ def test_one_file(bench):
     small = {**TINY, "blocks": 2}
     told = bench("one_file", "--families", "dit", "--rounds", 1, SHAPE=small, BATCHES=(1, 2))
     rows = [line.split(" | ") for line in told.splitlines() if line.startswith("| dit")]
-    assert [len(row) for row in rows] == [7, 7, 5] and all(int(peak.strip(" |")) > 30 for peak in rows[2][2:])
+    assert [len(row) for row in rows] == [5, 5, 5] and all(int(peak.strip(" |")) > 30 for peak in rows[2][2:])
+
+
+def test_rounded_export(bench):
+    """A row of float32 and one of 8 bits."""
+    asked = ("--families", "vit", "--steps", 1, "--rounds", 1)
+    told = bench("rounded_export", *asked, SHAPE=TINY, WEIGHTS=("fp32", "int8"))
+    rows = [line.split(" | ") for line in told.splitlines() if line.startswith("| `vit`")]
+    assert [len(row) for row in rows] == [8, 8] and all(float(row[7].strip(" |")) > 0 for row in rows)
 
 
 def test_scaling(bench, tmp_path):

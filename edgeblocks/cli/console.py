@@ -157,13 +157,20 @@ def _rounding_line(manifest: Mapping[str, Any]) -> str:
     found = manifest.get("rounding")
     if found is None:
         return ""
-    sizes = [found["bytes_fp32"], sum(file["bytes"] for file in manifest["files"])]
-    rise = found["loss"] / found["loss_fp32"] - 1
+    decoder = (manifest.get("decoding") or {}).get("graph")
+    files = [manifest["chain"]] if "chain" in manifest else [*manifest["files"], *([decoder] if decoder else [])]
+    sizes = [found["bytes_fp32"], sum(file["bytes"] for file in files)]
+    whole = max(found["loss_fp32"], 1e-30)
+    rise = found["loss"] / whole - 1
+    error = "" if found["loss_error"] is None else f" ± {2 * found['loss_error'] / whole:.3%}"
     right = "" if found["accuracy"] is None else f", {found['accuracy_fp32']:.2%} -> {found['accuracy']:.2%} right"
+    if found["accuracy_error"] is not None:
+        right += f" (± {2 * found['accuracy_error']:.2%})"
     return (
         f"then weights in {found['weights']}: {format_bytes(sizes[0])} -> {format_bytes(sizes[1])}; on "
         f"{found['examples']} examples of the {found['part']} part loss {found['loss_fp32']:.5g} -> "
-        f"{found['loss']:.5g} ({rise:+.3%}){right}; outputs differ by {found['relative_difference']:.2%} on average\n"
+        f"{found['loss']:.5g} ({rise:+.3%}{error}){right}; outputs differ by "
+        f"{found['relative_difference']:.2%} on average\n"
     )
 
 

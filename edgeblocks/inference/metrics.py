@@ -1,7 +1,7 @@
 """How good a network is: denoising loss per noise level on the hold-out part, and a Frechet distance of its samples."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Protocol, TypedDict
 
 import numpy as np
@@ -154,8 +154,32 @@ def validation_loss(
     rows: list[dict[str, float]] = []
     # An example's mean over levels first: the error is over examples, as one example's levels are not independent.
     per_example = np.zeros(len(indices))
-    levels = family.evaluation_levels(runner.partition)
-    for number, level in enumerate(levels):
+    num_levels = len(family.evaluation_levels(runner.partition))
+    for level, block, scores in scores_by_level(family, runner, data, indices, seed=seed):
+        per_example += level.share * scores["loss"]
+        means = {name: float(values.mean()) for name, values in scores.items()}
+        rows.append({"sigma": level.middle, "block": block, "share": level.share, **means})
+        if on_level is not None:
+            on_level(len(rows), num_levels)
+    return {
+        "total": float(per_example.mean()),
+        "standard_error": standard_error(per_example),
+        "images": len(indices),
+        "part": part_of(data),
+        "levels": rows,
+    }
+
+
+def part_of(data: DataSet) -> str:
+    """Which part of the data `evaluation_indices` are of."""
+    return "hold-out" if data.has_held_out else "training (there is no hold-out part)"
+
+
+def scores_by_level(
+    family: Scored, runner: NetworkSource, data: DataSet, indices: np.ndarray, *, seed: int
+) -> Iterator[tuple[Level, int, dict[str, np.ndarray]]]:
+    """Each level that evaluation looks at, its block, and the family's scores of each example there, float64."""
+    for number, level in enumerate(family.evaluation_levels(runner.partition)):
         block = runner.partition.block_of(level.middle)
         network = runner.network(block)
         # One a level and not one for all: what a level draws does not depend on the levels before it.
@@ -164,19 +188,8 @@ def validation_loss(
         for part in level.parts():
             for name, values in _scores(family, runner, network, data, indices, part, generator).items():
                 sums[name] = sums.get(name, 0) + values / level.strata
-        per_example += level.share * sums["loss"]
-        means = {name: float(values.mean()) for name, values in sums.items()}
-        rows.append({"sigma": level.middle, "block": block, "share": level.share, **means})
         del network  # the next block is made before a name would let go of this one
-        if on_level is not None:
-            on_level(number + 1, len(levels))
-    return {
-        "total": float(per_example.mean()),
-        "standard_error": standard_error(per_example),
-        "images": len(indices),
-        "part": "hold-out" if data.has_held_out else "training (there is no hold-out part)",
-        "levels": rows,
-    }
+        yield level, block, sums
 
 
 def _scores(

@@ -118,9 +118,23 @@ def _text_or_none(value: float | None, text_of: Callable[[float], str]) -> str |
 
 
 def _describe_export(path: Path) -> dict[str, object]:
-    from edgeblocks.registry import open_exported
+    from edgeblocks.registry import open_exported, open_language_model
     from edgeblocks.tasks import TEXT_TASKS
 
+    model = open_language_model(path)
+    if model is not None:
+        return {
+            "kind": "export",
+            "family": model.manifest.model_type,
+            "makes": "continuation",
+            "weights": model.manifest.weights,
+            "layers": model.manifest.layers,
+            "vocabulary": model.manifest.vocabulary,
+            "length": model.manifest.length,
+            "positions": model.manifest.positions,
+            "disk": format_bytes(sum(file.bytes for file in model.manifest.files)),
+            "verified": model.manifest.verified.model_dump(),
+        }
     manifest = open_exported(path).manifest
     if manifest.task in TEXT_TASKS:
         facts = {"tokenizer": manifest.tokenizer, "vocabulary": manifest.vocabulary, "length": manifest.length}
@@ -136,6 +150,7 @@ def _describe_export(path: Path) -> dict[str, object]:
         "blocks": manifest.num_blocks,
         "graphs": len(manifest.graphs),
         "opset": manifest.opset,
+        "weights": "fp32" if manifest.rounding is None else manifest.rounding.weights,
         **facts,
         "disk": format_bytes(sum(file.bytes for file in manifest.graphs)),
         "verified": manifest.verified.model_dump(),

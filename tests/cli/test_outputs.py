@@ -51,7 +51,7 @@ def test_a_run_that_is_read_is_not_written(run, exported, tmp_path):
 
 
 def test_a_file_of_the_user_is_replaced_only_when_asked(run, exported, tmp_path, monkeypatch):
-    """By `sample`, `run`, `weights` and `report`; also under the name that nobody gave. --overwrite, its former name, does it, too."""
+    """By `sample`, `run`, `weights` and `report`; also under the name that nobody gave. --overwrite was its name."""
     monkeypatch.chdir(tmp_path)
     commands = {
         "grid.png": ("sample", run, "--n", "1", "--steps", "2"),

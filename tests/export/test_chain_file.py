@@ -291,6 +291,89 @@ def test_the_python_of_use_md_runs(chains, blocks):
     assert np.abs(np.array(found[chains["dit"]]) - pixels).max() <= 1
 
 
+NODE = shutil.which("node")
+OF_BOTH = [*KINDS, *(f"{kind} by blocks" for kind in KINDS if " " not in kind)]
+
+
+def javascript(folder):
+    (code,) = re.findall("```js\n(.*?)```", (folder / "USE.md").read_text(), re.DOTALL)
+    return code
+
+
+def exported(name, chains, blocks):
+    kind = name.removesuffix(" by blocks")
+    return chains[kind] if kind == name else blocks[kind]
+
+
+@pytest.mark.skipif(NODE is None, reason="there is no node")
+def test_the_javascript_of_use_md_can_be_read(chains, blocks, tmp_path):
+    """By node, for each family, in one file and block by block."""
+    for name in OF_BOTH:
+        path = tmp_path / "use.mjs"
+        path.write_text(javascript(exported(name, chains, blocks)))
+        done = subprocess.run([NODE, "--check", path], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, (name, done.stderr)
+
+
+HALF = -float(np.sqrt(2 * np.log(2)))
+"""The normal number that the programs in JavaScript make of two random numbers of 1/2."""
+SHOWN = """
+const last = typeof pixels !== "undefined" ? pixels : typeof probabilities !== "undefined" ? probabilities
+  : typeof written !== "undefined" ? written : tokens;
+console.log(JSON.stringify(Array.from(last.data ?? last, Number)));
+"""
+
+
+class Halves:
+    """A random generator that always gives 1/2."""
+
+    def random(self, shape=()):
+        return np.full(shape, 0.5)
+
+    def standard_normal(self, shape, dtype=np.float64):
+        return np.full(shape, HALF, dtype)
+
+
+@pytest.fixture
+def node_modules():
+    """A folder that has onnxruntime-node: named by a variable, or npm's own."""
+    if NODE is None:
+        pytest.skip("there is no node")
+    found = os.environ.get("EDGEBLOCKS_NODE_MODULES")
+    if found is None and shutil.which("npm") is not None:
+        found = subprocess.run(["npm", "root", "-g"], capture_output=True, text=True, check=False).stdout.strip()
+    if not found or not (Path(found) / "onnxruntime-node").is_dir():
+        pytest.skip("onnxruntime-node is not there: npm install -g onnxruntime-node")
+    return Path(found)
+
+
+@pytest.mark.parametrize("name", OF_BOTH)
+def test_the_javascript_of_use_md_gives_what_its_python_gives(
+    name, chains, blocks, node_modules, tmp_path, monkeypatch
+):
+    """Equality but for rounding, where all random numbers are 1/2; of the first image or text."""
+    folder = Path(shutil.copytree(exported(name, chains, blocks), tmp_path / "export"))
+    (folder / "node_modules").symlink_to(node_modules)
+    (folder / "use.mjs").write_text(f"{javascript(folder)}\n{SHOWN}".replace("\n", "\nMath.random = () => 0.5;\n", 1))
+    done = subprocess.run([NODE, "use.mjs"], cwd=folder, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    found = np.array(json.loads(done.stdout.splitlines()[-1]))
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(np.random, "default_rng", lambda seed: Halves())
+    (code,) = re.findall("```python\n(.*?)```", (folder / "USE.md").read_text(), re.DOTALL)
+    names = {}
+    exec(code, names)
+    if "dit" in name:
+        pixels = names["pixels"][0].transpose(2, 0, 1) if "by blocks" in name else names["pixels"][0]
+        assert np.abs(found[: pixels.size] - pixels.ravel()).max() <= 1
+    elif "vit" in name:
+        np.testing.assert_allclose(found, names["probabilities"][0], atol=1e-5)
+    elif "mdlm" in name:
+        assert found.tolist() == (names["written"] if "written" in names else names["tokens"])[0].tolist()
+    else:
+        assert found.tolist() == names["tokens"]
+
+
 @pytest.mark.parametrize("kind", ["mdlm", "ar"])
 def test_writing_tells_how_far_it_is(chains, blocks, kind):
     """In either form of an export, up to all that there is to do."""

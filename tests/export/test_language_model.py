@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 from support.commands import assert_refused, invoke
 from support.outside import measured_script
@@ -12,7 +13,9 @@ from support.small_model import transformers, write_conversations, write_model
 
 import edgeblocks
 from edgeblocks.errors import ConfigError, DoesNotFitError, RunError
+from edgeblocks.export.destination import check_destination
 from edgeblocks.export.language_model import LanguageModel
+from edgeblocks.export.manifest import sha256_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -76,6 +79,8 @@ def test_the_command_line(exported, tmp_path):
     assert_refused(invoke("run", out, "--prompt", "a", "--length", "999"), 2, "knows 64 positions")
     assert_refused(invoke(*asked, "--mem-budget", "1MB"), 3, "takes at least")
     assert_refused(invoke("run", out, "-o", tmp_path / "a.png"), 2, "writes text")
+    told = json.loads(invoke("info", out, "--json").stdout)
+    assert (told["kind"], told["makes"], told["weights"]) == ("export", "continuation", exported[1]["weights"])
 
 
 _OPENED = """
@@ -101,13 +106,11 @@ def test_programs_open_it_as_they_do_other_exports(exported, tmp_path):
 
 
 def test_a_former_one_is_replaced_when_asked(tuned, exported, tmp_path):
-    """With --force; files beside it are not lost."""
+    """With --force, but not where other files are beside it, which would be lost."""
+    check_destination(exported[0], overwrite=True)
     out = Path(shutil.copytree(exported[0], tmp_path / "out"))
     (out / "mine.txt").write_text("x")
     assert_refused(invoke("export", tuned.path, "-o", out, "--force"), 2, "files that are not of the export there")
-    (out / "mine.txt").unlink()
-    assert tuned.export(out, weights="int4", overwrite=True)["weights"] == "int4"
-    assert LanguageModel(out).manifest.weights == "int4"
 
 
 def test_a_folder_from_elsewhere_is_checked(exported, tmp_path):
@@ -135,7 +138,24 @@ def test_a_folder_from_elsewhere_is_checked(exported, tmp_path):
 
         return change
 
+    def rewired(kind, domain):
+        """Another operator in the graph, of which the manifest has the checksum."""
+
+        def change(folder):
+            graph = onnx.load(folder / "model.onnx", load_external_data=False)
+            graph.graph.node[0].op_type, graph.graph.node[0].domain = kind, domain
+            (folder / "model.onnx").write_bytes(graph.SerializeToString())
+            path = folder / "manifest.json"
+            content = json.loads(path.read_text())
+            (one,) = (file for file in content["files"] if file["name"] == "model.onnx")
+            one |= {"sha256": sha256_of(folder / "model.onnx"), "bytes": (folder / "model.onnx").stat().st_size}
+            path.write_text(json.dumps(content))
+
+        return change
+
     for change, said in (
+        (rewired("Anything", "somebody.else"), "operators that are not onnx's own, of 'somebody.else'"),
+        (rewired("Loop", ""), "has a loop"),
         (flip("model.onnx.data"), "does not match its checksum"),
         (flip("tokenizer.json"), "does not match its checksum"),
         (lambda folder: (folder / "model.onnx").unlink(), "cannot read"),
@@ -152,7 +172,9 @@ def test_a_folder_from_elsewhere_is_checked(exported, tmp_path):
 
 
 def test_what_cannot_be_exported_is_said(tuned, exported, tmp_path, monkeypatch):
-    assert_refused(invoke("export", tuned.path, "-o", exported[0]), 2, "holds an export already; add --force to replace")
+    assert_refused(
+        invoke("export", tuned.path, "-o", exported[0]), 2, "holds an export already; add --force to replace"
+    )
     assert_refused(invoke("export", tuned.path, "-o", tmp_path / "x", "--weights", "int2"), 2, "int8, int4 or fp32")
     with pytest.raises(DoesNotFitError, match="holds the whole model"):
         tuned.export(tmp_path / "x", mem_budget="100MB")

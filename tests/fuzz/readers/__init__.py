@@ -1,7 +1,13 @@
 """What is fuzzed: for each kind of file a `Reader`, which writes a mutated one and has it read as a user would."""
 
 from fuzz.readers.blocks import BlockReader
-from fuzz.readers.exports import ChainExportReader, ContinuationExportReader, ExportReader, TextExportReader
+from fuzz.readers.exports import (
+    ChainExportReader,
+    ContinuationExportReader,
+    ExportReader,
+    LanguageExportReader,
+    TextExportReader,
+)
 from fuzz.readers.images import ArchiveReader, CacheReader, FolderReader
 from fuzz.readers.run_files import ConfigReader, ManifestReader, PlanReader, RecordsReader, TextRunReader
 from fuzz.readers.texts import LinesReader, TableReader, TextFileReader, TextFolderReader
@@ -29,4 +35,5 @@ READERS = {
     "text run": TextRunReader,
     "text export": TextExportReader,
     "continuation export": ContinuationExportReader,
+    "language model": LanguageExportReader,
 }

@@ -246,3 +246,88 @@ class ContinuationExportReader(ExportReader):
         super().read()
         manifest = read_manifest(self.folder)
         assert code_rows(manifest.vocabulary, manifest.code_width).shape[0] == manifest.vocabulary
+
+
+class LanguageExportReader(Reader):
+    """An exported language model: its manifest, its graph's own bytes, and what its names lead to."""
+
+    needs = "tokenizers"
+
+    def __init__(self, folder):
+        from edgeblocks.data.tokenizer import train_pairs
+        from edgeblocks.export.language_model import ExportedFile, LanguageManifest, VerifiedModel
+
+        pairs = train_pairs(["The white whale swims under a cold sea. " * 100], 300)
+        self.folder, self.outside = folder / "export", folder / "outside.onnx"
+        self.folder.mkdir()
+        self.contents = {
+            "model.onnx": plain_graph(),
+            "model.onnx.data": b"weights",
+            "tokenizer.json": pairs.to_json().encode(),
+        }
+        self.outside.write_bytes(self.contents["model.onnx"])
+        digest = {name: hashlib.sha256(content).hexdigest() for name, content in self.contents.items()}
+        manifest = LanguageManifest(
+            edgeblocks="0.1.0",
+            model_type="llama",
+            weights="fp32",
+            layers=1,
+            heads=1,
+            head_width=8,
+            vocabulary=pairs.vocabulary,
+            positions=64,
+            length=16,
+            ends=(1,),
+            files=tuple(
+                ExportedFile(name=name, sha256=digest[name], bytes=len(content))
+                for name, content in self.contents.items()
+            ),
+            verified=VerifiedModel(greedy_equal=1, greedy_tokens=1, loss_torch=1.0, loss_graph=1.0, windows=1),
+        )
+        self.value = manifest.model_dump(mode="json")
+        self.prepare_sound()
+
+    def prepare_sound(self):
+        shutil.rmtree(self.folder)
+        self.folder.mkdir()
+        for name, content in self.contents.items():
+            (self.folder / name).write_bytes(content)
+        (self.folder / "manifest.json").write_text(json.dumps(self.value))
+
+    def prepare(self, rng):
+        self.prepare_sound()
+        manifest = self.folder / "manifest.json"
+        if rng.random() < 0.15:
+            replace_by_something(rng, self.folder / rng.choice([*self.contents, "manifest.json"]), self.outside)
+        elif rng.random() < 0.5:  # another graph or tokenizer, of which the manifest has the checksum
+            name = rng.choice(["model.onnx", "tokenizer.json"])
+            content = mutated_bytes(rng, self.contents[name])
+            (self.folder / name).write_bytes(content)
+            one = {"name": name, "sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
+            files = [one if file["name"] == name else file for file in self.value["files"]]
+            manifest.write_text(json.dumps({**self.value, "files": files}))
+        else:
+            text = json_text(rng, mutated_value(rng, self.value))
+            manifest.write_text(text, encoding="utf-8", errors="surrogatepass")
+
+    def read(self):
+        from edgeblocks.export.language_model import LanguageModel, is_language_model
+
+        is_language_model(self.folder)
+        model = LanguageModel(self.folder)
+        assert isinstance(model.tokenizer.decode(model.tokenizer.encode("a whale")), str)
+
+
+def plain_graph():
+    """A small graph with an operator of onnxruntime's own and weights beside it."""
+    from onnx import TensorProto, helper
+
+    weight = TensorProto(name="w", data_type=TensorProto.FLOAT, dims=[1])
+    weight.data_location = TensorProto.EXTERNAL
+    for key, value in {"location": "model.onnx.data", "offset": "0", "length": "4"}.items():
+        weight.external_data.add(key=key, value=value)
+    node = helper.make_node("RotaryEmbedding", ["x", "w"], ["y"], domain="com.microsoft")
+    opsets = [helper.make_opsetid("", 20), helper.make_opsetid("com.microsoft", 1)]
+    return helper.make_model(
+        helper.make_graph([node], "model", [], [], [weight]), opset_imports=opsets
+    ).SerializeToString()
