@@ -2,7 +2,8 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from pathlib import Path
+from typing import Protocol, Self
 
 import numpy as np
 import torch
@@ -15,6 +16,7 @@ from edgeblocks.data.latents import LatentSet
 from edgeblocks.data.text import TextSet
 from edgeblocks.diffusion.noise import NoiseDistribution, NoisePartition, NoiseRange
 from edgeblocks.errors import ConfigError
+from edgeblocks.files.tensor_file import TensorFile, Weights
 from edgeblocks.planning.layer_costs import LARGEST_HEAP_BYTES
 from edgeblocks.tasks import TASKS, Reads, Task
 
@@ -177,6 +179,10 @@ class BaseFamily:
     def num_layers(self) -> int:
         return self.settings.depth
 
+    def uniform(self) -> Sequence[Self]:
+        """The same, all layers of one kind, for each kind of layers that a network has."""
+        return [self]
+
     @property
     def architecture(self) -> str:
         """What of the network's shape is not in the settings: the content of a file that they name."""
@@ -189,6 +195,10 @@ class BaseFamily:
 
     def check_network(self) -> None:
         """Look at the network before it is planned for; raises ConfigError where it cannot be trained."""
+
+    def opened(self, path: Path) -> Weights:
+        """Weights that a network starts from; raises OSError and MalformedFileError as `TensorFile`."""
+        return TensorFile(path)
 
     def name_in_file(self, name: str) -> str:
         """What a parameter of the whole network is called in a file of weights."""

@@ -5,7 +5,8 @@ The base classes in `base` and `denoiser` have most of it. A new family is one f
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Literal, Protocol, runtime_checkable
+from pathlib import Path
+from typing import Literal, Protocol, Self, runtime_checkable
 
 import numpy as np
 import torch
@@ -26,6 +27,7 @@ from edgeblocks.families.base import (
     TextInfo,
 )
 from edgeblocks.families.block import Block
+from edgeblocks.files.tensor_file import Weights
 from edgeblocks.tasks import Reads, Task
 
 
@@ -62,6 +64,10 @@ class Family(Protocol):
     library_bytes: int
     """Of memory that its library takes in every process, where a plan is not made in one that has loaded it."""
 
+    def uniform(self) -> Sequence[Self]:
+        """The same, all layers of one kind, for each kind of layers that a network has."""
+        ...
+
     @property
     def architecture(self) -> str:
         """What of the network's shape is not in the settings: the content of a file that they name."""
@@ -74,6 +80,10 @@ class Family(Protocol):
 
     def check_network(self) -> None:
         """Look at the network before it is planned for; raises ConfigError where it cannot be trained."""
+        ...
+
+    def opened(self, path: Path) -> Weights:
+        """Weights that a network starts from; raises OSError and MalformedFileError as `TensorFile`."""
         ...
 
     def name_in_file(self, name: str) -> str:

@@ -11,7 +11,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Protocol
 
 import torch
 from torch import Tensor
@@ -34,6 +34,37 @@ class StoredTensor:
     shape: tuple[int, ...]
     start: int
     num_bytes: int
+
+
+class Shaped(Protocol):
+    """What a tensor is known by before it is read. `dtype` is the format's name."""
+
+    @property
+    def dtype(self) -> str: ...
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+
+class Weights(Protocol):
+    """Tensors by their names, read in pieces as float32: of a file, or of several. See `TensorFile`."""
+
+    path: Path
+
+    @property
+    def tensors(self) -> Mapping[str, Shaped]: ...
+
+    @property
+    def num_bytes(self) -> int: ...
+
+    @property
+    def metadata(self) -> Mapping[str, str]: ...
+
+    def sha256(self) -> str: ...
+
+    def pieces(self, name: str) -> Iterator[tuple[int, Tensor]]: ...
+
+    def read_(self, name: str, values: Tensor) -> None: ...
 
 
 class TensorFile:
@@ -62,24 +93,29 @@ class TensorFile:
         with open_regular(self.path) as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
 
-    def pieces(self, name: str) -> Iterator[tuple[int, Tensor]]:
+    def pieces(self, name: str, first: int = 0, count: int | None = None) -> Iterator[tuple[int, Tensor]]:
         """A tensor's values in order: (number of the first one, float32 [values]).
+
+        Args:
+            first, count: those of a part of it, counted from there; None: to its end.
 
         Raises:
             OSError: it cannot be read.
         """
         stored = self.tensors[name]
         dtype, done = READABLE[stored.dtype], 0
-        piece = bytearray(min(PIECE_BYTES, stored.num_bytes))
+        start = first * dtype.itemsize
+        num_bytes = stored.num_bytes - start if count is None else count * dtype.itemsize
+        piece = bytearray(min(PIECE_BYTES, num_bytes))
         with open_regular(self.path) as file:
-            file.seek(stored.start)
-            while done < stored.num_bytes:
-                count = min(len(piece), stored.num_bytes - done)
-                if file.readinto(memoryview(piece)[:count]) != count:
+            file.seek(stored.start + start)
+            while done < num_bytes:
+                size = min(len(piece), num_bytes - done)
+                if file.readinto(memoryview(piece)[:size]) != size:
                     raise OSError(None, "it has become shorter", str(self.path))
-                values = torch.frombuffer(piece, dtype=dtype, count=count // dtype.itemsize)
+                values = torch.frombuffer(piece, dtype=dtype, count=size // dtype.itemsize)
                 yield done // dtype.itemsize, values.to(torch.float32)
-                done += count
+                done += size
 
     def read_(self, name: str, values: Tensor) -> None:
         """Fill a contiguous float32 tensor of the same shape.
@@ -150,3 +186,16 @@ def encode_header(table: Mapping[str, object], metadata: Mapping[str, str]) -> b
     text = json.dumps({"__metadata__": dict(metadata), **table}, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text
+
+
+def overwrite(file: BinaryIO, stored: StoredTensor, first: int, values: Tensor) -> None:
+    """Put a row of values over those of a tensor from number `first` on, rounded to the tensor's type.
+
+    Raises:
+        OSError: the disk refused.
+    """
+    dtype = READABLE[stored.dtype]
+    file.seek(stored.start + first * dtype.itemsize)
+    for start in range(0, len(values), PIECE_BYTES // 4):
+        piece = values[start : start + PIECE_BYTES // 4].to(dtype)
+        file.write(memoryview(piece.view(torch.uint8).numpy()))  # type: ignore[arg-type]  # numpy's stubs

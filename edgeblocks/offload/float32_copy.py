@@ -53,6 +53,11 @@ class Float32Copy:
         return self
 
     @property
+    def memory(self) -> Tensor:
+        """All of it, float32: for the largest of the blocks."""
+        return self._memory
+
+    @property
     def flat(self) -> Tensor:
         """All parameters as one vector, float32 [num_parameters]."""
         return self._memory[: self._layout.num_parameters]

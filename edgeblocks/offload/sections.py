@@ -64,6 +64,7 @@ def init_section_(
     """
     with torch.device("meta"):
         network = family.block(num_layers=section.num_layers, checkpointing=False)
+    network.begin_at(section.first_layer)
     for name in _left_out(network, section):
         part = network.get_submodule(name)
         # Not `to_empty`: with meta tensors it would import 25 MB of symbolic libraries.

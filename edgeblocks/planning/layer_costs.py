@@ -1,7 +1,8 @@
 """What a block costs in bytes and arithmetic, as numbers: the planner's input, made by `profiling.trace`."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import Any, cast
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,6 +84,30 @@ class LayerCosts:
 
     def forward_flops_per_sample(self, num_layers: int) -> int:
         return self.stem_readout_flops_per_sample + num_layers * self.layer_flops_per_sample
+
+
+def most_of(costs: Sequence[LayerCosts]) -> LayerCosts:
+    """The largest of each number, among costs of the same steps."""
+    return costs[0] if len(costs) == 1 else cast(LayerCosts, _most(costs))
+
+
+def _most(values: Sequence[Any]) -> Any:
+    """
+    >>> _most([Growth(one=1, two=11, three=21), Growth(one=9, two=12, three=13)])
+    Growth(one=9, two=12, three=22)
+    """
+    first = values[0]
+    if isinstance(first, Growth):  # it goes on with the steepest
+        two, slope = max(one.two for one in values), max(one.three - one.two for one in values)
+        return Growth(one=max(one.one for one in values), two=two, three=two + slope)
+    if isinstance(first, dict):
+        return {name: _most([one[name] for one in values]) for name in first}
+    if isinstance(first, tuple):
+        return tuple(map(_most, zip(*values, strict=True)))
+    if is_dataclass(first):
+        named = {one.name: _most([getattr(value, one.name) for value in values]) for one in fields(first)}
+        return replace(first, **named)  # type: ignore[type-var]
+    return max(values)
 
 
 def heap_bytes_at(costs: Sequence[StepCost], samples: int, num_layers: int) -> int:

@@ -6,11 +6,13 @@ multiplied with a slice at a time. A window of tokens is one example; each token
 before it.
 """
 
+import copy
 import functools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
 
 import numpy as np
 import torch
@@ -30,6 +32,7 @@ from edgeblocks.methods import Frozen
 from edgeblocks.pretrained.gate import check_architecture, refusal
 from edgeblocks.pretrained.layer import LARGEST_HEAP_BYTES, PretrainedLayer, as_condition
 from edgeblocks.pretrained.model_folder import model_folder
+from edgeblocks.pretrained.named_tensors import NamedTensors
 from edgeblocks.pretrained.shell import Shell, UnsupportedModelError, shell_of
 
 LOGITS_BYTES = 16 * 2**20
@@ -79,10 +82,10 @@ class DecoderBlock(Block):
 
     reading_bytes = READING_BYTES
 
-    def __init__(self, *, model: str, num_layers: int, checkpointing: bool, first: int = 0) -> None:
+    def __init__(self, *, model: str, numbers: Sequence[int], checkpointing: bool) -> None:
         super().__init__()
         self.model, self.checkpointing = model, checkpointing
-        self.layers = nn.ModuleList(DecoderLayer(model, number) for number in range(first, first + num_layers))
+        self.layers = nn.ModuleList(DecoderLayer(model, number) for number in numbers)
 
     def init_(self, generator: torch.Generator) -> None:
         """Weights are those of the files; these are for a network whose speed is measured."""
@@ -117,6 +120,8 @@ class Decoder(TextFamily, EndToEnd):
     preferred_blocks = 1
     settings_type: type = DecoderSettings
     settings: DecoderSettings
+    like: int | None = None
+    """The layer that all layers of its networks are like, where its costs are traced; None: each is as in the model."""
     caches_per: CachesPer = "block"
     chain_steps = 1
     sigma_data = 1.0
@@ -187,8 +192,12 @@ class Decoder(TextFamily, EndToEnd):
         """Text is not written here."""
         return 0
 
+    def opened(self, path: Path) -> NamedTensors:
+        """The model's tensors, which lie where the settings say."""
+        return self.shell("meta").stored
+
     def name_in_file(self, name: str) -> str:
-        """What a parameter of the whole network is called in the model's files.
+        """What a parameter of the whole network is called in the library's model.
 
         >>> Decoder.__new__(Decoder)._named("model.layers", "layers.3.hf.mlp.up_proj.weight")
         'model.layers.3.mlp.up_proj.weight'
@@ -219,10 +228,31 @@ class Decoder(TextFamily, EndToEnd):
 
         return [functools.partial(call, number) for number in range(self.num_layers)]
 
+    def uniform(self) -> Sequence[Self]:
+        """One for each kind of layer that the model has."""
+        kind_of, first = self.shell("meta").kind_of, self.first_layer
+        found = []
+        for kind in sorted(set(kind_of[first : first + self.num_layers])):
+            one = copy.copy(self)
+            one.like = kind
+            found.append(one)
+        return found if len(found) > 1 else [self]
+
+    @property
+    def first_layer(self) -> int:
+        """Of those that are trained."""
+        return 0
+
     def block(self, *, num_layers: int, checkpointing: bool) -> DecoderBlock:
         """Some layers, without weights."""
+        return DecoderBlock(model=self.settings.model, numbers=self._numbers(num_layers), checkpointing=checkpointing)
+
+    def _numbers(self, num_layers: int) -> Sequence[int]:
+        """Of the layers that a network has."""
         self.shell("meta")  # refuses models in words
-        return DecoderBlock(model=self.settings.model, num_layers=num_layers, checkpointing=checkpointing)
+        if self.like is not None:
+            return [self.like] * num_layers
+        return range(self.first_layer, self.first_layer + num_layers)
 
     def batch_spec(self, batch: int) -> BatchSpec:
         """Shape and dtype of each tensor that `draw` gives."""

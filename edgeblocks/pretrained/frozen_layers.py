@@ -18,9 +18,9 @@ from torch import nn
 
 from edgeblocks.data.cache import CacheFiles, CacheKind, RowFile, cache_folder, open_or_build, read_meta
 from edgeblocks.methods import Frozen
-from edgeblocks.offload.block_buffer import BlockBuffer, BlockLayout, bind_parameters_
+from edgeblocks.offload.block_buffer import BlockBuffer, BlockLayout, bind_parameters_, largest_of
 from edgeblocks.offload.float32_copy import Float32Copy
-from edgeblocks.offload.quantized import quantize_, quantized_layout
+from edgeblocks.offload.quantized import quantize_, quantized_layouts
 from edgeblocks.pretrained.layer import PretrainedLayer
 from edgeblocks.pretrained.model_folder import model_folder
 from edgeblocks.pretrained.shell import shell_of
@@ -43,25 +43,29 @@ class FrozenLayers:
             kind: as what they are read; none: from the model's own files.
         """
         self._folder, self._shell, self._kind = model_folder(model), shell_of(model, "meta"), kind
-        self.layout = BlockLayout.of(self._shell.layers[0], "adamw", frozen=True)
-        self._copies, self._holds = [Float32Copy([self.layout], device)], [-1]
+        made = {kind: BlockLayout.of(self._shell.layers[kind], "adamw", frozen=True) for kind in {*self._shell.kind_of}}
+        self.layouts = [made[kind] for kind in self._shell.kind_of]
+        """Of each layer."""
+        self._copies, self._holds = [Float32Copy(self.layouts, device)], [-1]
         self._bound: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()
         """The layers whose parameters are views of the copies, and their numbers."""
         self._buffer: BlockBuffer | None = None
         if kind != "none":
-            codes = quantized_layout(self.layout, kind)
-            self._buffer = BlockBuffer(codes, ("ema",), allocate=lambda size: _memory(size, device))
+            self._codes = quantized_layouts(self.layouts, kind)
+            largest = largest_of(self._codes, ("ema",))
+            self._row = _memory(largest.part_span("ema")[1], device)
+            self._buffer = BlockBuffer(largest, ("ema",), allocate=lambda _: self._row)
         self._rows: RowFile[np.uint8] | None = None
 
     @property
     def tables(self) -> tuple[torch.Tensor, ...]:
         """All memory that it keeps: a layer as float32, and its codes."""
-        return (*(copy.flat for copy in self._copies), *(() if self._buffer is None else (self._buffer.content,)))
+        return (*(copy.memory for copy in self._copies), *(() if self._buffer is None else (self._row,)))
 
     @property
     def all_bytes(self) -> int:
         """Of all layers as float32, which `hold_all_` takes."""
-        return 4 * self.layout.num_parameters * len(self._shell.layers)
+        return 4 * sum(layout.num_parameters for layout in self.layouts)
 
     def hold_all_(self) -> None:
         """From now on, keep every layer that was read."""
@@ -73,14 +77,15 @@ class FrozenLayers:
 
     def _hold_(self, count: int) -> None:
         device = self._copies[0].device
-        self._copies = [Float32Copy([self.layout], device) for _ in range(count)]
+        self._copies = [Float32Copy(self.layouts[number : number + 1] if count > 1 else self.layouts, device)
+                        for number in range(count)]  # fmt: skip
         self._holds = [-1] * count
         for layer, number in self._bound.items():
             self.bind_(layer, number)
 
     def bind_(self, layer: nn.Module, number: int) -> None:
         """Make a layer's parameters views of the memory that it will lie in, whichever that is."""
-        bind_parameters_(layer, self._copies[self._slot(number)].room_for_(self.layout).tensors("weights"))
+        bind_parameters_(layer, self._copies[self._slot(number)].room_for_(self.layouts[number]).tensors("weights"))
         self._bound[layer] = number
 
     def _slot(self, number: int) -> int:
@@ -102,25 +107,23 @@ class FrozenLayers:
             self._read_(number, copy)
         else:
             self._rows = self._rows or self._cached()
-            codes = self._buffer.part_bytes("ema")
             # Straight into its place; a device gets a copy of what is read beside it.
-            row = codes if codes.device.type == "cpu" else torch.empty(codes.shape, dtype=torch.uint8)
+            row = self._row if self._row.device.type == "cpu" else torch.empty(self._row.shape, dtype=torch.uint8)
             self._rows.read_into(number, row.numpy())
-            if row is not codes:
-                codes.copy_(row)
+            if row is not self._row:
+                self._row.copy_(row)
+            self._buffer.adopt_(self._codes[number])
             copy.hold_(self._buffer, "ema")
         self._holds[slot] = number
 
     def _read_(self, number: int, copy: Float32Copy) -> None:
         """From the model's files."""
-        for name, values in copy.room_for_(self.layout).tensors("weights"):
-            stored = f"{self._shell.layers_name}.{number}.{name}"
-            for start, piece in self._folder.pieces(stored):
-                values.view(-1)[start : start + len(piece)] = piece
+        for name, values in copy.room_for_(self.layouts[number]).tensors("weights"):
+            self._shell.stored.read_(f"{self._shell.layers_name}.{number}.{name}", values)
 
     def _cached(self) -> RowFile[np.uint8]:
         """The cache, which is made now where there is none."""
-        count, size, copy = len(self._shell.layers), self._row_bytes, self._copies[0]
+        count, size, copy = len(self.layouts), len(self._row), self._copies[0]
         key = hashlib.sha256(f"layers {_KIND.version} {self._kind} {self._folder.sha256()}".encode()).hexdigest()
 
         def build(files: CacheFiles) -> None:
@@ -128,8 +131,9 @@ class FrozenLayers:
             files.begin({"layers.npy": (np.dtype(np.uint8), (size,))}, count * size)
             for number in range(count):
                 self._read_(number, copy)
+                self._buffer.adopt_(self._codes[number])
                 quantize_(self._buffer, copy.flat)
-                files.append("layers.npy", self._buffer.part_bytes("ema").cpu().numpy()[None])
+                files.append("layers.npy", self._row.cpu().numpy()[None])  # all rows are as long as the longest
             files.finish({"layers": count})
 
         def read(folder: Path) -> RowFile[np.uint8]:
@@ -140,11 +144,6 @@ class FrozenLayers:
             return rows
 
         return open_or_build(_KIND, cache_folder(), key, build=build, read=read)
-
-    @property
-    def _row_bytes(self) -> int:
-        assert self._buffer is not None
-        return self._buffer.layout.part_span("ema")[1]
 
 
 class FrozenLayer(PretrainedLayer):

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from edgeblocks.errors import ConfigError
 from edgeblocks.pretrained.model_folder import CONFIG, ModelFolder, model_folder
-from edgeblocks.pretrained.shell import Shell, UnsupportedModelError, library, without_dropout
+from edgeblocks.pretrained.shell import Shell, UnsupportedModelError, library, shell_of, without_dropout
 
 _TOKENS = 256
 _LAYERS = 4
@@ -38,8 +38,12 @@ def check_architecture(model: str, *, packed: bool = False) -> None:
     Raises:
         ConfigError: the two differ, or nothing small can be built of this architecture.
     """
+    try:
+        kinds = shell_of(model, "meta").kinds
+    except UnsupportedModelError as error:
+        raise refusal(model, str(error)) from error
     config = json.dumps(model_folder(model).config, sort_keys=True)
-    why = _why_not(config)
+    why = _why_not(config, kinds)
     if why is not None:
         raise refusal(model, why)
     why = _why_not_packed(config) if packed else None
@@ -59,9 +63,13 @@ def refusal(model: str, why: str) -> ConfigError:
 
 
 @functools.lru_cache(maxsize=8)
-def _why_not(config: str) -> str | None:
-    """What is wrong; None where the two are equal."""
-    return why_not(lambda folder: _difference(_small_network(json.loads(config), folder), folder))
+def _why_not(config: str, kinds: frozenset[tuple[str, ...]]) -> str | None:
+    """What is wrong; None where the two are equal.
+
+    Args:
+        kinds: of the model's layers, all of which the small one must have.
+    """
+    return why_not(lambda folder: _difference(_small_network(json.loads(config), folder), folder, kinds))
 
 
 @functools.lru_cache(maxsize=8)
@@ -140,7 +148,7 @@ def shrunk(config: dict[str, Any]) -> dict[str, Any]:
         "num_attention_heads": ratio * few_groups,
         "n_head": ratio * few_groups,
         "num_key_value_heads": few_groups,
-        "head_dim": _HEAD_WIDTH,
+        "head_dim": config.get("qk_rope_head_dim") or _HEAD_WIDTH,
         "vocab_size": _TOKENS,
         "max_position_embeddings": 128,
         "n_positions": 128,
@@ -148,9 +156,16 @@ def shrunk(config: dict[str, Any]) -> dict[str, Any]:
         "num_experts": 4,
         "n_routed_experts": 4,
         "num_experts_per_tok": 2,
+        "n_group": min(config.get("n_group") or 1, 2),
+        "topk_group": 1,
+        "num_kv_shared_layers": min(config.get("num_kv_shared_layers") or 0, 2),
+        "vocab_size_per_layer_input": _TOKENS,
         "moe_intermediate_size": 32,
         "sliding_window": 8,
+        "first_k_dense_replace": min(config.get("first_k_dense_replace") or 0, 1),
     }
+    if "expand" in config and "state_size" in config:  # of state spaces, whose heads are wider than the hidden values
+        changed |= {"num_heads": config["expand"] * width // _HEAD_WIDTH, "state_size": _HEAD_WIDTH, "n_groups": 1}
     small: dict[str, Any] = {
         key: changed.get(key, value) if value is not None else None for key, value in config.items()
     }
@@ -162,28 +177,23 @@ def shrunk(config: dict[str, Any]) -> dict[str, Any]:
     layers = small.get("num_hidden_layers", _LAYERS)
     if isinstance(small.get("layer_types"), list):
         kinds = small["layer_types"]
-        # Each kind of layer that there is, in their order.
+        # Each kind of layer that there is, in their order, again and again.
         chosen = [kind for number, kind in enumerate(kinds) if kind not in kinds[:number]]
-        small["layer_types"] = (chosen + [kinds[0]] * layers)[:layers]
+        small["layer_types"] = (chosen * layers)[:layers]
+    if isinstance(small.get("per_layer_config"), dict):
+        small["per_layer_config"] = {key: one for key, one in small["per_layer_config"].items() if int(key) < layers}
     for key, value in config.items():
         if key != "layer_types" and isinstance(value, list) and len(value) == config.get("num_hidden_layers"):
             small[key] = value[:layers]
     return small
 
 
-def _difference(whole: Any, path: Path) -> str | None:
+def _difference(whole: Any, path: Path, kinds: frozenset[tuple[str, ...]]) -> str | None:
     """In what the library's whole network and the layers one by one differ; None where they do not."""
-    folder = ModelFolder(path)
-    shell = Shell(folder, torch.device("cpu"))
-    names = [
-        f"{shell.layers_name}.{number}.{name}"
-        for number, layer in enumerate(shell.layers)
-        for name in layer.state_dict()  # weights, and tables that files have
-    ]
-    missing = sorted(name for name in names if name not in folder.tensors)
-    if missing:
-        return f"its files have other names than its modules (there is no {missing[0]})"
-    layers = _read_layers(shell, folder)
+    shell = Shell(ModelFolder(path), torch.device("cpu"))
+    if not kinds <= shell.kinds:
+        return f"it has layers of {len(kinds)} kinds, and a small one of {len(shell.layers)} layers has not all of them"
+    layers = filled_layers(shell)
     tokens = torch.randint(3, _TOKENS, (2, 24), generator=torch.Generator().manual_seed(1))
     hidden = _through(shell, layers, tokens)
     last: list[Tensor] = []
@@ -211,13 +221,23 @@ def _difference(whole: Any, path: Path) -> str | None:
     return None
 
 
-def _read_layers(shell: Shell, folder: ModelFolder) -> list[nn.Module]:
-    """All layers, with their weights."""
+def filled_layers(shell: Shell) -> list[nn.Module]:
+    """A model's layers with their weights and tables.
+
+    Raises:
+        UnsupportedModelError: its files do not have one of them.
+    """
     layers = [shell.layer(number) for number in range(len(shell.layers))]
     for number, layer in enumerate(layers):
+        prefix = f"{shell.layers_name}.{number}."
+        missing = [name for name in layer.state_dict() if f"{prefix}{name}" not in shell.stored.tensors]
+        if missing:
+            raise UnsupportedModelError(
+                f"its files have other names than its modules (there is no {prefix}{missing[0]})"
+            )
         for name, parameter in list(layer.named_parameters()):
             value = torch.empty(parameter.shape)
-            folder.read_(f"{shell.layers_name}.{number}.{name}", value)
+            shell.stored.read_(f"{prefix}{name}", value)
             owner, _, leaf = name.rpartition(".")
             layer.get_submodule(owner)._parameters[leaf] = nn.Parameter(value)
         shell.restore_tables_(layer, number)
@@ -235,9 +255,8 @@ def _through(shell: Shell, layers: Sequence[nn.Module], tokens: Tensor, position
 
 def _difference_of_packed(path: Path) -> str | None:
     """In what texts of one window differ from the same texts alone; None where they do not."""
-    folder = ModelFolder(path)
-    shell = Shell(folder, torch.device("cpu"))
-    layers = _read_layers(shell, folder)
+    shell = Shell(ModelFolder(path), torch.device("cpu"))
+    layers = filled_layers(shell)
     parameters = [parameter for layer in layers for parameter in layer.parameters()]
     tokens = torch.randint(3, _TOKENS, (1, sum(_TEXTS)), generator=torch.Generator().manual_seed(1))
     positions = torch.cat([torch.arange(size) for size in _TEXTS]).unsqueeze(0)

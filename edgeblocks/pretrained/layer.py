@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from edgeblocks.pretrained.shell import shell_of
+from edgeblocks.pretrained.shell import shell_of, without_values
 
 LARGEST_HEAP_BYTES = 4_000_000
 """Of tensors that share the heap while a model is trained, fewer than of networks of our own (`layer_costs`). Layers
@@ -45,6 +45,7 @@ class PretrainedLayer(nn.Module, ABC):
         """What the layer makes of the hidden values in windows of text; the condition is `positions_of`'s."""
         shell = shell_of(self.model, hidden.device.type)
         args, kwargs = shell.calls(hidden, positions_of(condition))[self.number]
-        out = self.called(hidden, *args, **kwargs)
+        with without_values(hidden.device):
+            out = self.called(hidden, *args, **kwargs)
         found: Tensor = out[0] if isinstance(out, tuple) else out
         return found

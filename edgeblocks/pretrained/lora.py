@@ -8,7 +8,9 @@ and again for its backward pass, in which it is run once more from its input.
 Source: Hu et al. 2021, LoRA, arXiv 2106.09685, section 4.1; on quantized layers Dettmers et al. 2023, arXiv 2305.14314.
 """
 
+import functools
 import weakref
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -65,7 +67,7 @@ class LoraLayer(FrozenLayer):
     def __init__(self, settings: LoraSettings, number: int) -> None:
         super().__init__(settings.model, number, settings.quantize)
         self.adapters = nn.ModuleDict()
-        for name in targets_of(settings):
+        for name in targets_of(settings)[self.number]:
             matrix = self._frozen[0].get_submodule(name)
             assert isinstance(matrix, nn.Linear)
             adapter = self.adapters[as_key(name)] = Adapter(matrix, settings.lora_rank)
@@ -91,10 +93,10 @@ class LoraBlock(DecoderBlock):
 
     reading_bytes = LAYERS_READING_BYTES
 
-    def __init__(self, *, settings: LoraSettings, num_layers: int, checkpointing: bool) -> None:
+    def __init__(self, *, settings: LoraSettings, numbers: Sequence[int], checkpointing: bool) -> None:
         nn.Module.__init__(self)
         self.model, self.checkpointing, self._settings = settings.model, checkpointing, settings
-        self.layers = nn.ModuleList(LoraLayer(settings, number) for number in range(num_layers))
+        self.layers = nn.ModuleList(LoraLayer(settings, number) for number in numbers)
 
     def init_(self, generator: torch.Generator) -> None:
         """A between minus and plus 1 / sqrt(in), B zero."""
@@ -136,8 +138,7 @@ class LoraDecoder(Decoder):
 
     def block(self, *, num_layers: int, checkpointing: bool) -> LoraBlock:
         """The network, without weights."""
-        self.shell("meta")  # refuses models in words
-        return LoraBlock(settings=self.settings, num_layers=num_layers, checkpointing=checkpointing)
+        return LoraBlock(settings=self.settings, numbers=self._numbers(num_layers), checkpointing=checkpointing)
 
     @property
     def reads_layers_as(self) -> Frozen:
@@ -167,27 +168,28 @@ class LoraDecoder(Decoder):
         return block.through_stage(hidden, nothing, checkpointing=True), nothing
 
 
-def targets_of(settings: LoraSettings) -> list[str]:
-    """Names of the matrices in a layer that get an adapter.
+@functools.lru_cache(maxsize=8)
+def targets_of(settings: LoraSettings) -> list[list[str]]:
+    """Names of the matrices that get an adapter, of each layer.
 
     Raises:
         ConfigError: there is none.
     """
-    layer = shell_of(settings.model, "meta").layers[0]
-    matrices = [name for name, module in layer.named_modules() if isinstance(module, nn.Linear)]
-    wanted = [ending.strip() for ending in settings.lora_targets.split(",")]
-    chosen = matrices
-    if settings.lora_targets != ALL_LINEAR:
-        chosen = [name for name in matrices if any(f".{name}".endswith(f".{ending}") for ending in wanted)]
-        missing = [ending for ending in wanted if not any(f".{name}".endswith(f".{ending}") for name in matrices)]
-        if missing:
-            raise ConfigError(
-                f"lora_targets={settings.lora_targets}: no matrix of a layer ends with {', '.join(missing)}; there are "
-                f"{', '.join(matrices) or 'none'}, or {ALL_LINEAR}"
-            )
-    if not chosen:
+    layers = shell_of(settings.model, "meta").layers
+    matrices = [[name for name, module in layer.named_modules() if isinstance(module, nn.Linear)] for layer in layers]
+    there = list(dict.fromkeys(name for names in matrices for name in names))
+    if not there:
         raise ConfigError(f"{settings.model}: its layers have no matrix that an adapter could stand beside")
-    return chosen
+    if settings.lora_targets == ALL_LINEAR:
+        return matrices
+    wanted = tuple(f".{ending.strip()}" for ending in settings.lora_targets.split(","))
+    missing = [ending[1:] for ending in wanted if not any(f".{name}".endswith(ending) for name in there)]
+    if missing:
+        raise ConfigError(
+            f"lora_targets={settings.lora_targets}: no matrix of a layer ends with {', '.join(missing)}; there are "
+            f"{', '.join(there)}, or {ALL_LINEAR}"
+        )
+    return [[name for name in names if f".{name}".endswith(wanted)] for names in matrices]
 
 
 def as_key(name: str) -> str:

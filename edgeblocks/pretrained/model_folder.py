@@ -27,7 +27,7 @@ _QUANTIZED = "it is quantized ({kind}), which training cannot begin with; take t
 
 
 class ModelFolder:
-    """Config and tensors of a folder. Like a `TensorFile` of all its files: tensors by name, read as float32."""
+    """Config and tensors of a folder, by their names in its files."""
 
     def __init__(self, path: Path) -> None:
         """
@@ -65,22 +65,9 @@ class ModelFolder:
         """Of all files with tensors."""
         return sum(file.num_bytes for file in self.files)
 
-    @property
-    def metadata(self) -> Mapping[str, str]:
-        """Texts beside the tensors: none that concern a training."""
-        return {}
-
     def file_of(self, name: str) -> TensorFile:
         """The file that has a tensor."""
         return self._file_of[name]
-
-    def pieces(self, name: str) -> Iterator[tuple[int, Tensor]]:
-        """As `TensorFile.pieces`."""
-        return self._file_of[name].pieces(name)
-
-    def read_(self, name: str, values: Tensor) -> None:
-        """As `TensorFile.read_`."""
-        self._file_of[name].read_(name, values)
 
     def sha256(self) -> str:
         """Of the files' names and contents; they are read once in a process.

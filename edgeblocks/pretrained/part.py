@@ -42,11 +42,9 @@ class PartBlock(DecoderBlock):
 
     reading_bytes = LAYERS_READING_BYTES
 
-    def __init__(self, *, settings: PartSettings, num_layers: int, checkpointing: bool) -> None:
+    def __init__(self, *, settings: PartSettings, numbers: Sequence[int], checkpointing: bool) -> None:
         self._settings = settings
-        super().__init__(
-            model=settings.model, num_layers=num_layers, checkpointing=checkpointing, first=settings.first_layer
-        )
+        super().__init__(model=settings.model, numbers=numbers, checkpointing=checkpointing)
 
     def held_elsewhere(self) -> tuple[Tensor, ...]:
         """What frozen layers are read into."""
@@ -77,9 +75,14 @@ class PartDecoder(Decoder):
                 f"{count - 1}"
             )
 
+    @property
+    def first_layer(self) -> int:
+        """Of those that are trained."""
+        return self.settings.first_layer
+
     def block(self, *, num_layers: int, checkpointing: bool) -> PartBlock:
         """Some of the trained layers, without weights."""
-        return PartBlock(settings=self.settings, num_layers=num_layers, checkpointing=checkpointing)
+        return PartBlock(settings=self.settings, numbers=self._numbers(num_layers), checkpointing=checkpointing)
 
     @property
     def reads_layers_as(self) -> Frozen:

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from edgeblocks.errors import ConfigError
 from edgeblocks.pretrained.model_folder import FileTable, ModelFolder, Table, model_folder
+from edgeblocks.pretrained.named_tensors import NamedTensors
 
 SLICE_BYTES = 2**24
 """Of the head's matrix as float32, which is multiplied with some rows at a time."""
@@ -63,15 +64,16 @@ class Shell:
         self._embedding, self._head = embedding, head
         names = {id(module): name for name, module in self.model.named_modules()}
         of_embedding = f"{names[id(embedding)]}.weight"
-        of_head = _stored_name(folder, self.model, f"{names[id(head)]}.weight")
+        of_head = self._name_of_head(f"{names[id(head)]}.weight")
         config = getattr(self.model.config, "text_config", None) or self.model.config
         is_tied = bool(
             getattr(self.model.config, "tie_word_embeddings", False) or getattr(config, "tie_word_embeddings", False)
         )
         self.frozen_names = {of_embedding} if is_tied else {of_embedding, of_head}
         """Of tensors in the files that are used and not trained; those of vectors and positions join them below."""
-        self.embedding_table = _table(folder, self.model, of_embedding)
-        self.head_table = _table(folder, self.model, of_embedding if is_tied else of_head)
+        self.frozen_names |= {name for name, _ in self.model.named_buffers() if name in self.stored.tensors}
+        self.embedding_table = self._table(of_embedding)
+        self.head_table = self._table(of_embedding if is_tied else of_head)
         for module in self.model.modules():
             self._restore_(module)
         for name, parameter in list(self.model.named_parameters()):
@@ -82,11 +84,7 @@ class Shell:
             owner, _, leaf = name.rpartition(".")
             value = torch.empty(parameter.shape, device=device)
             if device.type != "meta":
-                if name not in folder.tensors or folder.tensors[name].shape != tuple(parameter.shape):
-                    raise ConfigError(f"{folder.path}: its files have no tensor {name} of the model's shape")
-                read = torch.empty(parameter.shape)
-                folder.read_(name, read)
-                value = read.to(device)
+                value = self._read(name, parameter.shape).to(device)
             self.model.get_submodule(owner)._parameters[leaf] = nn.Parameter(value, requires_grad=False)
         self._head_bias: Tensor | None = getattr(head, "bias", None)
 
@@ -96,16 +94,20 @@ class Shell:
         Args:
             part: of a config of several, the one that counts the layers.
         """
-        self.device, self._folder, self.model = device, folder, model
+        self.device, self.model, self.stored = device, model, NamedTensors(folder, model)
         self.layers_name, self.layers = _layers_of(model, part)
-        shapes = [[(name, tuple(p.shape)) for name, p in layer.named_parameters()] for layer in self.layers]
-        unlike = next((number for number, one in enumerate(shapes) if one != shapes[0]), None)
-        if unlike is not None:
-            raise UnsupportedModelError(f"its layers are not alike: layer {unlike} has other weights than layer 0")
+        shapes = [tuple((name, tuple(p.shape)) for name, p in layer.named_parameters()) for layer in self.layers]
+        self.kind_of = [shapes.index(one) for one in shapes]
+        """Of each layer the number of the first one that has weights of the same names and shapes."""
         self._is_tuple = False
         self._calls: dict[tuple[object, ...], list[Call]] = {}
         self._packed: tuple[tuple[object, ...], Tensor, list[Call]] | None = None
         """Of the positions that were asked for last: calls hold masks, which are large."""
+
+    @property
+    def kinds(self) -> frozenset[tuple[str, ...]]:
+        """The names of a layer's weights, of each kind that there is."""
+        return frozenset(tuple(name for name, _ in self.layers[number].named_parameters()) for number in self.kind_of)
 
     def layer(self, number: int) -> nn.Module:
         """A layer of its own, without weights."""
@@ -115,14 +117,43 @@ class Shell:
         """Make the fixed tables inside a layer on the shell's device; those that files have are read."""
         for name, buffer in list(layer.named_buffers()):
             stored = f"{self.layers_name}.{number}.{name}"
-            if stored in self._folder.tensors:
+            if stored in self.stored.tensors:
                 owner, _, leaf = name.rpartition(".")
-                value = torch.empty(buffer.shape)
-                if self.device.type != "meta":
-                    self._folder.read_(stored, value)
+                is_meta = self.device.type == "meta"
+                value = torch.empty(buffer.shape) if is_meta else self._read(stored, buffer.shape)
                 layer.get_submodule(owner)._buffers[leaf] = value.to(self.device, buffer.dtype)
         for part in layer.modules():
             self._restore_(part)
+
+    def _read(self, name: str, shape: Sequence[int]) -> Tensor:
+        """A tensor of the files, float32.
+
+        Raises:
+            ConfigError: they have none of this shape.
+        """
+        there = self.stored.tensors.get(name)
+        if there is None or there.shape != tuple(shape):
+            raise ConfigError(f"{self.stored.path}: its files have no tensor {name} of the model's shape")
+        value = torch.empty(there.shape)
+        self.stored.read_(name, value)
+        return value
+
+    def _name_of_head(self, name: str) -> str:
+        """The head's weight; older files have another name for it, which no table has."""
+        if name in self.stored.tensors:
+            return name
+        known = {own for own, _ in self.model.named_parameters()}
+        shape = tuple(self.model.get_parameter(name).shape)
+        others = [own for own, one in self.stored.tensors.items() if one.shape == shape and own not in known]
+        return others[0] if len(others) == 1 else name
+
+    def _table(self, name: str) -> Table:
+        if self.stored.folder.is_plan_only:
+            return Table(self.model.get_parameter(name).shape)
+        stored = self.stored.alone(name)
+        if stored is None:
+            raise ConfigError(f"{self.stored.path}: its files have no tensor {name}, which the model needs")
+        return FileTable(self.stored.folder.file_of(stored), stored)
 
     def _restore_(self, module: nn.Module) -> None:
         """Make the tables of a module that are not stored in files as the library initialises them."""
@@ -273,7 +304,7 @@ class Shell:
     def _run(self, **inputs: Any) -> Any:
         with (
             contextlib.suppress(_StopError),
-            _without_values("position_ids" in inputs) if self.device.type == "meta" else contextlib.nullcontext(),
+            without_values(self.device, are_several="position_ids" in inputs),
         ):
             return self.model(**inputs, use_cache=False)
         return None
@@ -385,11 +416,26 @@ def _as_positions(positions: Tensor | None) -> dict[str, Tensor]:
 
 
 @contextlib.contextmanager
-def _without_values(are_several: bool) -> Iterator[None]:
-    """The library does not look whether positions are of several texts: on the meta device they have no values."""
-    masking = importlib.import_module("transformers.masking_utils")
+def without_values(device: torch.device, *, are_several: bool = False) -> Iterator[None]:
+    """On the meta device, where tensors have no values, the library asks for none while this lasts.
+
+    It does not look whether positions are of several texts; and tokens that their values would send to several experts
+    all go to the first, which takes as much memory and as many products.
+
+    Args:
+        are_several: whether positions are of several texts in a window.
+    """
+    if device.type != "meta":
+        yield
+        return
+    masking, experts = (
+        importlib.import_module(f"transformers.{name}").__dict__ for name in ("masking_utils", "integrations.moe")
+    )
     found = (lambda position_ids: position_ids) if are_several else (lambda position_ids: None)
-    with _replaced(masking.__dict__, "find_packed_sequence_indices", found):
+    with (
+        _replaced(masking, "find_packed_sequence_indices", found),
+        _replaced(experts, "_grouped_mm", lambda input, weight, offs: input @ weight[0]),
+    ):
         yield
 
 
@@ -415,24 +461,6 @@ def _layers_of(model: Any, part: str) -> tuple[str, nn.ModuleList]:
     if not found:
         raise UnsupportedModelError(f"it has no list of {count} layers")
     return min(found, key=lambda one: one[0].count("."))
-
-
-def _stored_name(folder: ModelFolder, model: Any, name: str) -> str:
-    """What a module's weight is called in the files; older ones have another name for the head."""
-    if name in folder.tensors:
-        return name
-    known = {own for own, _ in model.named_parameters()}
-    shape = tuple(model.get_parameter(name).shape)
-    others = [own for own, stored in folder.tensors.items() if stored.shape == shape and own not in known]
-    return others[0] if len(others) == 1 else name
-
-
-def _table(folder: ModelFolder, model: Any, name: str) -> Table:
-    if folder.is_plan_only:
-        return Table(model.get_parameter(name).shape)
-    if name not in folder.tensors:
-        raise ConfigError(f"{folder.path}: its files have no tensor {name}, which the model needs")
-    return FileTable(folder.file_of(name), name)
 
 
 @contextlib.contextmanager

@@ -9,6 +9,7 @@ import json
 import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Literal
 
 import numpy as np
@@ -28,6 +29,7 @@ from edgeblocks.families.layers import init_zero_, run_layers
 from edgeblocks.families.settings import FamilySettings, Flip
 from edgeblocks.pretrained.layer import LARGEST_HEAP_BYTES
 from edgeblocks.pretrained.model_folder import model_folder
+from edgeblocks.pretrained.named_tensors import NamedTensors
 from edgeblocks.pretrained.shell import UnsupportedModelError
 from edgeblocks.pretrained.vision_folder import class_names, of_pictures, pictures_of, vision_config
 from edgeblocks.pretrained.vision_gate import check_classifier, refused_classifier
@@ -237,18 +239,17 @@ class Vision(ImageFamily, EndToEnd):
         """The number that each class has in the model's own head; None where that is of other classes."""
         own = [_plain(name) for name in class_names(self.settings.model)]
         names = [_plain(name) for name in wanted]
-        there = model_folder(self.settings.model).tensors.get(self.name_in_file(f"{READOUT}.weight"))
+        there = self.shell("meta").stored.tensors.get(self.name_in_file(f"{READOUT}.weight"))
         if there is None or there.shape[0] != len(own) or sorted(own) != sorted(names) or len({*own}) < len(own):
             return None
         return [own.index(name) for name in names]
 
-    def name_in_file(self, name: str) -> str:
-        """What a parameter of the whole network is called in the model's files."""
-        own = self.name_in_library(name)
-        return self.shell("meta").file_names.get(own, own)
+    def opened(self, path: Path) -> NamedTensors:
+        """The model's tensors, which lie where the settings say."""
+        return self.shell("meta").stored
 
-    def name_in_library(self, name: str) -> str:
-        """What it is called in the library's model."""
+    def name_in_file(self, name: str) -> str:
+        """What a parameter of the whole network is called in the library's model."""
         shell, (part, _, rest) = self.shell("meta"), name.partition(".")
         if part == READOUT:
             return f"{shell.head_name}.{rest}"
@@ -258,7 +259,7 @@ class Vision(ImageFamily, EndToEnd):
     def is_frozen(self, name: str) -> bool:
         """Whether a tensor of the model's files is used as it is, or of a part that a classifier does not have."""
         shell = self.shell("meta")
-        return not shell.renamed.get(name, name).startswith(f"{shell.layers_name}.")
+        return not name.startswith(f"{shell.layers_name}.")
 
     def block(self, *, num_layers: int, checkpointing: bool) -> VisionBlock:
         """Some layers and the head, without weights."""

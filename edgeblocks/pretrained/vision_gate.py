@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from edgeblocks.errors import ConfigError
-from edgeblocks.pretrained.gate import shrunk, why_not
+from edgeblocks.pretrained.gate import filled_layers, shrunk, why_not
 from edgeblocks.pretrained.model_folder import CONFIG, ModelFolder, model_folder
 from edgeblocks.pretrained.shell import UnsupportedModelError, library
 from edgeblocks.pretrained.vision_folder import PART, read_vision_config, vision_config
@@ -94,18 +94,7 @@ def _small_network(config: dict[str, Any], folder: Path) -> tuple[Any, int]:
 
 def _difference(whole: Any, shell: VisionShell) -> str | None:
     """In what the library's whole network and the layers one by one differ; None where they do not."""
-    folder = shell._folder
-    layers = [shell.layer(number) for number in range(len(shell.layers))]
-    for number, layer in enumerate(layers):
-        for name, parameter in list(layer.named_parameters()):
-            stored = shell.file_names.get(f"{shell.layers_name}.{number}.{name}")
-            if stored is None:
-                return f"its files have other names than its modules (none is that of {name} of a layer)"
-            owner, _, leaf = name.rpartition(".")
-            value = torch.empty(parameter.shape)
-            folder.read_(stored, value)
-            layer.get_submodule(owner)._parameters[leaf] = nn.Parameter(value)
-        shell.restore_tables_(layer, number)
+    layers = filled_layers(shell)
     side = _PATCH * _PATCHES
     images = torch.randn(2, shell.channels, side, side, generator=torch.Generator().manual_seed(1))
     hidden = shell.pictures_as_hidden(images)

@@ -1,13 +1,10 @@
 """A pretrained image classifier around its layers; see `shell`.
 
 Patch embedding, positions and the last norm are the library's, frozen, and in memory: they are small. The head is a
-matrix from elsewhere. What stands in the files under another name than in the library is found by the library's own
-table of names; a checkpoint without a classifier has them without the prefix that the classifier's class puts before
-them.
+matrix from elsewhere.
 """
 
 import functools
-import importlib
 from typing import Any
 
 import torch
@@ -43,15 +40,13 @@ class VisionShell(Shell):
         config.num_labels = _CLASSES
         kind = library().AutoModelForImageClassification
         self._take_(folder, device, built(folder, kind, config, "no image classifier"), part=PART)
+        unlike = next((number for number, kind in enumerate(self.kind_of) if kind), None)
+        if unlike is not None:
+            raise UnsupportedModelError(f"its layers are not alike: layer {unlike} has other weights than layer 0")
         self._side = side
         self.channels = int(getattr(of_pictures(config), "num_channels", 3))
         self.head_name, self._head = self._only_head()
         self.head_width: int = self._head.in_features
-        self._rename = _Renaming(self.model)
-        self.renamed = {stored: self._rename(stored) for stored in folder.tensors}
-        """What each tensor of the files is called in the library's model."""
-        self.file_names = {own: stored for stored, own in self.renamed.items()}
-        """The same, the other way round."""
         kept = self.model.state_dict()
         if any(f"{self.layers_name}.0.{name}" in kept for name, _ in self.layers[0].named_buffers()):
             raise UnsupportedModelError("its layers have tables in its files")
@@ -77,15 +72,8 @@ class VisionShell(Shell):
 
     def _set_(self, name: str, shaped: Tensor) -> None:
         """Give a tensor outside of the layers its value from the files."""
-        value = torch.empty(shaped.shape, device=self.device)
-        if self.device.type != "meta":
-            stored = self.file_names.get(name, name)
-            there = self._folder.tensors.get(stored)
-            if there is None or there.shape != tuple(shaped.shape):
-                raise ConfigError(f"{self._folder.path}: its files have no tensor {stored} of the model's shape")
-            read = torch.empty(shaped.shape)
-            self._folder.read_(stored, read)
-            value = read.to(self.device)
+        is_meta = self.device.type == "meta"
+        value = (torch.empty(shaped.shape) if is_meta else self._read(name, shaped.shape)).to(self.device)
         owner, _, leaf = name.rpartition(".")
         module = self.model.get_submodule(owner)
         if leaf in module._buffers:
@@ -99,7 +87,7 @@ class VisionShell(Shell):
         except (ValueError, RuntimeError) as error:
             first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise ConfigError(
-                f"{self._folder.path}: it does not take pictures of {self._side} x {self._side} pixels "
+                f"{self.stored.path}: it does not take pictures of {self._side} x {self._side} pixels "
                 f"({first[:200]}); leave image_size out, which then is the model's own"
             ) from error
 
@@ -114,9 +102,7 @@ class VisionShell(Shell):
 
     def name_of_classifier(self, stored: str) -> str:
         """What a tensor of the files is called in those of the classifier's class, in which none lacks the prefix."""
-        prefix = f"{self.model.base_model_prefix}."
-        is_without = prefix + self._rename.without_prefix(stored) == self.renamed[stored]
-        return f"{prefix}{stored}" if is_without else stored
+        return f"{self.model.base_model_prefix}.{stored}" if stored in self.stored.prefixed else stored
 
     def pictures_as_hidden(self, images: Tensor) -> Tensor:
         """What the first layer is given: hidden values [batch, tokens, width] of images [batch, channels, side, side],
@@ -173,30 +159,3 @@ def vision_shell(path: str, device: str, side: int) -> VisionShell:
         ConfigError, UnsupportedModelError: as `VisionShell`.
     """
     return VisionShell(model_folder(path), torch.device(device), side)
-
-
-class _Renaming:
-    """What tensors of files are called in a model, by the library's own table.
-
-    Tensors that several make, or that make several, keep their names, under which the model does not know them.
-    """
-
-    def __init__(self, model: Any) -> None:
-        loading = self._loading = importlib.import_module("transformers.core_model_loading")
-        steps = importlib.import_module("transformers.conversion_mapping").get_model_conversion_mapping(model)
-        self._steps = [
-            [step for step in steps if isinstance(step, kind)]
-            for kind in (loading.WeightRenaming, loading.WeightConverter)
-        ]
-        self._prefix, self._known = model.base_model_prefix, model.state_dict()
-
-    def __call__(self, stored: str) -> str:
-        """With the prefix that the classifier's class puts before names, where that is what is missing."""
-        name = self.without_prefix(stored)
-        with_prefix = f"{self._prefix}.{name}"
-        return with_prefix if with_prefix in self._known else name
-
-    def without_prefix(self, stored: str) -> str:
-        """By the table alone."""
-        name, merged = self._loading.rename_source_key(stored, *self._steps)
-        return stored if merged is not None else str(name)

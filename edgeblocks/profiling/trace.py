@@ -24,7 +24,7 @@ import psutil
 from edgeblocks.children import python_module
 from edgeblocks.errors import MAY_BE_REFUSALS, EdgeblocksError, is_refusal
 from edgeblocks.methods import MethodName, Precision
-from edgeblocks.planning.layer_costs import Growth, LayerCosts, StepCost
+from edgeblocks.planning.layer_costs import Growth, LayerCosts, StepCost, most_of
 from edgeblocks.profiling.kept_answers import fingerprint, keep_answer, kept_answer
 from edgeblocks.registry import build_family, build_target, import_own_family, own_family
 
@@ -167,7 +167,16 @@ def _step_cost(fields: Mapping[str, Any]) -> StepCost:
 def trace(
     family: "Family", sample_counts: Sequence[int], *, precision: Precision = "fp32", device: str = "cpu"
 ) -> LayerCosts:
-    """`LayerCosts` of a family, traced in this process on the meta device (`step_trace`)."""
+    """`LayerCosts` of a family, traced in this process on the meta device (`step_trace`).
+
+    Of a network with layers of several kinds, the most that each number is with any of them: a plan may promise too
+    much memory, not too little.
+    """
+    return most_of([_trace_layers(one, sample_counts, precision, device) for one in family.uniform()])
+
+
+def _trace_layers(family: "Family", sample_counts: Sequence[int], precision: Precision, device: str) -> LayerCosts:
+    """Of a family whose layers are alike, or repeat."""
     import torch
 
     from edgeblocks.offload.block_buffer import Optimizer, state_bytes

@@ -13,11 +13,10 @@ from torch import Tensor
 from edgeblocks.errors import ConfigError, RunError
 from edgeblocks.families.base import ImageInfo
 from edgeblocks.families.family import Family
-from edgeblocks.files.tensor_file import READABLE, TensorFile
+from edgeblocks.files.tensor_file import READABLE, Weights
 from edgeblocks.files.untrusted import MalformedFileError, parse_json, shown
 from edgeblocks.methods import METHODS
 from edgeblocks.offload.sections import Section, blocks_of, network_of, stages_of, tensor_name
-from edgeblocks.pretrained.model_folder import ModelFolder
 from edgeblocks.runs.save_weights import CLASS_NAMES
 from edgeblocks.settings.fields import RunSettings
 
@@ -29,7 +28,7 @@ _APART = "Its config.json and its .safetensors files do not belong together; dow
 class InitialWeights:
     """A file whose tensors are those of a network, all but some parts that start from the seed."""
 
-    file: TensorFile | ModelFolder
+    file: Weights
     sha256: str
     fresh: frozenset[str]
     """Names of the tensors that are not taken from the file."""
@@ -119,7 +118,7 @@ def open_initial_weights(
     shapes = _shapes(family, sections, name_of)
     left_out = _starting_fresh(shapes, fresh)
     try:
-        file = ModelFolder(path) if path.is_dir() else TensorFile(path)
+        file = family.opened(path)
         wanted = {name: shape for name, shape in shapes.items() if name not in left_out}
         # Values last: looking at them reads the whole file, and a wrong shape is known from its table.
         problems = (
@@ -193,7 +192,7 @@ def _parts(names: Iterable[str]) -> list[str]:
 
 
 def _differences(
-    file: TensorFile | ModelFolder,
+    file: Weights,
     shapes: Mapping[str, tuple[int, ...]],
     wanted: Mapping[str, tuple[int, ...]],
     *,
@@ -259,7 +258,7 @@ def _plain(name: str) -> str:
     return unicodedata.normalize("NFC", name)
 
 
-def _class_names(file: TensorFile | ModelFolder) -> list[str] | None:
+def _class_names(file: Weights) -> list[str] | None:
     """The names of the file's classes; None where it does not tell, as those of others and of an earlier edgeblocks."""
     try:
         names = parse_json(file.metadata.get(CLASS_NAMES, "null"))
@@ -277,7 +276,7 @@ def _by_class(family: Family, shapes: Callable[[Family], Mapping[str, tuple[int,
     return [name for name, shape in shapes(family).items() if more.get(name) != shape]
 
 
-def _values_that_are_no_numbers(file: TensorFile | ModelFolder, wanted: Iterable[str]) -> list[str]:
+def _values_that_are_no_numbers(file: Weights, wanted: Iterable[str]) -> list[str]:
     wrong = [name for name in wanted if not all(bool(piece.isfinite().all()) for _, piece in file.pieces(name))]
     if not wrong:
         return []

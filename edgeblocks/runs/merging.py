@@ -8,24 +8,25 @@ import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO, TypedDict
+from typing import TypedDict
 
 import torch
 from torch import Tensor
 
 from edgeblocks.errors import ConfigError, RunError, StorageError
 from edgeblocks.files.durable import sync, write_atomically
-from edgeblocks.files.tensor_file import READABLE, StoredTensor, encode_header, table_of
+from edgeblocks.files.tensor_file import encode_header, overwrite, table_of
 from edgeblocks.offload.block_buffer import BlockBuffer, NetworkPart, bytes_of
+from edgeblocks.pretrained.decoder import Decoder
 from edgeblocks.pretrained.lora import PEFT_PREFIX, LoraDecoder, targets_of
 from edgeblocks.pretrained.model_folder import INDEX, ModelFolder, model_folder
+from edgeblocks.pretrained.named_tensors import in_spans
 from edgeblocks.pretrained.vision import Vision
 from edgeblocks.runs.directory import RunDirectory
 from edgeblocks.runs.merging_classifier import write_classifier
 from edgeblocks.runs.save_weights import check_finite, check_memory, part_of, read_weights
 from edgeblocks.units import format_bytes
 
-_PIECE_VALUES = 2**20
 _DOWN, _UP = ".lora_A.weight", ".lora_B.weight"
 _OTHER_WEIGHTS = (".gguf", ".bin", ".pt", ".pth", ".onnx", ".h5", ".msgpack")
 """Files beside the tensors that hold the model's weights as they were: a copy would be another model's."""
@@ -136,32 +137,36 @@ def _copied(source: ModelFolder, into: Path, *, weights: bool = True) -> tuple[l
 
 
 def _write_trained(run: RunDirectory, source: ModelFolder, into: Path, *, last: bool) -> int:
-    """Write trained tensors over those of the copy; their number."""
-    part, count = part_of(last), 0
+    """Write trained tensors over those of the copy; the number of tensors in the files."""
+    family, part = run.family(), part_of(last)
+    written: set[str] = set()
+    assert isinstance(family, Decoder)
+    stored = family.shell("meta").stored
     for block, buffer in enumerate(read_weights(run, last=last)):
         check_finite(run, block, buffer, part)
-        for name, values in _merged_tensors(run, source, block, buffer, part):
-            with (into / source.file_of(name).path.name).open("r+b") as file:
-                _overwrite(file, source.tensors[name], values)
-            count += 1
-    return count
+        for name, values in _merged_tensors(run, family, block, buffer, part):
+            for span, flat in in_spans(stored.tensors[name], values):
+                with (into / source.file_of(span.stored).path.name).open("r+b") as file:
+                    overwrite(file, source.tensors[span.stored], span.start, flat)
+                written.add(span.stored)
+    return len(written)
 
 
 def _merged_tensors(
-    run: RunDirectory, source: ModelFolder, block: int, buffer: BlockBuffer, part: NetworkPart
+    run: RunDirectory, family: Decoder, block: int, buffer: BlockBuffer, part: NetworkPart
 ) -> Iterator[tuple[str, Tensor]]:
-    """Names in the files and values of the tensors that training has changed: its own, or those with an adapter."""
-    family = run.family()
+    """Names in the model and values of the tensors that training has changed: its own, or those with an adapter."""
     trained = {family.name_in_file(run.tensor_name(block, own)): values for own, values in buffer.tensors(part)}
     if not isinstance(family, LoraDecoder):
         yield from trained.items()
         return
+    stored = family.shell("meta").stored
     for name, down in trained.items():
         if not name.endswith(_DOWN):
             continue
         matrix = f"{name.removeprefix(PEFT_PREFIX).removesuffix(_DOWN)}.weight"
-        values = torch.empty(source.tensors[matrix].shape)
-        source.read_(matrix, values)
+        values = torch.empty(stored.tensors[matrix].shape)
+        stored.read_(matrix, values)
         yield (
             matrix,
             values.addmm_(trained[name.removesuffix(_DOWN) + _UP].float(), down.float(), alpha=family.settings.scale),
@@ -208,19 +213,7 @@ def _adapter_config(family: LoraDecoder) -> dict[str, object]:
         "lora_alpha": settings.lora_alpha,
         "lora_dropout": 0.0,
         "bias": "none",
-        "target_modules": sorted({name.rpartition(".")[2] for name in targets_of(settings)}),
+        "target_modules": sorted({name.rpartition(".")[2] for names in targets_of(settings) for name in names}),
         "fan_in_fan_out": False,
         "inference_mode": True,
     }
-
-
-def _overwrite(file: BinaryIO, stored: StoredTensor, values: Tensor) -> None:
-    file.seek(stored.start)
-    for piece in _pieces(values, READABLE[stored.dtype]):
-        file.write(memoryview(piece.view(torch.uint8).numpy()))  # type: ignore[arg-type]  # numpy's stubs
-
-
-def _pieces(values: Tensor, dtype: torch.dtype) -> Iterator[Tensor]:
-    flat = values.reshape(-1)
-    for start in range(0, len(flat), _PIECE_VALUES):
-        yield flat[start : start + _PIECE_VALUES].to(dtype)

@@ -12,15 +12,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-from torch import Tensor
-
 from edgeblocks.errors import ConfigError
-from edgeblocks.files.tensor_file import READABLE, TensorFile, encode_header
+from edgeblocks.files.tensor_file import READABLE, TensorFile, encode_header, overwrite
 from edgeblocks.files.untrusted import open_regular, parse_json
 from edgeblocks.pretrained.model_folder import CONFIG, SINGLE, ModelFolder
+from edgeblocks.pretrained.named_tensors import in_spans
 from edgeblocks.pretrained.vision import Vision
 from edgeblocks.pretrained.vision_folder import PROCESSOR
+from edgeblocks.pretrained.vision_shell import VisionShell
 from edgeblocks.runs.directory import RunDirectory
 from edgeblocks.runs.save_weights import check_finite, part_of, read_weights
 
@@ -29,9 +28,8 @@ _PIECE_BYTES = 2**21
 
 @dataclass(frozen=True, kw_only=True)
 class _Entry:
-    """A tensor of the new file: its name and shape, and its name in the old files; None where that has none."""
+    """A tensor of the new file. `stored` is its name in the old ones, where it was not trained; else None."""
 
-    name: str
     shape: tuple[int, ...]
     dtype: str
     stored: str | None
@@ -46,62 +44,69 @@ def write_classifier(run: RunDirectory, source: ModelFolder, into: Path, *, last
     """
     family = run.family()
     assert isinstance(family, Vision)
-    frozen, trained = _entries(run, family, source)
+    entries = _entries(run, family, source)
     table: dict[str, object] = {}
     start = 0
-    for entry in (*frozen, *trained.values()):
+    for name, entry in entries.items():
         end = start + math.prod(entry.shape) * READABLE[entry.dtype].itemsize
-        table[entry.name] = {"dtype": entry.dtype, "shape": list(entry.shape), "data_offsets": [start, end]}
+        table[name] = {"dtype": entry.dtype, "shape": list(entry.shape), "data_offsets": [start, end]}
         start = end
     path = into / SINGLE
     with path.open("wb") as file:
         file.write(encode_header(table, {"format": "pt"}))
-        for entry in frozen:
-            assert entry.stored is not None
-            for piece in _bytes_of(source, entry.stored):
-                file.write(piece)
-        file.truncate(
-            file.tell() + sum(math.prod(one.shape) * READABLE[one.dtype].itemsize for one in trained.values())
-        )
-    there, part = TensorFile(path).tensors, part_of(last)
+        data_start = file.tell()
+        for entry in entries.values():  # those that were not trained come first
+            if entry.stored is not None:
+                for piece in _bytes_of(source, entry.stored):
+                    file.write(piece)
+        file.truncate(data_start + start)
+    there, part, shell = TensorFile(path).tensors, part_of(last), family.shell("meta")
     with path.open("r+b") as file:
         for stage, buffer in enumerate(read_weights(run, last=last)):
             check_finite(run, stage, buffer, part)
             for own, values in buffer.tensors(part):
-                stored = there[trained[run.tensor_name(stage, own)].name]
-                file.seek(stored.start)
-                for rounded in _rounded(values, READABLE[stored.dtype]):
-                    file.write(memoryview(rounded.view(torch.uint8).numpy()))  # type: ignore[arg-type]  # numpy's stubs
+                name = family.name_in_file(run.tensor_name(stage, own))
+                if name.startswith(f"{shell.head_name}."):  # it may be of another number of classes
+                    overwrite(file, there[_name_of_head(shell, name)], 0, values.reshape(-1))
+                    continue
+                for span, flat in in_spans(shell.stored.tensors[name], values):
+                    overwrite(file, there[shell.name_of_classifier(span.stored)], span.start, flat)
     (into / CONFIG).write_text(json.dumps(_config(run, family, source), indent=2, ensure_ascii=False) + "\n")
     if not (into / PROCESSOR).exists():
         (into / PROCESSOR).write_text(json.dumps(family.pictures.as_processor(), indent=2) + "\n")
-    return len(trained), len(frozen)
+    count = sum(entry.stored is None for entry in entries.values())
+    return count, len(entries) - count
 
 
-def _entries(run: RunDirectory, family: Vision, source: ModelFolder) -> tuple[list[_Entry], dict[str, _Entry]]:
-    """Tensors that were not trained, and those that were by their name in the whole network."""
+def _entries(run: RunDirectory, family: Vision, source: ModelFolder) -> dict[str, _Entry]:
+    """The new file's tensors by their names: first those that were not trained."""
     shell = family.shell("meta")
-    # Those of layers; of a head that is new as well.
-    usual = next(
-        one.dtype for name, one in source.tensors.items() if shell.renamed[name].startswith(f"{shell.layers_name}.")
-    )
+    layers = f"{shell.layers_name}."
+    # That of layers; of a head that is new as well.
+    usual = next(one.dtype for name, one in shell.stored.tensors.items() if name.startswith(layers))
+    frozen = [name for name in shell.model.state_dict() if not name.startswith((layers, f"{shell.head_name}."))]
+    trained = {
+        family.name_in_file(run.tensor_name(stage, one.name.removeprefix("weights."))): tuple(one.shape)
+        for stage, layout in enumerate(run.store().layouts)
+        for one in layout.of_part("weights")
+    }
+    entries = {}
+    for own in (*frozen, *trained):
+        if own.startswith(f"{shell.head_name}."):
+            former = shell.stored.tensors.get(own)
+            dtype = usual if former is None else former.dtype
+            entries[_name_of_head(shell, own)] = _Entry(shape=trained[own], dtype=dtype, stored=None)
+            continue
+        for span in shell.stored.tensors[own].spans:
+            one, stored = source.tensors[span.stored], None if own in trained else span.stored
+            entries[shell.name_of_classifier(span.stored)] = _Entry(shape=one.shape, dtype=one.dtype, stored=stored)
+    return entries
 
-    def entry(own: str, shape: tuple[int, ...]) -> _Entry:
-        stored = shell.file_names.get(own)
-        there = None if stored is None else source.tensors[stored]
-        name = own if stored is None else shell.name_of_classifier(stored)
-        return _Entry(name=name, shape=shape, dtype=usual if there is None else there.dtype, stored=stored)
 
-    trained = {}
-    for stage, layout in enumerate(run.store().layouts):
-        for one in layout.of_part("weights"):
-            whole = run.tensor_name(stage, one.name.removeprefix("weights."))
-            trained[whole] = entry(family.name_in_library(whole), tuple(one.shape))
-    outside = (f"{shell.layers_name}.", f"{shell.head_name}.")
-    frozen = [
-        entry(own, tuple(value.shape)) for own, value in shell.model.state_dict().items() if not own.startswith(outside)
-    ]
-    return frozen, trained
+def _name_of_head(shell: VisionShell, own: str) -> str:
+    """What a tensor of the head is called in the new file: as in the old ones, where they have it."""
+    stored = shell.stored.alone(own)
+    return own if stored is None else shell.name_of_classifier(stored)
 
 
 def _config(run: RunDirectory, family: Vision, source: ModelFolder) -> dict[str, object]:
@@ -131,9 +136,3 @@ def _bytes_of(source: ModelFolder, name: str) -> Iterator[bytes]:
                 raise OSError(None, "it has become shorter", str(source.path))
             yield piece
             left -= len(piece)
-
-
-def _rounded(values: Tensor, dtype: torch.dtype) -> Iterator[Tensor]:
-    flat, count = values.reshape(-1), _PIECE_BYTES // 4
-    for start in range(0, len(flat), count):
-        yield flat[start : start + count].to(dtype)

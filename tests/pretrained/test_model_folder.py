@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -105,33 +106,64 @@ def test_names_that_are_no_folders(tmp_path):
 
 
 KINDS = ["llama", "qwen2", "qwen3", "mistral", "smollm3", "gemma2", "gemma3_text", "phi3", "gpt2", "olmo2", "granite"]
+KINDS += ["mixtral", "lfm2"]
+DOCS = Path(__file__).parents[2] / "docs/finetune.md"
+LISTED = re.findall(r"^\| (llama, .*) \| equal bit for bit \|$", DOCS.read_text(), re.MULTILINE)[0].split(", ")
+CHANGED = {
+    "hunyuan_v1_dense": {"head_dim": 128},
+    "lfm2": {"num_hidden_layers": 16, "layer_types": ["conv", "conv", "full_attention", "conv"] * 4},
+}
+"""Of configs that cannot be run as they are, or have layers of one kind, which no model has."""
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_architectures_that_are_trained(library, tmp_path, kind):
-    """Hidden values and gradients, layer by layer, are those of the whole network bit for bit."""
-    config = json.loads(library.AutoConfig.for_model(kind).to_json_string(use_diff=False))
-    (tmp_path / "config.json").write_text(json.dumps({**config, "model_type": kind}))
-    (tmp_path / "model.safetensors").write_bytes((2).to_bytes(8, "little") + b"{}")
-    check_architecture(str(tmp_path))
+def as_folder(library, folder, kind):
+    config = json.loads(library.AutoConfig.for_model(kind, **CHANGED.get(kind, {})).to_json_string(use_diff=False))
+    (folder / "config.json").write_text(json.dumps({**config, "model_type": kind}))
+    return str(folder)
+
+
+def test_types_that_are_tried():
+    """All are on the list in the docs, which has as many types as it says."""
+    assert set(KINDS) <= set(LISTED) and f"{len(LISTED)} types" in DOCS.read_text()
 
 
 @pytest.mark.parametrize(
-    ("kind", "said"), [("mixtral", "other names than its modules"), ("qwen3_next", "layers are not alike")]
+    "kind", [*KINDS, *(pytest.param(kind, marks=pytest.mark.thorough) for kind in LISTED if kind not in KINDS)]
+)
+def test_architectures_that_are_trained(library, tmp_path, kind):
+    """Hidden values and gradients, layer by layer, are those of the whole network bit for bit."""
+    check_architecture(as_folder(library, tmp_path, kind))
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [
+        ("gemma3n_text", "a small one could not be run"),
+        pytest.param("falcon_h1", "its hidden values are others", marks=pytest.mark.thorough),
+    ],
 )
 def test_architectures_that_are_refused(library, tmp_path, kind, said):
     """By what was measured, in words."""
-    config = json.loads(library.AutoConfig.for_model(kind).to_json_string(use_diff=False))
-    (tmp_path / "config.json").write_text(json.dumps({**config, "model_type": kind}))
-    (tmp_path / "model.safetensors").write_bytes((2).to_bytes(8, "little") + b"{}")
     with pytest.raises(ConfigError, match=rf"of the type {kind} cannot be trained layer by layer: .*{said}"):
-        check_architecture(str(tmp_path))
+        check_architecture(as_folder(library, tmp_path, kind))
+
+
+def test_a_small_network_without_one_of_the_kinds_of_layers_tells_nothing(library, tmp_path):
+    """So it is refused, and not taken for equal."""
+    folder = as_folder(library, tmp_path, "lfm2")
+    config = json.loads((tmp_path / "config.json").read_text())
+    for names in (config, config["rope_parameters"]):
+        names.pop("layer_types", None)
+    late = json.dumps({**config, "full_attn_idxs": [12], "layer_types": None})
+    (tmp_path / "config.json").write_text(late)
+    with pytest.raises(ConfigError, match="has layers of 2 kinds, and a small one of 4 layers has not all of them"):
+        check_architecture(folder)
 
 
 def test_a_small_config_keeps_what_makes_the_architecture():
     kinds = ["sliding", "sliding", "full"] * 9
     small = shrunk({"num_hidden_layers": 26, "layer_types": kinds, "rope_theta": 5, "x": None})
-    assert small["layer_types"] == ["sliding", "full", "sliding", "sliding"]
+    assert small["layer_types"] == ["sliding", "full", "sliding", "full"]
     assert small["rope_theta"] == 5 and small["x"] is None
 
 
@@ -139,8 +171,7 @@ def test_a_folder_is_like_one_file(model):
     folder = model_folder(str(model))
     assert len(folder.sha256()) == 64 and folder.num_bytes == sum(file.num_bytes for file in folder.files)
     name = "model.layers.3.mlp.up_proj.weight"
-    assert folder.tensors[name].shape == (64, 32)
-    assert sum(len(piece) for _, piece in folder.pieces(name)) == 64 * 32
+    assert folder.tensors[name].shape == (64, 32) and folder.file_of(name) in folder.files
 
 
 def test_a_config_alone_is_enough_to_plan(model, text, tmp_path):

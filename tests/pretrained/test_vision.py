@@ -103,7 +103,7 @@ def test_it_trains_as_the_library_does(tuned, base, library):
         for name, value in load_file(tuned.directory.store().path(stage)).items():
             part, _, own = name.partition(".")
             if part == "weights":
-                expected = theirs[family.name_in_library(tuned.directory.tensor_name(stage, own))].detach()
+                expected = theirs[family.name_in_file(tuned.directory.tensor_name(stage, own))].detach()
                 np.testing.assert_allclose(value.view(expected.shape), expected, rtol=1e-2, atol=1e-3, err_msg=name)
 
 
@@ -157,6 +157,11 @@ def with_processor(folder, mean=(0.5, 0.5, 0.5)):
 def test_architectures_that_are_trained(library, tmp_path, kind):
     """Hidden values, logits and gradients, layer by layer, are those of the whole network bit for bit."""
     check_classifier(str(as_folder(library, tmp_path, kind)))
+
+
+def test_a_matrix_that_is_two_modules_is_trained(library, tmp_path):
+    """Dinov2's largest has it."""
+    check_classifier(str(as_folder(library, tmp_path, "dinov2", use_swiglu_ffn=True)))
 
 
 @pytest.mark.parametrize(
