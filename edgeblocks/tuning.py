@@ -22,6 +22,8 @@ TUNING: dict[str, object] = {
 """What is usual where a pretrained model is trained on; learning rate and weight decay are those of trl 1.16."""
 LORA_TUNING: dict[str, object] = {"learning_rate": 2e-4, "optimizer": "adamw"}
 """Over these, with --tune lora."""
+FROZEN_TUNING: dict[str, object] = {"precision": "auto"}
+"""Over these, where layers are frozen: most of a step are their products, whose numbers are rounded already."""
 PICTURE_TUNING: dict[str, object] = {
     "steps": 200,
     "batch": 16,
@@ -71,6 +73,8 @@ def tuning_settings(model: Path | str, given: Mapping[str, object]) -> dict[str,
         own |= {"family": "hf-lora", "init": None}
     elif tune == "blocks":
         own |= {"family": "hf-part", **_trained_part(folder, given)}
+    if tune != "full" and not told.is_plan_only:  # without weights there is nothing to measure with
+        usual = {**usual, **FROZEN_TUNING}
     return {"data": "moby-dick", **usual, **given, **TUNING_OWN, **own}
 
 

@@ -153,7 +153,7 @@ SETTINGS: dict[str, Any] = {
             help="Numbers in which the network computes: fp32, bf16 or fp16 (half of the memory for activations, and "
             "less time where there are instructions for it), or auto: on a processor bf16 where a measurement says "
             "that it pays, on a GPU bf16, or fp16 before compute capability 8.",
-            show_default="fp32",
+            show_default="fp32; auto with --tune lora or blocks",
         ),
     ],
     "init": Annotated[

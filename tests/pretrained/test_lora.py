@@ -20,6 +20,7 @@ from edgeblocks.runs.open_data import data_of
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 WANTED = {"length": 24, "batch": 3, "steps": 4, "warmup": 0, "mem_budget": "4GB", "micro_batch": 2, "tune": "lora"}
+WANTED |= {"precision": "fp32"}
 WANTED |= {"lora_rank": 3, "lora_alpha": 12.0, "learning_rate": 1e-2}
 TARGETS = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"]
 TARGETS += ["mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"]

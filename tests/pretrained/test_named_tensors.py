@@ -18,6 +18,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4}
 SMALL |= {"num_key_value_heads": 2, "vocab_size": 128, "max_position_embeddings": 64, "initializer_range": 0.1}
 WANTED = {"length": 24, "batch": 3, "steps": 2, "warmup": 0, "mem_budget": "4GB", "learning_rate": 1e-2}
+WANTED |= {"precision": "fp32"}
 
 
 def written(folder, network):

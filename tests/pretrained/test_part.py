@@ -15,6 +15,7 @@ from edgeblocks.tuning import tuning_settings
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 WANTED = {"length": 24, "batch": 3, "steps": 4, "warmup": 0, "mem_budget": "4GB", "micro_batch": 2, "tune": "blocks"}
+WANTED |= {"precision": "fp32"}
 WANTED |= {"train_blocks": "1,2", "learning_rate": 1e-3, "optimizer": "adamw"}
 
 
