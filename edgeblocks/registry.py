@@ -43,6 +43,7 @@ _PRETRAINED = {
     "hf-lora": "edgeblocks.pretrained.lora:LoraDecoder",
     "hf-part": "edgeblocks.pretrained.part:PartDecoder",
     "hf-vision": "edgeblocks.pretrained.vision:Vision",
+    "hf-vision-lora": "edgeblocks.pretrained.vision_lora:VisionLora",
 }
 """Families of networks that others have trained; they are asked for by their own verb."""
 _END_TO_END = {

@@ -114,10 +114,10 @@ def _picture_settings(folder: ModelFolder, tune: object, given: Mapping[str, obj
     Raises:
         ConfigError: one of them is of text, or the model cannot be trained.
     """
-    if tune != "full":
+    if tune == "blocks":
         raise ConfigError(
-            f"--tune {tune}: {folder.path} classifies images, and LoRA is for decoders here; leave it out, or train "
-            f"some stages alone with --train-blocks"
+            f"--tune blocks: {folder.path} classifies images; leave it out, and train some stages alone with "
+            f"--blocks and --train-blocks"
         )
     data = given.get("data", "digits")
     is_file = isinstance(data, str | Path) and Path(data).expanduser().is_file()
@@ -128,5 +128,14 @@ def _picture_settings(folder: ModelFolder, tune: object, given: Mapping[str, obj
         )
     model = str(folder.path)
     check_classifier(model)
-    own = {"family": "hf-vision", "method": "exact", "model": model, "init": None if folder.is_plan_only else model}
-    return {"data": "digits", "image_size": pictures_of(model).side, **PICTURE_TUNING, **given, **own}
+    own: dict[str, object] = {
+        "family": "hf-vision",
+        "method": "exact",
+        "model": model,
+        "init": None if folder.is_plan_only else model,
+    }
+    usual = PICTURE_TUNING
+    if tune == "lora":
+        usual = {**usual, **LORA_TUNING, **({} if folder.is_plan_only else FROZEN_TUNING)}
+        own["family"] = "hf-vision-lora"
+    return {"data": "digits", "image_size": pictures_of(model).side, **usual, **given, **own}

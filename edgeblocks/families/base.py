@@ -208,6 +208,9 @@ class BaseFamily:
         """Whether a tensor of a file of weights is used and is no parameter."""
         return False
 
+    own_parts: tuple[str, ...] = ()
+    """Parts of a pretrained network that no file has, and start from the seed."""
+
     def fresh_parts(self, class_names: Sequence[str]) -> Sequence[str]:
         """Parts of a pretrained network that do not fit these classes, and start from the seed."""
         return ()

@@ -61,6 +61,8 @@ class Family(Protocol):
     largest_heap_bytes: int
     """Of tensors that share the heap of a process while it is trained on a processor; larger ones have pages of their
     own."""
+    own_parts: tuple[str, ...]
+    """Parts of a pretrained network that no file has, and start from the seed."""
     library_bytes: int
     """Of memory that its library takes in every process, where a plan is not made in one that has loaded it."""
 

@@ -30,7 +30,7 @@ from edgeblocks.families.layers import run_layers
 from edgeblocks.families.settings import FamilySettings
 from edgeblocks.methods import Frozen
 from edgeblocks.pretrained.gate import check_architecture, refusal
-from edgeblocks.pretrained.layer import LARGEST_HEAP_BYTES, PretrainedLayer, as_condition
+from edgeblocks.pretrained.layer import LARGEST_HEAP_BYTES, PretrainedLayer, TrainedLayer, as_condition
 from edgeblocks.pretrained.model_folder import model_folder
 from edgeblocks.pretrained.named_tensors import NamedTensors
 from edgeblocks.pretrained.shell import Shell, UnsupportedModelError, shell_of
@@ -65,18 +65,6 @@ class DecoderSettings(FamilySettings):
         return told
 
 
-class DecoderLayer(PretrainedLayer):
-    """A layer whose weights are the network's parameters."""
-
-    def __init__(self, model: str, number: int) -> None:
-        super().__init__(model, number)
-        self.hf = shell_of(model, "meta").layer(self.number)
-
-    def called(self, *args: Any, **kwargs: Any) -> Any:
-        """What the library's layer gives when it is called with this."""
-        return self.hf(*args, **kwargs)
-
-
 class DecoderBlock(Block):
     """Some layers of a model."""
 
@@ -85,7 +73,7 @@ class DecoderBlock(Block):
     def __init__(self, *, model: str, numbers: Sequence[int], checkpointing: bool) -> None:
         super().__init__()
         self.model, self.checkpointing = model, checkpointing
-        self.layers = nn.ModuleList(DecoderLayer(model, number) for number in numbers)
+        self.layers = nn.ModuleList(TrainedLayer(model, number) for number in numbers)
 
     def init_(self, generator: torch.Generator) -> None:
         """Weights are those of the files; these are for a network whose speed is measured."""
@@ -101,14 +89,14 @@ class DecoderBlock(Block):
     def begin_at(self, layer: int) -> None:
         """The layers are those from this one on: what a model calls them with may differ."""
         count = len(self.layers)
-        self.layers = nn.ModuleList(DecoderLayer(self.model, number) for number in range(layer, layer + count))
+        self.layers = nn.ModuleList(TrainedLayer(self.model, number) for number in range(layer, layer + count))
 
     def reset_tables_(self) -> None:
         """Make the fixed tables inside layers, which are not stored, on torch's default device."""
         self.count_reading_()
         shell = shell_of(self.model, torch.get_default_device().type)
         for layer in self.layers:
-            assert isinstance(layer, DecoderLayer)
+            assert isinstance(layer, TrainedLayer)
             shell.restore_tables_(layer.hf, layer.number)
 
 

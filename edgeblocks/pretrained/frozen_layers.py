@@ -23,7 +23,7 @@ from edgeblocks.offload.float32_copy import Float32Copy
 from edgeblocks.offload.quantized import quantize_, quantized_layouts
 from edgeblocks.pretrained.layer import PretrainedLayer
 from edgeblocks.pretrained.model_folder import model_folder
-from edgeblocks.pretrained.shell import shell_of
+from edgeblocks.pretrained.shells import any_shell
 
 _KIND = CacheKind(
     name="cache of frozen layers", content="frozen layers", row="a layer", remedy="use --quantize none", version=1
@@ -37,12 +37,13 @@ memory (docs/tuning_grid.md)."""
 class FrozenLayers:
     """Gives a model's layers their weights, one layer after the other."""
 
-    def __init__(self, model: str, kind: Frozen, device: torch.device) -> None:
+    def __init__(self, model: str, kind: Frozen, device: torch.device, side: int | None = None) -> None:
         """
         Args:
             kind: as what they are read; none: from the model's own files.
+            side: of pictures, where the model is an image classifier; see `any_shell`.
         """
-        self._folder, self._shell, self._kind = model_folder(model), shell_of(model, "meta"), kind
+        self._folder, self._shell, self._kind = model_folder(model), any_shell(model, "meta", side), kind
         made = {kind: BlockLayout.of(self._shell.layers[kind], "adamw", frozen=True) for kind in {*self._shell.kind_of}}
         self.layouts = [made[kind] for kind in self._shell.kind_of]
         """Of each layer."""
@@ -149,31 +150,31 @@ class FrozenLayers:
 class FrozenLayer(PretrainedLayer):
     """A layer whose weights come when it is run, into memory that the others use as well."""
 
-    def __init__(self, model: str, number: int, kind: Frozen) -> None:
-        super().__init__(model, number)
+    def __init__(self, model: str, number: int, kind: Frozen, side: int | None = None) -> None:
+        super().__init__(model, number, side)
         self._kind = kind
         # In a list: its weights are no parameters of the network, which are those that are trained.
-        self._frozen = [shell_of(model, "meta").layer(self.number)]
+        self._frozen = [any_shell(model, "meta", side).layer(self.number)]
 
     def bind_(self, device: torch.device) -> None:
         """Use the memory that frozen layers are read into on a device, and the tables of that device."""
-        frozen_layers(self.model, self._kind, device.type).bind_(self._frozen[0], self.number)
-        shell_of(self.model, device.type).restore_tables_(self._frozen[0], self.number)
+        frozen_layers(self.model, self._kind, device.type, self.side).bind_(self._frozen[0], self.number)
+        any_shell(self.model, device.type, self.side).restore_tables_(self._frozen[0], self.number)
 
     def called(self, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         """What the library's layer gives when it is called with this."""
-        frozen_layers(self.model, self._kind, hidden.device.type).load_(self.number)
+        frozen_layers(self.model, self._kind, hidden.device.type, self.side).load_(self.number)
         return self._frozen[0](hidden, *args, **kwargs)
 
 
 @functools.lru_cache(maxsize=4)
-def frozen_layers(model: str, kind: Frozen, device: str) -> FrozenLayers:
+def frozen_layers(model: str, kind: Frozen, device: str, side: int | None = None) -> FrozenLayers:
     """Those of a model on a kind of device; one a process.
 
     Raises:
         ConfigError, UnsupportedModelError: as of `shell.Shell`.
     """
-    return FrozenLayers(model, kind, torch.device(device))
+    return FrozenLayers(model, kind, torch.device(device), side)
 
 
 def _memory(num_bytes: int, device: torch.device) -> torch.Tensor:

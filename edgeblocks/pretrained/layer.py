@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from edgeblocks.pretrained.shell import shell_of, without_values
+from edgeblocks.pretrained.shell import without_values
+from edgeblocks.pretrained.shells import any_shell
 
 LARGEST_HEAP_BYTES = 4_000_000
 """Of tensors that share the heap while a model is trained, fewer than of networks of our own (`layer_costs`). Layers
@@ -32,20 +33,37 @@ def positions_of(condition: Tensor) -> Tensor | None:
 class PretrainedLayer(nn.Module, ABC):
     """One of the library's layers; where its weights are, a subclass says."""
 
-    def __init__(self, model: str, number: int) -> None:
+    def __init__(self, model: str, number: int, side: int | None = None) -> None:
+        """
+        Args:
+            side: of pictures, where the model is an image classifier; see `any_shell`.
+        """
         super().__init__()
         # The trace of costs asks for three layers, whatever the model has.
-        self.model, self.number = model, min(number, len(shell_of(model, "meta").layers) - 1)
+        self.model, self.side = model, side
+        self.number = min(number, len(any_shell(model, "meta", side).layers) - 1)
 
     @abstractmethod
     def called(self, *args: Any, **kwargs: Any) -> Any:
         """What the library's layer gives when it is called with this."""
 
     def forward(self, hidden: Tensor, condition: Tensor) -> Tensor:
-        """What the layer makes of the hidden values in windows of text; the condition is `positions_of`'s."""
-        shell = shell_of(self.model, hidden.device.type)
+        """What the layer makes of the hidden values of texts, whose condition is `positions_of`'s, or pictures."""
+        shell = any_shell(self.model, hidden.device.type, self.side)
         args, kwargs = shell.calls(hidden, positions_of(condition))[self.number]
         with without_values(hidden.device):
             out = self.called(hidden, *args, **kwargs)
         found: Tensor = out[0] if isinstance(out, tuple) else out
         return found
+
+
+class TrainedLayer(PretrainedLayer):
+    """A layer whose weights are the network's parameters."""
+
+    def __init__(self, model: str, number: int, side: int | None = None) -> None:
+        super().__init__(model, number, side)
+        self.hf = any_shell(model, "meta", side).layer(self.number)
+
+    def called(self, *args: Any, **kwargs: Any) -> Any:
+        """What the library's layer gives when it is called with this."""
+        return self.hf(*args, **kwargs)

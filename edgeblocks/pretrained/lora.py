@@ -1,4 +1,5 @@
 """hf-lora: a pretrained decoder whose layers are frozen, with a small trained product beside each of their matrices.
+What image classifiers have in common with it (`vision_lora`) is here as well.
 
 A matrix W is used as W + (alpha / r) B A, where A is [r, in] and B [out, r]; A begins with random values and B with
 zeros, so that the model begins as it is. Only A and B of all layers are trained, and are all in memory. The layers are
@@ -20,11 +21,12 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from edgeblocks.errors import ConfigError
+from edgeblocks.families.block import Block
 from edgeblocks.families.layers import run_layers
 from edgeblocks.methods import Frozen
 from edgeblocks.pretrained.decoder import Decoder, DecoderBlock, DecoderSettings
 from edgeblocks.pretrained.frozen_layers import LAYERS_READING_BYTES, FrozenLayer, frozen_layers
-from edgeblocks.pretrained.shell import shell_of
+from edgeblocks.pretrained.shells import any_shell
 
 ALL_LINEAR = "all-linear"
 PEFT_PREFIX = "base_model.model."
@@ -32,8 +34,8 @@ PEFT_PREFIX = "base_model.model."
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoraSettings(DecoderSettings):
-    """Where the model is, what is trained beside it, and as what its layers are read."""
+class AdapterSettings:
+    """What is trained beside a model's layers, and as what these are read."""
 
     lora_rank: Annotated[int, Field(ge=1, le=4096, description="rank of what is added to a matrix")] = 16
     lora_alpha: Annotated[float, Field(gt=0, description="it is multiplied with alpha / rank")] = 32.0
@@ -46,6 +48,11 @@ class LoraSettings(DecoderSettings):
     def scale(self) -> float:
         """What B A is multiplied with."""
         return self.lora_alpha / self.lora_rank
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraSettings(AdapterSettings, DecoderSettings):
+    """Where the model is, what is trained beside it, and as what its layers are read."""
 
 
 class Adapter(nn.Module):
@@ -64,10 +71,10 @@ class Adapter(nn.Module):
 class LoraLayer(FrozenLayer):
     """A frozen layer with adapters."""
 
-    def __init__(self, settings: LoraSettings, number: int) -> None:
-        super().__init__(settings.model, number, settings.quantize)
+    def __init__(self, model: str, settings: AdapterSettings, number: int, side: int | None = None) -> None:
+        super().__init__(model, number, settings.quantize, side)
         self.adapters = nn.ModuleDict()
-        for name in targets_of(settings)[self.number]:
+        for name in targets_of(model, settings.lora_targets, side)[self.number]:
             matrix = self._frozen[0].get_submodule(name)
             assert isinstance(matrix, nn.Linear)
             adapter = self.adapters[as_key(name)] = Adapter(matrix, settings.lora_rank)
@@ -88,17 +95,14 @@ class _Beside:
         return F.linear(x, matrix.weight, matrix.bias) + self._scale * beside
 
 
-class LoraBlock(DecoderBlock):
-    """All layers with their adapters."""
+class AdaptedBlock(Block):
+    """A block all layers of which are frozen and have adapters."""
 
-    reading_bytes = LAYERS_READING_BYTES
+    model: str
+    side: int | None = None
+    quantize: Frozen
 
-    def __init__(self, *, settings: LoraSettings, numbers: Sequence[int], checkpointing: bool) -> None:
-        nn.Module.__init__(self)
-        self.model, self.checkpointing, self._settings = settings.model, checkpointing, settings
-        self.layers = nn.ModuleList(LoraLayer(settings, number) for number in numbers)
-
-    def init_(self, generator: torch.Generator) -> None:
+    def init_adapters_(self, generator: torch.Generator) -> None:
         """A between minus and plus 1 / sqrt(in), B zero."""
         with torch.no_grad():
             for module in self.modules():
@@ -109,15 +113,14 @@ class LoraBlock(DecoderBlock):
 
     def held_elsewhere(self) -> tuple[Tensor, ...]:
         """What frozen layers are read into."""
-        return frozen_layers(self.model, self._settings.quantize, torch.get_default_device().type).tables
+        return frozen_layers(self.model, self.quantize, torch.get_default_device().type, self.side).tables
 
     def begin_at(self, layer: int) -> None:
         """All layers are one stage."""
         assert layer == 0
 
-    def reset_tables_(self) -> None:
+    def bind_layers_(self) -> None:
         """Use the memory for frozen layers on torch's default device."""
-        self.count_reading_()
         device = torch.get_default_device()
         for layer in self.layers:
             assert isinstance(layer, LoraLayer)
@@ -126,6 +129,26 @@ class LoraBlock(DecoderBlock):
     def through_stage(self, hidden: Tensor, condition: Tensor, *, checkpointing: bool) -> Tensor:
         """Each layer is run again on the way back, because its weights are no longer there."""
         return run_layers(self.layers, hidden, condition, checkpointing=True)
+
+
+class LoraBlock(AdaptedBlock, DecoderBlock):
+    """All layers of a decoder with their adapters."""
+
+    reading_bytes = LAYERS_READING_BYTES
+
+    def __init__(self, *, settings: LoraSettings, numbers: Sequence[int], checkpointing: bool) -> None:
+        nn.Module.__init__(self)
+        self.model, self.checkpointing, self.quantize = settings.model, checkpointing, settings.quantize
+        self.layers = nn.ModuleList(LoraLayer(settings.model, settings, number) for number in numbers)
+
+    def init_(self, generator: torch.Generator) -> None:
+        """As `init_adapters_`."""
+        self.init_adapters_(generator)
+
+    def reset_tables_(self) -> None:
+        """Use the memory for frozen layers on torch's default device."""
+        self.count_reading_()
+        self.bind_layers_()
 
 
 class LoraDecoder(Decoder):
@@ -154,13 +177,11 @@ class LoraDecoder(Decoder):
     def check_network(self) -> None:
         """As `Decoder.check_network`; and that there are matrices of the names that are wanted."""
         super().check_network()
-        targets_of(self.settings)
+        targets_of(self.settings.model, self.settings.lora_targets)
 
     def name_in_file(self, name: str) -> str:
         """What an adapter is called in PEFT's files."""
-        _, number, _, key, part = name.split(".")
-        layers = self.shell("meta").layers_name
-        return f"{PEFT_PREFIX}{layers}.{number}.{from_key(key)}.{part}.weight"
+        return peft_name(self.shell("meta").layers_name, name)
 
     def _through(self, block: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         assert isinstance(block, LoraBlock)
@@ -168,25 +189,38 @@ class LoraDecoder(Decoder):
         return block.through_stage(hidden, nothing, checkpointing=True), nothing
 
 
+def peft_name(layers_name: str, name: str) -> str:
+    """What an adapter of a network is called in PEFT's files.
+
+    >>> peft_name("model.layers", "layers.3.adapters.mlp-up_proj.lora_A")
+    'base_model.model.model.layers.3.mlp.up_proj.lora_A.weight'
+    """
+    _, number, _, key, part = name.split(".")
+    return f"{PEFT_PREFIX}{layers_name}.{number}.{from_key(key)}.{part}.weight"
+
+
 @functools.lru_cache(maxsize=8)
-def targets_of(settings: LoraSettings) -> list[list[str]]:
+def targets_of(model: str, lora_targets: str, side: int | None = None) -> list[list[str]]:
     """Names of the matrices that get an adapter, of each layer.
+
+    Args:
+        lora_targets: as in `AdapterSettings`.
 
     Raises:
         ConfigError: there is none.
     """
-    layers = shell_of(settings.model, "meta").layers
+    layers = any_shell(model, "meta", side).layers
     matrices = [[name for name, module in layer.named_modules() if isinstance(module, nn.Linear)] for layer in layers]
     there = list(dict.fromkeys(name for names in matrices for name in names))
     if not there:
-        raise ConfigError(f"{settings.model}: its layers have no matrix that an adapter could stand beside")
-    if settings.lora_targets == ALL_LINEAR:
+        raise ConfigError(f"{model}: its layers have no matrix that an adapter could stand beside")
+    if lora_targets == ALL_LINEAR:
         return matrices
-    wanted = tuple(f".{ending.strip()}" for ending in settings.lora_targets.split(","))
+    wanted = tuple(f".{ending.strip()}" for ending in lora_targets.split(","))
     missing = [ending[1:] for ending in wanted if not any(f".{name}".endswith(ending) for name in there)]
     if missing:
         raise ConfigError(
-            f"lora_targets={settings.lora_targets}: no matrix of a layer ends with {', '.join(missing)}; there are "
+            f"lora_targets={lora_targets}: no matrix of a layer ends with {', '.join(missing)}; there are "
             f"{', '.join(there)}, or {ALL_LINEAR}"
         )
     return [[name for name in names if f".{name}".endswith(wanted)] for names in matrices]

@@ -7,7 +7,7 @@ Pictures are made what the model's preprocessor_config.json says.
 
 import json
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -27,7 +27,7 @@ from edgeblocks.families.block import Block
 from edgeblocks.families.family import EndToEnd
 from edgeblocks.families.layers import init_zero_, run_layers
 from edgeblocks.families.settings import FamilySettings, Flip
-from edgeblocks.pretrained.layer import LARGEST_HEAP_BYTES
+from edgeblocks.pretrained.layer import LARGEST_HEAP_BYTES, TrainedLayer
 from edgeblocks.pretrained.model_folder import model_folder
 from edgeblocks.pretrained.named_tensors import NamedTensors
 from edgeblocks.pretrained.shell import UnsupportedModelError
@@ -63,33 +63,17 @@ class VisionSettings(FamilySettings):
         return told
 
 
-class VisionLayer(nn.Module):
-    """A layer of the library, called with what the model's own forward pass calls it with."""
-
-    def __init__(self, model: str, side: int, number: int) -> None:
-        super().__init__()
-        shell = vision_shell(model, "meta", side)
-        # The trace of costs asks for three layers, whatever the model has.
-        self.model, self.side, self.number = model, side, min(number, len(shell.layers) - 1)
-        self.hf = shell.layer(self.number)
-
-    def forward(self, hidden: Tensor, condition: Tensor) -> Tensor:
-        """What the layer makes of the hidden values; there is no condition."""
-        args, kwargs = vision_shell(self.model, hidden.device.type, self.side).calls(hidden)[self.number]
-        out = self.hf(hidden, *args, **kwargs)
-        found: Tensor = out[0] if isinstance(out, tuple) else out
-        return found
-
-
 class VisionBlock(Block):
     """Some layers of a model, and the head."""
 
     readout_parts = (READOUT,)
 
-    def __init__(self, *, model: str, side: int, num_classes: int, num_layers: int, checkpointing: bool) -> None:
+    def __init__(
+        self, *, model: str, side: int, num_classes: int, layers: Iterable[nn.Module], checkpointing: bool
+    ) -> None:
         super().__init__()
         self.model, self.side, self.checkpointing = model, side, checkpointing
-        self.layers = nn.ModuleList(VisionLayer(model, side, number) for number in range(num_layers))
+        self.layers = nn.ModuleList(layers)
         self.readout = nn.Linear(vision_shell(model, "meta", side).head_width, num_classes)
 
     @torch.no_grad()
@@ -105,14 +89,14 @@ class VisionBlock(Block):
         """The layers are those from this one on: what a model calls them with may differ."""
         count = len(self.layers)
         self.layers = nn.ModuleList(
-            VisionLayer(self.model, self.side, number) for number in range(layer, layer + count)
+            TrainedLayer(self.model, number, self.side) for number in range(layer, layer + count)
         )
 
     def reset_tables_(self) -> None:
         """Make the fixed tables inside layers, which are not stored, on torch's default device."""
         shell = self._shell(torch.get_default_device())
         for layer in self.layers:
-            assert isinstance(layer, VisionLayer)
+            assert isinstance(layer, TrainedLayer)
             shell.restore_tables_(layer.hf, layer.number)
 
     def forward(self, z: Tensor, sigma: Tensor, images: Tensor) -> Float[Tensor, "batch classes"]:
@@ -267,7 +251,7 @@ class Vision(ImageFamily, EndToEnd):
             model=self.settings.model,
             side=self.data.height,
             num_classes=self.data.num_classes,
-            num_layers=num_layers,
+            layers=(TrainedLayer(self.settings.model, number, self.data.height) for number in range(num_layers)),
             checkpointing=checkpointing,
         )
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from edgeblocks.errors import ConfigError, RunError
 from edgeblocks.families.base import ImageInfo
 from edgeblocks.families.family import Family
-from edgeblocks.files.tensor_file import READABLE, Weights
+from edgeblocks.files.tensor_file import READABLE, TensorFile, Weights
 from edgeblocks.files.untrusted import MalformedFileError, parse_json, shown
 from edgeblocks.methods import METHODS
 from edgeblocks.offload.sections import Section, blocks_of, network_of, stages_of, tensor_name
@@ -89,7 +89,7 @@ def initial_weights_of(
         family,
         (stages_of if one_network else blocks_of)(layers),
         name_of,
-        fresh=[*told, *family.fresh_parts(class_names)],
+        fresh=[*told, *family.own_parts, *family.fresh_parts(class_names)],
         class_names=class_names,
     )
     return replace(found, rows=family.class_rows(class_names))
@@ -140,7 +140,7 @@ def open_initial_weights(
     except MalformedFileError as error:
         raise ConfigError(f"--init {path}: {error}; write it with safetensors.torch.save_file") from error
     if problems:
-        named = path if isinstance(file, ModelFolder) else f"--init {path}"
+        named = f"--init {path}" if isinstance(file, TensorFile) else path
         raise ConfigError(*(f"{named}: {problem}" for problem in problems))
     return InitialWeights(file=file, sha256=digest, fresh=left_out, name_of=name_of)
 
@@ -200,7 +200,7 @@ def _differences(
 ) -> list[str]:
     """In what a file differs from what is wanted of it; `shapes` are those of the whole network."""
     there = file.tensors
-    apart = _APART if isinstance(file, ModelFolder) else ""
+    apart = "" if isinstance(file, TensorFile) else _APART
     if wanted and _is_of_blocks(there) != _is_of_blocks(wanted):
         is_whole = _is_of_blocks(wanted)
         what = "one network" if is_whole else "blocks that are trained alone"

@@ -6,28 +6,27 @@ are written over those of the copy, one stage in memory at a time, rounded to th
 
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TypedDict
 
 import torch
-from torch import Tensor
 
 from edgeblocks.errors import ConfigError, RunError, StorageError
 from edgeblocks.files.durable import sync, write_atomically
 from edgeblocks.files.tensor_file import encode_header, overwrite, table_of
-from edgeblocks.offload.block_buffer import BlockBuffer, NetworkPart, bytes_of
+from edgeblocks.offload.block_buffer import bytes_of
 from edgeblocks.pretrained.decoder import Decoder
 from edgeblocks.pretrained.lora import PEFT_PREFIX, LoraDecoder, targets_of
 from edgeblocks.pretrained.model_folder import INDEX, ModelFolder, model_folder
 from edgeblocks.pretrained.named_tensors import in_spans
 from edgeblocks.pretrained.vision import Vision
+from edgeblocks.pretrained.vision_lora import VisionLora
 from edgeblocks.runs.directory import RunDirectory
 from edgeblocks.runs.merging_classifier import write_classifier
 from edgeblocks.runs.save_weights import check_finite, check_memory, part_of, read_weights
+from edgeblocks.runs.trained_tensors import trained_tensors
 from edgeblocks.units import format_bytes
 
-_DOWN, _UP = ".lora_A.weight", ".lora_B.weight"
 _OTHER_WEIGHTS = (".gguf", ".bin", ".pt", ".pth", ".onnx", ".h5", ".msgpack")
 """Files beside the tensors that hold the model's weights as they were: a copy would be another model's."""
 
@@ -138,39 +137,15 @@ def _copied(source: ModelFolder, into: Path, *, weights: bool = True) -> tuple[l
 
 def _write_trained(run: RunDirectory, source: ModelFolder, into: Path, *, last: bool) -> int:
     """Write trained tensors over those of the copy; the number of tensors in the files."""
-    family, part = run.family(), part_of(last)
-    written: set[str] = set()
+    family, written = run.family(), set[str]()
     assert isinstance(family, Decoder)
     stored = family.shell("meta").stored
-    for block, buffer in enumerate(read_weights(run, last=last)):
-        check_finite(run, block, buffer, part)
-        for name, values in _merged_tensors(run, family, block, buffer, part):
-            for span, flat in in_spans(stored.tensors[name], values):
-                with (into / source.file_of(span.stored).path.name).open("r+b") as file:
-                    overwrite(file, source.tensors[span.stored], span.start, flat)
-                written.add(span.stored)
+    for name, values in trained_tensors(run, last=last):
+        for span, flat in in_spans(stored.tensors[name], values):
+            with (into / source.file_of(span.stored).path.name).open("r+b") as file:
+                overwrite(file, source.tensors[span.stored], span.start, flat)
+            written.add(span.stored)
     return len(written)
-
-
-def _merged_tensors(
-    run: RunDirectory, family: Decoder, block: int, buffer: BlockBuffer, part: NetworkPart
-) -> Iterator[tuple[str, Tensor]]:
-    """Names in the model and values of the tensors that training has changed: its own, or those with an adapter."""
-    trained = {family.name_in_file(run.tensor_name(block, own)): values for own, values in buffer.tensors(part)}
-    if not isinstance(family, LoraDecoder):
-        yield from trained.items()
-        return
-    stored = family.shell("meta").stored
-    for name, down in trained.items():
-        if not name.endswith(_DOWN):
-            continue
-        matrix = f"{name.removeprefix(PEFT_PREFIX).removesuffix(_DOWN)}.weight"
-        values = torch.empty(stored.tensors[matrix].shape)
-        stored.read_(matrix, values)
-        yield (
-            matrix,
-            values.addmm_(trained[name.removesuffix(_DOWN) + _UP].float(), down.float(), alpha=family.settings.scale),
-        )
 
 
 def write_adapter(run: RunDirectory, out: Path, *, last: bool) -> Merged:
@@ -182,13 +157,14 @@ def write_adapter(run: RunDirectory, out: Path, *, last: bool) -> Merged:
         StorageError: the disk refused.
     """
     family = run.family()
-    if not isinstance(family, LoraDecoder):
+    if not isinstance(family, LoraDecoder | VisionLora):
         raise ConfigError(f"{run.path} was not trained with --tune lora, so there is no adapter; leave --adapter out")
     _check_new(out)
     part = part_of(last)
     (buffer,) = list(read_weights(run, last=last))
     check_finite(run, 0, buffer, part)
     named = [(family.name_in_file(run.tensor_name(0, own)), values) for own, values in buffer.tensors(part)]
+    named = [(name if name.startswith(PEFT_PREFIX) else f"{PEFT_PREFIX}{name}", values) for name, values in named]
     header = encode_header(table_of((name, torch.float32, values.shape) for name, values in named), {"format": "pt"})
     pieces: list[bytes | memoryview] = [header]
     pieces += [bytes_of(values.float().contiguous().view(-1).view(torch.uint8)) for _, values in named]
@@ -202,18 +178,25 @@ def write_adapter(run: RunDirectory, out: Path, *, last: bool) -> Merged:
     return {"path": str(out), "trained": len(named), "untouched": 0, "files": files, "left_out": []}
 
 
-def _adapter_config(family: LoraDecoder) -> dict[str, object]:
+def _adapter_config(family: LoraDecoder | VisionLora) -> dict[str, object]:
     """What PEFT needs to know beside the tensors."""
     settings = family.settings
+    side: int | None = None
+    task: str | None = "CAUSAL_LM"
+    saved: list[str] | None = None
+    if isinstance(family, VisionLora):
+        side, task, saved = family.data.height, None, [family.shell("meta").head_name]
+    targets = targets_of(settings.model, settings.lora_targets, side)
     return {
         "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
+        "task_type": task,
         "base_model_name_or_path": settings.model,
         "r": settings.lora_rank,
         "lora_alpha": settings.lora_alpha,
         "lora_dropout": 0.0,
         "bias": "none",
-        "target_modules": sorted({name.rpartition(".")[2] for names in targets_of(settings) for name in names}),
+        "target_modules": sorted({name.rpartition(".")[2] for names in targets for name in names}),
+        "modules_to_save": saved,
         "fan_in_fan_out": False,
         "inference_mode": True,
     }

@@ -21,7 +21,7 @@ from edgeblocks.pretrained.vision import Vision
 from edgeblocks.pretrained.vision_folder import PROCESSOR
 from edgeblocks.pretrained.vision_shell import VisionShell
 from edgeblocks.runs.directory import RunDirectory
-from edgeblocks.runs.save_weights import check_finite, part_of, read_weights
+from edgeblocks.runs.trained_tensors import trained_names, trained_tensors
 
 _PIECE_BYTES = 2**21
 
@@ -60,17 +60,14 @@ def write_classifier(run: RunDirectory, source: ModelFolder, into: Path, *, last
                 for piece in _bytes_of(source, entry.stored):
                     file.write(piece)
         file.truncate(data_start + start)
-    there, part, shell = TensorFile(path).tensors, part_of(last), family.shell("meta")
+    there, shell = TensorFile(path).tensors, family.shell("meta")
     with path.open("r+b") as file:
-        for stage, buffer in enumerate(read_weights(run, last=last)):
-            check_finite(run, stage, buffer, part)
-            for own, values in buffer.tensors(part):
-                name = family.name_in_file(run.tensor_name(stage, own))
-                if name.startswith(f"{shell.head_name}."):  # it may be of another number of classes
-                    overwrite(file, there[_name_of_head(shell, name)], 0, values.reshape(-1))
-                    continue
-                for span, flat in in_spans(shell.stored.tensors[name], values):
-                    overwrite(file, there[shell.name_of_classifier(span.stored)], span.start, flat)
+        for name, values in trained_tensors(run, last=last):
+            if name.startswith(f"{shell.head_name}."):  # it may be of another number of classes
+                overwrite(file, there[_name_of_head(shell, name)], 0, values.reshape(-1))
+                continue
+            for span, flat in in_spans(shell.stored.tensors[name], values):
+                overwrite(file, there[shell.name_of_classifier(span.stored)], span.start, flat)
     (into / CONFIG).write_text(json.dumps(_config(run, family, source), indent=2, ensure_ascii=False) + "\n")
     if not (into / PROCESSOR).exists():
         (into / PROCESSOR).write_text(json.dumps(family.pictures.as_processor(), indent=2) + "\n")
@@ -81,18 +78,13 @@ def write_classifier(run: RunDirectory, source: ModelFolder, into: Path, *, last
 def _entries(run: RunDirectory, family: Vision, source: ModelFolder) -> dict[str, _Entry]:
     """The new file's tensors by their names: first those that were not trained."""
     shell = family.shell("meta")
-    layers = f"{shell.layers_name}."
     # That of layers; of a head that is new as well.
-    usual = next(one.dtype for name, one in shell.stored.tensors.items() if name.startswith(layers))
-    frozen = [name for name in shell.model.state_dict() if not name.startswith((layers, f"{shell.head_name}."))]
-    trained = {
-        family.name_in_file(run.tensor_name(stage, one.name.removeprefix("weights."))): tuple(one.shape)
-        for stage, layout in enumerate(run.store().layouts)
-        for one in layout.of_part("weights")
-    }
+    usual = next(one.dtype for name, one in shell.stored.tensors.items() if name.startswith(f"{shell.layers_name}."))
+    trained, head = trained_names(run), f"{shell.head_name}."
+    frozen = [name for name in shell.model.state_dict() if name not in trained and not name.startswith(head)]
     entries = {}
     for own in (*frozen, *trained):
-        if own.startswith(f"{shell.head_name}."):
+        if own.startswith(head):
             former = shell.stored.tensors.get(own)
             dtype = usual if former is None else former.dtype
             entries[_name_of_head(shell, own)] = _Entry(shape=trained[own], dtype=dtype, stored=None)

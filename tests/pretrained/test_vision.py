@@ -248,7 +248,7 @@ def test_what_cannot_be_trained_on_is_said(base, model, tmp_path):
     for folder, settings, said in [
         (base, {"data": str(flat)}, "the data have no classes and the model is a classifier"),
         (base, {"data": str(tmp_path / "text.txt")}, "which classifies images, and .* is text; give a folder"),
-        (base, {"tune": "lora"}, "--tune lora: .* classifies images"),
+        (base, {"tune": "blocks"}, "--tune blocks: .* classifies images"),
         (base, {"length": 12}, "length=12: hf-vision reads images"),
         (base, {"image_size": 12}, "does not take pictures of 12 x 12 pixels"),
         (grey, {"data": str(colours)}, "have 3 channels and the model takes 1"),
@@ -292,3 +292,51 @@ def test_a_processor_that_cannot_be_used_is_said(library, tmp_path, asked, said)
     (tmp_path / "preprocessor_config.json").write_text(asked)
     with pytest.raises(ConfigError, match=said):
         pictures_of(str(tmp_path))
+
+
+LORA = {**{name: value for name, value in WANTED.items() if name != "blocks"}, "tune": "lora", "lora_rank": 2}
+LORA |= {"precision": "fp32"}
+
+
+@pytest.fixture(scope="module")
+def adapted(base, tmp_path_factory):
+    """A run that nothing stopped, with adapters beside layers as they are."""
+    return edgeblocks.finetune(base, out=tmp_path_factory.mktemp("adapted") / "run", quantize="none", **LORA)
+
+
+def test_lora_is_merged_and_loads_in_peft(adapted, base, library, tmp_path):
+    """The adapter with the head in PEFT's layout, and the merged folder, give the logits of what was trained; patches,
+    positions, biases and norms are the same byte for byte."""
+    peft, pixels = pytest.importorskip("peft"), images(5)
+    with torch.no_grad():
+        expected = adapted.network().logits(adapted.images(pixels))
+    adapted.merge(tmp_path / "adapter", adapter=True)
+    adapted.merge(tmp_path / "merged")
+    found, _ = their_logits(library, tmp_path / "merged", pixels)
+    assert torch.allclose(found, expected, rtol=1e-4, atol=1e-4) and found.abs().max() > 0
+    network = library.AutoModelForImageClassification.from_pretrained(base, num_labels=10)
+    with torch.no_grad():
+        loaded = peft.PeftModel.from_pretrained(network, tmp_path / "adapter").eval()(
+            pixel_values=adapted.images(pixels)
+        )
+    assert torch.allclose(loaded.logits, expected, rtol=1e-4, atol=1e-4)
+    before, after = (load_file(folder / "model.safetensors") for folder in (base, tmp_path / "merged"))
+    changed = {name for name, value in before.items() if not torch.equal(after.get(f"vit.{name}", value), value)}
+    assert len(changed) == 4 * 6 and all(before[name].ndim == 2 for name in changed)
+    first = next(iter(adapted.directory.metrics()))["loss"]
+    assert first == pytest.approx(np.log(10), rel=1e-5)  # adapters change nothing at first, and the head is zeros
+
+
+def test_lora_stopped_and_resumed_gives_the_same_bits(base, tmp_path):
+    """Also over layers in 8 bits, which is what is usual."""
+    whole = edgeblocks.finetune(base, out=tmp_path / "whole", **LORA)
+    with pytest.raises(InterruptedRunError):
+        edgeblocks.finetune(base, out=tmp_path / "run", listener=StopAfter(2), **LORA)
+    assert_same_bits(whole.path, edgeblocks.resume(tmp_path / "run").path, blocks=1)
+
+
+def test_lora_goes_on_from_a_head_of_the_same_classes(classifier, tmp_path):
+    """The accuracy is told before and after, and nothing is changed where nothing is learned."""
+    run = edgeblocks.finetune(classifier, out=tmp_path / "run", **{**LORA, "steps": 1, "learning_rate": 1e-12})
+    metrics = run.summary["metrics"]
+    assert metrics["top1_before"] == metrics["validation"]["levels"][0]["top1"] > 0
