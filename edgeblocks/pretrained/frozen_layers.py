@@ -158,18 +158,23 @@ class FrozenLayer(PretrainedLayer):
 
     def bind_(self, device: torch.device) -> None:
         """Use the memory that frozen layers are read into on a device, and the tables of that device."""
-        frozen_layers(self.model, self._kind, device.type, self.side).bind_(self._frozen[0], self.number)
+        # Kept, because others may have taken its place among those that are remembered.
+        self._source = frozen_layers(self.model, self._kind, device.type, self.side)
+        self._source.bind_(self._frozen[0], self.number)
         any_shell(self.model, device.type, self.side).restore_tables_(self._frozen[0], self.number)
 
     def called(self, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         """What the library's layer gives when it is called with this."""
-        frozen_layers(self.model, self._kind, hidden.device.type, self.side).load_(self.number)
+        self._source.load_(self.number)
         return self._frozen[0](hidden, *args, **kwargs)
 
 
 @functools.lru_cache(maxsize=4)
-def frozen_layers(model: str, kind: Frozen, device: str, side: int | None = None) -> FrozenLayers:
+def frozen_layers(model: str, kind: Frozen, device: str, side: int | None) -> FrozenLayers:
     """Those of a model on a kind of device; one a process.
+
+    Args:
+        side: as of `FrozenLayers`; without a default, so that one call is remembered in one way.
 
     Raises:
         ConfigError, UnsupportedModelError: as of `shell.Shell`.

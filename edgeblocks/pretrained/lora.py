@@ -171,7 +171,7 @@ class LoraDecoder(Decoder):
     @property
     def resident_bytes(self) -> int:
         """One layer as float32, and its codes."""
-        frozen = frozen_layers(self.settings.model, self.settings.quantize, "meta")
+        frozen = frozen_layers(self.settings.model, self.settings.quantize, "meta", None)
         return sum(table.nbytes for table in frozen.tables)
 
     def check_network(self) -> None:

@@ -48,7 +48,7 @@ class PartBlock(DecoderBlock):
 
     def held_elsewhere(self) -> tuple[Tensor, ...]:
         """What frozen layers are read into."""
-        return frozen_layers(self.model, self._settings.quantize, torch.get_default_device().type).tables
+        return frozen_layers(self.model, self._settings.quantize, torch.get_default_device().type, None).tables
 
     def begin_at(self, layer: int) -> None:
         """The layers are those from this one of the trained ones on."""
@@ -92,7 +92,8 @@ class PartDecoder(Decoder):
     @property
     def resident_bytes(self) -> int:
         """One layer as float32, and its codes."""
-        return sum(table.nbytes for table in frozen_layers(self.settings.model, self.settings.quantize, "meta").tables)
+        frozen = frozen_layers(self.settings.model, self.settings.quantize, "meta", None)
+        return sum(table.nbytes for table in frozen.tables)
 
     def is_frozen(self, name: str) -> bool:
         """Whether a tensor of the model's files is used as it is."""

@@ -216,7 +216,7 @@ def writer_of_folder(
     except UnsupportedModelError as error:
         raise refusal(model, str(error)) from error
     numbers = range(len(shell_of(model, "meta").layers))
-    frozen_layers(model, "none", device.type)  # in memory before there is a look at what is left
+    frozen_layers(model, "none", device.type, None)  # in memory before there is a look at what is left
     vocabulary = tokenizer_of(folder).vocabulary
     needed_bytes = WRITING_BYTES + cache_bytes(folder, length, num_layers=len(numbers), vocabulary=vocabulary)
     held_bytes = used_bytes()
@@ -246,8 +246,8 @@ def held(model: str, kind: Frozen | None, device: torch.device, room_bytes: int)
     if isinstance(table, FileTable) and table.num_bytes <= room_bytes:
         table.hold_()
         room_bytes -= table.num_bytes
-    if kind is not None and frozen_layers(model, kind, device.type).all_bytes <= room_bytes:
-        frozen = frozen_layers(model, kind, device.type)
+    if kind is not None and frozen_layers(model, kind, device.type, None).all_bytes <= room_bytes:
+        frozen = frozen_layers(model, kind, device.type, None)
         frozen.hold_all_()
     try:
         yield

@@ -182,6 +182,6 @@ def test_afterwards_one_layer_is_in_memory_as_before(model):
     from edgeblocks.pretrained.frozen_layers import frozen_layers
 
     with folder_writer(model, 2**30):
-        frozen = frozen_layers(str(model), "none", "cpu")
+        frozen = frozen_layers(str(model), "none", "cpu", None)
         assert sum(table.nbytes for table in frozen.tables) == frozen.all_bytes
     assert sum(table.nbytes for table in frozen.tables) == frozen.all_bytes // 4
