@@ -67,6 +67,7 @@ _LANGUAGE_MODELS = "edgeblocks.export.language_model"
 _EXPORTERS = {
     "blocks": "edgeblocks.export.export_run:export_run",
     "language model": "edgeblocks.export.export_model:export_model",
+    "page": "edgeblocks.export.web_page:export_page",
 }
 
 
@@ -179,7 +180,7 @@ def build_profile(name: str) -> "Profile":
 
 
 def build_exporter(kind: str) -> Any:
-    """The function that turns a run into an exported directory: its `blocks`, or a fine-tuned `language model`."""
+    """The function that writes a run for deployment: its `blocks`, a fine-tuned `language model`, or a `page`."""
     return _load(_EXPORTERS, kind, "exporter")
 
 

@@ -46,6 +46,7 @@ def usage_text(manifest: Manifest) -> str:
             "A graph of the whole chain, which a program runs in one call, is written by `edgeblocks export RUN -o DIR "
             "--single-file`."
         )
+    parts.append("A page that runs the network in a browser is written by `edgeblocks export RUN --web DIR`.")
     return "\n\n".join(parts) + "\n"
 
 

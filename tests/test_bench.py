@@ -14,9 +14,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from support.browser import needs_browser
+from support.random_run import make_run
 from support.small_model import write_conversations, write_model
+from support.web_runtime import needs_runtime, real_runtime
 
 import edgeblocks
+from edgeblocks.export.web_page import export_page
+from edgeblocks.progress import Silent
 from edgeblocks.tuning import tuning_settings
 
 ROOT = Path(__file__).parents[1]
@@ -272,3 +277,15 @@ def test_versus_plain(bench, what):
     shape = [*CHANGES, "--set", "patch=8"]
     told = bench("versus_plain", *what, "--family", "vit", *shape, "--blocks", 2, "--rounds", 1)
     assert ("median" in told) == (what[0] != "arm") and told
+
+
+@needs_browser
+@needs_runtime
+def test_web_page(bench, tmp_path):
+    """The page of random digits: a row, and four pictures of it."""
+    run = make_run(tmp_path / "run", layers=(1,), width=16, heads=2)
+    export_page(run.directory, tmp_path / "site", Silent(), runtime=real_runtime())
+    told = bench("web_page", "site", "--rounds", 1, "--shots", "shots")
+    row = told.splitlines()[-1].replace("/", "|").strip("| ").split("|")
+    assert [float(cell) > 0 for cell in row] == [True] * 9
+    assert len(list((tmp_path / "shots").glob("*.png"))) == 4

@@ -20,6 +20,8 @@ def test_the_built_wheel_holds_everything_and_works_elsewhere(tmp_path):
     for expected in (
         "edgeblocks/targets/cpu.py",
         "edgeblocks/export/sampler.py",
+        "edgeblocks/export/web/index.html",
+        "edgeblocks/export/web/chains.js",
         "edgeblocks/families/dit.py",
         "edgeblocks/recipes/dit-xl.yaml",
         "edgeblocks/targets/profiles/rtx3060-12gb.yaml",

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from edgeblocks.methods import METHODS
 from edgeblocks.runs.summary import Summary, TextScores
-from edgeblocks.terminal import command, one_line
+from edgeblocks.terminal import command, one_line, quoted
 from edgeblocks.units import format_bytes, format_duration
 
 if TYPE_CHECKING:
@@ -150,6 +150,12 @@ def export_report(manifest: Mapping[str, Any], path: Path) -> str:
         f"{_rounding_line(manifest)}"
         f"next: {command('run', path)} {arguments}"
     )
+
+
+def page_report(manifest: Mapping[str, Any], path: Path) -> str:
+    """The same of a page, which holds an export."""
+    served = f"python -m http.server -d {quoted(path)}"
+    return f"{export_report(manifest, path / 'network')}\nor: {served}   # and open http://localhost:8000/"
 
 
 def _rounding_line(manifest: Mapping[str, Any]) -> str:

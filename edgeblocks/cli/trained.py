@@ -2,7 +2,7 @@
 
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -118,7 +118,24 @@ def sample(
 @verb()
 def export(
     run: RunArgument,
-    out: Annotated[Path, typer.Option("--out", "-o", help="Directory of the exported network.", show_default=False)],
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Directory of the exported network.", show_default=False)
+    ] = None,
+    web: Annotated[
+        Path | None,
+        typer.Option(
+            help="In place of -o: directory of a page that runs the network in a browser, from any static server, and "
+            "sends nothing.",
+            show_default=False,
+        ),
+    ] = None,
+    web_runtime: Annotated[
+        Path | None,
+        typer.Option(
+            help="With --web: the npm package onnxruntime-web, its folder or its .tgz.",
+            show_default="npm fetches it, once",
+        ),
+    ] = None,
     single_file: Annotated[
         bool,
         typer.Option(
@@ -150,23 +167,35 @@ def export(
     """Write a trained run as ONNX graphs, one a block or one for all, and verify them against torch.
 
     USE.md in the directory shows how other programs run them, with onnxruntime alone. A fine-tuned model becomes one
-    graph with a KV cache, in the layout of onnxruntime-genai, whose builder makes it (extra `genai`).
+    graph with a KV cache, in the layout of onnxruntime-genai, whose builder makes it (extra `genai`). With --web they
+    become a page.
     """
     from edgeblocks import api
-    from edgeblocks.cli.console import export_report
+    from edgeblocks.cli.console import export_report, page_report
     from edgeblocks.cli.console_progress import ConsoleListener
+    from edgeblocks.registry import build_exporter
 
+    wanted = [path for path in (out, web) if path is not None]
+    if len(wanted) != 1:
+        raise ConfigError("give one directory: -o DIR for the network's graphs, --web DIR for a page that runs them")
+    if web is None and web_runtime is not None:
+        raise ConfigError("--web-runtime belongs to --web, which writes a page; leave it out")
+    if web is not None and single_file:
+        raise ConfigError("--single-file: a page has the form of graph that suits it; leave it out with --web")
+    (destination,) = wanted
+    told: dict[str, Any] = {"weights": weights, "most_loss": most_loss, "mem_budget": mem_budget}
     with ConsoleListener() as listener:
-        manifest = api.load(run).export(
-            out,
-            single_file=single_file,
-            weights=weights,
-            most_loss=most_loss,
-            overwrite=overwrite,
-            mem_budget=mem_budget,
-            listener=listener,
-        )
-    say_lines(json_text(manifest) if as_json else export_report(manifest, out))
+        loaded = api.load(run)
+        if web is None:
+            manifest = loaded.export(
+                destination, single_file=single_file, overwrite=overwrite, listener=listener, **told
+            )
+        else:
+            manifest = build_exporter("page")(
+                loaded.directory, web, listener, runtime=web_runtime, overwrite=overwrite, **told
+            )
+    report = export_report if web is None else page_report
+    say_lines(json_text(manifest) if as_json else report(manifest, destination))
 
 
 @verb()
