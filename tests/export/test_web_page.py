@@ -41,7 +41,7 @@ def hashes(folder):
 @pytest.mark.slow
 def test_the_folder_is_whole_and_is_replaced_as_a_whole(digits, runtime, tmp_path):
     """It lists all of its files with their checksums, holds an export that runs here too, and takes a former page's
-    place, but for one to which something was added."""
+    place where that is asked for, but for one to which something was added."""
     site = tmp_path / "site"
     told = invoke("export", digits.path, "--web", site, "--web-runtime", runtime)
     assert f"python -m http.server -d {site}" in told.stdout and "the page has" in told.stderr
@@ -56,7 +56,9 @@ def test_the_folder_is_whole_and_is_replaced_as_a_whole(digits, runtime, tmp_pat
         export_page(digits, site, Silent(), runtime=runtime)
     (site / "notes.txt").unlink()
     shutil.rmtree(site / "network")
-    export_page(digits, site, Silent(), runtime=runtime)
+    with pytest.raises(ConfigError, match="holds a page already; add --force to replace it"):
+        export_page(digits, site, Silent(), runtime=runtime)
+    export_page(digits, site, Silent(), runtime=runtime, overwrite=True)
     assert (site / "network/manifest.json").exists()
 
 
