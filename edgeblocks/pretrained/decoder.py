@@ -31,7 +31,7 @@ from edgeblocks.families.settings import FamilySettings
 from edgeblocks.methods import Frozen
 from edgeblocks.pretrained.gate import check_architecture, refusal
 from edgeblocks.pretrained.layer import LARGEST_HEAP_BYTES, PretrainedLayer, TrainedLayer, as_condition
-from edgeblocks.pretrained.model_folder import model_folder
+from edgeblocks.pretrained.model_folder import ModelFolder, model_folder
 from edgeblocks.pretrained.named_tensors import NamedTensors
 from edgeblocks.pretrained.shell import Shell, UnsupportedModelError, shell_of
 
@@ -181,8 +181,8 @@ class Decoder(TextFamily, EndToEnd):
         return 0
 
     def opened(self, path: Path) -> NamedTensors:
-        """The model's tensors, which lie where the settings say."""
-        return self.shell("meta").stored
+        """The model's tensors, as its files are now."""
+        return NamedTensors(ModelFolder(path), self.shell("meta").model)
 
     def name_in_file(self, name: str) -> str:
         """What a parameter of the whole network is called in the library's model.

@@ -28,7 +28,7 @@ from edgeblocks.families.family import EndToEnd
 from edgeblocks.families.layers import init_zero_, run_layers
 from edgeblocks.families.settings import FamilySettings, Flip
 from edgeblocks.pretrained.layer import LARGEST_HEAP_BYTES, TrainedLayer
-from edgeblocks.pretrained.model_folder import model_folder
+from edgeblocks.pretrained.model_folder import ModelFolder, model_folder
 from edgeblocks.pretrained.named_tensors import NamedTensors
 from edgeblocks.pretrained.shell import UnsupportedModelError
 from edgeblocks.pretrained.vision_folder import class_names, of_pictures, pictures_of, vision_config
@@ -229,8 +229,8 @@ class Vision(ImageFamily, EndToEnd):
         return [own.index(name) for name in names]
 
     def opened(self, path: Path) -> NamedTensors:
-        """The model's tensors, which lie where the settings say."""
-        return self.shell("meta").stored
+        """The model's tensors, as its files are now."""
+        return NamedTensors(ModelFolder(path), self.shell("meta").model)
 
     def name_in_file(self, name: str) -> str:
         """What a parameter of the whole network is called in the library's model."""

@@ -43,7 +43,7 @@ def test_both_halves_give_what_the_library_gives(tmp_path, shift):
     folder = write_autoencoder(tmp_path / "vae", scaling_factor=0.5, shift_factor=shift)
     rows, made = both_ways(folder)
     for found, expected in zip((rows[:, 0], rows[:, 1], made), theirs(folder), strict=True):
-        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=5e-5)
 
 
 def test_the_small_kind_has_latents_without_deviation(tmp_path):
@@ -58,7 +58,7 @@ def test_the_small_kind_has_latents_without_deviation(tmp_path):
     assert Autoencoder(tmp_path).factor == 2
     assert not rows[:, 1].any()
     for found, expected in zip((rows[:, 0], rows[:, 1], made), theirs(tmp_path, "AutoencoderTiny"), strict=True):
-        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=5e-5)
 
 
 def test_files_with_the_attention_s_former_names_are_read(vae, tmp_path):
