@@ -245,8 +245,8 @@ def finetune(
     """Fine-tune a pretrained model of Hugging Face's transformers in a new run in the directory `out`, and return it.
 
     All layers are trained with true gradients, some at a time in memory. Of a decoder the table of tokens, the head and
-    the final norm stay as they are; of an image classifier the head is trained, and what is before the first layer and
-    the final norm stay as they are. `Run.merge` makes a folder of the result.
+    the final norm stay as they are without `train_embeddings`; of an image classifier the head is trained, and what is
+    before the first layer and the final norm stay as they are. `Run.merge` makes a folder of the result.
 
     Args:
         model: its folder, with config.json, .safetensors files, and a decoder's tokenizer.json.
@@ -259,6 +259,11 @@ def finetune(
     told: dict[str, Any] = tuning_settings(model, settings)
     if model_folder(str(told["model"])).is_plan_only:
         raise ConfigError(f"{model} has no .safetensors files: a config is enough to plan (--dry-run), not to train")
+    if listener is not None and told["family"] == "hf" and not told.get("train_embeddings"):
+        listener.note(
+            "note: all layers are trained; the table of tokens, the head and the last norm stay as they are without "
+            "--train-embeddings"
+        )
     return train(out=out, config=config, listener=listener, callbacks=callbacks, **told)
 
 

@@ -53,6 +53,12 @@ def tuning_settings(model: Path | str, given: Mapping[str, object]) -> dict[str,
     wrong = sorted(given.keys() & (LORA_SETTINGS | {"quantize"} if tune == "full" else LORA_SETTINGS))
     if tune != "lora" and wrong:
         raise ConfigError(f"{', '.join(wrong)}: these belong to --tune lora{'' if tune == 'blocks' else ' or blocks'}")
+    if given.get("train_embeddings"):
+        if tune != "full":
+            raise ConfigError(
+                "train_embeddings: tables of tokens are trained with --tune full; leave it out, or --tune"
+            )
+        given = {"clip_by": "network", **given}
     wrong = sorted(TUNING_OWN.keys() & given.keys())
     if wrong:
         raise ConfigError(f"{', '.join(wrong)}: fine-tuning sets this itself; leave it out")

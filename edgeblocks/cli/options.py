@@ -206,6 +206,14 @@ TUNING_SETTINGS: dict[str, Any] = {
             show_default="full",
         ),
     ],
+    "train_embeddings": Annotated[
+        bool | None,
+        typer.Option(
+            "--train-embeddings",
+            help="With --tune full: train the table of tokens, the head and the last norm as well.",
+            show_default="they stay as they are",
+        ),
+    ],
     "lora_rank": Annotated[
         int | None, typer.Option(help="With --tune lora: rank of what is added to a matrix.", show_default="16")
     ],

@@ -204,6 +204,11 @@ class BaseFamily:
         """What a parameter of the whole network is called in a file of weights."""
         return name
 
+    @property
+    def tied_parameters(self) -> tuple[str, str] | None:
+        """A parameter of the first stage and one of the last that are copies of each other; None where none are."""
+        return None
+
     def is_frozen(self, name: str) -> bool:
         """Whether a tensor of a file of weights is used and is no parameter."""
         return False

@@ -1,9 +1,9 @@
 """hf: a pretrained decoder of Hugging Face's transformers, trained end to end stage by stage.
 
 Layers are the library's own modules (`shell`), and are what is trained. The table of tokens, the head and the final
-norm stay as they are. Both tables stay in the model's files: rows of the tokens at hand are read, and the head is
-multiplied with a slice at a time. A window of tokens is one example; each token but the first is predicted from those
-before it.
+norm are where that is asked for (`trained_tables`). Else they stay as they are, and both tables in the model's files:
+rows of the tokens at hand are read, and the head is multiplied with a slice at a time. A window of tokens is one
+example; each token but the first is predicted from those before it.
 """
 
 import copy
@@ -30,15 +30,27 @@ from edgeblocks.families.layers import run_layers
 from edgeblocks.families.settings import FamilySettings
 from edgeblocks.methods import Frozen
 from edgeblocks.pretrained.gate import check_architecture, refusal
+from edgeblocks.pretrained.keys import from_key
 from edgeblocks.pretrained.layer import LARGEST_HEAP_BYTES, PretrainedLayer, TrainedLayer, as_condition
 from edgeblocks.pretrained.model_folder import ModelFolder, model_folder
 from edgeblocks.pretrained.named_tensors import NamedTensors
 from edgeblocks.pretrained.shell import Shell, UnsupportedModelError, shell_of
+from edgeblocks.pretrained.trained_tables import (
+    HEAD,
+    READOUT,
+    TABLE,
+    TrainedLoss,
+    TrainedReadout,
+    TrainedTable,
+    chunks,
+)
 
 LOGITS_BYTES = 16 * 2**20
 """Of the logits that exist at a time, float32."""
 READING_BYTES = 16_000_000
 """What a slice of the head is read into, with the gaps that it leaves on the heap."""
+_TABLES = f"{TABLE}.weight", f"{READOUT}.{HEAD}"
+_VECTORS = f"{READOUT}.vectors."
 _NOISE = NoiseDistribution(sigma_min=0.1, sigma_max=10.0, p_mean=0.0, p_std=1.2)
 """Nothing is noised: one level stands for all."""
 
@@ -50,6 +62,9 @@ class DecoderSettings(FamilySettings):
     model: Annotated[
         str, Field(max_length=4096, description="folder of the model: config.json, .safetensors files, tokenizer.json")
     ] = ""
+    train_embeddings: Annotated[
+        bool, Field(description="train the table of tokens, the head and the norms outside of layers as well")
+    ] = False
 
     @property
     def depth(self) -> int:
@@ -70,10 +85,20 @@ class DecoderBlock(Block):
 
     reading_bytes = READING_BYTES
 
-    def __init__(self, *, model: str, numbers: Sequence[int], checkpointing: bool) -> None:
+    stem_parts, readout_parts = (TABLE,), (READOUT,)
+    table: TrainedTable | None
+    readout: TrainedReadout | None
+    """Where they are trained; else there are none of these names."""
+
+    def __init__(self, *, model: str, numbers: Sequence[int], checkpointing: bool, with_tables: bool = False) -> None:
         super().__init__()
         self.model, self.checkpointing = model, checkpointing
+        if with_tables:
+            shell = shell_of(model, "meta")
+            self.table = TrainedTable(shell.embedding_table.shape)
         self.layers = nn.ModuleList(TrainedLayer(model, number) for number in numbers)
+        if with_tables:
+            self.readout = TrainedReadout(shell.head_table.shape, shell.vectors)
 
     def init_(self, generator: torch.Generator) -> None:
         """Weights are those of the files; these are for a network whose speed is measured."""
@@ -190,7 +215,17 @@ class Decoder(TextFamily, EndToEnd):
         >>> Decoder.__new__(Decoder)._named("model.layers", "layers.3.hf.mlp.up_proj.weight")
         'model.layers.3.mlp.up_proj.weight'
         """
-        return self._named(self.shell("meta").layers_name, name)
+        shell = self.shell("meta")
+        if name in _TABLES:
+            return shell.table_names[_TABLES.index(name)]
+        if name.startswith(_VECTORS):
+            return from_key(name.removeprefix(_VECTORS))
+        return self._named(shell.layers_name, name)
+
+    @property
+    def tied_parameters(self) -> tuple[str, str] | None:
+        """Of the first and of the last stage, where these are copies of one."""
+        return _TABLES if self.settings.train_embeddings and self.shell("meta").is_tied else None
 
     def _named(self, layers: str, name: str) -> str:
         _, number, _, own = name.split(".", 3)
@@ -198,7 +233,9 @@ class Decoder(TextFamily, EndToEnd):
 
     def is_frozen(self, name: str) -> bool:
         """Whether a tensor of the model's files is used as it is."""
-        return name in self.shell("meta").frozen_names
+        shell = self.shell("meta")
+        trained = {*shell.table_names, *shell.vectors} if self.settings.train_embeddings else ()
+        return name in shell.frozen_names and name not in trained
 
     def called_layers(self, network: Callable[[], nn.Module], device: torch.device) -> list[Callable[..., Any]]:
         """The model's layers on a device, to be called as the model calls its own.
@@ -206,6 +243,12 @@ class Decoder(TextFamily, EndToEnd):
         Args:
             network: the trained layers, whose weights come when one is taken.
         """
+
+        if self.settings.train_embeddings:
+            raise ConfigError(
+                f"the run trains the table of {self.settings.model} as well, and text is written with a model's own: "
+                f"merge the run first, and write with the folder that this makes"
+            )
 
         def call(number: int, *args: Any, **kwargs: Any) -> Any:
             block = network()
@@ -233,7 +276,12 @@ class Decoder(TextFamily, EndToEnd):
 
     def block(self, *, num_layers: int, checkpointing: bool) -> DecoderBlock:
         """Some layers, without weights."""
-        return DecoderBlock(model=self.settings.model, numbers=self._numbers(num_layers), checkpointing=checkpointing)
+        return DecoderBlock(
+            model=self.settings.model,
+            numbers=self._numbers(num_layers),
+            checkpointing=checkpointing,
+            with_tables=self.settings.train_embeddings,
+        )
 
     def _numbers(self, num_layers: int) -> Sequence[int]:
         """Of the layers that a network has."""
@@ -291,13 +339,14 @@ class Decoder(TextFamily, EndToEnd):
     def enter(self, block: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
         """Hidden values of the tokens, and as conditioning the positions of packed ones."""
         tokens, positions = batch["tokens"], batch.get("positions")
-        hidden = self.shell(tokens.device.type).enter(tokens, positions)
+        hidden = self.shell(tokens.device.type).enter(tokens, positions, getattr(block, TABLE, None))
         # With a gradient, without which the first layer would not be checkpointed.
         return hidden.requires_grad_(torch.is_grad_enabled()), as_condition(positions, hidden)
 
     def loss_after(self, block: nn.Module, hidden: Tensor, condition: Tensor, batch: Batch) -> Float[Tensor, " batch"]:
         """Cross-entropy of each window, in nats: the mean over a batch is that over all of its tokens that count."""
-        return self._losses(self._above(hidden, condition), batch)[0].sum(1) * batch["share"]
+        losses, _ = self._losses(self._above(hidden, condition), batch, getattr(block, READOUT, None))
+        return losses.sum(1) * batch["share"]
 
     def loss(self, block: nn.Module, batch: Batch) -> Float[Tensor, " batch"]:
         """The same, from the tokens on."""
@@ -305,7 +354,8 @@ class Decoder(TextFamily, EndToEnd):
 
     def scores(self, block: nn.Module, batch: Batch) -> dict[str, Float[Tensor, " batch"]]:
         """The mean loss of each window's tokens that count, and the share of them whose likeliest answer is right."""
-        losses, right = self._losses(self._above(*self._through(block, batch)), batch)
+        hidden = self._above(*self._through(block, batch))
+        losses, right = self._losses(hidden, batch, getattr(block, READOUT, None))
         counted = batch["counts"].sum(1).clamp(min=1)
         return {"loss": losses.sum(1) / counted, "accuracy": right.float().sum(1) / counted}
 
@@ -318,14 +368,20 @@ class Decoder(TextFamily, EndToEnd):
         """What the final norm is given: what the trained layers give."""
         return hidden
 
-    def _losses(self, hidden: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+    def _losses(self, hidden: Tensor, batch: Batch, readout: TrainedReadout | None = None) -> tuple[Tensor, Tensor]:
         """Of each token but the first, [batch, length - 1], 0 where it does not count; and whether the likeliest answer
         is right."""
         tokens = batch["tokens"]
         shell = self.shell(tokens.device.type)
         states, answers = hidden[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()
         counts = batch["counts"][:, 1:].flatten()
-        losses, right = _ChunkedLoss.apply(states, answers, counts, shell)  # type: ignore[no-untyped-call]
+        size = max(1, LOGITS_BYTES // (4 * shell.head_table.shape[0]))
+        if readout is None:
+            losses, right = _ChunkedLoss.apply(states, answers, counts, shell, size)  # type: ignore[no-untyped-call]
+        else:
+            losses, right = TrainedLoss.apply(  # type: ignore[no-untyped-call]
+                states, answers, counts, shell, readout, size
+            )
         return losses.view(len(tokens), -1), right.view(len(tokens), -1)
 
 
@@ -333,17 +389,14 @@ class _ChunkedLoss(torch.autograd.Function):
     """Cross-entropy of answers without the logits of all: those of some rows exist at a time, forward and backward."""
 
     @staticmethod
-    def forward(ctx: Any, states: Tensor, answers: Tensor, counts: Tensor, shell: Shell) -> tuple[Tensor, Tensor]:
-        vocabulary = shell.head_table.shape[0]
-        wanted, size = ctx.needs_input_grad[0], max(1, LOGITS_BYTES // (4 * vocabulary))
+    def forward(
+        ctx: Any, states: Tensor, answers: Tensor, counts: Tensor, shell: Shell, size: int
+    ) -> tuple[Tensor, Tensor]:
+        wanted = ctx.needs_input_grad[0]
         losses = torch.zeros(len(states), device=states.device)
         right = torch.zeros(len(states), dtype=torch.bool, device=states.device)
         gradient = torch.zeros_like(states) if wanted else None
-        # Those that count alone; on the meta device, where nothing can be counted, all.
-        every = torch.arange(len(states), device=states.device)
-        chosen = every if counts.is_meta else every[counts]
-        for start in range(0, len(chosen), size):
-            rows = chosen[start : start + size]
+        for rows in chunks(counts, size):
             with torch.set_grad_enabled(wanted):
                 part = states[rows].detach().requires_grad_(wanted)
                 logits = shell.leave(part.unsqueeze(0))[0]
@@ -366,4 +419,4 @@ class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
-        return gradient * grad_outputs[0].unsqueeze(1).to(gradient.dtype), None, None, None
+        return gradient * grad_outputs[0].unsqueeze(1).to(gradient.dtype), None, None, None, None

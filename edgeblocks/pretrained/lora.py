@@ -26,6 +26,7 @@ from edgeblocks.families.layers import run_layers
 from edgeblocks.methods import Frozen
 from edgeblocks.pretrained.decoder import Decoder, DecoderBlock, DecoderSettings
 from edgeblocks.pretrained.frozen_layers import LAYERS_READING_BYTES, FrozenLayer, frozen_layers
+from edgeblocks.pretrained.keys import as_key, from_key
 from edgeblocks.pretrained.shells import any_shell
 
 ALL_LINEAR = "all-linear"
@@ -224,17 +225,3 @@ def targets_of(model: str, lora_targets: str, side: int | None = None) -> list[l
             f"{', '.join(there)}, or {ALL_LINEAR}"
         )
     return [[name for name in names if f".{name}".endswith(wanted)] for names in matrices]
-
-
-def as_key(name: str) -> str:
-    """A module's name as one without dots, which torch does not allow in a key.
-
-    >>> as_key("self_attn.q_proj"), from_key(as_key("self_attn.q_proj"))
-    ('self_attn-q_proj', 'self_attn.q_proj')
-    """
-    return name.replace(".", "-")
-
-
-def from_key(key: str) -> str:
-    """Back."""
-    return key.replace("-", ".")

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from edgeblocks.errors import ConfigError
 from edgeblocks.pretrained.model_folder import FileTable, ModelFolder, Table, model_folder
 from edgeblocks.pretrained.named_tensors import NamedTensors
+from edgeblocks.pretrained.trained_tables import HeldTable, TrainedReadout, TrainedTable, gradient_of
 
 SLICE_BYTES = 2**24
 """Of the head's matrix as float32, which is multiplied with some rows at a time."""
@@ -69,6 +70,11 @@ class Shell:
         is_tied = bool(
             getattr(self.model.config, "tie_word_embeddings", False) or getattr(config, "tie_word_embeddings", False)
         )
+        self.is_tied = is_tied
+        self.table_names = of_embedding, of_embedding if is_tied else of_head
+        """Of the table of tokens and of the head, in the files."""
+        self.vectors: dict[str, tuple[int, ...]] = {}
+        """Shapes of the vectors outside of the layers, such as the last norm's."""
         self.frozen_names = {of_embedding} if is_tied else {of_embedding, of_head}
         """Of tensors in the files that are used and not trained; those of vectors and positions join them below."""
         self.frozen_names |= {name for name, _ in self.model.named_buffers() if name in self.stored.tensors}
@@ -81,12 +87,13 @@ class Shell:
             if name in tables or name.startswith(f"{self.layers_name}."):
                 continue
             self.frozen_names.add(name)
+            if parameter.ndim == 1:
+                self.vectors[name] = tuple(parameter.shape)
             owner, _, leaf = name.rpartition(".")
             value = torch.empty(parameter.shape, device=device)
             if device.type != "meta":
                 value = self._read(name, parameter.shape).to(device)
             self.model.get_submodule(owner)._parameters[leaf] = nn.Parameter(value, requires_grad=False)
-        self._head_bias: Tensor | None = getattr(head, "bias", None)
 
     def _take_(self, folder: ModelFolder, device: torch.device, model: Any, *, part: str = "text_config") -> None:
         """Hold a model that was built without weights.
@@ -166,11 +173,12 @@ class Shell:
         if names and self.device.type != "meta":
             self.model._init_weights(module)
 
-    def enter(self, tokens: Tensor, positions: Tensor | None = None) -> Tensor:
+    def enter(self, tokens: Tensor, positions: Tensor | None = None, table: TrainedTable | None = None) -> Tensor:
         """What the first layer is given: hidden values [batch, length, width] of tokens [batch, length].
 
         Args:
             positions: as for `calls`.
+            table: of tokens, where it is trained; None: the files'.
         """
         if tokens.is_meta:  # the trace: as if all tokens differed
             numbers, ids = torch.empty(tokens.numel(), dtype=torch.int64, device="meta"), tokens
@@ -183,14 +191,14 @@ class Shell:
             found.append(args[0] if args else kwargs["hidden_states"])
             raise _StopError
 
-        with self._rows(numbers), self._layers_as([first] * len(self.layers)):
+        with self._rows(numbers, table), self._layers_as([first] * len(self.layers)):
             self._run(input_ids=ids, **_as_positions(positions))
         return found[0]
 
     @contextlib.contextmanager
-    def _rows(self, numbers: Tensor) -> Iterator[None]:
+    def _rows(self, numbers: Tensor, table: TrainedTable | None = None) -> Iterator[None]:
         """The table of tokens has these rows alone while this lasts."""
-        rows = nn.Parameter(self.embedding_table.rows(numbers), requires_grad=False)
+        rows = self.embedding_table.rows(numbers) if table is None else table.rows(numbers)
         with (
             _replaced(self._embedding._parameters, "weight", rows),
             # Of gradients alone, and a number of the whole table.
@@ -258,8 +266,12 @@ class Shell:
                     raise UnsupportedModelError(f"its layers share a {type(value).__name__} that they may change")
         return noted
 
-    def leave(self, hidden: Tensor) -> Tensor:
-        """Logits [batch, length, vocabulary], float32, of what the last layer gives."""
+    def leave(self, hidden: Tensor, readout: TrainedReadout | None = None) -> Tensor:
+        """Logits [batch, length, vocabulary], float32, of what the last layer gives.
+
+        Args:
+            readout: what comes after the layers, where it is trained; None: the files'.
+        """
         last = len(self.layers) - 1
 
         def passing(number: int) -> Callable[..., Any]:
@@ -271,7 +283,8 @@ class Shell:
 
         with (
             self._layers_as([passing(number) for number in range(last + 1)]),
-            _replaced(self._head.__dict__, "forward", self._through_head),
+            self._vectors_of(readout),
+            _replaced(self._head.__dict__, "forward", functools.partial(self._through_head, readout=readout)),
         ):
             out = self._run(inputs_embeds=hidden.detach())
         logits: Tensor = out.logits
@@ -297,9 +310,20 @@ class Shell:
             out = self.model(input_ids=ids, use_cache=True, **former)
         return out.logits[:, -1].float(), out.cache
 
-    def _through_head(self, states: Tensor) -> Tensor:
-        logits: Tensor = _Product.apply(states, self.head_table)  # type: ignore[no-untyped-call]
-        return logits if self._head_bias is None else logits + self._head_bias
+    @contextlib.contextmanager
+    def _vectors_of(self, readout: TrainedReadout | None) -> Iterator[None]:
+        with contextlib.ExitStack() as stack:
+            for name, value in () if readout is None else readout.named_vectors():
+                owner, _, leaf = name.rpartition(".")
+                stack.enter_context(_replaced(self.model.get_submodule(owner)._parameters, leaf, value))
+            yield
+
+    def _through_head(self, states: Tensor, readout: TrainedReadout | None = None) -> Tensor:
+        table: Table = self.head_table if readout is None else HeldTable(readout.head)
+        trained = None if readout is None else readout.head
+        logits: Tensor = _Product.apply(states, table, trained)  # type: ignore[no-untyped-call]
+        bias = self._head._parameters.get("bias")
+        return logits if bias is None else logits + bias
 
     def _run(self, **inputs: Any) -> Any:
         with (
@@ -329,11 +353,13 @@ def shell_of(path: str, device: str) -> Shell:
 
 
 class _Product(torch.autograd.Function):
-    """States times a matrix that stays in its file, a slice of its rows at a time."""
+    """States times a matrix that stays in its file, or is trained, a slice of its rows at a time."""
 
     @staticmethod
-    def forward(ctx: Any, states: Tensor, table: Table) -> Tensor:
-        ctx.table, ctx.dtype = table, states.dtype
+    def forward(ctx: Any, states: Tensor, table: Table, trained: Tensor | None) -> Tensor:
+        ctx.table, ctx.dtype, ctx.trained = table, states.dtype, trained
+        if trained is not None:
+            ctx.save_for_backward(states)
         out: Tensor | None = None
         for columns, matrix in table.slices(states.device, most_bytes=SLICE_BYTES):
             part = nn.functional.linear(states, matrix)
@@ -349,7 +375,11 @@ class _Product(torch.autograd.Function):
         found = gradient.new_zeros(*gradient.shape[:-1], ctx.table.shape[1])
         for columns, matrix in ctx.table.slices(gradient.device, most_bytes=SLICE_BYTES):
             found += gradient[..., columns] @ matrix.to(gradient.dtype)
-        return found.to(ctx.dtype), None
+            if ctx.trained is not None:
+                (states,) = ctx.saved_tensors
+                by_rows = gradient[..., columns].flatten(0, -2).T.to(ctx.trained.dtype)
+                gradient_of(ctx.trained)[columns].addmm_(by_rows, states.flatten(0, -2).to(ctx.trained.dtype))
+        return found.to(ctx.dtype), None, None
 
 
 def library() -> Any:

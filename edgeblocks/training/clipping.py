@@ -21,6 +21,7 @@ from edgeblocks.offload.scratch import AnyScratchFile
 from edgeblocks.offload.slots import StreamTimes
 from edgeblocks.optim.update import clip_
 
+_PIECE_BYTES = 2**22
 Update = Callable[[BlockBuffer, Tensor, int, int], None]
 """Updates a stage with its flat gradient, given the numbers of the step and of the stage, both counted from 0."""
 
@@ -77,6 +78,7 @@ class ClipByNetwork:
         layouts: Sequence[BlockLayout],
         trained: Sequence[bool],
         times: StreamTimes,
+        tied: tuple[str, str] | None = None,
     ) -> None:
         """
         Args:
@@ -84,14 +86,24 @@ class ClipByNetwork:
             file: where gradients are offloaded to.
             layouts, trained: of all stages.
             times: counts the time of writing and reading as a stall, since nothing is computed meanwhile.
+            tied: a parameter of the first stage and one of the last that are copies of each other: each gets the
+                gradient of both.
         """
         self._gradients, self._update, self._clip, self._times = gradients, update, clip, times
         self._file = file
         sizes = [4 * layout.num_parameters * is_trained for layout, is_trained in zip(layouts, trained, strict=True)]
         self._starts, self.step_bytes = [0, *accumulate(sizes)], sum(sizes)
         self._trained = {stage for stage, is_trained in enumerate(trained) if is_trained}
-        self._norms: dict[int, list[Tensor]] = {}
+        self._norms: dict[int, dict[str, Tensor]] = {}
         """By stage, of each parameter's gradient in the current step."""
+        self._tied = tied
+        self._copies: list[tuple[int, int]] = []
+        """Where the gradients of the two begin in the file, and their bytes."""
+        for stage, name in () if tied is None else zip((0, len(layouts) - 1), tied, strict=True):
+            entry = next(entry for entry in layouts[stage].of_part("weights") if entry.name == f"weights.{name}")
+            place, size = (4 * number // entry.dtype.itemsize for number in (entry.start, entry.num_bytes))
+            self._copies.append((self._starts[stage] + place, size))
+            self.step_bytes += size
         self._pending: set[int] = set()
         """Stages whose gradient is in the file and whose update is still to be made."""
         self._step, self._scale = -1, torch.ones(())
@@ -112,9 +124,11 @@ class ClipByNetwork:
         assert not self._pending, "a backward pass begins when the updates of the step before are made"
         # A norm a parameter, in the network's order, not one of the flat gradient: the norm of these norms is then the
         # one of `clip_grad_norm_`, bit for bit.
-        self._norms[stage] = [
-            torch.linalg.vector_norm(parameter.grad) for parameter in network.parameters() if parameter.grad is not None
-        ]
+        self._norms[stage] = {
+            name: torch.linalg.vector_norm(parameter.grad)
+            for name, parameter in network.named_parameters()
+            if parameter.grad is not None
+        }
         gradients, started = self._gradients[: buffer.layout.num_parameters], time.perf_counter()
         # Before the next stage's backward pass writes its gradient to the same memory.
         self._file.write(self._starts[stage], gradients.view(torch.uint8))
@@ -123,13 +137,35 @@ class ClipByNetwork:
     def end_step(self, step: int) -> float:
         """Source: torch.nn.utils.clip_grad_norm_."""
         # Stages complete from the last to the first; `clip_grad_norm_` sums from the first parameter on.
-        of_parameters = [norm for stage in sorted(self._norms) for norm in self._norms[stage]]
+        if self._tied is not None:
+            first, last = self._tied
+            del self._norms[max(self._norms)][last]
+            self._norms[0][first] = self._sum_of_copies()
+        of_parameters = [norm for stage in sorted(self._norms) for norm in self._norms[stage].values()]
         self._norms.clear()
         norm = torch.linalg.vector_norm(torch.stack(of_parameters))
         before = _finite(norm.item())
         self._scale = torch.clamp(self._clip / (norm + 1e-6), max=1.0)  # 1e-6 as there
         self._step, self._pending = step, set(self._trained)
         return before
+
+    def _sum_of_copies(self) -> Tensor:
+        """Put the sum of both copies' gradients in the place of each; its norm."""
+        (first, size), (other, _) = self._copies
+        one, two = (torch.empty(min(size, _PIECE_BYTES) // 4, device=self._gradients.device) for _ in range(2))
+        norms, started = [], time.perf_counter()
+        for start in range(0, size, _PIECE_BYTES):
+            count = min(size - start, _PIECE_BYTES) // 4
+            pieces = [piece[:count].view(torch.uint8) for piece in (one, two)]
+            for place, piece in zip((first, other), pieces, strict=True):
+                self._file.read(place + start, piece)
+            one[:count] += two[:count]
+            norms.append(torch.linalg.vector_norm(one[:count]))
+            for place in (first, other):
+                self._file.write(place + start, pieces[0])
+        self._times.waited_for_storing(started)
+        norm: Tensor = torch.linalg.vector_norm(torch.stack(norms))
+        return norm
 
 
 StageClipping = ClipByStage | ClipByNetwork

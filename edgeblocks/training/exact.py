@@ -11,6 +11,7 @@ from functools import partial
 from typing import Self
 
 from edgeblocks.data.dataset import DataSet
+from edgeblocks.errors import ConfigError
 from edgeblocks.families.block import Block
 from edgeblocks.families.family import EndToEnd
 from edgeblocks.inference.staged_weights import StagedEma
@@ -203,6 +204,12 @@ class ExactTrainer(Trainer):
 
     def _clipping_by_settings(self, device: Device | None) -> StageClipping:
         clip, place = self.settings.clip, (self.store.folder, "a stage's gradient")
+        tied = self.family.tied_parameters
+        if tied is not None and (not self._late or self.settings.master != "fp32" or not all(self._trained)):
+            raise ConfigError(
+                "a table of tokens that is the head as well is trained as two copies with one gradient: this needs "
+                "clip_by=network, master=fp32, and all stages trained"
+            )
         if not self._late:
             return ClipByStage(self.gradients, self.update_, clip=clip)
         file: AnyScratchFile = ScratchFile(*place)
@@ -216,6 +223,7 @@ class ExactTrainer(Trainer):
             layouts=self.store.layouts,
             trained=self._trained,
             times=self.times,
+            tied=tied,
         )
 
     @contextmanager

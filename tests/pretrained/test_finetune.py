@@ -124,12 +124,13 @@ def test_another_model_in_its_place_is_noticed(tuned, model, text, tmp_path, lib
 
 
 def test_the_command_line(model, text, tmp_path):
-    """The plan; a training with its perplexity; what cannot be done with such a run."""
+    """The plan; a training with its perplexity, which says what stays as it is; what cannot be done with such a run."""
     asked = ["finetune", model, "--data", text, "--length", "16", "--batch", "2", "--steps", "2", "--mem-budget", "4GB"]
     planned = invoke(*asked, "--dry-run")
     assert planned.exit_code == 0 and "trained end to end" in planned.stdout, planned.output
     done = invoke(*asked, "--out", tmp_path / "run")
     assert done.exit_code == 0 and "perplexity on held-out text" in done.stdout, done.output
+    assert "stay as they are without --train-embeddings" in " ".join(done.stderr.split())
     assert f"edgeblocks merge {tmp_path / 'run'}" in done.stdout.replace("\n", "")
     before = json.loads((tmp_path / "run/before.json").read_text())["total"]
     assert f"{math.exp(before):.2f} before" in done.stdout

@@ -38,8 +38,8 @@ def write_tokenizer(folder):
     (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": {"content": "!"}, "bos_token": None}))
 
 
-def write_model(folder, hidden_size=32):
-    """llama: 4 layers, heads that share keys, tied tables, bfloat16, in several files."""
+def write_model(folder, hidden_size=32, *, tied=True):
+    """llama: 4 layers, heads that share keys, bfloat16, in several files."""
     import torch
 
     torch.manual_seed(0)
@@ -52,7 +52,7 @@ def write_model(folder, hidden_size=32):
         num_key_value_heads=2,
         vocab_size=128,
         max_position_embeddings=64,
-        tie_word_embeddings=True,
+        tie_word_embeddings=tied,
         initializer_range=0.1,
     )
     network = library.LlamaForCausalLM(config).to(torch.bfloat16)

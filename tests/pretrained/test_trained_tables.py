@@ -1,0 +1,113 @@
+"""Training the table of tokens and the head with the layers: the library's own training, whole, tied and untied."""
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from support.commands import assert_refused, invoke
+from support.equality import StopAfter, assert_same_bits
+from support.small_model import write_model
+
+import edgeblocks
+from edgeblocks.errors import ConfigError, InterruptedRunError
+from edgeblocks.runs.open_data import data_of
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+WANTED = {"length": 24, "batch": 3, "steps": 4, "warmup": 0, "blocks": 2, "mem_budget": "4GB", "optimizer": "adamw"}
+WANTED |= {"hold_out": 0.1, "learning_rate": 1e-3, "micro_batch": 2, "train_embeddings": True}
+
+
+@pytest.fixture(scope="module", params=["tied", "untied"])
+def folder(request, model, tmp_path_factory):
+    """A model with one matrix for both tables, and one with two."""
+    if request.param == "tied":
+        return model
+    path = tmp_path_factory.mktemp("untied") / "model"
+    write_model(path, tied=False)
+    return path
+
+
+@pytest.fixture(scope="module")
+def tuned(folder, text, tmp_path_factory):
+    out = tmp_path_factory.mktemp("tables") / "run"
+    return edgeblocks.finetune(folder, data=text, out=out, tier="ram", **WANTED)
+
+
+def test_it_trains_as_the_library_does(tuned, folder, library):
+    """Losses, norms of the whole gradient, and all weights at the end, under torch.optim.AdamW."""
+    network = library.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).train()
+    optimizer = torch.optim.AdamW(network.parameters(), betas=(0.9, 0.99), weight_decay=0.0)
+    data = data_of(tuned.directory.settings.run, lambda *_: None)
+    order = data.order(batch=3, seed=0, block=0)
+    for step, record in enumerate(tuned.directory.metrics()):
+        tokens = torch.from_numpy(data.gather(order.indices(step))[0])
+        loss = network(input_ids=tokens, labels=tokens, use_cache=False).loss
+        assert record["loss"] == pytest.approx(loss.item(), rel=1e-5)
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+        assert record["gradient_norm"] == pytest.approx(norm.item(), rel=1e-4)
+        optimizer.param_groups[0]["lr"] = record["learning_rate"]
+        optimizer.step()
+        optimizer.zero_grad()
+    theirs, family, seen = dict(network.named_parameters()), tuned.directory.family(), set()
+    for stage in range(2):
+        for name, value in load_file(tuned.directory.store().path(stage)).items():
+            part, _, own = name.partition(".")
+            if part == "weights":
+                known = family.name_in_file(tuned.directory.tensor_name(stage, own))
+                expected = theirs[known].detach()
+                np.testing.assert_allclose(value.view(expected.shape), expected, rtol=1e-3, atol=2e-4, err_msg=known)
+                seen.add(known)
+    assert seen == theirs.keys()
+
+
+def test_streamed_stopped_and_resumed_it_gives_the_same_bits(tuned, folder, text, tmp_path):
+    with pytest.raises(InterruptedRunError):
+        edgeblocks.finetune(folder, data=text, out=tmp_path / "run", tier="disk", listener=StopAfter(2), **WANTED)
+    again = edgeblocks.resume(tmp_path / "run")
+    assert_same_bits(tuned.path, again.path, blocks=2)
+    assert tuned.summary["metrics"]["validation_loss"] == again.summary["metrics"]["validation_loss"]
+
+
+def test_both_copies_of_a_tied_table_stay_one(tuned, folder):
+    """Weights, average and moments."""
+    family = tuned.directory.family()
+    if family.tied_parameters is None:
+        assert family.shell("meta").is_tied is False
+        return
+    first, last = (load_file(tuned.directory.store().path(stage)) for stage in range(2))
+    for part in ("weights", "ema"):
+        assert torch.equal(first[f"{part}.table.weight"], last[f"{part}.readout.head"])
+
+
+def test_it_is_merged_and_evaluated(tuned, folder, library, tmp_path):
+    """Nothing stays as it was; the perplexity that was told is that of the merged model."""
+    merged = tuned.merge(tmp_path / "merged")
+    assert merged["untouched"] == 0
+    network = library.AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32).eval()
+    data = data_of(tuned.directory.settings.run, lambda *_: None)
+    tokens = torch.from_numpy(data.gather(data.evaluation_indices(64))[0])
+    with torch.no_grad():
+        expected = network(input_ids=tokens, labels=tokens).loss.item()
+    assert tuned.summary["metrics"]["validation_loss"] == pytest.approx(expected, rel=2e-3)  # it is bfloat16
+    before = (
+        network.get_input_embeddings().weight
+        - library.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).get_input_embeddings().weight
+    )
+    assert before.abs().max() > 0
+
+
+def test_what_does_not_go_with_it(model, text, tmp_path):
+    """Other ways of tuning; clipping by stages, where one matrix is trained in two."""
+    asked = ["finetune", model, "--data", text, "--train-embeddings", "--mem-budget", "4GB", "--out", tmp_path / "run"]
+    assert_refused(invoke(*asked, "--tune", "lora"), 2, "tables of tokens are trained with --tune full")
+    assert_refused(
+        invoke(*asked, "--length", "24", "--batch", "2", "--set", "clip_by=stage"), 2, "needs clip_by=network"
+    )
+
+
+def test_text_is_written_with_the_merged_model(tuned):
+    """Not with the run, whose tables are not those of the model's folder."""
+    with pytest.raises(ConfigError, match="merge the run first"):
+        tuned.sample_text(n=1, prompt="the sea", length=4)
