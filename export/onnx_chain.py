@@ -132,6 +132,8 @@ class ExportedChain:
                 self._give_way()
             # A block that is given up must be free for the next one, not a gap in the heap.
             heap = target.without_gaps() if keeps_all else contextlib.nullcontext()
+            # numpy's first product takes OpenBLAS's buffer, which ends the process where it is refused.
+            np.dot(np.ones((64, 64), np.float32), np.ones((64, 64), np.float32))
             with heap, target.capped(budget_bytes - CODE_BYTES):
                 yield
         except MemoryError as error:
