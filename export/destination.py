@@ -5,7 +5,7 @@ Under the final name there is only ever a whole export.
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Set
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
@@ -38,29 +38,49 @@ def check_destination(out: Path, *, overwrite: bool) -> None:
     Raises:
         ConfigError: something stands there that may not be replaced.
     """
+    check_replaceable(out, _files_of_an_export, flag="-o", what="export", overwrite=overwrite)
+
+
+def check_replaceable(
+    out: Path, files_of: Callable[[Path], Set[str]], *, flag: str, what: str, overwrite: bool
+) -> None:
+    """A folder may be written where nothing stands, or a former one of its kind with nothing else beside its files.
+
+    Args:
+        files_of: the paths of all files of a former one, relative to its folder; a RunError where it is none.
+        flag: by which the user named `out`.
+        what: is written.
+        overwrite: a former one may be replaced.
+
+    Raises:
+        ConfigError: something stands there that may not be replaced.
+    """
     if not out.exists():
         return
+    article = "an" if what[0] in "aeiou" else "a"
     if not out.is_dir():
-        raise ConfigError(f"-o {out} is a file; give the name of a directory to write the export to")
-    present = {path.name for path in out.iterdir()}
+        raise ConfigError(f"{flag} {out} is a file; give the name of a directory to write the {what} to")
+    present = {path.relative_to(out).as_posix() for path in out.rglob("*") if not path.is_dir() or path.is_symlink()}
     if not present:
         return
     try:
-        own = _files_of_an_export(out)
+        own = files_of(out)
     except RunError as error:
         raise ConfigError(
-            f"-o {out} holds something that is not an export that could be replaced ({error}); choose another "
-            f"directory, or empty this one"
+            f"{flag} {out} holds something that is not {article} {what} that could be replaced ({error}); choose "
+            f"another directory, or empty this one"
         ) from error
     others = sorted(present - own)
     if others:
         shown = ", ".join(others[:5]) + (", .." if len(others) > 5 else "")
         raise ConfigError(
-            f"-o {out} holds files that are not of the export there, and they would be lost: {shown}; move them away, "
-            f"or choose another directory"
+            f"{flag} {out} holds files that are not of the {what} there, and they would be lost: {shown}; move them "
+            f"away, or choose another directory"
         )
     if not overwrite:
-        raise ConfigError(f"-o {out} holds an export already; add --force to replace it, or choose another name")
+        raise ConfigError(
+            f"{flag} {out} holds {article} {what} already; add --force to replace it, or choose another name"
+        )
 
 
 def _files_of_an_export(folder: Path) -> set[str]:

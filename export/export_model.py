@@ -32,8 +32,8 @@ from edgeblocks.export.manifest import sha256_of
 from edgeblocks.files.untrusted import read_object
 from edgeblocks.onnx_runtime import TELEMETRY_OFF
 from edgeblocks.pretrained.decoder import Decoder
+from edgeblocks.pretrained.library import library
 from edgeblocks.pretrained.model_folder import model_folder
-from edgeblocks.pretrained.shell import library
 from edgeblocks.pretrained.writing import end_tokens
 from edgeblocks.profiling.budgets import check_needed
 from edgeblocks.progress import Listener

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from edgeblocks.errors import ConfigError, RunError
-from edgeblocks.export.destination import staged, synced
+from edgeblocks.export.destination import check_replaceable, staged, synced
 from edgeblocks.export.export_run import export_run
 from edgeblocks.export.manifest import sha256_of
 from edgeblocks.export.web_runtime import BYTES, PACKAGE, SHA256, VERSION, WASM, runtime_files
@@ -52,7 +52,7 @@ def export_page(
         EdgeblocksError: as of `export_run`.
     """
     out = out.resolve()
-    _check_destination(out, overwrite=overwrite)
+    check_replaceable(out, _files_of_a_page, flag="--web", what="page", overwrite=overwrite)
     # A chain that writes token by token runs all of its blocks for each: one graph is quicker, and its page is simpler.
     single_file = run.family().task == "continuation"
     _check_network(run, weights, single_file=single_file)
@@ -135,41 +135,20 @@ def _write_contents(folder: Path) -> None:
         file.write(f"{json.dumps(content, indent=1)}\n".encode())
 
 
-def _check_destination(out: Path, *, overwrite: bool) -> None:
-    """Nothing but a former page may stand where one is written, and nothing else among its files.
-
-    Args:
-        overwrite: a former page may be replaced.
+def _files_of_a_page(folder: Path) -> set[str]:
+    """The paths of all its files.
 
     Raises:
-        ConfigError: something else does.
+        RunError: it holds no page.
     """
-    if not out.exists():
-        return
-    if not out.is_dir():
-        raise ConfigError(f"--web {out} is a file; give the name of a directory to write the page to")
-    present = {path.relative_to(out).as_posix() for path in out.rglob("*") if not path.is_dir() or path.is_symlink()}
-    if not present:
-        return
     try:
-        content = read_object(out / FILE_NAME)
-        files = content.get("files")
-        if content.get("kind") != KIND or not isinstance(files, dict):
-            raise RunError(f"its {FILE_NAME} is of another kind")
-    except (OSError, MalformedFileError, RunError) as error:
-        raise ConfigError(
-            f"--web {out} holds something that is not a page that could be replaced ({error}); choose another "
-            f"directory, or empty this one"
-        ) from error
-    others = sorted(present - files.keys() - {FILE_NAME})
-    if others:
-        shown = ", ".join(others[:5]) + (", .." if len(others) > 5 else "")
-        raise ConfigError(
-            f"--web {out} holds files that are not of the page there, and they would be lost: {shown}; move them away, "
-            f"or choose another directory"
-        )
-    if not overwrite:
-        raise ConfigError(f"--web {out} holds a page already; add --force to replace it, or choose another name")
+        content = read_object(folder / FILE_NAME)
+    except (OSError, MalformedFileError) as error:
+        raise RunError(str(error)) from error
+    files = content.get("files")
+    if content.get("kind") != KIND or not isinstance(files, dict):
+        raise RunError(f"its {FILE_NAME} is of another kind")
+    return {FILE_NAME, *files}
 
 
 def _tell_size(out: Path, listener: Listener) -> None:

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from edgeblocks.errors import ConfigError
+from edgeblocks.pretrained.library import library, without_dropout
 from edgeblocks.pretrained.model_folder import CONFIG, ModelFolder, model_folder
-from edgeblocks.pretrained.shell import Shell, UnsupportedModelError, library, shell_of, without_dropout
+from edgeblocks.pretrained.shell import Shell, UnsupportedModelError, shell_of
 
 _TOKENS = 256
 _LAYERS = 4

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from edgeblocks.pretrained.shell import without_values
+from edgeblocks.pretrained.library import without_values
 from edgeblocks.pretrained.shells import any_shell
 
 LARGEST_HEAP_BYTES = 4_000_000

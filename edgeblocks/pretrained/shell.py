@@ -16,7 +16,6 @@ beside the hidden values that is not so, and such models are refused: see `gate`
 import contextlib
 import copy
 import functools
-import importlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -24,13 +23,13 @@ import torch
 from torch import Tensor, nn
 
 from edgeblocks.errors import ConfigError
+from edgeblocks.pretrained.library import built, library, read_config, replaced, without_values
 from edgeblocks.pretrained.model_folder import FileTable, ModelFolder, Table, model_folder
 from edgeblocks.pretrained.named_tensors import NamedTensors
 from edgeblocks.pretrained.trained_tables import HeldTable, TrainedReadout, TrainedTable, gradient_of
 
 SLICE_BYTES = 2**24
 """Of the head's matrix as float32, which is multiplied with some rows at a time."""
-_NEEDS = "needs transformers, which is not installed: pip install 'edgeblocks[hf]'"
 
 
 class UnsupportedModelError(Exception):
@@ -200,9 +199,9 @@ class Shell:
         """The table of tokens has these rows alone while this lasts."""
         rows = self.embedding_table.rows(numbers) if table is None else table.rows(numbers)
         with (
-            _replaced(self._embedding._parameters, "weight", rows),
+            replaced(self._embedding._parameters, "weight", rows),
             # Of gradients alone, and a number of the whole table.
-            _replaced(self._embedding.__dict__, "padding_idx", None),
+            replaced(self._embedding.__dict__, "padding_idx", None),
         ):
             yield
 
@@ -284,7 +283,7 @@ class Shell:
         with (
             self._layers_as([passing(number) for number in range(last + 1)]),
             self._vectors_of(readout),
-            _replaced(self._head.__dict__, "forward", functools.partial(self._through_head, readout=readout)),
+            replaced(self._head.__dict__, "forward", functools.partial(self._through_head, readout=readout)),
         ):
             out = self._run(inputs_embeds=hidden.detach())
         logits: Tensor = out.logits
@@ -305,7 +304,7 @@ class Shell:
             torch.no_grad(),
             self._rows(numbers),
             self._layers_as(layers),
-            _replaced(self._head.__dict__, "forward", lambda states: self._through_head(states[:, -1:])),
+            replaced(self._head.__dict__, "forward", lambda states: self._through_head(states[:, -1:])),
         ):
             out = self.model(input_ids=ids, use_cache=True, **former)
         return out.logits[:, -1].float(), out.cache
@@ -315,7 +314,7 @@ class Shell:
         with contextlib.ExitStack() as stack:
             for name, value in () if readout is None else readout.named_vectors():
                 owner, _, leaf = name.rpartition(".")
-                stack.enter_context(_replaced(self.model.get_submodule(owner)._parameters, leaf, value))
+                stack.enter_context(replaced(self.model.get_submodule(owner)._parameters, leaf, value))
             yield
 
     def _through_head(self, states: Tensor, readout: TrainedReadout | None = None) -> Tensor:
@@ -338,7 +337,7 @@ class Shell:
         """The layers do other things while this lasts."""
         with contextlib.ExitStack() as stack:
             for layer, function in zip(self.layers, functions, strict=True):
-                stack.enter_context(_replaced(layer.__dict__, "forward", function))
+                stack.enter_context(replaced(layer.__dict__, "forward", function))
             yield
 
 
@@ -382,101 +381,13 @@ class _Product(torch.autograd.Function):
         return found.to(ctx.dtype), None, None
 
 
-def library() -> Any:
-    """transformers, which says nothing by itself.
-
-    Raises:
-        ConfigError: it is not installed.
-    """
-    try:
-        found = importlib.import_module("transformers")
-    except ModuleNotFoundError as error:
-        raise ConfigError(f"fine-tuning {_NEEDS}") from error
-    found.logging.set_verbosity_error()
-    found.logging.disable_progress_bar()
-    return found
-
-
 def _without_weights(folder: ModelFolder) -> Any:
     """The model as the library builds it, on the meta device."""
     return built(folder, library().AutoModelForCausalLM, read_config(folder), "no decoder that writes text")
 
 
-def read_config(folder: ModelFolder) -> Any:
-    """The config as the library reads it, without dropout.
-
-    Raises:
-        ConfigError: it does not.
-    """
-    transformers = library()
-    try:
-        config = transformers.AutoConfig.from_pretrained(folder.path, local_files_only=True, trust_remote_code=False)
-    except (ValueError, KeyError, OSError, ImportError, TypeError) as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ConfigError(
-            f"{folder.path}: transformers does not read its config.json ({first[:300]}); models that need code of "
-            f"their own are not supported"
-        ) from error
-    return without_dropout(config)
-
-
-def built(folder: ModelFolder, kind: Any, config: Any, otherwise: str) -> Any:
-    """A model on the meta device.
-
-    Args:
-        kind: one of the library's classes that choose the model's by its config.
-        otherwise: what the model is where this class has none for it.
-
-    Raises:
-        ConfigError: it has none.
-    """
-    problems = []
-    for attention in ("sdpa", "eager"):
-        try:
-            with torch.device("meta"):
-                model = kind.from_config(config, attn_implementation=attention)
-            return model.train()
-        except (ValueError, KeyError, TypeError, ImportError, RuntimeError, AttributeError) as error:
-            problems.append(str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__)
-    raise ConfigError(f"{folder.path}: it is {otherwise} as transformers builds them ({problems[0]})")
-
-
 def _as_positions(positions: Tensor | None) -> dict[str, Tensor]:
     return {} if positions is None else {"position_ids": positions}
-
-
-@contextlib.contextmanager
-def without_values(device: torch.device, *, are_several: bool = False) -> Iterator[None]:
-    """On the meta device, where tensors have no values, the library asks for none while this lasts.
-
-    It does not look whether positions are of several texts; and tokens that their values would send to several experts
-    all go to the first, which takes as much memory and as many products.
-
-    Args:
-        are_several: whether positions are of several texts in a window.
-    """
-    if device.type != "meta":
-        yield
-        return
-    masking, experts = (
-        importlib.import_module(f"transformers.{name}").__dict__ for name in ("masking_utils", "integrations.moe")
-    )
-    found = (lambda position_ids: position_ids) if are_several else (lambda position_ids: None)
-    with (
-        _replaced(masking, "find_packed_sequence_indices", found),
-        _replaced(experts, "_grouped_mm", lambda input, weight, offs: input @ weight[0]),
-    ):
-        yield
-
-
-def without_dropout(config: Any) -> Any:
-    """A config whose layers give the same numbers each time: in a step they are run twice."""
-    for name in ("attention_dropout", "hidden_dropout", "dropout", "resid_pdrop", "embd_pdrop", "attn_pdrop",
-                 "embedding_dropout", "residual_dropout", "ffn_dropout", "hidden_dropout_prob",
-                 "attention_probs_dropout_prob", "drop_path_rate", "layerdrop"):  # fmt: skip
-        if getattr(config, name, None):
-            setattr(config, name, 0.0)
-    return config
 
 
 def _layers_of(model: Any, part: str) -> tuple[str, nn.ModuleList]:
@@ -491,18 +402,3 @@ def _layers_of(model: Any, part: str) -> tuple[str, nn.ModuleList]:
     if not found:
         raise UnsupportedModelError(f"it has no list of {count} layers")
     return min(found, key=lambda one: one[0].count("."))
-
-
-@contextlib.contextmanager
-def _replaced(names: dict[str, Any], name: str, value: Any) -> Iterator[None]:
-    """An entry of a table is another one while this lasts."""
-    missing = object()
-    former = names.get(name, missing)
-    names[name] = value
-    try:
-        yield
-    finally:
-        if former is missing:
-            del names[name]
-        else:
-            names[name] = former

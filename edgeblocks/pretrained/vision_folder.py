@@ -15,8 +15,8 @@ from torch import Tensor
 
 from edgeblocks.errors import ConfigError
 from edgeblocks.files.untrusted import MalformedFileError, open_regular, parse_json
+from edgeblocks.pretrained.library import library, read_config, without_dropout
 from edgeblocks.pretrained.model_folder import ModelFolder, model_folder
-from edgeblocks.pretrained.shell import library, read_config, without_dropout
 
 PROCESSOR = "preprocessor_config.json"
 PART = "vision_config"

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from edgeblocks.errors import ConfigError
 from edgeblocks.pretrained.gate import filled_layers, shrunk, why_not
+from edgeblocks.pretrained.library import library
 from edgeblocks.pretrained.model_folder import CONFIG, ModelFolder, model_folder
-from edgeblocks.pretrained.shell import UnsupportedModelError, library
+from edgeblocks.pretrained.shell import UnsupportedModelError
 from edgeblocks.pretrained.vision_folder import PART, read_vision_config, vision_config
 from edgeblocks.pretrained.vision_shell import VisionShell
 

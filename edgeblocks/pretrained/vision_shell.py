@@ -11,14 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from edgeblocks.errors import ConfigError
+from edgeblocks.pretrained.library import built, library, replaced
 from edgeblocks.pretrained.model_folder import ModelFolder, model_folder
 from edgeblocks.pretrained.shell import (
     Shell,
     UnsupportedModelError,
-    _replaced,
     _StopError,
-    built,
-    library,
 )
 from edgeblocks.pretrained.vision_folder import PART, of_pictures, read_vision_config
 
@@ -131,7 +129,7 @@ class VisionShell(Shell):
         self.calls(hidden)  # tells whether layers give a tuple
         with (
             self._layers_as([passing(number) for number in range(last + 1)]),
-            _replaced(self._head.__dict__, "forward", readout.forward),
+            replaced(self._head.__dict__, "forward", readout.forward),
         ):
             logits: Tensor = self._run(inputs_embeds=hidden).logits
         return logits.float()
