@@ -6,11 +6,16 @@ import os
 import socket
 from collections.abc import Iterator
 from types import ModuleType
+from typing import Any
 from urllib.parse import urlsplit
 
 from edgeblocks.errors import ConfigError
 
-_ANSWER_S = 5.0
+ANSWER_S = 120.0
+"""After which a worker that does not answer is given up."""
+CLOSE_S = 10.0
+"""The same where something is given back."""
+_CONNECT_S = 5.0
 """After which nobody is taken to be at an address; Ray itself would wait for minutes, and write of its insides."""
 
 
@@ -42,6 +47,14 @@ class Cluster:
         except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
             why = str(error).strip() or type(error).__name__
             raise _refused(address, why.splitlines()[0]) from error
+
+    def get(self, reference: Any) -> Any:
+        """What a worker answers.
+
+        Raises:
+            ray.exceptions.RayError: the worker is lost, or does not answer.
+        """
+        return self.ray.get(reference, timeout=ANSWER_S)
 
     def leave(self) -> None:
         self.ray.shutdown()
@@ -97,7 +110,7 @@ def _check_answers(address: str) -> None:
     if host is None or port is None:  # auto, or what Ray refuses in its own words
         return
     try:
-        socket.create_connection((host, port), timeout=_ANSWER_S).close()
+        socket.create_connection((host, port), timeout=_CONNECT_S).close()
     except OSError as error:
         raise _refused(address, f"nobody answers there ({error.strerror or error})") from error
 

@@ -8,45 +8,31 @@ goes on from what came home.
 
 import json
 import os
-import secrets
-import shutil
 import time
 from collections import deque
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib import metadata
-from pathlib import Path
 from typing import Any
 
-from edgeblocks.cluster.connection import Cluster
-from edgeblocks.cluster.worker import Report, Worker, remove_data
-from edgeblocks.data.tokenizer import TOKENIZER_FILE
+from edgeblocks.cluster.connection import ANSWER_S, CLOSE_S, Cluster
+from edgeblocks.cluster.transfers import Transfers
+from edgeblocks.cluster.worker import Report, Worker
 from edgeblocks.errors import DoesNotFitError, EdgeblocksError, InterruptedRunError
-from edgeblocks.files.own import create, make_folder
-from edgeblocks.offload.block_files import BlockStore, storage_error
 from edgeblocks.progress import BlockProgress, Listener
 from edgeblocks.runs.apart import steps_left
 from edgeblocks.runs.directory import RunDirectory
-from edgeblocks.runs.gathering import take_block
 from edgeblocks.runs.history import trained_s
 from edgeblocks.runs.schema import RecordFields, checked_record
-from edgeblocks.settings.fields import BUILT_IN_DATA
-from edgeblocks.tasks import PYTHON_DATA
 from edgeblocks.training.interruption import Interrupted, Interruption
 from edgeblocks.units import format_bytes, format_duration
 
-_PIECE_BYTES = 2**23
 _POLL_S = 0.3
-_ANSWER_S = 120.0
-"""After which a worker that does not answer is given up."""
-_CLOSE_S = 10.0
-"""The same where something is given back."""
 _WAITING_S = 30.0
 """After which a user hears that no node takes any block."""
 _MOST_LOSSES = 5
 """Of one block's workers, without a visit in between."""
-_SENT = ("config.yaml", "plan.json", "manifest.json", "env.json", TOKENIZER_FILE, "metrics.jsonl")
 _MISSING = "No module named 'edgeblocks"
 """In Ray's words, where a node does not have the package."""
 _ENVIRONMENT = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
@@ -118,14 +104,11 @@ class Spread:
         """Bytes of memory that are known not to be enough."""
         self._nodes: dict[str, str] = {}
         """Names of the machines that have trained a block, by what Ray calls the nodes on them."""
-        self._arriving = run.path / "blocks.arriving"
-        self._token = secrets.token_hex(16)
-        """Names the data that are sent to nodes."""
-        self._has_sent_data = False
         self._idle_since: float | None = None
         """Since when no node trains a block."""
         self._said_idle = False
         self._interruption = Interruption(listener.note)
+        self._transfers = Transfers(run, self._store, cluster, listener, self._interruption)
 
     def train(self, blocks: Sequence[int], *, go_on_with: str) -> None:
         """Train these blocks to their last step.
@@ -165,8 +148,7 @@ class Spread:
         finally:
             for task in list(self._running.values()):
                 self._end(task)
-            self._remove_data()
-            shutil.rmtree(self._arriving, ignore_errors=True)
+            self._transfers.clear(self._nodes)
         self._listener.note(
             f"the cluster took {format_duration(time.monotonic() - started)} on "
             f"{', '.join(sorted({*self._nodes.values()}))}{_added_up(trained_before_s, trained_s(self._run))}"
@@ -226,7 +208,7 @@ class Spread:
                 memory=size,
                 scheduling_strategy="SPREAD",  # else Ray fills half of one node before it takes the next
             )
-            .remote(self._token)
+            .remote(self._transfers.token)
         )
         self._running[block] = _Task(block=block, actor=actor, placed=actor.node.remote(), size=size)
 
@@ -241,7 +223,7 @@ class Spread:
                 if self._ray.wait([task.placed], timeout=0)[0]:
                     self._begin(task)
                 return task.node is not None or not task.is_in_vain
-            report: Report = self._get(task.actor.poll.remote(self._name(task.block)))
+            report: Report = self._cluster.get(task.actor.poll.remote(self._transfers.file_name(task.block)))
             self._hear(task, report)
             if report.version != task.seen:
                 self._bring_home(task)
@@ -269,24 +251,24 @@ class Spread:
             EdgeblocksError: that node cannot train it.
             Interrupted: a signal came while data were sent.
         """
-        node, node_id = self._get(task.placed)
-        there, here = self._get(task.actor.version.remote()), metadata.version("edgeblocks")
+        node, node_id = self._cluster.get(task.placed)
+        there, here = self._cluster.get(task.actor.version.remote()), metadata.version("edgeblocks")
         if there != here:
             raise EdgeblocksError(
                 f"{node} has edgeblocks {there}, and this machine {here}, whose numbers may differ: pip install "
                 f"'edgeblocks[cluster]=={here}' there"
             )
-        self._send(task)
+        self._transfers.send(task.actor, task.block)
         self._nodes.setdefault(node_id, node)
         arguments = ["--blocks-here", str(task.block)]
         smaller = task.size < self._host_bytes()
         if smaller:
             flag = "--mem-budget" if self._run.trainable_plan.ram_budget_bytes is None else "--ram-budget"
             arguments += [flag, str(task.size)]
-        arguments += self._data_on(task, node)
+        arguments += self._transfers.data_on(task.actor, node)
         environment = {name: os.environ.get(name) for name in _ENVIRONMENT}
-        self._get(task.actor.start.remote(arguments, environment))
-        task.seen = self._get(task.actor.poll.remote(self._name(task.block))).version
+        self._cluster.get(task.actor.start.remote(arguments, environment))
+        task.seen = self._cluster.get(task.actor.poll.remote(self._transfers.file_name(task.block))).version
         task.node, task.began, task.first_step = node, time.monotonic(), self._saved[task.block]
         under = f", under {format_bytes(task.size)}" if smaller else ""
         self._listener.note(f"block {task.block} is trained on {node}{under}")
@@ -328,64 +310,8 @@ class Spread:
                 longest_s = max(longest_s, (steps - step) / task.steps_per_s)
         self._listener.blocks(rows, max(left / rate, longest_s) if rate else None)
 
-    def _data_on(self, task: _Task, node: str) -> list[str]:
-        """What says where the data are on a node: nothing where they are under the same path, or come with the package.
-
-        Else they are sent there, once for all workers of that machine. What they hold is compared when they are opened.
-        """
-        data = self._run.settings.run.data
-        if data in BUILT_IN_DATA or data.startswith(PYTHON_DATA) or self._get(task.actor.finds.remote(data)):
-            return []
-        if not Path(data).exists():  # it was there when the run was opened; the node will say that it misses it
-            return []
-        place: str | None = self._get(task.actor.data_sent.remote(self._token))
-        if place is None:
-            top = Path(data)
-            files = sorted(path for path in top.rglob("*") if path.is_file()) if top.is_dir() else [top]
-            size = sum(path.stat().st_size for path in files)
-            self._listener.note(f"sending the data to {node}, {format_bytes(size)}")
-            for path in files:
-                with path.open("rb") as file:
-                    name = str(path.relative_to(top.parent))
-                    while piece := file.read(_PIECE_BYTES):
-                        if self._interruption.signal_name is not None:
-                            raise Interrupted
-                        self._get(task.actor.receive.remote(self._token, name, piece))
-            place = self._get(task.actor.keep_data.remote(self._token))
-            self._has_sent_data = True
-        return ["--data", str(place)]
-
-    def _send(self, task: _Task) -> None:
-        """The run's files, the block, and what stands for the others."""
-        for name in _SENT:
-            path = self._run.path / name
-            if path.exists():
-                self._get(task.actor.write.remote(name, path.read_bytes()))
-        for piece in self._store.sound_pieces(task.block):
-            self._get(task.actor.write.remote(f"blocks/{self._name(task.block)}", piece))
-        for block in range(len(self._store.layouts)):
-            if block != task.block:
-                # As if it had made no step of its own, so that nothing there is evaluated with it.
-                head = self._store.stand_in(block, self._run.shared_steps)
-                size = len(head) + self._store.layouts[block].num_bytes
-                self._get(task.actor.stand_in.remote(f"blocks/{self._name(block)}", head, size))
-
     def _bring_home(self, task: _Task) -> None:
-        """Take the block as it is on its node now."""
-        folder, name = self._arriving / "blocks", self._name(task.block)
-        size = self._get(task.actor.hold.remote(name))
-        try:
-            shutil.rmtree(self._arriving, ignore_errors=True)
-            make_folder(folder)
-            with create(folder / name) as file:
-                for start in range(0, size, _PIECE_BYTES):
-                    file.write(self._get(task.actor.read.remote(start, _PIECE_BYTES)))
-            with create(self._arriving / "metrics.jsonl") as file:
-                file.write(self._get(task.actor.records.remote()))
-        except OSError as error:
-            raise storage_error(f"cannot take block {task.block}", folder / name, error) from error
-        arrived = BlockStore(folder, self._store.layouts, self._run.run_id)
-        if take_block(self._run, task.block, arrived, self._arriving):
+        if self._transfers.bring_home(task.actor, task.block):
             self._losses.pop(task.block, None)
         self._saved = self._run.saved_steps(self._store)
 
@@ -408,7 +334,7 @@ class Spread:
         on_nodes = [task for task in self._running.values() if task.node is not None]
         for task in on_nodes:
             with suppress(self._ray.exceptions.RayError):
-                self._get(task.actor.stop.remote())
+                self._cluster.get(task.actor.stop.remote())
         for task in on_nodes:
             with suppress(self._ray.exceptions.RayError):
                 report = self._ended(task)
@@ -417,9 +343,9 @@ class Spread:
 
     def _ended(self, task: _Task) -> Report:
         """The last report of a worker that was stopped; the present one where it takes too long."""
-        until = time.monotonic() + _ANSWER_S
+        until = time.monotonic() + ANSWER_S
         while True:
-            report: Report = self._get(task.actor.poll.remote(self._name(task.block)))
+            report: Report = self._cluster.get(task.actor.poll.remote(self._transfers.file_name(task.block)))
             if report.exit_code is not None or time.monotonic() > until:
                 return report
             time.sleep(_POLL_S)
@@ -429,24 +355,6 @@ class Spread:
         del self._running[task.block]
         with suppress(self._ray.exceptions.RayError):
             if task.node is not None:
-                self._ray.get(task.actor.close.remote(), timeout=_CLOSE_S)
+                self._ray.get(task.actor.close.remote(), timeout=CLOSE_S)
         with suppress(self._ray.exceptions.RayError):
             self._ray.kill(task.actor)
-
-    def _remove_data(self) -> None:
-        """Remove the data that were sent: they stay on a node for the next blocks, until all is done."""
-        if not self._has_sent_data:
-            return
-        strategy = self._ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy
-        removing = [
-            self._ray.remote(remove_data).options(num_cpus=0, scheduling_strategy=strategy(node, soft=False))
-            for node in self._nodes
-        ]
-        with suppress(self._ray.exceptions.RayError):
-            self._ray.wait([task.remote(self._token) for task in removing], num_returns=len(removing), timeout=_CLOSE_S)
-
-    def _name(self, block: int) -> str:
-        return self._store.path(block).name
-
-    def _get(self, reference: Any) -> Any:
-        return self._ray.get(reference, timeout=_ANSWER_S)
