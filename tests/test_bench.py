@@ -117,8 +117,9 @@ def test_tuning(bench, tmp_path):
     write_model(tmp_path / "model")
     write_conversations(tmp_path / "chat.jsonl")
     asked = ["model", "chat.jsonl", "--length", 24, "--batch", 2]
-    plain, ours = (json.loads(bench("tuning", *asked, "--arm", arm)) for arm in ("transformers", "4GB"))
+    plain, ours = (json.loads(bench("tuning", *asked, "--arm", arm)) for arm in ("transformers", "full:4GB"))
     assert ours["losses"] == pytest.approx(plain["losses"], rel=0.02) and len(plain["losses"]) == 2
+    assert ours["units"] > 0 and plain["units"] > 0
     title = '<h2 class="title"><a id="x"></a>1.1. What is {}?</h2>'
     page = "".join(title.format(name) + f"<p>The answer to {name} &amp; more.</p>" for name in ("a", "b"))
     (tmp_path / "one.en.html").write_text(f'{page}<div class="navfooter">')
