@@ -39,11 +39,16 @@ def tuned_writer(
         folder, length, num_layers=len(family.shell("meta").layers), vocabulary=tokenizer_of(folder).vocabulary
     )
     with runners(samples=texts, kept_bytes=kept_bytes) as runner:
-        runner.network(0)  # in memory before there is a look at what is left
+        table, readout = family.tables_of(runner.network(0))  # in memory before there is a look at what is left
         used_bytes = build_target(directory.settings.run.target).used_bytes()
         room_bytes = round((1 - _GAPS) * (runner.budget_bytes or 0)) - used_bytes - texts * kept_bytes
-        with held(model, family.reads_layers_as, runner.device, room_bytes):
-            layers = family.called_layers(partial(runner.network, 0), runner.device)
+        with held(model, family.reads_layers_as, runner.device, room_bytes, with_head=readout is None):
             yield TextWriter(
-                model, layers, device=runner.device, usual_length=family.data.length, precision=runner.precision
+                model,
+                family.called_layers(partial(runner.network, 0), runner.device),
+                table=table,
+                readout=readout,
+                device=runner.device,
+                usual_length=family.data.length,
+                precision=runner.precision,
             )

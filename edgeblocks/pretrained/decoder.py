@@ -237,18 +237,17 @@ class Decoder(TextFamily, EndToEnd):
         trained = {*shell.table_names, *shell.vectors} if self.settings.train_embeddings else ()
         return name in shell.frozen_names and name not in trained
 
+    @staticmethod
+    def tables_of(network: nn.Module) -> tuple[TrainedTable | None, TrainedReadout | None]:
+        """What a network has around its layers; None: it is not trained, and in the model's files."""
+        return getattr(network, TABLE, None), getattr(network, READOUT, None)
+
     def called_layers(self, network: Callable[[], nn.Module], device: torch.device) -> list[Callable[..., Any]]:
         """The model's layers on a device, to be called as the model calls its own.
 
         Args:
             network: the trained layers, whose weights come when one is taken.
         """
-
-        if self.settings.train_embeddings:
-            raise ConfigError(
-                f"the run trains the table of {self.settings.model} as well, and text is written with a model's own: "
-                f"merge the run first, and write with the folder that this makes"
-            )
 
         def call(number: int, *args: Any, **kwargs: Any) -> Any:
             block = network()
@@ -339,13 +338,13 @@ class Decoder(TextFamily, EndToEnd):
     def enter(self, block: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
         """Hidden values of the tokens, and as conditioning the positions of packed ones."""
         tokens, positions = batch["tokens"], batch.get("positions")
-        hidden = self.shell(tokens.device.type).enter(tokens, positions, getattr(block, TABLE, None))
+        hidden = self.shell(tokens.device.type).enter(tokens, positions, self.tables_of(block)[0])
         # With a gradient, without which the first layer would not be checkpointed.
         return hidden.requires_grad_(torch.is_grad_enabled()), as_condition(positions, hidden)
 
     def loss_after(self, block: nn.Module, hidden: Tensor, condition: Tensor, batch: Batch) -> Float[Tensor, " batch"]:
         """Cross-entropy of each window, in nats: the mean over a batch is that over all of its tokens that count."""
-        losses, _ = self._losses(self._above(hidden, condition), batch, getattr(block, READOUT, None))
+        losses, _ = self._losses(self._above(hidden, condition), batch, self.tables_of(block)[1])
         return losses.sum(1) * batch["share"]
 
     def loss(self, block: nn.Module, batch: Batch) -> Float[Tensor, " batch"]:
@@ -355,7 +354,7 @@ class Decoder(TextFamily, EndToEnd):
     def scores(self, block: nn.Module, batch: Batch) -> dict[str, Float[Tensor, " batch"]]:
         """The mean loss of each window's tokens that count, and the share of them whose likeliest answer is right."""
         hidden = self._above(*self._through(block, batch))
-        losses, right = self._losses(hidden, batch, getattr(block, READOUT, None))
+        losses, right = self._losses(hidden, batch, self.tables_of(block)[1])
         counted = batch["counts"].sum(1).clamp(min=1)
         return {"loss": losses.sum(1) / counted, "accuracy": right.float().sum(1) / counted}
 

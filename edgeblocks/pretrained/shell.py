@@ -290,21 +290,30 @@ class Shell:
         return logits.float()
 
     def continued(
-        self, tokens: Tensor, layers: Sequence[Callable[..., Any]], cache: object | None
+        self,
+        tokens: Tensor,
+        layers: Sequence[Callable[..., Any]],
+        cache: object | None,
+        *,
+        table: TrainedTable | None = None,
+        readout: TrainedReadout | None = None,
     ) -> tuple[Tensor, object]:
         """Logits [batch, vocabulary], float32, of what comes after tokens [batch, length]; and the KV cache with these.
 
         Args:
             layers: called as the model calls its own.
             cache: the library's, of the tokens before; None where there are none.
+            table: of tokens, where it is trained; None: the files'.
+            readout: what comes after the layers, where it is trained; None: the files'.
         """
         numbers, ids = torch.unique(tokens, return_inverse=True)
         former = {} if cache is None else {"cache": cache}
         with (
             torch.no_grad(),
-            self._rows(numbers),
+            self._rows(numbers, table),
             self._layers_as(layers),
-            replaced(self._head.__dict__, "forward", lambda states: self._through_head(states[:, -1:])),
+            self._vectors_of(readout),
+            replaced(self._head.__dict__, "forward", lambda states: self._through_head(states[:, -1:], readout)),
         ):
             out = self.model(input_ids=ids, use_cache=True, **former)
         return out.logits[:, -1].float(), out.cache

@@ -21,6 +21,7 @@ from edgeblocks.pretrained.frozen_layers import FrozenLayer, frozen_layers
 from edgeblocks.pretrained.gate import refusal
 from edgeblocks.pretrained.model_folder import TOKENIZER, FileTable, ModelFolder, model_folder
 from edgeblocks.pretrained.shell import UnsupportedModelError, shell_of
+from edgeblocks.pretrained.trained_tables import TrainedReadout, TrainedTable
 from edgeblocks.units import advised_budget, format_bytes
 
 Layers = Sequence[Callable[..., Any]]
@@ -76,12 +77,21 @@ class TextWriter:
     """A pretrained model that continues texts, and answers messages by the words of its chat template."""
 
     def __init__(
-        self, model: str, layers: Layers, *, device: torch.device, usual_length: int, precision: Precision = "fp32"
+        self,
+        model: str,
+        layers: Layers,
+        *,
+        table: TrainedTable | None = None,
+        readout: TrainedReadout | None = None,
+        device: torch.device,
+        usual_length: int,
+        precision: Precision = "fp32",
     ) -> None:
         """
         Args:
             model: its folder.
-            layers: called as the model calls its own; see `shell.Shell.continued`.
+            layers: called as the model calls its own; these, the table of tokens and what comes after the layers are as
+                in `shell.Shell.continued`.
             usual_length: tokens of a text where none are asked for.
             precision: in which the model computes.
 
@@ -89,6 +99,7 @@ class TextWriter:
             ConfigError: the model or its tokenizer cannot be used.
         """
         self._folder, self._shell, self._layers = model_folder(model), shell_of(model, device.type), layers
+        self._table, self._readout = table, readout
         self.tokenizer = tokenizer_of(self._folder)
         self._usual_length, self._precision = usual_length, precision
 
@@ -167,7 +178,7 @@ class TextWriter:
 
         def next_logits(tokens: Tokens, cache: object | None) -> tuple[Values, object]:
             found = torch.from_numpy(tokens).to(self._shell.device)
-            logits, cache = self._shell.continued(found, self._layers, cache)
+            logits, cache = self._shell.continued(found, self._layers, cache, table=self._table, readout=self._readout)
             return logits.cpu().numpy(), cache
 
         with computing_in(self._precision, self._shell.device):
@@ -235,14 +246,17 @@ def writer_of_folder(
 
 
 @contextmanager
-def held(model: str, kind: Frozen | None, device: torch.device, room_bytes: int) -> Iterator[None]:
+def held(
+    model: str, kind: Frozen | None, device: torch.device, room_bytes: int, *, with_head: bool = True
+) -> Iterator[None]:
     """Where there is room, the head is kept in memory, and the layers, while this lasts; else they are read for every
     token.
 
     Args:
         kind: as what layers are read; None where they are elsewhere.
+        with_head: whether the head is the files'.
     """
-    table, frozen = shell_of(model, device.type).head_table, None
+    table, frozen = shell_of(model, device.type).head_table if with_head else None, None
     if isinstance(table, FileTable) and table.num_bytes <= room_bytes:
         table.hold_()
         room_bytes -= table.num_bytes

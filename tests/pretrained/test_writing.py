@@ -7,7 +7,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 from support.commands import assert_refused, invoke
-from support.small_model import TALK, said, write_conversations
+from support.small_model import TALK, said, write_conversations, written_by_the_library
 
 import edgeblocks
 from edgeblocks.errors import ConfigError, DataError, DoesNotFitError, RunError
@@ -20,17 +20,6 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 PROMPT = "the sea was calm and"
 SMALL = {"length": 24, "batch": 2, "steps": 3, "warmup": 0, "mem_budget": "4GB", "learning_rate": 1e-2}
 CPU = torch.device("cpu")
-
-
-def written_by_the_library(library, folder, prompt, count):
-    """Greedy, by `generate` of the whole model in float32."""
-    network = library.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    tokenizer = tokenizer_of(model_folder(str(folder)))
-    given = torch.from_numpy(tokenizer.encode(prompt))[None]
-    unknown = list(range(tokenizer.vocabulary, network.config.vocab_size))
-    how = {"max_new_tokens": count, "do_sample": False, "suppress_tokens": unknown}
-    out = network.generate(given, attention_mask=torch.ones_like(given), **how)
-    return prompt + tokenizer.decode(out[0, given.shape[1] :].numpy())
 
 
 @contextmanager
@@ -53,15 +42,15 @@ def test_a_folder_writes_as_the_library(model, library, room):
     assert found == [written_by_the_library(library, model, PROMPT, 40 - given)] * 2
 
 
-@pytest.fixture(scope="module", params=["full", "lora"])
+@pytest.fixture(scope="module", params=["full", "lora", "tables"])
 def tuned(request, model, text, tmp_path_factory):
     folder = tmp_path_factory.mktemp("tuned") / "model"
     shutil.copytree(model, folder)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "dtype": "float32"}))
-    own = {"quantize": "none"} if request.param == "lora" else {"blocks": 4, "tier": "disk"}
+    own = {"tune": "lora", "quantize": "none"} if request.param == "lora" else {"blocks": 4, "tier": "disk"}
     out = tmp_path_factory.mktemp("run") / "run"
-    return edgeblocks.finetune(folder, data=text, out=out, tune=request.param, **own, **SMALL)
+    return edgeblocks.finetune(folder, data=text, out=out, train_embeddings=request.param == "tables", **own, **SMALL)
 
 
 def test_a_run_writes_as_the_model_that_it_merges_into(tuned, library, tmp_path):

@@ -38,8 +38,8 @@ def write_tokenizer(folder):
     (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": {"content": "!"}, "bos_token": None}))
 
 
-def write_model(folder, hidden_size=32, *, tied=True):
-    """llama: 4 layers, heads that share keys, bfloat16, in several files."""
+def write_model(folder, hidden_size=32, *, tied=True, dtype="bfloat16"):
+    """llama: 4 layers, heads that share keys, in several files."""
     import torch
 
     torch.manual_seed(0)
@@ -55,7 +55,7 @@ def write_model(folder, hidden_size=32, *, tied=True):
         tie_word_embeddings=tied,
         initializer_range=0.1,
     )
-    network = library.LlamaForCausalLM(config).to(torch.bfloat16)
+    network = library.LlamaForCausalLM(config).to(getattr(torch, dtype))
     network.save_pretrained(folder, max_shard_size="50KB")
     assert len(list(folder.glob("*.safetensors"))) > 1
     write_tokenizer(folder)
@@ -64,3 +64,20 @@ def write_model(folder, hidden_size=32, *, tied=True):
 
 def write_conversations(path, count=20):
     path.write_text((json.dumps({"messages": TALK}) + "\n") * count)
+
+
+def written_by_the_library(library, folder, prompt, count):
+    """Greedy, by `generate` of the whole model in float32, without the token that ends a text."""
+    import torch
+
+    from edgeblocks.pretrained.model_folder import model_folder
+    from edgeblocks.pretrained.writing import tokenizer_of
+
+    network = library.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    tokenizer = tokenizer_of(model_folder(str(folder)))
+    given = torch.from_numpy(tokenizer.encode(prompt))[None]
+    unknown = list(range(tokenizer.vocabulary, network.config.vocab_size))
+    how = {"max_new_tokens": count, "do_sample": False, "suppress_tokens": unknown}
+    out = network.generate(given, attention_mask=torch.ones_like(given), **how)
+    written = out[0, given.shape[1] :]
+    return prompt + tokenizer.decode(written[written != network.generation_config.eos_token_id].numpy())
