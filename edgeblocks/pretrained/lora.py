@@ -200,6 +200,28 @@ def peft_name(layers_name: str, name: str) -> str:
     return f"{PEFT_PREFIX}{layers_name}.{number}.{from_key(key)}.{part}.weight"
 
 
+def peft_targets(model: str, lora_targets: str, side: int | None = None, *, saved: str | None = None) -> list[str]:
+    """Endings of names by which PEFT finds the matrices that have adapters, and no other module of the model.
+
+    They are as short as that allows: the last part of a name, its name in a layer, or the whole name.
+
+    Args:
+        saved: a module that is trained as it is, which PEFT leaves out.
+    """
+    shell = any_shell(model, "meta", side)
+    targets = targets_of(model, lora_targets, side)
+    whole = [f"{shell.layers_name}.{number}.{name}" for number, names in enumerate(targets) for name in names]
+    known = {name for name, _ in shell.model.named_modules() if name != saved}
+    for endings in (
+        {name.rpartition(".")[2] for name in whole},
+        {name for names in targets for name in names},
+    ):
+        ends = tuple(f".{ending}" for ending in endings)
+        if {name for name in known if f".{name}".endswith(ends)} == set(whole):
+            return sorted(endings)
+    return whole
+
+
 @functools.lru_cache(maxsize=8)
 def targets_of(model: str, lora_targets: str, side: int | None = None) -> list[list[str]]:
     """Names of the matrices that get an adapter, of each layer.

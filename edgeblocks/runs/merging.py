@@ -16,7 +16,7 @@ from edgeblocks.files.durable import sync, write_atomically
 from edgeblocks.files.tensor_file import encode_header, overwrite, table_of
 from edgeblocks.offload.block_buffer import bytes_of
 from edgeblocks.pretrained.decoder import Decoder
-from edgeblocks.pretrained.lora import PEFT_PREFIX, LoraDecoder, targets_of
+from edgeblocks.pretrained.lora import PEFT_PREFIX, LoraDecoder, peft_targets
 from edgeblocks.pretrained.model_folder import INDEX, ModelFolder, model_folder
 from edgeblocks.pretrained.named_tensors import in_spans
 from edgeblocks.pretrained.vision import Vision
@@ -183,10 +183,9 @@ def _adapter_config(family: LoraDecoder | VisionLora) -> dict[str, object]:
     settings = family.settings
     side: int | None = None
     task: str | None = "CAUSAL_LM"
-    saved: list[str] | None = None
+    head: str | None = None
     if isinstance(family, VisionLora):
-        side, task, saved = family.data.height, None, [family.shell("meta").head_name]
-    targets = targets_of(settings.model, settings.lora_targets, side)
+        side, task, head = family.data.height, None, family.shell("meta").head_name
     return {
         "peft_type": "LORA",
         "task_type": task,
@@ -195,8 +194,8 @@ def _adapter_config(family: LoraDecoder | VisionLora) -> dict[str, object]:
         "lora_alpha": settings.lora_alpha,
         "lora_dropout": 0.0,
         "bias": "none",
-        "target_modules": sorted({name.rpartition(".")[2] for names in targets for name in names}),
-        "modules_to_save": saved,
+        "target_modules": peft_targets(settings.model, settings.lora_targets, side, saved=head),
+        "modules_to_save": None if head is None else [head],
         "fan_in_fan_out": False,
         "inference_mode": True,
     }

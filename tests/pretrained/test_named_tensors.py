@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 from support.small_model import write_tokenizer
 
 import edgeblocks
+from edgeblocks.pretrained.lora import PEFT_PREFIX, peft_targets, targets_of
 from edgeblocks.pretrained.model_folder import ModelFolder
 from edgeblocks.pretrained.named_tensors import NamedTensors
 from edgeblocks.runs.open_data import data_of
@@ -170,3 +171,16 @@ def test_lora_beside_layers_of_several_kinds(library, text, tmp_path):
     assert any(".1.self_attn.q_proj.lora_A" in name for name in names)
     asked = json.loads((tmp_path / "adapter/adapter_config.json").read_text())["target_modules"]
     assert {"in_proj", "q_proj", "w1"} <= set(asked)
+
+
+@pytest.mark.parametrize("targets", ["all-linear", "out_proj", "self_attn.out_proj", "conv.out_proj,feed_forward.w1"])
+def test_peft_has_adapters_beside_the_matrices_that_were_trained_alone(library, tmp_path, targets):
+    """Also where another part of a layer has a matrix of the same name: PEFT asks how names end."""
+    peft = pytest.importorskip("peft")
+    folder = convolutions(library, tmp_path / "tiny-lfm2")
+    network = library.AutoModelForCausalLM.from_pretrained(folder)
+    asked = peft.LoraConfig(target_modules=peft_targets(str(folder), targets))
+    adapted = peft.get_peft_model(network, asked)
+    found = {name.removesuffix(".lora_A") for name, _ in adapted.named_modules() if name.endswith(".lora_A")}
+    trained = targets_of(str(folder), targets)
+    assert found == {f"{PEFT_PREFIX}model.layers.{n}.{name}" for n, names in enumerate(trained) for name in names}
