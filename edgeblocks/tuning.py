@@ -33,6 +33,8 @@ PICTURE_TUNING: dict[str, object] = {
     "sample_grids": 0,
 }
 """The same of a pretrained image classifier; learning rate and batch are those of transformers' guide."""
+OTHER_TOKENIZERS = ("tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model")
+"""Files of older tokenizers."""
 LORA_SETTINGS = frozenset({"lora_rank", "lora_alpha", "lora_targets"})
 TUNING_OWN: dict[str, object] = {"family": "hf", "method": "exact", "model": None, "init": None, "tokenizer": None}
 """What fine-tuning settles itself."""
@@ -71,6 +73,7 @@ def tuning_settings(model: Path | str, given: Mapping[str, object]) -> dict[str,
             f"{model} is a {told.config['model_type']}, which writes text, and {given['data']} are images; give a text "
             f"or conversations, or fine-tune an image classifier such as a vit or dinov2"
         )
+    _check_tokenizer(told)
     init, tokenizer = None if told.is_plan_only else folder, str(Path(folder) / TOKENIZER)
     own: dict[str, object] = {"model": folder, "init": init, "tokenizer": tokenizer}
     usual = TUNING
@@ -82,6 +85,19 @@ def tuning_settings(model: Path | str, given: Mapping[str, object]) -> dict[str,
     if tune != "full" and not told.is_plan_only:  # without weights there is nothing to measure with
         usual = {**usual, **FROZEN_TUNING}
     return {"data": "moby-dick", **usual, **given, **TUNING_OWN, **own}
+
+
+def _check_tokenizer(folder: ModelFolder) -> None:
+    if (folder.path / TOKENIZER).exists():
+        return
+    others = [name for name in OTHER_TOKENIZERS if (folder.path / name).exists()]
+    cure = "download it with the model"
+    if others:
+        cure = (
+            f"it has {others[0]}, of which transformers writes one: "
+            f"AutoTokenizer.from_pretrained({str(folder.path)!r}).save_pretrained({str(folder.path)!r})"
+        )
+    raise ConfigError(f"{folder.path} has no {TOKENIZER}, which says what tokens a text is; {cure}")
 
 
 def _trained_part(folder: str, given: dict[str, object]) -> dict[str, object]:

@@ -146,13 +146,14 @@ def open_chat(
 
     Raises:
         ConfigError: the tokenizer cannot be used.
-        DataError: a record is none, or no record has an answer.
+        DataError: a record is none, or no record has an answer; the tokenizer does not know what ends a text.
         StorageError: the cache cannot be written or read.
     """
     pairs = read_tokenizer(Path(tokenizer).expanduser())
     if not isinstance(pairs, PairTokenizer):
         raise ConfigError(f"tokenizer is {tokenizer}; conversations need the tokenizer.json of the model's folder")
     how = ChatFormat.of(Path(tokenizer).expanduser().parent)
+    _check_end(how, pairs, tokenizer)
     parts = parts_of(source)
     identity = [[[str(path.resolve()), file_identity(path.stat())] for path in part] for part in parts]
     decides = [KIND.version, identity, pairs.to_json(), vars(how), length, hold_out if len(parts) == 1 else 0]
@@ -164,6 +165,16 @@ def open_chat(
     return open_or_build(
         KIND, cache_dir, key, build=build, read=lambda folder: read_chat(folder, source, pairs, length)
     )
+
+
+def _check_end(how: ChatFormat, tokenizer: PairTokenizer, path: str) -> None:
+    """A text's end is one token, which an answer ends with: in pieces, it would be learned as words."""
+    pieces = len(tokenizer.encode(how.end)) if how.end else 1
+    if pieces != 1:
+        raise DataError(
+            f"tokenizer_config.json beside {path} ends a text with {shown(how.end)}, of which this tokenizer makes "
+            f"{pieces} tokens, and one is meant: the two files are of different models; download both again"
+        )
 
 
 class _Writer:

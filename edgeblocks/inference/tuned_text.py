@@ -11,6 +11,7 @@ from edgeblocks.pretrained.model_folder import model_folder
 from edgeblocks.pretrained.writing import TextWriter, cache_bytes, held, most_positions, tokenizer_of
 from edgeblocks.registry import build_target
 from edgeblocks.runs.directory import RunDirectory
+from edgeblocks.runs.merging import check_same_tokenizer
 
 if TYPE_CHECKING:
     from edgeblocks.inference.sampling import Runners
@@ -28,12 +29,14 @@ def tuned_writer(
     Raises:
         ConfigError: the run is no fine-tuned model of text.
         DoesNotFitError: they do not fit the budget.
+        RunError: the tokenizer in the model's folder is another one now.
     """
     family = directory.family()
     if not isinstance(family, Decoder):
         raise ConfigError(f"{directory.path} is of the family {family.name}, and no fine-tuned model of text")
     model = family.settings.model
     folder = model_folder(model)
+    check_same_tokenizer(directory, folder)
     length = min(length or family.data.length, most_positions(folder) or family.data.length)
     kept_bytes = cache_bytes(
         folder, length, num_layers=len(family.shell("meta").layers), vocabulary=tokenizer_of(folder).vocabulary

@@ -158,8 +158,10 @@ class Decoder(TextFamily, EndToEnd):
         vocabulary = self.shell("meta").embedding_table.shape[0]
         if data.vocabulary > vocabulary:
             raise ConfigError(
-                f"the tokenizer has {data.vocabulary:,} tokens, and the model in {settings.model} knows "
-                f"{vocabulary:,}: it is another model's; use the tokenizer.json of the model's folder"
+                f"the tokenizer has {data.vocabulary:,} tokens, and the table of the model in {settings.model} "
+                f"{vocabulary:,} rows: tokens were added that the model was not given, or the tokenizer is another "
+                f"model's; download tokenizer.json again, or give the model rows for them with transformers' "
+                f"resize_token_embeddings({data.vocabulary})"
             )
 
     def shell(self, device: str) -> Shell:

@@ -239,7 +239,9 @@ def targets_of(model: str, lora_targets: str, side: int | None = None) -> list[l
         raise ConfigError(f"{model}: its layers have no matrix that an adapter could stand beside")
     if lora_targets == ALL_LINEAR:
         return matrices
-    wanted = tuple(f".{ending.strip()}" for ending in lora_targets.split(","))
+    wanted = tuple(f".{ending.strip()}" for ending in lora_targets.split(",") if ending.strip())
+    if not wanted:
+        raise ConfigError(f"lora_targets={lora_targets} names no matrix; there are {', '.join(there)}, or {ALL_LINEAR}")
     missing = [ending[1:] for ending in wanted if not any(f".{name}".endswith(ending) for name in there)]
     if missing:
         raise ConfigError(

@@ -77,8 +77,8 @@ class Shell:
         self.frozen_names = {of_embedding} if is_tied else {of_embedding, of_head}
         """Of tensors in the files that are used and not trained; those of vectors and positions join them below."""
         self.frozen_names |= {name for name, _ in self.model.named_buffers() if name in self.stored.tensors}
-        self.embedding_table = self._table(of_embedding)
-        self.head_table = self._table(of_embedding if is_tied else of_head)
+        self.embedding_table = self._table(of_embedding, embedding.weight.shape)
+        self.head_table = self._table(self.table_names[1], head.weight.shape)
         for module in self.model.modules():
             self._restore_(module)
         for name, parameter in list(self.model.named_parameters()):
@@ -153,13 +153,25 @@ class Shell:
         others = [own for own, one in self.stored.tensors.items() if one.shape == shape and own not in known]
         return others[0] if len(others) == 1 else name
 
-    def _table(self, name: str) -> Table:
+    def _table(self, name: str, shape: Sequence[int]) -> Table:
+        """A matrix of the files.
+
+        Raises:
+            ConfigError: they have none of this shape, which is that of the model's config.
+        """
         if self.stored.folder.is_plan_only:
-            return Table(self.model.get_parameter(name).shape)
+            return Table(shape)
         stored = self.stored.alone(name)
         if stored is None:
             raise ConfigError(f"{self.stored.path}: its files have no tensor {name}, which the model needs")
-        return FileTable(self.stored.folder.file_of(stored), stored)
+        table = FileTable(self.stored.folder.file_of(stored), stored)
+        if table.shape != tuple(shape):
+            wanted, there = (" x ".join(f"{size:,}" for size in one) for one in (shape, table.shape))
+            raise ConfigError(
+                f"{self.stored.path}: by its config.json {name} is {wanted} (vocab_size x width), and its files have "
+                f"it as {there}, so they do not belong together; download both again"
+            )
+        return table
 
     def _restore_(self, module: nn.Module) -> None:
         """Make the tables of a module that are not stored in files as the library initialises them."""

@@ -17,10 +17,11 @@ from edgeblocks.files.tensor_file import encode_header, overwrite, table_of
 from edgeblocks.offload.block_buffer import bytes_of
 from edgeblocks.pretrained.decoder import Decoder
 from edgeblocks.pretrained.lora import PEFT_PREFIX, LoraDecoder, peft_targets
-from edgeblocks.pretrained.model_folder import INDEX, ModelFolder, model_folder
+from edgeblocks.pretrained.model_folder import INDEX, TOKENIZER, ModelFolder, model_folder
 from edgeblocks.pretrained.named_tensors import in_spans
 from edgeblocks.pretrained.vision import Vision
 from edgeblocks.pretrained.vision_lora import VisionLora
+from edgeblocks.pretrained.writing import tokenizer_of
 from edgeblocks.runs.directory import RunDirectory
 from edgeblocks.runs.merging_classifier import write_classifier
 from edgeblocks.runs.save_weights import check_finite, check_memory, part_of, read_weights
@@ -51,7 +52,8 @@ def merge_model(run: RunDirectory, out: Path, *, last: bool, mem_budget: str | N
     Raises:
         ConfigError: the run is no fine-tuned model, or there is something at `out`.
         DoesNotFitError: it takes more than `mem_budget`.
-        RunError: a stage is damaged or holds values that are no numbers, or the model's folder is another one now.
+        RunError: a stage is damaged or holds values that are no numbers, or the model's folder, or its tokenizer, is
+            another one now.
         StorageError: the disk refused.
     """
     if not run.family().only_exact:
@@ -62,6 +64,7 @@ def merge_model(run: RunDirectory, out: Path, *, last: bool, mem_budget: str | N
     _check_new(out)
     source = model_folder(run.settings.family.model)
     check_same_model(run, source)
+    check_same_tokenizer(run, source)
     part = part_of(last)
     check_memory(run, part, mem_budget)
     arriving = out.with_name(f"{out.name}.arriving")
@@ -116,6 +119,24 @@ def check_same_model(run: RunDirectory, source: ModelFolder) -> None:
         raise RunError(
             f"{source.path} is not the model that {run.path} was begun with ({format_bytes(run.init.bytes)}, sha256 "
             f"{run.init.sha256[:16]}..), and holds the tensors that are not trained; put that back in its place"
+        )
+
+
+def check_same_tokenizer(run: RunDirectory, source: ModelFolder) -> None:
+    """That the model's folder has the tokenizer that the run was trained with.
+
+    Raises:
+        RunError: it has another one.
+        DataError: it has none that can be read.
+    """
+    if run.tokenizer is None:
+        return
+    found = tokenizer_of(source)
+    if found.to_json() != run.tokenizer.to_json():
+        raise RunError(
+            f"{source.path / TOKENIZER} ({found.vocabulary:,} tokens) is not the tokenizer that {run.path} was trained "
+            f"with ({run.tokenizer.vocabulary:,} tokens), and would read its tokens as other text; put that back in "
+            f"its place"
         )
 
 

@@ -15,7 +15,7 @@ from edgeblocks.runs.create import changed_environment, create_blocks
 from edgeblocks.runs.directory import RunDirectory, remove_leftovers
 from edgeblocks.runs.latents import autoencoder_of
 from edgeblocks.runs.load_weights import InitialWeights, initial_weights_of
-from edgeblocks.runs.merging import check_same_model
+from edgeblocks.runs.merging import check_same_model, check_same_tokenizer
 from edgeblocks.runs.open_data import open_run_data
 from edgeblocks.runs.prolonging import check_prolonging, prolong
 from edgeblocks.runs.written_plan import written_plan
@@ -63,6 +63,8 @@ def made_ready(
     budget_bytes = budget_of_this_process(run.settings.run, target)
     # Compared with what the run was trained on before a file of the run is changed.
     autoencoder_of(run)
+    if run.family().only_exact:
+        check_same_tokenizer(run, model_folder(run.settings.family.model))
     data_set = open_run_data(run.data_settings, listener, budget_bytes=budget_bytes, target=target)
     if data_set.fingerprint != run.data_fingerprint:
         raise RunError(

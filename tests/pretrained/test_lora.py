@@ -166,6 +166,9 @@ def test_what_cannot_be_tuned_so_is_refused(model, text, tmp_path):
     assert_refused(invoke(*asked, "--lora-rank", "4"), 2, "lora_rank: these belong to --tune lora")
     assert_refused(invoke(*asked, "--tune", "half"), 2, "use one")
     assert_refused(invoke(*asked, "--tune", "lora", "--lora-targets", "q_proj,nothing"), 2, "ends with nothing")
+    assert_refused(
+        invoke(*asked, "--tune", "lora", "--lora-targets", ","), 2, "=, names no matrix; there are self_attn"
+    )
     assert_refused(invoke(*asked, "--tune", "lora", "--set", "blocks=2"), 2, "are one stage")
     assert_refused(invoke(*asked, "--tune", "lora", "--set", "checkpointing=false"), 2, "run again on the way back")
     assert_refused(invoke(*asked, "--tune", "lora", "--quantize", "int3"), 2, "quantize")
