@@ -72,8 +72,6 @@ class Shell:
         self.is_tied = is_tied
         self.table_names = of_embedding, of_embedding if is_tied else of_head
         """Of the table of tokens and of the head, in the files."""
-        self.vectors: dict[str, tuple[int, ...]] = {}
-        """Shapes of the vectors outside of the layers, such as the last norm's."""
         self.frozen_names = {of_embedding} if is_tied else {of_embedding, of_head}
         """Of tensors in the files that are used and not trained; those of vectors and positions join them below."""
         self.frozen_names |= {name for name, _ in self.model.named_buffers() if name in self.stored.tensors}
@@ -86,8 +84,6 @@ class Shell:
             if name in tables or name.startswith(f"{self.layers_name}."):
                 continue
             self.frozen_names.add(name)
-            if parameter.ndim == 1:
-                self.vectors[name] = tuple(parameter.shape)
             owner, _, leaf = name.rpartition(".")
             value = torch.empty(parameter.shape, device=device)
             if device.type != "meta":
@@ -109,6 +105,30 @@ class Shell:
         self._calls: dict[tuple[object, ...], list[Call]] = {}
         self._packed: tuple[tuple[object, ...], Tensor, list[Call]] | None = None
         """Of the positions that were asked for last: calls hold masks, which are large."""
+
+    @functools.cached_property
+    def vectors(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of the vectors behind the layers, such as the last norm's: those that logits have a gradient for where
+        what the last layer gives is given. Asked on the meta device."""
+        assert self.device.type == "meta"
+        outside = {
+            name: parameter.requires_grad_()
+            for name, parameter in self.model.named_parameters()
+            if parameter.ndim == 1 and not name.startswith(f"{self.layers_name}.")
+        }
+        hidden = self.enter(torch.empty(1, 2, dtype=torch.int64, device="meta")).detach().requires_grad_()
+        self.calls(hidden)  # which tells whether layers give tuples
+        with torch.enable_grad():
+            logits = self.leave(hidden)
+        given = [hidden, *outside.values()]
+        _, *found = torch.autograd.grad(logits, given, torch.ones_like(logits), allow_unused=True)
+        for parameter in outside.values():
+            parameter.requires_grad_(False)
+        return {
+            name: tuple(parameter.shape)
+            for (name, parameter), gradient in zip(outside.items(), found, strict=True)
+            if gradient is not None
+        }
 
     @property
     def kinds(self) -> frozenset[tuple[str, ...]]:

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 from support.commands import assert_refused, invoke
 from support.equality import StopAfter, assert_same_bits
-from support.small_model import write_model, written_by_the_library
+from support.small_model import write_model, write_tokenizer, written_by_the_library
 
 import edgeblocks
 from edgeblocks.errors import InterruptedRunError
@@ -96,6 +96,23 @@ def test_it_is_merged_and_evaluated(tuned, folder, library, tmp_path):
         - library.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).get_input_embeddings().weight
     )
     assert before.abs().max() > 0
+
+
+def test_norms_before_the_layers_stay_as_they_are(library, text, tmp_path):
+    """bloom's: a copy of them would be shrunk by weight decay and counted as trained, while the model's own is used."""
+    torch.manual_seed(0)
+    config = library.BloomConfig(vocab_size=128, hidden_size=32, n_layer=2, n_head=4)
+    network = library.BloomForCausalLM(config)
+    torch.nn.init.normal_(network.transformer.word_embeddings_layernorm.weight)
+    network.save_pretrained(tmp_path / "bloom")
+    write_tokenizer(tmp_path / "bloom")
+    wanted = {**WANTED, "steps": 2, "weight_decay": 0.1, "learning_rate": 1e-2}
+    run = edgeblocks.finetune(tmp_path / "bloom", data=text, out=tmp_path / "run", **wanted)
+    merged = run.merge(tmp_path / "merged")
+    before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("bloom", "merged"))
+    same = {name for name, value in before.items() if torch.equal(value, after[name])}
+    assert same == {name for name in before if "word_embeddings_layernorm" in name} and len(same) == 2
+    assert (merged["trained"], merged["untouched"]) == (len(before) - 2, 2)
 
 
 def test_what_does_not_go_with_it(model, text, tmp_path):
