@@ -18,7 +18,7 @@ from edgeblocks.data.text import TextSet
 from edgeblocks.diffusion.next_token import write
 from edgeblocks.diffusion.token_choice import Tokens, Values
 from edgeblocks.errors import ConfigError, DataError, EdgeblocksError, RunError
-from edgeblocks.export.destination import check_destination, staged
+from edgeblocks.export.destination import check_destination, staged, synced
 from edgeblocks.export.language_model import (
     GRAPH,
     TOKENIZER,
@@ -28,7 +28,8 @@ from edgeblocks.export.language_model import (
     VerifiedModel,
     Weights,
 )
-from edgeblocks.export.manifest import sha256_of
+from edgeblocks.export.manifest import USAGE_NAME, sha256_of
+from edgeblocks.export.usage_language import language_usage_text
 from edgeblocks.files.untrusted import read_object
 from edgeblocks.onnx_runtime import TELEMETRY_OFF
 from edgeblocks.pretrained.decoder import Decoder
@@ -131,20 +132,24 @@ def _describe(run: Run, family: Decoder, merged: Path, graph: Path, weights: Wei
     decoder = told["decoder"]
     # The builder leaves out what it has no use for; ours reads the tokenizer as it was.
     shutil.copyfile(merged / TOKENIZER, graph / TOKENIZER)
+    model_type = str(model_folder(family.settings.model).config["model_type"])
+    length = min(family.data.length, told["context_length"])
+    with synced(graph / USAGE_NAME) as file:
+        file.write(language_usage_text(model_type=model_type, weights=weights, length=length).encode())
     files = [
         ExportedFile(name=path.name, sha256=sha256_of(path), bytes=path.stat().st_size)
         for path in sorted(graph.iterdir())
     ]
     return LanguageManifest(
         edgeblocks=metadata.version("edgeblocks"),
-        model_type=str(model_folder(family.settings.model).config["model_type"]),
+        model_type=model_type,
         weights=weights,
         layers=decoder["num_hidden_layers"],
         heads=decoder["num_key_value_heads"],
         head_width=decoder["head_size"],
         vocabulary=told["vocab_size"],
         positions=told["context_length"],
-        length=min(family.data.length, told["context_length"]),
+        length=length,
         ends=tuple(sorted(end_tokens(model_folder(family.settings.model)))),
         files=tuple(files),
     )

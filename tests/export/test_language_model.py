@@ -1,14 +1,17 @@
 """Fine-tuned models as ONNX graphs: the text of torch, with a KV cache, torch-free, from folders that are checked."""
 
 import json
+import re
 import shutil
+import sys
+from itertools import takewhile
 from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
 from support.commands import assert_refused, invoke
-from support.outside import measured_script
+from support.outside import measured, measured_script
 from support.small_model import transformers, write_conversations, write_model
 
 import edgeblocks
@@ -53,6 +56,21 @@ def test_it_writes_what_torch_writes(exported, tuned, tmp_path):
             expected = writer.continued(prompt, temperature=0, length=40)
         assert LanguageModel(out).write(1, prompt=prompt, temperature=0, length=40) == expected
     assert json.loads((out / "genai_config.json").read_text())["model"]["type"] == "llama"
+
+
+def test_onnxruntime_genai_writes_what_run_writes(exported):
+    """Greedily, by the program in USE.md: until a text is full, and to the first token that its config calls an end."""
+    out, manifest = exported
+    (program,) = re.findall("```python\n(.*?)```", (out / "USE.md").read_text(), re.DOTALL)
+    ends = set(json.loads((out / "genai_config.json").read_text())["model"]["eos_token_id"])
+    model = LanguageModel(out)
+    drawing = model.drawing(length=manifest["length"], temperature=0)
+    for prompt in ("captain", "the sea"):
+        told = measured(sys.executable, "-c", program.replace("Once upon a time", prompt), cwd=out)
+        assert told["code"] == 0, told["err"]
+        (written,) = model.written(model.tokenizer.encode(prompt), drawing, n=1)
+        expected = model.tokenizer.decode(list(takewhile(lambda token: token not in ends, written)))
+        assert told["out"] == f"{prompt}{expected}\n" and expected
 
 
 def test_with_a_cache_logits_are_those_of_the_whole_text(exported):
