@@ -62,11 +62,12 @@ _TARGETS = {"cpu": "edgeblocks.targets.cpu:CpuTarget", "cuda": "edgeblocks.targe
 _OWN_FAMILIES: set[str] = set()
 _FAMILY = "edgeblocks.families.family"
 _PROFILES = "edgeblocks.targets.profile"
-_CHAINS = {"onnxruntime": "edgeblocks.export.open_export:open_chain"}
+_CHAINS = {"onnxruntime": "edgeblocks.export.open_export:open_graphs"}
 _LANGUAGE_MODELS = "edgeblocks.export.language_model"
 _EXPORTERS = {
     "blocks": "edgeblocks.export.export_run:export_run",
     "language model": "edgeblocks.export.export_model:export_model",
+    "image classifier": "edgeblocks.export.export_vision:export_vision",
     "page": "edgeblocks.export.web_page:export_page",
 }
 
@@ -180,12 +181,14 @@ def build_profile(name: str) -> "Profile":
 
 
 def build_exporter(kind: str) -> Any:
-    """The function that writes a run for deployment: its `blocks`, a fine-tuned `language model`, or a `page`."""
+    """The function that writes a run for deployment: its `blocks`, a fine-tuned `language model` or `image
+    classifier`, or a `page`."""
     return _load(_EXPORTERS, kind, "exporter")
 
 
 def open_exported(directory: Path, hardware: Hardware = PROCESSOR) -> Any:
-    """An exported directory, ready to run: a `Sampler`, `Classifier`, `Writer` or `Continuer`. Imports no torch."""
+    """An exported directory, ready to run: a `Sampler`, `Classifier`, `Writer`, `Continuer` or `VisionModel`. Without
+    torch."""
     return _load(_CHAINS, "onnxruntime", "chain")(directory, hardware=hardware)
 
 

@@ -365,6 +365,8 @@ class Run:
     ) -> dict[str, Any]:
         """Write the run as ONNX graphs with a manifest, verify it against torch, and return the manifest.
 
+        A fine-tuned model is always one graph, merged as `merge` does it.
+
         Args:
             single_file: one graph for the whole chain, which runs in any program that has onnxruntime; else one a
                 block, of which one at a time is in memory.
@@ -372,7 +374,7 @@ class Run:
                 model of text.
             most_loss: a percentage, such as "0.5%", by which int8 or int4 may raise the loss on hold-out data, or lower
                 the probability that a classifier gives the right class, beyond what is noise; None: 0.5% of int8, any
-                of int4. Not of a fine-tuned model, whose loss is told.
+                of int4. Not of a fine-tuned model of text, whose loss is told.
             overwrite: replace an export that is there; anything else is never replaced.
             mem_budget: what it may take of memory; None does not bound it. What it takes is told before it begins.
 
@@ -384,17 +386,22 @@ class Run:
         """
         told: dict[str, Any] = {"listener": listener or Silent(), "mem_budget": mem_budget, "overwrite": overwrite}
         manifest: dict[str, Any]
-        if self.directory.family().only_exact and self.directory.family().task == "continuation":
+        family = self.directory.family()
+        if family.only_exact and single_file:
+            raise ConfigError("--single-file: a fine-tuned model is always one graph; leave it out")
+        if family.only_exact and family.task == "continuation":
             weights = weights or "int8"
-            if single_file:
-                raise ConfigError("--single-file: a fine-tuned model is always one graph; leave it out")
             if weights not in ("int8", "int4", "fp32"):
                 raise ConfigError(f"--weights {weights}: int8, int4 or fp32 can be written")
             if most_loss is not None:
                 raise ConfigError(f"--most-loss {most_loss}: of a fine-tuned model the loss is told; leave it out")
             manifest = build_exporter("language model")(self, Path(out), weights=weights, **told)
             return manifest
-        told |= {"single_file": single_file, "weights": weights, "most_loss": most_loss}
+        told |= {"weights": weights, "most_loss": most_loss}
+        if family.only_exact:
+            manifest = build_exporter("image classifier")(self, Path(out), **told)
+            return manifest
+        told["single_file"] = single_file
         manifest = build_exporter("blocks")(self.directory, Path(out), **told)
         return manifest
 

@@ -16,7 +16,7 @@ from edgeblocks.export.destination import synced
 from edgeblocks.export.graph import ALIGNMENT_BYTES
 from edgeblocks.export.graph_builder import Nodes
 from edgeblocks.export.linked_blocks import LinkedBlocks, StoredTensor
-from edgeblocks.export.manifest import sha256_of
+from edgeblocks.export.manifest import graph_facts
 from edgeblocks.export.manifest_types import ChainFile, ContinuationManifest, ImageManifest, Manifest, TextManifest
 
 FILE_NAME = "chain.onnx"
@@ -45,13 +45,7 @@ def write_chain(folder: Path, manifest: Manifest, *, external_above_bytes: int) 
             file.write(model.SerializeToString())
     else:
         _write_whole(path, model, weights)
-    return ChainFile(
-        file=path.name,
-        data_file=None if data_path is None else data_path.name,
-        sha256=sha256_of(path),
-        data_sha256=None if data_path is None else sha256_of(data_path),
-        bytes=path.stat().st_size + (0 if data_path is None else data_path.stat().st_size),
-    )
+    return ChainFile(**graph_facts(path, data_path))
 
 
 def _linked(folder: Path, manifest: Manifest) -> tuple[onnx.ModelProto, list[StoredTensor]]:

@@ -15,6 +15,7 @@ from edgeblocks.errors import ConfigError, RunError, StorageError
 from edgeblocks.export.language_model import is_language_model, read_language_manifest
 from edgeblocks.export.manifest import FILE_NAME, USAGE_NAME, read_manifest
 from edgeblocks.export.manifest_types import WordedManifest
+from edgeblocks.export.vision_model import is_vision_model, read_vision_manifest
 from edgeblocks.files.durable import sync
 from edgeblocks.files.own import create
 from edgeblocks.units import format_bytes
@@ -91,6 +92,8 @@ def _files_of_an_export(folder: Path) -> set[str]:
     """
     if is_language_model(folder):
         return {FILE_NAME, *(file.name for file in read_language_manifest(folder).files)}
+    if is_vision_model(folder):
+        return {FILE_NAME, USAGE_NAME, *read_vision_manifest(folder).graph.names}
     manifest = read_manifest(folder)
     own = {FILE_NAME, USAGE_NAME, *(name for file in manifest.graphs for name in file.names)}
     if isinstance(manifest, WordedManifest) and manifest.tokenizer_sha256 is not None:

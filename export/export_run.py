@@ -12,7 +12,6 @@ import onnx
 
 from edgeblocks.data.tokenizer import TOKENIZER_FILE, Kind
 from edgeblocks.diffusion.noise import sampler_levels
-from edgeblocks.errors import ConfigError
 from edgeblocks.export.chain_file import write_chain
 from edgeblocks.export.destination import check_destination, staged, synced
 from edgeblocks.export.graph import (
@@ -45,8 +44,7 @@ from edgeblocks.export.manifest_types import (
 )
 from edgeblocks.export.onnx_chain import ExportedChain
 from edgeblocks.export.open_export import open_chain
-from edgeblocks.export.rounded_graph import RoundedWeights
-from edgeblocks.export.rounding import USUAL_MOST_LOSS, most_loss_of, round_blocks
+from edgeblocks.export.rounding import most_loss_of, round_blocks, rounding_of
 from edgeblocks.export.tolerances import NUM_OUTPUTS
 from edgeblocks.export.usage import write_usage
 from edgeblocks.export.verify import Listener, verify_export
@@ -60,7 +58,6 @@ from edgeblocks.profiling.latents import decoding_bytes
 from edgeblocks.runs.directory import RunDirectory
 from edgeblocks.runs.latents import autoencoder_of
 from edgeblocks.tasks import TASKS
-from edgeblocks.terminal import command
 from edgeblocks.units import format_bytes
 
 DECODER_FILE = "decoder.onnx"
@@ -110,21 +107,11 @@ def export_run(
         EdgeblocksError: onnxruntime's numbers differ from torch's by more than is promised, or rounding costs more than
             `most_loss`.
     """
-    if run.family().only_exact:
-        raise ConfigError(
-            f"{run.path} is a fine-tuned model of transformers, which is not exported here yet; make a folder of it "
-            f"that other programs export: {command('merge', run.path, '-o', 'DIR')}"
-        )
-    rounding = _rounding_of(weights, most_loss)
+    rounding = rounding_of(weights, most_loss)
     out = out.resolve()
     check_destination(out, overwrite=overwrite)
     _check_memory(run, listener, mem_budget, single_file=single_file, rounded=rounding is not None)
-    steps = run.saved_steps(run.store())
-    if min(steps) < run.settings.run.steps:
-        listener.note(
-            f"the run is not finished: exporting its blocks as saved, at steps {', '.join(map(str, steps))} of "
-            f"{run.settings.run.steps}"
-        )
+    tell_unfinished(run, listener)
     micro_batch = min(NUM_OUTPUTS, run.plan.micro_batch)
     # Stages that were trained together are one block, all of it in memory.
     ema = loaded_ema(run, slots=len(run.file_layers) if run.method.one_network else 1)
@@ -159,21 +146,14 @@ def export_run(
     return manifest.to_json()
 
 
-def _rounding_of(weights: str | None, most_loss: str | None) -> RoundedWeights | None:
-    """As what matrices are written; None: as they are.
-
-    Raises:
-        ConfigError: arguments do not go together.
-    """
-    if weights is None or weights == "fp32":
-        if most_loss is not None:
-            raise ConfigError(f"--most-loss {most_loss}: float32 loses nothing; give --weights int8 or int4 with it")
-        return None
-    rounded = next((known for known in USUAL_MOST_LOSS if known == weights), None)
-    if rounded is None:
-        raise ConfigError(f"--weights {weights}: int8, int4 or fp32 can be written")
-    most_loss_of(most_loss, rounded)
-    return rounded
+def tell_unfinished(run: RunDirectory, listener: Listener) -> None:
+    """Note where a run has steps to make."""
+    steps = run.saved_steps(run.store())
+    if min(steps) < run.settings.run.steps:
+        listener.note(
+            f"the run is not finished: exporting its blocks as saved, at steps {', '.join(map(str, steps))} of "
+            f"{run.settings.run.steps}"
+        )
 
 
 def _in_one_file(

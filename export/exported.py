@@ -14,8 +14,9 @@ from edgeblocks.export.continuer import Continuer
 from edgeblocks.export.language_model import LanguageModel, is_language_model
 from edgeblocks.export.manifest_types import ImageManifest
 from edgeblocks.export.onnx_chain import ExportedChain, Values
-from edgeblocks.export.open_export import open_chain
+from edgeblocks.export.open_export import open_graphs
 from edgeblocks.export.sampler import Sampler
+from edgeblocks.export.vision_model import VisionManifest, VisionModel
 from edgeblocks.export.writer import Writer
 from edgeblocks.onnx_runtime import Hardware
 from edgeblocks.tasks import Task
@@ -25,9 +26,9 @@ _METHODS: dict[Task, str] = {"images": "sample", "classes": "classify", "text": 
 
 
 class Export:
-    """What `edgeblocks export` wrote: a chain, in one file or block by block, or a language model. Not thread-safe.
+    """What `edgeblocks export` wrote: a chain, in one file or block by block, or a fine-tuned model. Not thread-safe.
 
-    Weights are in memory while a call runs, and those of a language model from the first one on. With `mem_budget`, a
+    Weights are in memory while a call runs, and those of a fine-tuned model from the first one on. With `mem_budget`, a
     size such as "500MB" or a share of the machine's memory, a call is refused where it cannot fit, and the process may
     take no more until it is done. Blocks that write token by token, and do not fit together, are then read again for
     every token.
@@ -38,7 +39,7 @@ class Export:
         RunError: a file is missing, damaged or refused.
     """
 
-    def __init__(self, chain: ExportedChain | LanguageModel) -> None:
+    def __init__(self, chain: ExportedChain | LanguageModel | VisionModel) -> None:
         self._chain = chain
 
     @property
@@ -54,7 +55,7 @@ class Export:
     def class_names(self) -> tuple[str, ...]:
         """() where there are no classes."""
         manifest = self._chain.manifest
-        return manifest.class_names if isinstance(manifest, ImageManifest) else ()
+        return manifest.class_names if isinstance(manifest, ImageManifest | VisionManifest) else ()
 
     def sample(
         self,
@@ -88,7 +89,7 @@ class Export:
     ) -> Values:
         """Probabilities of the classes, float32 [N, classes], of images uint8 [N, H, W, C] of the network's size."""
         chain = self._chain
-        if not isinstance(chain, Classifier):
+        if not isinstance(chain, Classifier | VisionModel):
             raise self._other("classify")
         return self._within(
             mem_budget, len(pixels), lambda: chain.classify(pixels, steps=steps, noises=noises, seed=seed)
@@ -153,4 +154,4 @@ def open_export(directory: Path | str, *, threads: int | None = None, provider: 
     hardware = Hardware(threads=threads, provider=provider)
     if is_language_model(Path(directory)):
         return Export(LanguageModel(Path(directory), hardware=hardware))
-    return Export(open_chain(directory, hardware=hardware))
+    return Export(open_graphs(Path(directory), hardware=hardware))

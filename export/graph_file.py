@@ -54,6 +54,17 @@ def problem_of_block(path: Path) -> str | None:
     return _read_model(path, found) or _foreign(found.operators)
 
 
+def problem_of_classifier(path: Path) -> str | None:
+    """Why the graph of a fine-tuned classifier is not run: operators as of a block, or a loop.
+
+    Raises:
+        OSError: it cannot be read.
+        MalformedFileError: it is no graph.
+    """
+    found = _Contents()
+    return _read_model(path, found) or _foreign(found.operators) or _looping(found)
+
+
 def problem_of_language_model(path: Path) -> str | None:
     """Why the graph of a language model is not run: operators that are not onnx's or onnxruntime's own, or a loop.
 
@@ -63,7 +74,7 @@ def problem_of_language_model(path: Path) -> str | None:
     """
     found = _Contents()
     problem = _read_model(path, found) or _foreign({one for one in found.operators if one[0] != _OF_ONNXRUNTIME})
-    return problem or ("has a loop, which none of its kind has" if found.loops or found.inner_loops else None)
+    return problem or _looping(found)
 
 
 def problem_of_chain(path: Path) -> str | None:
@@ -86,6 +97,10 @@ def problem_of_chain(path: Path) -> str | None:
         if not any(bound <= MOST_ROUNDS for bound in bounds):
             return f"has a loop that could run more than {MOST_ROUNDS} times"
     return None
+
+
+def _looping(found: "_Contents") -> str | None:
+    return "has a loop, which none of its kind has" if found.loops or found.inner_loops else None
 
 
 def _foreign(operators: set[tuple[str, str]]) -> str | None:

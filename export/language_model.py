@@ -5,27 +5,24 @@ manifest beside: what every file's content must be, and how close the graph was 
 """
 
 import contextlib
-import json
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field, ValidationError
+from pydantic import Field
 
 from edgeblocks.data.tokenizer import PairTokenizer, check_readable, read_tokenizer
 from edgeblocks.diffusion.next_token import Drawing, write
 from edgeblocks.diffusion.token_choice import Tokens, Values, check_options
 from edgeblocks.errors import ConfigError, DoesNotFitError, OutOfBudgetError, RunError
 from edgeblocks.export.graph_file import files_named_in, problem_of_language_model
-from edgeblocks.export.manifest import FILE_NAME, sha256_of
+from edgeblocks.export.loaded_graphs import budget_of_a_run
+from edgeblocks.export.manifest import FILE_NAME, kind_of, read_content, sha256_of, write_content
 from edgeblocks.export.manifest_types import FileName
-from edgeblocks.export.onnx_chain import budget_of_a_run
-from edgeblocks.files.checked import Checked, ListOf, NotNegative, Sha256, Text, in_short
-from edgeblocks.files.own import create
-from edgeblocks.files.untrusted import MalformedFileError, read_object, shown
+from edgeblocks.files.checked import Checked, ListOf, NotNegative, Sha256, Text
+from edgeblocks.files.untrusted import MalformedFileError, shown
 from edgeblocks.limits import MOST_HEADS, MOST_LAYERS, MOST_TOKENS, MOST_WIDTH
 from edgeblocks.onnx_runtime import CODE_BYTES, PROCESSOR, Hardware, Session, onnxruntime, prepare
 from edgeblocks.registry import build_target
@@ -91,18 +88,12 @@ class LanguageManifest(Checked):
             OSError: the disk refused.
         """
         assert self.verified is not None, "only a verified export is finished"
-        with create(folder / FILE_NAME) as file:
-            file.write(f"{json.dumps(self.model_dump(mode='json'), indent=1, ensure_ascii=False)}\n".encode())
-            file.flush()
-            os.fsync(file.fileno())
+        write_content(folder, self.model_dump(mode="json"))
 
 
 def is_language_model(folder: Path) -> bool:
     """Whether a folder says that it is one; what it holds is looked at when it is opened."""
-    try:
-        return read_object(folder / FILE_NAME, finite=False).get("kind") == KIND
-    except (OSError, MalformedFileError):
-        return False
+    return kind_of(folder) == KIND
 
 
 class LanguageModel:
@@ -282,13 +273,7 @@ def read_language_manifest(folder: Path) -> LanguageManifest:
     Raises:
         RunError: it is damaged.
     """
-    path = folder / FILE_NAME
-    try:
-        manifest = LanguageManifest.model_validate(read_object(path, finite=False))
-    except (OSError, MalformedFileError) as error:
-        raise RunError(f"{path} cannot be read: {error}; {_AGAIN}") from error
-    except ValidationError as error:
-        raise RunError(f"{path} is damaged: {in_short(error)}; {_AGAIN}") from error
+    path, manifest = folder / FILE_NAME, read_content(folder, LanguageManifest)
     if manifest.verified is None:
         raise RunError(f"{path} is damaged: verified is missing, so the export was never finished; {_AGAIN}")
     names = [file.name for file in manifest.files]

@@ -11,12 +11,13 @@ import os
 import stat
 from importlib import metadata
 from pathlib import Path
+from typing import TypedDict, TypeVar
 
 from pydantic import ValidationError
 
 from edgeblocks.data.tokenizer import Tokenizer, stored_tokenizer
 from edgeblocks.errors import RunError
-from edgeblocks.export.graph_file import files_named_in, problem_of_block, problem_of_chain
+from edgeblocks.export.graph_file import files_named_in, problem_of_block, problem_of_chain, problem_of_classifier
 from edgeblocks.export.manifest_types import (
     BLOCKS_FORMAT_VERSION,
     CHAIN_FORMAT_VERSION,
@@ -27,9 +28,10 @@ from edgeblocks.export.manifest_types import (
     ChainFile,
     GraphFile,
     Manifest,
+    ModelFile,
     WordedManifest,
 )
-from edgeblocks.files.checked import in_short
+from edgeblocks.files.checked import Checked, in_short
 from edgeblocks.files.own import create
 from edgeblocks.files.untrusted import MalformedFileError, open_regular, read_object, shown
 from edgeblocks.terminal import quoted
@@ -39,6 +41,9 @@ USAGE_NAME = "USE.md"
 """For people: how the graphs are run without this package."""
 _CHUNK_BYTES = 2**20
 _AGAIN = "copy the directory again from where it was written, or export the run again"
+_PROBLEMS = {BlockFile: problem_of_block, ChainFile: problem_of_chain, ModelFile: problem_of_classifier}
+"""Why a graph is not run, by what it is a graph of."""
+_Kind = TypeVar("_Kind", bound=Checked)
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
@@ -50,10 +55,42 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
     assert all(part.verified for part in (manifest, manifest.chain) if part is not None), (
         "only a verified export is finished"
     )
+    write_content(folder, manifest.to_json())
+
+
+def write_content(folder: Path, content: dict[str, object]) -> None:
+    """Write manifest.json of any kind, and wait until it is on the disk.
+
+    Raises:
+        OSError: the disk refused.
+    """
     with create(folder / FILE_NAME) as file:
-        file.write(f"{json.dumps(manifest.to_json(), indent=1, ensure_ascii=False)}\n".encode())
+        file.write(f"{json.dumps(content, indent=1, ensure_ascii=False)}\n".encode())
         file.flush()
         os.fsync(file.fileno())
+
+
+def kind_of(folder: Path) -> object:
+    """The kind that manifest.json says it is of; None where it does not say. It is looked at when it is opened."""
+    try:
+        return read_object(folder / FILE_NAME, finite=False).get("kind")
+    except (OSError, MalformedFileError):
+        return None
+
+
+def read_content(folder: Path, kind: type[_Kind]) -> _Kind:
+    """manifest.json as one of a kind.
+
+    Raises:
+        RunError: it cannot be read, or is damaged.
+    """
+    path = folder / FILE_NAME
+    try:
+        return kind.model_validate(read_object(path, finite=False))
+    except (OSError, MalformedFileError) as error:
+        raise RunError(f"{path} cannot be read: {error}; {_AGAIN}") from error
+    except ValidationError as error:
+        raise RunError(f"{path} is damaged: {in_short(error)}; {_AGAIN}") from error
 
 
 def read_manifest(folder: Path) -> AnyManifest:
@@ -118,15 +155,29 @@ def exported_tokenizer(folder: Path, manifest: WordedManifest) -> Tokenizer:
 
 
 def block_file(path: Path, data_path: Path | None, number: int) -> BlockFile:
-    """What a manifest says of a graph that was written."""
-    return BlockFile(
-        block=number,
-        file=path.name,
-        data_file=None if data_path is None else data_path.name,
-        sha256=sha256_of(path),
-        data_sha256=None if data_path is None else sha256_of(data_path),
-        bytes=path.stat().st_size + (0 if data_path is None else data_path.stat().st_size),
-    )
+    """What a manifest says of a block's graph that was written."""
+    return BlockFile(block=number, **graph_facts(path, data_path))
+
+
+class GraphFacts(TypedDict):
+    """Fields of a `GraphFile`."""
+
+    file: str
+    data_file: str | None
+    sha256: str
+    data_sha256: str | None
+    bytes: int
+
+
+def graph_facts(path: Path, data_path: Path | None) -> GraphFacts:
+    """What a manifest says of any graph that was written."""
+    return {
+        "file": path.name,
+        "data_file": None if data_path is None else data_path.name,
+        "sha256": sha256_of(path),
+        "data_sha256": None if data_path is None else sha256_of(data_path),
+        "bytes": path.stat().st_size + (0 if data_path is None else data_path.stat().st_size),
+    }
 
 
 def checked_path(folder: Path, file: GraphFile) -> Path:
@@ -157,7 +208,7 @@ def checked_path(folder: Path, file: GraphFile) -> Path:
 def _check_nodes(path: Path, file: GraphFile) -> None:
     """That a graph has the operators of an export only, and that loops of a chain end."""
     try:
-        problem = problem_of_chain(path) if isinstance(file, ChainFile) else problem_of_block(path)
+        problem = _PROBLEMS[type(file)](path)
     except MalformedFileError as error:
         raise RunError(f"{file.title} is damaged: {path}: {error}; {_AGAIN}") from error
     except OSError as error:

@@ -113,6 +113,14 @@ class ChainFile(GraphFile):
     verified: ChainVerified | None = None
 
 
+class ModelFile(GraphFile):
+    """The graph of a fine-tuned classifier."""
+
+    @property
+    def title(self) -> str:
+        return "the model"
+
+
 class SamplerSettings(Checked):
     """How the chain is run unless the caller says otherwise. `noises` are the chains whose mean gives the classes."""
 

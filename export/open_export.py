@@ -1,11 +1,29 @@
-"""An exported directory as what it is: a sampler of images, a classifier of them, or one of two writers of text."""
+"""An exported directory as what it is: a sampler of images, a classifier of them, or one of two writers of text; or a
+fine-tuned classifier."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from edgeblocks.export.manifest import read_manifest
 from edgeblocks.export.manifest_types import Manifest
 from edgeblocks.export.onnx_chain import ExportedChain
 from edgeblocks.onnx_runtime import PROCESSOR, Hardware
+
+if TYPE_CHECKING:
+    from edgeblocks.export.vision_model import VisionModel
+
+
+def open_graphs(directory: Path, *, hardware: Hardware = PROCESSOR) -> "ExportedChain | VisionModel":
+    """The chain, or the fine-tuned classifier, of an exported directory.
+
+    Raises:
+        RunError: as `open_chain`.
+    """
+    from edgeblocks.export.vision_model import VisionModel, is_vision_model
+
+    if is_vision_model(directory):
+        return VisionModel(directory, hardware=hardware)
+    return open_chain(directory, hardware=hardware)
 
 
 def open_chain(

@@ -6,7 +6,7 @@ examples.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -46,6 +46,23 @@ _FINE = 0.001
 _FOLDER = "rounded"
 _TINY = 1e-30
 """Stands for a probability, or a loss, of 0."""
+
+
+def rounding_of(weights: str | None, most_loss: str | None) -> RoundedWeights | None:
+    """As what matrices are written; None: as they are.
+
+    Raises:
+        ConfigError: arguments do not go together.
+    """
+    if weights is None or weights == "fp32":
+        if most_loss is not None:
+            raise ConfigError(f"--most-loss {most_loss}: float32 loses nothing; give --weights int8 or int4 with it")
+        return None
+    rounded = next((known for known in USUAL_MOST_LOSS if known == weights), None)
+    if rounded is None:
+        raise ConfigError(f"--weights {weights}: int8, int4 or fp32 can be written")
+    most_loss_of(most_loss, rounded)
+    return rounded
 
 
 def most_loss_of(text: str | None, weights: RoundedWeights) -> float | None:
@@ -92,12 +109,7 @@ def round_blocks(
         RunError: there are no data to measure it with.
         OSError: the disk refused.
     """
-    data = real_data(run, listener)
-    if data is None:
-        raise RunError(
-            f"--weights {weights}: what rounding costs is measured on {run.data_source}, which cannot be read or has "
-            f"changed; put the run's data back, or leave --weights out"
-        )
+    data = data_to_judge(run, listener, weights)
     listener.stage(f"rounding to {weights}")
     folder, exact = walk.directory, walk.manifest
     (folder / _FOLDER).mkdir()
@@ -109,17 +121,19 @@ def round_blocks(
         listener.advance(done + 1, len(exact.files), "rounding")
     rounded = exact.model_copy(update={"files": tuple(files)})
     listener.stage("measuring what rounding costs")
-    rounding = _measured(
-        run,
-        walk,
-        open_chain(folder / _FOLDER, manifest=rounded),
-        data,
-        listener,
-        micro_batch,
-        limit=most_loss or 0.0,
-        weights=weights,
-        bytes_fp32=sum(file.bytes for file in exact.graphs),
-    )
+    chains = (walk, open_chain(folder / _FOLDER, manifest=rounded))
+    try:
+        rounding = measured(
+            lambda indices: _figures(run, *chains, data, indices, listener, micro_batch),
+            data,
+            listener,
+            limit=most_loss or 0.0,
+            weights=weights,
+            bytes_fp32=sum(file.bytes for file in exact.graphs),
+        )
+    finally:
+        for chain in chains:
+            chain.close()
     judge(rounding, most_loss, listener)
     for name in (name for file in exact.files for name in file.names):
         (folder / name).unlink()
@@ -127,6 +141,21 @@ def round_blocks(
         path.rename(folder / path.name)
     (folder / _FOLDER).rmdir()
     return rounded.model_copy(update={"rounding": rounding})
+
+
+def data_to_judge(run: RunDirectory, listener: Listener, weights: RoundedWeights) -> DataSet:
+    """The run's data, on which is measured what rounding costs.
+
+    Raises:
+        RunError: they cannot be read, or have changed.
+    """
+    data = real_data(run, listener)
+    if data is None:
+        raise RunError(
+            f"--weights {weights}: what rounding costs is measured on {run.data_source}, which cannot be read or has "
+            f"changed; put the run's data back, or leave --weights out"
+        )
+    return data
 
 
 class _Numbered(nn.Module):
@@ -218,13 +247,10 @@ class _InBoth:
         return {"loss": losses.mean(1), "accuracy": right.mean(1)}
 
 
-def _measured(
-    run: RunDirectory,
-    fp32: ExportedChain,
-    rounded: ExportedChain,
+def measured(
+    figures_of: Callable[[NDArray[np.int64]], dict[str, Any]],
     data: DataSet,
     listener: Listener,
-    micro_batch: int,
     *,
     limit: float,
     **given: Any,
@@ -232,22 +258,19 @@ def _measured(
     """What rounding costs, on so many examples that noise does not decide whether it is more than `limit`.
 
     Args:
-        given: what else a `Rounding` has.
+        figures_of: fields of a `Rounding`, of the examples with these numbers.
+        given: what else it has.
     """
     wanted = FIRST_EXAMPLES
-    try:
-        while True:
-            indices = data.evaluation_indices(wanted)
-            found = Rounding(**_figures(run, fp32, rounded, data, indices, listener, micro_batch), **given)
-            share, error = found.cost
-            known = error is not None and _ERRORS * error <= max(abs(share - limit), _FINE)
-            if known or len(indices) < wanted or wanted >= MOST_EXAMPLES:
-                return found
-            wanted = MOST_EXAMPLES
-            listener.note(f"{len(indices)} examples leave open what rounding costs: more are looked at")
-    finally:
-        fp32.close()
-        rounded.close()
+    while True:
+        indices = data.evaluation_indices(wanted)
+        found = Rounding(**figures_of(indices), examples=len(indices), part=part_of(data), **given)
+        share, error = found.cost
+        known = error is not None and _ERRORS * error <= max(abs(share - limit), _FINE)
+        if known or len(indices) < wanted or wanted >= MOST_EXAMPLES:
+            return found
+        wanted = MOST_EXAMPLES
+        listener.note(f"{len(indices)} examples leave open what rounding costs: more are looked at")
 
 
 def _figures(
@@ -273,11 +296,20 @@ def _figures(
         assert isinstance(fp32, Classifier)
         for end, chain in (("", rounded), ("_fp32", fp32)):
             totals |= {f"{name}{end}": values for name, values in _answers(chain, data, indices, micro_batch).items()}
+    return as_fields(totals)
+
+
+def as_fields(totals: dict[str, NDArray[np.float64]]) -> dict[str, Any]:
+    """Fields of a `Rounding`.
+
+    Args:
+        totals: of each example its loss, accuracy and probability by the rounded network, the same with `_fp32` by the
+            other, and the mean sizes of the other's outputs (`size`) and of what they differ by (`difference`). Of a
+            classifier the probability is judged.
+    """
     difference, size = (float(totals.pop(name).mean()) for name in ("difference", "size"))
     return {
-        "examples": len(indices),
-        "part": part_of(data),
-        "judged": "probability" if isinstance(rounded, Classifier) else "loss",
+        "judged": "probability" if "probability" in totals else "loss",
         **{name: float(values.mean()) for name, values in totals.items()},
         **{
             f"{name}_error": standard_error(totals[name] - totals[f"{name}_fp32"])

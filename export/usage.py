@@ -5,7 +5,7 @@ from pathlib import Path
 from edgeblocks.export.destination import synced
 from edgeblocks.export.manifest import USAGE_NAME
 from edgeblocks.export.manifest_types import Manifest, WordedManifest
-from edgeblocks.export.usage_chain import chain_example
+from edgeblocks.export.usage_chain import Example, chain_example
 from edgeblocks.export.usage_walk import walk_example
 
 _MAKES = {
@@ -27,20 +27,23 @@ def write_usage(folder: Path, manifest: Manifest) -> None:
     Raises:
         OSError: the disk refused.
     """
+    write_text(folder, usage_text(manifest))
+
+
+def write_text(folder: Path, text: str) -> None:
+    """Write USE.md of any export.
+
+    Raises:
+        OSError: the disk refused.
+    """
     with synced(folder / USAGE_NAME) as file:
-        file.write(usage_text(manifest).encode())
+        file.write(text.encode())
 
 
 def usage_text(manifest: Manifest) -> str:
     """What USE.md says of an export."""
     example = walk_example(manifest) if manifest.chain is None else chain_example(manifest)
-    values = [f"- `{name}`: {meaning}" for name, meaning in example.values.items()]
-    parts = [f"# How to run this {manifest.family} network", _opening(manifest), "\n".join(values)]
-    parts += ["In Python, in this directory:", f"```python\n{example.python.strip()}\n```"]
-    parts += [
-        "In JavaScript, with `onnxruntime-node` (in a browser `onnxruntime-web`, and the file's address):",
-        f"```js\n{example.javascript.strip()}\n```",
-    ]
+    parts = [f"# How to run this {manifest.family} network", _opening(manifest), *programs(example)]
     if manifest.chain is None:
         parts.append(
             "A graph of the whole chain, which a program runs in one call, is written by `edgeblocks export RUN -o DIR "
@@ -48,6 +51,18 @@ def usage_text(manifest: Manifest) -> str:
         )
     parts.append("A page that runs the network in a browser is written by `edgeblocks export RUN --web DIR`.")
     return "\n\n".join(parts) + "\n"
+
+
+def programs(example: Example) -> list[str]:
+    """Paragraphs on what graphs take and give, and with the programs that run them."""
+    values = [f"- `{name}`: {meaning}" for name, meaning in example.values.items()]
+    return [
+        "\n".join(values),
+        "In Python, in this directory:",
+        f"```python\n{example.python.strip()}\n```",
+        "In JavaScript, with `onnxruntime-node` (in a browser `onnxruntime-web`, and the file's address):",
+        f"```js\n{example.javascript.strip()}\n```",
+    ]
 
 
 def _opening(manifest: Manifest) -> str:

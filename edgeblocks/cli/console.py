@@ -52,8 +52,9 @@ def training_report(summary: Summary, path: Path) -> str:
         f"validation loss {loss.validation_loss:.4f}{by_block}",
     ]
     right = [level.scores.get("top1") for level in loss.validation.levels]
-    if summary.makes == "model" and right and right[0] is not None:
-        lines.append(_accuracy_line(summary, right[0]))
+    top1 = right[0] if summary.makes == "model" and right else None
+    if top1 is not None:
+        lines.append(_accuracy_line(summary, top1))
     elif loss.validation_loss_before is not None:
         before, after = (math.exp(value) for value in (loss.validation_loss_before, loss.validation_loss))
         lines.append(
@@ -65,7 +66,7 @@ def training_report(summary: Summary, path: Path) -> str:
     if len({span.machine for span in summary.trained_on}) > 1:
         spans = ", ".join(f"block {span.block} {span.words()}" for span in summary.trained_on)
         lines.append(f"trained {_or_dash(summary.trained_s, format_duration)} in all: {spans}")
-    return "\n".join([*lines, "", *_next_commands(summary.makes, path)])
+    return "\n".join([*lines, "", *_next_commands("tuned classes" if top1 is not None else summary.makes, path)])
 
 
 def _shares(seconds: Mapping[str, float]) -> dict[str, str]:
@@ -112,6 +113,8 @@ def _next_commands(makes: str | None, path: Path) -> list[str]:
     if makes == "model":
         return [f"next: {command('merge', path, '-o', f'{path}-model')}"]
     export = f"      {command('export', path, '-o', onnx)} && {command('run', onnx)}"
+    if makes == "tuned classes":
+        return [f"next: {command('merge', path, '-o', f'{path}-model')}", f"{export} picture.png"]
     if makes == "classes":
         return [f"next: {command('eval', path)}", f"{export} picture.png"]
     if makes == "text":
@@ -137,6 +140,8 @@ def export_report(manifest: Mapping[str, Any], path: Path) -> str:
     verified = manifest["verified"]
     if "greedy_tokens" in verified:
         return _language_model_report(manifest, path)
+    if "logits_limit" in verified:
+        return _vision_report(manifest, path)
     what, arguments = {
         "images": ("final images", "-o grid.png"),
         "classes": ("probabilities", "picture.png"),
@@ -163,9 +168,7 @@ def _rounding_line(manifest: Mapping[str, Any]) -> str:
     found = manifest.get("rounding")
     if found is None:
         return ""
-    decoder = (manifest.get("decoding") or {}).get("graph")
-    files = [manifest["chain"]] if "chain" in manifest else [*manifest["files"], *([decoder] if decoder else [])]
-    sizes = [found["bytes_fp32"], sum(file["bytes"] for file in files)]
+    sizes = [found["bytes_fp32"], sum(file["bytes"] for file in _graphs_of(manifest))]
     whole = max(found["loss_fp32"], 1e-30)
     rise = found["loss"] / whole - 1
     error = "" if found["loss_error"] is None else f" ± {2 * found['loss_error'] / whole:.3%}"
@@ -177,6 +180,28 @@ def _rounding_line(manifest: Mapping[str, Any]) -> str:
         f"{found['examples']} examples of the {found['part']} part loss {found['loss_fp32']:.5g} -> "
         f"{found['loss']:.5g} ({rise:+.3%}{error}){right}; outputs differ by "
         f"{found['relative_difference']:.2%} on average\n"
+    )
+
+
+def _graphs_of(manifest: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """What it says of each of its graphs."""
+    for name in ("chain", "graph"):
+        if name in manifest:
+            return [manifest[name]]
+    decoder = (manifest.get("decoding") or {}).get("graph")
+    return [*manifest["files"], *([decoder] if decoder else [])]
+
+
+def _vision_report(manifest: Mapping[str, Any], path: Path) -> str:
+    verified, (graph,) = manifest["verified"], _graphs_of(manifest)
+    shown = "hold-out" if verified["real_pictures"] else "random"
+    return (
+        f"exported a {manifest['model_type']} of {len(manifest['class_names'])} classes, "
+        f"{format_bytes(graph['bytes'])}, to {one_line(path)}; verified against torch: logits differ by at most "
+        f"{verified['logits_max_abs_error']:.1e} (limit {verified['logits_limit']:.1e}), {verified['top1_equal']} of "
+        f"{verified['pictures']} {shown} pictures have the same class\n"
+        f"{_rounding_line(manifest)}"
+        f"next: {command('run', path)} picture.png"
     )
 
 

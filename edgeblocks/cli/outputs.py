@@ -16,7 +16,9 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from edgeblocks.export.classifier import Answer, Classifier
+    from edgeblocks.export.classifier import Classifier
+    from edgeblocks.export.picture_classes import Answer
+    from edgeblocks.export.vision_model import VisionModel
 
 _MOST_UNREADABLE = 10
 """Files without an answer that are named."""
@@ -87,7 +89,7 @@ class Request:
 
 
 def say_classes(
-    classifier: "Classifier",
+    classifier: "Classifier | VisionModel",
     images: list[Path],
     out: Path | None,
     steps: int | None,

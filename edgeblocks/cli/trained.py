@@ -148,7 +148,7 @@ def export(
         str | None,
         typer.Option(
             help="As what matrices are written: int8, int4 or fp32. Rounded ones are measured on hold-out data.",
-            show_default="fp32; of a fine-tuned model int8",
+            show_default="fp32; of a fine-tuned model of text int8",
         ),
     ] = None,
     most_loss: Annotated[
@@ -167,8 +167,8 @@ def export(
     """Write a trained run as ONNX graphs, one a block or one for all, and verify them against torch.
 
     USE.md in the directory shows how other programs run them, with onnxruntime alone. A fine-tuned model becomes one
-    graph with a KV cache, in the layout of onnxruntime-genai, whose builder makes it (extra `genai`). With --web they
-    become a page.
+    graph: of pictures, which it normalises itself, or of text with a KV cache, in the layout of onnxruntime-genai,
+    whose builder makes it (extra `genai`). With --web they become a page.
     """
     from edgeblocks import api
     from edgeblocks.cli.console import export_report, page_report

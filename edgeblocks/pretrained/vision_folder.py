@@ -89,7 +89,11 @@ class Pictures:
 
     def normalised(self, pixels: np.ndarray) -> Float[Tensor, "batch channels height width"]:
         """What the model is given for uint8 [N, H, W, C]; one grey becomes all colours."""
-        images = torch.from_numpy(pixels).permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
+        return self.of_tensor(torch.from_numpy(pixels))
+
+    def of_tensor(self, pixels: Tensor) -> Float[Tensor, "batch channels height width"]:
+        """The same of a tensor."""
+        images = pixels.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
         images = images.mul_(self.factor)
         if images.shape[1] < self.channels:
             images = images.repeat(1, self.channels, 1, 1)

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from edgeblocks.errors import RunError
 from edgeblocks.units import format_bytes, format_count
@@ -117,6 +117,22 @@ def _text_or_none(value: float | None, text_of: Callable[[float], str]) -> str |
     return None if value is None else text_of(value)
 
 
+def _describe_classifier(manifest: Any) -> dict[str, object]:
+    """Of a fine-tuned one, a `VisionManifest`."""
+    channels, height, width = manifest.image_shape
+    return {
+        "kind": "export",
+        "family": manifest.model_type,
+        "makes": manifest.task,
+        "opset": manifest.opset,
+        "weights": manifest.weights,
+        "image": f"{height}x{width}x{channels}",
+        "classes": len(manifest.class_names),
+        "disk": format_bytes(manifest.graph.bytes),
+        "verified": manifest.verified.model_dump(),
+    }
+
+
 def _describe_export(path: Path) -> dict[str, object]:
     from edgeblocks.registry import open_exported, open_language_model
     from edgeblocks.tasks import TEXT_TASKS
@@ -136,6 +152,8 @@ def _describe_export(path: Path) -> dict[str, object]:
             "verified": model.manifest.verified.model_dump(),
         }
     manifest = open_exported(path).manifest
+    if hasattr(manifest, "model_type"):
+        return _describe_classifier(manifest)
     if manifest.task in TEXT_TASKS:
         facts = {"tokenizer": manifest.tokenizer, "vocabulary": manifest.vocabulary, "length": manifest.length}
     else:

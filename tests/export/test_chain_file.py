@@ -209,7 +209,7 @@ def test_a_chain_in_one_file_is_held_whole(runs, chains, tmp_path):
     assert export_bytes(directory, single_file=True) >= export_bytes(directory)
     with pytest.raises(DoesNotFitError, match=r"takes up to 49\d MB of memory, and the budget is 300 MB"):
         export_run(directory, tmp_path / "out", Silent(), single_file=True, mem_budget="300MB")
-    with pytest.raises(DoesNotFitError, match="its chain has 6"), Sampler(chains["dit"]).within("20MB", n=1):
+    with pytest.raises(DoesNotFitError, match="the chain has 6"), Sampler(chains["dit"]).within("20MB", n=1):
         pass
 
 

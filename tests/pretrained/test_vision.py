@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 from support.commands import assert_refused, invoke
 from support.equality import StopAfter, assert_same_bits
+from support.small_vit import LORA, MEAN, SMALL, WANTED, write_vit
 
 import edgeblocks
 from edgeblocks.errors import ConfigError, InterruptedRunError
@@ -19,23 +20,12 @@ from edgeblocks.tuning import tuning_settings
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-SMALL = {"hidden_size": 16, "num_hidden_layers": 4, "num_attention_heads": 2, "image_size": 8, "patch_size": 4}
-SMALL |= {"intermediate_size": 32, "initializer_range": 0.2}
-WANTED = {"data": "digits", "batch": 6, "steps": 4, "warmup": 0, "blocks": 2, "mem_budget": "4GB"}
-WANTED |= {"learning_rate": 1e-2, "micro_batch": 4, "optimizer": "adamw", "weight_decay": 0.0, "hold_out": 0.02}
-MEAN, STD = [0.4, 0.5, 0.6], [0.2, 0.3, 0.4]
 NAMES = list("1032547698")
 
 
 @pytest.fixture(scope="module")
 def base(library, tmp_path_factory):
-    """A vit without a classifier, whose files have other names than its modules."""
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("base") / "tiny-vit"
-    library.ViTModel(library.ViTConfig(**SMALL)).save_pretrained(folder)
-    processor = {"size": {"height": 8, "width": 8}, "image_mean": MEAN, "image_std": STD}
-    (folder / "preprocessor_config.json").write_text(json.dumps(processor))
-    return folder
+    return write_vit(library, tmp_path_factory.mktemp("base") / "tiny-vit")
 
 
 @pytest.fixture(scope="module")
@@ -232,7 +222,7 @@ def test_the_command_line(base, tmp_path):
     assert "calibration error" in invoke("eval", tmp_path / "run", "--samples", "20").stdout
     assert "hf-vision" in invoke("info", tmp_path / "run").stdout
     assert invoke("report", tmp_path / "run").exit_code == 0
-    assert_refused(invoke("export", tmp_path / "run", "-o", tmp_path / "onnx"), 2, "edgeblocks merge")
+    assert_refused(invoke("export", tmp_path / "run", "--web", tmp_path / "page"), 2, "is a fine-tuned model")
     assert_refused(invoke("sample", tmp_path / "run"), 2, "classifies images")
 
 
@@ -292,10 +282,6 @@ def test_a_processor_that_cannot_be_used_is_said(library, tmp_path, asked, said)
     (tmp_path / "preprocessor_config.json").write_text(asked)
     with pytest.raises(ConfigError, match=said):
         pictures_of(str(tmp_path))
-
-
-LORA = {**{name: value for name, value in WANTED.items() if name != "blocks"}, "tune": "lora", "lora_rank": 2}
-LORA |= {"precision": "fp32"}
 
 
 @pytest.fixture(scope="module")

@@ -3,6 +3,7 @@
 from fuzz.readers.blocks import BlockReader
 from fuzz.readers.exports import (
     ChainExportReader,
+    ClassifierExportReader,
     ContinuationExportReader,
     ExportReader,
     LanguageExportReader,
@@ -36,4 +37,5 @@ READERS = {
     "text export": TextExportReader,
     "continuation export": ContinuationExportReader,
     "language model": LanguageExportReader,
+    "image classifier": ClassifierExportReader,
 }

@@ -248,10 +248,90 @@ class ContinuationExportReader(ExportReader):
         assert code_rows(manifest.vocabulary, manifest.code_width).shape[0] == manifest.vocabulary
 
 
-class LanguageExportReader(Reader):
-    """An exported language model: its manifest, its graph's own bytes, and what its names lead to."""
+class ModelExportReader(Reader):
+    """An exported fine-tuned model: its manifest, its files' own bytes, and what its names lead to."""
+
+    changed = ("model.onnx",)
+    """Files whose bytes are changed."""
+
+    def listed(self, name, content):
+        """The manifest with the checksum of another content of a file."""
+        raise NotImplementedError
+
+    def prepare_sound(self):
+        shutil.rmtree(self.folder)
+        self.folder.mkdir()
+        for name, content in self.contents.items():
+            (self.folder / name).write_bytes(content)
+        (self.folder / "manifest.json").write_text(json.dumps(self.value))
+
+    def prepare(self, rng):
+        self.prepare_sound()
+        manifest = self.folder / "manifest.json"
+        if rng.random() < 0.15:
+            replace_by_something(rng, self.folder / rng.choice([*self.contents, "manifest.json"]), self.outside)
+        elif rng.random() < 0.5:
+            name = rng.choice(self.changed)
+            content = mutated_bytes(rng, self.contents[name])
+            (self.folder / name).write_bytes(content)
+            manifest.write_text(json.dumps(self.listed(name, content)))
+        else:
+            text = json_text(rng, mutated_value(rng, self.value))
+            manifest.write_text(text, encoding="utf-8", errors="surrogatepass")
+
+
+class ClassifierExportReader(ModelExportReader):
+    """An exported fine-tuned classifier."""
+
+    def __init__(self, folder):
+        from edgeblocks.export.manifest_types import ImageSize, ModelFile
+        from edgeblocks.export.vision_model import VerifiedClassifier, VisionManifest
+
+        self.folder, self.outside = folder / "export", folder / "outside.onnx"
+        self.folder.mkdir()
+        self.contents = {"model.onnx": plain_graph("MatMulNBits"), "model.onnx.data": b"weights"}
+        self.outside.write_bytes(self.contents["model.onnx"])
+        digests = [hashlib.sha256(content).hexdigest() for content in self.contents.values()]
+        manifest = VisionManifest(
+            edgeblocks="0.1.0",
+            model_type="vit",
+            opset=20,
+            image=ImageSize(channels=3, height=8, width=8),
+            deep_range=None,
+            class_names=("cat", "dog"),
+            graph=ModelFile(
+                file="model.onnx",
+                data_file="model.onnx.data",
+                sha256=digests[0],
+                data_sha256=digests[1],
+                bytes=sum(map(len, self.contents.values())),
+            ),
+            verified=VerifiedClassifier(
+                logits_max_abs_error=1e-6, logits_limit=1e-4, top1_equal=8, pictures=8, real_pictures=True
+            ),
+        )
+        self.value = manifest.to_json()
+        self.prepare_sound()
+
+    def listed(self, name, content):
+        graph = self.value["graph"]
+        size = graph["bytes"] + len(content) - len(self.contents[name])
+        return {**self.value, "graph": {**graph, "sha256": hashlib.sha256(content).hexdigest(), "bytes": size}}
+
+    def read(self):
+        from edgeblocks.export.manifest import checked_path
+        from edgeblocks.export.open_export import open_graphs
+
+        model = open_graphs(self.folder)
+        for file in model.manifest.graphs:
+            checked_path(self.folder, file)
+
+
+class LanguageExportReader(ModelExportReader):
+    """An exported language model."""
 
     needs = "tokenizers"
+    changed = ("model.onnx", "tokenizer.json")
 
     def __init__(self, folder):
         from edgeblocks.data.tokenizer import train_pairs
@@ -261,7 +341,7 @@ class LanguageExportReader(Reader):
         self.folder, self.outside = folder / "export", folder / "outside.onnx"
         self.folder.mkdir()
         self.contents = {
-            "model.onnx": plain_graph(),
+            "model.onnx": plain_graph("RotaryEmbedding"),
             "model.onnx.data": b"weights",
             "tokenizer.json": pairs.to_json().encode(),
         }
@@ -287,28 +367,9 @@ class LanguageExportReader(Reader):
         self.value = manifest.model_dump(mode="json")
         self.prepare_sound()
 
-    def prepare_sound(self):
-        shutil.rmtree(self.folder)
-        self.folder.mkdir()
-        for name, content in self.contents.items():
-            (self.folder / name).write_bytes(content)
-        (self.folder / "manifest.json").write_text(json.dumps(self.value))
-
-    def prepare(self, rng):
-        self.prepare_sound()
-        manifest = self.folder / "manifest.json"
-        if rng.random() < 0.15:
-            replace_by_something(rng, self.folder / rng.choice([*self.contents, "manifest.json"]), self.outside)
-        elif rng.random() < 0.5:  # another graph or tokenizer, of which the manifest has the checksum
-            name = rng.choice(["model.onnx", "tokenizer.json"])
-            content = mutated_bytes(rng, self.contents[name])
-            (self.folder / name).write_bytes(content)
-            one = {"name": name, "sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
-            files = [one if file["name"] == name else file for file in self.value["files"]]
-            manifest.write_text(json.dumps({**self.value, "files": files}))
-        else:
-            text = json_text(rng, mutated_value(rng, self.value))
-            manifest.write_text(text, encoding="utf-8", errors="surrogatepass")
+    def listed(self, name, content):
+        one = {"name": name, "sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
+        return {**self.value, "files": [one if file["name"] == name else file for file in self.value["files"]]}
 
     def read(self):
         from edgeblocks.export.language_model import LanguageModel, is_language_model
@@ -318,7 +379,7 @@ class LanguageExportReader(Reader):
         assert isinstance(model.tokenizer.decode(model.tokenizer.encode("a whale")), str)
 
 
-def plain_graph():
+def plain_graph(operator):
     """A small graph with an operator of onnxruntime's own and weights beside it."""
     from onnx import TensorProto, helper
 
@@ -326,7 +387,7 @@ def plain_graph():
     weight.data_location = TensorProto.EXTERNAL
     for key, value in {"location": "model.onnx.data", "offset": "0", "length": "4"}.items():
         weight.external_data.add(key=key, value=value)
-    node = helper.make_node("RotaryEmbedding", ["x", "w"], ["y"], domain="com.microsoft")
+    node = helper.make_node(operator, ["x", "w"], ["y"], domain="com.microsoft")
     opsets = [helper.make_opsetid("", 20), helper.make_opsetid("com.microsoft", 1)]
     return helper.make_model(
         helper.make_graph([node], "model", [], [], [weight]), opset_imports=opsets
