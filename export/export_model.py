@@ -18,7 +18,7 @@ from edgeblocks.data.text import TextSet
 from edgeblocks.diffusion.next_token import write
 from edgeblocks.diffusion.token_choice import Tokens, Values
 from edgeblocks.errors import ConfigError, DataError, EdgeblocksError, RunError
-from edgeblocks.export.destination import check_destination, staged, synced
+from edgeblocks.export.destination import check_destination, staged
 from edgeblocks.export.language_model import (
     GRAPH,
     TOKENIZER,
@@ -28,7 +28,8 @@ from edgeblocks.export.language_model import (
     VerifiedModel,
     Weights,
 )
-from edgeblocks.export.manifest import USAGE_NAME, sha256_of
+from edgeblocks.export.manifest import sha256_of
+from edgeblocks.export.usage import write_text
 from edgeblocks.export.usage_language import language_usage_text
 from edgeblocks.files.untrusted import read_object
 from edgeblocks.onnx_runtime import TELEMETRY_OFF
@@ -134,8 +135,7 @@ def _describe(run: Run, family: Decoder, merged: Path, graph: Path, weights: Wei
     shutil.copyfile(merged / TOKENIZER, graph / TOKENIZER)
     model_type = str(model_folder(family.settings.model).config["model_type"])
     length = min(family.data.length, told["context_length"])
-    with synced(graph / USAGE_NAME) as file:
-        file.write(language_usage_text(model_type=model_type, weights=weights, length=length).encode())
+    write_text(graph, language_usage_text(model_type=model_type, weights=weights, length=length))
     files = [
         ExportedFile(name=path.name, sha256=sha256_of(path), bytes=path.stat().st_size)
         for path in sorted(graph.iterdir())
