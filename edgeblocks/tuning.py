@@ -73,8 +73,11 @@ def tuning_settings(model: Path | str, given: Mapping[str, object]) -> dict[str,
             f"{model} is a {told.config['model_type']}, which writes text, and {given['data']} are images; give a text "
             f"or conversations, or fine-tune an image classifier such as a vit or dinov2"
         )
-    _check_tokenizer(told)
     init, tokenizer = None if told.is_plan_only else folder, str(Path(folder) / TOKENIZER)
+    if told.is_plan_only and given.get("data") is None and not Path(tokenizer).exists():
+        tokenizer = "bytes"  # of the built-in text: how many tokens there are decides nothing that a plan tells
+    else:
+        _check_tokenizer(told)
     own: dict[str, object] = {"model": folder, "init": init, "tokenizer": tokenizer}
     usual = TUNING
     if tune == "lora":

@@ -60,6 +60,14 @@ def test_no_tokenizer(folder, text):
     refused(folder, text, "it has tokenizer.model, of which transformers writes one: AutoTokenizer.from_pretrained")
 
 
+def test_a_config_alone_is_planned(model, tmp_path):
+    """With nothing but it there is no text of the model's, and none is needed to tell memory and time."""
+    shutil.copyfile(model / "config.json", tmp_path / "config.json")
+    changed(tmp_path / "config.json", lambda config: config.update(vocab_size=512))
+    done = invoke("finetune", tmp_path, "--mem-budget", "4GB", "--length", "24", "--dry-run")
+    assert done.exit_code == 0 and "trained end to end" in done.stdout, done.stderr
+
+
 def test_a_tokenizer_that_does_not_know_what_ends_a_text(folder, tmp_path):
     """Its pieces would be learned as words."""
     write_conversations(tmp_path / "talk.jsonl")
