@@ -21,7 +21,7 @@ from edgeblocks.errors import EdgeblocksError, InterruptedRunError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-WANTED = {"data": "digits", "depth": 2, "width": 16, "heads": 2, "batch": 8, "blocks": 2, "steps": 160, "shared": 0}
+WANTED = {"data": "digits", "depth": 2, "width": 16, "heads": 2, "batch": 8, "blocks": 2, "steps": 120, "shared": 0}
 WANTED |= {"mem_budget": "4GB", "sample_grids": 0, "hold_out": 0.005, "visit_steps": 20, "tier": "ram"}
 
 
@@ -98,16 +98,16 @@ def test_a_head_that_is_killed_loses_a_visit_at_most(whole, nodes, tmp_path):
     out, before = tmp_path / "run", set(Path(tempfile.gettempdir()).glob("edgeblocks-worker-*"))
     settings = [f"{name}={value}" for name, value in WANTED.items() if name not in ("blocks", "steps", "mem_budget")]
     flags = [word for setting in settings for word in ("--set", setting)]
-    command = ["train", "--blocks", "2", "--steps", "160", "--mem-budget", "4GB", *flags, "--out", str(out)]
+    command = ["train", "--blocks", "2", "--steps", "120", "--mem-budget", "4GB", *flags, "--out", str(out)]
     command += ["--cluster", nodes.address]
     head = subprocess.Popen(python_module("edgeblocks.cli", *command), stderr=subprocess.PIPE, text=True)
     until = time.monotonic() + 120
-    while not (out / "manifest.json").exists() or sum(edgeblocks.load(out).left.values()) == 2 * 160:
+    while not (out / "manifest.json").exists() or sum(edgeblocks.load(out).left.values()) == 2 * 120:
         assert head.poll() is None and time.monotonic() < until, head.communicate()
         time.sleep(0.1)
     head.kill()
     head.communicate()
-    assert 0 < sum(edgeblocks.load(out).left.values()) < 2 * 160
+    assert 0 < sum(edgeblocks.load(out).left.values()) < 2 * 120
     assert_same_bits(whole.path, edgeblocks.resume(out, cluster=nodes.address).path, blocks=2)
     assert set(Path(tempfile.gettempdir()).glob("edgeblocks-worker-*")) <= before
 
@@ -132,7 +132,7 @@ def test_a_node_without_the_package_is_told(nodes, bare_node, tmp_path):
     """With what to do, before anything is trained."""
     with pytest.raises(EdgeblocksError, match=r"has no edgeblocks, .* pip install 'edgeblocks\[cluster\]==.* on every"):
         edgeblocks.train(out=tmp_path / "run", cluster=nodes.address, **{**WANTED, "mem_budget": "6GB"})
-    assert edgeblocks.load(tmp_path / "run").left == {0: 160, 1: 160}
+    assert edgeblocks.load(tmp_path / "run").left == {0: 120, 1: 120}
 
 
 @pytest.mark.thorough  # ways that are alike are tested by hand-made copies, in runs_end_to_end
@@ -142,7 +142,7 @@ def test_stopped_on_a_cluster_a_run_goes_on_without_it(whole, nodes, tmp_path):
     with pytest.raises(InterruptedRunError, match="stopped by SIGINT; saved at steps"):
         edgeblocks.train(out=tmp_path / "run", cluster=nodes.address, workers=1, listener=heard, **WANTED)
     left = edgeblocks.load(tmp_path / "run").left
-    assert sum(left.values()) <= 2 * 160 - 20
+    assert sum(left.values()) <= 2 * 120 - 20
     assert_same_bits(whole.path, edgeblocks.resume(tmp_path / "run").path, blocks=2)
 
 
@@ -164,7 +164,7 @@ def test_data_that_a_node_does_not_find_end_the_training_with_its_words(nodes, t
     wanted = {**WANTED, "data": str(tmp_path / "a.npz"), "hold_out": 0.1}
     with pytest.raises(EdgeblocksError, match=r"(?s)block \d on .*: its training ended with 2: .*a.npz"):
         edgeblocks.train(out=tmp_path / "run", cluster=nodes.address, callbacks=[Hides(tmp_path / "a.npz")], **wanted)
-    assert edgeblocks.load(tmp_path / "run").left == {0: 160, 1: 160}
+    assert edgeblocks.load(tmp_path / "run").left == {0: 120, 1: 120}
 
 
 class IsAnotherVersion(edgeblocks.Callback):
@@ -186,7 +186,7 @@ def test_a_node_with_another_version_is_told(nodes, tmp_path, monkeypatch):
     callbacks = [IsAnotherVersion(tmp_path / "site", monkeypatch)]
     with pytest.raises(EdgeblocksError, match=r"has edgeblocks .*, and this machine 9.9, whose numbers may differ"):
         edgeblocks.train(out=tmp_path / "run", cluster=nodes.address, callbacks=callbacks, **WANTED)
-    assert edgeblocks.load(tmp_path / "run").left == {0: 160, 1: 160}
+    assert edgeblocks.load(tmp_path / "run").left == {0: 120, 1: 120}
 
 
 @pytest.mark.slow
@@ -202,8 +202,8 @@ def test_a_cluster_gives_the_bits_of_one_machine_even_when_a_node_is_lost(whole,
     assert sum("is lost" in note for note in heard.notes) >= 1, heard.notes
     assert sum(note.endswith("under 2 GB") for note in heard.notes) >= 1, heard.notes
     assert sum("planned again for 2 GB" in note for note in heard.notes) >= 1, heard.notes
-    assert {span["last_step"] for span in run.summary["trained_on"]} == {160}
-    assert [(row.where, row.step, row.saved) for row in heard.rows] == [("done", 160, 160)] * 2
+    assert {span["last_step"] for span in run.summary["trained_on"]} == {120}
+    assert [(row.where, row.step, row.saved) for row in heard.rows] == [("done", 120, 120)] * 2
     assert sum(note.startswith("the cluster took ") for note in heard.notes) == 1, heard.notes
     assert not list(run.path.rglob("*.tmp")) and not (run.path / "blocks.arriving").exists()
 
