@@ -186,7 +186,7 @@ def build_exporter(kind: str) -> Any:
     return _load(_EXPORTERS, kind, "exporter")
 
 
-def open_exported(directory: Path, hardware: Hardware = PROCESSOR) -> Any:
+def open_exported(directory: Path | str, hardware: Hardware = PROCESSOR) -> Any:
     """An exported directory, ready to run: a `Sampler`, `Classifier`, `Writer`, `Continuer` or `VisionModel`. Without
     torch."""
     return _load(_CHAINS, "onnxruntime", "chain")(directory, hardware=hardware)

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from edgeblocks.export.vision_model import VisionModel
 
 
-def open_graphs(directory: Path, *, hardware: Hardware = PROCESSOR) -> "ExportedChain | VisionModel":
+def open_graphs(directory: Path | str, *, hardware: Hardware = PROCESSOR) -> "ExportedChain | VisionModel":
     """The chain, or the fine-tuned classifier, of an exported directory.
 
     Raises:
@@ -21,6 +21,7 @@ def open_graphs(directory: Path, *, hardware: Hardware = PROCESSOR) -> "Exported
     """
     from edgeblocks.export.vision_model import VisionModel, is_vision_model
 
+    directory = Path(directory)
     if is_vision_model(directory):
         return VisionModel(directory, hardware=hardware)
     return open_chain(directory, hardware=hardware)
