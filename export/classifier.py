@@ -1,30 +1,22 @@
 """Classes of images with an exported directory: numpy and onnxruntime, no torch."""
 
-from collections.abc import Callable, Sequence
-from functools import partial
-from pathlib import Path
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
 from edgeblocks.diffusion.classification import classify, label_noise
 from edgeblocks.diffusion.noise import sampler_levels
-from edgeblocks.errors import ConfigError, DataError
+from edgeblocks.errors import ConfigError
+from edgeblocks.export.manifest_types import ImageManifest
 from edgeblocks.export.onnx_chain import DEFAULT_MICRO_BATCH, ImageChain, Values, parts
-from edgeblocks.export.picture_classes import Answer, TakenPictures, answers
+from edgeblocks.export.picture_classes import PictureClassifier
 
 
-class Classifier(ImageChain):
+class Classifier(PictureClassifier, ImageChain):
     """An exported chain that classifies images."""
 
-    @property
-    def taken(self) -> TakenPictures:
-        """The pictures that it takes."""
-        return TakenPictures(shape=self.manifest.image_shape, deep_range=self.manifest.deep_range)
-
-    def held_bytes(self, n: int) -> int:
-        """The images that go through together."""
-        return self.taken.held_bytes(n)
+    manifest: ImageManifest
 
     def classify(
         self,
@@ -78,31 +70,6 @@ class Classifier(ImageChain):
             feed: dict[str, NDArray[np.generic]] = {"pixels": pixels[part], "noise": noise, "levels": np.array(levels)}
             (probabilities[part],) = self.run_chain(feed, [(np.float32, probabilities[part].shape)])
         return probabilities
-
-    def classify_files(
-        self,
-        paths: Sequence[Path],
-        *,
-        steps: int | None = None,
-        noises: int | None = None,
-        seed: int = 0,
-        on_unreadable: Callable[[DataError], None] | None = None,
-        on_image: Callable[[int, int], None] | None = None,
-    ) -> list[Answer]:
-        """For each image file its likeliest classes; see `picture_classes.answers`.
-
-        Raises:
-            DataError: a file is no image that can be read, or has another size than a network takes that is not square.
-            ConfigError, RunError: as `classify`.
-        """
-        return answers(
-            paths,
-            self.taken,
-            self.manifest.class_names,
-            partial(self.classify, steps=steps, noises=noises, seed=seed),
-            on_unreadable=on_unreadable,
-            on_image=on_image,
-        )
 
     def _to_model(self, pixels: NDArray[np.uint8]) -> Values:
         """float32 [N, C, H, W] with zero mean over the data that the network was trained on."""

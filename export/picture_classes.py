@@ -1,10 +1,11 @@
 """Classes of picture files, whatever network tells them: how a file becomes pixels, and what an answer is. No torch."""
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypedDict
+from typing import Any, TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
@@ -89,43 +90,73 @@ class TakenPictures:
         return pixels
 
 
-def answers(
-    paths: Sequence[Path],
-    taken: TakenPictures,
-    class_names: Sequence[str],
-    classify: Callable[[Pixels], Values],
-    *,
-    on_unreadable: Callable[[DataError], None] | None = None,
-    on_image: Callable[[int, int], None] | None = None,
-) -> list[Answer]:
-    """For each image file its likeliest classes: {path, classes: [{name, probability}, ..]}, likeliest first.
+class PictureClassifier(ABC):
+    """What classifies picture files, given how it classifies pixels."""
 
-    Args:
-        classify: probabilities [N, classes] of pixels [N, H, W, C].
-        on_unreadable: called with the error of each file that cannot be read; None: it is raised.
-        on_image: called with the files that are done, and how many there are, where they are more than are read
-            together.
+    manifest: Any
+    """Of an export; it has `image_shape`, `deep_range` and `class_names`."""
 
-    Raises:
-        DataError: as `TakenPictures.read`.
-    """
-    found: list[Answer] = []
-    # A group at a time, as pictures are decoded before they go through the network.
-    for start in range(0, len(paths), TOGETHER):
-        read: list[tuple[Path, Pixels]] = []
-        for path in paths[start : start + TOGETHER]:
-            try:
-                read.append((path, taken.read(path)))
-            except DataError as error:
-                if on_unreadable is None:
-                    raise
-                on_unreadable(error)
-        if read:
-            probabilities = classify(np.stack([image for _, image in read]))
-            found += [_answer(path, row, class_names) for (path, _), row in zip(read, probabilities, strict=True)]
-        if on_image is not None and len(paths) > TOGETHER:
-            on_image(min(start + TOGETHER, len(paths)), len(paths))
-    return found
+    @property
+    def taken(self) -> TakenPictures:
+        """The pictures that it takes."""
+        return TakenPictures(shape=self.manifest.image_shape, deep_range=self.manifest.deep_range)
+
+    def held_bytes(self, n: int) -> int:
+        """What `n` pictures keep in memory at least, beside the graphs."""
+        return self.taken.held_bytes(n)
+
+    @abstractmethod
+    def classify(
+        self,
+        pixels: Pixels,
+        *,
+        steps: int | None = None,
+        noises: int | None = None,
+        seed: int = 0,
+        micro_batch: int | None = None,
+    ) -> Values:
+        """Probabilities of the classes, float32 [N, classes], of pictures uint8 [N, H, W, C] of the network's size."""
+
+    def classify_files(
+        self,
+        paths: Sequence[Path],
+        *,
+        steps: int | None = None,
+        noises: int | None = None,
+        seed: int = 0,
+        on_unreadable: Callable[[DataError], None] | None = None,
+        on_image: Callable[[int, int], None] | None = None,
+    ) -> list[Answer]:
+        """For each picture file its likeliest classes, likeliest first.
+
+        Args:
+            steps, noises, seed: as of `classify`.
+            on_unreadable: called with the error of each file that cannot be read; None: it is raised.
+            on_image: called with the files that are done, and how many there are, where they are more than are read
+                together.
+
+        Raises:
+            DataError: as `TakenPictures.read`.
+            ConfigError, RunError: as `classify`.
+        """
+        found: list[Answer] = []
+        # A group at a time, as pictures are decoded before they go through the network.
+        for start in range(0, len(paths), TOGETHER):
+            read: list[tuple[Path, Pixels]] = []
+            for path in paths[start : start + TOGETHER]:
+                try:
+                    read.append((path, self.taken.read(path)))
+                except DataError as error:
+                    if on_unreadable is None:
+                        raise
+                    on_unreadable(error)
+            if read:
+                pixels, names = np.stack([image for _, image in read]), self.manifest.class_names
+                probabilities = self.classify(pixels, steps=steps, noises=noises, seed=seed)
+                found += [_answer(path, row, names) for (path, _), row in zip(read, probabilities, strict=True)]
+            if on_image is not None and len(paths) > TOGETHER:
+                on_image(min(start + TOGETHER, len(paths)), len(paths))
+        return found
 
 
 def _answer(path: Path, probabilities: Values, class_names: Sequence[str]) -> Answer:

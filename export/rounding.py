@@ -7,6 +7,7 @@ examples.
 
 import math
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,7 @@ from edgeblocks.export.classifier import Classifier
 from edgeblocks.export.continuer import Continuer
 from edgeblocks.export.manifest import block_file
 from edgeblocks.export.manifest_figures import Rounding
-from edgeblocks.export.manifest_types import Manifest
+from edgeblocks.export.manifest_types import GraphFile, Manifest
 from edgeblocks.export.onnx_chain import ExportedChain, ImageChain, Values
 from edgeblocks.export.open_export import open_chain
 from edgeblocks.export.rounded_graph import RoundedWeights, write_rounded
@@ -43,7 +44,7 @@ _ERRORS = 2.0
 """Standard errors from which a difference is none of noise: 19 of 20 lie nearer."""
 _FINE = 0.001
 """To this share a cost is known well enough, whatever the limit."""
-_FOLDER = "rounded"
+ROUNDED = "rounded"
 _TINY = 1e-30
 """Stands for a probability, or a loss, of 0."""
 
@@ -112,16 +113,16 @@ def round_blocks(
     data = data_to_judge(run, listener, weights)
     listener.stage(f"rounding to {weights}")
     folder, exact = walk.directory, walk.manifest
-    (folder / _FOLDER).mkdir()
+    (folder / ROUNDED).mkdir()
     files = []
     for done, file in enumerate(exact.files):
-        path = folder / _FOLDER / file.file
+        path = folder / ROUNDED / file.file
         data_path = write_rounded(folder / file.file, path, weights, external_above_bytes=external_above_bytes)
         files.append(block_file(path, data_path, file.block))
         listener.advance(done + 1, len(exact.files), "rounding")
     rounded = exact.model_copy(update={"files": tuple(files)})
     listener.stage("measuring what rounding costs")
-    chains = (walk, open_chain(folder / _FOLDER, manifest=rounded))
+    chains = (walk, open_chain(folder / ROUNDED, manifest=rounded))
     try:
         rounding = measured(
             lambda indices: _figures(run, *chains, data, indices, listener, micro_batch),
@@ -135,12 +136,21 @@ def round_blocks(
         for chain in chains:
             chain.close()
     judge(rounding, most_loss, listener)
-    for name in (name for file in exact.files for name in file.names):
-        (folder / name).unlink()
-    for path in sorted((folder / _FOLDER).iterdir()):
-        path.rename(folder / path.name)
-    (folder / _FOLDER).rmdir()
+    take_place(folder, exact.files)
     return rounded.model_copy(update={"rounding": rounding})
+
+
+def take_place(folder: Path, files: Sequence[GraphFile]) -> None:
+    """Have what is in the folder ROUNDED take the place of these files.
+
+    Raises:
+        OSError: the disk refused.
+    """
+    for name in (name for file in files for name in file.names):
+        (folder / name).unlink()
+    for path in sorted((folder / ROUNDED).iterdir()):
+        path.rename(folder / path.name)
+    (folder / ROUNDED).rmdir()
 
 
 def data_to_judge(run: RunDirectory, listener: Listener, weights: RoundedWeights) -> DataSet:

@@ -4,21 +4,19 @@ The folder holds one graph that takes pictures as they are and normalises them i
 the size of pictures, what every file's content must be, and how close the graph was to torch.
 """
 
-from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
 import numpy as np
 from pydantic import Field, model_validator
 
-from edgeblocks.errors import ConfigError, DataError, RunError
+from edgeblocks.errors import ConfigError, RunError
 from edgeblocks.export.loaded_graphs import LoadedGraphs
 from edgeblocks.export.manifest import FILE_NAME, kind_of, read_content, write_content
 from edgeblocks.export.manifest_figures import Rounding
 from edgeblocks.export.manifest_types import MOST_OPSET, ImageSize, ModelFile
 from edgeblocks.export.onnx_chain import parts
-from edgeblocks.export.picture_classes import Answer, Pixels, TakenPictures, Values, answers
+from edgeblocks.export.picture_classes import PictureClassifier, Pixels, Values
 from edgeblocks.files.checked import AnyText, Checked, DeepRange, ListOf, NotNegative, Positive, Text
 from edgeblocks.limits import MOST_CLASSES
 from edgeblocks.onnx_runtime import PROCESSOR, Hardware
@@ -124,8 +122,10 @@ def read_vision_manifest(folder: Path) -> VisionManifest:
     return manifest
 
 
-class VisionModel(LoadedGraphs):
+class VisionModel(PictureClassifier, LoadedGraphs):
     """An exported classifier; its graph stays loaded from the first picture on. Not thread-safe."""
+
+    manifest: VisionManifest
 
     def __init__(
         self, directory: Path, *, manifest: VisionManifest | None = None, hardware: Hardware = PROCESSOR
@@ -139,11 +139,6 @@ class VisionModel(LoadedGraphs):
         """
         self.manifest = read_vision_manifest(directory) if manifest is None else manifest
         super().__init__(directory, self.manifest.graphs, opset=self.manifest.opset, hardware=hardware)
-        self.taken = TakenPictures(shape=self.manifest.image_shape, deep_range=self.manifest.deep_range)
-
-    def held_bytes(self, n: int) -> int:
-        """The pictures that are read together."""
-        return self.taken.held_bytes(n)
 
     def run(self, pixels: Pixels, *, micro_batch: int | None = None) -> tuple[Values, Values]:
         """Logits and probabilities of the classes, float32 [N, classes] each, of pictures uint8 [N, H, W, C].
@@ -181,28 +176,3 @@ class VisionModel(LoadedGraphs):
             if value is not None:
                 raise ConfigError(f"--{name} {value}: a fine-tuned classifier has no noise levels; leave it out")
         return self.run(pixels, micro_batch=micro_batch)[1]
-
-    def classify_files(
-        self,
-        paths: Sequence[Path],
-        *,
-        steps: int | None = None,
-        noises: int | None = None,
-        seed: int = 0,
-        on_unreadable: Callable[[DataError], None] | None = None,
-        on_image: Callable[[int, int], None] | None = None,
-    ) -> list[Answer]:
-        """For each picture file its likeliest classes; see `picture_classes.answers`.
-
-        Raises:
-            DataError: a file is no picture that can be read.
-            ConfigError, RunError: as `classify`.
-        """
-        return answers(
-            paths,
-            self.taken,
-            self.manifest.class_names,
-            partial(self.classify, steps=steps, noises=noises, seed=seed),
-            on_unreadable=on_unreadable,
-            on_image=on_image,
-        )

@@ -10,12 +10,11 @@ from edgeblocks.data.dataset import DataSet
 from edgeblocks.export.manifest import graph_facts
 from edgeblocks.export.manifest_types import ModelFile
 from edgeblocks.export.rounded_graph import RoundedWeights, write_rounded
-from edgeblocks.export.rounding import FIRST_EXAMPLES, as_fields, data_to_judge, judge, measured
+from edgeblocks.export.rounding import FIRST_EXAMPLES, ROUNDED, as_fields, data_to_judge, judge, measured, take_place
 from edgeblocks.export.verify import Listener
 from edgeblocks.export.vision_model import VisionManifest, VisionModel
 from edgeblocks.runs.directory import RunDirectory
 
-_FOLDER = "rounded"
 _TINY = 1e-30
 """Stands for a probability of 0."""
 
@@ -46,11 +45,11 @@ def round_classifier(
     data = data_to_judge(run, listener, weights)
     listener.stage(f"rounding to {weights}")
     folder, file = exact.directory, exact.manifest.graph
-    (folder / _FOLDER).mkdir()
-    path = folder / _FOLDER / file.file
+    (folder / ROUNDED).mkdir()
+    path = folder / ROUNDED / file.file
     data_path = write_rounded(folder / file.file, path, weights, external_above_bytes=external_above_bytes)
     manifest = exact.manifest.model_copy(update={"graph": ModelFile(**graph_facts(path, data_path))})
-    rounded = VisionModel(folder / _FOLDER, manifest=manifest)
+    rounded = VisionModel(folder / ROUNDED, manifest=manifest)
     listener.stage("measuring what rounding costs")
     try:
         rounding = measured(
@@ -65,11 +64,7 @@ def round_classifier(
         exact.close()
         rounded.close()
     judge(rounding, most_loss, listener)
-    for name in file.names:
-        (folder / name).unlink()
-    for written in sorted((folder / _FOLDER).iterdir()):
-        written.rename(folder / written.name)
-    (folder / _FOLDER).rmdir()
+    take_place(folder, [file])
     return manifest.model_copy(update={"rounding": rounding})
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+from support.changed_export import changed_copy, manifest_with
 from support.commands import assert_refused, invoke
 from support.outside import measured, measured_script
 from support.small_model import transformers, write_conversations, write_model
@@ -135,18 +136,7 @@ def test_a_folder_from_elsewhere_is_checked(exported, tmp_path):
     """Every file, what the graph refers to, and what the manifest says of it."""
 
     def changed(change):
-        folder = tmp_path / "changed"
-        shutil.rmtree(folder, ignore_errors=True)
-        shutil.copytree(exported[0], folder)
-        change(folder)
-        return folder
-
-    def manifest(**values):
-        def change(folder):
-            path = folder / "manifest.json"
-            path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
-
-        return change
+        return changed_copy(exported[0], tmp_path / "changed", change)
 
     def flip(name):
         def change(folder):
@@ -177,14 +167,14 @@ def test_a_folder_from_elsewhere_is_checked(exported, tmp_path):
         (flip("model.onnx.data"), "does not match its checksum"),
         (flip("tokenizer.json"), "does not match its checksum"),
         (lambda folder: (folder / "model.onnx").unlink(), "cannot read"),
-        (manifest(verified=None), "never finished"),
-        (manifest(layers=0), "layers"),
-        (manifest(files=[]), "does not list model.onnx"),
+        (manifest_with(verified=None), "never finished"),
+        (manifest_with(layers=0), "layers"),
+        (manifest_with(files=[]), "does not list model.onnx"),
         (lambda folder: (folder / "manifest.json").write_text("{"), "cannot be read"),
     ):
         with pytest.raises(RunError, match=said):
             LanguageModel(changed(change))
-    other = changed(manifest(layers=3))
+    other = changed(manifest_with(layers=3))
     with pytest.raises(RunError, match=r"cannot run|of another model"):
         LanguageModel(other).write(1, prompt="the sea", length=12)
 

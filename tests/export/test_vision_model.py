@@ -11,6 +11,7 @@ import onnx
 import pytest
 import torch
 from PIL import Image
+from support.changed_export import changed_copy, manifest_with
 from support.commands import assert_refused, invoke
 from support.outside import measured_script
 from support.small_model import transformers
@@ -223,18 +224,7 @@ def test_a_folder_from_elsewhere_is_checked(exports, tmp_path):
     source, _ = exports("full")
 
     def changed(change):
-        folder = tmp_path / "changed"
-        shutil.rmtree(folder, ignore_errors=True)
-        shutil.copytree(source, folder)
-        change(folder)
-        return folder
-
-    def manifest(**values):
-        def change(folder):
-            path = folder / "manifest.json"
-            path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
-
-        return change
+        return changed_copy(source, tmp_path / "changed", change)
 
     def graph(edit):
         """Another graph, of which the manifest has the checksum."""
@@ -244,7 +234,7 @@ def test_a_folder_from_elsewhere_is_checked(exports, tmp_path):
             edit(model.graph)
             path.write_bytes(model.SerializeToString())
             content = json.loads((folder / "manifest.json").read_text())["graph"]
-            manifest(graph={**content, "sha256": sha256_of(path), "bytes": path.stat().st_size})(folder)
+            manifest_with(graph={**content, "sha256": sha256_of(path), "bytes": path.stat().st_size})(folder)
 
         return change
 
@@ -273,11 +263,11 @@ def test_a_folder_from_elsewhere_is_checked(exports, tmp_path):
         (graph(outside), "takes weights from '../secret', which is not among its files"),
         (flip, "does not match its checksum"),
         (lambda folder: (folder / "model.onnx").unlink(), "the model is missing"),
-        (manifest(class_names=names), "of another network than its manifest describes"),
-        (manifest(class_names=["one"]), "class_names"),
-        (manifest(verified=None), "never finished"),
-        (manifest(format_version=2), "format_version"),
-        (manifest(kind="something"), "of another kind"),
+        (manifest_with(class_names=names), "of another network than its manifest describes"),
+        (manifest_with(class_names=["one"]), "class_names"),
+        (manifest_with(verified=None), "never finished"),
+        (manifest_with(format_version=2), "format_version"),
+        (manifest_with(kind="something"), "of another kind"),
         (lambda folder: (folder / "manifest.json").write_text("{"), "damaged"),
     ):
         with pytest.raises(RunError, match=said):

@@ -4,6 +4,7 @@ import functools
 import hashlib
 import json
 import shutil
+from abc import ABC, abstractmethod
 from dataclasses import asdict
 
 from fuzz.readers.odd_entries import replace_by_something
@@ -248,15 +249,15 @@ class ContinuationExportReader(ExportReader):
         assert code_rows(manifest.vocabulary, manifest.code_width).shape[0] == manifest.vocabulary
 
 
-class ModelExportReader(Reader):
+class ModelExportReader(Reader, ABC):
     """An exported fine-tuned model: its manifest, its files' own bytes, and what its names lead to."""
 
     changed = ("model.onnx",)
     """Files whose bytes are changed."""
 
+    @abstractmethod
     def listed(self, name, content):
         """The manifest with the checksum of another content of a file."""
-        raise NotImplementedError
 
     def prepare_sound(self):
         shutil.rmtree(self.folder)
