@@ -243,7 +243,7 @@ def _print_plan(given: Mapping[str, Any], config: Path | None, out: Path, *, as_
         prepared = api.plan(config=config, out=out, listener=listener, **given)
         run = prepared.settings.run
         options: dict[MethodName, Option] = {run.method: option(lambda: prepared)}
-        found = measured(run.family)
+        found = measured(run.family, sliding_window=getattr(prepared.settings.family, "sliding_window", 0))
         for other in METHODS.keys() - {run.method}:
             if family_type(run.family).only_exact:
                 break

@@ -24,9 +24,12 @@ from edgeblocks.families.token_loss import token_losses
 class ArBlock(TokenDenoiserBlock):
     """Both streams go through a layer together, one above the other in the batch."""
 
-    def new_layers(self, num_layers: int, *, width: int, heads: int) -> list[CausalLayer]:
+    def new_layers(self, num_layers: int, *, width: int, heads: int, sliding_window: int) -> list[CausalLayer]:
         """Layers of two streams."""
-        return [TwoStreamLayer(width=width, heads=heads, last=number == num_layers - 1) for number in range(num_layers)]
+        return [
+            TwoStreamLayer(width=width, heads=heads, sliding_window=sliding_window, last=number == num_layers - 1)
+            for number in range(num_layers)
+        ]
 
     def through_layers(
         self, clean: Hidden, noised: Hidden, condition: Condition, past: Tensor | None, present: list[Tensor] | None
@@ -57,12 +60,23 @@ class PlainArBlock(TokenDenoiserBlock):
     stem_parts: tuple[str, ...] = ("token_embedding",)
     readout_parts: tuple[str, ...] = ("readout_norm", "readout")
 
-    def __init__(self, *, width: int, heads: int, data: TextInfo, num_layers: int, checkpointing: bool) -> None:
+    def __init__(
+        self,
+        *,
+        width: int,
+        heads: int,
+        sliding_window: int = 0,
+        data: TextInfo,
+        num_layers: int,
+        checkpointing: bool,
+    ) -> None:
         nn.Module.__init__(self)
         self.heads, self.length, self.vocabulary = heads, data.length, data.vocabulary
         self.width, self.checkpointing = width, checkpointing
         self.token_embedding = TokenEmbedding(data.vocabulary + 1, width)
-        self.layers = nn.ModuleList(PlainCausalLayer(width=width, heads=heads) for _ in range(num_layers))
+        self.layers = nn.ModuleList(
+            PlainCausalLayer(width=width, heads=heads, sliding_window=sliding_window) for _ in range(num_layers)
+        )
         self.readout_norm = nn.LayerNorm(width)
         self.readout = Linear(width, data.vocabulary)
 
@@ -111,6 +125,7 @@ class PlainAr(Ar, EndToEnd):
         return PlainArBlock(
             width=self.settings.width,
             heads=self.settings.heads,
+            sliding_window=self.settings.sliding_window,
             data=self.data,
             num_layers=num_layers,
             checkpointing=checkpointing,

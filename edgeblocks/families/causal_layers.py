@@ -23,21 +23,38 @@ Present = tuple[Float[Tensor, "sequences heads tokens head_width"], Float[Tensor
 
 
 def visible(
-    queries: Float[Tensor, "sequences heads tokens head_width"], keys: Float[Tensor, "sequences heads keys head_width"]
+    queries: Float[Tensor, "sequences heads tokens head_width"],
+    keys: Float[Tensor, "sequences heads keys head_width"],
+    sliding_window: int = 0,
 ) -> Bool[Tensor, "tokens keys"]:
     """Which keys, those of the past and then of the tokens themselves, each token sees: none that come later.
 
+    Args:
+        sliding_window: the token itself and the last ones before it, so many in all; 0 for all of them.
+
     >>> visible(torch.zeros(1, 1, 2, 4), torch.zeros(1, 1, 3, 4)).int().tolist()
     [[1, 1, 0], [1, 1, 1]]
+    >>> visible(torch.zeros(1, 1, 2, 4), torch.zeros(1, 1, 3, 4), 2).int().tolist()
+    [[1, 1, 0], [0, 1, 1]]
     """
     num_tokens, num_keys = queries.shape[2], keys.shape[2]
     # The tokens are the last ones of the keys.
-    tokens = torch.arange(num_tokens, device=queries.device) + (num_keys - num_tokens)
-    return torch.arange(num_keys, device=queries.device) <= tokens.unsqueeze(1)
+    tokens = (torch.arange(num_tokens, device=queries.device) + (num_keys - num_tokens)).unsqueeze(1)
+    positions = torch.arange(num_keys, device=queries.device)
+    seen = positions <= tokens
+    return seen & (positions > tokens - sliding_window) if sliding_window else seen
 
 
 class CausalAttention(RotaryAttention):
-    """Self-attention in which a token sees itself and those before it."""
+    """Self-attention in which a token sees itself and those before it, all or the last ones.
+
+    Source of the sliding window: Beltagy et al. 2020, arXiv 2004.05150 (Longformer), section 3.1. What a layer does not
+    see has come to it through those below: n layers with a window of w see n (w - 1) + 1 tokens.
+    """
+
+    def __init__(self, *, width: int, heads: int, sliding_window: int = 0) -> None:
+        super().__init__(width=width, heads=heads)
+        self.sliding_window = sliding_window
 
     def forward(self, x: Hidden) -> Hidden:
         return self.attend(x, None)[0]
@@ -47,7 +64,7 @@ class CausalAttention(RotaryAttention):
         queries, keys, values = self.projected(x, self._positions(x, past))
         # Keys were rotated by their own positions when they were made, so those of the KV cache stay as they are.
         seen_keys, seen_values = _with_past(keys, values, past)
-        attended = _causal(queries, seen_keys, seen_values, past)
+        attended = self._causal(queries, seen_keys, seen_values, past)
         return self.merged(attended), (keys, values)
 
     def read(self, x: Float[Tensor, "both tokens width"]) -> Float[Tensor, "both tokens width"]:
@@ -58,9 +75,19 @@ class CausalAttention(RotaryAttention):
         to itself.
         """
         queries, keys, values = (halves(part) for part in self.projected(x, self._positions(x, None)))
-        before = visible(queries[1], keys[0]).tril(-1)  # not the diagonal: that is the token to be predicted
+        before = visible(queries[1], keys[0], self.sliding_window).tril(
+            -1
+        )  # not the diagonal: that is the token to be predicted
         unknown = _with_itself(queries[1], keys, values, before)
-        return self.merged(torch.cat([_causal(queries[0], keys[0], values[0], None), unknown]))
+        return self.merged(torch.cat([self._causal(queries[0], keys[0], values[0], None), unknown]))
+
+    def _causal(self, queries: Tensor, keys: Tensor, values: Tensor, past: Past | None) -> Tensor:
+        """Attention of the last tokens to all that they see."""
+        if past is None and not self.sliding_window:
+            # is_causal instead of a mask: torch then skips the masked half.
+            return F.scaled_dot_product_attention(queries, keys, values, is_causal=True)
+        mask = _added(visible(queries, keys, self.sliding_window), queries)
+        return F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask)
 
     def _positions(self, x: Tensor, past: Past | None) -> Float[Tensor, "2 tokens half"]:
         """The rows of the table of positions. A look-up where there is a past, whose length an exported graph does not
@@ -89,11 +116,11 @@ class TwoStreamAttention(CausalAttention):
         seen_keys, seen_values = _with_past(keys[0], values[0], past)
         # The diagonal, too: the clean stream is shifted by one, so its position i holds the token before the one that
         # is to be predicted.
-        seen = visible(queries[1], seen_keys)
+        seen = visible(queries[1], seen_keys, self.sliding_window)
         noised = _with_itself(queries[1], (seen_keys, keys[1]), (seen_values, values[1]), seen)
         if self.noised_only:
             return self.merged(noised), (keys[0], values[0])
-        clean = _causal(queries[0], seen_keys, seen_values, past)
+        clean = self._causal(queries[0], seen_keys, seen_values, past)
         return self.merged(torch.cat([clean, noised])), (keys[0], values[0])
 
 
@@ -102,9 +129,9 @@ class CausalLayer(AdaLnZeroLayer):
 
     attention: CausalAttention
 
-    def __init__(self, *, width: int, heads: int) -> None:
+    def __init__(self, *, width: int, heads: int, sliding_window: int = 0) -> None:
         super().__init__(width=width, heads=heads)
-        self.attention = CausalAttention(width=width, heads=heads)
+        self.attention = CausalAttention(width=width, heads=heads, sliding_window=sliding_window)
 
     def forward(self, x: Hidden, condition: Condition) -> Float[Tensor, "answered tokens width"]:
         return self.cached(x, condition, None)[0]
@@ -137,8 +164,9 @@ class PlainCausalLayer(PreNormLayer):
 
     attention: CausalAttention
 
-    def __init__(self, *, width: int, heads: int) -> None:
-        super().__init__(width=width, attention=CausalAttention(width=width, heads=heads))
+    def __init__(self, *, width: int, heads: int, sliding_window: int = 0) -> None:
+        attention = CausalAttention(width=width, heads=heads, sliding_window=sliding_window)
+        super().__init__(width=width, attention=attention)
 
     def cached(self, x: Hidden, condition: Tensor, past: Past | None) -> tuple[Hidden, Present]:
         """The output for tokens that follow those of the past, and their keys and values."""
@@ -157,9 +185,9 @@ class TwoStreamLayer(CausalLayer):
 
     attention: TwoStreamAttention
 
-    def __init__(self, *, width: int, heads: int, last: bool) -> None:
+    def __init__(self, *, width: int, heads: int, sliding_window: int = 0, last: bool) -> None:
         super().__init__(width=width, heads=heads)
-        self.attention = TwoStreamAttention(width=width, heads=heads)
+        self.attention = TwoStreamAttention(width=width, heads=heads, sliding_window=sliding_window)
         self.attention.noised_only = last
 
     def _added(self, x: Tensor, attended: Tensor, *modulation: Tensor) -> Tensor:
@@ -180,14 +208,6 @@ def _with_past(keys: Tensor, values: Tensor, past: Past | None) -> tuple[Tensor,
         return keys, values
     past_keys, past_values = (kept.to(keys.dtype) for kept in past)
     return torch.cat([past_keys, keys], dim=2), torch.cat([past_values, values], dim=2)
-
-
-def _causal(queries: Tensor, keys: Tensor, values: Tensor, past: Past | None) -> Tensor:
-    """Attention of the last tokens to all of them."""
-    if past is None:
-        # is_causal instead of a mask: torch then skips the masked half.
-        return F.scaled_dot_product_attention(queries, keys, values, is_causal=True)
-    return F.scaled_dot_product_attention(queries, keys, values, attn_mask=_added(visible(queries, keys), queries))
 
 
 def _with_itself(

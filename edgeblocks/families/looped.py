@@ -118,13 +118,21 @@ class PlainLoopedBlock(PlainArBlock):
         *,
         width: int,
         heads: int,
+        sliding_window: int = 0,
         data: TextInfo,
         num_layers: int,
         checkpointing: bool,
         iterations: int,
         truncation: int,
     ) -> None:
-        super().__init__(width=width, heads=heads, data=data, num_layers=num_layers, checkpointing=checkpointing)
+        super().__init__(
+            width=width,
+            heads=heads,
+            sliding_window=sliding_window,
+            data=data,
+            num_layers=num_layers,
+            checkpointing=checkpointing,
+        )
         self.iterations, self.truncation = iterations, truncation
         self.adapter = Linear(2 * width, width)
         self.state_norm = nn.LayerNorm(width)
@@ -197,6 +205,7 @@ class PlainLooped(PlainAr):
         return PlainLoopedBlock(
             width=self.settings.width,
             heads=self.settings.heads,
+            sliding_window=self.settings.sliding_window,
             data=self.data,
             num_layers=num_layers,
             checkpointing=checkpointing,

@@ -33,7 +33,15 @@ class TokenDenoiserBlock(TextBlock, ABC):
     codes: Tensor
 
     def __init__(
-        self, *, width: int, heads: int, code_width: int, data: TextInfo, num_layers: int, checkpointing: bool
+        self,
+        *,
+        width: int,
+        heads: int,
+        sliding_window: int = 0,
+        code_width: int,
+        data: TextInfo,
+        num_layers: int,
+        checkpointing: bool,
     ) -> None:
         super().__init__()
         self.heads, self.length, self.vocabulary = heads, data.length, data.vocabulary
@@ -42,13 +50,15 @@ class TokenDenoiserBlock(TextBlock, ABC):
         self.code_embedding = Linear(code_width, width)
         self.noise_up = Linear(NOISE_FEATURES, width)
         self.noise_down = Linear(width, width)
-        self.layers = nn.ModuleList(self.new_layers(num_layers, width=width, heads=heads))
+        self.layers = nn.ModuleList(
+            self.new_layers(num_layers, width=width, heads=heads, sliding_window=sliding_window)
+        )
         self.readout_modulation = Linear(width, 2 * width)
         self.readout = Linear(width, data.vocabulary)
 
-    def new_layers(self, num_layers: int, *, width: int, heads: int) -> list[CausalLayer]:
+    def new_layers(self, num_layers: int, *, width: int, heads: int, sliding_window: int) -> list[CausalLayer]:
         """Layers whose parameters are not initialised."""
-        return [CausalLayer(width=width, heads=heads) for _ in range(num_layers)]
+        return [CausalLayer(width=width, heads=heads, sliding_window=sliding_window) for _ in range(num_layers)]
 
     @torch.no_grad()
     def init_(self, generator: torch.Generator) -> None:

@@ -48,7 +48,7 @@ from edgeblocks.families.settings import (
 )
 from edgeblocks.families.token_block import Codes, Past, Present, Sigma, TokenDenoiserBlock, Tokens
 from edgeblocks.families.token_loss import token_estimates, token_losses, token_scores
-from edgeblocks.limits import MOST_CODE_WIDTH
+from edgeblocks.limits import LONGEST_SEQUENCE, MOST_CODE_WIDTH
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +58,14 @@ class TokenDenoiserSettings(FamilySettings):
     width: Width = 256
     depth: Depth = 12
     heads: RotaryHeads = 4
+    sliding_window: Annotated[
+        int,
+        Field(
+            ge=0,
+            le=LONGEST_SEQUENCE,
+            description="tokens that a layer's attention sees, the token's own and the last; 0: all before",
+        ),
+    ] = 0
     code_width: Annotated[
         int, Field(ge=8, le=MOST_CODE_WIDTH, multiple_of=8, description="width of a token's code")
     ] = 64
@@ -136,6 +144,7 @@ class TokenDenoiser(TextFamily):
         return self.block_type(
             width=self.settings.width,
             heads=self.settings.heads,
+            sliding_window=self.settings.sliding_window,
             code_width=self.settings.code_width,
             data=self.data,
             num_layers=num_layers,

@@ -91,10 +91,12 @@ class Recommendation:
         return f"method: {self.method} is recommended: {self.reason}"
 
 
-def measured(family: str) -> Measured | None:
-    """What was measured of a family; None where nothing was."""
+def measured(family: str, *, sliding_window: int = 0) -> Measured | None:
+    """What was measured of a family, where its layers see all tokens or the last ones; None where nothing was."""
     content = json.loads((resources.files("edgeblocks") / "measured.json").read_text(encoding="utf-8"))
-    return Measured(**content[family]) if family in content else None
+    # How deep a network should be depends on how far a layer sees, so these figures are kept apart.
+    task = f"{family}-sliding" if sliding_window else family
+    return Measured(**content[task]) if task in content else None
 
 
 def option(plan: Callable[[], "Prepared"]) -> Option:

@@ -1,10 +1,11 @@
 """What block-wise training costs in quality: arms of a family at equal layer evaluations.
 
     python tests/bench/fashion_mnist.py fashion.npz
-    python tests/bench/four_arms.py fashion.npz --family vit
-    python tests/bench/four_arms.py moby-dick --family ar --seeds 0 1
-    python tests/bench/four_arms.py addresses.jsonl --family mdlm      # see state_of_the_union.py
-    python tests/bench/four_arms.py moby-dick --family ar --steps 1200 --seeds 0 --arms "plain, short" greedy
+    python tests/bench/four_arms.py fashion.npz --task vit
+    python tests/bench/four_arms.py moby-dick --task ar --seeds 0 1
+    python tests/bench/four_arms.py addresses.jsonl --task mdlm        # see state_of_the_union.py
+    python tests/bench/four_arms.py moby-dick --task ar --steps 1200 --seeds 0 --arms "plain, short" greedy
+    python tests/bench/four_arms.py moby-dick --task ar-sliding --rates 1e-3 2e-3 4e-3
 
 With L layers, the family's preferred number of blocks B, and K steps of each block:
   blocks        B blocks of L/B layers, K steps each
@@ -19,6 +20,8 @@ With L layers, the family's preferred number of blocks B, and K steps of each bl
 and for looped, whose B is 1:
   unrolled      end-to-end training of its own form, K steps: the core several times a step, which takes more layer
                 evaluations
+`ar-sliding` is ar where a layer sees four tokens (sliding_window=4), so that a text is seen only as far back as there
+are layers: there depth pays. With several learning rates each arm has its best one, that of the first seed.
 Text that is written token by token is told by the bound with 8 noises, or by the cross-entropy of a network that was
 trained end to end. Batch, learning rate, schedule, clipping, EMA and the hold-out part are the same.
 
@@ -28,6 +31,7 @@ recommendation, where the plain arm (of looped the unrolled one) stands for --me
 """
 
 import argparse
+import itertools
 import json
 import math
 import platform
@@ -58,14 +62,22 @@ PACKAGED = HERE / "edgeblocks/measured.json"
 LEARNING = {"learning_rate": 1e-3, "warmup": 50, "weight_decay": 0.01, "clip": 1.0, "ema_length": 0.1}
 IMAGE = {"width": 96, "depth": 6, "heads": 4, "patch": 4, "batch": 64}
 TEXT = {"width": 64, "depth": 12, "heads": 4, "length": 128, "batch": 16, "overlap": 0.1}
-SETTINGS: dict[str, dict[str, Any]] = {"dit": IMAGE, "vit": IMAGE, "mdlm": TEXT, "ar": TEXT, "looped": TEXT}
-STEPS = {"dit": 1000, "vit": 800, "mdlm": 500, "ar": 300, "looped": 300}
+SLIDING = {**TEXT, "depth": 4, "sliding_window": 4}
+SETTINGS: dict[str, dict[str, Any]] = {
+    **{"dit": IMAGE, "vit": IMAGE, "mdlm": TEXT, "ar": TEXT, "looped": TEXT},
+    "ar-sliding": SLIDING,
+}
+"""By the task: a family, with what else is asked of it."""
+STEPS = {"dit": 1000, "vit": 800, "mdlm": 500, "ar": 300, "looped": 300, "ar-sliding": 800}
 LENGTHS = (1, 4, 12)
 """Times as many steps."""
-BLOCKS = {"dit": 3, "vit": 2, "mdlm": 3, "ar": 4, "looped": 1}
-EXAMPLES = {"dit": 0, "vit": 1024, "mdlm": 64, "ar": 64, "looped": 64}
+BLOCKS = {"dit": 3, "vit": 2, "mdlm": 3, "ar": 4, "looped": 1, "ar-sliding": 2}
+EXAMPLES = {"dit": 0, "vit": 1024, "mdlm": 64, "ar": 64, "looped": 64, "ar-sliding": 64}
 """Of the hold-out part: classified, or sequences of the bound; the loss of images is that of 512."""
-DATA = {"dit": "fashion", "vit": "fashion", "mdlm": "addresses", "ar": "moby-dick", "looped": "moby-dick"}
+DATA = {
+    **{"dit": "fashion", "vit": "fashion", "mdlm": "addresses", "ar": "moby-dick", "looped": "moby-dick"},
+    "ar-sliding": "moby-dick",
+}
 LATER = ("begun as one", "greedy", "greedy, equal", "BoostResNet")
 """Arms that a family's section does without until they are measured."""
 MEASURES = {
@@ -74,6 +86,7 @@ MEASURES = {
     "mdlm": ("bits_per_character",),
     "ar": ("bits_per_character",),
     "looped": ("bits_per_character",),
+    "ar-sliding": ("bits_per_character",),
 }
 SHOWN = {"loss": "denoising loss", "top1": "top-1 accuracy"}
 
@@ -81,17 +94,19 @@ SHOWN = {"loss": "denoising loss", "top1": "top-1 accuracy"}
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data")
-    parser.add_argument("--family", choices=sorted(BLOCKS), required=True)
+    parser.add_argument("--task", choices=sorted(BLOCKS), required=True, help="a family, or more closely what it does")
     parser.add_argument("--steps", type=int)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
+    parser.add_argument("--rates", type=float, nargs="+", default=[LEARNING["learning_rate"]])
     parser.add_argument("--arms", nargs="+", help="of those above; all where none is named")
     wanted = parser.parse_args()
-    if Path(wanted.data).stem != DATA[wanted.family]:
-        parser.error(f"{wanted.family} is measured on {DATA[wanted.family]}")
-    for seed in wanted.seeds:
-        for arm, training in arms(wanted.family, wanted.steps or STEPS[wanted.family]).items():
+    if Path(wanted.data).stem != DATA[wanted.task]:
+        parser.error(f"{wanted.task} is measured on {DATA[wanted.task]}")
+    for seed, rate in itertools.product(wanted.seeds, wanted.rates):
+        for arm, one in arms(wanted.task, wanted.steps or STEPS[wanted.task]).items():
+            training = {**one, "learning_rate": rate}
             if (wanted.arms is None or arm in wanted.arms) and not found(training, seed):
-                row = {**training, "seed": seed, **trained(training, wanted.data, seed)}
+                row = {**training, "seed": seed, **trained(training, wanted.task, wanted.data, seed)}
                 with TRAININGS.open("a") as file:
                     file.write(json.dumps(row) + "\n")
                 print(json.dumps(row), flush=True)
@@ -99,11 +114,11 @@ def main() -> None:
         path.write_text(content)
 
 
-def arms(family: str, steps: int) -> dict[str, dict[str, Any]]:
+def arms(task: str, steps: int) -> dict[str, dict[str, Any]]:
     """What is trained for each arm. An ordinary network of looped's layers is that of ar."""
-    blocks, depth = BLOCKS[family], SETTINGS[family]["depth"]
-    how = {"method": "diffusion", "blocks": 1, "steps": steps, "data": DATA[family], "shared": 0.0}
-    whole = {"family": family, **SETTINGS[family], **how}
+    family, blocks, depth = task.partition("-")[0], BLOCKS[task], SETTINGS[task]["depth"]
+    how = {"method": "diffusion", "blocks": 1, "steps": steps, "data": DATA[task], "shared": 0.0}
+    whole = {"family": family, "sliding_window": 0, **SETTINGS[task], **how}
     plain = whole
     if family in ("vit", "ar", "looped"):
         plain = {**whole, "family": "ar" if family == "looped" else family, "method": "exact"}
@@ -142,20 +157,35 @@ def trainings() -> list[dict[str, Any]]:
     return [json.loads(line) for line in TRAININGS.read_text().splitlines()] if TRAININGS.exists() else []
 
 
+UNSAID = {"shared": 0.0, "sliding_window": 0, "learning_rate": LEARNING["learning_rate"]}
+"""Of rows that were written before there was a choice."""
+
+
 def found(training: dict[str, Any], seed: int | None = None) -> list[dict[str, Any]]:
-    """Trainings of this kind, of each seed in turn, or of one."""
-    # Rows of the time before blocks could begin as one do not tell that they did not.
-    rows = [
-        row for row in trainings() if all({"shared": 0.0, **row}.get(key) == value for key, value in training.items())
-    ]
-    return sorted((row for row in rows if seed in (None, row["seed"])), key=lambda row: int(row["seed"]))
+    """Trainings of this kind, of each seed in turn, or of one; of several learning rates those of the best."""
+    rows = [row for row in trainings() if all({**UNSAID, **row}.get(key) == value for key, value in training.items())]
+    rows = sorted((row for row in rows if seed in (None, row["seed"])), key=lambda row: int(row["seed"]))
+    if not rows:
+        return []
+    # By the first seed, as the others are trained with that rate alone.
+    best = max((row for row in rows if row["seed"] == rows[0]["seed"]), key=_quality)
+    return [row for row in rows if rate_of(row) == rate_of(best)]
 
 
-def trained(training: dict[str, Any], data: str, seed: int) -> dict[str, Any]:
+def rate_of(row: dict[str, Any]) -> float:
+    return float({**UNSAID, **row}["learning_rate"])
+
+
+def _quality(row: dict[str, Any]) -> float:
+    return float(row["top1"] if "top1" in row else -row.get("bits_per_character", row.get("loss")))
+
+
+def trained(training: dict[str, Any], task: str, data: str, seed: int) -> dict[str, Any]:
     """Train and evaluate."""
     started = time.perf_counter()
-    family, alone = training["family"], training["method"] == "diffusion"
-    given = without_none({**LEARNING, **training, "data": data, "blocks": training["blocks"] if alone else None})
+    alone, sliding = training["method"] == "diffusion", training["sliding_window"]
+    given = {**LEARNING, **training, "data": data, "blocks": training["blocks"] if alone else None}
+    given = without_none({**given, "sliding_window": sliding or None})  # not every family has one
     looks, curve = [], None
     if training["method"] == "boostresnet":
         measured, levels = boosted(given, seed)
@@ -164,7 +194,7 @@ def trained(training: dict[str, Any], data: str, seed: int) -> dict[str, Any]:
         folder = Path(tempfile.mkdtemp(prefix="edgeblocks-bench-"))
         try:
             run = edgeblocks.train(out=folder / "run", mem_budget="4GB", seed=seed, sample_grids=0, **given)
-            result = run.evaluate(samples=EXAMPLES[family])
+            result = run.evaluate(samples=EXAMPLES[task])
             looks = [look.step for look in run.directory.growth()]
         finally:
             shutil.rmtree(folder)
@@ -172,9 +202,9 @@ def trained(training: dict[str, Any], data: str, seed: int) -> dict[str, Any]:
         levels, curve = [level["loss"] for level in result["validation"]["levels"]], result.get("curve")
         error = measured.get("bits_per_character_error", result["validation"]["standard_error"])
     if "top1" in measured:
-        error = math.sqrt(measured["top1"] * (1 - measured["top1"]) / EXAMPLES[family])
+        error = math.sqrt(measured["top1"] * (1 - measured["top1"]) / EXAMPLES[task])
     return {
-        **{name: measured[name] for name in MEASURES[family]},
+        **{name: measured[name] for name in MEASURES[task]},
         "error": error,
         **({"looks": looks} if training["method"] == "greedy" else {}),
         "levels": [round(level, 4) for level in levels],
@@ -203,13 +233,13 @@ def without_none(given: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in given.items() if value is not None}
 
 
-def is_measured(family: str) -> bool:
-    return all(found(training) for arm, training in arms(family, STEPS[family]).items() if arm not in LATER)
+def is_measured(task: str) -> bool:
+    return all(found(training) for arm, training in arms(task, STEPS[task]).items() if arm not in LATER)
 
 
 def tables() -> dict[Path, str]:
     """The files that follow from the trainings."""
-    entries = {family: entry(family) for family in SETTINGS if is_measured(family)}
+    entries = {task: entry(task) for task in SETTINGS if is_measured(task)}
     return {PAGE: page(), PACKAGED: json.dumps(entries, indent=1) + "\n", METHODS: methods_page(entries)}
 
 
@@ -226,35 +256,36 @@ def page() -> str:
         f"Two cores, {' and '.join(sorted({row['environment'] for row in trainings()}))}, fp32.",
         "",
     ]
-    for family in filter(is_measured, SETTINGS):
-        lines += section(family)
+    for task in SETTINGS:
+        if any(found(training) for training in arms(task, STEPS[task]).values()):
+            lines += section(task)
     return "\n".join(lines)
 
 
-def section(family: str) -> list[str]:
-    """The page's part of one family: at the usual length, and what was measured at longer ones."""
-    return [line for times in LENGTHS for line in _part(family, times)]
+def section(task: str) -> list[str]:
+    """The page's part of one task: at the usual length, and what was measured at longer ones."""
+    return [line for times in LENGTHS for line in _part(task, times)]
 
 
-def _part(family: str, times: int) -> list[str]:
+def _part(task: str, times: int) -> list[str]:
     """At one length; nothing where nothing was measured."""
-    measures, settings, steps = MEASURES[family], SETTINGS[family], times * STEPS[family]
-    if not any(found(training) for training in arms(family, steps).values()):
+    measures, settings, steps = MEASURES[task], SETTINGS[task], times * STEPS[task]
+    if not any(found(training) for training in arms(task, steps).values()):
         return []
     told = [name for name in ("width", "depth", "heads", "patch", "length", "batch") if name in settings]
     shown = ", ".join(f"{name} {settings[name]}" for name in told)
-    examples = f"; {EXAMPLES[family]} examples evaluated" if EXAMPLES[family] else ""
-    plural = "block" if BLOCKS[family] == 1 else "blocks"
+    examples = f"; {EXAMPLES[task]} examples evaluated" if EXAMPLES[task] else ""
+    plural = "block" if BLOCKS[task] == 1 else "blocks"
     lines = [
-        f"{'##' if times == 1 else '###'} {family}: {BLOCKS[family]} {plural}, {steps} steps of each",
+        f"{'##' if times == 1 else '###'} {task}: {BLOCKS[task]} {plural}, {steps} steps of each",
         "",
-        f"{DATA[family]}; {shown}{examples}",
+        f"{DATA[task]}; {shown}{examples}",
         "",
         "| arm | " + " | ".join(SHOWN.get(name, name.replace("_", " ")) for name in measures) + " | error | seconds |",
         "|---|" + "---|" * (len(measures) + 2),
     ]
     levels, curves = [], []
-    for arm, training in arms(family, steps).items():
+    for arm, training in arms(task, steps).items():
         rows = found(training)
         if not rows:
             continue
@@ -263,7 +294,8 @@ def _part(family: str, times: int) -> list[str]:
             for name in measures
         ]
         seconds = statistics.mean(row["seconds"] for row in rows)
-        lines.append(f"| {arm} | {' | '.join(cells)} | {rows[0]['error']:.4f} | {seconds:.0f} |")
+        rate = f" (rate {rate_of(rows[0]):g})" if rate_of(rows[0]) != LEARNING["learning_rate"] else ""
+        lines.append(f"| {arm}{rate} | {' | '.join(cells)} | {rows[0]['error']:.4f} | {seconds:.0f} |")
         if len(rows[0].get("levels") or ()) > 1:
             levels.append(f"- {arm}: {', '.join(f'{level:.3f}' for level in rows[0]['levels'])}")
         if rows[0].get("curve"):
@@ -276,10 +308,10 @@ def _part(family: str, times: int) -> list[str]:
     return [*lines, ""]
 
 
-def entry(family: str) -> dict[str, Any]:
+def entry(task: str) -> dict[str, Any]:
     """What both methods reached: what `edgeblocks.planning.recommendation` reads."""
-    measure, settings = MEASURES[family][0], SETTINGS[family]
-    kinds = arms(family, STEPS[family])
+    measure, settings = MEASURES[task][0], SETTINGS[task]
+    kinds = arms(task, STEPS[task])
     as_one = found(kinds["begun as one"]) if "begun as one" in kinds else []
     rows = {
         "diffusion": as_one or found(kinds.get("blocks", kinds["one block"])),
@@ -294,7 +326,7 @@ def entry(family: str) -> dict[str, Any]:
         value = statistics.mean(row[measure] for row in found(short))
         shallow = {"shallow": round(value, 5), "shallow_layers": short["depth"]}
     errors = [error_of_mean([row[measure] for row in of], of) for of in rows.values()]
-    blocks = f"{BLOCKS[family]} block{'s' if BLOCKS[family] > 1 else ''}"
+    blocks = f"{BLOCKS[task]} block{'s' if BLOCKS[task] > 1 else ''}"
     return {
         "measure": SHOWN.get(measure, measure.replace("_", " ")),
         "higher_is_better": measure == "top1",
@@ -302,8 +334,8 @@ def entry(family: str) -> dict[str, Any]:
         # Of the difference of two methods, the two whose figures are the least certain.
         "error": round(math.hypot(*sorted(errors)[-2:]), 5),
         "conditions": (
-            f"{DATA[family]}, {settings['depth']} layers of width {settings['width']}, {blocks}, "
-            f"{STEPS[family]} steps of batch {settings['batch']}, {count} seed{'s' if count > 1 else ''}"
+            f"{DATA[task]}, {settings['depth']} layers of width {settings['width']}, {blocks}, "
+            f"{STEPS[task]} steps of batch {settings['batch']}, {count} seed{'s' if count > 1 else ''}"
         ),
         **shallow,
     }
@@ -332,7 +364,7 @@ def methods_page(entries: dict[str, dict[str, Any]]) -> str:
         "| family | measure | diffusion | exact | greedy | error | best | fewer layers | conditions |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
-    for family, one in entries.items():
+    for task, one in entries.items():
         reached = {name: one[name] for name in ("diffusion", "exact", "greedy") if name in one}
         sign = 1 if one["higher_is_better"] else -1
         top = max(sign * value for value in reached.values())
@@ -340,7 +372,7 @@ def methods_page(entries: dict[str, dict[str, Any]]) -> str:
         shallow = f"{one['shallow']:.4f} ({one['shallow_layers']} layers)" if "shallow" in one else "–"
         greedy = f"{one['greedy']:.4f}" if "greedy" in one else "–"
         lines.append(
-            f"| {family} | {one['measure']} | {one['diffusion']:.4f} | {one['exact']:.4f} | {greedy} "
+            f"| {task} | {one['measure']} | {one['diffusion']:.4f} | {one['exact']:.4f} | {greedy} "
             f"| {one['error']:.4f} | {', '.join(best) if len(best) < len(reached) else 'none'} | {shallow} "
             f"| {one['conditions']} |"
         )
@@ -361,14 +393,14 @@ def by_length() -> list[str]:
         f"| family | times as long | {' | '.join(shown)} |",
         "|---|---|" + "---|" * len(shown),
     ]
-    for family in SETTINGS:
-        if family == "looped":
+    for task in SETTINGS:
+        if task == "looped":
             continue
         for times in LENGTHS:
-            kinds = arms(family, times * STEPS[family])
-            cells = [_cell(found(kinds[arm]), MEASURES[family][0]) if arm in kinds else "–" for arm in shown]
+            kinds = arms(task, times * STEPS[task])
+            cells = [_cell(found(kinds[arm]), MEASURES[task][0]) if arm in kinds else "–" for arm in shown]
             if sum(cell != "–" for cell in cells) > 1:
-                lines.append(f"| {family} | {times} | {' | '.join(cells)} |")
+                lines.append(f"| {task} | {times} | {' | '.join(cells)} |")
     return lines
 
 

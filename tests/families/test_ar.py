@@ -19,7 +19,7 @@ from edgeblocks.diffusion.codebook import code_rows
 from edgeblocks.diffusion.noise import partition_noise, sampler_levels
 from edgeblocks.errors import ConfigError
 from edgeblocks.families import causal_layers, token_loss
-from edgeblocks.families.ar import Ar
+from edgeblocks.families.ar import Ar, PlainAr
 from edgeblocks.families.base import Level, TextInfo
 from edgeblocks.families.looped import Looped
 from edgeblocks.families.token_denoiser import TokenDenoiserSettings
@@ -32,6 +32,12 @@ AR, LOOPED = Ar(SETTINGS, DATA), Looped(SETTINGS, DATA)
 random_block = partial(blocks.random_block, num_layers=4)  # so that each part of looped has some
 fresh_block = partial(blocks.fresh_block, num_layers=4)
 both = pytest.mark.parametrize("family", [AR, LOOPED], ids=["ar", "looped"])
+SLIDING = replace(SETTINGS, sliding_window=3)
+with_sliding_ones = pytest.mark.parametrize(
+    "family",
+    [AR, LOOPED, Ar(SLIDING, DATA), Looped(SLIDING, DATA), PlainAr(SLIDING, DATA)],
+    ids=["ar", "looped", "ar, sliding", "looped, sliding", "end to end, sliding"],
+)
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -205,9 +211,47 @@ def test_a_mask_that_lets_a_code_see_the_next_token_is_found(monkeypatch):
     """The control of the controls: with a mask that is one position too wide the answers leak and the test sees it."""
     usual = causal_layers.visible
     monkeypatch.setattr(
-        causal_layers, "visible", lambda queries, keys: usual(queries, F.pad(keys, (0, 0, 0, 1)))[:, : keys.shape[2]]
+        causal_layers,
+        "visible",
+        lambda queries, keys, window: usual(queries, F.pad(keys, (0, 0, 0, 1)), window)[:, : keys.shape[2]],
     )
     assert differing(random_block(AR), other_token)[4]
+
+
+@pytest.mark.parametrize("kind", [Ar, Looped, PlainAr])
+@pytest.mark.parametrize(("num_layers", "window", "answers"), [(1, 1, 1), (1, 3, 3), (3, 3, 7), (1, 12, 7)])
+def test_a_sliding_window_ends_what_a_layer_sees(kind, num_layers, window, answers):
+    """What is read at 5 changes the answers of as many positions as layers see: one of a window of 3 that and the next
+    two, three of them two more each; a window as long as the text all that follow."""
+    family = kind(replace(SETTINGS, sliding_window=window), DATA)
+    found = differing(random_block(family, num_layers=num_layers), other_token)
+    assert found == [False] * 5 + [True] * answers + [False] * (7 - answers)
+
+
+def test_a_sliding_window_as_long_as_the_text_is_no_window():
+    """The same numbers up to rounding, whatever attention kernel computes them."""
+    z, before = AR.inputs(batch := AR.at_level(texts(2), None, Level.at(1.0), seeded()))
+    one, two = (
+        random_block(Ar(replace(SETTINGS, sliding_window=window), DATA))(z, batch["sigma"], before)[0]
+        for window in (0, DATA.length)
+    )
+    torch.testing.assert_close(one, two, atol=1e-6, rtol=1e-6)
+
+
+def test_a_text_is_scored_as_it_would_be_written_with_a_sliding_window():
+    """Both streams of a reading pass see as far as the one of a writing pass does: where later positions' codes are
+    known, each position's answer is that of its own chain."""
+    family = Looped(SLIDING, DATA)
+    block, batch = random_block(family), family.at_level(texts(2), None, Level.at(0.5), seeded())
+    known, before = family.inputs(batch)
+    z = torch.randn(known.shape, generator=seeded(1))
+    with torch.no_grad():
+        states = block.reading_states(z, known, batch["sigma"], before)
+        for position in (0, 5, 11):
+            alone = known.clone()
+            alone[:, position] = z[:, position]
+            expected = block.window_states(alone, batch["sigma"], before)[:, position]
+            torch.testing.assert_close(states[:, position], expected, atol=1e-5, rtol=1e-5)
 
 
 def test_the_clean_stream_of_ar_does_not_know_the_noise_level():
@@ -242,7 +286,7 @@ def test_only_the_core_of_looped_knows_the_noise_level():
 # Kept keys and values
 
 
-@both
+@with_sliding_ones
 @pytest.mark.parametrize("cuts", [[12], [5, 7], [1] * 12, [3, 1, 8]])
 def test_pieces_with_what_was_kept_equal_one_pass(family, cuts):
     """Logits and keys and values within 1e-5, however a window is cut; an empty past is no past."""
@@ -362,7 +406,7 @@ def test_costs_grow_linearly_with_layers(family):
     )
 
 
-@both
+@with_sliding_ones
 def test_the_traced_peak_is_that_of_a_real_step(family, monkeypatch):
     """torch's own count of live bytes in a step on the processor, where the rows fill the buffer of their logits."""
     monkeypatch.setattr(token_loss, "MOST_CHUNK_ROWS", 4)
@@ -380,6 +424,7 @@ def test_the_traced_peak_is_that_of_a_real_step(family, monkeypatch):
     [
         ({"width": 0}, "width=0: input should be greater than or equal to 1"),
         ({"heads": 3}, "heads=3: width=16 is not divisible by twice it"),
+        ({"sliding_window": -1}, "sliding_window=-1: input should be greater than or equal to 0"),
         ({"code_width": 20}, "code_width=20: input should be a multiple of 8"),
         ({"top_share": 1.0}, "top_share=1.0: input should be less than 1"),
         ({"sigma_min": 20.0}, "sigma_min=20.0, and sigma_min < sigma_max is needed"),
@@ -401,7 +446,14 @@ def test_codes_that_are_too_short_for_the_vocabulary_are_refused():
 
 
 @pytest.mark.thorough
-@pytest.mark.parametrize(("family", "num_layers"), [pytest.param(AR, 2, id="ar"), pytest.param(LOOPED, 4, id="looped")])
+@pytest.mark.parametrize(
+    ("family", "num_layers"),
+    [
+        pytest.param(AR, 2, id="ar"),
+        pytest.param(LOOPED, 4, id="looped"),
+        pytest.param(Ar(SLIDING, DATA), 2, id="ar, sliding"),
+    ],
+)
 def test_an_exported_block_gives_torchs_logits_with_and_without_a_past(tmp_path, family, num_layers):
     """One graph of opset 20 for any batch, any number of tokens and any past, none included."""
     block = random_block(family, num_layers=num_layers).eval()
