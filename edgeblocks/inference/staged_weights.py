@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol
 
-from torch import nn
+from torch import Tensor, nn
 
 from edgeblocks.families.block import Block
 from edgeblocks.inference.block_runner import EmaSource
@@ -54,35 +54,44 @@ def loaded_ema(run: RunDirectory, *, slots: int, device: Device | None = None, f
 class StagedEma:
     """A source of the one block that all stages make up; see `block_runner.EmaSource`."""
 
-    def __init__(self, stages: StageSource, layers: Sequence[int]) -> None:
+    def __init__(self, stages: StageSource, layers: Sequence[int], *, spare: Tensor | None = None) -> None:
         """
         Args:
             layers: of each stage.
+            spare: flat memory, float32, that nobody else needs while the weights are used.
         """
-        self._stages, self._layers = stages, tuple(layers)
+        self._stages, self._layers, self._spare = stages, tuple(layers), spare
 
     @contextmanager
     def ema_weights(self, block: int) -> Iterator["StagedWeights"]:
         """There is one block, 0."""
         assert block == 0
-        yield StagedWeights(self._stages, self._layers)
+        yield StagedWeights(self._stages, self._layers, spare=self._spare)
 
 
 class StagedWeights:
     """What a whole network is bound to; see `block_runner.EmaWeights`."""
 
-    def __init__(self, stages: StageSource, layers: Sequence[int]) -> None:
-        self._stages, self._layers = stages, layers
+    def __init__(self, stages: StageSource, layers: Sequence[int], *, spare: Tensor | None) -> None:
+        self._stages, self._layers, self._spare = stages, layers, spare
         with stages.ema_weights(0) as buffer:
             self.device = buffer.device
 
     def bind_(self, network: Block) -> None:
         """Copies of the stem and the readout become parameters of the network; its layers come when they are run."""
+        left = self._spare
         for stage in sorted({0, len(self._layers) - 1}):
             with self._stages.ema_weights(stage) as buffer:
                 own = [(name, tensor) for name, tensor in buffer.tensors("ema") if not name.startswith("layers.")]
+                copies = []
                 # Copies, since every pass needs them and the buffers of their stages are taken by the stages between.
-                bind_parameters_(network, [(name, tensor.clone()) for name, tensor in own])
+                for name, tensor in own:
+                    if left is not None and tensor.numel() <= left.numel():
+                        copy, left = left[: tensor.numel()].view(tensor.shape), left[tensor.numel() :]
+                        copies.append((name, copy.copy_(tensor)))
+                    else:
+                        copies.append((name, tensor.clone()))
+                bind_parameters_(network, copies)
         network.layers = _LayersOnUse(network.layers, self._layers, self._load)
         for _ in network.layers:  # an export takes the weights of all layers at once, from as many buffers as stages
             pass

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,22 +42,27 @@ class StepCost:
     operators: Growth
 
 
+Ends = Literal["whole", "first", "last", "middle"]
+"""What a part of a network has beside its layers: stem and readout, as a network of its own; as stages have them, the
+stem alone, the readout alone, or neither."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class LayerCosts:
     """A family with its settings, as the planner sees it.
 
     `hidden` are the values that go from layer to layer, `condition` the conditioning of all layers; 0 for a family that
-    is not trained in stages. `ends` are a block's stem and readout together. `*_moments` are bytes of optimizer state
-    by optimizer, and `workspace_bytes` what an optimizer step needs besides on a processor, `gpu_workspace_bytes` on a
-    GPU; under `rounded` where weights are bfloat16, with any optimizer. Steps are traced at several sample counts,
+    is not trained in stages. `end_*` are of what a part has beside its layers. `*_moments` are bytes of optimizer
+    state by optimizer, and `workspace_bytes` what an optimizer step needs besides on a processor, `gpu_workspace_bytes`
+    on a GPU; under `rounded` where weights are bfloat16, with any optimizer. Steps are traced at several sample counts,
     ascending: training with all activations kept, with activation checkpointing, and a forward pass alone. Under
     `always_checkpointed` there is nothing but activation checkpointing.
     """
 
     num_layers: int
-    stem_readout_parameters: int
+    end_parameters: dict[Ends, int]
     layer_parameters: int
-    stem_readout_moments: dict[str, int]
+    end_moments: dict[Ends, dict[str, int]]
     layer_moments: dict[str, int]
     workspace_bytes: dict[str, int]
     gpu_workspace_bytes: dict[str, int]
@@ -76,11 +81,11 @@ class LayerCosts:
         """What may be chosen."""
         return (True,) if self.always_checkpointed else (False, True)
 
-    def parameters(self, num_layers: int) -> int:
-        return self.stem_readout_parameters + num_layers * self.layer_parameters
+    def parameters(self, num_layers: int, ends: Ends = "whole") -> int:
+        return self.end_parameters[ends] + num_layers * self.layer_parameters
 
-    def moment_bytes(self, num_layers: int, optimizer: str) -> int:
-        return self.stem_readout_moments[optimizer] + num_layers * self.layer_moments[optimizer]
+    def moment_bytes(self, num_layers: int, optimizer: str, ends: Ends = "whole") -> int:
+        return self.end_moments[ends][optimizer] + num_layers * self.layer_moments[optimizer]
 
     def forward_flops_per_sample(self, num_layers: int) -> int:
         return self.stem_readout_flops_per_sample + num_layers * self.layer_flops_per_sample

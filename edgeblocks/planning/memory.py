@@ -59,7 +59,10 @@ def device_memory(cut: Cut) -> dict[str, int]:
         # Between visits a step's memory is free, so a preview only adds what it needs beyond that.
         "evaluation": max(
             0,
-            preview_bytes(costs, machine, request, cut.num_layers, cut.micro_batch) - activations - gaps - drawn_bytes,
+            preview_bytes(costs, machine, request, cut.num_layers, cut.micro_batch, gradient_bytes=float32_bytes)
+            - activations
+            - gaps
+            - drawn_bytes,
         ),
         "slack": gaps + SLACK_BYTES + (0 if request.precision == "fp32" or machine.host else HALF_SCRATCH_BYTES),
     }
@@ -170,18 +173,44 @@ def step_memory(
     )
 
 
-def preview_bytes(costs: LayerCosts, machine: Machine, request: PlanRequest, num_layers: int, micro_batch: int) -> int:
+def preview_bytes(
+    costs: LayerCosts,
+    machine: Machine,
+    request: PlanRequest,
+    num_layers: int,
+    micro_batch: int,
+    *,
+    gradient_bytes: int,
+) -> int:
     """Bytes of evaluating and sampling between visits: a forward pass, and the samples at the solver's levels.
 
     Beside a host the samples are there, and a micro-batch of them on the device.
+
+    Args:
+        gradient_bytes: of the gradients' memory, which is free between steps.
     """
-    # A preview holds copies of stem and readout while the stages between them are loaded in turn.
-    stem_readout_bytes = 4 * costs.parameters(0) if request.method.one_network else 0
-    forward = forward_bytes(costs, machine, num_layers, micro_batch) + stem_readout_bytes
+    forward = forward_bytes(costs, machine, num_layers, micro_batch)
+    forward += _copied_end_bytes(costs, request, gradient_bytes)
     forward = max(forward, request.decoding_bytes)  # pictures are made of samples when the network has made these
     if machine.host is not None:
         return forward + micro_batch * (costs.batch_bytes_per_sample + request.sample_bytes)
     return forward + _grid_bytes(costs, request, micro_batch)
+
+
+def _copied_end_bytes(costs: LayerCosts, request: PlanRequest, gradient_bytes: int) -> int:
+    """Bytes of the copies of stem and readout that a preview holds while the stages between them are loaded in turn.
+
+    See `inference.staged_weights`: what fits lies in the memory of the gradients, one tensor after the other.
+    """
+    if not request.method.one_network:
+        return 0
+    all_bytes = 4 * costs.parameters(0)
+    if request.method.grows:
+        return all_bytes
+    if all_bytes <= gradient_bytes:
+        return 0
+    # The stem comes first, and the gradients of its stage are longer than it is, where that is trained.
+    return all_bytes - (4 * costs.parameters(0, "first") if request.trained is None else 0)
 
 
 def _grid_bytes(costs: LayerCosts, request: PlanRequest, micro_batch: int) -> int:

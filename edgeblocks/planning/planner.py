@@ -199,7 +199,11 @@ def _preview_micro_batch(costs: LayerCosts, machine: Machine, request: PlanReque
         return found
     room = chosen.breakdown["activations"] + chosen.breakdown["evaluation"]
     for size in micro_batches(request.batch):
-        if size > found and preview_bytes(costs, machine, request, chosen.layers_per_block, size) <= room:
+        if size <= found:
+            continue
+        gradient_bytes = chosen.breakdown["gradients"]
+        needed = preview_bytes(costs, machine, request, chosen.layers_per_block, size, gradient_bytes=gradient_bytes)
+        if needed <= room:
             return size
     return found
 

@@ -16,7 +16,7 @@ from edgeblocks.methods import (
     Method,
     Precision,
 )
-from edgeblocks.planning.layer_costs import LayerCosts
+from edgeblocks.planning.layer_costs import Ends, LayerCosts
 from edgeblocks.planning.windows import layers_in_windows
 
 DAY_S = 86_400.0
@@ -167,6 +167,19 @@ class PlanRequest:
     """Bound of the host's memory; None leaves all of it. Only for a machine with a host."""
 
 
+def stages_with_ends(layers: Sequence[int]) -> list[tuple[int, Ends]]:
+    """Stages of one network by their layers and what they have beside: of those between the first and the last one,
+    which have neither stem nor readout, the largest alone.
+
+    >>> stages_with_ends((3, 2, 2, 1)), stages_with_ends((4,))
+    ([(3, 'first'), (2, 'middle'), (1, 'last')], [(4, 'whole')])
+    """
+    if len(layers) == 1:
+        return [(layers[0], "whole")]
+    between: list[tuple[int, Ends]] = [(max(layers[1:-1]), "middle")] if len(layers) > 2 else []
+    return [(layers[0], "first"), *between, (layers[-1], "last")]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Cut:
     """A network that is cut into blocks or stages, and how a step of it is made on a machine: one way to train, before
@@ -200,7 +213,7 @@ class Cut:
         """Of the largest frozen part below a window."""
         if not self.request.method.grows or self.blocks == 1:
             return 0
-        return self.costs.parameters(max(self.layers[:-1]))
+        return max(self.costs.parameters(count, ends) for count, ends in stages_with_ends(self.layers)[:-1])
 
     @property
     def frozen_bytes(self) -> int:
@@ -216,14 +229,21 @@ class Cut:
         return files + (self.frozen_bytes if self.request.frozen != "none" else 0)
 
     @property
+    def _trained_parts(self) -> list[tuple[int, Ends]]:
+        """Layers of those parts that may be the largest, and what they have beside."""
+        if self.request.method.trained_together and not self.request.method.grows:
+            return stages_with_ends(self.layers)
+        return [(self.num_layers, "whole")]  # also of a window, whose first one is a network of its own
+
+    @property
     def parameters(self) -> int:
         """Of the largest block."""
-        return self.costs.parameters(self.num_layers)
+        return max(self.costs.parameters(count, ends) for count, ends in self._trained_parts)
 
     @property
     def moment_bytes(self) -> int:
         """Of the largest block's optimizer state."""
-        return self.costs.moment_bytes(self.num_layers, self.request.optimizer)
+        return max(self.costs.moment_bytes(count, self.request.optimizer, ends) for count, ends in self._trained_parts)
 
     @property
     def is_rounded(self) -> bool:

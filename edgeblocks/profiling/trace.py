@@ -24,7 +24,7 @@ import psutil
 from edgeblocks.children import python_module
 from edgeblocks.errors import MAY_BE_REFUSALS, EdgeblocksError, is_refusal
 from edgeblocks.methods import MethodName, Precision
-from edgeblocks.planning.layer_costs import Growth, LayerCosts, StepCost, most_of
+from edgeblocks.planning.layer_costs import Ends, Growth, LayerCosts, StepCost, most_of
 from edgeblocks.profiling.kept_answers import fingerprint, keep_answer, kept_answer
 from edgeblocks.registry import build_family, build_target, import_own_family, own_family
 
@@ -183,14 +183,19 @@ def _trace_layers(family: "Family", sample_counts: Sequence[int], precision: Pre
     from edgeblocks.optim.adamw import CHUNK_SIZE, GPU_CHUNK_SIZE
 
     period = family.layer_period
-    # Every layer has as many parameters, so two counts give the layer's and those of stem and readout.
-    (one, one_quantizable), (two, two_quantizable) = (_count_parameters(family, count) for count in (1, 2))
+    # Every layer has as many parameters, so one layer more gives those of a layer, and what is left of one layer with
+    # stem, or readout, or both or neither gives theirs.
+    ones = {ends: _count_parameters(family, 1, ends) for ends in get_args(Ends)}
+    two = _count_parameters(family, 2, "whole")
+    optimizers = get_args(Optimizer)
     moments = {
-        optimizer: [
-            state_bytes(*counts, optimizer)["optimizer"] for counts in ((one, one_quantizable), (two, two_quantizable))
-        ]
-        for optimizer in get_args(Optimizer)
+        ends: {optimizer: state_bytes(*counts, optimizer)["optimizer"] for optimizer in optimizers}
+        for ends, counts in ones.items()
     }
+    layer_moments = {
+        optimizer: state_bytes(*two, optimizer)["optimizer"] - moments["whole"][optimizer] for optimizer in optimizers
+    }
+    layer_parameters = two[0] - ones["whole"][0]
     flops = [_flops(family, num_layers) for num_layers in (period, 2 * period)]
     # By periods: layers inside one may differ, as of prelude, core and coda.
     layer_flops = (flops[1] - flops[0]) // period
@@ -201,10 +206,13 @@ def _trace_layers(family: "Family", sample_counts: Sequence[int], precision: Pre
     hidden_bytes, condition_bytes = _carried_bytes(family, precision, device)
     return LayerCosts(
         num_layers=family.num_layers,
-        stem_readout_parameters=2 * one - two,
-        layer_parameters=two - one,
-        stem_readout_moments={optimizer: 2 * first - second for optimizer, (first, second) in moments.items()},
-        layer_moments={optimizer: second - first for optimizer, (first, second) in moments.items()},
+        end_parameters={ends: count - layer_parameters for ends, (count, _) in ones.items()},
+        layer_parameters=layer_parameters,
+        end_moments={
+            ends: {optimizer: of_one[optimizer] - layer_moments[optimizer] for optimizer in optimizers}
+            for ends, of_one in moments.items()
+        },
+        layer_moments=layer_moments,
         workspace_bytes=_workspace_bytes(torch.get_num_threads(), CHUNK_SIZE),
         # Of our own step: bitsandbytes', where it makes the step, takes less.
         gpu_workspace_bytes=_workspace_bytes(1, GPU_CHUNK_SIZE),
@@ -245,14 +253,16 @@ def _carried_bytes(family: "Family", precision: Precision, device: str) -> tuple
     return _num_bytes(hidden.shape, hidden.dtype), _num_bytes(condition.shape, condition.dtype)
 
 
-def _count_parameters(family: "Family", num_layers: int) -> tuple[int, int]:
-    """Parameters of a block, and those of them whose optimizer state may be 8-bit."""
+def _count_parameters(family: "Family", num_layers: int, ends: Ends) -> tuple[int, int]:
+    """Parameters of some layers with what is beside them, and those of them whose optimizer state may be 8-bit."""
     import torch
 
     from edgeblocks.offload.block_buffer import is_quantizable
+    from edgeblocks.offload.sections import Section, network_of
 
+    section = Section(num_layers=num_layers, stem=ends in ("whole", "first"), readout=ends in ("whole", "last"))
     with torch.device("meta"):
-        parameters = list(family.block(num_layers=num_layers, checkpointing=False).parameters())
+        parameters = list(network_of(family, section).parameters())
     return sum(p.numel() for p in parameters), sum(p.numel() for p in parameters if is_quantizable(p.shape))
 
 

@@ -147,8 +147,10 @@ def test_stages_of_a_gpu_pass_the_link_and_the_disk_where_they_live_there():
     slow = replace(GPU, flops_per_s=1e9)  # so that moving hides behind the computation, but for its share
     tight = make_plan(costs(), slow, replace(request, tier="disk")).chosen
     room = sum(tight.host_breakdown.values())
-    moments = costs().moment_bytes(2, "adamw8bit")
-    weights, whole = 4 * costs().parameters(2), 8 * costs().parameters(2) + moments
+    ends = ("first", "middle", "last")
+    moments = max(costs().moment_bytes(2, "adamw8bit", end) for end in ends)
+    weights = 4 * max(costs().parameters(2, end) for end in ends)
+    whole = 2 * weights + moments
     link_bytes = 8 * weights + 6 * (whole - weights) + 6 * whole  # of two slots: `stage_order.traffic_of_a_step`
     found = []
     for ram_blocks in (0, 3, 6):

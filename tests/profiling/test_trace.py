@@ -16,6 +16,7 @@ from edgeblocks.errors import EdgeblocksError
 from edgeblocks.families.base import ImageInfo
 from edgeblocks.families.dit import Dit, DitSettings
 from edgeblocks.offload.block_buffer import BlockLayout
+from edgeblocks.offload.sections import network_of, stages_of
 from edgeblocks.planning.layer_costs import Growth, StepCost, at_samples
 from edgeblocks.planning.memory import HALF_SCRATCH_BYTES
 from edgeblocks.profiling import step_trace
@@ -195,6 +196,19 @@ def test_parameters_and_optimizer_state_are_those_of_the_block_file(costs, num_l
     assert costs.parameters(num_layers) == layout.num_parameters
     assert costs.moment_bytes(num_layers, optimizer) == layout.part_span("optimizer")[1]
     assert 8 * costs.parameters(num_layers) + costs.moment_bytes(num_layers, optimizer) == layout.num_bytes
+
+
+@pytest.mark.parametrize("optimizer", ["adamw8bit", "adamw"])
+def test_a_stage_is_counted_with_the_ends_that_it_has(costs, optimizer):
+    """The first one has the stem alone, the last one the readout alone, others neither: as in their files."""
+    sections = dict(zip(("first", "middle", "last"), stages_of((3, 1, 2)), strict=True))
+    for ends, section in sections.items():
+        with torch.device("meta"):
+            layout = BlockLayout.of(network_of(FAMILY, section), optimizer)
+        assert costs.parameters(section.num_layers, ends) == layout.num_parameters, ends
+        assert costs.moment_bytes(section.num_layers, optimizer, ends) == layout.part_span("optimizer")[1], ends
+    assert costs.parameters(0) == sum(costs.parameters(0, ends) for ends in sections)
+    assert costs.parameters(0, "middle") == 0 < costs.parameters(0, "last") < costs.parameters(0, "first")
 
 
 def test_flops_are_those_of_the_matrices(costs):
