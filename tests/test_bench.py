@@ -99,12 +99,17 @@ def test_four_arms(bench, tmp_path):
     images = np.random.default_rng(0).integers(0, 256, (64, 8, 8, 1), dtype=np.uint8)
     np.savez(tmp_path / "fashion.npz", images=images, labels=np.arange(64) % 4)
     tiny = {"SETTINGS": {"vit": {**TINY, "patch": 4}}, "TRAININGS": tmp_path / "rows.jsonl", "EXAMPLES": {"vit": 4}}
-    bench("four_arms", "fashion.npz", "--family", "vit", "--steps", 2, "--seeds", 0, tables=dict, **tiny)
+    tiny |= {"CURVES": tmp_path / "curves.png", "STEPS": {"vit": 2}}
+    bench("four_arms", "fashion.npz", "--task", "vit", "--steps", 2, "--seeds", 0, tables=dict, **tiny)
+    assert not (tmp_path / "curves.png").exists()
     rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
     ways = [(row["method"], row.get("grow") or row["blocks"], row["shared"]) for row in rows]
     assert ways.pop() == ("boostresnet", 1, 0.0)
     alone = [("diffusion", 2, 0.0), ("diffusion", 2, 0.8), ("diffusion", 1, 0.0)]
     assert ways == [*alone, *[("exact", 1, 0.0)] * 2, ("greedy", "auto", 0.0), ("greedy", "equal", 0.0)]
+    longer = ["--steps", 8, "--arms", "plain, short", "--rates", 1e-3, 1e-2]
+    bench("four_arms", "fashion.npz", "--task", "vit", "--seeds", 0, *longer, tables=dict, **tiny)
+    assert (tmp_path / "curves.png").stat().st_size > 10_000
 
 
 def test_frozen_blocks(bench):

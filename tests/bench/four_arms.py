@@ -57,6 +57,7 @@ HERE = Path(__file__).parents[2]
 TRAININGS = HERE / "docs/four_arms.jsonl"
 PAGE = HERE / "docs/four_arms.md"
 METHODS = HERE / "docs/methods.md"
+CURVES = HERE / "docs/methods.png"
 PACKAGED = HERE / "edgeblocks/measured.json"
 
 LEARNING = {"learning_rate": 1e-3, "warmup": 50, "weight_decay": 0.01, "clip": 1.0, "ema_length": 0.1}
@@ -78,6 +79,8 @@ DATA = {
     **{"dit": "fashion", "vit": "fashion", "mdlm": "addresses", "ar": "moby-dick", "looped": "moby-dick"},
     "ar-sliding": "moby-dick",
 }
+CURVED = ("begun as one", "greedy", "plain", "one block", "plain, short")
+"""Arms that are trained for longer, too."""
 LATER = ("begun as one", "greedy", "greedy, equal", "BoostResNet")
 """Arms that a family's section does without until they are measured."""
 MEASURES = {
@@ -112,6 +115,7 @@ def main() -> None:
                 print(json.dumps(row), flush=True)
     for path, content in tables().items():
         path.write_text(content)
+    draw(CURVES)
 
 
 def arms(task: str, steps: int) -> dict[str, dict[str, Any]]:
@@ -381,31 +385,68 @@ def methods_page(entries: dict[str, dict[str, Any]]) -> str:
 
 def by_length() -> list[str]:
     """How good the arms are that matter after more evaluations: points of curves, each a training of its own."""
-    shown = ("begun as one", "greedy", "plain", "one block", "plain, short")
     lines = [
         "",
         "## After longer trainings",
+        "",
+        "![Quality of the arms by the length of the training](methods.png)",
         "",
         "The same arms with 1, 4 and 12 times as many layer evaluations, each a training of its own with its own",
         "schedule (means over seeds, their number in brackets). `plain` is the whole depth end to end; of dit and mdlm",
         "that is `one block`.",
         "",
-        f"| family | times as long | {' | '.join(shown)} |",
-        "|---|---|" + "---|" * len(shown),
+        f"| family | times as long | {' | '.join(CURVED)} |",
+        "|---|---|" + "---|" * len(CURVED),
     ]
-    for task in SETTINGS:
-        if task == "looped":
-            continue
+    for task, arm_rows in longer_trainings().items():
         for times in LENGTHS:
-            kinds = arms(task, times * STEPS[task])
-            cells = [_cell(found(kinds[arm]), MEASURES[task][0]) if arm in kinds else "–" for arm in shown]
-            if sum(cell != "–" for cell in cells) > 1:
+            of_arms = {arm: rows[times] for arm, rows in arm_rows.items() if times in rows}
+            cells = [
+                f"{_mean(task, of_arms[arm]):.4f} ({len(of_arms[arm])})" if arm in of_arms else "–" for arm in CURVED
+            ]
+            if len(of_arms) > 1:
                 lines.append(f"| {task} | {times} | {' | '.join(cells)} |")
     return lines
 
 
-def _cell(rows: list[dict[str, Any]], measure: str) -> str:
-    return f"{statistics.mean(row[measure] for row in rows):.4f} ({len(rows)})" if rows else "–"
+def longer_trainings() -> dict[str, dict[str, dict[int, list[dict[str, Any]]]]]:
+    """What was measured of each task's arms, by how many times as long they were trained."""
+    found_rows: dict[str, dict[str, dict[int, list[dict[str, Any]]]]] = {}
+    for task, times, arm in itertools.product(SETTINGS, LENGTHS, CURVED):
+        kinds = {} if task == "looped" else arms(task, times * STEPS[task])
+        if arm in kinds and (rows := found(kinds[arm])):
+            found_rows.setdefault(task, {}).setdefault(arm, {})[times] = rows
+    return found_rows
+
+
+def _mean(task: str, rows: list[dict[str, Any]]) -> float:
+    return statistics.mean(row[MEASURES[task][0]] for row in rows)
+
+
+def draw(path: Path) -> None:
+    """Curves of those tasks that were trained for more than one length."""
+    import matplotlib.pyplot as plt
+
+    drawn = {
+        task: arm_rows
+        for task, arm_rows in longer_trainings().items()
+        if any(len(rows) > 1 for rows in arm_rows.values())
+    }
+    if not drawn:
+        return
+    figure, all_axes = plt.subplots(1, len(drawn), figsize=(3.6 * len(drawn), 3.4), layout="constrained", squeeze=False)
+    for axes, (task, arm_rows) in zip(all_axes[0], drawn.items(), strict=True):
+        for number, arm in enumerate(CURVED):
+            rows = arm_rows.get(arm, {})
+            values = [_mean(task, rows[times]) for times in sorted(rows)]
+            axes.plot(sorted(rows), values, marker="o", markersize=4, color=f"C{number}", label=arm)
+        measure = MEASURES[task][0]
+        axes.set(title=task, xlabel="layer evaluations", ylabel=SHOWN.get(measure, measure.replace("_", " ")))
+        axes.set_xscale("log")
+        axes.set_xticks(LENGTHS, [f"{times}x" for times in LENGTHS])
+        axes.minorticks_off()
+    all_axes[0][-1].legend(fontsize=8)
+    figure.savefig(path, dpi=120)
 
 
 if __name__ == "__main__":
