@@ -412,6 +412,7 @@ def _request(settings: Settings, data_bytes: int, data: DataInfo, budgets: tuple
         boundary_dtype=run.boundary_dtype if precision_of(run) == "fp32" else "float32",
         precision=precision_of(run),
         master=run.master,
+        keeps_ema=run.keeps_ema,
         frozen=run.frozen,
         grow=run.grow,
         resident_bytes=family.resident_bytes,

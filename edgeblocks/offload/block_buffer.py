@@ -53,6 +53,11 @@ class Entry:
     def num_bytes(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
 
+    @property
+    def own_name(self) -> str:
+        """Without the part's prefix."""
+        return self.name.removeprefix(f"{self.part}.")
+
 
 @dataclass(frozen=True, kw_only=True)
 class BlockLayout:
@@ -76,9 +81,21 @@ class BlockLayout:
         """Whether weights and EMA are bfloat16."""
         return self.entries[0].dtype == MASTERS["bf16"]
 
+    @property
+    def keeps_ema(self) -> bool:
+        """Whether there is an average of the weights beside them; else they stand for it wherever it is asked for."""
+        return any(entry.part == "ema" for entry in self.entries)
+
+    def stored(self, parts: Sequence[Part]) -> tuple[Part, ...]:
+        """Where these parts lie, each once."""
+        if self.keeps_ema:
+            return tuple(parts)
+        return tuple(dict.fromkeys("weights" if part == "ema" else part for part in parts))
+
     def of_part(self, part: Part) -> list[Entry]:
         """A part's tensors, in the file's order."""
-        return [entry for entry in self.entries if entry.part == part]
+        (stored,) = self.stored([part])
+        return [entry for entry in self.entries if entry.part == stored]
 
     def part_span(self, part: Part) -> tuple[int, int]:
         """First byte and number of bytes of a part in the data section."""
@@ -87,12 +104,19 @@ class BlockLayout:
 
     @classmethod
     def of(
-        cls, block: nn.Module, optimizer: Optimizer, *, frozen: bool = False, master: Master = "fp32"
+        cls,
+        block: nn.Module,
+        optimizer: Optimizer,
+        *,
+        frozen: bool = False,
+        master: Master = "fp32",
+        keeps_ema: bool = True,
     ) -> "BlockLayout":
         """The layout of a block's parameters (which may be on the meta device); a frozen one has no moments.
 
         Args:
             master: in which numbers weights and EMA are kept.
+            keeps_ema: whether there is one.
         """
         named = [(name, tuple(parameter.shape)) for name, parameter in block.named_parameters()]
 
@@ -107,7 +131,7 @@ class BlockLayout:
         plain, quantized = (0, 0) if frozen else (sizes[1] + sizes[2], sizes[0])
         wanted: list[tuple[str, Part, torch.dtype, tuple[int, ...]]] = []
         wanted += [(f"weights.{name}", "weights", MASTERS[master], shape) for name, shape in ordered]
-        wanted += [(f"ema.{name}", "ema", MASTERS[master], shape) for name, shape in ordered]
+        wanted += [(f"ema.{name}", "ema", MASTERS[master], shape) for name, shape in ordered if keeps_ema]
         for moment in ("exp_avg", "exp_avg_sq"):
             wanted.append((f"optimizer.{moment}", "optimizer", torch.float32, (plain,)))
         for moment in ("exp_avg", "exp_avg_sq"):
@@ -126,7 +150,7 @@ class BlockLayout:
 
 def largest_of(layouts: Iterable[BlockLayout], parts: Sequence[Part] = PARTS) -> BlockLayout:
     """The layout that takes most room for these parts; a frozen block is small but for its weights."""
-    return max(layouts, key=lambda layout: sum(layout.part_span(part)[1] for part in parts))
+    return max(layouts, key=lambda layout: sum(layout.part_span(part)[1] for part in layout.stored(parts)))
 
 
 class BlockBuffer:
@@ -140,7 +164,7 @@ class BlockBuffer:
         Args:
             allocate: gives uint8 [bytes]; None takes the processor's memory.
         """
-        self.parts = tuple(parts)
+        self.parts = layout.stored(parts)
         self._memory = (allocate or _in_memory)(sum(layout.part_span(part)[1] for part in self.parts))
         self.adopt_(layout)
 
@@ -173,19 +197,18 @@ class BlockBuffer:
 
     def part_bytes(self, part: Part) -> Tensor:
         """uint8 view of one part, in file order."""
-        start = self._part_starts[part]
-        return self._memory[start : start + self.layout.part_span(part)[1]]
+        (stored,) = self.layout.stored([part])
+        start = self._part_starts[stored]
+        return self._memory[start : start + self.layout.part_span(stored)[1]]
 
     def tensors(self, part: Part) -> Iterator[tuple[str, Tensor]]:
         """(name without the part's prefix, view) of one part's tensors."""
         part_start = self.layout.part_span(part)[0]
         memory = self.part_bytes(part)
-        for entry in self.layout.entries:
-            if entry.part == part:
-                start = entry.start - part_start
-                # A view: what is trained is changed where it lies, and a block moves as one stretch of bytes.
-                view = memory[start : start + entry.num_bytes].view(entry.dtype).view(entry.shape)
-                yield entry.name.removeprefix(f"{part}."), view
+        for entry in self.layout.of_part(part):
+            start = entry.start - part_start
+            # A view: what is trained is changed where it lies, and a block moves as one stretch of bytes.
+            yield entry.own_name, memory[start : start + entry.num_bytes].view(entry.dtype).view(entry.shape)
 
     def bind_(self, network: nn.Module) -> None:
         """Make a block's parameters views of the EMA weights."""

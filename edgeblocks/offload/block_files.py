@@ -102,7 +102,7 @@ class BlockStore:
     def file_bytes(self, block: int) -> int:
         """The most bytes that a block's file has on disk."""
         # Numbers of the most digits, as their text is part of the header.
-        most, digests = 10**18, dict.fromkeys(PARTS, "0" * 64)
+        most, digests = 10**18, dict.fromkeys(self.layouts[block].stored(PARTS), "0" * 64)
         header = BlockHeader(
             run_id=self.run_id,
             block=block,
@@ -138,7 +138,8 @@ class BlockStore:
         """
         self.check_folder()
         layout = self.layouts[block]
-        digests = {part: _digest(buffer.part_bytes(part)) for part in PARTS}
+        parts = layout.stored(PARTS)
+        digests = {part: _digest(buffer.part_bytes(part)) for part in parts}
         # With this file included, as a bound: its own size is not known before the header is written.
         meter = self.run_bytes_written + self.file_bytes(block)
         header = _encode_header(
@@ -153,7 +154,7 @@ class BlockStore:
                 made_of=made_of,
             ),
         )
-        payload: list[bytes | memoryview] = [header, *(bytes_of(buffer.part_bytes(part)) for part in PARTS)]
+        payload: list[bytes | memoryview] = [header, *(bytes_of(buffer.part_bytes(part)) for part in parts)]
         total = sum(len(piece) for piece in payload)
         path = self.path(block)
         try:
@@ -202,7 +203,7 @@ class BlockStore:
         """
         layout, path = self.layouts[block], self.path(block)
         buffer.adopt_(layout)
-        wanted = buffer.parts if parts is None else parts
+        wanted = buffer.parts if parts is None else layout.stored(parts)
         try:
             with open_regular(path) as file:
                 header, data_start = self._read_header(block, file)
@@ -238,7 +239,7 @@ class BlockStore:
                 header, data_start = self._read_header(block, file)
                 file.seek(0)
                 yield file.read(data_start)
-                for part in PARTS:
+                for part in self.layouts[block].stored(PARTS):
                     digest, left = hashlib.sha256(), self.layouts[block].part_span(part)[1]
                     while left and (piece := file.read(min(left, _PIECE_BYTES))):
                         digest.update(piece)
@@ -291,7 +292,7 @@ class BlockStore:
                 run_id=metadata["run_id"],
                 block=_count(metadata["block"]),
                 step=_count(metadata["step"]),
-                digests={part: metadata[f"{part}_sha256"] for part in PARTS},
+                digests={part: metadata[f"{part}_sha256"] for part in self.layouts[block].stored(PARTS)},
                 run_bytes_written=_count(metadata.get("run_bytes_written", "0")),
                 loss_scale=_loss_scale(metadata),
                 made_of=metadata.get("made_of_sha256"),

@@ -68,7 +68,7 @@ class Float32Copy:
         start = 0
         for entry in self._layout.of_part(part):
             end = start + torch.Size(entry.shape).numel()
-            yield entry.name.removeprefix(f"{part}."), self._memory[start:end].view(entry.shape)
+            yield entry.own_name, self._memory[start:end].view(entry.shape)
             start = end
 
     def bind_(self, network: nn.Module) -> None:

@@ -102,7 +102,7 @@ class StageSlots(Slots):
 
     def _slot_for(self, need: Need, *, keep: Slot | None) -> Slot:
         """The slot that has what is needed of a stage, or is about to."""
-        slot = self._holder(need.stage)
+        slot, parts = self._holder(need.stage), self.store.layouts[need.stage].stored(need.parts)
         if slot is None:
             slot = self._longest_unused(self._slots, keep=keep)
             leaves = slot.block if slot.changed else None  # unchanged, its tier has the same bytes
@@ -110,10 +110,10 @@ class StageSlots(Slots):
                 # Counted when it is ordered: the next look at the limit of disk writes may come before the I/O thread
                 # does it.
                 self.store.bytes_written += self._tier.offload_bytes(leaves)
-            self._hand_over(slot, partial(self._swap, slot.buffer, leaves, need.stage, need.parts))
-            slot.block, slot.parts, slot.changed = need.stage, need.parts, False
+            self._hand_over(slot, partial(self._swap, slot.buffer, leaves, need.stage, parts))
+            slot.block, slot.parts, slot.changed = need.stage, parts, False
         # In memory, but with its weights alone, as the forward pass needs it: the update needs the rest too.
-        elif missing := tuple(part for part in need.parts if part not in slot.parts):
+        elif missing := tuple(part for part in parts if part not in slot.parts):
             self._hand_over(slot, partial(self._swap, slot.buffer, None, need.stage, missing))
             slot.parts = tuple(part for part in PARTS if part in (*slot.parts, *missing))
         return self._use(slot)

@@ -45,7 +45,7 @@ class SwapFile:
         """
         # Stages differ in size, and a frozen one has no moments: the views follow the stage that comes.
         buffer.adopt_(self._layouts[stage])
-        for part in parts:
+        for part in buffer.layout.stored(parts):
             self._file.read(self._starts[stage] + buffer.layout.part_span(part)[0], buffer.part_bytes(part))
 
     def close(self) -> None:
@@ -162,7 +162,7 @@ class HostTier:
                 self._disk.load(block, host_buffer)  # all parts: from now on the copy stands for the file
                 self._copied.add(block)
             buffer.adopt_(host_buffer.layout)
-            for part in parts or self._parts:
+            for part in buffer.layout.stored(parts or self._parts):
                 self.device.copy_(buffer.part_bytes(part), host_buffer.part_bytes(part))
             return self._disk.file_steps[block]
 

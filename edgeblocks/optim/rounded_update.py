@@ -42,7 +42,8 @@ def rounded_update_(
         workspace: one that `rounds`.
         position: of the generators of random bits, such as (seed, "round", block, step).
     """
-    layout, weights, ema = buffer.layout, buffer.flat("weights"), buffer.flat("ema")
+    layout, weights = buffer.layout, buffer.flat("weights")
+    ema = buffer.flat("ema") if layout.keeps_ema else None
     state = dict(buffer.tensors("optimizer"))
     quantized = layout.num_quantized
     regions = (
@@ -83,10 +84,11 @@ def rounded_update_(
                     **common,
                 )
             # The moments of the chunk are back in their codes, so the room that they had is the EMA's and the bits'.
-            followed = own.exp_avg.copy_(ema[place]).lerp_(own.weights, ema_share)
-            bits = draw_bits_(own.bits, len(followed), first=place.start, position=position)
+            bits = draw_bits_(own.bits, len(own.weights), first=place.start, position=position)
             lower, upper = halves_(bits, lower=own.exp_avg_sq.view(bits.dtype))
+            if ema is not None:
+                followed = own.exp_avg.copy_(ema[place]).lerp_(own.weights, ema_share)
+                round_(ema[place], followed, upper)
             round_(weights[place], own.weights, lower)
-            round_(ema[place], followed, upper)
 
         for_each_chunk(step_chunk, last - first, workspace, step=step)

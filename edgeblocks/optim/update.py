@@ -60,7 +60,8 @@ def update_(
     common = {"learning_rate": learning_rate, "weight_decay": weight_decay}
     if not buffer.layout.is_rounded:
         adamw_(buffer, gradients, step=step, workspace=workspace, **common)
-        follow_(buffer, step=step, exponent=exponent)
+        if buffer.layout.keeps_ema:
+            follow_(buffer, step=step, exponent=exponent)
         return
     assert workspace is not None
     rounded_update_(

@@ -47,7 +47,7 @@ def device_memory(cut: Cut) -> dict[str, int]:
         # Once: one part is trained at a time, in whichever slot it lies.
         "gradients": float32_bytes,
         "optimizer": cut.moment_bytes * slots + workspace_bytes["rounded" if cut.is_rounded else request.optimizer],
-        "ema": weights_bytes * slots,
+        "ema": cut.ema_bytes * slots,
         # With the float32 copy that one of them is expanded into; where weights are bfloat16 it is there anyway.
         "frozen": cut.frozen_bytes * cut.frozen_slots
         + 4 * cut.frozen_parameters * (request.frozen != "none" and not cut.is_rounded)

@@ -55,7 +55,7 @@ def pace_of_stages(cut: Cut, ram_blocks: int) -> Pace:
     trained = sum(trained_stages(request.trained, cut.blocks))
     saved_bytes = trained * cut.block_bytes
     # Of a frozen stage weights and EMA.
-    files_bytes = saved_bytes + (cut.blocks - trained) * 2 * cut.weights_bytes
+    files_bytes = saved_bytes + (cut.blocks - trained) * (cut.weights_bytes + cut.ema_bytes)
     usual = min(
         math.ceil(USUAL_VISIT_S / (step.step_s + step.stall_s)), math.ceil(request.steps / max(request.previews, 1))
     )

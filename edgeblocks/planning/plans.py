@@ -139,6 +139,8 @@ class PlanRequest:
     """In which the costs were traced, and the network computes."""
     master: Master = "fp32"
     """In which weights and EMA are kept."""
+    keeps_ema: bool = True
+    """Whether there is an average of the weights beside them."""
     grow: Literal["auto", "equal"] = "equal"
     """When a network that grows does: when its loss has flattened, or after equal shares of the steps."""
     frozen: Frozen = "none"
@@ -225,7 +227,7 @@ class Cut:
     @property
     def frozen_file_bytes(self) -> int:
         """Of its files: weights and EMA, and what is in memory where that is another file."""
-        files = 2 * (2 if self.is_rounded else 4) * self.frozen_parameters
+        files = (1 + self.request.keeps_ema) * (2 if self.is_rounded else 4) * self.frozen_parameters
         return files + (self.frozen_bytes if self.request.frozen != "none" else 0)
 
     @property
@@ -252,13 +254,18 @@ class Cut:
 
     @property
     def weights_bytes(self) -> int:
-        """Of the largest block's weights as they are kept, and as many of its EMA."""
+        """Of the largest block's weights as they are kept."""
         return (2 if self.is_rounded else 4) * self.parameters
+
+    @property
+    def ema_bytes(self) -> int:
+        """Of the average of them, where one is kept."""
+        return self.weights_bytes if self.request.keeps_ema else 0
 
     @property
     def block_bytes(self) -> int:
         """Of the largest block: weights, their average, optimizer state."""
-        return 2 * self.weights_bytes + self.moment_bytes
+        return self.weights_bytes + self.ema_bytes + self.moment_bytes
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -93,7 +93,7 @@ def staged_step(cut: Cut, ram_blocks: int) -> StagedStep:
     step_s += (blocks - 1) / blocks * forward_s * machine.correction.samples
     step_s *= machine.correction.steps
     late = request.clip_by == "network"
-    weights_bytes, rest_bytes = cut.weights_bytes, cut.weights_bytes + cut.moment_bytes
+    weights_bytes, rest_bytes = cut.weights_bytes, cut.ema_bytes + cut.moment_bytes
     traffic = traffic_of_a_step(trained, cut.slots, late=late, in_ram=ram_blocks)
     loaded_bytes, offloaded_bytes = _moved_bytes(traffic, weights_bytes, rest_bytes)
     waiting_bytes = 4 * parameters * sum(trained) * late

@@ -270,7 +270,11 @@ class RunDirectory:
                 network = network_of(family, section)
             # One layout for all blocks of a kind: building a network to count its tensors takes time.
             layouts[section, trained] = BlockLayout.of(
-                network, self.settings.run.optimizer, frozen=not trained, master=self.master
+                network,
+                self.settings.run.optimizer,
+                frozen=not trained,
+                master=self.master,
+                keeps_ema=self.settings.run.keeps_ema,
             )
         of_blocks = [layouts[kind] for kind in kinds]
         return BlockStore(self.blocks_folder, of_blocks, self.run_id, trained_together=self.method.trained_together)

@@ -36,7 +36,7 @@ def quantized_store(run: RunDirectory, count: int, kind: Frozen) -> BlockStore:
 def _is_up_to_date(store: BlockStore, masters: BlockStore, block: int) -> bool:
     """Whether a block has its quantized file, made of what its own file has now."""
     try:
-        return store.header(block).made_of == masters.header(block).digests["ema"]
+        return store.header(block).made_of == _digest_of(masters, block)
     except RunError:  # none, or a damaged one: it is made again
         return False
 
@@ -48,4 +48,10 @@ def _make(store: BlockStore, masters: BlockStore, blocks: Sequence[int]) -> None
         step = masters.read(block, source)
         made.adopt_(store.layouts[block])
         quantize_(made, source.flat("ema"))
-        store.write(block, made, step, made_of=masters.header(block).digests["ema"])
+        store.write(block, made, step, made_of=_digest_of(masters, block))
+
+
+def _digest_of(masters: BlockStore, block: int) -> str:
+    """The checksum of what is quantized."""
+    (part,) = masters.layouts[block].stored(["ema"])
+    return masters.header(block).digests[part]

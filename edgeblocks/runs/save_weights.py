@@ -70,7 +70,7 @@ def write_weights(
     check_memory(run, part, mem_budget)
     blocks = read_weights(run, last=last)  # looks at the steps before anything is written
     entries = [(block, entry) for block, layout in enumerate(run.store().layouts) for entry in layout.of_part(part)]
-    named = [(run.tensor_name(block, entry.name.removeprefix(f"{part}.")), entry) for block, entry in entries]
+    named = [(run.tensor_name(block, entry.own_name), entry) for block, entry in entries]
     table = table_of((name, torch.float32, entry.shape) for name, entry in named)
     names = json.dumps(run.class_names)
     told = {CLASS_NAMES: names} if run.class_names and len(names) <= _MOST_NAMES_BYTES else {}

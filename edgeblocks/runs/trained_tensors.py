@@ -19,7 +19,7 @@ def trained_names(run: RunDirectory) -> dict[str, tuple[int, ...]]:
     """The model's names of the tensors that training has changed, and shapes; those beside an adapter have it here."""
     family = _family(run)
     there = {
-        family.name_in_file(run.tensor_name(stage, one.name.removeprefix("weights."))): tuple(one.shape)
+        family.name_in_file(run.tensor_name(stage, one.own_name)): tuple(one.shape)
         for stage, layout in enumerate(run.store().layouts)
         for one in layout.of_part("weights")
     }

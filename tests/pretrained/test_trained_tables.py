@@ -98,6 +98,17 @@ def test_it_is_merged_and_evaluated(tuned, folder, library, tmp_path):
     assert before.abs().max() > 0
 
 
+def test_without_an_average_the_last_weights_are_merged(tuned, folder, library, text, tmp_path):
+    """The same as `merge --last` of the run that kept one, whatever is asked for."""
+    run = edgeblocks.finetune(folder, data=text, out=tmp_path / "run", tier="disk", ema_length=0, **WANTED)
+    run.merge(tmp_path / "ours")
+    tuned.merge(tmp_path / "theirs", last=True)
+    ours, theirs = (
+        library.AutoModelForCausalLM.from_pretrained(tmp_path / name).state_dict() for name in ("ours", "theirs")
+    )
+    assert all(torch.equal(ours[name], value) for name, value in theirs.items())
+
+
 def test_norms_before_the_layers_stay_as_they_are(library, text, tmp_path):
     """bloom's: a copy of them would be shrunk by weight decay and counted as trained, while the model's own is used."""
     torch.manual_seed(0)
