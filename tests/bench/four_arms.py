@@ -20,7 +20,7 @@ With L layers, the family's preferred number of blocks B, and K steps of each bl
 and for looped, whose B is 1:
   unrolled      end-to-end training of its own form, K steps: the core several times a step, which takes more layer
                 evaluations
-`ar-sliding` is ar where a layer sees four tokens (sliding_window=4), so that a text is seen only as far back as there
+`ar-sliding` is ar where a layer sees two tokens (sliding_window=2), so that a text is seen only as far back as there
 are layers: there depth pays. With several learning rates each arm has its best one, that of the first seed.
 Text that is written token by token is told by the bound with 8 noises, or by the cross-entropy of a network that was
 trained end to end. Batch, learning rate, schedule, clipping, EMA and the hold-out part are the same.
@@ -63,7 +63,7 @@ PACKAGED = HERE / "edgeblocks/measured.json"
 LEARNING = {"learning_rate": 1e-3, "warmup": 50, "weight_decay": 0.01, "clip": 1.0, "ema_length": 0.1}
 IMAGE = {"width": 96, "depth": 6, "heads": 4, "patch": 4, "batch": 64}
 TEXT = {"width": 64, "depth": 12, "heads": 4, "length": 128, "batch": 16, "overlap": 0.1}
-SLIDING = {**TEXT, "depth": 4, "sliding_window": 4}
+SLIDING = {**TEXT, "depth": 4, "sliding_window": 2}
 SETTINGS: dict[str, dict[str, Any]] = {
     **{"dit": IMAGE, "vit": IMAGE, "mdlm": TEXT, "ar": TEXT, "looped": TEXT},
     "ar-sliding": SLIDING,
