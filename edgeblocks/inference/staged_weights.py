@@ -48,50 +48,63 @@ def loaded_ema(run: RunDirectory, *, slots: int, device: Device | None = None, f
         store = quantized_store(run, len(store.layouts), frozen)
     if not run.method.one_network:
         return EmaLoader(store, device=device, slots=slots)
-    return StagedEma(EmaLoader(store, device=device, slots=slots), run.file_layers)
+    return StagedEma(EmaLoader(store, device=device, slots=slots), run.file_layers, tied=run.family().tied_parameters)
 
 
 class StagedEma:
     """A source of the one block that all stages make up; see `block_runner.EmaSource`."""
 
-    def __init__(self, stages: StageSource, layers: Sequence[int], *, spare: Tensor | None = None) -> None:
+    def __init__(
+        self,
+        stages: StageSource,
+        layers: Sequence[int],
+        *,
+        spare: Tensor | None = None,
+        tied: tuple[str, str] | None = None,
+    ) -> None:
         """
         Args:
             layers: of each stage.
             spare: flat memory, float32, that nobody else needs while the weights are used.
+            tied: names of a parameter of the first stage and of one of the last that are equal.
         """
-        self._stages, self._layers, self._spare = stages, tuple(layers), spare
+        self._stages, self._layers, self._spare, self._tied = stages, tuple(layers), spare, tied
 
     @contextmanager
     def ema_weights(self, block: int) -> Iterator["StagedWeights"]:
         """There is one block, 0."""
         assert block == 0
-        yield StagedWeights(self._stages, self._layers, spare=self._spare)
+        yield StagedWeights(self._stages, self._layers, spare=self._spare, tied=self._tied)
 
 
 class StagedWeights:
     """What a whole network is bound to; see `block_runner.EmaWeights`."""
 
-    def __init__(self, stages: StageSource, layers: Sequence[int], *, spare: Tensor | None) -> None:
-        self._stages, self._layers, self._spare = stages, layers, spare
+    def __init__(
+        self, stages: StageSource, layers: Sequence[int], *, spare: Tensor | None, tied: tuple[str, str] | None
+    ) -> None:
+        self._stages, self._layers, self._spare, self._tied = stages, layers, spare, tied
         with stages.ema_weights(0) as buffer:
             self.device = buffer.device
 
     def bind_(self, network: Block) -> None:
         """Copies of the stem and the readout become parameters of the network; its layers come when they are run."""
-        left = self._spare
+        left, copies = self._spare, dict[str, Tensor]()
+        first, other = self._tied or ("", "")
         for stage in sorted({0, len(self._layers) - 1}):
             with self._stages.ema_weights(stage) as buffer:
-                own = [(name, tensor) for name, tensor in buffer.tensors("ema") if not name.startswith("layers.")]
-                copies = []
                 # Copies, since every pass needs them and the buffers of their stages are taken by the stages between.
-                for name, tensor in own:
-                    if left is not None and tensor.numel() <= left.numel():
-                        copy, left = left[: tensor.numel()].view(tensor.shape), left[tensor.numel() :]
-                        copies.append((name, copy.copy_(tensor)))
+                for name, tensor in buffer.tensors("ema"):
+                    if name.startswith("layers."):
+                        continue
+                    if name == other and first in copies:
+                        copies[name] = copies[first].view(tensor.shape)
+                    elif left is not None and tensor.numel() <= left.numel():
+                        copies[name], left = left[: tensor.numel()].view(tensor.shape), left[tensor.numel() :]
+                        copies[name].copy_(tensor)
                     else:
-                        copies.append((name, tensor.clone()))
-                bind_parameters_(network, copies)
+                        copies[name] = tensor.clone()
+        bind_parameters_(network, copies.items())
         network.layers = _LayersOnUse(network.layers, self._layers, self._load)
         for _ in network.layers:  # an export takes the weights of all layers at once, from as many buffers as stages
             pass

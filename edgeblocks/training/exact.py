@@ -52,7 +52,7 @@ class ExactTrainer(Trainer):
         self.slots = slots
         stages = slots if self.float32 is None else Float32Ema(slots, self.float32)
         # Weights are looked at between steps, when the memory of gradients has nothing to keep.
-        self._ema = StagedEma(stages, run.file_layers, spare=self.gradients)
+        self._ema = StagedEma(stages, run.file_layers, spare=self.gradients, tied=self.family.tied_parameters)
         self._trained, self._late = run.trained, self.settings.clip_by == "network"
         self._uses = uses_of_a_step(self._trained, late=self._late)
         self._clipping = self._clipping_by_settings(device)

@@ -71,6 +71,10 @@ class Guard:
             self._memory.give_back()  # the allocator keeps what was freed, and it counts as used
         return self.shape
 
+    def give_back(self) -> None:
+        """Return memory that nothing lives in: what comes next takes other sizes, and would be beside it."""
+        self._memory.give_back()
+
     def _check_host(self) -> None:
         """Where a device trains, no smaller step takes less of the host's memory: past its bound the run ends."""
         if self._ram_budget_bytes is None:

@@ -151,6 +151,7 @@ class Previews:
 
     def _runner(self) -> BlockRunner:
         """With all blocks, where they are in memory anyway."""
+        self._guard.give_back()
         return runner_of(
             self._run,
             self._source,

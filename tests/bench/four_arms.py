@@ -238,7 +238,9 @@ def without_none(given: dict[str, Any]) -> dict[str, Any]:
 
 
 def is_measured(task: str) -> bool:
-    return all(found(training) for arm, training in arms(task, STEPS[task]).items() if arm not in LATER)
+    """Whether a table can have it: of a family, what was there from the beginning; else one arm of each method."""
+    needed = {"begun as one", "plain", "plain, short"} if "-" in task else arms(task, STEPS[task]).keys() - {*LATER}
+    return all(found(training) for arm, training in arms(task, STEPS[task]).items() if arm in needed)
 
 
 def tables() -> dict[Path, str]:
@@ -330,6 +332,7 @@ def entry(task: str) -> dict[str, Any]:
         value = statistics.mean(row[measure] for row in found(short))
         shallow = {"shallow": round(value, 5), "shallow_layers": short["depth"]}
     errors = [error_of_mean([row[measure] for row in of], of) for of in rows.values()]
+    sees = f" that see {settings['sliding_window']} tokens" if "sliding_window" in settings else ""
     blocks = f"{BLOCKS[task]} block{'s' if BLOCKS[task] > 1 else ''}"
     return {
         "measure": SHOWN.get(measure, measure.replace("_", " ")),
@@ -338,7 +341,7 @@ def entry(task: str) -> dict[str, Any]:
         # Of the difference of two methods, the two whose figures are the least certain.
         "error": round(math.hypot(*sorted(errors)[-2:]), 5),
         "conditions": (
-            f"{DATA[task]}, {settings['depth']} layers of width {settings['width']}, {blocks}, "
+            f"{DATA[task]}, {settings['depth']} layers of width {settings['width']}{sees}, {blocks}, "
             f"{STEPS[task]} steps of batch {settings['batch']}, {count} seed{'s' if count > 1 else ''}"
         ),
         **shallow,

@@ -12,6 +12,8 @@ from support.small_model import write_model, write_tokenizer, written_by_the_lib
 
 import edgeblocks
 from edgeblocks.errors import InterruptedRunError
+from edgeblocks.inference.ema_loader import EmaLoader
+from edgeblocks.inference.staged_weights import StagedEma
 from edgeblocks.runs.open_data import data_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -79,6 +81,22 @@ def test_both_copies_of_a_tied_table_stay_one(tuned, folder):
     first, last = (load_file(tuned.directory.store().path(stage)) for stage in range(2))
     for part in ("weights", "ema"):
         assert torch.equal(first[f"{part}.table.weight"], last[f"{part}.readout.head"])
+
+
+def test_a_look_at_a_tied_table_holds_it_once(tuned):
+    """In the memory of the gradients, or in a copy; where there are two matrices they stay two."""
+    family, spare = tuned.directory.family(), torch.empty(2**20)
+    for memory in (None, spare):
+        with torch.device("meta"):
+            network = family.block(num_layers=family.num_layers, checkpointing=False)
+        source = EmaLoader(tuned.directory.store(), slots=2)
+        staged = StagedEma(source, tuned.directory.file_layers, spare=memory, tied=family.tied_parameters)
+        with staged.ema_weights(0) as weights:
+            weights.bind_(network)
+        table, head = network.get_parameter("table.weight"), network.get_parameter("readout.head")
+        assert (table.data_ptr() == head.data_ptr()) == family.shell("meta").is_tied
+        values = load_file(tuned.directory.store().path(1))["ema.readout.head"]
+        assert torch.equal(head, values.view(head.shape))
 
 
 def test_it_is_merged_and_evaluated(tuned, folder, library, tmp_path):
