@@ -416,6 +416,8 @@ def _request(settings: Settings, data_bytes: int, data: DataInfo, budgets: tuple
         frozen=run.frozen,
         grow=run.grow,
         resident_bytes=family.resident_bytes,
+        tied_bytes=family.tied_bytes,
+        gap_bytes=family.gap_bytes,
         data_bytes=data_bytes,
         grid_samples=TASKS[family_type(run.family).task].grid_samples,
         sample_bytes=grid_sample_bytes(family),

@@ -209,6 +209,16 @@ class BaseFamily:
         """A parameter of the first stage and one of the last that are copies of each other; None where none are."""
         return None
 
+    @property
+    def tied_bytes(self) -> int:
+        """Of one of `tied_parameters`, as float32."""
+        return 0
+
+    @property
+    def gap_bytes(self) -> int:
+        """That the allocator keeps in a step beyond the share that plans count, measured."""
+        return 0
+
     def is_frozen(self, name: str) -> bool:
         """Whether a tensor of a file of weights is used and is no parameter."""
         return False

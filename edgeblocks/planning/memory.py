@@ -64,7 +64,10 @@ def device_memory(cut: Cut) -> dict[str, int]:
             - gaps
             - drawn_bytes,
         ),
-        "slack": gaps + SLACK_BYTES + (0 if request.precision == "fp32" or machine.host else HALF_SCRATCH_BYTES),
+        "slack": gaps
+        + request.gap_bytes
+        + SLACK_BYTES
+        + (0 if request.precision == "fp32" or machine.host else HALF_SCRATCH_BYTES),
     }
     if not request.method.trained_together:
         del breakdown["boundaries"]
@@ -204,7 +207,7 @@ def _copied_end_bytes(costs: LayerCosts, request: PlanRequest, gradient_bytes: i
     """
     if not request.method.one_network:
         return 0
-    all_bytes = 4 * costs.parameters(0)
+    all_bytes = 4 * costs.parameters(0) - request.tied_bytes
     if request.method.grows:
         return all_bytes
     if all_bytes <= gradient_bytes:

@@ -151,6 +151,10 @@ class PlanRequest:
     tier: Literal["ram", "disk"] | None = None
     resident_bytes: int = 0
     """Of what the network keeps in memory beside its parameters, such as one frozen layer at a time."""
+    tied_bytes: int = 0
+    """Of a parameter of the readout that is equal to one of the stem."""
+    gap_bytes: int = 0
+    """That the allocator keeps in a step beyond the share that is counted."""
     data_bytes: int = 0
     """Resident bytes of the data set, beyond the batches."""
     grid_samples: int = 0

@@ -9,6 +9,7 @@ example; each token but the first is predicted from those before it.
 import copy
 import functools
 import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,6 +50,8 @@ LOGITS_BYTES = 16 * 2**20
 """Of the logits that exist at a time, float32."""
 READING_BYTES = 16_000_000
 """What a slice of the head is read into, with the gaps that it leaves on the heap."""
+TRAINED_TABLES_GAP_BYTES = 38_000_000
+"""With less a step of SmolLM2 was refused memory at the cap in the smallest budget, and went on with fewer samples."""
 _TABLES = f"{TABLE}.weight", f"{READOUT}.{HEAD}"
 _VECTORS = f"{READOUT}.vectors."
 _NOISE = NoiseDistribution(sigma_min=0.1, sigma_max=10.0, p_mean=0.0, p_std=1.2)
@@ -228,6 +231,16 @@ class Decoder(TextFamily, EndToEnd):
     def tied_parameters(self) -> tuple[str, str] | None:
         """Of the first and of the last stage, where these are copies of one."""
         return _TABLES if self.settings.train_embeddings and self.shell("meta").is_tied else None
+
+    @property
+    def tied_bytes(self) -> int:
+        """Of the table."""
+        return 4 * math.prod(self.shell("meta").embedding_table.shape) if self.tied_parameters else 0
+
+    @property
+    def gap_bytes(self) -> int:
+        """Where tables are trained; where they are read, `READING_BYTES` covers it."""
+        return TRAINED_TABLES_GAP_BYTES if self.settings.train_embeddings else 0
 
     def _named(self, layers: str, name: str) -> str:
         _, number, _, own = name.split(".", 3)
