@@ -9,7 +9,7 @@ from edgeblocks.compare.settling import settled
 from edgeblocks.compare.wanted import Asked
 from edgeblocks.errors import DoesNotFitError, EdgeblocksError
 
-SETTINGS = {"family": "dit", "data": "digits", "depth": 3, "width": 32, "heads": 2, "mem_budget": "1GB"}
+SETTINGS = {"family": "dit", "data": "digits", "depth": 3, "width": 32, "heads": 2, "mem_budget": "4GB"}
 
 
 def asked(*, settings=(), **more):

@@ -25,7 +25,7 @@ def foreseen(methods, **settings):
     """Costs that the processes of a comparison ask for are found by this one, which has torch in memory."""
     for method in methods:
         usual = {"data": "digits", "depth": 3, "width": 32, "heads": 2, "hold_out": 0.02, "batch": 16}
-        edgeblocks.plan(**usual, **settings, method=method, mem_budget="1GB")
+        edgeblocks.plan(**usual, **settings, method=method, mem_budget="4GB")
 
 
 @pytest.fixture(scope="module")
