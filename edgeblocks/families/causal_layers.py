@@ -75,9 +75,8 @@ class CausalAttention(RotaryAttention):
         to itself.
         """
         queries, keys, values = (halves(part) for part in self.projected(x, self._positions(x, None)))
-        before = visible(queries[1], keys[0], self.sliding_window).tril(
-            -1
-        )  # not the diagonal: that is the token to be predicted
+        # Not the diagonal: that is the token to be predicted.
+        before = visible(queries[1], keys[0], self.sliding_window).tril(-1)
         unknown = _with_itself(queries[1], keys, values, before)
         return self.merged(torch.cat([self._causal(queries[0], keys[0], values[0], None), unknown]))
 
